@@ -1,0 +1,51 @@
+"""Errors meant for the user: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it without a traceback and exits with 2.
+
+    Args:
+        problem: what is wrong, one sentence.
+        remedy: what to do about it, one sentence.
+        file: the file at fault, if one is.
+        line: the line or row in that file, counted from 1.
+        field: the field, column or flag at fault.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        remedy: str,
+        file: str | Path | None = None,
+        line: int | None = None,
+        field: str | None = None,
+    ):
+        self.problem, self.remedy = problem, remedy
+        self.file, self.line, self.field = (None if file is None else str(file)), line, field
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = self.file or ""
+        if self.line is not None:
+            place = f"{place}:{self.line}" if place else f"line {self.line}"
+        if self.field is not None:
+            place = f"{place}: {self.field}" if place else self.field
+        head = f"{place}: {self.problem}" if place else self.problem
+        return f"{head}\n  remedy: {self.remedy}"
+
+
+class DataError(UserError):
+    """A row or file of a data set that cannot be used."""
+
+
+class RecipeError(UserError):
+    """A recipe, or a flag that overrides it, that does not make sense."""
+
+
+class StepRefused(UserError):
+    """An optimizer step that would have harmed the model was not taken; the last checkpoint stands."""
