@@ -1,0 +1,184 @@
+"""The objective from hidden states, in chunks of tokens, so that the logits of all tokens are never held at once.
+
+The loss is a weighted sum of elementwise functions of each token's log-probability (and entropy), with weights and
+divisors known beforehand. So the gradient with respect to a chunk's logits is known as soon as the chunk's logits
+are: it is taken in the forward pass, and nothing is recomputed and no logits are kept for the backward pass. Extra
+memory: one chunk of logits, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thence.objective.surrogates import Clip, Context, Entropy, log_ratio
+from thence.objective.terms import Term
+
+CHUNK_BYTES = 32 * 2**20  # of logits; larger chunks gain no speed and cost memory
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the objective needs of the trained tokens of one micro-batch, besides their hidden states.
+
+    Args:
+        target_T: the token that was taken, shape (T,), int64.
+        weight_JT: weights, one row a term, shape (J, T).
+        behaviour_T: see :class:`~thence.objective.surrogates.Context`.
+        reference_T: likewise.
+    """
+
+    target_T: Tensor
+    weight_JT: Tensor
+    behaviour_T: Tensor | None = None
+    reference_T: Tensor | None = None
+
+    def context(self, term: int, part: slice = slice(None)) -> Context:
+        """The context of one term for a part of the tokens."""
+        behaviour = None if self.behaviour_T is None else self.behaviour_T[part]
+        reference = None if self.reference_T is None else self.reference_T[part]
+        return Context(self.weight_JT[term, part], behaviour, reference)
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Detached measurements of every trained token.
+
+    Args:
+        logp_T: log-probability of the taken token, nats.
+        entropy_T: entropy of the next-token distribution, nats.
+        slope_T: -dL/dlogp: the weight that the token got, surrogate slope and normaliser included.
+        clipped_T: whether a clip held its gradient back.
+    """
+
+    logp_T: Tensor
+    entropy_T: Tensor
+    slope_T: Tensor
+    clipped_T: Tensor
+
+
+def token_statistics(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the taken tokens, without gradient. Shapes (T,), (T,); float32 or better."""
+    logps, entropies = [], []
+    with torch.no_grad():
+        for part in _chunks(hidden_TD, head_VD):
+            log_p_CV = _log_softmax(hidden_TD[part], head_VD, temperature)
+            logps.append(log_p_CV.gather(1, target_T[part, None])[:, 0])
+            entropies.append(-(log_p_CV.exp() * log_p_CV).sum(1))
+    empty = hidden_TD.new_zeros(0, dtype=_wide(hidden_TD.dtype))
+    return torch.cat([empty, *logps]), torch.cat([empty, *entropies])
+
+
+def objective(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    inputs: TokenInputs,
+    terms: Sequence[Term],
+    divisor_J: Sequence[float],
+    temperature: float = 1.0,
+) -> tuple[Tensor, TokenStats]:
+    """The loss of one micro-batch: ``- sum_j sum_t weight[j, t] S_j(t) / Z_j``, and what was measured on the way.
+
+    Args:
+        hidden_TD: last hidden states at the positions that predict the trained tokens, shape (T, D).
+        head_VD: the output embedding, shape (V, D).
+        inputs: targets, weights and old log-probabilities of the same tokens.
+        terms: the batch's terms.
+        divisor_J: Z of each term, for the whole optimizer step.
+        temperature: the logits are divided by it.
+
+    Returns:
+        The loss (a scalar that may be called ``backward`` on) and the statistics.
+    """
+    loss, logp_T, entropy_T, slope_T = _Objective.apply(
+        hidden_TD, head_VD, inputs, tuple(terms), tuple(divisor_J), temperature
+    )
+    clipped_T = torch.zeros_like(logp_T, dtype=torch.bool)
+    for j, term in enumerate(terms):
+        if isinstance(term.surrogate, Clip) and inputs.behaviour_T is not None:
+            ratio_T = log_ratio(logp_T, inputs.behaviour_T).exp()
+            clipped_T |= term.surrogate.clipped(ratio_T, inputs.context(j)) & (inputs.weight_JT[j] != 0)
+    return loss, TokenStats(logp_T, entropy_T, slope_T, clipped_T)
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, head_VD, inputs, terms, divisor_J, temperature):
+        wide = _wide(hidden_TD.dtype)
+        n = hidden_TD.shape[0]
+        loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        logp_T, entropy_T, slope_T = (torch.zeros(n, dtype=wide, device=hidden_TD.device) for _ in range(3))
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if wants_head else None
+        for part in _chunks(hidden_TD, head_VD):
+            log_p_CV = _log_softmax(hidden_TD[part], head_VD, temperature)
+            target_C = inputs.target_T[part, None]
+            logp_C = log_p_CV.gather(1, target_C)[:, 0]
+            p_CV = log_p_CV.exp()
+            entropy_C = -(p_CV * log_p_CV).sum(1)
+            value, slope_C, bonus_C = _weigh(logp_C, entropy_C, inputs, terms, divisor_J, part)
+            loss -= value
+            logp_T[part], entropy_T[part], slope_T[part] = logp_C, entropy_C, slope_C
+            if wants_hidden or wants_head:
+                grad_CV = _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C)
+                grad_CV = grad_CV.div_(temperature).to(hidden_TD.dtype)
+                if grad_hidden_TD is not None:
+                    torch.mm(grad_CV, head_VD.to(grad_CV.dtype), out=grad_hidden_TD[part])
+                if grad_head_VD is not None:
+                    grad_head_VD += (grad_CV.T @ hidden_TD[part]).to(wide)
+        ctx.gradients = (grad_hidden_TD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype))
+        ctx.mark_non_differentiable(logp_T, entropy_T, slope_T)
+        return loss, logp_T, entropy_T, slope_T
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        upstream = grad_outputs[0]
+        gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in ctx.gradients)
+        ctx.gradients = None
+        return (*gradients, None, None, None, None)
+
+
+def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice):
+    """The chunk's weighted sum, its slope per token for the log-probability, and the weight of its entropy."""
+    value = torch.zeros((), dtype=logp_C.dtype, device=logp_C.device)
+    slope_C, bonus_C = torch.zeros_like(logp_C), None
+    for j, term in enumerate(terms):
+        context = inputs.context(j, part)
+        weight_C = context.weight_T.to(logp_C.dtype) / divisor_J[j]
+        if isinstance(term.surrogate, Entropy):
+            value = value + (weight_C * entropy_C).sum()
+            bonus_C = weight_C if bonus_C is None else bonus_C + weight_C
+        else:
+            value = value + (weight_C * term.surrogate.value(logp_C, context)).sum()
+            slope_C = slope_C + weight_C * term.surrogate.slope(logp_C, context)
+    return value, slope_C, bonus_C
+
+
+def _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C):
+    """dL/dlogits: ``slope * (p - onehot)``, and for the bonus ``b * p * (log p + H)``. Reuses the memory of ``p_CV``."""
+    if bonus_C is None:
+        grad_CV = p_CV.mul_(slope_C[:, None])
+    else:
+        grad_CV = p_CV.mul_(log_p_CV.add_(entropy_C[:, None]).mul_(bonus_C[:, None]).add_(slope_C[:, None]))
+    return grad_CV.scatter_add_(1, target_C, -slope_C[:, None])
+
+
+def _log_softmax(hidden_CD: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
+    logits_CV = (hidden_CD @ head_VD.to(hidden_CD.dtype).T).to(_wide(hidden_CD.dtype))
+    if temperature != 1.0:
+        logits_CV.div_(temperature)
+    return logits_CV.sub_(logits_CV.logsumexp(1, keepdim=True))
+
+
+def _chunks(hidden_TD: Tensor, head_VD: Tensor) -> list[slice]:
+    bytes_per_token = head_VD.shape[0] * (8 if hidden_TD.dtype == torch.float64 else 4)
+    size = max(1, CHUNK_BYTES // bytes_per_token)
+    return [slice(start, min(start + size, len(hidden_TD))) for start in range(0, len(hidden_TD), size)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

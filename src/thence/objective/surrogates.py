@@ -1,0 +1,194 @@
+"""The differentiable surrogates S(t; theta) of the one objective, each with its slope.
+
+Every surrogate is an elementwise function of the log-probability of the token that was taken, so its gradient is
+``slope * d logp``: the slope times the weight, divided by the normaliser, is the weight that the token gets.
+Tensors are flat over trained tokens (suffix T). Formulas: thence's ``docs/objective.md``; PPO clip from
+arXiv 1707.06347 eq. 7, dual clip from arXiv 1912.09729, shaping from LUFFY (arXiv 2504.14945) eq. 8.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32; a larger log-ratio says the data are not near-policy at all
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a surrogate may look at besides the log-probability; every tensor is detached and of shape (T,).
+
+    Args:
+        weight_T: the term's weights; their sign chooses the branch of the clip.
+        behaviour_T: log-probabilities under the policy that the tokens were sampled from, recomputed by the trainer.
+            None: the policy has not moved since, the ratio is one.
+        reference_T: log-probabilities under the reference policy of a KL term.
+    """
+
+    weight_T: Tensor
+    behaviour_T: Tensor | None = None
+    reference_T: Tensor | None = None
+
+
+class Surrogate(Protocol):
+    """An elementwise function of the log-probability; frozen and hashable."""
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        """S at every token, differentiable in ``logp_T``. Shape (T,)."""
+        ...
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        """dS/dlogp at every token, in closed form. Shape (T,)."""
+        ...
+
+
+def log_ratio(logp_T: Tensor, behaviour_T: Tensor | None) -> Tensor:
+    """log(pi / pi_behaviour), clamped to +-20 before any exp. Shape (T,)."""
+    behaviour_T = logp_T.detach() if behaviour_T is None else behaviour_T
+    return (logp_T - behaviour_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _not_clamped(logp_T: Tensor, behaviour_T: Tensor | None) -> Tensor:
+    if behaviour_T is None:
+        return torch.ones_like(logp_T)
+    return ((logp_T - behaviour_T).abs() <= LOG_RATIO_LIMIT).to(logp_T.dtype)
+
+
+@dataclass(frozen=True)
+class Logp:
+    """LOGP: the log-probability itself; weight 1 is maximum likelihood (SFT)."""
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return torch.ones_like(logp_T)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """RATIO: pi / pi_behaviour, unclipped."""
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return log_ratio(logp_T, context.behaviour_T).exp()
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return self.value(logp_T, context) * _not_clamped(logp_T, context.behaviour_T)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """CLIP: the clipped ratio of PPO, asymmetric, with dual clip.
+
+    For a positive weight ``min(r, 1 + high)``; for a negative one ``min(max(r, 1 - low), dual)``.
+    ``weight * S`` is then exactly ``min(r A, clip(r, 1 - low, 1 + high) A)``, bounded below by ``dual * A``.
+
+    Args:
+        low: clip range below one.
+        high: clip range above one (DAPO's clip-higher when larger than ``low``).
+        dual: largest ratio that a negative advantage can act through; infinity switches it off.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float = math.inf
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        ratio_T = log_ratio(logp_T, context.behaviour_T).exp()
+        above_T = ratio_T.clamp(max=1 + self.high)
+        below_T = ratio_T.clamp(min=1 - self.low).clamp(max=self.dual)
+        return torch.where(context.weight_T >= 0, above_T, below_T)
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        ratio_T = log_ratio(logp_T, context.behaviour_T).exp()
+        return ratio_T * (~self.clipped(ratio_T, context)).to(ratio_T.dtype) * _not_clamped(logp_T, context.behaviour_T)
+
+    def clipped(self, ratio_T: Tensor, context: Context) -> Tensor:
+        """Where the clip holds the gradient back. Shape (T,), bool."""
+        up_T = ratio_T > 1 + self.high
+        down_T = (ratio_T < 1 - self.low) | (ratio_T > self.dual)
+        return torch.where(context.weight_T >= 0, up_T, down_T)
+
+
+@dataclass(frozen=True)
+class Prob:
+    """PROB: the probability itself (mixed policy without shaping)."""
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T.exp()
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T.exp()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """SHAPE: ``pi / (pi + gamma)``, LUFFY's policy shaping; computed as ``sigmoid(logp - log gamma)``, which is equal."""
+
+    gamma: float = 0.1
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return torch.sigmoid(logp_T - math.log(self.gamma))
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        shaped_T = self.value(logp_T, context)
+        return shaped_T * (1 - shaped_T)
+
+
+@dataclass(frozen=True)
+class ShapeRatio:
+    """SHAPE_RATIO: ``r / (r + gamma)`` with ``r = pi / pi_behaviour`` (ExGRPO's replay)."""
+
+    gamma: float = 0.1
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return torch.sigmoid(log_ratio(logp_T, context.behaviour_T) - math.log(self.gamma))
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        shaped_T = self.value(logp_T, context)
+        return shaped_T * (1 - shaped_T) * _not_clamped(logp_T, context.behaviour_T)
+
+
+@dataclass(frozen=True)
+class NegativeKl:
+    """Minus an estimator of KL(pi || reference) per token; weight = the KL coefficient. See :mod:`.kl`.
+
+    ``k1`` has zero expected gradient as a loss term and is offered for measurement; ``k2`` has the gradient of the KL
+    in expectation; ``k3`` is GRPO's low-variance estimator.
+    """
+
+    estimator: str = "k3"
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        from thence.objective.kl import kl_estimate
+
+        assert context.reference_T is not None, "a KL term needs reference log-probabilities"
+        return -kl_estimate(logp_T, context.reference_T, self.estimator)
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        assert context.reference_T is not None, "a KL term needs reference log-probabilities"
+        difference_T = logp_T - context.reference_T
+        if self.estimator == "k1":
+            return -torch.ones_like(logp_T)
+        if self.estimator == "k2":
+            return -difference_T
+        return (-difference_T).exp() - 1
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """The entropy of the whole next-token distribution; weight = the entropy bonus.
+
+    The only surrogate that is not a function of the taken token's log-probability: :func:`.fused.objective` adds its
+    gradient to the logits itself, and ``value`` is given the entropies in place of log-probabilities.
+    """
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return torch.ones_like(logp_T)

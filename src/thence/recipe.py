@@ -1,0 +1,411 @@
+"""The typed schema of recipes: one source for TOML files, Python and command-line flags.
+
+A recipe names its stages in order; the part of a stage's name before the first ``-`` is its kind, and the table of
+the kind is the default of every stage of that kind::
+
+    stages = ["eval-base", "sft", "eval-sft", "rl", "eval-rl"]
+    [eval]          # holds for the three evaluations
+    [eval-base]     # would override [eval] for the first one
+
+Nothing here imports torch, so that ``thence --help`` and ``--dry-run`` of a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from thence.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A table of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The model that the first stage starts from."""
+
+    path: str | None = None
+    """A Hugging Face folder or hub name, or `world:chain/rich` for a base of the embedded world."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside `path`, read by transformers."""
+    init: dict[str, Any] | None = None
+    """Instead of `path`: a transformers configuration (with `model_type`) to start from random weights."""
+    tokenizer: str | None = None
+    """A folder or hub name; default: `path`. `world:chain` is the tokenizer of the embedded world."""
+    config_overrides: dict[str, Any] = {}
+    """Fields of the model's configuration to change, for example rope_theta and max_position_embeddings."""
+    compute_dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Forward and backward; master weights stay float32. auto: bfloat16 on a GPU that has it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository ships. It is printed when on."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of path and init")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("init needs a tokenizer: set model.tokenizer")
+        return self
+
+
+class Data(Section):
+    """Where examples come from and how they are rendered to tokens."""
+
+    source: list[str] = ["world:chain"]
+    """JSONL or Parquet files, Hugging Face data sets, or `world:chain` (the embedded world)."""
+    split: str = "train"
+    """Split of a hub data set or of the embedded world."""
+    layout: Literal["auto", "messages", "prompt-completion", "question-answer", "verl", "text"] = "auto"
+    """How columns are read; auto finds it from their names."""
+    columns: dict[str, str] = {}
+    """Renames: what the layout expects = the name in the file."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only the first so many examples."""
+    seed: int = 0
+    """Seed of the embedded world's generator."""
+    skip_bad: bool = False
+    """List rows that cannot be used and go on, instead of stopping at the first."""
+    template: str = "own"
+    """Chat template: own (the tokenizer's), none, or a path to a Jinja file."""
+    system: str | None = None
+    """System message put before every prompt that has none."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Examples with longer prompts are left out, and counted."""
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    """Longer demonstrations are cut, and counted; a cut one has no end token."""
+
+
+class Optimization(Section):
+    """What SFT and RL stages share: the optimizer, its schedule, micro-batches and checkpoints."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up."""
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps over which the learning rate rises linearly."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """Share of the peak at which linear and cosine end."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW, on matrices only; vectors (norms, biases) are not decayed."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens in one forward and backward, padding included. It never changes the gradient, only memory and speed."""
+    packing: bool = False
+    """Lay rows end to end without padding, each attending to itself only."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    """Steps between checkpoints. The last step of a stage is always kept."""
+
+
+class Sft(Optimization):
+    """A stage of supervised fine-tuning. Defaults: section 4 of arXiv 2604.23747."""
+
+    lr: float = Field(default=5e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after warm-up."""
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate rises linearly."""
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak at which linear and cosine end."""
+    data: dict[str, Any] = {}
+    """Overrides of [data] for this stage."""
+    method: str = "sft"
+    """A method that trains on demonstrations alone; `thence methods` lists them."""
+    options: dict[str, Any] = {}
+    """Settings of the method."""
+    batch: int = Field(default=64, ge=1)
+    """Demonstrations per optimizer step, over all ranks."""
+    epochs: float = Field(default=3, gt=0)
+    """Passes over the data. The last, smaller batch of an epoch is trained too, with its own normaliser."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps instead of epochs."""
+    train_on: Literal["response", "all"] = "response"
+    """all: prompt tokens are trained too (pretraining); it has to be asked for."""
+    held_out: int = Field(default=0, ge=0)
+    """Examples put aside, never trained, on which the loss is measured."""
+    held_out_every: int = Field(default=50, ge=1)
+    """Steps between measurements of the held-out loss; the first and the last are always made."""
+
+
+class Rl(Optimization):
+    """A stage of reinforcement learning. Defaults: section 4 of arXiv 2604.23747."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    data: dict[str, Any] = {}
+    """Overrides of [data] for this stage."""
+    method: str = "grpo"
+    """grpo, dr_grpo, dapo or a method of another package; `thence methods` lists them."""
+    options: dict[str, Any] = {}
+    """Settings of the method."""
+    steps: int = Field(default=500, ge=1)
+    """Rollout batches. Each makes prompts / mini_batch optimizer steps."""
+    prompts: int = Field(default=128, ge=1)
+    """Prompts per rollout batch, over all ranks."""
+    rollouts: int = Field(default=8, ge=1)
+    """Rollouts per prompt: the size of a group."""
+    mini_batch: int | None = Field(default=None, ge=1)
+    """Prompts per optimizer step; default: all prompts of the rollout batch, one step."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, and of every log-probability that the objective uses."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1: off."""
+    top_k: int = Field(default=0, ge=0)
+    """0: off."""
+    max_tokens: int = Field(default=8192, ge=1)
+    """Longest response."""
+    reward: str = "math"
+    """exact, math, math-after-think, or an own function: package.module:function or file.py:function."""
+    reward_seconds: float = Field(default=10.0, gt=0)
+    """Time limit of one answer check."""
+    rollout_rows: int = Field(default=512, ge=1)
+    """Most responses sampled side by side."""
+
+    @model_validator(mode="after")
+    def _mini_batch_divides(self) -> Rl:
+        if self.mini_batch is not None and self.prompts % self.mini_batch:
+            raise ValueError(f"mini_batch {self.mini_batch} does not divide prompts {self.prompts}")
+        return self
+
+
+class Eval(Section):
+    """A stage that measures accuracy. Defaults: temperature 0.6, as section 4 of arXiv 2604.23747."""
+
+    data: dict[str, Any] = {"split": "test"}
+    """Overrides of [data] for this stage."""
+    splits: dict[str, dict[str, Any]] = {}
+    """Several named test sets, each a table of overrides of `data`; empty: one, called after its split."""
+    temperatures: list[float] = [0.6]
+    """One column of the table each; 0 is greedy."""
+    samples: int = Field(default=1, ge=1)
+    """Responses per problem: accuracy is avg@samples."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1: off."""
+    max_tokens: int = Field(default=8192, ge=1)
+    """Longest response."""
+    reward: str = "math"
+    """Grader, as in rl."""
+    reward_seconds: float = Field(default=10.0, gt=0)
+    """Time limit of one answer check."""
+    rollout_rows: int = Field(default=512, ge=1)
+    """Most responses sampled side by side."""
+
+
+KINDS: dict[str, type[Section]] = {"sft": Sft, "rl": Rl, "eval": Eval}
+
+
+class Recipe(Section):
+    """A whole run: a model and the stages it goes through."""
+
+    name: str = "run"
+    """Names the run's folder."""
+    description: str = ""
+    """One line, shown by `thence recipes`."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    folder: str | None = None
+    """Run folder; default: runs/<name>-seed<seed>."""
+    stages: list[str] = ["sft", "rl", "eval"]
+    """Names in order; the part before the first `-` is the kind: sft, rl or eval."""
+    model: Model
+    data: Data = Data()
+    tables: dict[str, Sft | Rl | Eval] = Field(default={}, exclude=True)
+    """The resolved table of every stage; filled from the tables of the file."""
+
+    def stage(self, name: str) -> Sft | Rl | Eval:
+        """The resolved settings of a stage."""
+        return self.tables[name]
+
+    def stage_data(self, overrides: Mapping[str, Any]) -> Data:
+        """[data] with a stage's overrides laid over it."""
+        return _validated(Data, {**self.data.model_dump(), **overrides}, "data", file=None)
+
+    def run_folder(self) -> Path:
+        """Where the run keeps everything."""
+        return Path(self.folder) if self.folder else Path("runs") / f"{self.name}-seed{self.seed}"
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as nested plain values: what is written to the run folder, and loads to the same recipe."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        return plain | {name: stage.model_dump(mode="json", exclude_none=True) for name, stage in self.tables.items()}
+
+
+def kind_of(stage: str) -> str:
+    """The kind of a stage: the part of its name before the first `-`."""
+    return stage.split("-", 1)[0]
+
+
+def load_recipe(origin: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        origin: a TOML file, the name of a shipped recipe, or the tables as a mapping.
+        overrides: dotted names to values, for example ``{"sft.lr": 2e-5}``; strings are parsed as TOML values.
+
+    Raises:
+        RecipeError: unknown recipe or key, wrong type or a combination that makes no sense.
+    """
+    if isinstance(origin, Mapping):
+        file, tables = None, {key: value for key, value in origin.items()}
+    else:
+        file, tables = _read_toml(origin)
+    return build_recipe(apply_overrides(tables, overrides or {}), file=file)
+
+
+def build_recipe(tables: Mapping[str, Any], file: str | None = None) -> Recipe:
+    """Validate nested plain values into a recipe. Raises RecipeError."""
+    stages = tables.get("stages", Recipe.model_fields["stages"].default)
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, str) for s in stages):
+        raise RecipeError("stages is not a list of names", remedy='write stages = ["sft", "rl"]', file=file)
+    for name in stages:
+        if kind_of(name) not in KINDS:
+            raise RecipeError(
+                f"stage {name!r} has no kind",
+                remedy=f"begin its name with one of {', '.join(KINDS)}, for example sft-short",
+                file=file,
+                field="stages",
+            )
+    if len(set(stages)) != len(stages):
+        raise RecipeError(
+            "a stage is named twice", remedy="give each its own name, for example eval-base", file=file, field="stages"
+        )
+    resolved = {}
+    for name in stages:
+        table = {**_table(tables, kind_of(name), file), **_table(tables, name, file)}
+        resolved[name] = _validated(KINDS[kind_of(name)], table, name, file)
+    own = {key: value for key, value in tables.items() if key not in KINDS and key not in stages}
+    recipe = _validated(Recipe, own, "", file, known=[*KINDS, *stages])
+    return recipe.model_copy(update={"tables": resolved})
+
+
+def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay dotted names over nested tables; ``-`` in a field's name counts as ``_``. Returns a new mapping."""
+    result = _copied(tables)
+    stages = result.get("stages", Recipe.model_fields["stages"].default)
+    for dotted, value in overrides.items():
+        *path, leaf = dotted.split(".")
+        heads = {*stages, *KINDS}
+        names = [part if i == 0 and part in heads else part.replace("-", "_") for i, part in enumerate([*path, leaf])]
+        node = result
+        for part in names[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"{part} is not a table", remedy="name a field of the recipe", field=f"--{dotted}")
+        node[names[-1]] = parse_value(value) if isinstance(value, str) else value
+    return result
+
+
+def parse_value(text: str) -> Any:
+    """A flag's text as a TOML value; what is none (a path, a name) stays text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("thence") / "recipes"))
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """Nested plain values as TOML text that :func:`load_recipe` reads back. Empty tables and None are left out."""
+    lines: list[str] = []
+    _write_table(tables, [], lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _read_toml(origin: str | Path) -> tuple[str, dict[str, Any]]:
+    shipped = shipped_recipes()
+    path = shipped.get(str(origin), Path(origin))
+    try:
+        return str(path), tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        near = difflib.get_close_matches(str(origin), shipped, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(
+            f"no recipe {str(origin)!r}", remedy=f"{hint}`thence recipes` lists the shipped ones; or give a TOML file"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"line (\d+)", str(error))
+        raise RecipeError(
+            f"not valid TOML: {error}", remedy="mend this line", file=path, line=int(at.group(1)) if at else None
+        ) from None
+
+
+def _table(tables: Mapping[str, Any], name: str, file: str | None) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{name} is not a table", remedy=f"write [{name}]", file=file, field=name)
+    return dict(table)
+
+
+def _validated(kind: type, values: Mapping[str, Any], where: str, file: str | None, known: Sequence[str] = ()) -> Any:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in ([where] if where else []) + list(first["loc"]))
+        if first["type"] == "extra_forbidden":
+            leaf = str(first["loc"][-1])
+            near = difflib.get_close_matches(leaf, [*kind.model_fields, *known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields are: {', '.join(kind.model_fields)}"
+            raise RecipeError("unknown key", remedy=hint, file=file, field=field) from None
+        problem = first["msg"].removeprefix("Value error, ")
+        shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        raise RecipeError(
+            problem + shown, remedy="mend this field; `thence run --fields` lists all", file=file, field=field or None
+        ) from None
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _write_table(table: Mapping[str, Any], path: list[str], lines: list[str]) -> None:
+    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping) and value is not None}
+    if path and plain:
+        lines += ["", f"[{'.'.join(_key(part) for part in path)}]"]
+    lines += [f"{_key(key)} = {_literal(value)}" for key, value in plain.items()]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            _write_table(value, [*path, key], lines)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _literal(key)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        escaped = re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m.group()):04x}", escaped)
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_literal(inner) for inner in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items()) + "}"
+    return repr(value)

@@ -1,0 +1,126 @@
+"""Sums over ranks. A step needs three: of integer counts, of gradients, of what is logged. There is no average."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_ELEMENTS = 16 * 2**20
+
+
+class Ranks(Protocol):
+    """The processes that share one optimizer step."""
+
+    rank: int
+    world: int
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """Exact integer sums over ranks."""
+        ...
+
+    def sum_floats(self, values: Tensor) -> Tensor:
+        """Sum of a small float64 tensor over ranks, for the log."""
+        ...
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over ranks; a parameter without a gradient on some rank counts as zero."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every rank, in rank order, on every rank."""
+        ...
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        ...
+
+
+class SingleProcess:
+    """One process: every sum over ranks is the value itself."""
+
+    rank = 0
+    world = 1
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        return list(counts)
+
+    def sum_floats(self, values: Tensor) -> Tensor:
+        return values
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def wait(self) -> None:
+        pass
+
+
+class DataParallel:
+    """Each rank holds the whole model and trains its share of the rows; gradients are summed after the last micro-batch.
+
+    Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none.
+    """
+
+    def __init__(self, device: torch.device):
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        total = torch.tensor(list(counts), dtype=torch.int64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_floats(self, values: Tensor) -> Tensor:
+        total = values.to(self.device, torch.float64)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        bucket: list[nn.Parameter] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (
+                bucket[0].dtype != parameter.dtype
+                or sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS
+            ):
+                _sum_bucket(bucket)
+                bucket = []
+            bucket.append(parameter)
+        if bucket:
+            _sum_bucket(bucket)
+
+    def gather(self, value: Any) -> list[Any]:
+        result: list[Any] = [None] * self.world
+        dist.all_gather_object(result, value)
+        return result
+
+    def wait(self) -> None:
+        dist.barrier()
+
+
+def _sum_bucket(parameters: list[nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def start_ranks() -> tuple[Ranks, torch.device]:
+    """The ranks that ``torchrun`` describes in the environment, and this rank's device; one process without it."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return SingleProcess(), device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return DataParallel(device), device

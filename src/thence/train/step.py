@@ -1,0 +1,191 @@
+"""The training step. Count first; add weighted sums; divide by one number per term, known before the first backward.
+
+    L(theta) = - sum over tokens t, terms j of  weight[t, j] * S_j(t; theta) / Z_j
+
+The gradient cannot depend on how the batch was cut into micro-batches, packed, ordered or spread over ranks:
+nothing is ever averaged per micro-batch or per rank, and Z_j is counted over all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thence.errors import StepRefused
+from thence.objective import Batch, Row, divisors, local_counts, objective, token_statistics
+from thence.train.forward import compute_context, hidden_states, output_head
+from thence.train.micro_batches import micro_batches
+from thence.train.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides memory, speed and clipping of a step, but not its objective.
+
+    Args:
+        micro_batch_tokens: most tokens in one forward pass, padding included.
+        packing: lay rows end to end instead of padding them.
+        clip_norm: largest global gradient norm; 0: no clipping.
+        compute_dtype: of the forward and backward pass; the weights and the loss stay float32 or better.
+    """
+
+    micro_batch_tokens: int = 8192
+    packing: bool = False
+    clip_norm: float = 1.0
+    compute_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step was, over all ranks.
+
+    Args:
+        loss: the objective.
+        grad_norm: global gradient norm before clipping.
+        entropy: mean entropy of the next-token distribution over trained tokens, nats.
+        logp: mean log-probability of trained tokens, nats; its negative is the token-mean cross-entropy.
+        clip_share: share of trained tokens whose gradient a clip held back.
+        tokens: tokens in the rows, prompts included, padding not.
+        trained_tokens: tokens that were trained.
+        rows: rows in the batch.
+        micro_batches: forward passes of this rank.
+        seconds: wall time.
+    """
+
+    loss: float
+    grad_norm: float
+    entropy: float
+    logp: float
+    clip_share: float
+    tokens: int
+    trained_tokens: int
+    rows: int
+    micro_batches: int
+    seconds: float
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    ranks: Ranks,
+    settings: StepSettings,
+) -> StepReport:
+    """Take one optimizer step on the batch; this rank holds its own rows of it.
+
+    Raises:
+        StepRefused: the loss or the gradient norm is not finite, or the tokens that went through the model are not
+            those that were counted. The parameters are then as they were.
+    """
+    start = time.perf_counter()
+    counts = ranks.sum_counts(local_counts(batch))
+    loss, seen, sums, passes = accumulate_gradients(model, optimizer, batch, counts, settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ranks.sum_gradients(parameters)
+    totals = ranks.sum_floats(torch.cat([loss.detach().double().cpu()[None], sums, seen]))
+    loss_value, promised = totals[0].item(), counts[0]
+    norm = global_norm(parameters)
+    _check(loss_value, norm, int(totals[5]), promised, optimizer)
+    if settings.clip_norm and norm > settings.clip_norm:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], settings.clip_norm / norm)
+    optimizer.step()
+    trained = max(promised, 1)
+    return StepReport(
+        loss=loss_value,
+        grad_norm=norm,
+        entropy=totals[1].item() / trained,
+        logp=totals[2].item() / trained,
+        clip_share=totals[3].item() / trained,
+        tokens=int(totals[4]),
+        trained_tokens=promised,
+        rows=counts[1],
+        micro_batches=passes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def accumulate_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, counts: Sequence[int], settings: StepSettings
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Add up the gradient of this rank's rows in ``p.grad``.
+
+    Args:
+        counts: the sums over ranks of :func:`~thence.objective.local_counts`.
+
+    Returns:
+        The loss of these rows (already divided by the global normalisers), the number of trained tokens seen, the
+        sums of entropy, log-probability, clipped tokens and tokens, and the number of forward passes.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    device = next(model.parameters()).device
+    divisor_J = divisors(batch.terms, counts)
+    total = torch.zeros((), device=device, dtype=torch.float64 if settings.compute_dtype.itemsize == 8 else torch.float32)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    seen, passes = 0, 0
+    for _, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
+        with compute_context(device, settings.compute_dtype):
+            hidden_TD = hidden_states(model, micro)
+            head_VD, scale = output_head(model)
+            loss, stats = objective(
+                hidden_TD, head_VD, micro.inputs, batch.terms, divisor_J, batch.temperature / scale
+            )
+        loss.backward()
+        total += loss.detach()
+        seen += len(stats.logp_T)
+        passes += 1
+        sums[0] += stats.entropy_T.sum()
+        sums[1] += stats.logp_T.sum()
+        sums[2] += stats.clipped_T.sum()
+        sums[3] += sum(micro.lengths)
+    return total, torch.tensor([float(seen)], dtype=torch.float64), sums.cpu(), passes
+
+
+def policy_statistics(
+    model: nn.Module, rows: Sequence[Row], temperature: float, settings: StepSettings
+) -> list[tuple[Tensor, Tensor]]:
+    """Log-probabilities and entropies of every row's trained tokens under the model as it stands, without gradient.
+
+    Returns:
+        For each row two tensors of shape (n,) on the CPU.
+    """
+    device = next(model.parameters()).device
+    result: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
+    for group, micro in micro_batches(rows, settings.micro_batch_tokens, settings.packing, device):
+        with torch.no_grad(), compute_context(device, settings.compute_dtype):
+            head_VD, scale = output_head(model)
+            logp_T, entropy_T = token_statistics(
+                hidden_states(model, micro), head_VD, micro.inputs.target_T, temperature / scale
+            )
+        sizes = [rows[i].n_trained for i in group]
+        for i, logp, entropy in zip(group, logp_T.cpu().split(sizes), entropy_T.cpu().split(sizes), strict=True):
+            result[i] = (logp, entropy)
+    return result
+
+
+def global_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Euclidean norm of the whole gradient."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.linalg.vector_norm(torch.stack([n.double() for n in norms])).item() if norms else 0.0
+
+
+def _check(loss: float, norm: float, seen: int, promised: int, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a step that would harm the model; the gradient is thrown away and the parameters stay."""
+    if math.isfinite(loss) and math.isfinite(norm) and seen == promised:
+        return
+    optimizer.zero_grad(set_to_none=True)
+    if seen != promised:
+        raise StepRefused(
+            f"{promised} trained tokens were counted but {seen} went through the model",
+            remedy="this is a fault of thence: please report it with the recipe",
+        )
+    raise StepRefused(
+        f"the loss is {loss} and the gradient norm {norm}",
+        remedy="lower the learning rate or look at the last batch; the run goes on from the last checkpoint",
+    )
+
+
