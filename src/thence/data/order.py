@@ -1,0 +1,41 @@
+"""The order in which examples are trained: a function of seed, epoch and step, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from any printable parts; the same on every machine and Python version."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of ``range(n)`` for one epoch."""
+    order = list(range(n))
+    random.Random(stable_seed("order", seed, epoch)).shuffle(order)
+    return order
+
+
+def steps_per_epoch(n: int, batch: int) -> int:
+    """Optimizer steps in one pass; the last, smaller batch counts too."""
+    return math.ceil(n / batch)
+
+
+def batch_at(n: int, batch: int, seed: int, step: int) -> list[int]:
+    """The examples of one optimizer step, counted from 0; a batch never reaches across two epochs."""
+    epoch, position = divmod(step, steps_per_epoch(n, batch))
+    return epoch_order(n, seed, epoch)[position * batch : (position + 1) * batch]
+
+
+def drawn_at(n: int, count: int, seed: int, step: int) -> list[int]:
+    """``count`` examples for one rollout batch: the epochs' orders end to end, so every prompt comes equally often."""
+    result: list[int] = []
+    position = step * count
+    while len(result) < count:
+        epoch, offset = divmod(position + len(result), n)
+        result += epoch_order(n, seed, epoch)[offset : offset + count - len(result)]
+    return result

@@ -1,0 +1,58 @@
+"""A prompt with a response: where it came from, what it was worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Origin = Literal["rollout", "demonstration"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example made ready for a model.
+
+    Args:
+        index: its place in the data set.
+        token_ids: the prompt, with the beginning of the response's turn.
+        demonstration_ids: the expert response with its end token, where there is one.
+        answer: what the grader compares with, where there is one.
+        text: the prompt as the user wrote it, for graders and reports.
+        group: the set it belongs to, for tables.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    demonstration_ids: tuple[int, ...] | None = None
+    answer: str | None = None
+    text: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A prompt and one response.
+
+    Args:
+        prompt: what was asked.
+        response_ids: the response, with its end token if it came.
+        origin: sampled from the policy, or written by the expert.
+        score: what the reward function gave; None where nothing was graded.
+        verdict: right, wrong or unknown.
+        finish: stop or length.
+        text: the response, decoded.
+        sampler_logps: log-probabilities that the sampler reported, to measure its mismatch with the trainer.
+    """
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    origin: Origin = "rollout"
+    score: float | None = None
+    verdict: str = "unknown"
+    finish: str = "stop"
+    text: str = ""
+    sampler_logps: tuple[float, ...] | None = None
+
+    def scored(self, score: float) -> Trajectory:
+        """The same trajectory with another score."""
+        return replace(self, score=score)

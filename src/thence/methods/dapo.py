@@ -1,0 +1,96 @@
+"""DAPO (arXiv 2503.14476): clip-higher, token mean, dynamic sampling, soft penalty for overlong responses.
+
+    L = - (1 / N) sum_i sum_t min(r A_i, clip(r, 0.8, 1.28) A_i), dual clip 3,   A_i = (R_i - mean) / (std + 1e-6)
+
+Groups whose answers are all right or all wrong are dropped and others sampled in their place, at most
+``max_generations`` times. The penalty ``min(-(T - (L - b)) / b * factor, 0)`` is added to the reward; whether a group
+is dropped is decided on the answers alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Sampler
+from thence.methods.grpo import Grpo, GrpoOptions
+
+log = logging.getLogger(__name__)
+
+
+class DapoOptions(GrpoOptions):
+    """GRPO's, with DAPO's values and its own."""
+
+    dual_clip: float = Field(default=3.0, gt=1)
+    """Largest ratio that a negative advantage acts through; inf: off."""
+    std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    dynamic_sampling: bool = True
+    """Drop groups that teach nothing and sample others."""
+    max_generations: int = Field(default=10, ge=1)
+    """Most generation rounds for one batch; it is then trained with the groups that were found."""
+    overlong_tokens: int = Field(default=20480, ge=1)
+    """Longest response, L of the penalty."""
+    overlong_buffer: int = Field(default=4096, ge=0)
+    """Length b over which the penalty grows; 0: no penalty."""
+    overlong_factor: float = Field(default=1.0, ge=0)
+    """Penalty at the longest response."""
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> DapoOptions:
+        if self.overlong_buffer > self.overlong_tokens:
+            raise ValueError("overlong_buffer is longer than overlong_tokens")
+        return self
+
+
+class Dapo(Grpo):
+    """GRPO with DAPO's four changes."""
+
+    name = "dapo"
+    formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A) dual clip 3, A = (R - mean)/std, uninformative groups refilled"
+    source = "arXiv 2503.14476"
+    Options = DapoOptions
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        kept: list[list[Trajectory]] = []
+        rounds = self.options.max_generations if self.options.dynamic_sampling else 1
+        for _ in range(rounds):
+            groups = groups_of(sampler.rollouts(sampler.next_prompts(prompts), n))
+            kept += [g for g in groups if not self.options.dynamic_sampling or is_informative(g)]
+            if len(kept) >= prompts:
+                break
+        else:
+            log.warning("only %d of %d groups had both right and wrong answers after %d rounds", len(kept), prompts, rounds)
+        return [self._penalised(trajectory) for group in kept[:prompts] for trajectory in group]
+
+    def _penalised(self, trajectory: Trajectory) -> Trajectory:
+        penalty = overlong_penalty(
+            len(trajectory.response_ids),
+            self.options.overlong_tokens,
+            self.options.overlong_buffer,
+            self.options.overlong_factor,
+        )
+        return trajectory.scored((trajectory.score or 0.0) + penalty)
+
+
+def overlong_penalty(tokens: int, longest: int, buffer: int, factor: float = 1.0) -> float:
+    """What is added to the reward of a response of so many tokens (arXiv 2503.14476 eq. 13): 0 down to ``-factor``."""
+    if buffer == 0:
+        return 0.0
+    return min(-(tokens - (longest - buffer)) / buffer * factor, 0.0)
+
+
+def is_informative(group: Sequence[Trajectory]) -> bool:
+    """Whether the group's scores differ: otherwise every advantage is zero."""
+    scores = [trajectory.score or 0.0 for trajectory in group]
+    return not math.isclose(min(scores), max(scores))
+
+
+def groups_of(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+    """Neighbouring trajectories of one prompt as lists."""
+    return [list(group) for _, group in itertools.groupby(trajectories, key=lambda t: t.prompt.index)]

@@ -1,0 +1,90 @@
+"""Group relative policy optimisation, with the paper's settings as defaults.
+
+    L = - sum_i sum_t min(r A_i, clip(r, 1 - low, 1 + high) A_i) / Z  (+ kl * k3),   A_i = R_i - mean of the group
+
+Defaults (arXiv 2604.23747, section 4): one token mean over the step, clip 0.2 / 0.28, no division by the group's
+standard deviation, no KL. The original (arXiv 2402.03300 eq. 3, DeepSeekMath) is
+``aggregation = "sequence-mean", std = true, clip_high = 0.2, kl = 0.04``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Method, Options
+from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
+
+
+class GrpoOptions(Options):
+    """Settings of the GRPO family."""
+
+    clip_low: float = Field(default=0.2, ge=0)
+    """Clip range of the ratio below one."""
+    clip_high: float = Field(default=0.28, ge=0)
+    """Clip range of the ratio above one."""
+    dual_clip: float = Field(default=math.inf, gt=1)
+    """Largest ratio that a negative advantage acts through; inf: off."""
+    std: bool = False
+    """Divide advantages by the group's standard deviation."""
+    singleton: Literal["zero", "reward"] = "zero"
+    """Advantage of a response that is alone in its group."""
+    aggregation: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
+    """token-mean: over all tokens of the step. sequence-mean: of each response, then over responses. constant: the
+    sum divided by responses times `constant_tokens` (Dr. GRPO)."""
+    constant_tokens: int = Field(default=8192, ge=1)
+    """The constant length of aggregation = "constant"."""
+    kl: float = Field(default=0.0, ge=0)
+    """Coefficient of the KL to the model that the stage started from."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k3 is GRPO's; k1 has no gradient in expectation."""
+    entropy: float = 0.0
+    """Coefficient of the entropy bonus."""
+
+
+class Grpo(Method):
+    """Clipped policy gradient with group advantages."""
+
+    name = "grpo"
+    stage = "rl"
+    formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A), A = R - group mean, N = response tokens of the step"
+    source = "arXiv 2402.03300 eq. 3 with the settings of arXiv 2604.23747 section 4"
+    Options = GrpoOptions
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o = self.options
+        normaliser = {
+            "token-mean": Normaliser("tokens"),
+            "sequence-mean": Normaliser("sequences"),
+            "constant": Normaliser("sequences", float(o.constant_tokens)),
+        }[o.aggregation]
+        terms = [Term("policy", Clip(o.clip_low, o.clip_high, o.dual_clip), normaliser)]
+        if o.kl:
+            terms.append(Term("kl", NegativeKl(o.kl_estimator), normaliser))
+        if o.entropy:
+            terms.append(Term("entropy", Entropy(), Normaliser("tokens")))
+        return tuple(terms)
+
+    def weigh(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        o = self.options
+        advantages = self.advantages(trajectories).tolist()
+        weights = []
+        for trajectory, advantage in zip(trajectories, advantages, strict=True):
+            n = len(trajectory.response_ids)
+            share = 1 / n if o.aggregation == "sequence-mean" else 1.0
+            rows = [advantage * share] + ([o.kl * share] if o.kl else []) + ([o.entropy] if o.entropy else [])
+            weights.append(torch.tensor(rows)[:, None].repeat(1, n))
+        return weights
+
+    def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one prompt."""
+        rewards = torch.tensor([trajectory.score or 0.0 for trajectory in trajectories], dtype=torch.float64)
+        groups = torch.tensor([trajectory.prompt.index for trajectory in trajectories])
+        return group_advantages(rewards, groups, std=self.options.std, singleton=self.options.singleton)

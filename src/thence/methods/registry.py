@@ -1,0 +1,60 @@
+"""Finding methods by name: thence's own, and those that other packages register."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from thence.errors import RecipeError
+from thence.methods.base import Method
+from thence.methods.dapo import Dapo
+from thence.methods.dr_grpo import DrGrpo
+from thence.methods.grpo import Grpo
+from thence.methods.sft import Sft
+
+OWN: tuple[type[Method], ...] = (Sft, Grpo, DrGrpo, Dapo)
+ENTRY_POINT_GROUP = "thence.methods"
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by name; an installed package adds its own under the entry point group ``thence.methods``."""
+    found = {method.name: method for method in OWN}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        found[entry.name] = entry.load()
+    return found
+
+
+def make_method(name: str, options: Mapping[str, Any], stage: str) -> Method:
+    """The method of a recipe.
+
+    Raises:
+        RecipeError: an unknown method, one for another kind of stage, or an option that it does not have.
+    """
+    known = methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RecipeError(
+            f"unknown method {name!r}",
+            remedy=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}",
+            field=f"{stage}.method",
+        )
+    if known[name].stage != stage:
+        raise RecipeError(
+            f"method {name!r} belongs into a stage of kind {known[name].stage}",
+            remedy=f"use one of {', '.join(n for n, m in known.items() if m.stage == stage)}",
+            field=f"{stage}.method",
+        )
+    try:
+        return known[name](options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            f"{first['msg'].removeprefix('Value error, ')} (method {name})",
+            remedy=f"its options are: {', '.join(known[name].Options.model_fields)}",
+            field=f"{stage}.options.{where}" if where else f"{stage}.options",
+        ) from None

@@ -1,0 +1,76 @@
+"""What the sampler asks of a model: read prompts into a cache, then give the logits of one more token a row."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Decoder(Protocol):
+    """A model with a key-value cache over a changing set of rows."""
+
+    def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
+        """Read U different prompts, then hold ``repeat_U[u]`` rows of each, one after the other.
+
+        Returns:
+            The logits that predict the first response token of every row, shape (rows, V), float32.
+        """
+        ...
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Append one token to every row; the logits that predict the next, shape (B, V), float32."""
+        ...
+
+    def keep(self, row_K: Tensor) -> None:
+        """Drop all rows but these, in this order."""
+        ...
+
+
+def padded_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left to the longest: token ids (U, P) and the padding of each (U,)."""
+    longest = max(map(len, prompts))
+    token_ids_UP = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    return token_ids_UP, torch.tensor([longest - len(p) for p in prompts], device=device)
+
+
+class TransformersDecoder:
+    """Any Hugging Face causal language model, through its own cache."""
+
+    def __init__(self, model: Any):
+        from transformers import DynamicCache
+
+        self.model, self.device = model, next(model.parameters()).device
+        self.cache = DynamicCache(config=model.config)
+        self.seen_BL = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
+
+    def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
+        token_ids_UP, padding_U = padded_left(prompts, self.device)
+        columns_P = torch.arange(token_ids_UP.shape[1], device=self.device)
+        seen_UP = (columns_P >= padding_U[:, None]).long()
+        logits_UV = self._forward(token_ids_UP, seen_UP)
+        row_B = torch.arange(len(prompts), device=self.device).repeat_interleave(repeat_U.to(self.device))
+        self.seen_BL = seen_UP
+        self.keep(row_B)
+        return logits_UV[row_B]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        self.seen_BL = torch.cat([self.seen_BL, torch.ones_like(token_B)[:, None]], 1)
+        return self._forward(token_B[:, None], self.seen_BL)
+
+    def keep(self, row_K: Tensor) -> None:
+        self.seen_BL = self.seen_BL[row_K]
+        self.cache.batch_select_indices(row_K)
+
+    def _forward(self, token_ids_BN: Tensor, seen_BL: Tensor) -> Tensor:
+        positions_BL = (seen_BL.cumsum(1) - 1).clamp(min=0)
+        output = self.model(
+            input_ids=token_ids_BN,
+            attention_mask=seen_BL,
+            position_ids=positions_BL[:, -token_ids_BN.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()

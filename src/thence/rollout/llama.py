@@ -1,0 +1,180 @@
+"""A decoder for the Llama family (Llama, Mistral, Qwen2, Qwen3) that does a token's arithmetic and little else.
+
+At the sizes that a CPU can train, the time of a decoding step goes to the number of operations, not to arithmetic.
+So the weights of a layer are laid side by side (q, k, v; gate, up), the norms' weights are multiplied into them,
+the residual is added by the matrix product, and keys and values are written in place into a preallocated cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from thence.rollout.decoders import padded_left
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def is_plain_llama(model: Any) -> bool:
+    """Whether the model is of the family and uses nothing that this decoder leaves out."""
+    config = model.config
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return (
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and not windowed
+        and not getattr(config, "mlp_bias", False)
+        and "dynamic" not in str((config.rope_parameters or {}).get("rope_type", "default"))
+        and all(p.dtype == torch.float32 for p in model.parameters())
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights, made ready: transposed for ``addmm``, norms multiplied in."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out_t: Tensor
+    gate_up: Tensor
+    down_t: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+class LlamaDecoder:
+    """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side."""
+
+    def __init__(self, model: Any):
+        config = model.config
+        self.device = next(model.parameters()).device
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.eps = config.rms_norm_eps
+        self.embedding = model.model.embed_tokens.weight
+        self.head = model.lm_head.weight * model.model.norm.weight
+        self.layers = [_ready(layer) for layer in model.model.layers]
+        self.rotary = model.model.rotary_emb
+        self.length = 0
+
+    def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
+        token_ids_UP, padding_U = padded_left(prompts, self.device)
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(repeat_U.to(self.device))
+        n_prompts, self.length = token_ids_UP.shape
+        self.padding_B = padding_U
+        self._make_rotary(self.length + max_tokens)
+        shape = (len(rows), self.kv_heads, self.length + max_tokens, self.head_size)
+        self.cache = [(torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)) for _ in self.layers]
+        mask = self._prompt_mask(padding_U)
+        position_UP = (torch.arange(self.length, device=self.device) - padding_U[:, None]).clamp(min=0)
+        cos, sin = self.cos[position_UP][:, :, None], self.sin[position_UP][:, :, None]
+        x = self.embedding[token_ids_UP].flatten(0, 1)
+        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+            q, k, v = self._qkv(layer, x, cos, sin, (n_prompts, self.length))
+            keys[:, :, : self.length], values[:, :, : self.length] = k[rows], v[rows]
+            o = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            )
+            x = self._finish(layer, x, o.transpose(1, 2).reshape(len(x), -1))
+        last = x.view(n_prompts, self.length, -1)[:, -1]
+        self.padding_B = padding_U[rows]
+        self._make_mask()
+        return self._logits(last)[rows]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        n, at = len(token_B), self.length
+        self.length += 1
+        if self.mask is None:
+            cos, sin = self.cos[at], self.sin[at]
+        else:
+            position_B = at - self.padding_B
+            cos, sin = self.cos[position_B][:, None, None], self.sin[position_B][:, None, None]
+        mask = None if self.mask is None else self.mask[:, :, :, : at + 1]
+        x = self.embedding[token_B]
+        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+            q, k, v = self._qkv(layer, x, cos, sin, (n, 1))
+            keys[:, :, at : at + 1], values[:, :, at : at + 1] = k, v
+            o = scaled_dot_product_attention(
+                q, keys[:, :, : at + 1], values[:, :, : at + 1], attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+            )
+            x = self._finish(layer, x, o.reshape(n, -1))
+        return self._logits(x)
+
+    def keep(self, row_K: Tensor) -> None:
+        self.cache = [(_compacted(k, row_K, self.length), _compacted(v, row_K, self.length)) for k, v in self.cache]
+        self.padding_B = self.padding_B[row_K]
+        self._make_mask()
+
+    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        h = rms_norm(x, x.shape[-1:], eps=self.eps)
+        heads = linear(h, layer.qkv, layer.qkv_bias).view(*shape, -1, self.head_size)
+        qk, v = heads[:, :, : self.heads + self.kv_heads], heads[:, :, self.heads + self.kv_heads :]
+        if layer.q_norm is not None:
+            q = rms_norm(qk[:, :, : self.heads], (self.head_size,), layer.q_norm, self.eps)
+            k = rms_norm(qk[:, :, self.heads :], (self.head_size,), layer.k_norm, self.eps)
+            qk = torch.cat([q, k], 2)
+        half = self.head_size // 2
+        turned = torch.empty_like(qk)
+        torch.addcmul(qk[..., :half] * cos, qk[..., half:], sin, value=-1, out=turned[..., :half])
+        torch.addcmul(qk[..., half:] * cos, qk[..., :half], sin, out=turned[..., half:])
+        turned = turned.transpose(1, 2)
+        return turned[:, : self.heads], turned[:, self.heads :], v.transpose(1, 2)
+
+    def _finish(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+        x = torch.addmm(x, attended, layer.out_t)
+        gate, up = linear(rms_norm(x, x.shape[-1:], eps=self.eps), layer.gate_up).chunk(2, -1)
+        return torch.addmm(x, silu(gate).mul_(up), layer.down_t)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return linear(rms_norm(x, x.shape[-1:], eps=self.eps), self.head).float()
+
+    def _make_rotary(self, length: int) -> None:
+        position = torch.arange(length, device=self.device)[None]
+        cos, sin = self.rotary(self.embedding, position)
+        half = self.head_size // 2
+        self.cos, self.sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def _prompt_mask(self, padding_U: Tensor) -> Tensor | None:
+        if not bool(padding_U.any()):
+            return None
+        column = torch.arange(self.length, device=self.device)
+        causal_PP = column <= column[:, None]
+        seen = causal_PP & (column >= padding_U[:, None, None])
+        # a padding position sees itself, so that its softmax is not over nothing
+        return (seen | torch.eye(self.length, dtype=torch.bool, device=self.device))[:, None]
+
+    def _make_mask(self) -> None:
+        """Additive mask of the padding columns, or None where no row has any; then all rows share positions too."""
+        if not bool(self.padding_B.any()):
+            self.mask = None
+            return
+        total = self.cache[0][0].shape[2]
+        column = torch.arange(total, device=self.device)
+        hidden = column < self.padding_B[:, None]
+        self.mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))[:, None, None]
+
+
+def _ready(layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Layer(
+        qkv=torch.cat([part.weight for part in parts]) * before,
+        qkv_bias=torch.cat(biases) if biases else None,
+        out_t=attention.o_proj.weight.T,
+        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * after,
+        down_t=mlp.down_proj.weight.T,
+        q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+        k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+    )
+
+
+def _compacted(cache: Tensor, row_K: Tensor, length: int) -> Tensor:
+    result = torch.empty(len(row_K), *cache.shape[1:], device=cache.device)
+    result[:, :, :length] = cache[row_K, :, :length]
+    return result

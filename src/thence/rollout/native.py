@@ -1,0 +1,139 @@
+"""Sampling responses with the trainer's own weights: batched, with a key-value cache, reproducible row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from thence.rollout.decoders import Decoder, TransformersDecoder
+from thence.rollout.draws import draw, uniforms
+from thence.rollout.llama import LlamaDecoder, is_plain_llama
+
+DRAW_BLOCK = 64  # positions whose random numbers are made at once
+RETIRE_SHARE = 0.125  # of the rows held: so many must have ended before the cache is made smaller
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Args:
+        max_tokens: longest response.
+        temperature: 0 is greedy.
+        top_p: nucleus; 1: off.
+        top_k: 0: off.
+        stop_ids: tokens that end a response; the one that ended it is part of the response.
+        rows: most responses sampled side by side.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()
+    rows: int = 512
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response.
+
+    Args:
+        token_ids: with the end token, if it came.
+        logps: log-probability of each token at the sampling temperature, nats.
+        finish: ``stop``: an end token came; ``length``: it was cut at ``max_tokens``.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    finish: Literal["stop", "length"]
+
+
+@torch.no_grad()
+def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    """Sample one response for every prompt.
+
+    Args:
+        model: a Hugging Face causal language model.
+        prompts: token ids, at least one token each; repeated prompts are read once.
+        seeds: one a prompt. The same prompt, seed and weights give the same tokens whatever is sampled beside them
+            (up to the last bits of floating-point sums).
+
+    Returns:
+        The responses in the order of the prompts.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt has no token; give it at least a beginning token")
+    # Rows of one length need no padding and the same prompt is read once: sort by length, then by content.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
+    decoder_type = LlamaDecoder if is_plain_llama(model) else TransformersDecoder
+    result: list[Response | None] = [None] * len(prompts)
+    for start in range(0, len(order), sampling.rows):
+        wave = order[start : start + sampling.rows]
+        responses = _sample_wave(
+            decoder_type(model), [list(prompts[i]) for i in wave], [seeds[i] for i in wave], sampling
+        )
+        for i, response in zip(wave, responses, strict=True):
+            result[i] = response
+    return [response for response in result if response is not None]
+
+
+def _sample_wave(decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+    unique, repeats = _runs(prompts)
+    logits_BV = decoder.prefill(unique, torch.tensor(repeats), sampling.max_tokens)
+    device, n = logits_BV.device, len(prompts)
+    token_NT = torch.zeros(n, sampling.max_tokens, dtype=torch.int64, device=device)
+    logp_NT = torch.zeros(n, sampling.max_tokens, device=device)
+    length_N = torch.full((n,), sampling.max_tokens, device=device)
+    stopped_N = torch.zeros(n, dtype=torch.bool, device=device)
+    stop_S = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
+    row_B = torch.arange(n, device=device)  # which response each row of the decoder is
+    seed_N = torch.tensor(seeds, dtype=torch.int64, device=device)
+    uniform_BC = uniforms(seed_N, 0, DRAW_BLOCK)
+    for t in range(sampling.max_tokens):
+        if t % DRAW_BLOCK == 0 and t:
+            uniform_BC = uniforms(seed_N[row_B], t, DRAW_BLOCK)
+        token_B, logp_B = draw(
+            logits_BV, uniform_BC[:, t % DRAW_BLOCK], sampling.temperature, sampling.top_p, sampling.top_k
+        )
+        token_NT[row_B, t], logp_NT[row_B, t] = token_B, logp_B
+        if len(stop_S):
+            ends_B = torch.isin(token_B, stop_S) & ~stopped_N[row_B]
+            ended = row_B[ends_B]
+            length_N[ended] = t + 1
+            stopped_N[ended] = True
+        live_K = (~stopped_N[row_B]).nonzero()[:, 0]
+        if not len(live_K) or t + 1 == sampling.max_tokens:
+            break
+        if len(live_K) <= (1 - RETIRE_SHARE) * len(row_B):
+            decoder.keep(live_K)
+            row_B, token_B, uniform_BC = row_B[live_K], token_B[live_K], uniform_BC[live_K]
+        logits_BV = decoder.step(token_B)
+    return _responses(token_NT, logp_NT, length_N, stopped_N)
+
+
+def _responses(token_NT: Tensor, logp_NT: Tensor, length_N: Tensor, stopped_N: Tensor) -> list[Response]:
+    tokens, logps = token_NT.tolist(), logp_NT.tolist()
+    return [
+        Response(tokens[i][:length], logps[i][:length], "stop" if stopped else "length")
+        for i, (length, stopped) in enumerate(zip(length_N.tolist(), stopped_N.tolist(), strict=True))
+    ]
+
+
+def _runs(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Equal neighbours as one prompt and how often it stands there."""
+    unique: list[list[int]] = []
+    repeats: list[int] = []
+    for prompt in prompts:
+        if unique and unique[-1] == prompt:
+            repeats[-1] += 1
+        else:
+            unique.append(prompt)
+            repeats.append(1)
+    return unique, repeats

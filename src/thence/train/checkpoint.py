@@ -1,0 +1,119 @@
+"""Checkpoints that are whole or not there: written beside, checked by checksum, renamed into place.
+
+A checkpoint is a folder in the Hugging Face layout (any tool opens it) with the optimizer's tensors and the plain
+state beside the weights. safetensors and JSON only; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: plain state and the optimizer's tensors. Weights are opened from ``folder``."""
+
+    folder: Path
+    step: int
+    plain: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    plain: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    keep: int = 1,
+) -> Path:
+    """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest before it.
+
+    Killed at any moment, the folder holds the earlier checkpoint, the new one, or both; never a part of one.
+    """
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".writing-{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(contiguous, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, **plain}), encoding="utf-8")
+    publish(temporary, final)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Write a manifest of checksums, flush everything to disk and rename the folder into place."""
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*files, temporary / MANIFEST, temporary]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush(final.parent)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold; a damaged one is passed over."""
+    for path in reversed(checkpoints(folder)):
+        if is_whole(path):
+            plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(path, plain.pop("step"), plain, load_file(path / "optimizer.safetensors"))
+    return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file that the manifest names is there with its checksum."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Copy the weights of a folder into the model, bit by bit."""
+    shards = sorted(folder.glob("model*.safetensors"))
+    tensors = {name: value for shard in shards for name, value in load_file(shard).items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise OSError(f"{folder} does not fit the model: missing {missing}, unexpected {unexpected}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

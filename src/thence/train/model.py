@@ -1,0 +1,127 @@
+"""Opening and saving models in the Hugging Face layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thence import recipe as recipes
+from thence.errors import RecipeError, UserError
+from thence.train.forward import check_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal language model with float32 (or float64) weights, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    origin: str
+
+
+def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> Loaded:
+    """Open the model of a recipe, or make it from random weights.
+
+    Args:
+        seed: of the random weights, where ``settings.init`` asks for them.
+
+    Raises:
+        RecipeError: no such model or tokenizer.
+        UserError: a model whose output layer thence cannot take apart.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if settings.trust_remote_code:
+        log.warning("running Python code shipped by %s (trust_remote_code = true)", settings.path)
+    dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
+    origin = resolve(settings.path or settings.tokenizer or "")
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if settings.gguf_file:
+        options["gguf_file"] = settings.gguf_file
+    try:
+        tokenizer_origin = resolve(settings.tokenizer) if settings.tokenizer else origin
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_origin, **(options if not settings.tokenizer else {}))
+        if settings.init is not None:
+            config = _without_dropout(AutoConfig.for_model(**settings.init))
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            config = AutoConfig.from_pretrained(origin, **options)
+            config = _without_dropout(_overridden(config, settings.config_overrides))
+            model = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
+            remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
+            field="model.path",
+        ) from error
+    model = model.to(device).eval()
+    check_model(model)
+    return Loaded(model, tokenizer, settings.path or "random weights")
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward passes that the recipe and the device amount to."""
+    if settings.compute_dtype != "auto":
+        return getattr(torch, settings.compute_dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def resolve(path: str) -> str:
+    """A folder for ``world:...`` (a base of the embedded world) and ``package:...`` (an installed package); else the name."""
+    if path.startswith("world:"):
+        name = path.removeprefix("world:").replace("/", "-")
+        folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
+        if not folder.is_dir():
+            known = sorted(p.name.replace("-", "/", 1) for p in folder.parent.glob("*") if p.is_dir())
+            raise RecipeError(
+                f"no base {path!r}", remedy=f"use one of {', '.join('world:' + k for k in known)}", field="model.path"
+            )
+        return str(folder)
+    if path.startswith("package:"):
+        package = path.removeprefix("package:")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"the package {package} is not installed", remedy=f"pip install {package.replace('_', '-')}", field="model.path"
+            )
+        return str(spec.submodule_search_locations[0])
+    return os.path.expanduser(path)
+
+
+def _overridden(config: Any, overrides: dict[str, Any]) -> Any:
+    for name, value in overrides.items():
+        if name == "rope_theta" and isinstance(getattr(config, "rope_parameters", None), dict):
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": value}
+        elif hasattr(config, name):
+            setattr(config, name, value)
+        else:
+            raise RecipeError(
+                f"{type(config).__name__} has no field {name!r}",
+                remedy="look at the model's config.json",
+                field=f"model.config_overrides.{name}",
+            )
+    return config
+
+
+def _without_dropout(config: Any) -> Any:
+    """Dropout off: its noise would depend on how a batch is cut, and RL compares a policy with itself."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and value and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config

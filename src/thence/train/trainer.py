@@ -1,0 +1,101 @@
+"""A model with its optimizers and schedule: the step, made usable without a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thence.objective import Batch, Row
+from thence.train.parallel import Ranks, SingleProcess
+from thence.train.step import StepReport, StepSettings, policy_statistics, train_step
+
+
+class Trainer:
+    """Takes optimizer steps on batches.
+
+    A method with two kinds of step (ReLIFT, SASR) names them and gets an AdamW state for each.
+
+    Args:
+        model: a causal language model with float32 or float64 weights.
+        learning_rate: a number, or a function of the number of steps taken.
+        settings: micro-batches, clipping, precision.
+        ranks: who shares the step; this process alone when absent.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        learning_rate: float | Callable[[int], float],
+        settings: StepSettings | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        activation_checkpointing: bool = False,
+        ranks: Ranks | None = None,
+    ):
+        self.model, self.settings, self.ranks = model, settings or StepSettings(), ranks or SingleProcess()
+        self.learning_rate: Callable[[int], float] = (
+            learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
+        )
+        self.steps_taken = 0
+        self._adamw = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._optimizers: dict[str, torch.optim.AdamW] = {}
+        if activation_checkpointing:
+            model.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(self, batch: Batch, optimizer: str = "main") -> StepReport:
+        """Take one optimizer step; see :func:`thence.train.step.train_step`."""
+        adamw = self.optimizer(optimizer)
+        for group in adamw.param_groups:
+            group["lr"] = self.learning_rate(self.steps_taken)
+        report = train_step(self.model, adamw, batch, self.ranks, self.settings)
+        self.steps_taken += 1
+        return report
+
+    def statistics(self, rows: Sequence[Row], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Log-probabilities and entropies of the rows' trained tokens under the model as it stands."""
+        return policy_statistics(self.model, rows, temperature, self.settings)
+
+    def optimizer(self, name: str) -> torch.optim.AdamW:
+        """The optimizer of this kind of step, made when first asked for."""
+        if name not in self._optimizers:
+            self._optimizers[name] = make_adamw(self.model, **self._adamw)
+        return self._optimizers[name]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything but the weights that a resumed run needs: plain values, and tensors by name."""
+        tensors = {}
+        for kind, optimizer in self._optimizers.items():
+            for name, parameter in self.model.named_parameters():
+                for field, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{kind}/{name}/{field}"] = value
+        return {"steps_taken": self.steps_taken, "optimizers": sorted(self._optimizers)}, tensors
+
+    def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take up a state that :meth:`state` gave; the model's weights are restored by the caller."""
+        self.steps_taken = plain["steps_taken"]
+        parameters = dict(self.model.named_parameters())
+        for kind in plain["optimizers"]:
+            self.optimizer(kind)
+        for key, value in tensors.items():
+            kind, name, field = key.split("/")
+            parameter = parameters[name]
+            where = value.device if field == "step" else parameter.device
+            self.optimizer(kind).state[parameter][field] = value.clone().to(where)
+
+
+def make_adamw(
+    model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); matrices are decayed, vectors (norms, biases) are not. The caller sets the learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
