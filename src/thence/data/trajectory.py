@@ -42,6 +42,8 @@ class Trajectory:
         finish: stop or length.
         text: the response, decoded.
         sampler_logps: log-probabilities that the sampler reported, to measure its mismatch with the trainer.
+        extracted: what the grader took for the answer.
+        reason: why the grader could not tell, or what else it has to say.
     """
 
     prompt: Prompt
@@ -52,6 +54,8 @@ class Trajectory:
     finish: str = "stop"
     text: str = ""
     sampler_logps: tuple[float, ...] | None = None
+    extracted: str | None = None
+    reason: str = ""
 
     def scored(self, score: float) -> Trajectory:
         """The same trajectory with another score."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from thence.errors import StepRefused
-from thence.objective import Batch, Row, divisors, local_counts, objective, token_statistics
+from thence.objective import Batch, Row, TokenStats, divisors, local_counts, objective, token_statistics
 from thence.train.forward import compute_context, hidden_states, output_head
 from thence.train.micro_batches import micro_batches
 from thence.train.parallel import Ranks
+
+Observer = Callable[[Sequence[int], TokenStats], None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,12 @@ def train_step(
     batch: Batch,
     ranks: Ranks,
     settings: StepSettings,
+    observe: Observer | None = None,
 ) -> StepReport:
     """Take one optimizer step on the batch; this rank holds its own rows of it.
+
+    Args:
+        observe: called for every micro-batch with the indices of its rows and the statistics of their trained tokens.
 
     Raises:
         StepRefused: the loss or the gradient norm is not finite, or the tokens that went through the model are not
@@ -84,7 +90,7 @@ def train_step(
     """
     start = time.perf_counter()
     counts = ranks.sum_counts(local_counts(batch))
-    loss, seen, sums, passes = accumulate_gradients(model, optimizer, batch, counts, settings)
+    loss, seen, sums, passes = accumulate_gradients(model, optimizer, batch, counts, settings, observe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ranks.sum_gradients(parameters)
     totals = ranks.sum_floats(torch.cat([loss.detach().double().cpu()[None], sums, seen]))
@@ -110,7 +116,12 @@ def train_step(
 
 
 def accumulate_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, counts: Sequence[int], settings: StepSettings
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    counts: Sequence[int],
+    settings: StepSettings,
+    observe: Observer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Add up the gradient of this rank's rows in ``p.grad``.
 
@@ -127,7 +138,7 @@ def accumulate_gradients(
     total = torch.zeros((), device=device, dtype=torch.float64 if settings.compute_dtype.itemsize == 8 else torch.float32)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     seen, passes = 0, 0
-    for _, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
+    for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
         with compute_context(device, settings.compute_dtype):
             hidden_TD = hidden_states(model, micro)
             head_VD, scale = output_head(model)
@@ -142,6 +153,8 @@ def accumulate_gradients(
         sums[1] += stats.logp_T.sum()
         sums[2] += stats.clipped_T.sum()
         sums[3] += sum(micro.lengths)
+        if observe is not None:
+            observe(group, stats)
     return total, torch.tensor([float(seen)], dtype=torch.float64), sums.cpu(), passes
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from thence.objective import Batch, Row
 from thence.train.parallel import Ranks, SingleProcess
-from thence.train.step import StepReport, StepSettings, policy_statistics, train_step
+from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
 
 class Trainer:
@@ -48,12 +48,12 @@ class Trainer:
             model.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def step(self, batch: Batch, optimizer: str = "main") -> StepReport:
+    def step(self, batch: Batch, optimizer: str = "main", observe: Observer | None = None) -> StepReport:
         """Take one optimizer step; see :func:`thence.train.step.train_step`."""
         adamw = self.optimizer(optimizer)
         for group in adamw.param_groups:
             group["lr"] = self.learning_rate(self.steps_taken)
-        report = train_step(self.model, adamw, batch, self.ranks, self.settings)
+        report = train_step(self.model, adamw, batch, self.ranks, self.settings, observe)
         self.steps_taken += 1
         return report
 

@@ -1,0 +1,136 @@
+"""Sampling and grading responses of a model: what evaluation and RL share, and the table row that evaluation makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from thence.data.order import stable_seed
+from thence.data.trajectory import Prompt, Trajectory
+from thence.evaluate.accuracy import accuracy
+from thence.rollout.native import Sampling, sample
+from thence.train.parallel import Ranks
+from thence.verify.reward import Grader
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of a result table: a test set at a temperature.
+
+    Args:
+        split: name of the test set.
+        temperature: of sampling.
+        problems, samples: how many problems, and samples for each.
+        accuracy, low, high: avg@samples and its 95% interval.
+        right, wrong, unknown: verdicts over all samples; unknown is counted as not right.
+        mean_tokens: mean length of a response.
+        truncated: responses without an end token.
+    """
+
+    split: str
+    temperature: float
+    problems: int
+    samples: int
+    accuracy: float
+    low: float
+    high: float
+    right: int
+    wrong: int
+    unknown: int
+    mean_tokens: float
+    truncated: int
+
+
+def respond(
+    model: Any,
+    tokenizer: Any,
+    grader: Grader,
+    prompts: Sequence[Prompt],
+    n: int,
+    sampling: Sampling,
+    seed_parts: tuple[object, ...],
+) -> list[Trajectory]:
+    """``n`` graded responses for each prompt, prompt by prompt.
+
+    Args:
+        seed_parts: what the random numbers follow from, besides the prompt's index and the number of the response.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    seeds = [stable_seed(*seed_parts, prompt.index, j) for prompt in prompts for j in range(n)]
+    responses = sample(model, [prompt.token_ids for prompt in repeated], seeds, sampling)
+    texts = [tokenizer.decode(response.token_ids, skip_special_tokens=True) for response in responses]
+    grades = grader.grade_many([p.text for p in repeated], texts, [p.answer for p in repeated])
+    return [
+        Trajectory(
+            prompt,
+            tuple(response.token_ids),
+            score=grade.score,
+            verdict=grade.verdict.value,
+            finish=response.finish,
+            text=text,
+            sampler_logps=tuple(response.logps),
+            extracted=grade.extracted,
+            reason=grade.reason,
+        )
+        for prompt, response, text, grade in zip(repeated, responses, texts, grades, strict=True)
+    ]
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    grader: Grader,
+    prompts: Sequence[Prompt],
+    *,
+    split: str,
+    samples: int,
+    sampling: Sampling,
+    seed_parts: tuple[object, ...],
+    ranks: Ranks,
+) -> tuple[Measurement, list[Trajectory]]:
+    """Accuracy on a test set, and all responses. Ranks share the problems; every rank gets the whole result."""
+    mine = prompts[ranks.rank :: ranks.world]
+    parts = ranks.gather(respond(model, tokenizer, grader, mine, samples, sampling, seed_parts))
+    place = {prompt.index: i for i, prompt in enumerate(prompts)}
+    trajectories = sorted((t for part in parts for t in part), key=lambda t: place[t.prompt.index])
+    groups = [trajectories[i : i + samples] for i in range(0, len(trajectories), samples)]
+    result = accuracy([sum(t.verdict == "right" for t in group) / samples for group in groups])
+    verdicts = [t.verdict for t in trajectories]
+    row = Measurement(
+        split=split,
+        temperature=sampling.temperature,
+        problems=result.problems,
+        samples=samples,
+        accuracy=result.accuracy,
+        low=result.low,
+        high=result.high,
+        right=verdicts.count("right"),
+        wrong=verdicts.count("wrong"),
+        unknown=verdicts.count("unknown"),
+        mean_tokens=sum(len(t.response_ids) for t in trajectories) / len(trajectories),
+        truncated=sum(t.finish == "length" for t in trajectories),
+    )
+    return row, trajectories
+
+
+def sample_record(trajectory: Trajectory, **where: Any) -> dict[str, Any]:
+    """A response as plain values, for ``samples.jsonl``."""
+    return {
+        **where,
+        "index": trajectory.prompt.index,
+        "prompt": trajectory.prompt.text,
+        "response": trajectory.text,
+        "answer": trajectory.prompt.answer,
+        "verdict": trajectory.verdict,
+        "extracted": trajectory.extracted,
+        "reason": trajectory.reason,
+        "score": trajectory.score,
+        "tokens": len(trajectory.response_ids),
+        "finish": trajectory.finish,
+    }
+
+
+def measurement_record(row: Measurement) -> dict[str, Any]:
+    """A table row as plain values, for ``result.json``."""
+    return asdict(row)

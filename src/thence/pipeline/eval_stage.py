@@ -1,0 +1,68 @@
+"""The stage that measures accuracy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from thence.data.chat import end_token_ids
+from thence.evaluate.measure import measure, measurement_record, sample_record
+from thence.pipeline.context import Context
+from thence.pipeline.folder import write_atomically, write_jsonl
+from thence.pipeline.prompts import load_prompts
+from thence.recipe import Eval
+from thence.rollout.native import Sampling
+from thence.verify.reward import load_reward
+
+
+def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
+    """Measure the context's model on every split at every temperature.
+
+    Each measurement is kept as soon as it is made; a run that is killed goes on with the next.
+    """
+    folder = context.folder.stage(context.name)
+    splits = stage.splits or {stage.data.get("split", "test"): {}}
+    parts = [(split, temperature) for split in splits for temperature in stage.temperatures]
+    results = []
+    if context.leads:
+        context.watcher.stage(context.name, len(parts), 0)
+    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
+        for split, temperature in parts:
+            kept = folder / "parts" / f"{split}-{temperature}.json"
+            if not kept.exists():
+                data = context.recipe.stage_data({**stage.data, **splits[split]})
+                row, trajectories = measure(
+                    context.model,
+                    context.tokenizer,
+                    grader,
+                    load_prompts(data, context.tokenizer),
+                    split=split,
+                    samples=stage.samples,
+                    sampling=Sampling(
+                        max_tokens=stage.max_tokens,
+                        temperature=temperature,
+                        top_p=stage.top_p,
+                        stop_ids=end_token_ids(context.tokenizer, data.template),
+                        rows=stage.rollout_rows,
+                    ),
+                    seed_parts=(context.recipe.seed, "eval", split, temperature),
+                    ranks=context.ranks,
+                )
+                if context.leads:
+                    where = {"stage": context.name, "step": 0, "split": split, "temperature": temperature}
+                    records = [sample_record(t, **where) for t in trajectories]
+                    write_jsonl(kept.with_suffix(".jsonl"), records)
+                    write_atomically(kept, json.dumps(measurement_record(row)))
+                context.ranks.wait()
+            results.append(json.loads(kept.read_text(encoding="utf-8")))
+            if context.leads:
+                context.watcher.step({"reward": results[-1]["accuracy"], "response_tokens": results[-1]["mean_tokens"]})
+    if context.leads:
+        write_atomically(folder / "result.json", json.dumps({"stage": context.name, "rows": results}, indent=1))
+        samples = [
+            json.loads(line)
+            for path in sorted((folder / "parts").glob("*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        write_jsonl(folder / "samples.jsonl", samples)
+    return {"measurements": len(results)}

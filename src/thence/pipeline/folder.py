@@ -1,0 +1,151 @@
+"""The run folder: everything a run keeps, and how it survives being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from thence import __version__
+from thence.errors import UserError
+from thence.recipe import Recipe, load_recipe, to_toml
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Layout: ``recipe.toml`` (resolved), ``environment.json``, ``metrics.jsonl`` (one line a step), ``report.html``, and
+    for each stage ``stages/<name>/`` with ``checkpoints/`` while it runs, then ``model/`` (Hugging Face layout) or
+    ``result.json``, ``samples.jsonl`` and, last of all, ``done.json``.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+
+    def stage(self, name: str) -> Path:
+        """The folder of one stage."""
+        return self.path / "stages" / name
+
+    def open(self, recipe: Recipe, device: str) -> None:
+        """Make the folder, or take up the run that stands in it.
+
+        Raises:
+            UserError: the folder holds a run of another recipe.
+        """
+        text = to_toml(recipe.resolved())
+        kept = self.path / "recipe.toml"
+        if kept.exists():
+            # compare as recipes: the text of an older version may differ where the settings do not
+            if load_recipe(kept).resolved() != recipe.resolved():
+                raise UserError(
+                    f"{self.path} holds a run with other settings",
+                    remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
+                    file=kept,
+                )
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, text)
+        write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=1))
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage is complete."""
+        return (self.stage(stage) / "done.json").exists()
+
+    def finish(self, stage: str, facts: Mapping[str, Any]) -> None:
+        """Mark the stage complete."""
+        write_atomically(self.stage(stage) / "done.json", json.dumps(facts))
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line of metrics."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_metrics(self, stage: str, step: int) -> None:
+        """Drop the lines of this stage after ``step`` (they will be written again), and a line cut off by a crash."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in read_jsonl(self.metrics) if line["stage"] != stage or line["step"] <= step]
+        write_jsonl(self.metrics, kept)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write plain values, one a line, atomically."""
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that may have been cut off in its last line."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a number of this run depends on besides its recipe."""
+    import torch
+    import transformers
+
+    return {
+        "thence": __version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of thence's source tree, with ``+changes`` if it has uncommitted ones; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None or git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

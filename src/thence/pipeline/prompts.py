@@ -1,0 +1,97 @@
+"""From a recipe's data table to prompts in tokens."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from thence.data.chat import Rendered, render_all, trained_share
+from thence.data.example import Example
+from thence.data.readers import read_examples
+from thence.data.trajectory import Prompt
+from thence.errors import DataError
+from thence.recipe import Data
+
+log = logging.getLogger(__name__)
+WORLD = "world:chain"
+
+
+def load_prompts(data: Data, tokenizer: Any) -> list[Prompt]:
+    """Read and render the examples of a data table, in order.
+
+    What was left out (bad rows, prompts that are too long) or cut is counted in the log.
+
+    Raises:
+        DataError: nothing is left, or a row cannot be used.
+    """
+    examples = [example for name in data.source for example in _read(data, name)][: data.limit]
+    rendered = render_all(
+        examples,
+        tokenizer,
+        system=data.system,
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=data.max_response_tokens,
+        skip_bad=data.skip_bad,
+    )
+    for row in rendered.bad:
+        log.warning("left out: %s", row)
+    if rendered.too_long:
+        log.warning("%d examples left out: their prompts are longer than data.max_prompt_tokens", len(rendered.too_long))
+    if rendered.truncated:
+        log.warning("%d demonstrations cut at data.max_response_tokens; they teach no end token", rendered.truncated)
+    if not rendered.rows:
+        raise DataError("no example is left", remedy="look at data.source, data.split and data.limit", field="data")
+    return [_prompt(i, e, r) for i, (e, r) in enumerate(zip(rendered.examples, rendered.rows, strict=True))]
+
+
+def check_trained(prompts: list[Prompt], train_on: str) -> None:
+    """Refuse a data set that would train none of its tokens, or all of them unasked. Raises DataError."""
+    rows = [
+        Rendered(list(p.token_ids), None if p.demonstration_ids is None else list(p.demonstration_ids)) for p in prompts
+    ]
+    share = trained_share(rows, train_on)  # type: ignore[arg-type]
+    log.info("%.0f%% of the tokens are trained", 100 * share)
+
+
+def _read(data: Data, name: str) -> list[Example]:
+    if name.startswith("world:"):
+        return _world(data, name)
+    examples, bad = read_examples(
+        [name],
+        split=data.split,
+        columns=data.columns,
+        layout=data.layout,
+        limit=data.limit,
+        skip_bad=data.skip_bad,
+    )
+    for row in bad:
+        log.warning("left out: %s", row)
+    return examples
+
+
+def _world(data: Data, name: str) -> list[Example]:
+    from thence.data.worlds.chain import problems
+
+    if name != WORLD:
+        raise DataError(f"no embedded world {name!r}", remedy=f"use {WORLD}", field="data.source")
+    if data.limit is None:
+        raise DataError("the embedded world makes as many problems as asked", remedy="set data.limit", field="data.limit")
+    found = problems(data.split, data.limit, data.seed)
+    return [
+        Example(
+            prompt=p.prompt, demonstration=p.demonstration, answer=p.answer, source=f"{name}:{i + 1}", group=data.split
+        )
+        for i, p in enumerate(found)
+    ]
+
+
+def _prompt(index: int, example: Example, row: Rendered) -> Prompt:
+    return Prompt(
+        index=index,
+        token_ids=tuple(row.prompt_ids),
+        demonstration_ids=None if row.response_ids is None else tuple(row.response_ids),
+        answer=example.answer,
+        text=example.question,
+        group=example.group,
+    )

@@ -1,0 +1,109 @@
+"""Executing a recipe: its stages in order, each from where the last one left the model, resumable at any moment."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thence.data.chat import end_token_ids
+from thence.errors import UserError
+from thence.pipeline.context import Context
+from thence.pipeline.eval_stage import run_eval
+from thence.pipeline.folder import RunFolder
+from thence.pipeline.progress import Silent, Watcher
+from thence.pipeline.rl_stage import run_rl
+from thence.pipeline.sft_stage import run_sft
+from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
+from thence.train.checkpoint import publish
+from thence.train.model import Loaded, load_model, save_model
+from thence.train.parallel import Ranks, start_ranks
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    watcher: Watcher | None = None,
+    restart: bool = False,
+) -> Path:
+    """Run a recipe, or go on with it where it was.
+
+    Args:
+        recipe: a recipe, or what :func:`thence.recipe.load_recipe` takes.
+        overrides: dotted names to values, laid over it.
+        watcher: is told of progress; nobody when absent.
+        restart: throw away what an earlier run left in the folder.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something that the user can mend; what was written before stands.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
+    ranks, device = start_ranks()
+    folder = RunFolder(resolved.run_folder())
+    if ranks.rank == 0:
+        if restart and folder.path.exists():
+            shutil.rmtree(folder.path)
+        folder.open(resolved, str(device))
+    ranks.wait()
+    for i, name in enumerate(resolved.stages):
+        if not folder.is_done(name):
+            run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
+        ranks.wait()
+    return folder.path
+
+
+def run_stage(
+    recipe: Recipe, name: str, folder: RunFolder, position: int, ranks: Ranks, device: torch.device, watcher: Watcher
+) -> None:
+    """Run one stage to its end and mark it done."""
+    loaded = _model_before(recipe, folder, position, device)
+    leads = ranks.rank == 0
+    context = Context(
+        recipe, name, folder, loaded.model, loaded.tokenizer, ranks, device, watcher if leads else Silent()
+    )
+    stage = recipe.stage(name)
+    if isinstance(stage, Sft):
+        facts = run_sft(context, stage)
+    elif isinstance(stage, Rl):
+        facts = run_rl(context, stage)
+    elif isinstance(stage, Eval):
+        facts = run_eval(context, stage)
+    else:
+        raise UserError(f"stage {name} has no kind", remedy="see `thence run --fields`")
+    if leads:
+        if not isinstance(stage, Eval):
+            publish_model(context)
+        folder.finish(name, facts)
+        shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+
+
+def publish_model(context: Context) -> None:
+    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop."""
+    folder = context.folder.stage(context.name)
+    temporary = folder / ".model-writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    context.model.generation_config.eos_token_id = list(end_token_ids(context.tokenizer))
+    save_model(context.model, context.tokenizer, temporary)
+    publish(temporary, folder / "model")
+
+
+def _model_before(recipe: Recipe, folder: RunFolder, position: int, device: torch.device) -> Loaded:
+    """The model as the stages before this one left it."""
+    trained = [name for name in recipe.stages[:position] if not isinstance(recipe.stage(name), Eval)]
+    if not trained:
+        return load_model(recipe.model, device, recipe.seed)
+    path = folder.stage(trained[-1]) / "model"
+    settings = Model(path=str(path), compute_dtype=recipe.model.compute_dtype)
+    return load_model(settings, device, recipe.seed)
+
+
+def _plain(recipe: Recipe | str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:
+    return recipe.resolved() if isinstance(recipe, Recipe) else recipe

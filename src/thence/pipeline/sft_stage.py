@@ -1,0 +1,108 @@
+"""The stage that trains on demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from thence.accounting.flops import rule_flops
+from thence.data.order import batch_at, epoch_order, steps_per_epoch
+from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import DataError
+from thence.methods.base import Method, make_rows
+from thence.methods.registry import make_method
+from thence.objective import Batch, Row
+from thence.pipeline.context import Checkpoints, Context, make_trainer
+from thence.pipeline.prompts import check_trained, load_prompts
+from thence.recipe import Sft
+from thence.train.trainer import Trainer
+
+import torch
+
+
+def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
+    """Train the context's model on demonstrations. Returns facts for ``done.json``."""
+    method = make_method(stage.method, stage.options, "sft")
+    prompts = [p for p in load_prompts(context.recipe.stage_data(stage.data), context.tokenizer) if p.demonstration_ids]
+    check_trained(prompts, stage.train_on)
+    trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
+    steps = total_steps(len(trained), stage)
+    trainer = make_trainer(context, stage, steps)
+    checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, steps)
+    done, _ = checkpoints.resume()
+    if context.leads:
+        context.watcher.stage(context.name, steps, done)
+    n_parameters = sum(p.numel() for p in context.model.parameters())
+    flops = 0.0
+    for step in range(done, steps):
+        chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
+        mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
+        rate = trainer.learning_rate(trainer.steps_taken)
+        report = trainer.step(Batch(method.terms, tuple(rows_of(mine, method, stage.train_on))))
+        flops = rule_flops(n_parameters, report.tokens)
+        line = {
+            "stage": context.name,
+            "kind": "sft",
+            "step": step + 1,
+            "epoch": (step + 1) / steps_per_epoch(len(trained), stage.batch),
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": rate,
+            "entropy": report.entropy,
+            "sequences": report.rows,
+            "tokens": report.tokens,
+            "trained_tokens": report.trained_tokens,
+            "flops": flops,
+            "seconds": report.seconds,
+            "tokens_per_s": report.tokens / report.seconds,
+        }
+        if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
+            line["held_out_loss"] = held_out_loss(trainer, held_out, method, stage.train_on)
+        context.log(line)
+        checkpoints.after(step + 1, dict)
+    return {"steps": steps, "examples": len(trained)}
+
+
+def put_aside(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Split off held-out examples. Raises DataError if none would be left to train on."""
+    if count >= len(prompts):
+        raise DataError(
+            f"held_out = {count} leaves nothing of {len(prompts)} examples", remedy="hold out fewer", field="held_out"
+        )
+    order = epoch_order(len(prompts), seed, -1)
+    return [prompts[i] for i in sorted(order[count:])], [prompts[i] for i in sorted(order[:count])]
+
+
+def total_steps(examples: int, stage: Sft) -> int:
+    """Optimizer steps of the stage."""
+    return stage.steps or max(1, round(stage.epochs * steps_per_epoch(examples, stage.batch)))
+
+
+def rows_of(prompts: Sequence[Prompt], method: Method, train_on: str) -> list[Row]:
+    """Demonstrations as rows of a batch."""
+    trajectories = [demonstration(prompt) for prompt in prompts]
+    if train_on == "all":
+        trajectories = [whole(trajectory) for trajectory in trajectories]
+    return make_rows(trajectories, method.weigh(trajectories))
+
+
+def demonstration(prompt: Prompt) -> Trajectory:
+    """The expert's trajectory."""
+    return Trajectory(prompt, prompt.demonstration_ids or (), origin="demonstration")
+
+
+def whole(trajectory: Trajectory) -> Trajectory:
+    """The trajectory with all but its first token as response: what pretraining trains on."""
+    ids = (*trajectory.prompt.token_ids, *trajectory.response_ids)
+    prompt = Prompt(trajectory.prompt.index, ids[:1], text=trajectory.prompt.text, group=trajectory.prompt.group)
+    return Trajectory(prompt, ids[1:], origin=trajectory.origin)
+
+
+def held_out_loss(trainer: Trainer, prompts: Sequence[Prompt], method: Method, train_on: str) -> float:
+    """Token-mean cross-entropy of demonstrations that are never trained, over all ranks, nats."""
+    ranks = trainer.ranks
+    rows = rows_of(prompts[ranks.rank :: ranks.world], method, train_on)
+    parts = [logp for logp, _ in trainer.statistics(rows)]
+    sums = torch.tensor([sum(float(p.double().sum()) for p in parts), sum(len(p) for p in parts)], dtype=torch.float64)
+    total, count = ranks.sum_floats(sums).tolist()
+    return -total / count
