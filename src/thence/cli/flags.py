@@ -1,0 +1,68 @@
+"""Dotted flags: ``--sft.lr 2e-5`` and ``--data.skip-bad`` as overrides of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from thence.errors import RecipeError
+from thence.recipe import KINDS, Data, Model, Recipe
+
+
+def split_flags(arguments: Sequence[str], switches: Sequence[str]) -> tuple[list[str], set[str], dict[str, Any]]:
+    """Take a command line apart.
+
+    Args:
+        switches: flags without a value, with their dashes.
+
+    Returns:
+        Positional arguments, the switches that are on, and overrides. A dotted flag without a value means true.
+
+    Raises:
+        RecipeError: a flag that is neither a switch nor a field.
+    """
+    positional: list[str] = []
+    on: set[str] = set()
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in switches:
+            on.add(argument)
+        elif argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            if "." not in name and name.replace("-", "_") not in Recipe.model_fields:
+                raise RecipeError(
+                    "no such flag", remedy="fields are written --table.field, for example --sft.lr 2e-5", field=argument
+                )
+            if not equals:
+                has_value = bool(rest) and not rest[0].startswith("--")
+                value = rest.pop(0) if has_value else "true"
+            overrides[name] = value
+        else:
+            positional.append(argument)
+    return positional, on, overrides
+
+
+def describe_fields() -> str:
+    """Every field of a recipe with its type, default and meaning, as text."""
+    tables = {"": Recipe, "model": Model, "data": Data, **KINDS}
+    lines = []
+    for table, section in tables.items():
+        lines.append(f"\n[{table}]" if table else "at the top of the file")
+        lines += _fields(section, table)
+    return "\n".join(lines)
+
+
+def _fields(section: type[BaseModel], table: str) -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        if field.exclude or name in ("model", "data") and not table:
+            continue
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        flag = f"--{table}.{name}" if table else f"--{name}"
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  {flag.replace('_', '-'):<32} {default:<14} {meaning}")
+    return lines

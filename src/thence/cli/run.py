@@ -1,0 +1,127 @@
+"""``thence run``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from thence.cli.flags import describe_fields, split_flags
+from thence.errors import UserError
+from thence.recipe import Recipe, load_recipe, to_toml
+
+HELP = """\
+thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
+
+  RECIPE      a shipped recipe (`thence recipes`) or a TOML file
+  --dry-run   print the resolved recipe, tokens, FLOPs and memory, and stop
+  --restart   throw away what an earlier run left in the folder
+  --fields    list every field of a recipe, with its default
+
+Fields: --sft.lr 2e-5, --rl.steps 50, --data.source '["train.jsonl"]', --data.skip-bad, --seed 1, --folder runs/mine.
+Run again after a crash or Ctrl-C: it goes on where it was. Several processes: torchrun --nproc-per-node N -m thence run ..."""
+SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run a recipe and print its table and the path of its report."""
+    positional, on, overrides = split_flags(argv, SWITCHES)
+    if on & {"--help", "-h"}:
+        print(HELP)
+        return 0
+    if "--fields" in on:
+        print(describe_fields())
+        return 0
+    if len(positional) != 1:
+        raise UserError(
+            f"thence run takes one recipe, not {len(positional)}", remedy="`thence recipes` lists the shipped ones"
+        )
+    recipe = load_recipe(positional[0], overrides)
+    return dry_run(recipe) if "--dry-run" in on else execute(recipe, restart="--restart" in on)
+
+
+def dry_run(recipe: Recipe) -> int:
+    """Print what a run would be."""
+    from rich.console import Console
+
+    from thence.accounting.budget import plan
+    from thence.accounting.show import plan_view
+
+    console = Console()
+    console.print(to_toml(recipe.resolved()), markup=False, highlight=False)
+    _check_methods(recipe)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    console.print(plan_view(plan(recipe, **_measured(recipe), ranks=ranks)))
+    return 0
+
+
+def execute(recipe: Recipe, restart: bool) -> int:
+    """Run, show progress, then print the results and the report's path."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    from thence.pipeline.progress import Terminal
+    from thence.pipeline.run import run
+
+    console = Console()
+    leads = int(os.environ.get("RANK", "0")) == 0
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.getLogger("thence").addHandler(handler)
+    logging.getLogger("thence").setLevel(logging.INFO if leads else logging.ERROR)
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _check_methods(recipe)
+    with Terminal(console) as watcher:
+        folder = run(recipe, watcher=watcher, restart=restart)
+    if leads:
+        from thence.report.page import write_report
+        from thence.report.table import results_table
+
+        page = write_report(folder)
+        console.print(results_table(folder))
+        console.print(f"report: {page}", soft_wrap=True)
+    return 0
+
+
+def _check_methods(recipe: Recipe) -> None:
+    """Fail on a wrong method or option before anything is computed."""
+    from thence.methods.registry import make_method
+    from thence.recipe import Rl, Sft, kind_of
+
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        if isinstance(stage, Sft | Rl):
+            make_method(stage.method, stage.options, kind_of(name))
+
+
+def _measured(recipe: Recipe) -> dict[str, Any]:
+    """Lengths of the training data, where it is at hand and the tokenizer too; else nothing, and the plan assumes."""
+    from thence.errors import UserError
+    from thence.pipeline.prompts import load_prompts
+    from thence.train.model import load_tokenizer
+
+    _quiet_libraries()
+    training = [recipe.stage(name) for name in recipe.stages if not name.startswith("eval")]
+    data = recipe.stage_data(training[0].data if training else {})
+    try:
+        prompts = load_prompts(data, load_tokenizer(recipe.model))
+    except UserError as error:
+        print(f"(the data were not read: {str(error).splitlines()[0]})\n")
+        return {}
+    responses = [len(p.demonstration_ids) for p in prompts if p.demonstration_ids]
+    return {
+        "n_examples": len(prompts),
+        "mean_prompt_tokens": sum(len(p.token_ids) for p in prompts) / len(prompts),
+        "mean_response_tokens": sum(responses) / len(responses) if responses else None,
+    }
+
+
+def _quiet_libraries() -> None:
+    """transformers' own bars would break ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
