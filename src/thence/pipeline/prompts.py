@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from thence.data.chat import Rendered, render_all, trained_share
@@ -24,7 +25,11 @@ def load_prompts(data: Data, tokenizer: Any) -> list[Prompt]:
     Raises:
         DataError: nothing is left, or a row cannot be used.
     """
-    examples = [example for name in data.source for example in _read(data, name)][: data.limit]
+    return to_prompts(data, [example for name in data.source for example in _read(data, name)][: data.limit], tokenizer)
+
+
+def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
+    """Render examples by the template and limits of a data table. Raises DataError."""
     rendered = render_all(
         examples,
         tokenizer,

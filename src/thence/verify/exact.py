@@ -1,0 +1,23 @@
+"""Exact match after a marker: the grader of the embedded world. Standard library only."""
+
+from __future__ import annotations
+
+from thence.verify.verdict import Grade, right, unknown, wrong
+
+
+def grade_exact(response: str, answer: str | None, marker: str = "#", end: str = "$") -> Grade:
+    """Compare the text after the last `marker` with `answer`, character by character.
+
+    Args:
+        response: what the model wrote; the text `end` of an end token and white space around the answer do not count.
+        answer: the gold answer; None gives an unknown verdict.
+        marker: stands before the final answer. A response without it is wrong.
+        end: text of the end token, in case it was decoded with the response.
+    """
+    if answer is None:
+        return unknown("no gold answer")
+    _, found, tail = response.rpartition(marker)
+    if not found:
+        return wrong(None, "no answer given")
+    extracted = tail.strip().removesuffix(end).strip()
+    return right(extracted) if extracted == answer.strip() else wrong(extracted)
