@@ -1,0 +1,302 @@
+"""The budget of a recipe before it runs: steps, tokens, FLOPs and memory of every stage.
+
+What the data would tell and has not told yet (lengths, counts) is assumed, and every assumption is said in words.
+There are no times in a plan: a time is measured, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from thence.accounting.flops import (
+    FAMILIES,
+    Counts,
+    causal_pairs,
+    forward_flops,
+    parameters,
+    rule_flops,
+    sampling_flops,
+    training_flops,
+)
+from thence.accounting.memory import (
+    Line,
+    Memory,
+    activation_memory,
+    logit_memory,
+    rollout_memory,
+    state_memory,
+)
+from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What one stage costs. None: cannot be known from what was given."""
+
+    name: str
+    kind: str
+    optimizer_steps: int | None = None
+    trained_tokens: float | None = None
+    """Tokens with a gradient of their own: responses, or whole rows where prompts are trained too."""
+    generated_tokens: float | None = None
+    rule_flops: float | None = None
+    """:func:`thence.accounting.flops.rule_flops`, prompts left out, as the paper does."""
+    exact_flops: float | None = None
+    """Prompts, attention, the output head, scoring and recomputation included, at mean lengths."""
+    memory: Memory | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The budget of a whole recipe."""
+
+    model: str
+    counts: Counts | None
+    stages: tuple[StagePlan, ...]
+    ranks: int
+    assumptions: tuple[str, ...]
+
+    def total(self, quantity: str) -> float | None:
+        """Sum of a quantity over the stages; None when a stage that has it does not know it."""
+        values = [getattr(stage, quantity) for stage in self.stages if stage.kind != "eval"]
+        return None if any(value is None for value in values) else sum(values)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is given about model and data, and what had to be assumed so far."""
+
+    counts: Counts | None
+    examples: int | None
+    prompt: float | None
+    response: float | None
+    ranks: int
+    sharded: bool
+    compute_bytes: int
+    assumed: list[str] = field(default_factory=list)
+
+    def assume(self, text: str) -> None:
+        if text not in self.assumed:
+            self.assumed.append(text)
+
+
+def plan(
+    recipe: Recipe,
+    config: Mapping[str, Any] | None = None,
+    n_examples: int | None = None,
+    mean_prompt_tokens: float | None = None,
+    mean_response_tokens: float | None = None,
+    *,
+    ranks: int = 1,
+    sharded: bool = False,
+    compute_bytes: int | None = None,
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        config: the model's ``config.json``; default: ``model.init``, the folder ``model.path``, or, for a public model
+            that is not there, its published shape.
+        n_examples: usable examples of the training data, before a stage's own ``limit``.
+        mean_prompt_tokens: of the rendered prompts.
+        mean_response_tokens: of the demonstrations; rollouts are assumed to be as long.
+        ranks: data-parallel ranks.
+        sharded: weights, gradients and moments are spread over the ranks (FSDP2).
+        compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
+
+    Raises:
+        UserError: the configuration is given, of a known family, but lacks a field.
+    """
+    known = _Known(
+        counts=None,
+        examples=n_examples,
+        prompt=mean_prompt_tokens,
+        response=mean_response_tokens,
+        ranks=ranks,
+        sharded=sharded,
+        compute_bytes=0,
+    )
+    known.compute_bytes = compute_bytes or _compute_bytes(recipe, known)
+    known.counts = _counts(recipe, config, known)
+    _published_sizes(recipe, known)
+    if known.prompt is None:
+        known.assume("mean prompt length is not known: prompts are counted as 0 tokens")
+        known.prompt = 0.0
+    stages = tuple(_stage(recipe, name, known) for name in recipe.stages)
+    return Plan(recipe.model.path or "model.init", known.counts, stages, ranks, tuple(known.assumed))
+
+
+def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
+    """Optimizer steps of so many passes over the data, the last, smaller batch of each pass included."""
+    return max(1, round(epochs * math.ceil(n_examples / batch)))
+
+
+def public_architecture(name: str) -> dict[str, Any] | None:
+    """The shape of a public model by hub name, for planning only; None when it is not listed."""
+    for key, shape in _table("architectures.toml").items():
+        if name == key or name in shape.get("also", ()):
+            return shape
+    return None
+
+
+def _stage(recipe: Recipe, name: str, known: _Known) -> StagePlan:
+    settings = recipe.stage(name)
+    data = recipe.stage_data(settings.data)
+    if isinstance(settings, Sft):
+        return _plan_sft(name, settings, data, known)
+    if isinstance(settings, Rl):
+        return _plan_rl(name, settings, data, known)
+    return _plan_eval(name, settings, data, known)
+
+
+def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
+    steps, rows = sft.steps, None
+    if steps is not None:
+        rows = float(steps * sft.batch)
+    elif (examples := _examples(data, known)) is not None:
+        examples = max(examples - sft.held_out, 0)
+        steps, rows = sft_steps(examples, sft.batch, sft.epochs), sft.epochs * examples
+    memory = _training_memory(sft, known)
+    if rows is None or known.response is None:
+        what = "the number of examples" if rows is None else "the mean response length"
+        known.assume(f"{name}: tokens and FLOPs are not known without {what}")
+        return StagePlan(name, kind_of(name), steps, generated_tokens=0, memory=memory)
+    prompt, response = known.prompt or 0.0, _capped(known.response, data.max_response_tokens)
+    length = prompt + response
+    loss_tokens = rows * (length if sft.train_on == "all" else response)
+    rule = exact = None
+    if known.counts:
+        rule = rule_flops(known.counts.total, loss_tokens)
+        pairs = rows * causal_pairs(length)
+        exact = training_flops(known.counts, rows * length, pairs, loss_tokens, sft.activation_checkpointing)
+    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory)
+
+
+def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
+    steps = rl.steps * (rl.prompts // (rl.mini_batch or rl.prompts))
+    memory = _training_memory(rl, known, _rollout_lines(rl, data, known))
+    prompt, response = known.prompt or 0.0, _rollout_length(name, rl, known)
+    rows = rl.steps * rl.prompts * rl.rollouts
+    rule = exact = None
+    if counts := known.counts:
+        length = prompt + response
+        tokens, pairs, logits = rows * length, rows * causal_pairs(length), rows * response
+        rule = rule_flops(counts.total, logits, logits)
+        exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
+        exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing)
+    known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
+    return StagePlan(name, kind_of(name), steps, rows * response, rows * response, rule, exact, memory)
+
+
+def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePlan:
+    problems = 0
+    for overrides in settings.splits.values() or ({},):
+        limit = overrides.get("limit", data.limit)
+        if limit is None:
+            known.assume(f"{name}: how many problems there are is not known before the data is read")
+            return StagePlan(name, "eval", 0, 0)
+        problems += limit
+    responses = problems * settings.samples * len(settings.temperatures)
+    prompt, response = known.prompt or 0.0, _rollout_length(name, settings, known)
+    generated = responses * response
+    rule = exact = None
+    if known.counts:
+        rule = rule_flops(known.counts.total, 0, generated)
+        exact = responses * sampling_flops(known.counts, prompt, response)
+    return StagePlan(name, "eval", 0, 0, generated, rule, exact)
+
+
+def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
+    if known.counts is None:
+        return None
+    tokens, size = stage.micro_batch_tokens, known.compute_bytes
+    return Memory(
+        (
+            *state_memory(known.counts, size, known.ranks, known.sharded),
+            activation_memory(known.counts, tokens, size, stage.activation_checkpointing),
+            *logit_memory(known.counts),
+            *more,
+        )
+    )
+
+
+def _rollout_lines(rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
+    if known.counts is None:
+        return ()
+    rows = min(rl.rollout_rows, math.ceil(rl.prompts * rl.rollouts / known.ranks))
+    longest = data.max_prompt_tokens or math.ceil(known.prompt or 0)
+    return rollout_memory(known.counts, rows, longest + rl.max_tokens)
+
+
+def _rollout_length(name: str, stage: Rl | Eval, known: _Known) -> float:
+    if known.response is None:
+        known.assume(f"{name}: every response is counted as long as max_tokens, {stage.max_tokens:,}: an upper bound")
+        return float(stage.max_tokens)
+    length = _capped(known.response, stage.max_tokens)
+    known.assume(f"{name}: responses of {length:,.0f} tokens on average, as the demonstrations")
+    return length
+
+
+def _examples(data: Data, known: _Known) -> int | None:
+    if known.examples is None:
+        if data.limit is not None:
+            known.assume(f"the data holds at least limit = {data.limit:,} usable examples")
+        return data.limit
+    return known.examples if data.limit is None else min(known.examples, data.limit)
+
+
+def _published_sizes(recipe: Recipe, known: _Known) -> None:
+    sizes = _table("data_sets.toml")
+    published = [sizes[name] for name in recipe.data.source if name in sizes]
+    if len(published) != len(recipe.data.source):
+        return
+    if known.examples is None:
+        known.examples = sum(each["examples"] for each in published)
+        known.assume(f"{known.examples:,} examples ({published[0]['source']})")
+    if known.response is None:
+        tokens = sum(each["examples"] * each["response_tokens"] for each in published)
+        known.response = tokens / sum(each["examples"] for each in published)
+        known.assume(f"demonstrations of {known.response:,.0f} tokens on average ({published[0]['source']})")
+
+
+def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> Counts | None:
+    config = config or recipe.model.init
+    if config is None and recipe.model.path is not None:
+        config = _own_configuration(Path(recipe.model.path).expanduser())
+    if config is None and recipe.model.path is not None:
+        config = public_architecture(recipe.model.path)
+        if config is not None:
+            known.assume(f"{recipe.model.path} has its published shape: its own configuration was not read")
+    if config is None:
+        known.assume("the model's configuration is not known: no FLOPs and no memory")
+        return None
+    return parameters({**config, **recipe.model.config_overrides})
+
+
+def _own_configuration(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and config.get("model_type") in FAMILIES else None
+
+
+def _compute_bytes(recipe: Recipe, known: _Known) -> int:
+    chosen = recipe.model.compute_dtype
+    if chosen == "auto":
+        known.assume("compute_dtype auto is counted as float32; it is bfloat16 on a GPU that has it")
+    return {"auto": 4, "float32": 4, "float64": 8, "bfloat16": 2}[chosen]
+
+
+def _capped(length: float, limit: int | None) -> float:
+    return length if limit is None else min(length, float(limit))
+
+
+def _table(name: str) -> dict[str, dict[str, Any]]:
+    return tomllib.loads((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))

@@ -1,0 +1,228 @@
+"""Read a run's folder, finished or not: whatever is missing or cut off is left out, never an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thence.errors import UserError
+from thence.recipe import KINDS, kind_of
+
+_COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Accuracy of one model on one split at one temperature; shares are between 0 and 1."""
+
+    subject: str
+    stage: str
+    split: str
+    temperature: float
+    accuracy: float
+    low: float | None
+    high: float | None
+    problems: int | None
+    samples: int | None
+    right: int | None
+    wrong: int | None
+    unknown: int | None
+    truncated: int | None
+    """Responses that reached the limit of tokens."""
+    mean_tokens: float | None
+
+    @property
+    def column(self) -> tuple[str, float]:
+        """Where the cell stands in the table."""
+        return self.split, self.temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The measured steps of one training stage, in order, one a step number."""
+
+    stage: str
+    kind: str
+    steps: tuple[Mapping[str, Any], ...]
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Step numbers and finite values of one quantity."""
+        points = [(number(step.get("step")), number(step.get(key))) for step in self.steps]
+        kept = [(x, y) for x, y in points if x is not None and y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def total(self, key: str) -> float | None:
+        """Sum over the steps; None when no step has it."""
+        values = self.series(key)[1]
+        return sum(values) if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Everything the reports read."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    environment: Mapping[str, Any]
+    training: tuple[Training, ...]
+    cells: tuple[Cell, ...]
+    stages: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def subjects(self) -> list[str]:
+        """Models that were measured, in the order of the run."""
+        return list(dict.fromkeys(cell.subject for cell in self.cells))
+
+    @property
+    def columns(self) -> list[tuple[str, float]]:
+        """Split and temperature of every column, in the order in which they were measured."""
+        return list(dict.fromkeys(cell.column for cell in self.cells))
+
+    def cell(self, subject: str, column: tuple[str, float]) -> Cell | None:
+        """The last measurement of a model in a column."""
+        found = [cell for cell in self.cells if cell.subject == subject and cell.column == column]
+        return found[-1] if found else None
+
+    @property
+    def pending(self) -> list[str]:
+        """Stages of the recipe that have left nothing yet."""
+        seen = {cell.stage for cell in self.cells} | {training.stage for training in self.training}
+        return [stage for stage in self.stages if stage not in seen]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run's folder.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no run folder {str(folder)!r}", remedy="give the folder that a run wrote", file=folder)
+    notes: list[str] = []
+    text = _text(folder / "recipe.toml")
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        recipe = {}
+        notes.append(f"recipe.toml cannot be read: {error}")
+    lines, cut = read_lines(folder / "metrics.jsonl")
+    if cut:
+        notes.append(f"metrics.jsonl: {cut} unreadable line{'s' if cut > 1 else ''} left out")
+    stages = [name for name in recipe.get("stages", []) if isinstance(name, str)]
+    found = sorted(path.name for path in (folder / "stages").glob("*") if path.is_dir())
+    stages += [name for name in found if name not in stages]
+    return RunFiles(
+        folder=folder,
+        recipe=recipe,
+        recipe_text=text,
+        environment=_json(folder / "environment.json", notes),
+        training=_training(lines, stages),
+        cells=tuple(_cells(folder, stages, notes)),
+        stages=tuple(stages),
+        notes=tuple(notes),
+    )
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Objects of a JSON Lines file, and how many lines could not be read (a crash cuts the last one off)."""
+    rows, bad = [], 0
+    for row in stream_lines(path):
+        if row is None:
+            bad += 1
+        else:
+            rows.append(row)
+    return rows, bad
+
+
+def stream_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Objects of a JSON Lines file one by one; None for a line that cannot be read."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                yield None
+                continue
+            yield row if isinstance(row, dict) else None
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def subject_of(stage: str, stages: list[str]) -> str:
+    """The model that an evaluation measures: the training stage before it, or the base."""
+    before = stages[: stages.index(stage)] if stage in stages else []
+    trained = [name for name in before if kind_of(name) in KINDS and kind_of(name) != "eval"]
+    return trained[-1] if trained else "base"
+
+
+def _training(lines: list[dict[str, Any]], stages: list[str]) -> tuple[Training, ...]:
+    """A resumed run measures some steps twice: the later line counts, for it belongs to the weights that are there."""
+    by_stage: dict[str, dict[float, dict[str, Any]]] = {}
+    for line in lines:
+        stage, step = line.get("stage"), number(line.get("step"))
+        if isinstance(stage, str) and step is not None:
+            by_stage.setdefault(stage, {})[step] = line
+    order = sorted(by_stage, key=lambda name: stages.index(name) if name in stages else len(stages))
+    found = []
+    for stage in order:
+        steps = [by_stage[stage][step] for step in sorted(by_stage[stage])]
+        kind = next((str(step["kind"]) for step in steps if step.get("kind")), kind_of(stage))
+        found.append(Training(stage, kind, tuple(steps)))
+    return tuple(found)
+
+
+def _cells(folder: Path, stages: list[str], notes: list[str]) -> Iterator[Cell]:
+    for stage in stages:
+        path = folder / "stages" / stage / "result.json"
+        if not path.is_file():
+            continue
+        for row in _json(path, notes).get("rows") or []:
+            accuracy = number(row.get("accuracy")) if isinstance(row, dict) else None
+            if accuracy is None:
+                notes.append(f"{stage}: a row of result.json has no accuracy")
+                continue
+            counts = {key: number(row.get(key)) for key in _COUNTS}
+            yield Cell(
+                subject=subject_of(stage, stages),
+                stage=stage,
+                split=str(row.get("split", "test")),
+                temperature=number(row.get("temperature")) or 0.0,
+                accuracy=accuracy,
+                low=number(row.get("low")),
+                high=number(row.get("high")),
+                mean_tokens=number(row.get("mean_tokens")),
+                **{key: None if value is None else int(value) for key, value in counts.items()},
+            )
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    notes.append(f"{path.name} cannot be read")
+    return {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

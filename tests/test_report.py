@@ -1,0 +1,264 @@
+"""Reports: from finished, unfinished and damaged run folders, with hostile samples."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from thence.errors import UserError
+from thence.recipe import load_recipe, to_toml
+from thence.report.outcome import outcome
+from thence.report.page import write_report
+from thence.report.run_files import read_run
+from thence.report.samples import visible
+from thence.report.table import results_table
+
+HOSTILE = "</pre><script>alert(1)</script>{{ 7 * 7 }} \u202etxt.exe \x00\x1b[31m \ud800"
+
+
+def metrics(steps: int) -> list[dict]:
+    sft = [
+        {"stage": "sft", "kind": "sft", "step": s, "loss": 1 / s, "grad_norm": 2.0, "lr": 1e-3, "trained_tokens": 10}
+        | {"flops": 1e6, "seconds": 0.5, "tokens": 12, "entropy": 0.2}
+        for s in range(1, steps + 1)
+    ]
+    for line in sft[:1]:
+        line["held_out_loss"] = 1.5
+    rl = [
+        {"stage": "rl", "kind": "rl", "step": s, "loss": 0.0, "grad_norm": 0.1, "lr": 1e-4, "reward": s / 10}
+        | {"response_tokens": 40, "clip_share": 0.01, "entropy": 0.1, "trained_tokens": 20, "seconds": 1.0}
+        for s in range(1, steps + 1)
+    ]
+    return sft + rl
+
+
+def result(stage: str, accuracy: float, half: float = 0.02, split: str = "test") -> dict:
+    row = {"split": split, "temperature": 0.6, "problems": 512, "samples": 4, "accuracy": accuracy}
+    row |= {"low": accuracy - half, "high": accuracy + half, "right": 100, "wrong": 410, "unknown": 2}
+    return {"stage": stage, "rows": [row | {"mean_tokens": 41.5, "truncated": 7}]}
+
+
+def make_run(folder: Path, base: float = 0.1, sft: float = 0.4, rl: float = 0.5, steps: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    tables = {"name": "trial", "model": {"path": "m"}, "stages": ["eval-base", "sft", "eval-sft", "rl", "eval-rl"]}
+    (folder / "recipe.toml").write_text(to_toml(load_recipe(tables).resolved()))
+    about = {"thence": "0.1.0", "git_commit": "abc123", "command": "thence run trial --seed 0", "threads": 2}
+    (folder / "environment.json").write_text(json.dumps(about))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(steps)))
+    for stage, accuracy in (("eval-base", base), ("eval-sft", sft), ("eval-rl", rl)):
+        place = folder / "stages" / stage
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(result(stage, accuracy)))
+        rows = [
+            {"stage": stage, "split": "test", "temperature": 0.6, "index": i, "prompt": "1+1?", "response": HOSTILE}
+            | {
+                "answer": "2",
+                "verdict": ("right", "wrong", "unknown")[i % 3],
+                "extracted": "2",
+                "tokens": 3,
+                "finish": "stop",
+            }
+            for i in range(30)
+        ]
+        (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+class Tags(HTMLParser):
+    """Every start tag of a page, its attributes, and whether the tags nest."""
+
+    void = frozenset({"meta", "br", "path", "use", "link"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def test_a_finished_run_has_table_curves_samples_recipe_and_command(tmp_path):
+    page = write_report(make_run(tmp_path / "run", steps=5))
+    text = page.read_text(encoding="utf-8")
+    assert not Tags(text).open
+    assert text.count("<svg") == 4 + 7
+    for needed in (
+        "10.0 ±2.0",
+        "38.0 to 42.0",
+        "n = 512 × 4",
+        "thence run trial --seed 0",
+        "abc123",
+        "nats a trained token",
+    ):
+        assert needed in text, needed
+    assert "Unfinished" not in text
+    assert "5 steps, 50 trained tokens, 5e+06 FLOPs, 2.5 s" in text
+    assert text.count('<b class="unknown">') == 9
+
+
+def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):
+    text = write_report(make_run(tmp_path / "run", steps=5)).read_text(encoding="utf-8")
+    tags = Tags(text).found
+    assert not {"script", "img", "iframe", "link", "object"} & {tag for tag, _ in tags}
+    for _, attributes in tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith("#"), (name, value)
+    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text
+
+
+def test_model_output_is_shown_and_not_obeyed(tmp_path):
+    text = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "{{ 7 * 7 }}" in text
+    assert "\u202e" not in text and "[U+202E]" in text
+    assert "\x00" not in text and "\u2400" in text
+
+
+def test_hostile_names_in_recipe_and_results_are_escaped(tmp_path):
+    run = make_run(tmp_path / "run")
+    place = run / "stages" / "eval-rl" / "result.json"
+    place.write_text(json.dumps(result("eval-rl", 0.5, split="<img src=x onerror=alert(1)>")))
+    recipe = (run / "recipe.toml").read_text().replace('name = "trial"', 'name = "<script>x</script>"')
+    (run / "recipe.toml").write_text(recipe)
+    tags = {tag for tag, _ in Tags(write_report(run).read_text(encoding="utf-8")).found}
+    assert not {"script", "img"} & tags
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=[]), max_size=60))
+def test_visible_text_can_always_be_written_and_keeps_plain_text(text):
+    shown = visible(text)
+    shown.encode("utf-8")
+    assert not any(ord(c) < 0x20 and c not in "\n\t" for c in shown)
+    assert visible("naïve 数学 \n\t∑") == "naïve 数学 \n\t∑"
+
+
+@pytest.mark.parametrize(
+    "sft, rl, words",
+    [
+        (0.40, 0.50, "do not overlap: rl is higher"),
+        (0.50, 0.40, "do not overlap: rl is lower"),
+        (0.40, 0.42, "overlap: these numbers alone do not tell the two apart"),
+    ],
+)
+def test_the_outcome_says_no_more_than_the_intervals(tmp_path, sft, rl, words):
+    run = make_run(tmp_path / "run", sft=sft, rl=rl)
+    said = outcome(read_run(run))
+    assert words in said
+    assert f"{100 * rl:.1f}% (rl)" in said and "512 problems × 4 samples" in said
+
+
+def test_without_intervals_no_claim_is_made(tmp_path):
+    run = make_run(tmp_path / "run")
+    for stage, accuracy in (("eval-sft", 0.1), ("eval-rl", 0.9)):
+        content = result(stage, accuracy)
+        del content["rows"][0]["low"]
+        (run / "stages" / stage / "result.json").write_text(json.dumps(content))
+    assert "nothing can be said" in outcome(read_run(run))
+
+
+def test_an_unfinished_run_reports_what_is_there(tmp_path):
+    run = make_run(tmp_path / "run", steps=5)
+    (run / "stages" / "eval-rl" / "result.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "Unfinished: nothing yet from eval-rl." in text
+    assert "1 unreadable line left out" in text
+    assert "40.0% (sft)" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {},
+        {"recipe.toml": "name = "},
+        {"metrics.jsonl": "\n[1, 2]\nnot json\n{}\n", "environment.json": "["},
+        {"metrics.jsonl": '{"stage": "sft", "step": 1, "loss": NaN, "lr": null, "grad_norm": "x"}\n'},
+        {"stages/eval/result.json": '{"rows": [{"split": "a"}, 3, {"accuracy": 0.5}]}'},
+        {"stages/eval/result.json": "null", "stages/eval/samples.jsonl": '{"verdict": "right"}\n{"verdict": 3}\n'},
+    ],
+)
+def test_missing_and_broken_files_never_break_the_report(tmp_path, damage):
+    for name, content in damage.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert not Tags(write_report(tmp_path).read_text(encoding="utf-8")).open
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert results_table(tmp_path).row_count >= 0
+
+
+def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path / "absent")
+
+
+def test_steps_that_were_taken_twice_count_once_and_the_later_counts(tmp_path):
+    run = make_run(tmp_path / "run", steps=5)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "rl", "kind": "rl", "step": 5, "reward": 0.9, "trained_tokens": 30}) + "\n")
+    rl = read_run(run).training[1]
+    assert rl.series("reward") == ([1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 0.9])
+    assert rl.total("trained_tokens") == 4 * 20 + 30
+
+
+def test_json_and_csv_hold_the_same_results(tmp_path):
+    run = make_run(tmp_path / "run", steps=5)
+    write_report(run)
+    whole = json.loads((run / "report.json").read_text())
+    with (run / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["subject"] for row in rows] == ["base", "sft", "rl"] == [cell["subject"] for cell in whole["results"]]
+    assert [float(row["accuracy"]) for row in rows] == [cell["accuracy"] for cell in whole["results"]]
+    assert len(whole["training"][0]["curve"]) == 5
+    assert whole["training"][1]["trained_tokens"] == 100
+
+
+def test_two_evaluations_of_one_model_share_a_row(tmp_path):
+    tables = {"model": {"path": "m"}, "stages": ["sft", "eval-many", "eval-once", "rl", "eval-rl"]}
+    (tmp_path / "recipe.toml").write_text(to_toml(load_recipe(tables).resolved()))
+    for stage, split in (("eval-many", "AIME"), ("eval-once", "MATH"), ("eval-rl", "MATH")):
+        place = tmp_path / "stages" / stage
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(result(stage, 0.5, split=split)))
+    run = read_run(tmp_path)
+    assert run.subjects == ["sft", "rl"]
+    assert run.columns == [("AIME", 0.6), ("MATH", 0.6)]
+    table = results_table(tmp_path)
+    assert list(table.columns[1].cells) == ["50.0 ±2.0 (2 unknown)", "–", "512 x 4"]
+
+
+def test_the_terminal_table_prints_models_by_split_and_temperature(tmp_path):
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(results_table(make_run(tmp_path / "run")))
+    printed = captured.get()
+    assert "T = 0.6" in printed and "512 x 4" in printed
+    assert re.search(r"rl\s+│\s+50\.0 ±2\.0", printed)
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    run = make_run(tmp_path / "run", steps=5)
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
