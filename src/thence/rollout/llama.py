@@ -7,6 +7,7 @@ the residual is added by the matrix product, and keys and values are written in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from thence.rollout.decoders import padded_left
+from thence.rollout.kernels import Kernels, load_kernels
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -46,8 +48,15 @@ class Layer:
     k_norm: Tensor | None
 
 
+Attend = Callable[[Layer, tuple[Tensor, Tensor], Tensor], Tensor]
+"""Appends one token a row (its q, k, v) to a layer's cache and gives what it attended to, (rows, heads * head size)."""
+
+
 class LlamaDecoder:
-    """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side."""
+    """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side.
+
+    On a CPU with a C compiler, attention, norms and gates of a step run in ``kernels.c``; else in torch.
+    """
 
     def __init__(self, model: Any):
         config = model.config
@@ -59,23 +68,23 @@ class LlamaDecoder:
         self.head = model.lm_head.weight * model.model.norm.weight
         self.layers = [_ready(layer) for layer in model.model.layers]
         self.rotary = model.model.rotary_emb
+        plain = self.device.type == "cpu" and self.layers[0].q_norm is None
+        self.kernels: Kernels | None = load_kernels(self.head_size) if plain else None
         self.length = 0
 
     def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
         token_ids_UP, padding_U = padded_left(prompts, self.device)
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(repeat_U.to(self.device))
         n_prompts, self.length = token_ids_UP.shape
-        self.padding_B = padding_U
         self._make_rotary(self.length + max_tokens)
-        shape = (len(rows), self.kv_heads, self.length + max_tokens, self.head_size)
-        self.cache = [(torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)) for _ in self.layers]
+        self.cache = [self._room(len(rows), self.length + max_tokens) for _ in self.layers]
         mask = self._prompt_mask(padding_U)
         position_UP = (torch.arange(self.length, device=self.device) - padding_U[:, None]).clamp(min=0)
         cos, sin = self.cos[position_UP][:, :, None], self.sin[position_UP][:, :, None]
         x = self.embedding[token_ids_UP].flatten(0, 1)
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
-            q, k, v = self._qkv(layer, x, cos, sin, (n_prompts, self.length))
-            keys[:, :, : self.length], values[:, :, : self.length] = k[rows], v[rows]
+            q, k, v = self._turned(layer, self._qkv(layer, x).view(n_prompts, self.length, -1, self.head_size), cos, sin)
+            self._columns(keys)[:, :, : self.length], values[:, :, : self.length] = k[rows], v[rows]
             o = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
             )
@@ -86,33 +95,64 @@ class LlamaDecoder:
         return self._logits(last)[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
-        n, at = len(token_B), self.length
+        at = self.length
         self.length += 1
-        if self.mask is None:
-            cos, sin = self.cos[at], self.sin[at]
-        else:
-            position_B = at - self.padding_B
-            cos, sin = self.cos[position_B][:, None, None], self.sin[position_B][:, None, None]
-        mask = None if self.mask is None else self.mask[:, :, :, : at + 1]
         x = self.embedding[token_B]
-        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
-            q, k, v = self._qkv(layer, x, cos, sin, (n, 1))
-            keys[:, :, at : at + 1], values[:, :, at : at + 1] = k, v
-            o = scaled_dot_product_attention(
-                q, keys[:, :, : at + 1], values[:, :, : at + 1], attn_mask=mask, enable_gqa=self.heads != self.kv_heads
-            )
-            x = self._finish(layer, x, o.reshape(n, -1))
+        attend = self._attend_torch(at) if self.kernels is None else self._attend_kernel(at)
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            x = self._finish(layer, x, attend(layer, cache, self._qkv(layer, x)))
         return self._logits(x)
 
     def keep(self, row_K: Tensor) -> None:
-        self.cache = [(_compacted(k, row_K, self.length), _compacted(v, row_K, self.length)) for k, v in self.cache]
+        for i, old in enumerate(self.cache):
+            new = self._room(len(row_K), self.cos.shape[0])
+            self._columns(new[0])[:, :, : self.length] = self._columns(old[0])[row_K, :, : self.length]
+            new[1][:, :, : self.length] = old[1][row_K, :, : self.length]
+            self.cache[i] = new
         self.padding_B = self.padding_B[row_K]
         self._make_mask()
 
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        h = rms_norm(x, x.shape[-1:], eps=self.eps)
-        heads = linear(h, layer.qkv, layer.qkv_bias).view(*shape, -1, self.head_size)
-        qk, v = heads[:, :, : self.heads + self.kv_heads], heads[:, :, self.heads + self.kv_heads :]
+    def _room(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """An empty cache of one layer: keys and values. The kernels want keys transposed."""
+        keys = (columns, self.head_size) if self.kernels is None else (self.head_size, columns)
+        return (
+            torch.empty(rows, self.kv_heads, *keys, device=self.device),
+            torch.empty(rows, self.kv_heads, columns, self.head_size, device=self.device),
+        )
+
+    def _columns(self, keys: Tensor) -> Tensor:
+        """Cached keys seen as (rows, kv, columns, head size), however they lie."""
+        return keys if self.kernels is None else keys.transpose(2, 3)
+
+    def _qkv(self, layer: Layer, x: Tensor) -> Tensor:
+        return linear(self._norm(x), layer.qkv, layer.qkv_bias)
+
+    def _attend_kernel(self, at: int) -> Attend:
+        kernels, cos, sin, padding_B = self.kernels, self.cos, self.sin, self.padding_B
+        assert kernels is not None
+        return lambda layer, cache, qkv: kernels.attend(qkv, *cache, cos, sin, padding_B, at)
+
+    def _attend_torch(self, at: int) -> Attend:
+        if self.mask is None:
+            cos, sin, mask = self.cos[at], self.sin[at], None
+        else:
+            position_B = at - self.padding_B
+            cos, sin = self.cos[position_B][:, None, None], self.sin[position_B][:, None, None]
+            mask = self.mask[:, :, :, : at + 1]
+
+        def attend(layer: Layer, cache: tuple[Tensor, Tensor], qkv: Tensor) -> Tensor:
+            keys, values = cache
+            q, k, v = self._turned(layer, qkv.view(len(qkv), 1, -1, self.head_size), cos, sin)
+            keys[:, :, at : at + 1], values[:, :, at : at + 1] = k, v
+            seen = keys[:, :, : at + 1], values[:, :, : at + 1]
+            grouped = self.heads != self.kv_heads
+            return scaled_dot_product_attention(q, *seen, attn_mask=mask, enable_gqa=grouped).reshape(len(qkv), -1)
+
+        return attend
+
+    def _turned(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (normed where the model does, turned by their positions) and values: (rows, heads, tokens, size)."""
+        qk, v = qkv[:, :, : self.heads + self.kv_heads], qkv[:, :, self.heads + self.kv_heads :]
         if layer.q_norm is not None:
             q = rms_norm(qk[:, :, : self.heads], (self.head_size,), layer.q_norm, self.eps)
             k = rms_norm(qk[:, :, self.heads :], (self.head_size,), layer.k_norm, self.eps)
@@ -126,11 +166,17 @@ class LlamaDecoder:
 
     def _finish(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         x = torch.addmm(x, attended, layer.out_t)
-        gate, up = linear(rms_norm(x, x.shape[-1:], eps=self.eps), layer.gate_up).chunk(2, -1)
+        gate_up = linear(self._norm(x), layer.gate_up)
+        if self.kernels is not None:
+            return torch.addmm(x, self.kernels.swiglu(gate_up), layer.down_t)
+        gate, up = gate_up.chunk(2, -1)
         return torch.addmm(x, silu(gate).mul_(up), layer.down_t)
 
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, x.shape[-1:], eps=self.eps) if self.kernels is None else self.kernels.rms_norm(x, self.eps)
+
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(rms_norm(x, x.shape[-1:], eps=self.eps), self.head).float()
+        return linear(self._norm(x.contiguous()), self.head).float()
 
     def _make_rotary(self, length: int) -> None:
         position = torch.arange(length, device=self.device)[None]
@@ -149,11 +195,10 @@ class LlamaDecoder:
 
     def _make_mask(self) -> None:
         """Additive mask of the padding columns, or None where no row has any; then all rows share positions too."""
-        if not bool(self.padding_B.any()):
+        if self.kernels is not None or not bool(self.padding_B.any()):
             self.mask = None
             return
-        total = self.cache[0][0].shape[2]
-        column = torch.arange(total, device=self.device)
+        column = torch.arange(self.cos.shape[0], device=self.device)
         hidden = column < self.padding_B[:, None]
         self.mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))[:, None, None]
 
@@ -172,9 +217,3 @@ def _ready(layer: Any) -> Layer:
         q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
     )
-
-
-def _compacted(cache: Tensor, row_K: Tensor, length: int) -> Tensor:
-    result = torch.empty(len(row_K), *cache.shape[1:], device=cache.device)
-    result[:, :, :length] = cache[row_K, :, :length]
-    return result
