@@ -53,7 +53,7 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         else:
             config = AutoConfig.from_pretrained(origin, **options)
             config = _without_dropout(_overridden(config, settings.config_overrides))
-            model = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **options, **_unpacked(settings))
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
@@ -118,6 +118,15 @@ def resolve(path: str) -> str:
 def _options(settings: recipes.Model) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     return options | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
+
+
+def _unpacked(settings: recipes.Model) -> dict[str, Any]:
+    """A GGUF model is turned into ordinary weights once; otherwise transformers would refuse to save it."""
+    if not settings.gguf_file:
+        return {}
+    from transformers import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _overridden(config: Any, overrides: dict[str, Any]) -> Any:

