@@ -91,7 +91,13 @@ def advantages(rewards, **options):
 
 @pytest.mark.parametrize(
     ("k", "demo", "right", "wrong", "off"),
-    [(0, 1, None, -0.125, 0.875), (3, 1, 0.5, -0.5, 0.5), (7, 1, 0, None, 0), (0, 0, None, 0, 0), (3, 0, 0.625, -0.375, -0.375)],
+    [
+        (0, 1, None, -0.125, 0.875),
+        (3, 1, 0.5, -0.5, 0.5),
+        (7, 1, 0, None, 0),
+        (0, 0, None, 0, 0),
+        (3, 0, 0.625, -0.375, -0.375),
+    ],
 )
 def test_joint_group_advantages_golden_vectors(k, demo, right, wrong, off):
     result = advantages([1.0] * k + [0.0] * (7 - k) + [float(demo)])

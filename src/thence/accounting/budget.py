@@ -220,7 +220,7 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
         (
             *state_memory(known.counts, size, known.ranks, known.sharded),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing),
-            *logit_memory(known.counts),
+            *logit_memory(known.counts, tokens),
             *more,
         )
     )

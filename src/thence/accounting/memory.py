@@ -88,10 +88,10 @@ def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, check
     return Line("activations", size, text, "training")
 
 
-def logit_memory(counts: Counts) -> tuple[Line, ...]:
+def logit_memory(counts: Counts, tokens: int) -> tuple[Line, ...]:
     """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum."""
-    rows = max(1, LOGIT_BYTES // (4 * counts.vocab))
-    chunk = f"{rows:,} rows x {counts.vocab:,} tokens x 3 x 4 B (logits, probabilities, their gradient)"
+    rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
+    chunk = f"{rows:,} tokens x {counts.vocab:,} words x 3 x 4 B (logits, probabilities, their gradient)"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"
     return (
         Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training"),

@@ -59,7 +59,7 @@ def describe_fields() -> str:
 def _fields(section: type[BaseModel], table: str) -> list[str]:
     lines = []
     for name, field in section.model_fields.items():
-        if field.exclude or name in ("model", "data") and not table:
+        if field.exclude or (name in ("model", "data") and not table):
             continue
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         flag = f"--{table}.{name}" if table else f"--{name}"

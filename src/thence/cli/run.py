@@ -22,7 +22,8 @@ thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
   --fields    list every field of a recipe, with its default
 
 Fields: --sft.lr 2e-5, --rl.steps 50, --data.source '["train.jsonl"]', --data.skip-bad, --seed 1, --folder runs/mine.
-Run again after a crash or Ctrl-C: it goes on where it was. Several processes: torchrun --nproc-per-node N -m thence run ..."""
+Run again after a crash or Ctrl-C: it goes on where it was.
+Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
 SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
 
 

@@ -58,7 +58,9 @@ def _stages_with_samples(folder: Path, wanted: str | None) -> list[str]:
     found = [path.parent.name for path in sorted(folder.glob("stages/*/samples.jsonl"))]
     if wanted is not None and wanted not in found:
         raise UserError(
-            f"stage {wanted!r} has no samples", remedy=f"stages with samples: {', '.join(found) or 'none yet'}", file=folder
+            f"stage {wanted!r} has no samples",
+            remedy=f"stages with samples: {', '.join(found) or 'none yet'}",
+            file=folder,
         )
     return [wanted] if wanted is not None else found
 

@@ -43,7 +43,7 @@ def choose_layout(fields: Collection[str], name: str) -> str:
         return "messages"
     if "prompt" in fields and not {"reward_model", "target"}.isdisjoint(fields):
         return "verl"
-    if "prompt" in fields and not {"completion", "answer"}.isdisjoint(fields):
+    if "prompt" in fields:
         return "prompt-completion"
     if {"question", "answer"} <= set(fields):
         return "question-answer"
@@ -51,7 +51,7 @@ def choose_layout(fields: Collection[str], name: str) -> str:
         return "text"
     raise DataError(
         f"no layout fits the columns {', '.join(sorted(fields)) or '(none)'}",
-        remedy="a data set needs messages, prompt + completion (or answer), question + answer, verl's prompt + "
+        remedy="a data set needs messages, prompt (with completion or answer), question + answer, verl's prompt + "
         "target / reward_model, or text; name your columns with --data.columns, e.g. question=problem",
         file=name,
     )
@@ -80,10 +80,6 @@ def parse_row(
     """
     worked = worked and layout == "question-answer"
     side, demonstration, answer = _worked_row(row) if worked else _PARSERS[layout](row)
-    if demonstration is None and answer is None:
-        raise RowProblem(
-            None, "the row has neither a demonstration nor an answer, so nothing can be learned from it", "add one"
-        )
     if worked and strip_calculator and demonstration is not None:
         demonstration = _CALCULATOR.sub("", demonstration)
     named = row.get("data_source")

@@ -1,4 +1,4 @@
-"""Sampling and grading responses of a model: what evaluation and RL share, and the table row that evaluation makes of it."""
+"""Sampling and grading responses, which evaluation and RL share, and the table row that evaluation makes of them."""
 
 from __future__ import annotations
 

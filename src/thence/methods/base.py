@@ -66,7 +66,7 @@ class Method(ABC):
         """What a resumed run needs, as plain values."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - a method without state has nothing to take up
         """Take up a state that :meth:`state` gave."""
 
 

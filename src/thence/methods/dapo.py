@@ -65,7 +65,9 @@ class Dapo(Grpo):
             if len(kept) >= prompts:
                 break
         else:
-            log.warning("only %d of %d groups had both right and wrong answers after %d rounds", len(kept), prompts, rounds)
+            log.warning(
+                "only %d of %d groups had both right and wrong answers after %d rounds", len(kept), prompts, rounds
+            )
         return [self._penalised(trajectory) for group in kept[:prompts] for trajectory in group]
 
     def _penalised(self, trajectory: Trajectory) -> Trajectory:

@@ -1,4 +1,7 @@
-"""Group advantages: how much better a response was than its group. Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783)."""
+"""Group advantages: how much better a response was than its group.
+
+Sources: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783).
+"""
 
 from __future__ import annotations
 

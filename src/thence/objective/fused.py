@@ -60,7 +60,9 @@ class TokenStats:
     clipped_T: Tensor
 
 
-def token_statistics(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_statistics(
+    hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the taken tokens, without gradient. Shapes (T,), (T,); float32 or better."""
     logps, entropies = [], []
     with torch.no_grad():
@@ -159,7 +161,7 @@ def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice
 
 
 def _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C):
-    """dL/dlogits: ``slope * (p - onehot)``, and for the bonus ``b * p * (log p + H)``. Reuses the memory of ``p_CV``."""
+    """dL/dlogits: ``slope * (p - onehot)``, plus ``b * p * (log p + H)`` for the bonus. Overwrites ``p_CV``."""
     if bonus_C is None:
         grad_CV = p_CV.mul_(slope_C[:, None])
     else:

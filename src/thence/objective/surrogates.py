@@ -127,7 +127,7 @@ class Prob:
 
 @dataclass(frozen=True)
 class Shape:
-    """SHAPE: ``pi / (pi + gamma)``, LUFFY's policy shaping; computed as ``sigmoid(logp - log gamma)``, which is equal."""
+    """SHAPE: ``pi / (pi + gamma)``, LUFFY's policy shaping; equal to ``sigmoid(logp - log gamma)``."""
 
     gamma: float = 0.1
 

@@ -1,6 +1,6 @@
 """Terms and their normalisers: the shape that every method gives to the one objective
 
-    L(theta) = - sum over tokens t, terms j of  weight[t, j] * S_j(t; theta) / Z_j
+L(theta) = - sum over tokens t, terms j of  weight[t, j] * S_j(t; theta) / Z_j
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on: rows, the terms that their weights belong to, and the temperature of the policy."""
+    """What one optimizer step trains on: rows, the terms of their weights, and the temperature of the policy."""
 
     terms: tuple[Term, ...]
     rows: tuple[Row, ...]

@@ -11,7 +11,7 @@ import torch
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.progress import Watcher
 from thence.recipe import Optimization, Recipe
-from thence.train.checkpoint import newest_checkpoint, load_weights, write_checkpoint
+from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
 from thence.train.model import compute_dtype
 from thence.train.parallel import Ranks
 from thence.train.schedule import learning_rate
@@ -117,5 +117,3 @@ class Checkpoints:
                 tensors,
             )
         self.context.ranks.wait()
-
-

@@ -9,7 +9,7 @@ from thence.data.chat import end_token_ids
 from thence.evaluate.measure import measure, measurement_record, sample_record
 from thence.pipeline.context import Context
 from thence.pipeline.folder import write_atomically, write_jsonl
-from thence.pipeline.prompts import load_prompts
+from thence.pipeline.prompts import check_answers, load_prompts
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
 from thence.verify.reward import load_reward
@@ -31,11 +31,13 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
                 data = context.recipe.stage_data({**stage.data, **splits[split]})
+                prompts = load_prompts(data, context.tokenizer)
+                check_answers(prompts, stage.reward)
                 row, trajectories = measure(
                     context.model,
                     context.tokenizer,
                     grader,
-                    load_prompts(data, context.tokenizer),
+                    prompts,
                     split=split,
                     samples=stage.samples,
                     sampling=Sampling(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +14,11 @@ from thence.data.readers import read_examples
 from thence.data.trajectory import Prompt
 from thence.errors import DataError
 from thence.recipe import Data
+from thence.verify.reward import MATH_RULES
 
 log = logging.getLogger(__name__)
 WORLD = "world:chain"
+PRETRAINING = "pretraining-"  # of a base, as a split: what the base was trained on
 
 
 def load_prompts(data: Data, tokenizer: Any) -> list[Prompt]:
@@ -42,7 +46,9 @@ def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[
     for row in rendered.bad:
         log.warning("left out: %s", row)
     if rendered.too_long:
-        log.warning("%d examples left out: their prompts are longer than data.max_prompt_tokens", len(rendered.too_long))
+        log.warning(
+            "%d examples left out: their prompts are longer than data.max_prompt_tokens", len(rendered.too_long)
+        )
     if rendered.truncated:
         log.warning("%d demonstrations cut at data.max_response_tokens; they teach no end token", rendered.truncated)
     if not rendered.rows:
@@ -57,6 +63,16 @@ def check_trained(prompts: list[Prompt], train_on: str) -> None:
     ]
     share = trained_share(rows, train_on)  # type: ignore[arg-type]
     log.info("%.0f%% of the tokens are trained", 100 * share)
+
+
+def check_answers(prompts: Sequence[Prompt], reward: str) -> None:
+    """Refuse to grade by comparison where there is nothing to compare with. Raises DataError."""
+    if reward in ("exact", *MATH_RULES) and not any(prompt.answer for prompt in prompts):
+        raise DataError(
+            f"no example has an answer, and the reward {reward!r} compares with one",
+            remedy="give a data set with answers, or an own reward function",
+            field="reward",
+        )
 
 
 def _read(data: Data, name: str) -> list[Example]:
@@ -76,12 +92,22 @@ def _read(data: Data, name: str) -> list[Example]:
 
 
 def _world(data: Data, name: str) -> list[Example]:
-    from thence.data.worlds.chain import problems
+    from thence.data.worlds.chain import pretraining, problems
 
     if name != WORLD:
         raise DataError(f"no embedded world {name!r}", remedy=f"use {WORLD}", field="data.source")
     if data.limit is None:
-        raise DataError("the embedded world makes as many problems as asked", remedy="set data.limit", field="data.limit")
+        raise DataError(
+            "the embedded world makes as many problems as asked", remedy="set data.limit", field="data.limit"
+        )
+    if data.split.startswith(PRETRAINING):
+        base = data.split.removeprefix(PRETRAINING)
+        if base not in ("rich", "poor"):
+            raise DataError(
+                f"no base {base!r}", remedy=f"use {PRETRAINING}rich or {PRETRAINING}poor", field="data.split"
+            )
+        texts = itertools.islice(pretraining(base, sys.maxsize, data.seed), data.limit)
+        return [Example(prompt="", demonstration=text, source=f"{name}:{i + 1}") for i, text in enumerate(texts)]
     found = problems(data.split, data.limit, data.seed)
     return [
         Example(

@@ -23,7 +23,7 @@ from thence.objective import Batch, TokenStats
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Checkpoints, Context, make_trainer
-from thence.pipeline.prompts import load_prompts
+from thence.pipeline.prompts import check_answers, load_prompts
 from thence.recipe import Rl
 from thence.rollout.native import Sampling
 from thence.train.step import StepReport, policy_statistics
@@ -61,9 +61,7 @@ class RolloutSampler:
     def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
         start = time.perf_counter()
         seed_parts = (*self.context.seed_parts(), "rollout", self.drawn)
-        found = respond(
-            self.context.model, self.context.tokenizer, self.grader, prompts, n, self.sampling, seed_parts
-        )
+        found = respond(self.context.model, self.context.tokenizer, self.grader, prompts, n, self.sampling, seed_parts)
         self.seconds += time.perf_counter() - start
         return found
 
@@ -72,6 +70,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
     method = make_method(stage.method, stage.options, "rl")
     prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
+    check_answers(prompts, stage.reward)
     minis = stage.prompts // (stage.mini_batch or stage.prompts)
     reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
@@ -215,5 +214,3 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from thence.accounting.flops import rule_flops
 from thence.data.order import batch_at, epoch_order, steps_per_epoch
@@ -17,14 +20,17 @@ from thence.pipeline.prompts import check_trained, load_prompts
 from thence.recipe import Sft
 from thence.train.trainer import Trainer
 
-import torch
+log = logging.getLogger(__name__)
 
 
 def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
     """Train the context's model on demonstrations. Returns facts for ``done.json``."""
     method = make_method(stage.method, stage.options, "sft")
-    prompts = [p for p in load_prompts(context.recipe.stage_data(stage.data), context.tokenizer) if p.demonstration_ids]
-    check_trained(prompts, stage.train_on)
+    found = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
+    prompts = [prompt for prompt in found if prompt.demonstration_ids]
+    if 0 < len(prompts) < len(found):
+        log.warning("%d of %d examples have no demonstration and are left out", len(found) - len(prompts), len(found))
+    check_trained(prompts or found, stage.train_on)
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
     steps = total_steps(len(trained), stage)
     trainer = make_trainer(context, stage, steps)
@@ -33,13 +39,11 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
     if context.leads:
         context.watcher.stage(context.name, steps, done)
     n_parameters = sum(p.numel() for p in context.model.parameters())
-    flops = 0.0
     for step in range(done, steps):
         chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
         mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
         rate = trainer.learning_rate(trainer.steps_taken)
         report = trainer.step(Batch(method.terms, tuple(rows_of(mine, method, stage.train_on))))
-        flops = rule_flops(n_parameters, report.tokens)
         line = {
             "stage": context.name,
             "kind": "sft",
@@ -52,7 +56,7 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
             "sequences": report.rows,
             "tokens": report.tokens,
             "trained_tokens": report.trained_tokens,
-            "flops": flops,
+            "flops": rule_flops(n_parameters, report.trained_tokens),
             "seconds": report.seconds,
             "tokens_per_s": report.tokens / report.seconds,
         }

@@ -65,7 +65,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float,
 
 def _truncated(p_BV: Tensor, top_p: float, top_k: int) -> Tensor:
     """Zero all but the top-k tokens, then all but the smallest set whose probability reaches top-p."""
-    sorted_BV, index_BV = p_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, index_BV = p_BV.sort(dim=-1, descending=True, stable=True)
     if top_k:
         sorted_BV[:, top_k:] = 0
     if top_p < 1:

@@ -83,7 +83,9 @@ class LlamaDecoder:
         cos, sin = self.cos[position_UP][:, :, None], self.sin[position_UP][:, :, None]
         x = self.embedding[token_ids_UP].flatten(0, 1)
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
-            q, k, v = self._turned(layer, self._qkv(layer, x).view(n_prompts, self.length, -1, self.head_size), cos, sin)
+            q, k, v = self._turned(
+                layer, self._qkv(layer, x).view(n_prompts, self.length, -1, self.head_size), cos, sin
+            )
             self._columns(keys)[:, :, : self.length], values[:, :, : self.length] = k[rows], v[rows]
             o = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
@@ -151,7 +153,7 @@ class LlamaDecoder:
         return attend
 
     def _turned(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (normed where the model does, turned by their positions) and values: (rows, heads, tokens, size)."""
+        """Queries and keys, normed and turned by their positions, and values: (rows, heads, tokens, size)."""
         qk, v = qkv[:, :, : self.heads + self.kv_heads], qkv[:, :, self.heads + self.kv_heads :]
         if layer.q_norm is not None:
             q = rms_norm(qk[:, :, : self.heads], (self.head_size,), layer.q_norm, self.eps)

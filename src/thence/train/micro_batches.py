@@ -39,7 +39,7 @@ def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
         packing: rows are laid end to end, so that padding costs nothing.
 
     Returns:
-        Row indices of each micro-batch; every row exactly once; the longest first, so that too little memory shows at once.
+        Row indices of each micro-batch; every row exactly once, the longest first.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
@@ -55,7 +55,9 @@ def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
     return groups
 
 
-def micro_batches(rows: Sequence[Row], budget: int, packing: bool, device: torch.device) -> Iterator[tuple[list[int], MicroBatch]]:
+def micro_batches(
+    rows: Sequence[Row], budget: int, packing: bool, device: torch.device
+) -> Iterator[tuple[list[int], MicroBatch]]:
     """The micro-batches of a batch and the indices of their rows, moved to the device one at a time."""
     for group in plan([len(row.token_ids) for row in rows], budget, packing):
         yield group, lay_out([rows[i] for i in group], packing, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -53,14 +52,17 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         else:
             config = AutoConfig.from_pretrained(origin, **options)
             config = _without_dropout(_overridden(config, settings.config_overrides))
-            model = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **options, **_unpacked(settings))
+            model = AutoModelForCausalLM.from_pretrained(
+                origin, config=config, dtype=dtype, **options, **_unpacked(settings)
+            )
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
             field="model.path",
         ) from error
-    model = model.to(device).eval()
+    model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps `to` and loses its type
+    model.eval()
     check_model(model)
     return Loaded(model, tokenizer, settings.path or "random weights")
 
@@ -94,7 +96,7 @@ def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
 
 
 def resolve(path: str) -> str:
-    """A folder for ``world:...`` (a base of the embedded world) and ``package:...`` (an installed package); else the name."""
+    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself."""
     if path.startswith("world:"):
         name = path.removeprefix("world:").replace("/", "-")
         folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
@@ -109,10 +111,12 @@ def resolve(path: str) -> str:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                f"the package {package} is not installed", remedy=f"pip install {package.replace('_', '-')}", field="model.path"
+                f"the package {package} is not installed",
+                remedy=f"pip install {package.replace('_', '-')}",
+                field="model.path",
             )
         return str(spec.submodule_search_locations[0])
-    return os.path.expanduser(path)
+    return str(Path(path).expanduser())
 
 
 def _options(settings: recipes.Model) -> dict[str, Any]:

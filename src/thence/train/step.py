@@ -98,7 +98,8 @@ def train_step(
     norm = global_norm(parameters)
     _check(loss_value, norm, int(totals[5]), promised, optimizer)
     if settings.clip_norm and norm > settings.clip_norm:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], settings.clip_norm / norm)
+        for gradient in gradients_of(parameters):
+            gradient.mul_(settings.clip_norm / norm)
     optimizer.step()
     trained = max(promised, 1)
     return StepReport(
@@ -135,16 +136,16 @@ def accumulate_gradients(
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     divisor_J = divisors(batch.terms, counts)
-    total = torch.zeros((), device=device, dtype=torch.float64 if settings.compute_dtype.itemsize == 8 else torch.float32)
+    total = torch.zeros(
+        (), device=device, dtype=torch.float64 if settings.compute_dtype.itemsize == 8 else torch.float32
+    )
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     seen, passes = 0, 0
     for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
         with compute_context(device, settings.compute_dtype):
             hidden_TD = hidden_states(model, micro)
             head_VD, scale = output_head(model)
-            loss, stats = objective(
-                hidden_TD, head_VD, micro.inputs, batch.terms, divisor_J, batch.temperature / scale
-            )
+            loss, stats = objective(hidden_TD, head_VD, micro.inputs, batch.terms, divisor_J, batch.temperature / scale)
         loss.backward()
         total += loss.detach()
         seen += len(stats.logp_T)
@@ -182,8 +183,13 @@ def policy_statistics(
 
 def global_norm(parameters: Sequence[nn.Parameter]) -> float:
     """Euclidean norm of the whole gradient."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.linalg.vector_norm(torch.stack([n.double() for n in norms])).item() if norms else 0.0
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients_of(parameters)]
+    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+
+
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradients that there are."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _check(loss: float, norm: float, seen: int, promised: int, optimizer: torch.optim.Optimizer) -> None:
@@ -200,5 +206,3 @@ def _check(loss: float, norm: float, seen: int, promised: int, optimizer: torch.
         f"the loss is {loss} and the gradient norm {norm}",
         remedy="lower the learning rate or look at the last batch; the run goes on from the last checkpoint",
     )
-
-

@@ -89,10 +89,8 @@ class Trainer:
             self.optimizer(kind).state[parameter][field] = value.clone().to(where)
 
 
-def make_adamw(
-    model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101); matrices are decayed, vectors (norms, biases) are not. The caller sets the learning rate."""
+def make_adamw(model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); matrices are decayed, vectors (norms, biases) are not. The caller sets the rate."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},

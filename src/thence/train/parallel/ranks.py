@@ -63,7 +63,7 @@ class SingleProcess:
 
 
 class DataParallel:
-    """Each rank holds the whole model and trains its share of the rows; gradients are summed after the last micro-batch.
+    """Each rank holds the whole model and trains its share of the rows; gradients are summed after all micro-batches.
 
     Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none.
     """
