@@ -28,7 +28,7 @@ from thence.errors import RecipeError
 class Section(BaseModel):
     """A table of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 class Model(Section):
@@ -189,8 +189,8 @@ class Rl(Optimization):
 class Eval(Section):
     """A stage that measures accuracy. Defaults: temperature 0.6, as section 4 of arXiv 2604.23747."""
 
-    data: dict[str, Any] = {"split": "test"}
-    """Overrides of [data] for this stage."""
+    data: dict[str, Any] = {}
+    """Overrides of [data] for this stage; its split is `test` unless it says otherwise."""
     splits: dict[str, dict[str, Any]] = {}
     """Several named test sets, each a table of overrides of `data`; empty: one, called after its split."""
     temperatures: list[float] = [0.6]
@@ -292,6 +292,8 @@ def build_recipe(tables: Mapping[str, Any], file: str | None = None) -> Recipe:
         table = {**_table(tables, kind_of(name), file), **_table(tables, name, file)}
         resolved[name] = _validated(KINDS[kind_of(name)], table, name, file)
     own = {key: value for key, value in tables.items() if key not in KINDS and key not in stages}
+    if "tables" in own:
+        raise RecipeError("unknown key", remedy=f"fields are: {', '.join(_fields_of(Recipe, ()))}", file=file, field="tables")
     recipe = _validated(Recipe, own, "", file, known=[*KINDS, *stages])
     return recipe.model_copy(update={"tables": resolved})
 
@@ -299,18 +301,29 @@ def build_recipe(tables: Mapping[str, Any], file: str | None = None) -> Recipe:
 def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Lay dotted names over nested tables; ``-`` in a field's name counts as ``_``. Returns a new mapping."""
     result = _copied(tables)
+    values = {name: parse_value(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    if "stages" in values:
+        result = _with_stages(result, values.pop("stages"))
     stages = result.get("stages", Recipe.model_fields["stages"].default)
-    for dotted, value in overrides.items():
-        *path, leaf = dotted.split(".")
-        heads = {*stages, *KINDS}
-        names = [part if i == 0 and part in heads else part.replace("-", "_") for i, part in enumerate([*path, leaf])]
-        node = result
-        for part in names[:-1]:
-            node = node.setdefault(part, {})
+    for dotted, value in values.items():
+        node, parts = result, dotted.split(".")
+        for i, part in enumerate(parts):
+            # the names of stages and splits keep their dashes; in a field's name a dash stands for an underscore
+            name = part if part in node or (i == 0 and part in stages) else part.replace("-", "_")
+            if i == len(parts) - 1:
+                node[name] = value
+                break
+            node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise RecipeError(f"{part} is not a table", remedy="name a field of the recipe", field=f"--{dotted}")
-        node[names[-1]] = parse_value(value) if isinstance(value, str) else value
     return result
+
+
+def _with_stages(tables: dict[str, Any], stages: Any) -> dict[str, Any]:
+    """The tables with other stages; the table of a stage that is no longer run goes with it."""
+    before = tables.get("stages", [])
+    gone = {name for name in before if name not in stages and name not in KINDS} if isinstance(stages, list) else set()
+    return {key: value for key, value in tables.items() if key not in gone} | {"stages": stages}
 
 
 def parse_value(text: str) -> Any:
@@ -328,7 +341,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:
-    """Nested plain values as TOML text that :func:`load_recipe` reads back. Empty tables and None are left out."""
+    """Nested plain values as TOML text that :func:`load_recipe` reads back. None is left out."""
     lines: list[str] = []
     _write_table(tables, [], lines)
     return "\n".join(lines).lstrip("\n") + "\n"
@@ -367,14 +380,25 @@ def _validated(kind: type, values: Mapping[str, Any], where: str, file: str | No
         field = ".".join(str(part) for part in ([where] if where else []) + list(first["loc"]))
         if first["type"] == "extra_forbidden":
             leaf = str(first["loc"][-1])
-            near = difflib.get_close_matches(leaf, [*kind.model_fields, *known], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"fields are: {', '.join(kind.model_fields)}"
+            fields = _fields_of(kind, first["loc"][:-1])
+            near = difflib.get_close_matches(leaf, [*fields, *known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields are: {', '.join(fields)}"
             raise RecipeError("unknown key", remedy=hint, file=file, field=field) from None
         problem = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         raise RecipeError(
             problem + shown, remedy="mend this field; `thence run --fields` lists all", file=file, field=field or None
         ) from None
+
+
+def _fields_of(kind: type, path: Sequence[int | str]) -> list[str]:
+    """The names of the fields of the table at a path in a section."""
+    for part in path:
+        inner = getattr(kind, "model_fields", {}).get(part)
+        if inner is None or not isinstance(inner.annotation, type):
+            return []
+        kind = inner.annotation
+    return [name for name, field in getattr(kind, "model_fields", {}).items() if not field.exclude]
 
 
 def _copied(value: Any) -> Any:
@@ -385,7 +409,7 @@ def _copied(value: Any) -> Any:
 
 def _write_table(table: Mapping[str, Any], path: list[str], lines: list[str]) -> None:
     plain = {key: value for key, value in table.items() if not isinstance(value, Mapping) and value is not None}
-    if path and plain:
+    if path and (plain or not table):
         lines += ["", f"[{'.'.join(_key(part) for part in path)}]"]
     lines += [f"{_key(key)} = {_literal(value)}" for key, value in plain.items()]
     for key, value in table.items():

@@ -31,10 +31,9 @@ def batch_at(n: int, batch: int, seed: int, step: int) -> list[int]:
     return epoch_order(n, seed, epoch)[position * batch : (position + 1) * batch]
 
 
-def drawn_at(n: int, count: int, seed: int, step: int) -> list[int]:
-    """``count`` examples for one rollout batch: the epochs' orders end to end, so every prompt comes equally often."""
+def drawn_from(n: int, position: int, count: int, seed: int) -> list[int]:
+    """``count`` examples from a position in the epochs' orders laid end to end, so that all come equally often."""
     result: list[int] = []
-    position = step * count
     while len(result) < count:
         epoch, offset = divmod(position + len(result), n)
         result += epoch_order(n, seed, epoch)[offset : offset + count - len(result)]

@@ -60,7 +60,8 @@ class Dapo(Grpo):
         kept: list[list[Trajectory]] = []
         rounds = self.options.max_generations if self.options.dynamic_sampling else 1
         for _ in range(rounds):
-            groups = groups_of(sampler.rollouts(sampler.next_prompts(prompts), n))
+            found = sampler.rollouts(sampler.next_prompts(prompts), n)
+            groups = [found[i : i + n] for i in range(0, len(found), n)]
             kept += [g for g in groups if not self.options.dynamic_sampling or is_informative(g)]
             if len(kept) >= prompts:
                 break

@@ -78,9 +78,9 @@ class Grpo(Method):
         weights = []
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
             n = len(trajectory.response_ids)
-            share = 1 / n if o.aggregation == "sequence-mean" else 1.0
+            share = 1 / max(n, 1) if o.aggregation == "sequence-mean" else 1.0
             rows = [advantage * share] + ([o.kl * share] if o.kl else []) + ([o.entropy] if o.entropy else [])
-            weights.append(torch.tensor(rows)[:, None].repeat(1, n))
+            weights.append(torch.tensor(rows, dtype=torch.float64)[:, None].repeat(1, n))
         return weights
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:

@@ -27,4 +27,4 @@ class Sft(Method):
     terms = (Term("sft", Logp(), Normaliser("tokens")),)  # type: ignore[assignment]
 
     def weigh(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        return [torch.ones(1, len(trajectory.response_ids)) for trajectory in trajectories]
+        return [torch.ones(1, len(trajectory.response_ids), dtype=torch.float64) for trajectory in trajectories]

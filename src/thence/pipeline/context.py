@@ -98,7 +98,7 @@ class Checkpoints:
             self.trainer.restore(found.plain["trainer"], found.tensors)
         step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
         if self.context.leads:
-            self.context.folder.rewind_metrics(self.context.name, step)
+            self.context.folder.rewind(self.context.name, step)
         return step, own
 
     def after(self, step: int, own: Callable[[], dict[str, Any]]) -> None:

@@ -21,7 +21,8 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
     Each measurement is kept as soon as it is made; a run that is killed goes on with the next.
     """
     folder = context.folder.stage(context.name)
-    splits = stage.splits or {stage.data.get("split", "test"): {}}
+    own = {"split": "test", **stage.data}
+    splits = stage.splits or {own["split"]: {}}
     parts = [(split, temperature) for split in splits for temperature in stage.temperatures]
     results = []
     if context.leads:
@@ -30,7 +31,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
         for split, temperature in parts:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
-                data = context.recipe.stage_data({**stage.data, **splits[split]})
+                data = context.recipe.stage_data({**own, **splits[split]})
                 prompts = load_prompts(data, context.tokenizer)
                 check_answers(prompts, stage.reward)
                 row, trajectories = measure(

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -53,7 +54,23 @@ class RunFolder:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, text)
-        write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=1))
+        self._record_start(environment(device))
+
+    def remove(self) -> None:
+        """Throw the run away. Raises UserError where the folder holds something that is no run."""
+        if not self.path.exists():
+            return
+        if any(self.path.iterdir()) and not (self.path / "recipe.toml").exists():
+            raise UserError("the folder holds no run", remedy="give another --folder, or empty it", file=self.path)
+        shutil.rmtree(self.path)
+
+    def _record_start(self, facts: dict[str, Any]) -> None:
+        """Keep the environment of the first start, and of later ones beside it."""
+        path = self.path / "environment.json"
+        if path.exists():
+            first = json.loads(path.read_text(encoding="utf-8"))
+            facts = {**first, "later_starts": [*first.get("later_starts", []), facts]}
+        write_atomically(path, json.dumps(facts, indent=1))
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is complete."""
@@ -68,12 +85,12 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def rewind_metrics(self, stage: str, step: int) -> None:
-        """Drop the lines of this stage after ``step`` (they will be written again), and a line cut off by a crash."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in read_jsonl(self.metrics) if line["stage"] != stage or line["step"] <= step]
-        write_jsonl(self.metrics, kept)
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash."""
+        for path in (self.metrics, self.stage(stage) / "samples.jsonl"):
+            if path.exists():
+                kept = [line for line in read_jsonl(path) if line["stage"] != stage or line["step"] <= step]
+                write_jsonl(path, kept)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from thence.accounting.flops import rule_flops
 from thence.data.chat import end_token_ids
-from thence.data.order import drawn_at
+from thence.data.order import drawn_from
 from thence.data.trajectory import Prompt, Trajectory
 from thence.evaluate.measure import respond, sample_record
 from thence.methods.base import Method, make_rows
@@ -49,12 +49,12 @@ class RolloutSampler:
             temperature=stage.temperature,
             top_p=stage.top_p,
             top_k=stage.top_k,
-            stop_ids=end_token_ids(context.tokenizer),
+            stop_ids=end_token_ids(context.tokenizer, context.recipe.stage_data(stage.data).template),
             rows=stage.rollout_rows,
         )
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        chosen = drawn_at(len(self.prompts), count, self.context.recipe.seed, self.drawn)
+        chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
         self.drawn += count
         return [self.prompts[i] for i in chosen]
 
@@ -160,6 +160,7 @@ def metrics(
     seconds: float,
 ) -> dict[str, Any]:
     """One line of metrics over all ranks; of several optimizer steps the means, except the largest gradient norm."""
+    reports = [report for report in reports if report.rows] or list(reports)
     scores = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
     sums = torch.tensor(
         [
@@ -175,8 +176,8 @@ def metrics(
         ],
         dtype=torch.float64,
     )
-    n, total, squares, right, unknown, truncated, response, kl, seen = context.ranks.sum_floats(sums).tolist()
-    n = max(n, 1)
+    rows, total, squares, right, unknown, truncated, response, kl, seen = context.ranks.sum_floats(sums).tolist()
+    n = max(rows, 1)
     tokens = sum(report.tokens for report in reports)
     n_parameters = sum(p.numel() for p in context.model.parameters())
     return {
@@ -192,10 +193,10 @@ def metrics(
         "truncated": truncated / n,
         "response_tokens": response / n,
         "mismatch_kl": kl / seen if seen else None,
-        "sequences": int(n),
+        "sequences": int(rows),
         "tokens": tokens,
         "trained_tokens": sum(r.trained_tokens for r in reports),
-        "flops": rule_flops(n_parameters, response, response),
+        "flops": rule_flops(n_parameters, sum(r.trained_tokens for r in reports), response),
         "seconds": seconds,
         "sample_seconds": sample_seconds,
         "train_seconds": sum(r.seconds for r in reports),

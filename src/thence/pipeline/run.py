@@ -48,13 +48,15 @@ def run(
     ranks, device = start_ranks()
     folder = RunFolder(resolved.run_folder())
     if ranks.rank == 0:
-        if restart and folder.path.exists():
-            shutil.rmtree(folder.path)
+        if restart:
+            folder.remove()
         folder.open(resolved, str(device))
     ranks.wait()
     for i, name in enumerate(resolved.stages):
         if not folder.is_done(name):
             run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
+        elif ranks.rank == 0:  # killed between the last two lines of `run_stage`
+            shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
         ranks.wait()
     return folder.path
 
@@ -79,18 +81,19 @@ def run_stage(
         raise UserError(f"stage {name} has no kind", remedy="see `thence run --fields`")
     if leads:
         if not isinstance(stage, Eval):
-            publish_model(context)
+            publish_model(context, stage)
         folder.finish(name, facts)
         shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
 
 
-def publish_model(context: Context) -> None:
+def publish_model(context: Context, stage: Sft | Rl) -> None:
     """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop."""
     folder = context.folder.stage(context.name)
     temporary = folder / ".model-writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    context.model.generation_config.eos_token_id = list(end_token_ids(context.tokenizer))
+    template = context.recipe.stage_data(stage.data).template
+    context.model.generation_config.eos_token_id = list(end_token_ids(context.tokenizer, template))
     save_model(context.model, context.tokenizer, temporary)
     publish(temporary, folder / "model")
 
@@ -101,7 +104,11 @@ def _model_before(recipe: Recipe, folder: RunFolder, position: int, device: torc
     if not trained:
         return load_model(recipe.model, device, recipe.seed)
     path = folder.stage(trained[-1]) / "model"
-    settings = Model(path=str(path), compute_dtype=recipe.model.compute_dtype)
+    settings = Model(
+        path=str(path),
+        compute_dtype=recipe.model.compute_dtype,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     return load_model(settings, device, recipe.seed)
 
 

@@ -30,7 +30,9 @@ def is_plain_llama(model: Any) -> bool:
         and config.hidden_act == "silu"
         and not windowed
         and not getattr(config, "mlp_bias", False)
-        and "dynamic" not in str((config.rope_parameters or {}).get("rope_type", "default"))
+        and getattr(model.model.layers[0].self_attn.o_proj, "bias", None) is None
+        # other kinds of rotary embedding depend on the length of what is read
+        and (config.rope_parameters or {}).get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
         and all(p.dtype == torch.float32 for p in model.parameters())
     )
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def write_checkpoint(
     save_file(contiguous, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, **plain}), encoding="utf-8")
     publish(temporary, final)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    # a checkpoint of a later step can only be a damaged one that resuming passed over
+    older = [path for path in checkpoints(folder) if path < final]
+    later = [path for path in checkpoints(folder) if path > final]
+    for superseded in [*older[: len(older) - (keep - 1)], *later]:
+        shutil.rmtree(superseded)
     return final
 
 
@@ -67,10 +71,13 @@ def publish(temporary: Path, final: Path) -> None:
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, temporary]:
         _flush(path)
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
     _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -80,6 +87,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold; a damaged one is passed over."""
+    for replaced in folder.glob(f"{REPLACED}*"):  # killed between the two renames of `publish`
+        if not (place := replaced.with_name(replaced.name.removeprefix(REPLACED))).exists():
+            replaced.rename(place)
     for path in reversed(checkpoints(folder)):
         if is_whole(path):
             plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -91,8 +101,8 @@ def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest names is there with its checksum."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError):
+        return bool(manifest) and all(_sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from thence.errors import UserError
 from thence.train.micro_batches import MicroBatch
@@ -22,9 +24,17 @@ def hidden_states(model: Any, micro: MicroBatch) -> Tensor:
     """Last hidden states at the positions that predict the trained tokens, shape (T, D)."""
     decoder = model.base_model
     if micro.packed:
+        if model.config._attn_implementation != PACKED_ATTENTION:
+            use_packed_attention(model)
         positions = torch.cat([torch.arange(n, device=micro.token_ids.device) for n in micro.lengths])[None]
+        # transformers takes a mask of four dimensions as finished; ours is not looked at (see packed_attention)
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=micro.token_ids.device)
         output = decoder(
-            input_ids=micro.token_ids, position_ids=positions, use_cache=False, packed_lengths=micro.lengths
+            input_ids=micro.token_ids,
+            position_ids=positions,
+            attention_mask=no_mask,
+            use_cache=False,
+            packed_lengths=micro.lengths,
         )
     else:
         output = decoder(input_ids=micro.token_ids, use_cache=False)
@@ -64,13 +74,13 @@ def check_model(model: Any) -> None:
 
 
 def use_packed_attention(model: Any) -> None:
-    """Make the model attend within packed rows only.
+    """Make the model attend within packed rows only, where rows are packed; it attends as before where they are not.
 
     Raises:
         UserError: the model's attention cannot be replaced.
     """
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
     try:
         model.set_attn_implementation(PACKED_ATTENTION)
     except (ValueError, AttributeError) as error:
@@ -90,7 +100,7 @@ def packed_attention(
     packed_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each packed row over itself alone; without ``packed_lengths``, plain causal attention.
+    """Causal attention of each packed row over itself alone; without ``packed_lengths``, transformers' own attention.
 
     Args:
         query: (1, heads, T, head size); key and value may have fewer heads.
@@ -99,14 +109,14 @@ def packed_attention(
     Returns:
         (1, T, heads, head size), and no attention weights.
     """
+    if packed_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     grouped = key.shape[1] != query.shape[1]
-    lengths = packed_lengths or (query.shape[2],)
+    lengths = packed_lengths
     parts = [
         nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(parts, 2).transpose(1, 2), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Packed attention is causal within rows by construction and takes no mask."""

@@ -136,9 +136,7 @@ def accumulate_gradients(
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     divisor_J = divisors(batch.terms, counts)
-    total = torch.zeros(
-        (), device=device, dtype=torch.float64 if settings.compute_dtype.itemsize == 8 else torch.float32
-    )
+    total = torch.zeros((), device=device, dtype=torch.float64)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     seen, passes = 0, 0
     for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):

@@ -79,6 +79,7 @@ class Trainer:
     def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take up a state that :meth:`state` gave; the model's weights are restored by the caller."""
         self.steps_taken = plain["steps_taken"]
+        self._optimizers.clear()
         parameters = dict(self.model.named_parameters())
         for kind in plain["optimizers"]:
             self.optimizer(kind)

@@ -159,7 +159,7 @@ MIX: dict[Base, dict[str, float]] = {
     "rich": {"facts": 0.35, "look_up": 0.25, "question": 0.40},
     "poor": {"facts": 0.60, "look_up": 0.40},
 }
-FACTS = {"sum": 0.45, "product": 0.10, "partial": 0.20, "add_up": 0.25}
+FACTS = {"sum": 0.45, "product": 0.05, "partial": 0.20, "add_up": 0.30}
 SLIP = 0.10  # how often a step in the rich base's corpus goes wrong
 
 
@@ -206,7 +206,7 @@ def question(rng: random.Random) -> str:
     """A prompt of the train split with a hasty response, often wrong: the latent skill of the rich base."""
     while split_of((chain := draw_chain(rng)).prompt) != "train":
         pass
-    habit: Habit = rng.choices(("head", "terse", "written"), (0.2, 0.3, 0.5))[0]
+    habit: Habit = rng.choices(("head", "terse", "written"), (0.25, 0.45, 0.30))[0]
     return chain.prompt + hasty(chain, habit, rng)
 
 

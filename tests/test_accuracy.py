@@ -1,0 +1,180 @@
+"""Accuracy, its interval, and measuring a model on a test set."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thence.data.trajectory import Prompt
+from thence.data.worlds.vocabulary import VOCABULARY, build_tokenizer
+from thence.evaluate.accuracy import accuracy, wilson
+from thence.evaluate.measure import measure, measurement_record, respond, sample_record
+from thence.rollout.native import Sampling
+from thence.train.parallel import SingleProcess
+from thence.verify.reward import Grader
+from thence.verify.verdict import Grade, right, unknown, wrong
+
+# The interval.
+
+
+def test_accuracy_is_the_mean_share_of_right_samples_over_problems() -> None:
+    found = accuracy([1.0, 0.5, 0.0, 0.25])
+    assert (found.accuracy, found.problems) == (0.4375, 4)
+    # standard deviation of the shares 0.42696, over the root of four, times 1.95996
+    assert (found.low, found.high) == pytest.approx((0.4375 - 0.41841, 0.4375 + 0.41841), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(10, 10, 0.72247, 1.0), (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (81, 263, 0.25526, 0.36618)],
+)
+def test_wilson_gives_the_published_values(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_right_or_all_wrong_is_not_certainty(share: float) -> None:
+    found = accuracy([share] * 20)
+    assert (found.low, found.high) == pytest.approx(wilson(20 * share, 20))
+    assert found.high - found.low > 0.1
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=40))
+def test_the_interval_holds_the_accuracy_and_lies_between_zero_and_one(shares: list[float]) -> None:
+    found = accuracy(shares)
+    assert 0 <= found.low <= found.accuracy + 1e-12
+    assert found.accuracy - 1e-12 <= found.high <= 1
+    assert found.low < found.high
+
+
+def test_more_samples_of_the_same_problems_do_not_narrow_the_interval_but_more_problems_do() -> None:
+    few = [1.0, 0.0] * 20  # of a hundred samples that all agree, or of one
+    many = accuracy(few * 4)
+    assert accuracy(few).high - accuracy(few).low == pytest.approx(2 * (many.high - many.low), rel=0.02)
+
+
+def test_the_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
+    rng = random.Random(0)
+
+    def covers() -> bool:
+        # problems of very different difficulty, four samples each; the truth is the mean over problems, one half
+        chances = [rng.betavariate(0.5, 0.5) for _ in range(60)]
+        found = accuracy([sum(rng.random() < p for _ in range(4)) / 4 for p in chances])
+        return found.low <= 0.5 <= found.high
+
+    share = sum(covers() for _ in range(1000)) / 1000
+    assert 0.925 <= share <= 0.97
+
+
+def test_accuracy_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no problems"):
+        accuracy([])
+
+
+# Measuring.
+
+
+class ByFirstToken(Grader):
+    """Right where the response begins with a digit, unknown where it begins with a letter, else wrong."""
+
+    def grade_many(
+        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[Grade]:
+        return [self._grade(response) for _, response, _ in zip(prompts, responses, answers, strict=True)]
+
+    def _grade(self, response: str) -> Grade:
+        if response[:1].isdigit():
+            return right(response)
+        return unknown("a letter") if response[:1].isalpha() else wrong(response)
+
+
+class OneOfTwo(SingleProcess):
+    """One rank of two, whose partner's part is known."""
+
+    world = 2
+
+    def __init__(self, rank: int, other: Any):
+        self.rank, self.other = rank, other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other] if self.rank == 0 else [self.other, value]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Any) -> Any:
+    return tiny_model(torch.float32, "llama", 0).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+PROMPTS = [Prompt(i, (0, 3 + i, 4 + i % 5), answer="1", text=f"problem {i}") for i in range(12)]
+SAMPLING = Sampling(max_tokens=6, stop_ids=(0, 5, 9))
+MODEL_KNOWS = 40  # the tiny model's vocabulary is larger than the tokenizer's; the rest decodes to nothing
+assert len(VOCABULARY) < MODEL_KNOWS
+
+
+def measured(model: Any, tokenizer: Any, prompts: Sequence[Prompt], samples: int = 3, ranks: Any = None) -> Any:
+    return measure(
+        model,
+        tokenizer,
+        ByFirstToken(),
+        prompts,
+        split="test",
+        samples=samples,
+        sampling=SAMPLING,
+        seed_parts=(0, "eval"),
+        ranks=ranks or SingleProcess(),
+    )
+
+
+def test_the_row_counts_what_the_responses_are(model: Any, tokenizer: Any) -> None:
+    row, trajectories = measured(model, tokenizer, PROMPTS)
+    verdicts = [t.verdict for t in trajectories]
+    assert (row.right, row.wrong, row.unknown) == tuple(verdicts.count(v) for v in ("right", "wrong", "unknown"))
+    assert min(row.right, row.wrong, row.unknown) > 0
+    assert row.accuracy == pytest.approx(row.right / 36)  # unknown is not right
+    assert [t.prompt.index for t in trajectories] == [i for i in range(12) for _ in range(3)]
+    assert row.mean_tokens == pytest.approx(sum(len(t.response_ids) for t in trajectories) / 36)
+    assert row.truncated == sum(t.response_ids[-1] not in SAMPLING.stop_ids for t in trajectories)
+    assert 0 < row.truncated < 36
+    assert (row.problems, row.samples, row.split, row.temperature) == (12, 3, "test", 1.0)
+
+
+def test_a_problems_responses_depend_neither_on_other_problems_nor_on_more_samples(model: Any, tokenizer: Any) -> None:
+    _, whole = measured(model, tokenizer, PROMPTS)
+    _, some = measured(model, tokenizer, PROMPTS[4:6])
+    assert [t.response_ids for t in some] == [t.response_ids for t in whole[12:18]]
+    _, first = measured(model, tokenizer, PROMPTS, samples=1)
+    assert [t.response_ids for t in first] == [t.response_ids for t in whole[::3]]
+    assert len({t.response_ids for t in whole}) > 24
+
+
+def test_two_ranks_share_the_problems_and_agree_with_one(model: Any, tokenizer: Any) -> None:
+    row, trajectories = measured(model, tokenizer, PROMPTS)
+    parts = [respond(model, tokenizer, ByFirstToken(), PROMPTS[rank::2], 3, SAMPLING, (0, "eval")) for rank in range(2)]
+    for rank in range(2):
+        found, shared = measured(model, tokenizer, PROMPTS, ranks=OneOfTwo(rank, parts[1 - rank]))
+        assert found == row
+        assert [t.response_ids for t in shared] == [t.response_ids for t in trajectories]
+
+
+def test_records_are_plain_values(model: Any, tokenizer: Any) -> None:
+    row, trajectories = measured(model, tokenizer, PROMPTS)
+    assert json.loads(json.dumps(measurement_record(row))) == measurement_record(row)
+    record = sample_record(trajectories[0], stage="eval", split="test")
+    assert json.loads(json.dumps(record)) == record
+    assert (record["stage"], record["prompt"], record["tokens"]) == (
+        "eval",
+        "problem 0",
+        len(trajectories[0].response_ids),
+    )
