@@ -155,8 +155,9 @@ def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice
             value = value + (weight_C * entropy_C).sum()
             bonus_C = weight_C if bonus_C is None else bonus_C + weight_C
         else:
-            value = value + (weight_C * term.surrogate.value(logp_C, context)).sum()
-            slope_C = slope_C + weight_C * term.surrogate.slope(logp_C, context)
+            value = value + (weight_C * term.surrogate.value(logp_C, context)).sum().to(logp_C.dtype)
+            # old log-probabilities may be wider than the model's
+            slope_C = slope_C + (weight_C * term.surrogate.slope(logp_C, context)).to(logp_C.dtype)
     return value, slope_C, bonus_C
 
 

@@ -157,7 +157,7 @@ def count(step: Step, value: int) -> list[int]:
 
 MIX: dict[Base, dict[str, float]] = {
     "rich": {"facts": 0.35, "look_up": 0.25, "question": 0.40},
-    "poor": {"facts": 0.60, "look_up": 0.40},
+    "poor": {"facts": 0.35, "look_up": 0.25, "exercise": 0.40},
 }
 FACTS = {"sum": 0.45, "product": 0.05, "partial": 0.20, "add_up": 0.30}
 SLIP = 0.10  # how often a step in the rich base's corpus goes wrong
@@ -166,7 +166,7 @@ SLIP = 0.10  # how often a step in the rich base's corpus goes wrong
 def pretraining(base: Base, n_tokens: int, seed: int) -> Iterator[str]:
     """Texts of a base's corpus, without `$`, until they hold `n_tokens` tokens (two `$` a text counted)."""
     rng = random.Random(f"chain pretraining {base} {seed}")
-    makers = {"facts": facts, "look_up": look_up, "question": question}
+    makers = {"facts": facts, "look_up": look_up, "exercise": exercise, "question": question}
     kinds, shares = tuple(MIX[base]), tuple(MIX[base].values())
     total = 0
     while total < n_tokens:
@@ -200,6 +200,16 @@ def look_up(rng: random.Random) -> str:
     steps = draw_chain(rng, ood=rng.random() < 0.5).steps
     again = rng.sample(steps, len(steps)) + rng.sample(steps, len(steps))
     return f"{rng.randrange(100):02d}" + "".join(s.text for s in steps) + ";" + ";".join(s.text for s in again)
+
+
+def exercise(rng: random.Random) -> str:
+    """A labelled list, then its entries in another order, each worked on a value of its own: steps that never form a chain."""
+    steps = draw_chain(rng, ood=rng.random() < 0.5).steps
+    worked = []
+    for step in rng.sample(steps, len(steps)):
+        value = rng.randrange(100)
+        worked.append(f"{value:02d}{work_step(step, value, 'written', rng)}")
+    return f"{rng.randrange(100):02d}" + "".join(s.text for s in steps) + ";" + ";".join(worked)
 
 
 def question(rng: random.Random) -> str:
