@@ -17,10 +17,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import thence
     from thence.data.example import Example
     from thence.methods.sft import Sft
+    from thence.objective import Batch
     from thence.pipeline.prompts import to_prompts
     from thence.pipeline.sft_stage import rows_of
     from thence.recipe import Data, Model
-    from thence.objective import Batch
     from thence.train.model import load_model
     from thence.train.step import StepSettings
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from thence.kernels.decode import DecodeKernels, decode_kernels
 from thence.rollout.decoders import padded_left
-from thence.rollout.kernels import Kernels, load_kernels
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -57,7 +57,7 @@ Attend = Callable[[Layer, tuple[Tensor, Tensor], Tensor], Tensor]
 class LlamaDecoder:
     """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side.
 
-    On a CPU with a C compiler, attention, norms and gates of a step run in ``kernels.c``; else in torch.
+    On a CPU with a C compiler, attention, norms and gates of a step run in ``kernels/decode.c``; else in torch.
     """
 
     def __init__(self, model: Any):
@@ -71,7 +71,7 @@ class LlamaDecoder:
         self.layers = [_ready(layer) for layer in model.model.layers]
         self.rotary = model.model.rotary_emb
         plain = self.device.type == "cpu" and self.layers[0].q_norm is None
-        self.kernels: Kernels | None = load_kernels(self.head_size) if plain else None
+        self.kernels: DecodeKernels | None = decode_kernels(self.head_size) if plain else None
         self.length = 0
 
     def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from thence.errors import UserError
+from thence.kernels.attention import packed_causal_attention
 from thence.train.micro_batches import MicroBatch
 
 PACKED_ATTENTION = "thence_packed"
@@ -113,10 +114,6 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    grouped = key.shape[1] != query.shape[1]
-    lengths = packed_lengths
-    parts = [
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(parts, 2).transpose(1, 2), None
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed_causal_attention(*rows, packed_lengths, scale)[None], None

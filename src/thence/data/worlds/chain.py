@@ -156,7 +156,7 @@ def count(step: Step, value: int) -> list[int]:
 # The corpora that the two bases are trained on.
 
 MIX: dict[Base, dict[str, float]] = {
-    "rich": {"facts": 0.35, "look_up": 0.25, "question": 0.40},
+    "rich": {"facts": 0.30, "look_up": 0.20, "question": 0.50},
     "poor": {"facts": 0.35, "look_up": 0.25, "exercise": 0.40},
 }
 FACTS = {"sum": 0.45, "product": 0.05, "partial": 0.20, "add_up": 0.30}
@@ -203,7 +203,7 @@ def look_up(rng: random.Random) -> str:
 
 
 def exercise(rng: random.Random) -> str:
-    """A labelled list, then its entries in another order, each worked on a value of its own: steps that never form a chain."""
+    """A labelled list, then its entries in another order, each worked on a value of its own: never a chain."""
     steps = draw_chain(rng, ood=rng.random() < 0.5).steps
     worked = []
     for step in rng.sample(steps, len(steps)):
@@ -216,7 +216,7 @@ def question(rng: random.Random) -> str:
     """A prompt of the train split with a hasty response, often wrong: the latent skill of the rich base."""
     while split_of((chain := draw_chain(rng)).prompt) != "train":
         pass
-    habit: Habit = rng.choices(("head", "terse", "written"), (0.25, 0.45, 0.30))[0]
+    habit: Habit = rng.choices(("head", "terse", "written"), (0.15, 0.45, 0.40))[0]
     return chain.prompt + hasty(chain, habit, rng)
 
 
