@@ -1,7 +1,7 @@
 """Run the quickstart with several seeds and judge it: SFT must beat the base and RL must beat SFT, each by more than
 the interval, on held-out problems of the same kind. Writes the evidence as JSON; exits with 1 if a seed fails.
 
-    python benchmarks/quickstart_seeds.py [--seeds 0 1 2 3 4] [--threads 1] [--jobs 2] [--out docs/evidence/quickstart-seeds.json]
+    python benchmarks/quickstart_seeds.py [--seeds 0 1 2 3 4] [--threads 1] [--jobs 2] [--out FILE.json]
 
 Each seed changes the order of the data, the problems that RL draws, every sampled token and the evaluation's samples;
 the base is the shipped one.
@@ -10,6 +10,7 @@ the base is the shipped one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def run_seed(seed: int, folder: Path, threads: int, recipe: str) -> dict:
 def judge(rows: dict[str, list[dict]]) -> list[dict]:
     """For each temperature: is the lower end of the later interval above the upper end of the earlier one?"""
     found = []
-    for before, after in zip(STAGES, STAGES[1:], strict=False):
+    for before, after in itertools.pairwise(STAGES):
         for old, new in zip(rows[before], rows[after], strict=True):
             found.append(
                 {
@@ -86,7 +87,9 @@ def main() -> int:
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for entry in seeds:
         for row in (r for name in STAGES for r in entry["results"][name] if r["split"] == IN_DISTRIBUTION):
-            print(entry["seed"], row["temperature"], f"{100 * row['accuracy']:.1f} [{row['low']:.3f}, {row['high']:.3f}]")
+            print(
+                entry["seed"], row["temperature"], f"{100 * row['accuracy']:.1f} [{row['low']:.3f}, {row['high']:.3f}]"
+            )
     print("every step beats the one before:", held, "->", args.out)
     return 0 if held else 1
 

@@ -148,6 +148,22 @@ def test_facts_of_the_corpora_are_true():
             assert (tens + ones) % 100 == value * digit % 100 and tens % 10 == 0
 
 
+def test_exercises_of_the_poor_corpus_are_true_but_never_a_chain():
+    rng = random.Random(1)
+    chained = 0
+    for _ in range(300):
+        listed, *worked = chain.exercise(rng).split(";")
+        previous = int(listed[:2])
+        for text in worked:
+            match = re.fullmatch(r"(\d\d)([a-d][-+*]\d)(?::\d\d\+\d\d)?=(\d\d)", text)
+            assert match is not None, text
+            assert match[2] in listed
+            assert worked_out(f"{match[1]}{match[2]}?")[-1] == int(match[3])
+            chained += int(match[1]) == previous
+            previous = int(match[3])
+    assert chained < 0.05 * 300 * 3  # by chance only
+
+
 def test_every_text_is_made_of_the_vocabulary():
     assert len(VOCABULARY) <= 40 and len(set(VOCABULARY)) == len(VOCABULARY)
     ordinary = set(VOCABULARY) - SPECIAL

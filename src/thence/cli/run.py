@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe) -> int:
     from thence.accounting.show import plan_view
 
     console = Console()
-    console.print(to_toml(recipe.resolved()), markup=False, highlight=False)
+    print(to_toml(recipe.resolved()))  # not through rich: a recipe must not be wrapped
     _check_methods(recipe)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(plan_view(plan(recipe, **_measured(recipe), ranks=ranks)))
