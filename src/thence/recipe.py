@@ -293,7 +293,9 @@ def build_recipe(tables: Mapping[str, Any], file: str | None = None) -> Recipe:
         resolved[name] = _validated(KINDS[kind_of(name)], table, name, file)
     own = {key: value for key, value in tables.items() if key not in KINDS and key not in stages}
     if "tables" in own:
-        raise RecipeError("unknown key", remedy=f"fields are: {', '.join(_fields_of(Recipe, ()))}", file=file, field="tables")
+        raise RecipeError(
+            "unknown key", remedy=f"fields are: {', '.join(_fields_of(Recipe, ()))}", file=file, field="tables"
+        )
     recipe = _validated(Recipe, own, "", file, known=[*KINDS, *stages])
     return recipe.model_copy(update={"tables": resolved})
 

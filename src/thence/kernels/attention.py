@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from thence.kernels.build import load_library
 
 
-def packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def packed_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
     """Each packed row attends to itself alone, causally; exact gradients.
 
     Args:

@@ -2,7 +2,7 @@
 
 Every surrogate is an elementwise function of the log-probability of the token that was taken, so its gradient is
 ``slope * d logp``: the slope times the weight, divided by the normaliser, is the weight that the token gets.
-Tensors are flat over trained tokens (suffix T). Formulas: thence's ``docs/objective.md``; PPO clip from
+Tensors are flat over trained tokens (suffix T). All formulas side by side: ``docs/objective.md``; PPO clip from
 arXiv 1707.06347 eq. 7, dual clip from arXiv 1912.09729, shaping from LUFFY (arXiv 2504.14945) eq. 8.
 """
 

@@ -15,6 +15,7 @@ from thence.accounting.flops import rule_flops
 from thence.data.chat import end_token_ids
 from thence.data.order import drawn_from
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
 from thence.evaluate.measure import respond, sample_record
 from thence.methods.base import Method, make_rows
 from thence.methods.dapo import groups_of
@@ -71,6 +72,12 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     method = make_method(stage.method, stage.options, "rl")
     prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
     check_answers(prompts, stage.reward)
+    if stage.prompts % (context.ranks.world * (stage.prompts // (stage.mini_batch or stage.prompts))):
+        raise RecipeError(
+            f"{stage.prompts} prompts cannot be dealt evenly to {context.ranks.world} ranks and all mini-batches",
+            remedy="choose prompts and mini_batch divisible by the number of ranks",
+            field=f"{context.name}.prompts",
+        )
     minis = stage.prompts // (stage.mini_batch or stage.prompts)
     reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
