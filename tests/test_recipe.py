@@ -24,8 +24,8 @@ from thence.recipe import (
     load_recipe,
     parse_value,
     shipped_recipes,
-    to_toml,
 )
+from thence.toml import to_toml
 
 MODEL = {"path": "some/model"}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # TOML has no surrogates
@@ -386,7 +386,8 @@ def test_the_run_folder_follows_from_name_and_seed_unless_it_is_given() -> None:
 def test_recipes_are_read_without_torch() -> None:
     code = """
 import sys
-from thence.recipe import load_recipe, shipped_recipes, to_toml
+from thence.recipe import load_recipe, shipped_recipes
+from thence.toml import to_toml
 for name in shipped_recipes():
     to_toml(load_recipe(name).resolved())
 heavy = {"torch", "transformers", "numpy"} & set(sys.modules)

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from thence.errors import UserError
-from thence.recipe import load_recipe, to_toml
+from thence.recipe import load_recipe
 from thence.report.outcome import outcome
 from thence.report.page import write_report
 from thence.report.run_files import read_run
 from thence.report.samples import visible
 from thence.report.table import results_table
+from thence.toml import to_toml
 
 HOSTILE = "</pre><script>alert(1)</script>{{ 7 * 7 }} \u202etxt.exe \x00\x1b[31m \ud800"
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from thence.cli.flags import describe_fields, split_flags
 from thence.errors import UserError
-from thence.recipe import Recipe, load_recipe, to_toml
+from thence.recipe import Recipe, load_recipe
+from thence.toml import to_toml
 
 HELP = """\
 thence run RECIPE [--table.field value ...] [--dry-run] [--restart]

@@ -30,14 +30,11 @@ def packed_causal_attention(
     plain = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.float32
     if plain and _library(query.shape[2]) is not None:
         return _Packed.apply(query, key, value, lengths, scale)  # type: ignore[return-value]
+    grouped = query.shape[1] != key.shape[1]
+    q, k, v = ([part.transpose(0, 1)[None] for part in x.split(lengths)] for x in (query, key, value))
     parts = [
-        scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in row),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for row in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=grouped)  # pyright: ignore[reportArgumentType]
+        for row in zip(q, k, v, strict=True)
     ]
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
@@ -46,6 +43,7 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, lengths, scale):
         library = _library(query.shape[2])
+        assert library is not None
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         starts = torch.tensor([0, *itertools.accumulate(lengths)])
         out, logsum = torch.empty_like(query), torch.empty(query.shape[:2])
@@ -62,6 +60,7 @@ class _Packed(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         places = (x.data_ptr() for x in (query, key, value, starts, out, logsum, grad, dq, dk, dv))
         library = _library(query.shape[2])
+        assert library is not None
         library.attention_backward(*places, len(starts) - 1, query.shape[1], key.shape[1], ctx.scale)
         return dq, dk, dv, None, None
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from thence import __version__
 from thence.errors import UserError
-from thence.recipe import Recipe, load_recipe, to_toml
+from thence.recipe import Recipe, load_recipe
+from thence.toml import to_toml
 
 
 class RunFolder:

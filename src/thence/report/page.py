@@ -7,12 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from thence.recipe import to_toml
 from thence.report.curves import curves
 from thence.report.numbers import report_csv, report_json, totals
 from thence.report.outcome import half_width, outcome
 from thence.report.run_files import Cell, RunFiles, Training, read_run
 from thence.report.samples import pick_samples, visible
+from thence.toml import to_toml
 
 _LABELS = {
     "thence": "thence",

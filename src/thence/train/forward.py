@@ -114,6 +114,6 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed_causal_attention(*rows, packed_lengths, scale)[None], None
+    return packed_causal_attention(q, k, v, packed_lengths, scale)[None], None
