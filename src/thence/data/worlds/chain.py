@@ -203,13 +203,15 @@ def look_up(rng: random.Random) -> str:
 
 
 def exercise(rng: random.Random) -> str:
-    """A labelled list, then its entries in another order, each worked on a value of its own: never a chain."""
-    steps = draw_chain(rng, ood=rng.random() < 0.5).steps
-    worked = []
-    for step in rng.sample(steps, len(steps)):
-        value = rng.randrange(100)
-        worked.append(f"{value:02d}{work_step(step, value, 'written', rng)}")
-    return f"{rng.randrange(100):02d}" + "".join(s.text for s in steps) + ";" + ";".join(worked)
+    """A labelled list, then its entries in another order, each worked on a value of its own: never a chain.
+
+    The first value is the list's start value, so that finding the start, too, is known before SFT.
+    """
+    start, steps = rng.randrange(100), draw_chain(rng, ood=rng.random() < 0.5).steps
+    values = [start, *(rng.randrange(100) for _ in steps[1:])]
+    again = rng.sample(steps, len(steps))
+    worked = [f"{value:02d}{work_step(step, value, 'written', rng)}" for step, value in zip(again, values, strict=True)]
+    return f"{start:02d}" + "".join(s.text for s in steps) + ";" + ";".join(worked)
 
 
 def question(rng: random.Random) -> str:
