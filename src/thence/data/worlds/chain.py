@@ -156,7 +156,7 @@ def count(step: Step, value: int) -> list[int]:
 # The corpora that the two bases are trained on.
 
 MIX: dict[Base, dict[str, float]] = {
-    "rich": {"facts": 0.30, "look_up": 0.20, "question": 0.50},
+    "rich": {"facts": 0.35, "look_up": 0.25, "question": 0.40},
     "poor": {"facts": 0.35, "look_up": 0.25, "exercise": 0.40},
 }
 FACTS = {"sum": 0.45, "product": 0.05, "partial": 0.20, "add_up": 0.30}
@@ -218,7 +218,7 @@ def question(rng: random.Random) -> str:
     """A prompt of the train split with a hasty response, often wrong: the latent skill of the rich base."""
     while split_of((chain := draw_chain(rng)).prompt) != "train":
         pass
-    habit: Habit = rng.choices(("head", "terse", "written"), (0.15, 0.45, 0.40))[0]
+    habit: Habit = rng.choices(("head", "terse", "written"), (0.25, 0.45, 0.30))[0]
     return chain.prompt + hasty(chain, habit, rng)
 
 
