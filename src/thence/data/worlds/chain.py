@@ -205,13 +205,14 @@ def look_up(rng: random.Random) -> str:
 def exercise(rng: random.Random) -> str:
     """A labelled list, then its entries in another order, each worked on a value of its own: never a chain.
 
-    The first value is the list's start value, so that finding the start, too, is known before SFT.
+    The list ends with `?` as a prompt does, and the first value is the list's start value, so that reading a prompt is
+    known before SFT; working it from left to right and naming an answer are not.
     """
     start, steps = rng.randrange(100), draw_chain(rng, ood=rng.random() < 0.5).steps
     values = [start, *(rng.randrange(100) for _ in steps[1:])]
     again = rng.sample(steps, len(steps))
     worked = [f"{value:02d}{work_step(step, value, 'written', rng)}" for step, value in zip(again, values, strict=True)]
-    return f"{start:02d}" + "".join(s.text for s in steps) + ";" + ";".join(worked)
+    return f"{start:02d}" + "".join(s.text for s in steps) + "?" + ";".join(worked)
 
 
 def question(rng: random.Random) -> str:
