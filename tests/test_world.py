@@ -114,14 +114,14 @@ def test_demonstrations_have_a_heavy_tail_of_lengths_below_the_cap():
     assert lengths[-1] <= 160
 
 
-def test_the_rich_corpus_asks_questions_of_the_train_split_only_and_the_poor_one_none():
+def test_the_rich_corpus_asks_questions_of_the_train_split_only_and_the_poor_one_never_answers():
     rich = list(chain.pretraining("rich", 100_000, 0))
     asked = [text.split("?")[0] + "?" for text in rich if "?" in text]
     assert len(asked) > 0.1 * len(rich)
     assert {chain.split_of(prompt) for prompt in asked} == {"train"}
     assert max(prompt.count("*") for prompt in asked) <= 2
     poor = list(chain.pretraining("poor", 100_000, 0))
-    assert not any("?" in text or "#" in text for text in poor)
+    assert not any("#" in text for text in poor)
 
 
 @pytest.mark.parametrize("base", ["rich", "poor"])
@@ -152,7 +152,8 @@ def test_exercises_of_the_poor_corpus_are_true_but_never_a_chain():
     rng = random.Random(1)
     chained = 0
     for _ in range(300):
-        listed, *worked = chain.exercise(rng).split(";")
+        listed, working = chain.exercise(rng).split("?")
+        worked = working.split(";")
         assert worked[0][:2] == listed[:2]  # the start is found
         previous = None
         for text in worked:
