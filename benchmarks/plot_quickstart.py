@@ -1,6 +1,6 @@
 """Draw the curves of runs of the quickstart, one thin line a seed and their mean.
 
-    python benchmarks/plot_quickstart.py runs/seeds/quickstart-seed* --out docs/quickstart-curves.png
+python benchmarks/plot_quickstart.py runs/seeds/quickstart-seed* --out docs/quickstart-curves.png
 """
 
 from __future__ import annotations

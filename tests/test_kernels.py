@@ -41,9 +41,13 @@ def test_without_a_compiler_the_result_is_the_same(monkeypatch):
     torch.testing.assert_close(packed_causal_attention(x, x, x, (13, 7), 1.0), ours, rtol=1e-5, atol=1e-5)
 
 
-def test_a_broken_compiler_means_no_kernels_and_no_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", "/bin/false")
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_a_broken_compiler_means_no_kernels_and_no_error(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load_library.cache_clear()
-    assert load_library("decode.c", 16) is None
-    load_library.cache_clear()
+    assert load_library.__wrapped__("decode.c", 16) is None
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("THENCE_KERNELS", "off")
+    assert load_library.__wrapped__("decode.c", 8) is None
