@@ -245,3 +245,15 @@ def test_another_package_can_add_a_method(monkeypatch):
     method = registry.make_method("mine", {"clip_low": 0.1}, "rl")
     assert isinstance(method, Mine)
     assert method.options.clip_low == 0.1
+
+
+def test_sft_can_count_every_response_the_same():
+    from thence.data.trajectory import Prompt, Trajectory
+    from thence.methods.sft import Sft
+
+    method = Sft({"aggregation": "sequence-mean"})
+    weights = method.weigh([Trajectory(Prompt(i, (1,)), (2,) * n) for i, n in enumerate((1, 4, 0))])
+    assert [w.sum().item() for w in weights] == [1.0, 1.0, 0.0]
+    assert [w.shape for w in weights] == [(1, 1), (1, 4), (1, 0)]
+    assert method.terms[0].normaliser.of == "sequences"
+    assert Sft().terms[0].normaliser.of == "tokens"

@@ -2,29 +2,46 @@
 
     L = - (1 / N) sum_i sum_t log pi(y_it | x_i, y_i<t),   N = response tokens of the whole step
 
-N is counted over all micro-batches and ranks (arXiv 2604.23747, Algorithm 2).
+N is counted over all micro-batches and ranks (arXiv 2604.23747, Algorithm 2). With ``aggregation = "sequence-mean"``
+every response counts the same: weight 1 / T_i, divided by the number of responses. That is also what
+a trainer computes that averages micro-batch means and whose micro-batches hold one response.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method
+from thence.methods.base import Method, Options
 from thence.objective import Logp, Normaliser, Term
 
 
+class SftOptions(Options):
+    """Settings of SFT."""
+
+    aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
+    """token-mean: over all response tokens of the step. sequence-mean: of each response, then over responses."""
+
+
 class Sft(Method):
-    """Token-mean maximum likelihood."""
+    """Maximum likelihood of demonstrations."""
 
     name = "sft"
     stage = "sft"
     formula = "-(1/N) sum log pi(y_t), N = response tokens of the step"
     source = "arXiv 2604.23747, Algorithm 2"
-    terms = (Term("sft", Logp(), Normaliser("tokens")),)  # type: ignore[assignment]
+    Options = SftOptions
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        by_token = self.options.aggregation == "token-mean"
+        return (Term("sft", Logp(), Normaliser("tokens" if by_token else "sequences")),)
 
     def weigh(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        return [torch.ones(1, len(trajectory.response_ids), dtype=torch.float64) for trajectory in trajectories]
+        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
+        by_token = self.options.aggregation == "token-mean"
+        return [torch.full((1, n), 1.0 if by_token else 1 / max(n, 1), dtype=torch.float64) for n in lengths]
