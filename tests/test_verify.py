@@ -208,7 +208,8 @@ def test_a_closed_pool_leaves_no_process_and_says_that_it_is_closed() -> None:
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
 from thence.verify import GradeRequest, GradingPool
 pool = GradingPool(workers=2, seconds=float(sys.argv[1]))
 pool.grade_many([GradeRequest("$1$", "1")] * 4)

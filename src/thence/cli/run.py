@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from thence.cli.flags import describe_fields, split_flags
@@ -56,7 +58,7 @@ def dry_run(recipe: Recipe) -> int:
     print(to_toml(recipe.resolved()))  # not through rich: a recipe must not be wrapped
     _check_methods(recipe)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    console.print(plan_view(plan(recipe, **_measured(recipe), ranks=ranks)))
+    console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
     return 0
 
 
@@ -97,6 +99,15 @@ def _check_methods(recipe: Recipe) -> None:
         stage = recipe.stage(name)
         if isinstance(stage, Sft | Rl):
             make_method(stage.method, stage.options, kind_of(name))
+
+
+def _config(recipe: Recipe) -> dict[str, Any] | None:
+    """The configuration of a model that comes with thence or with an installed package; the plan finds others itself."""
+    from thence.train.model import resolve
+
+    path = recipe.model.path or ""
+    file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None
+    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else None
 
 
 def _measured(recipe: Recipe) -> dict[str, Any]:
