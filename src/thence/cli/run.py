@@ -102,7 +102,7 @@ def _check_methods(recipe: Recipe) -> None:
 
 
 def _config(recipe: Recipe) -> dict[str, Any] | None:
-    """The configuration of a model that comes with thence or with an installed package; the plan finds others itself."""
+    """The configuration of a model in thence or in an installed package; the plan finds others itself."""
     from thence.train.model import resolve
 
     path = recipe.model.path or ""
