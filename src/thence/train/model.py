@@ -101,7 +101,7 @@ def resolve(path: str) -> str:
         name = path.removeprefix("world:").replace("/", "-")
         folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
         if not folder.is_dir():
-            known = sorted(p.name.replace("-", "/", 1) for p in folder.parent.glob("*") if p.is_dir())
+            known = sorted(p.parent.name.replace("-", "/", 1) for p in folder.parent.glob("*/config.json"))
             raise RecipeError(
                 f"no base {path!r}", remedy=f"use one of {', '.join('world:' + k for k in known)}", field="model.path"
             )
