@@ -22,12 +22,12 @@ speed=(--metric tokens_per_s --metric peak_rss_mb)
 small="--model $data/small --data $data/small-sft.jsonl --steps 6 --warmup 2"
 prompts="--data $data/small-prompts.jsonl --steps 5 --warmup 2"
 
-compare sample-forced "ours_sample.py --model $data/small $prompts" "peer_generate.py --model $data/small $prompts" "${speed[@]}"
-compare sample-uneven "ours_sample.py --length uneven --model $data/small-eos $prompts" "peer_generate.py --length uneven --model $data/small-eos $prompts" "${speed[@]}"
-compare grpo-forced "ours_grpo.py --packing --model $data/small $prompts" "peer_trl_grpo.py --model $data/small $prompts" --metric median_step_seconds "${speed[@]}"
-compare grpo-uneven "ours_grpo.py --packing --length uneven --model $data/small-eos $prompts" "peer_trl_grpo.py --length uneven --model $data/small-eos $prompts" --metric median_step_seconds "${speed[@]}"
 compare sft-small-trl "ours_sft.py --packing $small" "peer_trl_sft.py $small" --same first_loss --same first_gradient_norm "${speed[@]}"
+compare grpo-forced "ours_grpo.py --packing --model $data/small $prompts" "peer_trl_grpo.py --model $data/small $prompts" --metric median_step_seconds "${speed[@]}"
+compare sample-forced "ours_sample.py --model $data/small $prompts" "peer_generate.py --model $data/small $prompts" "${speed[@]}"
+compare grpo-uneven "ours_grpo.py --packing --length uneven --model $data/small-eos $prompts" "peer_trl_grpo.py --length uneven --model $data/small-eos $prompts" --metric median_step_seconds "${speed[@]}"
 compare sft-small-trl-by-length "ours_sft.py --packing $small" "peer_trl_sft.py --order batch_rebalance $small" "${speed[@]}"
+compare sample-uneven "ours_sample.py --length uneven --model $data/small-eos $prompts" "peer_generate.py --length uneven --model $data/small-eos $prompts" "${speed[@]}"
 compare sft-small-transformers "ours_sft.py --packing $small" "peer_transformers_sft.py $small" --same first_loss --same first_gradient_norm "${speed[@]}"
 if [ -d "$data/real" ]; then
     real="--model $data/real --data $data/real-sft.jsonl --steps 2 --warmup 1 --micro-batch 4 --accumulation 2"
