@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICKSTART ?=
+BASES := src/thence/data/worlds/bases
 
 .PHONY: quickstart test test-quick check bases evidence clean
 
@@ -24,7 +25,10 @@ check: $(VENV)/installed-dev
 
 # The two bases of the embedded world, made again from their recipes and put where the package ships them.
 bases: $(VENV)/installed
-	$(BIN)/python -m thence.data.worlds.make_bases
+	for base in rich poor; do \
+	  $(BIN)/thence run base-$$base --folder runs/base-$$base && rm -rf $(BASES)/chain-$$base && \
+	  cp -r runs/base-$$base/stages/sft-pretrain/model $(BASES)/chain-$$base || exit 1; \
+	done
 
 # Five seeds of the quickstart; writes docs/evidence/quickstart-seeds.json.
 evidence: $(VENV)/installed
