@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from thence.cli import doctor as module
-from thence.cli.doctor import doctor, load_faults
+from thence.cli.doctor import doctor
+from thence.known_faults import load_known_faults
 from thence.errors import UserError
 
 
@@ -71,11 +72,11 @@ def test_all_lists_what_is_not_installed(monkeypatch, capsys):
     environment(monkeypatch)
     assert doctor(["--all"]) == 0
     told = capsys.readouterr().out
-    assert all(fault.id in told for fault in load_faults())
+    assert all(fault.id in told for fault in load_known_faults())
 
 
 def test_every_entry_can_be_checked_by_the_reader():
-    faults = load_faults()
+    faults = load_known_faults()
     assert len({fault.id for fault in faults}) == len(faults)
     for fault in faults:
         assert fault.sources and all(source.startswith("https://") for source in fault.sources)
@@ -87,7 +88,7 @@ def test_every_entry_can_be_checked_by_the_reader():
 
 
 def test_a_version_that_is_no_version_is_not_judged():
-    assert not any(fault.hits("git-main") for fault in load_faults())
+    assert not any(fault.hits("git-main") for fault in load_known_faults())
 
 
 def test_another_environment_is_asked_through_its_python(monkeypatch, capsys, tmp_path):

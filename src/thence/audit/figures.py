@@ -1,0 +1,227 @@
+"""Figures that the terminal, the page and JUnit share: groups of rows, lost shares, and how numbers are said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from thence.audit.findings import CATALOGUE
+from thence.audit.objectives import OBJECTIVES
+from thence.audit.result import (
+    RESPONSE_ROLES,
+    Case,
+    CaseResult,
+    Finding,
+    Report,
+    Role,
+    SequenceWeights,
+    StepResult,
+    TokenWeight,
+)
+
+ROLES: Mapping[Role, str] = {
+    "prompt": "what the user wrote; not to be trained",
+    "first": "the first token of the response",
+    "body": "the rest of the response",
+    "end": "the token that ends the response",
+    "after": "what the chat template writes behind the end",
+    "padding": "filling up to the longest row; not to be trained",
+}
+"""In the order of a row."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that went through the model together.
+
+    Args:
+        rank: its rank, or None where not known.
+        index: its place among those of its rank, or None where not known; then each row stands alone.
+        ratio: weight of its response tokens over the weight asked for, tokens averaged by the latter.
+        examples: of its rows, from 1.
+    """
+
+    rank: int | None
+    index: int | None
+    ratio: float
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """A figure and the case in which it was found."""
+
+    value: float
+    case: str
+
+
+def micro_batches(step: StepResult) -> list[MicroBatch]:
+    """The micro-batches of a step, by rank, in order. Rows whose micro-batch is not known stand alone."""
+    groups: dict[tuple[int, int, int], list[SequenceWeights]] = {}
+    for place, row in enumerate(step.sequences):
+        alone = place if row.micro_batch is None else -1
+        rank = -1 if row.rank is None else row.rank
+        groups.setdefault((rank, -1 if row.micro_batch is None else row.micro_batch, alone), []).append(row)
+    return [
+        MicroBatch(
+            rows[0].rank,
+            rows[0].micro_batch,
+            mean_ratio(token for row in rows for token in row.tokens),
+            tuple(row.example + 1 for row in rows),
+        )
+        for _, rows in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def mean_ratio(tokens: Iterable[TokenWeight]) -> float:
+    """Mean ratio of response tokens, averaged by the weight asked for; not a number if there are none."""
+    response = [t for t in tokens if t.role in RESPONSE_ROLES and t.ideal]
+    total = sum(abs(t.ideal) for t in response)
+    return sum(abs(t.ideal) * t.ratio for t in response) / total if total else math.nan
+
+
+def nothing(step: StepResult) -> float:
+    """Ratios up to this one are taken for zero: what the error of a weight allows, at least 2% and at most 20%."""
+    return min(0.2, max(0.02, 2 * step.error)) if math.isfinite(step.error) else 0.2
+
+
+def lost_by_role(step: StepResult) -> dict[Role, float]:
+    """Share of each response role's gradient weight that did not arrive, the scale of the whole update set aside."""
+    scale = step.scale if step.scale is not None and abs(step.scale) > 1e-6 else 1.0
+    total: dict[Role, float] = {}
+    missing: dict[Role, float] = {}
+    for token in (t for row in step.sequences for t in row.tokens if t.role in RESPONSE_ROLES):
+        total[token.role] = total.get(token.role, 0.0) + abs(token.ideal)
+        short = abs(token.ideal) * max(0.0, 1 - token.ratio / scale)
+        missing[token.role] = missing.get(token.role, 0.0) + short
+    return {role: missing[role] / total[role] for role in RESPONSE_ROLES if total.get(role)}
+
+
+def faults(result: CaseResult) -> tuple[Finding, ...]:
+    """The findings of a case that are not what was asked for."""
+    return tuple(f for f in result.all_findings if f.kind == "fault")
+
+
+def judged(report: Report) -> list[CaseResult]:
+    """The cases that were judged."""
+    return [result for result in report.cases if result.status == "judged"]
+
+
+def wrong(report: Report) -> list[CaseResult]:
+    """The judged cases with a fault."""
+    return [result for result in judged(report) if faults(result)]
+
+
+def extremes(report: Report) -> dict[str, Extreme]:
+    """``smallest`` and ``largest`` ratio and ``lost`` share over the judged cases (those with a fault, if any)."""
+    steps = [(result.case.name, step) for result in wrong(report) or judged(report) for step in result.steps]
+    if not steps:
+        return {}
+    least, most = min(steps, key=lambda s: s[1].smallest), max(steps, key=lambda s: s[1].largest)
+    lost = max(steps, key=lambda s: s[1].lost)
+    return {
+        "smallest": Extreme(least[1].smallest, least[0]),
+        "largest": Extreme(most[1].largest, most[0]),
+        "lost": Extreme(lost[1].lost, lost[0]),
+    }
+
+
+def step_with_most_lost(report: Report) -> StepResult | None:
+    """The step of which the figure ``lost`` of :func:`extremes` speaks."""
+    steps = [step for result in wrong(report) or judged(report) for step in result.steps]
+    return max(steps, key=lambda step: step.lost, default=None)
+
+
+def same(a: StepResult, b: StepResult) -> bool:
+    """Whether two steps are to be told in one line."""
+    near = max(nothing(a), nothing(b)) / 2
+    return (
+        a.objective == b.objective
+        and {f.id for f in a.findings} == {f.id for f in b.findings}
+        and all(abs(x - y) <= near for x, y in ((a.smallest, b.smallest), (a.largest, b.largest)))
+        and abs((a.scale or 0.0) - (b.scale or 0.0)) <= near
+    )
+
+
+def ratio_text(value: float | None) -> str:
+    """A ratio as people read it: two decimals, three digits if it is large."""
+    if value is None or math.isnan(value):
+        return "–"
+    if abs(value) >= 99.995:
+        return f"{value:.3g}"
+    return f"{value + 0.0:.2f}".replace("-0.00", "0.00")
+
+
+def percent(share: float) -> str:
+    """A share in per cent; one decimal where it is small but not nothing."""
+    if math.isnan(share):
+        return "–"
+    return f"{share:.1%}" if 0.0005 <= share < 0.0995 else f"{share:.0%}"
+
+
+def title(finding: Finding | str) -> str:
+    """What a finding is called."""
+    key = finding if isinstance(finding, str) else finding.id
+    return CATALOGUE[key].title if key in CATALOGUE else key
+
+
+def objective_title(key: str | None) -> str:
+    """What an objective is called; for none, that no rule was recognised."""
+    if key is None:
+        return "no rule with a name"
+    return OBJECTIVES[key].title if key in OBJECTIVES else key
+
+
+def amounts_to(report: Report) -> str:
+    """What the weights of all judged cases amount to: their rule; where that was asked for, the commonest fault."""
+    rule, asked = report.verdict.objective, report.verdict.asked
+    cases: dict[str, int] = {}
+    for fault in (f for result in judged(report) for f in faults(result)):
+        cases[fault.id] = cases.get(fault.id, 0) + 1
+    cases.pop(rule or "", None)
+    often = sorted(cases, key=lambda key: -cases[key])
+    if rule is not None and rule != asked:
+        return objective_title(rule)
+    return title(often[0]) if often else objective_title(rule)
+
+
+def subject(target: str) -> str:
+    """Who is audited, to begin a sentence with."""
+    return {"command": "The audited program", "check": "The audited training step"}.get(target, target)
+
+
+def headline(report: Report) -> str:
+    """The outcome in one sentence without a term of the trade."""
+    who = subject(report.target)
+    return {
+        "no finding": f"{who} trains what it was asked to train.",
+        "finding": f"{who} does not train what it was asked to train.",
+        "cannot judge": f"{who} could not be judged.",
+    }[report.verdict.outcome]
+
+
+def settings(case: Case) -> str:
+    """The settings of a case, as far as they are not those of every case."""
+    parts = [f"{_count(case.micro_batch, 'row')} × {_count(case.accumulation, 'micro-batch', 'micro-batches')}"]
+    parts[0] += f" × {case.ranks} ranks" if case.ranks > 1 else ""
+    parts += [f"{case.examples} examples"]
+    parts += [f"{case.epochs} epochs"] if case.epochs > 1 else []
+    parts += [case.optimizer.replace("adamw", "AdamW").replace("sgd", "SGD")]
+    parts += [f"clipping at {case.clip:g}"] if case.clip else []
+    parts += [case.precision] if case.precision != "float32" else []
+    parts += ["packing"] if case.packing else []
+    parts += ["checkpointing"] if case.checkpointing else []
+    parts += [f"label smoothing {case.label_smoothing:g}"] if case.label_smoothing else []
+    parts += [f"{key} = {value}" for key, value in case.options.items()]
+    return ", ".join(parts)
+
+
+def place(rank: int | None, micro_batch: int | None, ranks: int) -> str:
+    """Where a row stood in its step, from 1."""
+    where = "micro-batch not known" if micro_batch is None else f"micro-batch {micro_batch + 1}"
+    return f"rank {rank + 1}, {where}" if ranks > 1 and rank is not None else where
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

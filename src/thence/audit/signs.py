@@ -1,0 +1,65 @@
+"""Recover token weights from the signs of an update alone: for Adam as people run it.
+
+The first update of Adam with its usual epsilon is lr * g / (|g| + 1e-8): a step of the same size in every parameter,
+and nothing but the sign of each gradient coordinate is left. That is one linear inequality on the token weights per
+parameter, tens of thousands of them for a few hundred unknowns, so the weights are determined up to their scale to
+about a hundredth. Neither the learning rate nor gradient clipping nor decoupled weight decay matters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from thence.audit.recover import Fit, System
+
+ALIKE = 0.9
+"""An update is taken for one of signs if that share of its entries is about as large as the largest."""
+FLOOR = 2e-2
+"""Relative error of weights recovered from signs, for means over a response."""
+TOKEN_ERROR = 1e-2
+"""Standard error of one token's weight, in units of the mean weight, as measured on the probe."""
+WRONG = 2e-3
+"""Share of signs that rounding may turn."""
+_STEPS = 30
+
+
+def looks_like_signs(change: np.ndarray) -> bool:
+    """Whether nearly all entries that changed did so by the same amount."""
+    size = np.abs(change[change != 0])
+    if size.size == 0:
+        return False
+    return bool((np.abs(size / np.median(size) - 1) < 0.2).mean() > ALIKE)
+
+
+class SignSystem:
+    """Columns, and the weights whose combination has the signs of an update; the interface of ``System``.
+
+    Logistic regression through the origin on rows scaled to norm one, with a ridge that shrinks step by step, so that
+    the solution moves from the mean direction into the middle of the cone of weights that agree with all signs.
+
+    Args:
+        columns: shape (units, coordinates), float64.
+    """
+
+    def __init__(self, columns: np.ndarray):
+        self.columns = columns
+        linear = System(columns)
+        self.condition, self.undetermined = linear.condition, linear.undetermined
+        self._norms = np.linalg.norm(columns, axis=0)
+
+    def solve(self, update: np.ndarray) -> Fit:
+        """Weights up to a factor; the residual is the share of signs that they get wrong."""
+        size = np.abs(update)
+        used = (self._norms > 0) & (size > 0.2 * np.median(size[size > 0]))
+        rows = (self.columns[:, used] / self._norms[used] * np.sign(update[used])).T
+        weights = np.linalg.lstsq(rows.T @ rows, rows.sum(0), rcond=None)[0]
+        ridge = 0.1
+        for _ in range(_STEPS):
+            wrong = 1 / (1 + np.exp(np.clip(rows @ weights, -500, 500)))
+            slope = ridge * weights - rows.T @ wrong / len(rows)
+            bend = (rows * (wrong * (1 - wrong))[:, None]).T @ rows / len(rows) + ridge * np.eye(len(weights))
+            weights = weights - np.linalg.solve(bend, slope)
+            ridge = max(ridge / 2, 1e-9)
+        residual = float((rows @ weights <= 0).mean())
+        errors = np.full(len(weights), TOKEN_ERROR * np.sqrt((weights**2).mean()))
+        return Fit(weights, errors, residual, self.condition, self.undetermined)

@@ -1,0 +1,140 @@
+"""Audit a training stack through its adapter: probe, matrix, steps in its own environment, verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from thence.audit.cases import cases_for
+from thence.audit.judge import Judge
+from thence.audit.probe import Probe, write_probe
+from thence.audit.result import CaseResult, Report, Verdict
+from thence.audit.runner import Observation, load_adapter, run_cases
+from thence.audit.verdict import judge_all, not_told_apart, scale_law, settle
+from thence.errors import UserError
+
+Tell = Callable[[CaseResult], None]
+
+
+def audit_stack(
+    name: str,
+    *,
+    python: str | None = None,
+    quick: bool = False,
+    only: Sequence[str] = (),
+    model_type: str = "llama",
+    seed: int = 0,
+    seconds: float = 120.0,
+    keep: Path | None = None,
+    tell: Tell = lambda _: None,
+) -> Report:
+    """Audit a stack by the name of its adapter, or an adapter's file.
+
+    Args:
+        python: of the environment in which the stack is installed; None: the one that runs thence.
+        quick: the cases that matter most.
+        only: parts of case names; the others are left out.
+        model_type: family of the tiny model.
+        seed: of the probe.
+        seconds: most for one case.
+        keep: folder for everything the stack wrote; None: removed afterwards.
+        tell: called with every case as it is judged.
+
+    Raises:
+        UserError: unknown adapter, the stack does not start, or no case is left.
+    """
+    start = time.monotonic()
+    adapter = load_adapter(name)
+    chosen = cases_for(adapter.axes, adapter.cases, quick=quick)
+    if only:
+        chosen = [(case, reason) for case, reason in chosen if any(part in case.name for part in only)]
+        if not chosen:
+            raise UserError(f"no case of {name} has {' or '.join(only)} in its name", remedy="leave --only out")
+    python = python or sys.executable
+    with working_folder(keep) as folder:
+        probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
+        judge = Judge.of_probe(probe)
+        results: dict[str, CaseResult] = {}
+
+        def judged(observed: Observation) -> None:
+            results[observed.case.name] = judge.observation(observed)
+            tell(results[observed.case.name])
+
+        for case, reason in chosen:
+            if reason:
+                results[case.name] = CaseResult(case, "skipped", reason)
+        cases = [case for case, reason in chosen if not reason]
+        _, versions, imports = run_cases(adapter, python, probe, cases, folder, seconds=seconds, tell=judged)
+    ordered = [results[case.name] for case, _ in chosen]
+    flags = [*(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
+    flags += [f"--python {shlex.quote(python)}"] if python != sys.executable else []
+    flags += [f"--model-type {model_type}"] if model_type != "llama" else []
+    flags += [f"--seed {seed}"] if seed else []
+    return make_report(
+        adapter.name,
+        ordered,
+        versions,
+        " ".join(["thence", "audit", name, *flags]),
+        probe,
+        time.monotonic() - start,
+        imports=imports,
+    )
+
+
+def make_report(
+    target: str,
+    cases: Sequence[CaseResult],
+    versions: dict[str, str],
+    command: str,
+    probe: Probe | dict,
+    seconds: float,
+    asked: str = "",
+    reasons: Sequence[str] = (),
+    imports: float = 0.0,
+) -> Report:
+    """The report of a judged matrix."""
+    from thence import __version__
+
+    cases = settle(cases, asked)
+    verdict = judge_all(cases, versions, asked)
+    return Report(
+        target=target,
+        versions=versions,
+        command=command,
+        cases=tuple(cases),
+        verdict=_with_law(verdict, cases),
+        not_told_apart=not_told_apart(cases, reasons),
+        probe=probe.describe() if isinstance(probe, Probe) else probe,
+        thence=__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+        import_seconds=round(imports, 1),
+    )
+
+
+def _with_law(verdict: Verdict, cases: Sequence[CaseResult]) -> Verdict:
+    """Say what the size of the update follows, where that is not one and the same weight in all."""
+    law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
+    name = scale_law([case for case in cases if case.status == "judged"])
+    if name in law and verdict.outcome == "finding":
+        first, second = verdict.sentences
+        return replace(verdict, sentences=(first, f"{second} The size of the update follows {law[name]}."))
+    return verdict
+
+
+@contextlib.contextmanager
+def working_folder(keep: Path | None) -> Iterator[Path]:
+    """A folder that is removed at the end, or the one that is to be kept."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="thence-audit-") as name:
+        yield Path(name)

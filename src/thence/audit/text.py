@@ -1,0 +1,239 @@
+"""An audit in the terminal: a line a case with a bar a micro-batch, then the verdict in plain sentences."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterable
+from io import StringIO
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from thence.audit.figures import (
+    amounts_to,
+    extremes,
+    faults,
+    headline,
+    judged,
+    lost_by_role,
+    micro_batches,
+    nothing,
+    objective_title,
+    percent,
+    ratio_text,
+    same,
+    step_with_most_lost,
+    title,
+    wrong,
+)
+from thence.audit.result import CaseResult, Report, StepResult
+from thence.report.samples import visible
+
+_BARS = (("▁", 0.3), ("▂", 0.6), ("▃", 1.0), ("▅", 1.5), ("▆", 2.5), ("▇", 5.0), ("█", math.inf))
+_IDEAL, _ZERO = "▄", "·"
+_SIGNS = {"skipped": ("–", "dim"), "failed": ("!", "red"), "not judged": ("?", "yellow")}
+_NAME, _BAR, _RANGE, _SCALE = 34, 13, 13, 7
+_OUTCOMES = {"no finding": "bold green", "finding": "bold red", "cannot judge": "bold yellow"}
+_REASON = 160
+
+
+def report_text(report: Report, *, colour: bool | None = None, width: int | None = None) -> str:
+    """The whole audit as text.
+
+    Args:
+        colour: with terminal escapes or without; None: with, if standard output is a terminal.
+        width: of a line, characters; None: that of the terminal, or 100.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty()
+    out = StringIO()
+    console = Console(
+        file=out,
+        width=width or shutil.get_terminal_size((100, 24)).columns,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        no_color=not colour,
+        highlight=False,
+        emoji=False,
+        markup=False,
+        legacy_windows=False,
+    )
+    versions = ", ".join(f"{_line(name)} {_line(version)}" for name, version in report.versions.items())
+    console.print(Text.assemble(("thence audit ", "bold"), (_line(report.target), "bold"), f"  {versions}"))
+    console.print()
+    names = name_width(result.case.name for result in report.cases)
+    console.print(table_head(names), soft_wrap=True)
+    for result in report.cases:
+        console.print(case_line(result, names=names), soft_wrap=True)
+    console.print()
+    console.print(legend())
+    console.print()
+    _print_verdict(console, report)
+    return out.getvalue()
+
+
+def verdict_text(report: Report) -> Text:
+    """Outcome, the two sentences, and the figures they rest on."""
+    text = Text()
+    text.append(f"{_line(headline(report))}\n", _OUTCOMES[report.verdict.outcome])
+    text.append(" ".join(_line(sentence) for sentence in report.verdict.sentences if sentence))
+    for label, said in _facts(report):
+        text.append(f"\n{label}: ", "bold")
+        text.append(said)
+    return text
+
+
+def case_line(result: CaseResult, *, names: int = _NAME) -> Text:
+    """A case in one line; further lines for later steps that differ from the first.
+
+    Args:
+        names: width of the column of names, characters.
+    """
+    name = _line(result.case.name)
+    if result.status != "judged":
+        sign, style = _SIGNS[result.status]
+        reason = _short(result.reason) or "no reason given"
+        return Text.assemble((f"{sign} ", style), (f"{name:<{names}}  ", style), (f"{result.status}: {reason}", style))
+    bad = faults(result)
+    line = Text.assemble(("✗ ", "bold red") if bad else ("✓ ", "green"), f"{name:<{names}}  ")
+    if not result.steps:
+        return line.append(", ".join(title(f) for f in bad) or "no step", "red" if bad else "")
+    apart = [step for step in result.steps[1:] if not same(result.steps[0], step)]
+    many = len(result.steps) > 1
+    note = "" if not many else (f" ({len(result.steps)} steps alike)" if not apart else " (step 1)")
+    line.append_text(_step(result, result.steps[0], note, whole=True))
+    for step in apart:
+        line.append(f"\n{'':{names - 6}}{f'step {step.index}':>8}  ")
+        line.append_text(_step(result, step, ""))
+    return line
+
+
+def table_head(names: int = _NAME) -> Text:
+    """The heads of the columns of :func:`case_line`."""
+    return Text(
+        f"  {'case':<{names}}  {'micro-batches':<{_BAR}}  {'token weight':<{_RANGE}}  {'scale':<{_SCALE}}"
+        "  what the weights amount to",
+        "dim",
+    )
+
+
+def legend() -> Text:
+    """What the signs mean."""
+    return Text(
+        f"A bar a micro-batch: {_IDEAL} the weight asked for, {_BARS[0][0]} less, {_BARS[-1][0]} more, {_ZERO} nothing "
+        "arrived; a space parts the ranks. Token weight: smallest to largest in a response, over the weight asked for. "
+        "Scale: sum of all weights over the sum asked for.",
+        "dim",
+    )
+
+
+def name_width(names: Iterable[str]) -> int:
+    """Width of a column for these names of cases, characters."""
+    return min(44, max((len(_line(name)) for name in names), default=_NAME))
+
+
+def _print_verdict(console: Console, report: Report) -> None:
+    verdict = report.verdict
+    console.print(verdict_text(report))
+    if verdict.remedy:
+        _section(console, "What to change", [_line(verdict.remedy)])
+    if verdict.known:
+        console.print("\nKnown reports of this fault", style="bold")
+        for known in verdict.known:
+            here = "; the audited version is among them" if known.installed else ""
+            head = f"{_line(known.package)} {_line(known.affected)}{here}. {_line(known.remedy)}"
+            console.print(Padding(Text(head), (0, 0, 0, 2), expand=False))
+            for source in known.sources:
+                console.print(Text(f"    {_line(source)}"), soft_wrap=True)
+    if report.not_told_apart:
+        _section(console, "What this audit could not tell apart", [_line(said) for said in report.not_told_apart])
+    console.print("\nRepeat it with", style="bold")
+    console.print(Text(f"  {_line(report.command)}"), soft_wrap=True)
+
+
+def _section(console: Console, head: str, paragraphs: Iterable[str]) -> None:
+    console.print(f"\n{head}", style="bold")
+    for paragraph in paragraphs:
+        console.print(Padding(Text(paragraph), (0, 0, 0, 2), expand=False))
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    facts = [("Asked for", objective_title(report.verdict.asked))]
+    if judged(report):
+        facts.append(("The weights amount to", amounts_to(report)))
+    most = extremes(report)
+    if most:
+        low, high, lost = most["smallest"], most["largest"], most["lost"]
+        where = _line(low.case) if low.case == high.case else f"{_line(low.case)}; {_line(high.case)}"
+        facts.append(
+            ("Token weight over ideal", f"{ratio_text(low.value)} to {ratio_text(high.value)}" + _where(report, where))
+        )
+        step = step_with_most_lost(report)
+        if step is not None and lost.value >= 0.0005:
+            roles = ", ".join(f"{role} {percent(share)}" for role, share in lost_by_role(step).items())
+            facts.append(
+                ("Gradient lost", f"{percent(lost.value)} (by token role: {roles}){_where(report, lost.case)}")
+            )
+        else:
+            facts.append(("Gradient lost", "none"))
+    cases = wrong(report)
+    names = ": " + "; ".join(_line(result.case.name) for result in cases) if cases else ""
+    facts.append(("Cases with a fault", f"{len(cases)} of {len(judged(report))} judged{names}"))
+    return facts
+
+
+def _where(report: Report, case: str) -> str:
+    return f" in {_line(case)}" if len(report.cases) > 1 else ""
+
+
+def _step(result: CaseResult, step: StepResult, note: str, *, whole: bool = False) -> Text:
+    """Bars, range, scale and name of a step; ``whole``: with the findings of the case and of all steps alike."""
+    text = _bars(step)
+    text.pad_right(max(0, _BAR - len(text)))
+    text.append(f"  {f'{ratio_text(step.smallest)} to {ratio_text(step.largest)}':<{_RANGE}}")
+    text.append(f"  {ratio_text(step.scale):<{_SCALE}}  ")
+    findings = [*result.findings, *step.findings] if whole else list(step.findings)
+    said = list(dict.fromkeys(title(f) for f in findings if f.kind == "fault"))
+    objective = objective_title(step.objective)
+    if not said or (step.objective != result.case.asked and objective not in said):
+        said.insert(0, objective)
+    text.append(", ".join(said) + note, "red" if any(f.kind == "fault" for f in findings) else "")
+    return text
+
+
+def _bars(step: StepResult) -> Text:
+    text = Text()
+    rank = None
+    for number, group in enumerate(micro_batches(step)):
+        if number and group.rank != rank:
+            text.append(" ")
+        rank = group.rank
+        text.append(*_bar(group.ratio, step))
+    return text
+
+
+def _bar(ratio: float, step: StepResult) -> tuple[str, str]:
+    """A sign and its style for a weight relative to the one asked for."""
+    if math.isnan(ratio):
+        return "?", "yellow"
+    if abs(ratio) <= nothing(step):
+        return _ZERO, "bold white on red"
+    if ratio < 0:
+        return "-", "bold white on magenta"
+    if abs(ratio - 1) <= nothing(step):
+        return _IDEAL, "green"
+    sign = next(bar for bar, limit in _BARS if ratio <= limit)
+    return sign, "blue" if ratio < 1 else "red"
+
+
+def _line(text: str) -> str:
+    """What a stack says, in one line and without anything that a terminal would obey."""
+    return " ".join(visible(str(text)).split())
+
+
+def _short(text: str) -> str:
+    line = _line(text)
+    return line if len(line) <= _REASON else f"{line[: _REASON - 1]}…"

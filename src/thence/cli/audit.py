@@ -1,0 +1,141 @@
+"""``thence audit``: recover the weight every token got from a trainer's real optimizer steps, and name the fault."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from thence.errors import UserError
+
+if TYPE_CHECKING:
+    from thence.audit.result import CaseResult, Report
+
+USAGE = """\
+thence audit TARGET [--python ENV/bin/python]     a training stack that has an adapter
+thence audit command -- PROGRAM ... {model} ...   any program that reads a Hugging Face folder and a JSONL file
+
+Placeholders of `command`: {model} {data} {out}, and of {micro_batch} {accumulation} {ranks} {epochs} {steps} {lr}
+{seed} {precision} {port} those that the program has. Exit code: 0 no finding, 1 finding, 2 could not judge."""
+
+
+def audit_command(argv: Sequence[str]) -> int:
+    """Audit, print the report, write the files asked for. Returns 0: no finding; 1: finding; 2: could not judge."""
+    argv = list(argv)
+    program: list[str] = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, program = argv[:cut], argv[cut + 1 :]
+    args = _parser().parse_args(argv)
+    if args.target == "list":
+        return _list()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    live = sys.stdout.isatty() and not args.quiet
+    report = (
+        _program(args, program, console, live) if args.target == "command" else _stack(args, program, console, live)
+    )
+    if not args.quiet:
+        from thence.audit.text import report_text
+
+        print(report_text(report))
+    _write(args, report)
+    return report.verdict.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="thence audit", usage=USAGE, description=(__doc__ or "").split(": ", 1)[1], add_help=True
+    )
+    parser.add_argument("target", metavar="TARGET", help="an adapter's name or file, `command`, or `list`")
+    parser.add_argument("--python", metavar="PATH", help="the Python in which the stack is installed")
+    parser.add_argument("--quick", action="store_true", help="only the cases that matter most")
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="cases with PART in their name")
+    parser.add_argument("--model-type", default="llama", metavar="TYPE", help="family of the tiny model")
+    parser.add_argument("--seed", type=int, default=0, help="of the probe")
+    parser.add_argument("--time-limit", type=float, default=120.0, metavar="SECONDS", help="for one case")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what the stack wrote")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the report as JUnit XML")
+    parser.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
+    group = parser.add_argument_group("only for `command`")
+    group.add_argument("--layout", default="prompt-completion", help="of {data}: rows, messages, prompt-completion ...")
+    group.add_argument("--asked", default="token-mean", help="the objective that the program is meant to have")
+    group.add_argument("--lr", type=float, help="learning rate of the program, if it takes plain SGD steps")
+    return parser
+
+
+def _list() -> int:
+    from thence.audit.runner import adapter_names
+
+    print("\n".join(adapter_names()))
+    return 0
+
+
+def _stack(args: argparse.Namespace, program: list[str], console: Console, live: bool) -> Report:
+    from thence.audit.stack import audit_stack
+
+    if program:
+        raise UserError("a program after -- needs the target `command`", remedy="thence audit command -- PROGRAM ...")
+    return audit_stack(
+        args.target,
+        python=args.python,
+        quick=args.quick,
+        only=args.only,
+        model_type=args.model_type,
+        seed=args.seed,
+        seconds=args.time_limit,
+        keep=args.keep,
+        tell=_teller(console, live),
+    )
+
+
+def _program(args: argparse.Namespace, program: list[str], console: Console, live: bool) -> Report:
+    from thence.audit.program import audit_program
+
+    if not program:
+        raise UserError("no program was given", remedy="thence audit command -- PROGRAM --model {model} ...")
+    return audit_program(
+        program,
+        layout=args.layout,
+        asked=args.asked,
+        lr=args.lr,
+        quick=args.quick,
+        only=args.only,
+        model_type=args.model_type,
+        seed=args.seed,
+        seconds=args.time_limit,
+        keep=args.keep,
+        tell=_teller(console, live),
+    )
+
+
+def _teller(console: Console, live: bool):
+    """Each case as it is judged, on a terminal; the whole report comes afterwards anyway."""
+
+    def tell(result: CaseResult) -> None:
+        if live:
+            console.print(f"[dim]{result.case.name}: {result.status}, {result.seconds:.1f} s[/dim]", highlight=False)
+
+    return tell
+
+
+def _write(args: argparse.Namespace, report: Report) -> None:
+    if args.json:
+        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if args.html:
+        from thence.audit.page import write_page
+
+        write_page(report, args.html)
+    if args.junit:
+        from thence.audit.junit import junit_xml
+
+        args.junit.write_text(junit_xml(report), encoding="utf-8")
