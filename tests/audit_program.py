@@ -32,9 +32,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model)
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
-    encoded = [
-        (tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]) for row in rows
-    ]
+    encoded = [(tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]) for row in rows]
     window = encoded[: args.micro_batch * args.accumulation]
     tokens = sum(len(response) for _, response in window)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD

@@ -91,7 +91,7 @@ class Explainer:
 
     def at(self, state: dict) -> None:
         """Move to other parameters."""
-        point = b"".join(state[name].contiguous().numpy().tobytes() for name in self.differentiator.names)
+        point = b"".join(state[name].double().numpy().tobytes() for name in self.differentiator.names)
         if point != self._point:
             self._point, self._cache, self._systems = point, {}, {}
             self.differentiator.load(state)

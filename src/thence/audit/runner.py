@@ -202,18 +202,14 @@ def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 environment.pop(name)
         log = (folder / f"log-{ranks}-{rank}.txt").open("ab")
+        options = {"stdin": subprocess.DEVNULL, "env": environment, "cwd": folder, "start_new_session": True}
         with log:
-            processes.append(
-                subprocess.Popen(
-                    [python, str(CHILD), str(job)],
-                    stdout=log,
-                    stderr=log,
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                    cwd=folder,
-                    start_new_session=True,
-                )
-            )
+            try:
+                processes.append(subprocess.Popen([python, str(CHILD), str(job)], stdout=log, stderr=log, **options))
+            except OSError as error:
+                raise UserError(
+                    f"{python} cannot be started: {error}", remedy="give the stack's Python: --python ENV/bin/python"
+                ) from None
     return processes
 
 

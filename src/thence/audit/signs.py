@@ -54,10 +54,14 @@ class SignSystem:
         rows = (self.columns[:, used] / self._norms[used] * np.sign(update[used])).T
         weights = np.linalg.lstsq(rows.T @ rows, rows.sum(0), rcond=None)[0]
         ridge = 0.1
-        for _ in range(_STEPS):
-            wrong = 1 / (1 + np.exp(np.clip(rows @ weights, -500, 500)))
-            slope = ridge * weights - rows.T @ wrong / len(rows)
-            bend = (rows * (wrong * (1 - wrong))[:, None]).T @ rows / len(rows) + ridge * np.eye(len(weights))
+        for step in range(_STEPS):
+            # The first steps only have to find the neighbourhood: a part of the rows does.
+            part = rows[:: 5 if step < _STEPS - 8 else 1]
+            wrong = 1 / (1 + np.exp(np.clip(part @ weights, -500, 500)))
+            slope = ridge * weights - part.T @ wrong / len(part)
+            bent = part[wrong * (1 - wrong) > 1e-12]
+            curve = (wrong * (1 - wrong))[wrong * (1 - wrong) > 1e-12]
+            bend = (bent * curve[:, None]).T @ bent / len(part) + ridge * np.eye(len(weights))
             weights = weights - np.linalg.solve(bend, slope)
             ridge = max(ridge / 2, 1e-9)
         residual = float((rows @ weights <= 0).mean())

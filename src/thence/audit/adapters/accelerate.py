@@ -1,0 +1,133 @@
+"""Drives training loops around ``accelerate.Accelerator``, on the probe's rows with a padding collator.
+
+Accelerate has no trainer of its own; what users run is a loop from its documentation. Option ``loop``:
+
+- ``counted`` (default): the loop of the gradient accumulation guide for samples of variable size. It fetches the
+  batches of a window first, gathers the number of trained tokens over the ranks, and divides sums by it.
+- ``documented``: the short loop, ``with accelerator.accumulate(model)`` around the model's own mean loss.
+
+Switched off: shuffling, clipping unless the case asks for it, learning rate schedules. Ranks talk over gloo.
+
+Limits: accelerate has neither packing nor label smoothing; those belong to the user's data and loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+STACK = "accelerate"
+PACKAGES = ("accelerate", "transformers", "torch")
+AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "bfloat16", "autocast", "checkpointing"})
+_DOCUMENTED = {"options": {"loop": "documented"}}
+CASES: tuple[dict, ...] = (
+    {"name": "documented loop, micro 8 x 1", "micro_batch": 8, "accumulation": 1, **_DOCUMENTED},
+    {"name": "documented loop, micro 2 x 4", "micro_batch": 2, "accumulation": 4, "quick": True, **_DOCUMENTED},
+    {"name": "documented loop, 2 ranks", "micro_batch": 2, "accumulation": 2, "ranks": 2, **_DOCUMENTED},
+    {"name": "documented loop, 7 examples", "micro_batch": 2, "accumulation": 4, "examples": 7, **_DOCUMENTED},
+)
+
+
+def _sibling(name: str):
+    """The adapter beside this one, by its path: thence is not installed where this runs."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"audited_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare() -> None:
+    """Import the stack."""
+    _sibling("transformers").quiet()
+    import accelerate  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+
+def run(case: dict, session: Any) -> None:
+    """One case."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState, GradientState
+    from torch.utils.data import DataLoader
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=case["accumulation"],
+        mixed_precision="bf16" if case["precision"] == "autocast" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if session.ranks > 1 else None,
+    )
+    hf = _sibling("transformers")
+    bare = hf.load_model(case, session).train()
+    if case["checkpointing"]:
+        bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    session.watch(bare)
+    session.parameters(bare)
+    data = DataLoader(
+        session.rows(),  # pyright: ignore
+        batch_size=case["micro_batch"],
+        collate_fn=hf.padding_collator(bare.config.pad_token_id),
+    )
+    model, optimizer, data = accelerator.prepare(bare, _optimizer(case, bare), data)
+    loops = {"counted": _counted_epoch, "documented": _documented_epoch}
+    loop = loops[case["options"].get("loop", "counted")]
+    for _ in range(case["epochs"]):
+        loop(case, session, accelerator, bare, model, optimizer, data)
+
+
+def _documented_epoch(case, session, accelerator, bare, model, optimizer, data) -> None:
+    for batch in data:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and case["clip"]:
+                accelerator.clip_grad_norm_(model.parameters(), case["clip"])
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients and session.stepped(bare):
+            session.stop()
+
+
+def _counted_epoch(case, session, accelerator, bare, model, optimizer, data) -> None:
+    import torch
+
+    batches = iter(data)
+    left = len(data)
+    while left:
+        window = [next(batches) for _ in range(min(case["accumulation"], left))]
+        left -= len(window)
+        own = torch.stack([batch["labels"][:, 1:].ne(-100).sum() for batch in window]).sum()
+        trained = int(accelerator.gather(own).sum())
+        for index, batch in enumerate(window):
+            last = index == len(window) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                # DDP averages over ranks, and backward divides by the accumulation steps: undo both.
+                factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
+                accelerator.backward(_loss_sum(model, batch) * factor / trained)
+        if case["clip"]:
+            accelerator.clip_grad_norm_(model.parameters(), case["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        if session.stepped(bare):
+            session.stop()
+
+
+def _loss_sum(model: Any, batch: dict[str, Any]):
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def _optimizer(case: dict, model: Any):
+    import torch
+
+    if case["optimizer"] == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=case["lr"], betas=(0.0, 0.999), eps=case["eps"], weight_decay=0.0
+        )
+    return torch.optim.SGD(model.parameters(), lr=case["lr"])

@@ -1,0 +1,124 @@
+"""Drives TRL's ``SFTTrainer``: TRL tokenizes the texts, masks prompts, pads or packs, and computes the loss.
+
+Options, beside any argument of ``SFTConfig``: ``layout``, one of ``chat-prompt-completion`` (default), ``messages``
+(with ``assistant_only_loss``) and ``prompt-completion`` (text).
+
+Switched off: shuffling (a sequential sampler; accelerate still deals batches to the ranks), clipping unless the case
+asks for it, warm-up, logging and saving; TRL's own defaults of bf16 and activation checkpointing follow the case.
+
+Limits: packing and padding-free batches run with the model's default attention, for want of flash attention on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+STACK = "trl"
+PACKAGES = ("trl", "transformers", "accelerate", "datasets", "torch")
+AXES = frozenset(
+    {
+        "ranks",
+        "incomplete",
+        "epochs",
+        "adamw",
+        "bfloat16",
+        "autocast",
+        "packing",
+        "checkpointing",
+        "label_smoothing",
+    }
+)
+PACKED_LENGTH = 64
+"""Tokens in a packed row of the own cases: the probe's examples fill several such rows."""
+CASES: tuple[dict, ...] = (
+    {"name": "assistant-only loss on messages", "options": {"layout": "messages", "assistant_only_loss": True}},
+    {"name": "prompt and completion as text", "options": {"layout": "prompt-completion"}},
+    {"name": "padding-free, micro 2 x 4", "options": {"padding_free": True, "max_length": None}},
+    {
+        "name": "packing bfd, several rows, micro 2 x 2",
+        "accumulation": 2,
+        "packing": True,
+        "options": {"packing_strategy": "bfd", "max_length": PACKED_LENGTH},
+    },
+    {
+        "name": "packing wrapped, one row",
+        "micro_batch": 1,
+        "accumulation": 1,
+        "packing": True,
+        "options": {"packing_strategy": "wrapped"},
+    },
+    {"name": "loss type dft", "options": {"loss_type": "dft"}},
+    {"name": "loss type chunked_nll", "options": {"loss_type": "chunked_nll"}},
+)
+
+
+def _sibling(name: str):
+    """The adapter beside this one, by its path: thence is not installed where this runs."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"audited_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare() -> None:
+    """Import the stack."""
+    _sibling("transformers").prepare()
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    from trl import SFTConfig, SFTTrainer  # noqa: F401  # pyright: ignore
+
+
+def run(case: dict, session: Any) -> None:
+    """One case."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore
+
+    hf = _sibling("transformers")
+    options = dict(case["options"])
+    layout = options.pop("layout", "chat-prompt-completion")
+    if "loss_type" in options:
+        require_choice(SFTConfig, "loss_type", options["loss_type"], session)
+    if "packing_strategy" in options:
+        require_choice(SFTConfig, "packing_strategy", options["packing_strategy"], session)
+    wanted = hf.settings(case, session) | {"remove_unused_columns": True, "packing": case["packing"]}
+    if case["packing"]:
+        # A row of this length holds all examples: fewer than the probe's model can see.
+        options.setdefault("max_length", 512)
+    arguments = hf.build(SFTConfig, wanted, options, session)
+    model = hf.load_model(case, session)
+    lines = Path(session.data(layout)).read_text(encoding="utf-8").splitlines()
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, *_: Any, **__: Any):
+            return SequentialSampler(self.train_dataset)  # pyright: ignore
+
+    trainer = InOrder(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+        callbacks=[hf.watch_steps(session, model)],
+        **{tokenizer_argument(SFTTrainer): AutoTokenizer.from_pretrained(session.model)},
+    )
+    hf.train(trainer, model, session)
+
+
+def tokenizer_argument(trainer: Any) -> str:
+    """What a trainer's class calls its tokenizer: ``processing_class``, or ``tokenizer`` before TRL 0.12."""
+    known = inspect.signature(trainer.__init__).parameters
+    return "processing_class" if "processing_class" in known else "tokenizer"
+
+
+def require_choice(config: Any, name: str, value: str, session: Any) -> None:
+    """Skip the case if the configuration's own help does not name the value of an option."""
+    field = config.__dataclass_fields__.get(name)
+    said = "" if field is None else f"{field.metadata.get('help', '')} {field.metadata.get('choices', '')}"
+    if f"'{value}'" not in said and f'"{value}"' not in said:
+        session.skip(f"this version of TRL has no {name} {value!r} in {config.__name__}")

@@ -1,0 +1,187 @@
+"""The ways into the audit: a step of one's own, any program, pytest, and the command line with its files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from thence.audit import check, random_rows
+from thence.audit.program import audit_program, narrowed, placeholders
+from thence.cli import main
+from thence.errors import UserError
+
+PROGRAM = Path(__file__).parent / "audit_program.py"
+WORDS = [
+    sys.executable, str(PROGRAM), "--model", "{model}", "--data", "{data}", "--out", "{out}",
+    "--micro-batch", "{micro_batch}", "--accumulation", "{accumulation}",
+]  # fmt: skip
+
+
+def own_step(model: Any, rows: list[dict[str, list[int]]], micro_batch: int, accumulation: int) -> None:
+    """AdamW over padded micro-batches, each with its own mean: the fault that people write."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for start in range(0, len(rows), micro_batch):
+        micro = rows[start : start + micro_batch]
+        longest = max(len(row["input_ids"]) for row in micro)
+        ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in micro])
+        labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in micro])
+        (model(input_ids=ids, labels=labels).loss / accumulation).backward()
+    optimizer.step()
+
+
+def counted_step(model: Any, rows: list[dict[str, list[int]]], micro_batch: int, accumulation: int) -> None:
+    """The same, with sums over one count of tokens, and plain SGD of learning rate 0.5."""
+    tokens = sum(label != -100 for row in rows for label in row["labels"])
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        target = torch.tensor(row["labels"][1:])
+        (torch.nn.functional.cross_entropy(logits, target, reduction="sum") / tokens).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.5 * parameter.grad
+
+
+def test_check_names_the_fault_of_a_step_of_ones_own(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    report = check(own_step, model=model)
+    assert report.verdict.outcome == "finding"
+    assert report.verdict.objective == "micro-batch-mean"
+    assert "mean of micro-batch means" in str(report)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the model was changed"
+
+
+def test_check_passes_a_right_step_and_knows_its_scale(tiny_model: Callable[..., Any]) -> None:
+    report = check(counted_step, model=tiny_model(torch.float32), lr=0.5)
+    assert report.ok and report.verdict.exit_code == 0
+    assert all(s.scale == pytest.approx(1, abs=1e-3) for c in report.cases for s in c.steps)
+    half = check(counted_step, model=tiny_model(torch.float32), lr=0.25)
+    assert half.verdict.outcome == "finding", "the learning rate is not the one that was said"
+
+
+def test_check_of_a_step_without_a_cut_says_what_it_cannot_tell_apart(tiny_model: Callable[..., Any]) -> None:
+    def plain(model: Any, rows: list[dict[str, list[int]]]) -> None:
+        counted_step(model, rows, 1, 1)
+
+    report = check(plain, model=tiny_model(torch.float32), lr=0.5)
+    assert report.ok
+    assert "mean of micro-batch means" in report.not_told_apart[0]
+    assert "takes no micro_batch" in report.not_told_apart[0]
+
+
+def test_check_of_a_step_that_raises_cannot_judge(tiny_model: Callable[..., Any]) -> None:
+    def broken(model: Any, rows: Any) -> None:
+        raise ValueError("no such column")
+
+    report = check(broken, model=tiny_model(torch.float32))
+    assert report.verdict.exit_code == 2
+    assert "no such column" in report.verdict.sentences[1]
+
+
+def test_rows_without_labels_are_refused_by_number(tiny_model: Callable[..., Any]) -> None:
+    rows = random_rows(40)
+    bad = [*rows[:2], {"input_ids": [1, 2]}]
+    with pytest.raises(UserError, match="row 2 has no labels"):
+        check(counted_step, model=tiny_model(torch.float32), batch=bad)
+
+
+def test_every_family_of_model_is_judged(tiny_model: Callable[..., Any]) -> None:
+    for kind in ("qwen3", "gpt2"):
+        assert check(counted_step, model=tiny_model(torch.float32, kind), lr=0.5).ok, kind
+
+
+@pytest.mark.slow
+def test_a_program_with_adamw_and_clipping_is_judged_from_outside(tmp_path: Path) -> None:
+    right = audit_program(WORDS, only=["micro 2 x 4"])
+    assert right.ok, str(right)
+    wrong = audit_program([*WORDS, "--loss", "means"], only=["micro 2 x 4", "micro 8 x 1"])
+    assert wrong.verdict.objective == "micro-batch-mean"
+    failed = audit_program([*WORDS, "--fail"], only=["micro 2 x 4"])
+    assert failed.verdict.exit_code == 2
+    assert "the disk of this trainer is full" in failed.cases[0].reason
+
+
+def test_placeholders_that_a_program_lacks_narrow_the_matrix() -> None:
+    have = placeholders(WORDS)
+    cases, reasons = narrowed(have, "token-mean", quick=False)
+    assert any("ranks" in reason for reason in reasons)
+    assert all(reason for case, reason in cases if case.ranks > 1)
+    fewer = placeholders([w for w in WORDS if "micro" not in w and "accumulation" not in w])
+    cases, reasons = narrowed(fewer, "token-mean", quick=False)
+    assert [case.name for case, reason in cases if not reason] == ["as the program cuts it"]
+    assert any("{micro_batch}" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "{model}", "{data}"], r"no \{out\}"),
+        (["train", "{model}", "{data}", "{out}", "{batchsize}"], "batchsize"),
+        (["train", "{model}", "{data}", "{out}", "{"], "'{'"),
+    ],
+)
+def test_wrong_placeholders_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        placeholders(words)
+
+
+def test_the_command_line_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "no-such-stack"]) == 2
+    assert "trl-sft" in capsys.readouterr().err
+    assert main(["audit", "command"]) == 2
+    assert "no program" in capsys.readouterr().err
+    assert main(["audit", "transformers", "--python", "/nowhere/python", "--quick"]) == 2
+    assert "--python" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_audit_of_thence_itself_passes_and_writes_its_files(tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"report.{kind}" for kind in ("json", "html", "xml")}
+    code = main(
+        ["audit", "thence", "--quick", "--quiet", "--json", str(files["json"]), "--html", str(files["html"]),
+         "--junit", str(files["xml"])]
+    )  # fmt: skip
+    report = json.loads(files["json"].read_text())
+    assert code == 0, report["verdict"]
+    assert report["verdict"]["outcome"] == "no finding"
+    assert all(case["status"] == "judged" for case in report["cases"])
+    assert "<html" in files["html"].read_text()
+    suite = ElementTree.parse(files["xml"]).getroot()
+    assert int(next(suite.iter("testsuite")).get("failures", "1")) == 0
+
+
+@pytest.mark.slow
+def test_the_pytest_plugin_shows_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from conftest import make_tiny_model
+from test_audit_ways import counted_step, own_step
+
+def test_right(audit_token_mean):
+    audit_token_mean(counted_step, model=make_tiny_model(torch.float32), lr=0.5)
+
+def test_wrong(audit_token_mean):
+    audit_token_mean(own_step, model=make_tiny_model(torch.float32))
+
+def test_asked(audit_objective):
+    audit_objective(own_step, "micro-batch-mean", model=make_tiny_model(torch.float32))
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert "2 passed" in done.stdout and "1 failed" in done.stdout, done.stdout
+    assert "mean of micro-batch means" in done.stdout
+    assert "test_wrong" in done.stdout
