@@ -8,8 +8,8 @@ import pytest
 
 from thence.cli import doctor as module
 from thence.cli.doctor import doctor
-from thence.known_faults import load_known_faults
 from thence.errors import UserError
+from thence.known_faults import load_known_faults
 
 
 def environment(monkeypatch, **packages):

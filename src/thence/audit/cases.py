@@ -54,7 +54,7 @@ def cases_for(axes: Iterable[str], extra: Iterable[Case] = (), *, quick: bool = 
     """
     have = set(axes)
     chosen = [
-        (case, "" if axis is None or axis in have else f"the stack has no {AXES[axis]}") for axis, case in matrix()
+        (case, "" if axis is None or axis in have else f"this stack lacks {AXES[axis]}") for axis, case in matrix()
     ]
     chosen += [(case, "") for case in extra]
     return [(case, reason) for case, reason in chosen if case.quick or not quick]

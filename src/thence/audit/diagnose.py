@@ -9,7 +9,7 @@ import numpy as np
 
 from thence.audit.explain import Explanation, Unit
 from thence.audit.objectives import OBJECTIVES, Window
-from thence.audit.result import RESPONSE_ROLES, Finding, SequenceWeights, StepResult, TokenWeight
+from thence.audit.result import RESPONSE_ROLES, Finding, Role, SequenceWeights, StepResult, TokenWeight
 from thence.audit.sequences import Piece
 
 FLOORS = {"float32": 2e-3, "bfloat16": 6e-2, "autocast": 6e-2}
@@ -49,9 +49,15 @@ def diagnose_step(
     units = explanation.layout.units
     advantages = np.array([asked.advantages[u.piece] if u.piece >= 0 else 1.0 for u in units])
     weights, errors = explanation.weights / advantages, explanation.errors / np.abs(advantages)
-    table = _Table(units, pieces, weights, errors, floor, asked)
+    undetermined = explanation.fit.undetermined[[u.column for u in units]]
+    table = _Table(units, pieces, weights, errors, floor, asked, undetermined)
+    if (table.role == "after").any() and not table.zero(table.role == "after"):
+        # A template's text behind the end token may be trained on purpose; then it counts like any other token.
+        table = _Table(units, pieces, weights, errors, floor, asked, undetermined, (*RESPONSE_ROLES, "after"))
     findings = _assumed(explanation)
-    findings += _role_findings(table)
+    if "labels-shifted" not in explanation.assumed:
+        # Under a shift the roles belong to the neighbours of the tokens that were trained.
+        findings += _role_findings(table)
     objective, alike, shape = _objective(table, explanation, findings)
     if shape is not None:
         findings += shape
@@ -72,13 +78,15 @@ def diagnose_step(
         lost=table.lost,
         roles=table.roles(),
         sequences=_sequences(table, pieces, texts),
+        undetermined=int((undetermined & table.response).sum()),
         findings=tuple(findings),
     )
 
 
 _SCALE_IS_ELSEWHERE = {
     "first-only", "last-only", "first-and-last-only", "rank-missing", "rows-dropped", "double-counted",
-    "token-dependent", "prompt-trained", "padding-trained", "labels-shifted", "end-missing", "first-missing",
+    "token-dependent", "advantage", "prompt-trained", "padding-trained", "labels-shifted", "end-missing",
+    "first-missing",
 }  # fmt: skip
 """Findings that change the sum of weights by themselves."""
 
@@ -94,17 +102,22 @@ class _Table:
         errors: np.ndarray,
         floor: float,
         asked: Asked,
+        undetermined: np.ndarray,
+        counted: tuple[Role, ...] = RESPONSE_ROLES,
     ):
         self.units, self.pieces, self.floor = units, pieces, floor
-        self.weights, self.errors = weights, errors
+        self.varied = float(np.ptp(asked.advantages)) > 0
         self.piece = np.array([u.piece for u in units])
         self.role = np.array([u.role for u in units])
-        self.response = np.isin(self.role, RESPONSE_ROLES)
-        lengths = np.array([sum(r in RESPONSE_ROLES for r in p.roles[1:]) for p in pieces])
+        self.response = np.isin(self.role, counted)
+        lengths = np.array([sum(r in counted for r in p.roles[1:]) for p in pieces])
         self.window = self._window(lengths, asked)
         ideal = OBJECTIVES[asked.objective].weights(self.window)
         self.ideal = np.where(self.response, ideal[self.piece], 0.0)
         self.mean_ideal = float(ideal.mean())
+        advantages = np.where(self.piece >= 0, asked.advantages[self.piece], 1.0)
+        weights, errors, self.mixed = self._parted(weights, errors, advantages, undetermined)
+        self.weights, self.errors = weights, errors
         reference = np.where(self.response, ideal[self.piece], self.mean_ideal)
         self.ratio = weights / reference
         self.error = SIGMAS * errors / reference + floor
@@ -115,6 +128,22 @@ class _Table:
         self.relative_error = SIGMAS * errors / reference / max(abs(self.scale), 1e-6) + floor
         share = self.ideal[self.response] / total
         self.lost = float((share * np.clip(1 - self.relative[self.response], 0, None)).sum())
+
+    def _parted(
+        self, weights: np.ndarray, errors: np.ndarray, advantages: np.ndarray, undetermined: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens that cannot be told apart (same context and target, or gradients that depend on one another) get
+        their share as the objective asked for would give it, and are marked: they do not help to name another."""
+        column = np.array([u.column for u in self.units])
+        units = np.bincount(column)[column]
+        expected = self.ideal * advantages
+        total, size = np.bincount(column, expected)[column], np.bincount(column, np.abs(expected))[column]
+        shared = self.response & (units > 1)
+        known = np.abs(total) > 1e-3 * size
+        share = weights * advantages * units * self.ideal / np.where(known, total, 1.0)
+        parted = np.where(shared, np.where(known, share, self.ideal), weights)
+        errors = np.where(shared, errors * units, errors)
+        return np.where(undetermined, self.ideal, parted), errors, shared | undetermined
 
     def _window(self, lengths: np.ndarray, asked: Asked) -> Window:
         micro = np.array([-1 if p.micro_batch is None else p.micro_batch for p in self.pieces])
@@ -132,7 +161,7 @@ class _Table:
 
     def counted(self, mask: np.ndarray) -> np.ndarray:
         """Units of a mask per piece."""
-        return np.bincount(self.piece[mask], minlength=len(self.pieces))
+        return np.bincount(self.piece[mask & (self.piece >= 0)], minlength=len(self.pieces))
 
 
 def _assumed(explanation: Explanation) -> list[Finding]:
@@ -172,6 +201,8 @@ def _objective(
     for name, role in (("prompt-trained", "prompt"), ("padding-trained", "padding"), ("after-trained", "after")):
         if name in names:
             counted |= table.role == role
+    alone = table.counted(used & ~table.mixed)
+    used &= ~table.mixed | (alone[table.piece] == 0)
     value, spread, error = _by_piece(table, used)
     found: list[Finding] = []
     seen = table.counted(used) > 0
@@ -186,6 +217,10 @@ def _objective(
     candidates = _candidates(table, counted, value, error, kept)
     if candidates:
         return candidates[0], tuple(candidates[1:]), found
+    if table.varied:
+        least, most = table.shown[used].min(), table.shown[used].max()
+        detail = f"advantages are {least:.3g} to {most:.3g} times those asked for"
+        return None, (), [*found, Finding("advantage", "fault", detail)]
     repeated = _repeated(table, counted, value, error, kept)
     if repeated is not None:
         return repeated[0], (), [*found, repeated[1]]
@@ -289,7 +324,7 @@ def _grouped(table: _Table, counted, value, error, kept) -> tuple[str, Finding] 
     if np.abs(totals / totals.mean() - 1).max() > 3 * error[kept].max():
         return None
     said = "; ".join(", ".join(str(table.pieces[i].example + 1) for i in group) for group in groups)
-    return "micro-batch-mean", Finding("micro-batch-mean", "note", f"the groups, read from equal weights, are {said}")
+    return "micro-batch-mean", Finding("grouping", "note", f"the groups, read from equal weights, are {said}")
 
 
 def _dropped(table: _Table, kept: np.ndarray, seen: np.ndarray) -> Finding:
@@ -363,6 +398,8 @@ def _scale_findings(scale: float, table: _Table, asked: Asked) -> list[Finding]:
     for name, factor, words in factors:
         if factor != 1 and abs(scale / factor - 1) <= tolerance:
             return [Finding(name, "fault", f"the update is {scale:.4g} times what it should be ({words})")]
+    if table.varied:
+        return [Finding("advantage", "fault", f"all advantages are {scale:.4g} times those asked for")]
     return [Finding("scale", "fault", f"the update is {scale:.4g} times what it should be")]
 
 
@@ -380,7 +417,7 @@ def _sequences(table: _Table, pieces: Sequence[Piece], texts: Sequence[str]) -> 
             for u, unit in enumerate(table.units)
             if unit.piece == index
         )
-        response = [t.ratio for t in tokens if t.role in RESPONSE_ROLES]
+        response = [t.ratio for t in tokens if t.ideal]
         mean = float(np.mean(response)) if response else 0.0
         result.append(SequenceWeights(piece.example, piece.micro_batch, piece.rank, mean, tokens))
     return tuple(result)

@@ -118,9 +118,10 @@ class Explainer:
         plain = self._plain(update, pieces, tolerance, smoothing)
         if plain.fits:
             return plain
+        parameters = [] if decay is None else [decay]
         trials = [
             lambda: self._extras(update, pieces, tolerance, smoothing, earlier, "leak"),
-            lambda: self._extras(update, pieces, tolerance, smoothing, [] if decay is None else [decay], "weight-decay"),
+            lambda: self._extras(update, pieces, tolerance, smoothing, parameters, "weight-decay"),
             lambda: self._padding(update, pieces, rows, tolerance),
             lambda: self._contaminated(update, pieces, rows, tolerance),
             lambda: self._shifted(update, pieces, tolerance, 1),

@@ -205,6 +205,11 @@ CATALOGUE: Mapping[str, Entry] = {
         "If a plain cross-entropy was asked for, look for a re-weighted loss.",
         says="the tokens of one response get different weights",
     ),
+    "grouping": Entry(
+        "rows dealt in another order",
+        "The micro-batches are not made of neighbouring rows; which rows went together is read from equal weights.",
+        "Nothing, if the data is shuffled.",
+    ),
     "unnamed": Entry(
         "weights without a name",
         "Tokens do not get the weights asked for, and no objective that has a name gives these.",

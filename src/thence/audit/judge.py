@@ -265,6 +265,7 @@ def window_findings(case: Case, step: int, pieces: Sequence[Piece], seen: dict[i
     """Whether a step held the rows that were due; ``seen`` counts every example's appearances and is updated."""
     sizes = window_sizes(case)
     examples = [p.example for p in pieces]
+    before = {seen.get(example, 0) for example in examples}
     for example in examples:
         seen[example] = seen.get(example, 0) + 1
     if case.packing or step > len(sizes) or len(examples) == sizes[step - 1]:
@@ -273,9 +274,12 @@ def window_findings(case: Case, step: int, pieces: Sequence[Piece], seen: dict[i
     full = case.micro_batch * case.ranks
     if due < len(examples) <= -(-due // full) * full and len(set(examples)) == due:
         return [Finding("rows-repeated", "note", f"step {step} holds {len(examples)} rows of {due} examples")]
+    if len(examples) > due and len(before) == 1 and before != {0}:
+        return [Finding("window-dropped", "note", f"the last {due} examples of an epoch were not trained")]
     if len(examples) > due:
+        # Every row still counts once; if the mixture is scaled wrongly, the weights say so by themselves.
         detail = f"step {step} holds {len(examples)} rows where the epoch had {due} left"
-        return [Finding("window-mixed", "fault", detail)]
+        return [Finding("window-mixed", "note", detail)]
     return [Finding("window-dropped", "note", f"step {step} holds {len(examples)} rows where {due} were due")]
 
 

@@ -9,11 +9,16 @@ from thence.known_faults import load_known_faults
 
 
 def known_faults(versions: Mapping[str, str], findings: Sequence[str]) -> tuple[KnownFault, ...]:
-    """Known faults of the audited packages that show as one of the findings; those of the installed versions first."""
+    """Known faults of the audited packages that show as one of the findings.
+
+    Reports that name other versions than the audited ones are left out.
+    """
     result = []
     for fault in load_known_faults():
         if fault.package in versions and set(fault.findings) & set(findings):
             installed = fault.hits(versions[fault.package])
+            if fault.affected is not None and not installed:
+                continue
             affected = fault.affected or "not known"
             result.append(KnownFault(fault.id, fault.package, affected, fault.remedy, fault.sources, installed))
-    return tuple(sorted(result, key=lambda known: not known.installed))
+    return tuple(result)

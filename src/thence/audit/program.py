@@ -25,6 +25,7 @@ from thence.errors import UserError
 PLACEHOLDERS: Mapping[str, str] = {
     "model": "folder of the model and tokenizer to start from",
     "data": "file with the examples",
+    "data_folder": "folder that holds nothing but that file",
     "out": "folder for the trained model",
     "micro_batch": "rows in one forward pass of one rank",
     "accumulation": "micro-batches of one rank in one optimizer step",
@@ -41,6 +42,7 @@ PLACEHOLDERS: Mapping[str, str] = {
     "port": "a free port",
 }
 NEEDED = ("model", "data", "out")
+"""``{data_folder}`` does for ``{data}``."""
 
 
 def audit_program(
@@ -113,7 +115,7 @@ def placeholders(program: Sequence[str]) -> set[str]:
             f"unknown placeholder {{{sorted(unknown)[0]}}}",
             remedy=f"there are {', '.join('{%s}' % name for name in PLACEHOLDERS)}",  # noqa: UP031
         )
-    missing = [name for name in NEEDED if name not in have]
+    missing = [name for name in NEEDED if name not in have and (name != "data" or "data_folder" not in have)]
     if missing:
         raise UserError(
             f"the program has no {{{missing[0]}}}",
@@ -137,6 +139,8 @@ def narrowed(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Cas
             continue
         if reason and case.ranks == 1:
             continue
+        if reason:
+            reason = "the program has no {ranks}"
         for name, needed in (("micro_batch", case.micro_batch != 1), ("accumulation", case.accumulation != 1)):
             if not reason and name not in have and needed:
                 reason = f"the program has no {{{name}}}"
@@ -195,7 +199,8 @@ def _values(
     case: Case, probe: Probe, layout: str, place: Path, out: Path, lr: float | None, seed: int
 ) -> dict[str, str]:
     source = probe.data[layout]
-    data = place / f"data{source.suffix}"
+    data = place / "data" / f"train{source.suffix}"
+    data.parent.mkdir(exist_ok=True)
     if source.suffix == ".json":
         import json
 
@@ -209,6 +214,7 @@ def _values(
     return {
         "model": str(probe.model),
         "data": str(data),
+        "data_folder": str(data.parent),
         "out": str(out),
         "micro_batch": str(case.micro_batch),
         "accumulation": str(case.accumulation),

@@ -78,8 +78,8 @@ def gradient_of_update(
     """The gradient that the optimizer was given, from the parameters around one step.
 
     SGD: the change over the learning rate. AdamW with betas (0, 0.999), no weight decay and an epsilon far above
-    the gradient: change = lr g / (|g| + eps), exact for the first step and to |g|/eps for the later ones. An unknown optimizer is taken for SGD; its scale means
-    nothing.
+    the gradient: change = lr g / (|g| + eps), exact for the first step and to |g|/eps for the later ones. An unknown
+    optimizer is taken for SGD; its scale means nothing.
     """
     change = before - after
     if optimizer != "adamw":

@@ -143,6 +143,7 @@ class StepResult:
         roles: mean ratio by role.
         sequences: every row of the step.
         findings: what is to be said of this step.
+        undetermined: response tokens whose gradients depend on those of others; they are taken to be as asked.
     """
 
     index: int
@@ -159,6 +160,7 @@ class StepResult:
     roles: Mapping[str, float]
     sequences: tuple[SequenceWeights, ...]
     findings: tuple[Finding, ...] = ()
+    undetermined: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def forward_rows(records: Sequence[Mapping[str, Any]], step: int, pad: int) -> l
                 if mask is None or len(mask) <= index or len(mask[index]) != len(ids):
                     own_mask = _mask_of(ids, pad)
                 else:
-                    own_mask = tuple(int(bool(m)) for m in mask[index])
+                    # Packed rows may be filled up with padding that their mask does not hide.
+                    real = _mask_of(ids, pad)
+                    own_mask = tuple(int(bool(m)) & r for m, r in zip(mask[index], real, strict=True))
                 positions = forward["position_ids"]
                 own = None
                 if positions is not None and len(positions[min(index, len(positions) - 1)]) == len(ids):
@@ -146,7 +148,7 @@ def _in_row(row: ForwardRow, index: int, known: Sequence[Known], end: int | None
             continue
         asked = _find(ids, item.prompt, 0)
         while asked is not None:
-            answered = _find(ids, item.response, asked + len(item.prompt))
+            answered = _answer(ids, item.response, end, asked + len(item.prompt))
             if answered is not None and answered - asked - len(item.prompt) < 40:
                 places.append((asked, answered + len(item.response), answered, example))
             asked = _find(ids, item.prompt, asked + 1)
@@ -177,6 +179,15 @@ def _roles(length: int, answered: int, done: int, ids: Sequence[int], end: int |
     for t in range(done, length):
         roles[t] = "end" if t == done and ids[t] == end else "after"
     return tuple(roles)
+
+
+def _answer(ids: Sequence[int], response: Sequence[int], end: int | None, start: int) -> int | None:
+    """Where a response begins: with its end token if it has one, since a short one may stand in a template's words."""
+    if end is not None:
+        at = _find(ids, (*response, end), start)
+        if at is not None:
+            return at
+    return _find(ids, response, start)
 
 
 def _find(ids: Sequence[int], wanted: Sequence[int], start: int) -> int | None:

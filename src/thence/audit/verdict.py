@@ -121,23 +121,33 @@ def scale_law(judged: Sequence[CaseResult]) -> str | None:
 def not_told_apart(cases: Sequence[CaseResult], reasons: Sequence[str] = ()) -> tuple[str, ...]:
     """Sentences on the rules that give the same weights in every judged case."""
     judged = [c for c in cases if c.status == "judged" and c.steps]
+    return (*_same_rules(judged, reasons), *_same_tokens(judged))
+
+
+def _same_rules(judged: Sequence[CaseResult], reasons: Sequence[str]) -> list[str]:
     sets = [{s.objective, *s.alike} for c in judged for s in c.steps if s.objective]
-    if not sets:
-        return ()
-    common = set.intersection(*sets)
+    common = set.intersection(*sets) if sets else set()
     if len(common) < 2:
-        return ()
+        return []
     names = [OBJECTIVES[name].title for name in OBJECTIVES if name in common]
-    ranks = max(c.case.ranks for c in judged)
     why = list(reasons)
-    if ranks == 1:
+    if max(c.case.ranks for c in judged) == 1:
         why.append("no case with two ranks was judged")
     if max(c.case.accumulation for c in judged) == 1:
         why.append("no case with more than one micro-batch was judged")
     if max(c.case.micro_batch for c in judged) == 1:
         why.append("no case had more than one row in a micro-batch")
     because = f": {'; '.join(why)}" if why else ""
-    return (f"These give the same weights in every case and cannot be told apart: {', '.join(names)}{because}.",)
+    return [f"These give the same weights in every case and cannot be told apart: {', '.join(names)}{because}."]
+
+
+def _same_tokens(judged: Sequence[CaseResult]) -> list[str]:
+    return [
+        f"In the case '{case.case.name}', {count} response tokens have gradients that depend on those of others; their "
+        "weights are taken to be as asked."
+        for case in judged
+        if (count := max(step.undetermined for step in case.steps))
+    ]
 
 
 def _faults(judged: Sequence[CaseResult]) -> dict[str, list[tuple[CaseResult, Finding]]]:

@@ -15,6 +15,8 @@ that differ in their normaliser. For ``cispo`` that takes ``epsilon_high`` above
 default, 0.2, is an upper bound of the ratio itself there and makes every update a fifth of what it should be.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

@@ -9,6 +9,8 @@ asks for it, warm-up, logging and saving; TRL's own defaults of bf16 and activat
 Limits: packing and padding-free batches run with the model's default attention, for want of flash attention on a CPU.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

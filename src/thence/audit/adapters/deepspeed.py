@@ -1,0 +1,202 @@
+"""DeepSpeed's engine under a plain training loop of our own: what reaches the optimizer of every loss handed to it.
+
+Rows are fed in order as padded micro-batches, dealt to the ranks in turn. Every micro-batch's loss is its share of the
+token mean over the whole window of all ranks, times accumulation and ranks, because the engine divides by the one and
+averages over the other: an engine that does so gives the token mean exactly. A data set that is not a whole number
+of windows is left out: the engine knows of no epoch, so what happened at its end would be this loop's doing.
+
+Options: ``stage`` 0 to 3; ``offload`` "none" or "cpu" (the optimizer's state and step); ``accumulation_by`` "config"
+(``gradient_accumulation_steps``) or "hand" (1 in the configuration, several backward calls, the boundary set by
+``set_gradient_accumulation_boundary``, as accelerate does).
+
+The optimizer is torch's SGD or AdamW given to the engine, so no extension is compiled; there is no schedule and no
+shuffling, and clipping is as the case says (its default differs between versions). Everything runs on the CPU
+accelerator with gloo. Not covered: DeepSpeed's own CPU Adam, offloaded parameters (ZeRO 3), its data loader.
+"""
+
+# pyright: reportMissingImports=false
+
+import os
+import socket
+import sys
+
+STACK = "deepspeed"
+PACKAGES = ("deepspeed", "transformers", "torch")
+AXES = frozenset({"ranks", "adamw", "bfloat16", "epochs", "checkpointing"})
+
+DEFAULTS = {"stage": 2, "offload": "cpu", "accumulation_by": "config"}
+"""What the common cases run with: ZeRO 2 with the optimizer on the CPU is what most people set who offload at all."""
+
+
+def _case(name, stage=2, offload="cpu", by="config", **fields):
+    return {"name": name, "options": {"stage": stage, "offload": offload, "accumulation_by": by}, **fields}
+
+
+CASES = (
+    _case("ZeRO 0, micro 2 x 4", 0, "none"),
+    _case("ZeRO 1, micro 2 x 4", 1, "none"),
+    _case("ZeRO 2, micro 2 x 4", 2, "none", quick=True),
+    _case("ZeRO 3, micro 2 x 4", 3, "none"),
+    _case("ZeRO 1, offload cpu, micro 2 x 4", 1),
+    _case("ZeRO 2, offload cpu, micro 2 x 4"),
+    _case("ZeRO 3, offload cpu, micro 2 x 4", 3),
+    _case("ZeRO 2, offload cpu, micro 2 x 3", accumulation=3, examples=6),
+    _case("ZeRO 2, offload cpu, 12 examples, micro 2 x 6", accumulation=6, examples=12),
+    _case("ZeRO 2, boundary by hand, micro 2 x 4", 2, "none", "hand"),
+    _case("ZeRO 2, offload cpu, boundary by hand, micro 2 x 4", 2, "cpu", "hand", quick=True),
+    _case("ZeRO 1, offload cpu, boundary by hand, micro 2 x 4", 1, "cpu", "hand"),
+    _case("ZeRO 1, offload cpu, micro 1 x 4, 2 ranks", 1, micro_batch=1, ranks=2),
+    _case("ZeRO 2, micro 1 x 4, 2 ranks", 2, "none", micro_batch=1, ranks=2),
+    _case("ZeRO 3, offload cpu, micro 1 x 4, 2 ranks", 3, micro_batch=1, ranks=2),
+    _case("ZeRO 2, offload cpu, three steps, micro 1 x 4", micro_batch=1, epochs=2, steps=3, lr=0.1),
+    _case("ZeRO 3, three steps, micro 1 x 4", 3, "none", micro_batch=1, epochs=2, steps=3, lr=0.1),
+    _case("ZeRO 2, offload cpu, bfloat16, three steps, micro 1 x 4", micro_batch=1, epochs=2, steps=3, lr=0.1,
+          precision="bfloat16"),
+)  # fmt: skip
+
+
+def prepare() -> None:
+    """Import the stack on its CPU accelerator and join the ranks."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    import deepspeed
+    import transformers  # noqa: F401
+
+    # A compiled operator for inference on CPUs that training does not use; building it takes minutes.
+    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    _mend_bucket_on_cpu(deepspeed)
+
+
+def _mend_bucket_on_cpu(deepspeed) -> None:
+    # 0.18.7 to 0.18.9 ask for the free memory before they reduce a bucket; on a CPU the answer leads them to a view
+    # of a split tensor that autograd refuses to have changed in place. Without free memory they take the plain way.
+    numbers = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+    if (0, 18, 7) <= numbers < (0, 19):
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().available_memory = lambda *_: 0
+
+
+def run(case, session) -> None:
+    """Train the probe under the engine."""
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = session.rows()
+    if len(rows) % (case["micro_batch"] * case["accumulation"] * case["ranks"]):
+        session.skip("the engine knows of no end of the data: a window that is not full is the loop's affair")
+    options = DEFAULTS | dict(case["options"])
+    model = AutoModelForCausalLM.from_pretrained(session.model, torch_dtype=torch.float32)
+    model.train()
+    if case["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    by_hand = options["accumulation_by"] == "hand"
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=_optimizer(model, case), config=_config(case, options, by_hand)
+    )
+    session.watch(engine.module)
+    session.say(lr=case["lr"], note=f"ZeRO stage {options['stage']}, optimizer offload: {options['offload']}")
+    try:
+        session.parameters(_full_parameters(engine, options["stage"]))
+        for window in _windows(case, rows):
+            _train_window(engine, window, session, by_hand)
+            if session.stepped(_full_parameters(engine, options["stage"])):
+                break
+    finally:
+        engine.destroy()
+
+
+def _optimizer(model, case):
+    import torch
+
+    if case["optimizer"] == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=case["lr"])
+    return torch.optim.AdamW(
+        model.parameters(), lr=case["lr"], betas=(0.0, 0.999), eps=case["eps"], weight_decay=0.0
+    )  # fmt: skip
+
+
+def _config(case, options, by_hand) -> dict:
+    """The JSON configuration that people write, with the buckets cut down to the probe's size."""
+    zero = {"stage": options["stage"], "reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+    if options["offload"] == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if options["stage"] == 3:
+        # The default would leave the probe's small parameters unsharded.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 100_000}
+    accumulation = 1 if by_hand else case["accumulation"]
+    return {
+        "train_micro_batch_size_per_gpu": case["micro_batch"],
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": case["micro_batch"] * accumulation * case["ranks"],
+        "gradient_clipping": case["clip"],
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": case["precision"] == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def _windows(case, rows):
+    """Windows in the order of the data, each a list over the accumulation of lists over the ranks of micro-batches."""
+    stream = [row for _ in range(case["epochs"]) for row in rows]
+    size, ranks, accumulation = case["micro_batch"], case["ranks"], case["accumulation"]
+    batches = [stream[at : at + size] for at in range(0, len(stream), size)]
+    turns = [batches[at : at + ranks] for at in range(0, len(batches), ranks)]
+    return [turns[at : at + accumulation] for at in range(0, len(turns), accumulation)]
+
+
+def _train_window(engine, window, session, by_hand) -> None:
+    """The backward passes of one optimizer step, and the step."""
+    trained = sum(label != -100 for turn in window for batch in turn for row in batch for label in row["labels"][1:])
+    # By hand the engine knows of one micro-batch and divides by nothing.
+    scale = session.ranks * (1 if by_hand else len(window)) / trained
+    for number, turn in enumerate(window, start=1):
+        last = number == len(window)
+        if by_hand:
+            engine.set_gradient_accumulation_boundary(is_boundary=last)
+        engine.backward(_summed_loss(engine, turn[session.rank]) * scale)
+        if last or not by_hand:
+            engine.step()
+
+
+def _summed_loss(engine, rows):
+    """Negative log-likelihood of the trained tokens of a padded micro-batch, nats, summed."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values, filling):
+        return torch.tensor([[*v, *[filling] * (longest - len(v))] for v in values])
+
+    ids_BT = padded([row["input_ids"] for row in rows], 0)
+    labels_BT = padded([row["labels"] for row in rows], -100)
+    mask_BT = padded([[1] * len(row["input_ids"]) for row in rows], 0)
+    logits_BTV = engine(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def _full_parameters(engine, stage):
+    """Names and whole tensors: the float32 master weights where the engine keeps them, as they are not rounded."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    pairs = []
+    for name, parameter in engine.module.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if stage > 0 else None
+        if master is None:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                master = parameter.detach().clone()
+        pairs.append((name, master.detach().clone()))
+    return pairs

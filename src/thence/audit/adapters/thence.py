@@ -1,0 +1,199 @@
+"""Drives thence itself: its readers, chat templates, methods and ``Trainer``; ranks are real processes under gloo.
+
+Rows go in the order of the data; a batch never reaches across two epochs, and rank r of D holds every D-th row from
+row r on, as in the stages of a recipe. thence fills micro-batches by a token budget, longest rows first; the budget is
+the smallest one that needs no more micro-batches than the case has. SGD takes the place of AdamW where the case asks
+for it; warm-up, weight decay and clipping are off.
+
+Options: ``method`` and its own options. Methods of reinforcement learning get fixed rewards, the probe's responses as
+rollouts, and successive examples as groups, so that nothing is sampled and no advantage is zero.
+
+Limits: weights are float32 (arithmetic may be bfloat16), and there is no label smoothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+STACK = "thence"
+PACKAGES = ("thence", "transformers", "torch")
+AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "autocast", "packing", "checkpointing"})
+GROUP = 4
+LONGEST = 48
+"""Constant length of Dr. GRPO's normaliser, tokens."""
+STD_EPS = 1e-6
+
+
+def _case(name: str, asked: str, micro: int = 2, accumulation: int = 4, ranks: int = 1, **options: Any) -> dict:
+    return {
+        "name": name,
+        "micro_batch": micro,
+        "accumulation": accumulation,
+        "ranks": ranks,
+        "asked": asked,
+        "options": options,
+    }
+
+
+_DR_GRPO = {"method": "dr_grpo", "constant_tokens": LONGEST}
+_PAPER = {"method": "grpo", "aggregation": "sequence-mean", "std": True}
+
+CASES: tuple[dict, ...] = (
+    _case("sft by sequence mean, micro 2 x 4", "sequence-mean", aggregation="sequence-mean") | {"quick": True},
+    _case("sft by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, aggregation="sequence-mean"),
+    _case("grpo, micro 2 x 4", "token-mean", method="grpo") | {"quick": True},
+    _case("grpo, micro 2 x 2, 2 ranks", "token-mean", 2, 2, 2, method="grpo"),
+    _case("grpo by sequence mean, micro 2 x 4", "sequence-mean", **_PAPER),
+    _case("grpo by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, **_PAPER),
+    _case("dr_grpo, micro 2 x 4", "constant-divisor", **_DR_GRPO),
+    _case("dr_grpo, 2 ranks", "constant-divisor", 2, 2, 2, **_DR_GRPO),
+    _case("dapo, micro 2 x 4", "token-mean", method="dapo"),
+    _case("dapo, 2 ranks", "token-mean", 2, 2, 2, method="dapo"),
+    _case("dapo, packing, micro 1 x 1", "token-mean", 1, 1, method="dapo") | {"packing": True},
+    _case("grpo, three steps, micro 2 x 2", "token-mean", 2, 2, method="grpo") | {"epochs": 2, "steps": 3, "lr": 0.1},
+    _case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2)
+    | {"packing": True, "examples": 10, "epochs": 2, "steps": 3, "lr": 0.1},
+)
+
+
+def prepare() -> None:
+    """Import the stack."""
+    import thence.train.trainer  # noqa: F401
+
+
+def run(case: dict, session: Any) -> None:
+    """One case."""
+    from thence.train.parallel import start_ranks
+
+    if case["label_smoothing"] or case["precision"] == "bfloat16":
+        session.skip("thence has no label smoothing and keeps its weights in float32")
+    ranks, device = start_ranks()
+    loaded = _load(session, device)
+    method, trajectories = _trajectories(case, session, loaded.tokenizer)
+    trainer = _make_trainer(case, loaded.model, trajectories, ranks)
+    session.watch(loaded.model.base_model)
+    session.parameters(loaded.model)
+    for batch in _batches(case, method, trajectories):
+        trainer.step(_share(batch, ranks))
+        if session.stepped(loaded.model):
+            break
+
+
+def _load(session: Any, device: Any) -> Any:
+    from thence.recipe import Model
+    from thence.train.model import load_model
+
+    return load_model(Model(path=session.model, compute_dtype="float32"), device)
+
+
+def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[Any]]:
+    """The method, and every example of the case as a trajectory."""
+    from thence.data.chat import render_all
+    from thence.data.readers import read_examples
+    from thence.data.trajectory import Prompt, Trajectory
+    from thence.methods.registry import methods
+
+    options = dict(case["options"])
+    method = methods()[options.pop("method", "sft")](options)
+    examples, _ = read_examples(session.data("messages"))
+    rows = render_all(examples, tokenizer).rows
+    supervised = method.stage == "sft"
+    rewards = _rewards(len(rows))
+    found = []
+    for i, row in enumerate(rows):
+        prompt = Prompt(i if supervised else i // GROUP, tuple(row.prompt_ids))
+        origin = "demonstration" if supervised else "rollout"
+        score = None if supervised else rewards[i]
+        found.append(Trajectory(prompt, tuple(row.response_ids or ()), origin=origin, score=score))
+    if not supervised:
+        session.say(
+            rewards=rewards,
+            groups=[i // GROUP for i in range(len(rows))],
+            advantages=_advantages(rewards, method.options.std),
+            longest=method.options.constant_tokens,
+        )
+    return method, found
+
+
+def _rewards(size: int) -> list[float]:
+    """Rewards whose advantages are far from zero, with other means and spreads by group."""
+    pattern = (-3.0, -1.0, 1.5, 2.5)
+    return [2.0 + i // 4 + pattern[i % 4] * (1.0 + 0.5 * (i // 4)) for i in range(size)]
+
+
+def _advantages(rewards: list[float], std: bool) -> list[float]:
+    """Reward minus mean of the group, over its standard deviation where asked."""
+    result = []
+    for start in range(0, len(rewards), GROUP):
+        group = rewards[start : start + GROUP]
+        spread = statistics.stdev(group) + STD_EPS if std else 1.0
+        result += [(reward - statistics.fmean(group)) / spread for reward in group]
+    return result
+
+
+def _batches(case: dict, method: Any, trajectories: list[Any]):
+    """The whole batch of every optimizer step, over all ranks."""
+    from thence.methods.base import make_rows
+    from thence.objective import Batch
+
+    size = case["micro_batch"] * case["accumulation"] * case["ranks"]
+    # a packing case names no window: all rows are one
+    size = len(trajectories) if case["packing"] and size == 1 else size
+    rows = make_rows(trajectories, method.weigh(trajectories))
+    for _ in range(case["epochs"]):
+        for start in range(0, len(rows), size):
+            yield Batch(method.terms, tuple(rows[start : start + size]))
+
+
+def _share(batch: Any, ranks: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(batch, rows=batch.rows[ranks.rank :: ranks.world])
+
+
+def _make_trainer(case: dict, model: Any, trajectories: list[Any], ranks: Any) -> Any:
+    import torch
+
+    from thence.train.step import StepSettings
+    from thence.train.trainer import Trainer
+
+    class SgdTrainer(Trainer):
+        """thence's trainer with plain SGD."""
+
+        def optimizer(self, name: str) -> Any:
+            if name not in self._optimizers:
+                self._optimizers[name] = torch.optim.SGD(self.model.parameters(), lr=0.0)  # pyright: ignore
+            return self._optimizers[name]
+
+    settings = StepSettings(
+        micro_batch_tokens=_budget(case, trajectories),
+        packing=case["packing"],
+        clip_norm=case["clip"],
+        compute_dtype=torch.bfloat16 if case["precision"] == "autocast" else torch.float32,
+    )
+    kind = SgdTrainer if case["optimizer"] == "sgd" else Trainer
+    return kind(
+        model,
+        case["lr"],
+        settings,
+        betas=(0.0, 0.999),
+        eps=case["eps"],
+        weight_decay=0.0,
+        activation_checkpointing=case["checkpointing"],
+        ranks=ranks,
+    )
+
+
+def _budget(case: dict, trajectories: list[Any]) -> int:
+    """The smallest token budget that cuts the first rank's first share into no more micro-batches than planned."""
+    from thence.train.micro_batches import plan
+
+    lengths = [len(t.prompt.token_ids) + len(t.response_ids) for t in trajectories]
+    if case["packing"]:
+        return sum(lengths) // 2
+    first = lengths[: case["micro_batch"] * case["accumulation"] * case["ranks"]][:: case["ranks"]]
+    budget = max(first)
+    while len(plan(first, budget, False)) > case["accumulation"]:
+        budget += 1
+    return budget

@@ -1,0 +1,113 @@
+"""thence's own step with faults switched on: same arguments as :func:`thence.train.step.train_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from thence.errors import UserError
+from thence.faults.around import Call, Link, Proceed
+from thence.faults.catalogue import Fault, combine
+from thence.faults.cut import Plan, Policy, Window
+from thence.objective import Batch
+from thence.train.parallel import Ranks
+from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
+
+CONSTANT_TOKENS = 64.0
+
+
+class FaultyStep:
+    """A step with faults, made once for a training run: some of them remember earlier steps.
+
+    Args:
+        names: keys of :data:`~thence.faults.catalogue.FAULTS`; none: the clean step.
+        micro_batch: rows of a micro-batch of the trainer that has the fault.
+        accumulation: its micro-batches of one rank in one step; 0: as many as the rows need.
+        ranks: its data-parallel ranks; this process plays them all.
+        constant_tokens: tokens a response that ``constant-divisor`` divides by.
+
+    Attributes:
+        window: the rows and weights of the latest step, as they went into the model.
+
+    Raises:
+        UserError: an unknown fault.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        micro_batch: int,
+        accumulation: int = 0,
+        ranks: int = 1,
+        constant_tokens: float = CONSTANT_TOKENS,
+    ):
+        self.plan = Plan(micro_batch, accumulation, ranks)
+        self.constant_tokens = constant_tokens
+        self.window: Window | None = None
+        faults = combine(names)
+        self._changes = [fault.change for fault in faults if fault.change is not None]
+        self._links = [*_links(faults, self.plan, True), self._change, *_links(faults, self.plan, False)]
+
+    def __call__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        ranks: Ranks,
+        settings: StepSettings,
+        observe: Observer | None = None,
+    ) -> StepReport:
+        """Take one step with the faults.
+
+        Args:
+            observe: called only while the rows and their trained tokens are those of ``batch``.
+
+        Raises:
+            UserError: several real processes share the step.
+            StepRefused: as the clean step does.
+        """
+        if ranks.world > 1:
+            raise UserError(
+                "faults play all ranks in one process, but several processes share this step",
+                remedy="start a single process and give the number of ranks to the fault",
+            )
+        call = Call(model, optimizer, Window(batch, self.plan.cut(len(batch.rows))), ranks, settings, observe)
+        return _proceed(self._links, self._clean, call)
+
+    def _clean(self, call: Call) -> StepReport:
+        self.window = call.window
+        return train_step(call.model, call.optimizer, call.window.batch, call.ranks, call.settings, call.observe)
+
+    def _change(self, call: Call, proceed: Proceed) -> StepReport:
+        before = window = call.window
+        policy = self._policy(call)
+        for change in self._changes:
+            window = change(window, policy)
+        same = [row.n_trained for row in before.batch.rows] == [row.n_trained for row in window.batch.rows]
+        return proceed(replace(call, window=window, observe=call.observe if same else None))
+
+    def _policy(self, call: Call) -> Policy:
+        def statistics(rows):
+            return policy_statistics(call.model, rows, call.window.batch.temperature, call.settings)
+
+        config = call.model.config
+        pad = getattr(config, "pad_token_id", None)
+        end = getattr(config, "eos_token_id", None)
+        pad = pad if pad is not None else end[0] if isinstance(end, list) else end
+        longest = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return Policy(statistics, int(pad or 0), longest, self.constant_tokens)
+
+
+def _links(faults: Sequence[Fault], plan: Plan, outermost: bool) -> list[Link]:
+    return [fault.wrap(plan) for fault in faults if fault.wrap is not None and fault.outermost == outermost]
+
+
+def _proceed(links: Sequence[Link], last: Proceed, call: Call) -> StepReport:
+    if not links:
+        return last(call)
+    return links[0](call, partial(_proceed, links[1:], last))
