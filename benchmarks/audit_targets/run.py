@@ -48,7 +48,7 @@ def audit(target: dict[str, str], environments: Path) -> None:
         return
     words = [sys.executable, "-m", "thence", "audit"]
     if "adapter" in target:
-        words += [target["adapter"], *(["--python", str(python)] if target["environment"] else [])]
+        words += [target["adapter"], "--all", *(["--python", str(python)] if target["environment"] else [])]
         words += ["--json", str(out), "--quiet"]
     else:
         here = HERE.relative_to(ROOT)

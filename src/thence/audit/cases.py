@@ -44,17 +44,20 @@ def matrix() -> list[tuple[str | None, Case]]:
     ]
 
 
-def cases_for(axes: Iterable[str], extra: Iterable[Case] = (), *, quick: bool = False) -> list[tuple[Case, str]]:
+def cases_for(
+    axes: Iterable[str], own: Iterable[Case] = (), *, quick: bool = False, extra: bool = False
+) -> list[tuple[Case, str]]:
     """The cases of a stack, each with the reason why it is left out (empty: it runs).
 
     Args:
         axes: what the stack has, keys of :data:`AXES`.
-        extra: the stack's own cases, run after the common ones.
+        own: the stack's own cases, run after the common ones.
         quick: the four that matter most, and those of the stack's own that are marked so.
+        extra: also those of the stack's own that nobody has by default.
     """
     have = set(axes)
     chosen = [
         (case, "" if axis is None or axis in have else f"this stack lacks {AXES[axis]}") for axis, case in matrix()
     ]
-    chosen += [(case, "") for case in extra]
+    chosen += [(case, "") for case in own if extra or not case.extra]
     return [(case, reason) for case, reason in chosen if case.quick or not quick]

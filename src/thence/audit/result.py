@@ -42,6 +42,7 @@ class Case:
         options: what only this stack has (ZeRO stage, offload, loss type ...).
         asked: the objective that the settings ask for; a key of ``thence.audit.objectives.OBJECTIVES``.
         quick: whether ``--quick`` runs it.
+        extra: a setting that nobody has by default; only ``--all`` and ``--only`` run it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: str = "token-mean"
     quick: bool = False
+    extra: bool = False
 
     @property
     def window(self) -> int:

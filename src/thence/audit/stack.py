@@ -28,6 +28,7 @@ def audit_stack(
     *,
     python: str | None = None,
     quick: bool = False,
+    extra: bool = False,
     only: Sequence[str] = (),
     model_type: str = "llama",
     seed: int = 0,
@@ -40,6 +41,7 @@ def audit_stack(
     Args:
         python: of the environment in which the stack is installed; None: the one that runs thence.
         quick: the cases that matter most.
+        extra: also settings that nobody has by default.
         only: parts of case names; the others are left out.
         model_type: family of the tiny model.
         seed: of the probe.
@@ -52,7 +54,7 @@ def audit_stack(
     """
     start = time.monotonic()
     adapter = load_adapter(name)
-    chosen = cases_for(adapter.axes, adapter.cases, quick=quick)
+    chosen = cases_for(adapter.axes, adapter.cases, quick=quick, extra=extra or bool(only))
     if only:
         chosen = [(case, reason) for case, reason in chosen if any(part in case.name for part in only)]
         if not chosen:
@@ -73,7 +75,7 @@ def audit_stack(
         cases = [case for case, reason in chosen if not reason]
         _, versions, imports = run_cases(adapter, python, probe, cases, folder, seconds=seconds, tell=judged)
     ordered = [results[case.name] for case, _ in chosen]
-    flags = [*(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
+    flags = [*(["--quick"] if quick else []), *(["--all"] if extra else []), *(f"--only {shlex.quote(part)}" for part in only)]
     flags += [f"--python {shlex.quote(python)}"] if python != sys.executable else []
     flags += [f"--model-type {model_type}"] if model_type != "llama" else []
     flags += [f"--seed {seed}"] if seed else []

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="TARGET", help="an adapter's name or file, `command`, or `list`")
     parser.add_argument("--python", metavar="PATH", help="the Python in which the stack is installed")
     parser.add_argument("--quick", action="store_true", help="only the cases that matter most")
+    parser.add_argument("--all", action="store_true", help="also settings that nobody has by default")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="cases with PART in their name")
     parser.add_argument("--model-type", default="llama", metavar="TYPE", help="family of the tiny model")
     parser.add_argument("--seed", type=int, default=0, help="of the probe")
@@ -89,6 +90,7 @@ def _stack(args: argparse.Namespace, program: list[str], console: Console, live:
         args.target,
         python=args.python,
         quick=args.quick,
+        extra=args.all,
         only=args.only,
         model_type=args.model_type,
         seed=args.seed,

@@ -23,6 +23,7 @@ CASES: tuple[dict, ...] = (
         "accumulation": 2,
         "ranks": 2,
         "options": {"average_tokens_across_devices": False},
+        "extra": True,
     },
 )
 

@@ -53,8 +53,9 @@ CASES: tuple[dict, ...] = (
         "accumulation": 1,
         "packing": True,
         "options": {"packing_strategy": "wrapped"},
+        "extra": True,
     },
-    {"name": "loss type dft", "options": {"loss_type": "dft"}},
+    {"name": "loss type dft", "options": {"loss_type": "dft"}, "extra": True},
     {"name": "loss type chunked_nll", "options": {"loss_type": "chunked_nll"}},
 )
 
