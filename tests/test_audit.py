@@ -300,6 +300,27 @@ def test_several_cases_settle_what_one_cannot_tell(probe: Probe, judge: Judge) -
     assert verdict.known and verdict.known[0].installed and "34191" in verdict.known[0].sources[0]
 
 
+def test_a_scale_that_follows_the_number_of_tokens_is_a_constant_divisor(probe: Probe, judge: Judge) -> None:
+    """One batch cannot tell; batches with different numbers of tokens can."""
+    results = []
+    for examples in (8, 7, 5):
+        case = Case(f"{examples} examples", 8, 1, examples=examples)
+        states = step(probe, case, lambda nll, _: torch.cat(nll).sum() / 64)
+        results.append(judge.case(case, states, pieces=judge.plan(case)))
+    report = make_report("x", results, {}, "x", {}, 0.0)
+    assert report.verdict.objective == "constant-divisor"
+    assert "constant divisor" in report.verdict.sentences[0]
+    assert report.verdict.exit_code == 1
+
+
+def test_clean_steps_of_several_sizes_are_no_constant_divisor(probe: Probe, judge: Judge) -> None:
+    results = []
+    for examples in (8, 7, 5):
+        case = Case(f"{examples} examples", 8, 1, examples=examples)
+        results.append(judge.case(case, step(probe, case, token_mean), pieces=judge.plan(case)))
+    assert make_report("x", results, {}, "x", {}, 0.0).ok
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12))
 def test_least_squares_gives_back_any_weights(seed: int, units: int) -> None:

@@ -86,10 +86,22 @@ def settle(cases: Sequence[CaseResult], asked: str = "") -> list[CaseResult]:
     judged = [case for case in cases if case.status == "judged" and case.steps]
     if not judged:
         return list(cases)
+    if scale_law(judged) in ("tokens", "rows"):
+        # The update grows with the batch: what looks like a wrong scale, case by case, is a constant divisor.
+        return [replace(case, steps=tuple(_constant(step, case.case.asked) for step in case.steps)) for case in cases]
     common = common_objective(judged, asked or judged[0].case.asked)
     if common is None:
         return list(cases)
     return [replace(case, steps=tuple(_settled(step, common) for step in case.steps)) for case in cases]
+
+
+def _constant(step: StepResult, asked: str) -> StepResult:
+    if step.objective != "token-mean" or step.scale is None or asked == "constant-divisor":
+        return step
+    kept = [f for f in step.findings if not f.id.startswith("scale")]
+    detail = f"the update is {step.scale:.4g} times that of a {OBJECTIVES[asked].title}"
+    found = Finding("constant-divisor", "fault", detail)
+    return replace(step, objective="constant-divisor", alike=(), findings=(*kept, found))
 
 
 def _settled(step: StepResult, common: str) -> StepResult:
