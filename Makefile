@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 QUICKSTART ?=
 BASES := src/thence/data/worlds/bases
+# The real stacks that the tests audit live outside of the checkout, so that a fresh one need not install them again.
+STACKS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/audit-$(shell \
+  cat benchmarks/audit_targets/environments.sh constraints.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check bases evidence clean
+.PHONY: quickstart test test-quick check stacks bases evidence clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
 
-test: $(VENV)/installed-dev check
-	$(BIN)/python -m pytest -q
+test: $(VENV)/installed-dev check stacks
+	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" $(BIN)/python -m pytest -q
 
 test-quick: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -22,6 +25,14 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+# Newest TRL and DeepSpeed, for tests/test_audit_stacks.py: 1.5 GB, about 90 s, once. Without them those tests skip.
+stacks:
+	@folder="$(STACKS)"; [ -f "$$folder/installed" ] || \
+	  { mkdir -p "$$folder" && echo "installing the audited stacks into $$folder" && \
+	    PYTHON="$(PYTHON)" benchmarks/audit_targets/environments.sh "$$folder" ci > "$$folder/log" 2>&1 && \
+	    touch "$$folder/installed"; } 2> /dev/null || \
+	  echo "the packages of the audited stacks could not be installed, their tests skip: $$folder/log says why"
 
 # The two bases of the embedded world, made again from their recipes and put where the package ships them.
 bases: $(VENV)/installed
@@ -48,4 +59,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs "$(dir $(STACKS))"audit-*

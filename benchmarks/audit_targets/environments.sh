@@ -4,6 +4,7 @@
 #   benchmarks/audit_targets/environments.sh FOLDER [NAME ...]
 #
 # NAME: tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
+# Further: ci, the newest TRL and DeepSpeed in one environment, which `make test` makes for tests/test_audit_stacks.py.
 set -euo pipefail
 if [ "$#" -lt 1 ]; then
     echo "usage: $0 FOLDER [NAME ...]" >&2
@@ -11,6 +12,7 @@ if [ "$#" -lt 1 ]; then
 fi
 folder=$1
 shift
+constraints="$(cd "$(dirname "$0")/../.." && pwd)/constraints.txt"
 names=("$@")
 [ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091)
 mkdir -p "$folder"
@@ -42,6 +44,10 @@ for name in "${names[@]}"; do
     tf4452) $pip install torch==2.13.0 transformers==4.45.2 accelerate==1.0.1 'numpy<2' ;;
     tf4461) $pip install torch==2.13.0 transformers==4.46.1 accelerate==1.0.1 'numpy<2' ;;
     trl) $pip install torch==2.13.0 trl==1.16.0 ;;
+    ci)
+        $pip install -c "$constraints" torch==2.13.0 numpy ninja wheel setuptools packaging
+        $pip install -c "$constraints" --no-build-isolation deepspeed==0.19.8 trl==1.16.0
+        ;;
     ds0189) deepspeed 0.18.9 5.18.0 ;;
     ds019) deepspeed 0.19.8 5.18.0 ;;
     orl0910) openrlhf 0.9.10 0.18.9 5.5.0 ;;
@@ -57,5 +63,6 @@ for name in "${names[@]}"; do
         exit 2
         ;;
     esac
-    $pip list 2>/dev/null | grep -E '^(torch|transformers|deepspeed|trl|openrlhf|llamafactory|verl) '
+    # Not by $pip, whose --quiet keeps the list to itself.
+    "$folder/$name/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|transformers|deepspeed|trl|openrlhf|llamafactory|verl) '
 done

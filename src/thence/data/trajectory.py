@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Origin = Literal["rollout", "demonstration"]
+Origin = Literal["rollout", "demonstration", "replay"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trajectory:
     Args:
         prompt: what was asked.
         response_ids: the response, with its end token if it came.
-        origin: sampled from the policy, or written by the expert.
+        origin: sampled from the policy, written by the expert, or sampled from an earlier policy.
         score: what the reward function gave; None where nothing was graded.
         verdict: right, wrong or unknown.
         finish: stop or length.
@@ -44,6 +44,8 @@ class Trajectory:
         sampler_logps: log-probabilities that the sampler reported, to measure its mismatch with the trainer.
         extracted: what the grader took for the answer.
         reason: why the grader could not tell, or what else it has to say.
+        prefix: first tokens of the response that the expert wrote and the policy went on from.
+        behaviour: log-probabilities of the response under the policy that sampled it, for a replay.
     """
 
     prompt: Prompt
@@ -56,6 +58,13 @@ class Trajectory:
     sampler_logps: tuple[float, ...] | None = None
     extracted: str | None = None
     reason: str = ""
+    prefix: int = 0
+    behaviour: tuple[float, ...] | None = None
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that the policy wrote just now."""
+        return len(self.response_ids) - self.prefix if self.origin == "rollout" else 0
 
     def scored(self, score: float) -> Trajectory:
         """The same trajectory with another score."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from thence.data.order import stable_seed
@@ -45,13 +45,13 @@ class Measurement:
 def respond(
     model: Any,
     tokenizer: Any,
-    grader: Grader,
+    grader: Grader | None,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
     seed_parts: tuple[object, ...],
 ) -> list[Trajectory]:
-    """``n`` graded responses for each prompt, prompt by prompt.
+    """``n`` responses for each prompt, prompt by prompt, graded if there is a grader.
 
     Args:
         seed_parts: what the random numbers follow from, besides the prompt's index and the number of the response.
@@ -59,21 +59,27 @@ def respond(
     repeated = [prompt for prompt in prompts for _ in range(n)]
     seeds = [stable_seed(*seed_parts, prompt.index, j) for prompt in prompts for j in range(n)]
     responses = sample(model, [prompt.token_ids for prompt in repeated], seeds, sampling)
-    texts = [tokenizer.decode(response.token_ids, skip_special_tokens=True) for response in responses]
-    grades = grader.grade_many([p.text for p in repeated], texts, [p.answer for p in repeated])
+    found = [
+        Trajectory(prompt, tuple(r.token_ids), finish=r.finish, sampler_logps=tuple(r.logps))
+        for prompt, r in zip(repeated, responses, strict=True)
+    ]
+    return found if grader is None else grade(tokenizer, grader, found)
+
+
+def grade(tokenizer: Any, grader: Grader, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The same trajectories with text, score and verdict."""
+    texts = [tokenizer.decode(t.response_ids, skip_special_tokens=True) for t in trajectories]
+    grades = grader.grade_many([t.prompt.text for t in trajectories], texts, [t.prompt.answer for t in trajectories])
     return [
-        Trajectory(
-            prompt,
-            tuple(response.token_ids),
+        replace(
+            trajectory,
             score=grade.score,
             verdict=grade.verdict.value,
-            finish=response.finish,
             text=text,
-            sampler_logps=tuple(response.logps),
             extracted=grade.extracted,
             reason=grade.reason,
         )
-        for prompt, response, text, grade in zip(repeated, responses, texts, grades, strict=True)
+        for trajectory, text, grade in zip(trajectories, texts, grades, strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -21,7 +22,15 @@ class Options(BaseModel):
 
 
 class Sampler(Protocol):
-    """What a method composes its batch with."""
+    """What a method composes its batch with.
+
+    Attributes:
+        step: rollout batches before this one.
+        steps: rollout batches of the stage.
+    """
+
+    step: int
+    steps: int
 
     def next_prompts(self, count: int) -> list[Prompt]:
         """The next prompts in the data's order."""
@@ -30,6 +39,58 @@ class Sampler(Protocol):
     def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
         """``n`` graded responses of the policy for each prompt, prompt by prompt."""
         ...
+
+    def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
+        """``n`` graded responses for each prompt that begin with the given tokens and are finished by the policy."""
+        ...
+
+    def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
+        """The expert's responses, graded like the policy's. Every prompt must have one."""
+        ...
+
+    def expert_prompts(self, count: int) -> list[Prompt]:
+        """The next prompts with a demonstration, in an order of their own."""
+        ...
+
+    def uniform(self, *key: object) -> float:
+        """A number in [0, 1) that follows from the recipe's seed, the stage, the step and the key alone."""
+        ...
+
+    def total(self, count: int) -> int:
+        """The sum of a count over all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What the policy as it stands says of a trajectory's response tokens; no gradient.
+
+    Args:
+        logp: log-probabilities, shape (n,), nats.
+        entropy: of the distributions that the tokens were drawn from, shape (n,), nats.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class SideStep:
+    """An optimizer step of a second kind, with an optimizer state of its own.
+
+    Args:
+        name: of the kind; the optimizer belongs to it.
+        terms, trajectories, weights: as of a batch.
+        lr: learning rate; None: the stage's.
+        clip_norm: largest gradient norm; None: the stage's.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    trajectories: Sequence[Trajectory]
+    weights: Sequence[Tensor]
+    lr: float | None = None
+    clip_norm: float | None = None
 
 
 class Method(ABC):
@@ -44,6 +105,10 @@ class Method(ABC):
     """The loss in one line."""
     source: ClassVar[str]
     """Where the formula stands."""
+    exactness: ClassVar[Literal["exact", "reconstruction"]] = "exact"
+    """reconstruction: parts of it are not public, and what stands for them was chosen here."""
+    uses_facts: ClassVar[bool] = False
+    """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -55,12 +120,24 @@ class Method(ABC):
         """The terms of every batch."""
 
     @abstractmethod
-    def weigh(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        """The weights of every trajectory's response tokens, shape (J, n) each, for whole groups at a time."""
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        """The weights of every trajectory's response tokens, shape (J, n) each, for whole groups at a time.
+
+        Args:
+            trajectories: those of one optimizer step.
+            facts: of the policy before that step, one a trajectory, if the method ``uses_facts``.
+        """
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         """The trajectories of one rollout batch, whole groups; default: ``n`` rollouts for each prompt."""
         return sampler.rollouts(sampler.next_prompts(prompts), n)
+
+    def side_steps(self, sampler: Sampler) -> list[SideStep]:
+        """Optimizer steps of another kind that follow the update on this rollout batch; default: none."""
+        return []
+
+    def took_step(self, kind: str, grad_norm: float) -> None:  # noqa: B027 - most methods do not look at it
+        """Told after every optimizer step: ``main`` or a side step's name, and the gradient norm before clipping."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
@@ -75,5 +152,7 @@ def make_rows(trajectories: Sequence[Trajectory], weights: Sequence[Tensor], tra
     rows = []
     for trajectory, weight in zip(trajectories, weights, strict=True):
         ids = torch.tensor([*trajectory.prompt.token_ids, *trajectory.response_ids], dtype=torch.int64)
-        rows.append(Row(ids, trained_tokens(len(trajectory.prompt.token_ids), len(ids), train_on), weight))
+        trained = trained_tokens(len(trajectory.prompt.token_ids), len(ids), train_on)
+        behaviour = None if trajectory.behaviour is None else torch.tensor(trajectory.behaviour)
+        rows.append(Row(ids, trained, weight, behaviour))
     return rows

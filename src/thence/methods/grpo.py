@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options
+from thence.methods.base import Method, Options, TokenFacts
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 
 
@@ -72,7 +72,7 @@ class Grpo(Method):
             terms.append(Term("entropy", Entropy(), Normaliser("tokens")))
         return tuple(terms)
 
-    def weigh(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
         o = self.options
         advantages = self.advantages(trajectories).tolist()
         weights = []

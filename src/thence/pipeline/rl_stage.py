@@ -10,61 +10,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thence.accounting.flops import rule_flops
-from thence.data.chat import end_token_ids
-from thence.data.order import drawn_from
-from thence.data.trajectory import Prompt, Trajectory
+from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
-from thence.evaluate.measure import respond, sample_record
-from thence.methods.base import Method, make_rows
+from thence.evaluate.measure import sample_record
+from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.dapo import groups_of
 from thence.methods.registry import make_method
-from thence.objective import Batch, TokenStats
+from thence.objective import Batch, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Checkpoints, Context, make_trainer
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.sampler import RolloutSampler
 from thence.recipe import Rl
-from thence.rollout.native import Sampling
 from thence.train.step import StepReport, policy_statistics
 from thence.train.trainer import Trainer
-from thence.verify.reward import Grader, load_reward
+from thence.verify.reward import load_reward
 
 SAMPLES_KEPT = 8  # responses of a step that are written for the reader
-
-
-class RolloutSampler:
-    """Gives a method prompts in the data's order, and graded responses of the policy.
-
-    Each rank draws from its own share of the prompts; ``drawn`` is the position in it.
-    """
-
-    def __init__(self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader):
-        self.context, self.grader = context, grader
-        self.prompts = prompts[context.ranks.rank :: context.ranks.world]
-        self.drawn = 0
-        self.seconds = 0.0
-        self.sampling = Sampling(
-            max_tokens=stage.max_tokens,
-            temperature=stage.temperature,
-            top_p=stage.top_p,
-            top_k=stage.top_k,
-            stop_ids=end_token_ids(context.tokenizer, context.recipe.stage_data(stage.data).template),
-            rows=stage.rollout_rows,
-        )
-
-    def next_prompts(self, count: int) -> list[Prompt]:
-        chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
-        self.drawn += count
-        return [self.prompts[i] for i in chosen]
-
-    def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-        start = time.perf_counter()
-        seed_parts = (*self.context.seed_parts(), "rollout", self.drawn)
-        found = respond(self.context.model, self.context.tokenizer, self.grader, prompts, n, self.sampling, seed_parts)
-        self.seconds += time.perf_counter() - start
-        return found
 
 
 def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
@@ -86,43 +52,125 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
         sampler = RolloutSampler(context, stage, prompts, grader)
         if own:
-            sampler.drawn = own["drawn"][context.ranks.rank]
-            method.restore(own["method"])
+            sampler.drawn, sampler.expert_drawn = own["drawn"][context.ranks.rank]
+            method.restore(own["method"][context.ranks.rank])
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
         for step in range(done, stage.steps):
-            line = rl_step(context, stage, method, trainer, sampler, reference, minis)
+            line = rl_step(context, stage, method, trainer, sampler, reference, minis, step)
             context.log({"stage": context.name, "kind": "rl", "step": step + 1, **line})
             checkpoints.after(
-                step + 1, lambda: {"drawn": context.ranks.gather(sampler.drawn), "method": method.state()}
+                step + 1,
+                lambda: {
+                    "drawn": context.ranks.gather((sampler.drawn, sampler.expert_drawn)),
+                    "method": context.ranks.gather(method.state()),
+                },
             )
     return {"steps": stage.steps, "prompts": len(prompts)}
 
 
 def rl_step(
-    context: Context, stage: Rl, method: Method, trainer: Trainer, sampler: RolloutSampler, reference: Any, minis: int
+    context: Context,
+    stage: Rl,
+    method: Method,
+    trainer: Trainer,
+    sampler: RolloutSampler,
+    reference: Any,
+    minis: int,
+    step: int,
 ) -> dict[str, Any]:
-    """One rollout batch and its optimizer steps. Returns a line of metrics."""
-    start, sampler.seconds = time.perf_counter(), 0.0
+    """One rollout batch, its optimizer steps, and those of another kind. Returns a line of metrics."""
+    start = time.perf_counter()
+    sampler.begin(step)
     trajectories = method.compose(sampler, stage.prompts // context.ranks.world, stage.rollouts)
-    rows = make_rows(trajectories, method.weigh(trajectories))
     rate = trainer.learning_rate(trainer.steps_taken)
     mismatch = Mismatch([t.sampler_logps for t in trajectories])
-    if minis > 1 and needs_behaviour(method.terms):
-        behaviour = trainer.statistics(rows, stage.temperature)
-        rows = [replace(row, behaviour=logp) for row, (logp, _) in zip(rows, behaviour, strict=True)]
+    shares = Shares(context.ranks.world)
+    reports = []
+    if sampler.total(len(trajectories)):
+        reports = policy_steps(stage, method, trainer, trajectories, reference, minis, mismatch, shares)
+    side = []
+    for extra in method.side_steps(sampler):
+        rows = make_rows(extra.trajectories, extra.weights)
+        shares.add(extra.terms, extra.trajectories, extra.weights)
+        batch = Batch(extra.terms, tuple(rows), stage.temperature)
+        side.append(trainer.step(batch, extra.name, lr=extra.lr, clip_norm=extra.clip_norm))
+        method.took_step(extra.name, side[-1].grad_norm)
+    if context.leads:
+        keep_samples(context, trajectories, step + 1)
+    line = metrics(context, sampler, reports, side, mismatch, rate, time.perf_counter() - start)
+    return line | ({"shares": shares.shares(context)} if shares.mixed(context) else {})
+
+
+def policy_steps(
+    stage: Rl,
+    method: Method,
+    trainer: Trainer,
+    trajectories: Sequence[Trajectory],
+    reference: Any,
+    minis: int,
+    mismatch: Mismatch,
+    shares: Shares,
+) -> list[StepReport]:
+    """The optimizer steps on one rollout batch."""
+    blank = [torch.zeros(len(method.terms), len(t.response_ids), dtype=torch.float64) for t in trajectories]
+    rows = make_rows(trajectories, blank)
+    replays = any(row.behaviour is not None for row in rows)
+    if needs_behaviour(method.terms) and (minis > 1 or replays):
+        # A replay keeps the log-probabilities of the policy that sampled it.
+        old = trainer.statistics(rows, stage.temperature)
+        rows = [r if r.behaviour is not None else replace(r, behaviour=o) for r, (o, _) in zip(rows, old, strict=True)]
     if reference is not None:
         old = policy_statistics(reference, rows, stage.temperature, trainer.settings)
         rows = [replace(row, reference=logp) for row, (logp, _) in zip(rows, old, strict=True)]
+    whole = None if method.uses_facts else method.weigh(trajectories)
     reports = []
     for part in mini_batches(trajectories, minis):
-        batch = Batch(method.terms, tuple(rows[i] for i in part), stage.temperature)
+        chosen = [trajectories[i] for i in part]
+        if whole is None:
+            facts = [TokenFacts(*f) for f in trainer.statistics([rows[i] for i in part], stage.temperature)]
+            weights = method.weigh(chosen, facts)
+        else:
+            weights = [whole[i] for i in part]
+        own = tuple(replace(rows[i], weights=weight) for i, weight in zip(part, weights, strict=True))
+        shares.add(method.terms, chosen, weights)
         # only before the first optimizer step of a batch do sampler and trainer hold the same weights
         observe = mismatch.observer(part) if not reports else None
-        reports.append(trainer.step(batch, observe=observe))
-    if context.leads:
-        keep_samples(context, trajectories, trainer.steps_taken // minis)
-    return metrics(context, trajectories, reports, mismatch, rate, sampler.seconds, time.perf_counter() - start)
+        reports.append(trainer.step(Batch(method.terms, own, stage.temperature), observe=observe))
+        method.took_step("main", reports[-1].grad_norm)
+    return reports
+
+
+class Shares:
+    """How much of a step's weight lies on which kind of token: own responses, demonstrations, prefixes, replays."""
+
+    KINDS = ("rollout", "demonstration", "prefix", "replay")
+
+    def __init__(self, world: int) -> None:
+        self.alone = world == 1
+        self.sums = torch.zeros(len(self.KINDS), dtype=torch.float64)
+
+    def add(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
+        """Add the absolute weights of a batch over their normalisers' constants, surrogates with a slope of their own
+        (shaped probabilities) counted as they stand."""
+        own = all(t.origin == "rollout" and not t.prefix for t in trajectories)
+        if not trajectories or (self.alone and own and not self.sums.any()):
+            return
+        batch = Batch(tuple(terms), tuple(make_rows(trajectories, weights)))
+        divisor_J = torch.tensor(divisors(terms, local_counts(batch)), dtype=torch.float64)
+        for trajectory, weight in zip(trajectories, weights, strict=True):
+            size_n = (weight.abs().double() / divisor_J[:, None]).sum(0)
+            self.sums[self.KINDS.index(trajectory.origin)] += size_n[trajectory.prefix :].sum()
+            self.sums[self.KINDS.index("prefix")] += size_n[: trajectory.prefix].sum()
+
+    def mixed(self, context: Context) -> bool:
+        """Whether any rank trained other tokens than the policy's own."""
+        return bool(context.ranks.sum_floats(self.sums.clone())[1:].sum() > 0)
+
+    def shares(self, context: Context) -> dict[str, float]:
+        """Share of each kind, over all ranks."""
+        sums = context.ranks.sum_floats(self.sums.clone())
+        return {kind: float(x) for kind, x in zip(self.KINDS, sums / sums.sum(), strict=True) if x}
 
 
 def mini_batches(trajectories: Sequence[Trajectory], minis: int) -> list[list[int]]:
@@ -159,56 +207,65 @@ class Mismatch:
 
 def metrics(
     context: Context,
-    trajectories: Sequence[Trajectory],
+    sampler: RolloutSampler,
     reports: Sequence[StepReport],
+    side: Sequence[StepReport],
     mismatch: Mismatch,
     rate: float,
-    sample_seconds: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """One line of metrics over all ranks; of several optimizer steps the means, except the largest gradient norm."""
-    reports = [report for report in reports if report.rows] or list(reports)
-    scores = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
+    """One line of metrics over all ranks; of several optimizer steps the means, except the largest gradient norm.
+
+    Rewards, lengths and verdicts are those of every response that was sampled, trained or not.
+    """
+    seen = sampler.seen
+    taken = [report for report in (*reports, *side) if report.rows] or [*reports, *side]
+    main = [report for report in reports if report.rows] or taken
+    scores = torch.tensor([t.score or 0.0 for t in seen], dtype=torch.float64)
     sums = torch.tensor(
         [
-            len(trajectories),
+            len(seen),
             float(scores.sum()),
             float(scores.square().sum()),
-            sum(t.verdict == "right" for t in trajectories),
-            sum(t.verdict == "unknown" for t in trajectories),
-            sum(t.finish == "length" for t in trajectories),
-            sum(len(t.response_ids) for t in trajectories),
+            sum(t.verdict == "right" for t in seen),
+            sum(t.verdict == "unknown" for t in seen),
+            sum(t.finish == "length" for t in seen),
+            sum(t.sampled_tokens for t in seen),
             mismatch.kl_sum,
             mismatch.tokens,
         ],
         dtype=torch.float64,
     )
-    rows, total, squares, right, unknown, truncated, response, kl, seen = context.ranks.sum_floats(sums).tolist()
-    n = max(rows, 1)
-    tokens = sum(report.tokens for report in reports)
+    count, total, squares, right, unknown, truncated, sampled, kl, compared = context.ranks.sum_floats(sums).tolist()
+    n = max(count, 1)
+    tokens = sum(report.tokens for report in taken)
+    trained = sum(report.trained_tokens for report in taken)
     n_parameters = sum(p.numel() for p in context.model.parameters())
-    return {
-        "loss": _mean([r.loss for r in reports]),
-        "grad_norm": max(r.grad_norm for r in reports),
+    line = {
+        "loss": _mean([r.loss for r in main]),
+        "grad_norm": max((r.grad_norm for r in main), default=0.0),
         "lr": rate,
-        "entropy": _mean([r.entropy for r in reports]),
-        "clip_share": _mean([r.clip_share for r in reports]),
+        "entropy": _mean([r.entropy for r in main]),
+        "clip_share": _mean([r.clip_share for r in main]),
         "reward": total / n,
         "reward_std": max(0.0, squares / n - (total / n) ** 2) ** 0.5,
         "accuracy": right / n,
         "unknown": int(unknown),
         "truncated": truncated / n,
-        "response_tokens": response / n,
-        "mismatch_kl": kl / seen if seen else None,
-        "sequences": int(rows),
+        "response_tokens": sampled / n,
+        "mismatch_kl": kl / compared if compared else None,
+        "sequences": sum(report.rows for report in taken),
         "tokens": tokens,
-        "trained_tokens": sum(r.trained_tokens for r in reports),
-        "flops": rule_flops(n_parameters, sum(r.trained_tokens for r in reports), response),
+        "trained_tokens": trained,
+        "flops": rule_flops(n_parameters, trained, sampled),
         "seconds": seconds,
-        "sample_seconds": sample_seconds,
-        "train_seconds": sum(r.seconds for r in reports),
+        "sample_seconds": sampler.seconds,
+        "train_seconds": sum(r.seconds for r in taken),
         "tokens_per_s": tokens / seconds,
     }
+    if side:
+        line |= {"side_steps": len(side), "side_loss": _mean([r.loss for r in side])}
+    return line
 
 
 def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int) -> None:
@@ -221,4 +278,4 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / max(len(values), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from thence.objective import Batch, Row
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
+
+TakeStep = Callable[[nn.Module, torch.optim.Optimizer, Batch, Ranks, StepSettings, Observer | None], StepReport]
 
 
 class Trainer:
@@ -23,6 +26,7 @@ class Trainer:
         learning_rate: a number, or a function of the number of steps taken.
         settings: micro-batches, clipping, precision.
         ranks: who shares the step; this process alone when absent.
+        take_step: the step itself; a faulty one, to see what a fault does.
     """
 
     def __init__(
@@ -36,25 +40,42 @@ class Trainer:
         weight_decay: float = 0.01,
         activation_checkpointing: bool = False,
         ranks: Ranks | None = None,
+        take_step: TakeStep = train_step,
     ):
         self.model, self.settings, self.ranks = model, settings or StepSettings(), ranks or SingleProcess()
         self.learning_rate: Callable[[int], float] = (
             learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
         )
         self.steps_taken = 0
+        self.take_step = take_step
         self._adamw = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         if activation_checkpointing:
             model.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def step(self, batch: Batch, optimizer: str = "main", observe: Observer | None = None) -> StepReport:
-        """Take one optimizer step; see :func:`thence.train.step.train_step`."""
+    def step(
+        self,
+        batch: Batch,
+        optimizer: str = "main",
+        observe: Observer | None = None,
+        *,
+        lr: float | None = None,
+        clip_norm: float | None = None,
+    ) -> StepReport:
+        """Take one optimizer step; see :func:`thence.train.step.train_step`.
+
+        Args:
+            optimizer: kind of step. Only ``main`` moves the schedule on; others take the rate that it stands at.
+            lr: learning rate of this step instead.
+            clip_norm: largest gradient norm of this step instead.
+        """
         adamw = self.optimizer(optimizer)
         for group in adamw.param_groups:
-            group["lr"] = self.learning_rate(self.steps_taken)
-        report = train_step(self.model, adamw, batch, self.ranks, self.settings, observe)
-        self.steps_taken += 1
+            group["lr"] = self.learning_rate(self.steps_taken) if lr is None else lr
+        settings = self.settings if clip_norm is None else replace(self.settings, clip_norm=clip_norm)
+        report = self.take_step(self.model, adamw, batch, self.ranks, settings, observe)
+        self.steps_taken += optimizer == "main"
         return report
 
     def statistics(self, rows: Sequence[Row], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:

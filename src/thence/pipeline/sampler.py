@@ -1,0 +1,105 @@
+"""What a method composes its batch with: prompts in order, graded responses, demonstrations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from thence.data.chat import end_token_ids
+from thence.data.order import drawn_from, stable_seed
+from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import DataError
+from thence.evaluate.measure import grade, respond
+from thence.pipeline.context import Context
+from thence.recipe import Rl
+from thence.rollout.native import Sampling
+from thence.verify.reward import Grader
+
+
+class RolloutSampler:
+    """Gives a method prompts in the data's order, and graded responses of the policy.
+
+    Each rank draws from its own share of the prompts. ``drawn`` and ``expert_drawn`` are the positions in it; ``seen``
+    holds every response that was sampled in this step, trained or not.
+    """
+
+    def __init__(self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader):
+        self.context, self.grader = context, grader
+        self.prompts = prompts[context.ranks.rank :: context.ranks.world]
+        self.experts = [prompt for prompt in self.prompts if prompt.demonstration_ids]
+        self.drawn = self.expert_drawn = 0
+        self.step, self.steps = 0, stage.steps
+        self.seconds = 0.0
+        self.seen: list[Trajectory] = []
+        self.sampling = Sampling(
+            max_tokens=stage.max_tokens,
+            temperature=stage.temperature,
+            top_p=stage.top_p,
+            top_k=stage.top_k,
+            stop_ids=end_token_ids(context.tokenizer, context.recipe.stage_data(stage.data).template),
+            rows=stage.rollout_rows,
+        )
+
+    def begin(self, step: int) -> None:
+        """A new rollout batch, counted from 0."""
+        self.step, self.seconds, self.seen = step, 0.0, []
+
+    def next_prompts(self, count: int) -> list[Prompt]:
+        chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
+        self.drawn += count
+        return [self.prompts[i] for i in chosen]
+
+    def expert_prompts(self, count: int) -> list[Prompt]:
+        if not self.experts:
+            raise DataError(
+                "no example has a demonstration, and the method trains on them",
+                remedy="give data with demonstrations, or another method",
+                field="data.source",
+            )
+        chosen = drawn_from(
+            len(self.experts), self.expert_drawn, count, stable_seed(self.context.recipe.seed, "expert")
+        )
+        self.expert_drawn += count
+        return [self.experts[i] for i in chosen]
+
+    def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
+        return self._sampled(prompts, n, (*self.context.seed_parts(), "rollout", self.drawn))
+
+    def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
+        longer = [
+            replace(prompt, token_ids=(*prompt.token_ids, *prefix))
+            for prompt, prefix in zip(prompts, prefixes, strict=True)
+        ]
+        found = self._sampled(longer, n, (*self.context.seed_parts(), "continuation", self.drawn), keep=False)
+        original = [(prompt, tuple(prefix)) for prompt, prefix in zip(prompts, prefixes, strict=True) for _ in range(n)]
+        whole = []
+        for trajectory, (prompt, prefix) in zip(found, original, strict=True):
+            ids = (*prefix, *trajectory.response_ids)[: self.sampling.max_tokens]
+            cut = len(ids) < len(prefix) + len(trajectory.response_ids)
+            finish = "length" if cut else trajectory.finish
+            whole.append(Trajectory(prompt, ids, finish=finish, prefix=min(len(prefix), len(ids))))
+        graded = grade(self.context.tokenizer, self.grader, whole)
+        self.seen += graded
+        return graded
+
+    def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
+        found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
+        return grade(self.context.tokenizer, self.grader, found)
+
+    def uniform(self, *key: object) -> float:
+        return stable_seed(*self.context.seed_parts(), "method", self.step, *key) / 2**63
+
+    def total(self, count: int) -> int:
+        return self.context.ranks.sum_counts([count])[0]
+
+    def _sampled(
+        self, prompts: Sequence[Prompt], n: int, seed_parts: tuple[object, ...], keep: bool = True
+    ) -> list[Trajectory]:
+        start = time.perf_counter()
+        grader = self.grader if keep else None
+        found = respond(self.context.model, self.context.tokenizer, grader, prompts, n, self.sampling, seed_parts)
+        self.seconds += time.perf_counter() - start
+        if keep:
+            self.seen += found
+        return found
