@@ -1,0 +1,78 @@
+"""What methods that mix own and expert tokens share: normaliser presets, the entropy bonus, joint group advantages.
+
+The published codes divide policy terms by (ranks x longest response) and likelihood terms by their own token count, so
+their mixture depends on lengths, counts and packing. ``clean`` gives every token of the step one normaliser, so that a
+method's coefficients alone set the mixture; ``code`` is what the released trainers compute, micro-batch factors apart
+(taken as one); ``paper`` is the printed formula, where it says something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Options
+from thence.objective import Entropy, Normaliser, Term, group_advantages
+
+
+class MixedOptions(Options):
+    """Settings of every method that mixes own and expert tokens."""
+
+    normaliser: Literal["clean", "code", "paper"] = "clean"
+    """clean: all terms over all response tokens of the step. code: policy terms over `code_ranks` x `code_tokens`,
+    likelihood terms over their own tokens. paper: the printed formula of the method."""
+    code_tokens: int = Field(default=8192, ge=1)
+    """Longest response in the released trainers' divisor."""
+    code_ranks: int = Field(default=8, ge=1)
+    """Ranks in the released trainers' divisor."""
+    entropy: float = Field(default=0.001, ge=0)
+    """Coefficient of the entropy bonus, a mean over all response tokens."""
+    std: bool = False
+    """Divide advantages by the group's standard deviation."""
+
+
+def policy_normaliser(options: MixedOptions, paper: Normaliser | None = None) -> Normaliser:
+    """Of terms with an advantage. ``paper``: what the method's paper prints, if not the clean one."""
+    if options.normaliser == "code":
+        return Normaliser("one", float(options.code_ranks * options.code_tokens))
+    return paper if options.normaliser == "paper" and paper is not None else Normaliser("tokens")
+
+
+def likelihood_normaliser(options: MixedOptions, paper: Normaliser | None = None) -> Normaliser:
+    """Of likelihood terms."""
+    if options.normaliser == "code":
+        return Normaliser("term tokens")
+    return paper if options.normaliser == "paper" and paper is not None else Normaliser("tokens")
+
+
+def entropy_term(options: MixedOptions) -> tuple[Term, ...]:
+    """The entropy bonus as the last term, if it is on."""
+    return (Term("entropy", Entropy(), Normaliser("tokens")),) if options.entropy else ()
+
+
+def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool = False) -> Tensor:
+    """One advantage a trajectory, shape (N,), float64; the trajectories of one prompt are a group.
+
+    Args:
+        own_only: demonstrations neither count in their group's mean nor get an advantage.
+    """
+    rewards = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
+    groups = torch.tensor([t.prompt.index for t in trajectories], dtype=torch.int64)
+    if not own_only:
+        return group_advantages(rewards, groups, std=std)
+    own = torch.tensor([t.origin != "demonstration" for t in trajectories], dtype=torch.bool)
+    result = torch.zeros(len(trajectories), dtype=torch.float64)
+    if own.any():
+        result[own] = group_advantages(rewards[own], groups[own], std=std)
+    return result
+
+
+def rows_of_weights(values: Sequence[float | Tensor], tokens: int) -> Tensor:
+    """Weights of one trajectory, shape (J, tokens), from one number or one row a term."""
+    rows = [v if isinstance(v, Tensor) else torch.full((tokens,), float(v)) for v in values]
+    return torch.stack([row.double() for row in rows]) if rows else torch.zeros(0, tokens, dtype=torch.float64)

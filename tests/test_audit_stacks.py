@@ -1,0 +1,97 @@
+"""Real stacks under audit: the newest TRL, transformers and DeepSpeed in an environment of their own, and thence here."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from thence.audit import Report, audit_stack
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def stacks_python() -> str:
+    """The Python of the environment in which the stacks are installed."""
+    python = os.environ.get("THENCE_AUDIT_PYTHON")
+    if not python:
+        pytest.skip("the packages of the audited stacks could not be installed; `make test` sets THENCE_AUDIT_PYTHON")
+    return python
+
+
+def faults(report: Report) -> set[str]:
+    return {finding.id for case in report.cases for finding in case.all_findings if finding.kind == "fault"}
+
+
+def assert_clean(report: Report, *, ranks: bool = True) -> None:
+    """No fault, every case judged unless the stack lacks what it is about, and one row's weight like another's."""
+    assert report.verdict.outcome == "no finding", str(report)
+    assert report.verdict.exit_code == 0
+    assert not faults(report)
+    left_out = [case for case in report.cases if case.status != "judged"]
+    assert all(case.status == "skipped" and case.reason.startswith("this stack lacks") for case in left_out), str(report)
+    judged = [case for case in report.cases if case.status == "judged"]
+    assert len(judged) >= 3 and {case.case.ranks for case in judged} == {1, 2}
+    for case in judged:
+        assert case.steps, case.case.name
+        for step in case.steps:
+            assert step.scale == pytest.approx(1, abs=0.01), case.case.name
+            assert (step.smallest, step.largest) == pytest.approx((1, 1), abs=0.01), case.case.name
+
+
+@pytest.mark.stacks
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("transformers", {"transformers", "accelerate", "torch"}),
+        ("trl-sft", {"trl", "transformers", "accelerate", "datasets", "torch"}),
+        ("trl-grpo", {"trl", "transformers", "accelerate", "datasets", "torch"}),
+        ("deepspeed", {"deepspeed", "transformers", "torch"}),
+    ],
+)
+def test_the_newest_stack_trains_what_it_says(name: str, packages: set[str], stacks_python: str) -> None:
+    report = audit_stack(name, python=stacks_python, quick=True)
+    assert_clean(report)
+    assert set(report.versions) == packages | {"python"}
+    assert all(report.versions.values())
+    assert f"thence audit {name} --quick --python {stacks_python}" == report.command
+    assert 0 < report.import_seconds < report.seconds
+
+
+def test_thence_trains_what_it_says() -> None:
+    report = audit_stack("thence", quick=True)
+    assert_clean(report)
+    assert set(report.versions) == {"python", "thence", "transformers", "torch"}
+    assert report.command == "thence audit thence --quick"
+    assert sys.executable not in report.command
+
+
+@pytest.mark.stacks
+def test_transformers_told_not_to_average_tokens_over_ranks_is_found(stacks_python: str) -> None:
+    report = audit_stack("transformers", python=stacks_python, only=["average_tokens_across_devices off"])
+    assert report.verdict.outcome == "finding" and report.verdict.exit_code == 1, str(report)
+    assert report.verdict.objective == "rank-mean"
+    assert "rank-mean" in faults(report)
+    assert report.verdict.remedy, "a finding without a remedy"
+    (case,) = report.cases
+    weights = {s.rank: s.weight for s in case.steps[0].sequences}
+    # Ranks with fewer tokens weigh more: the ratio of the ranks' weights is the inverse one of their tokens.
+    tokens = {r: sum(t.ideal > 0 for s in case.steps[0].sequences if s.rank == r for t in s.tokens) for r in weights}
+    assert weights[0] / weights[1] == pytest.approx(tokens[1] / tokens[0], rel=0.01)
+    assert tokens[0] != tokens[1]
+
+
+@pytest.mark.stacks
+def test_the_accelerate_loop_of_its_documentation_is_found(stacks_python: str) -> None:
+    report = audit_stack("accelerate", python=stacks_python, only=["documented"])
+    assert report.verdict.outcome == "finding", str(report)
+    assert report.verdict.objective == "micro-batch-mean"
+
+
+@pytest.mark.stacks
+def test_weights_that_depend_on_the_token_are_found_in_trl(stacks_python: str) -> None:
+    report = audit_stack("trl-sft", python=stacks_python, only=["dft"])
+    assert report.verdict.outcome == "finding", str(report)
+    assert "token-dependent" in faults(report)
