@@ -31,7 +31,9 @@ def assert_clean(report: Report, *, ranks: bool = True) -> None:
     assert report.verdict.exit_code == 0
     assert not faults(report)
     left_out = [case for case in report.cases if case.status != "judged"]
-    assert all(case.status == "skipped" and case.reason.startswith("this stack lacks") for case in left_out), str(report)
+    assert all(case.status == "skipped" and case.reason.startswith("this stack lacks") for case in left_out), str(
+        report
+    )
     judged = [case for case in report.cases if case.status == "judged"]
     assert len(judged) >= 3 and {case.case.ranks for case in judged} == {1, 2}
     for case in judged:

@@ -31,7 +31,7 @@ import torch
 import transformers.models.llama.modeling_llama
 
 import thence.pipeline.context as context
-import thence.pipeline.rl_stage as rl_stage
+import thence.pipeline.sampler as sampler
 import thence.pipeline.run as running
 import thence.train.checkpoint as checkpoint
 import thence.train.step as step_module
@@ -112,7 +112,7 @@ def arm(point):
     before(trainer.Trainer, "step", optimizer_step_begins)
     before(step_module, "objective", forward)
     before(torch.optim.AdamW, "step", lambda *rest, **named: fate.at("gradient-ready", fate.steps))
-    before(rl_stage, "respond", lambda *rest: fate.at("sampling", fate.steps // 2 + 1))
+    before(sampler, "respond", lambda *rest: fate.at("sampling", fate.steps // 2 + 1))
     before(RunFolder, "log", log)
     before(context, "write_checkpoint", checkpoint_begins)
     before(checkpoint, "save_file", weights_written)

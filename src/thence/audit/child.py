@@ -201,8 +201,19 @@ def run_case(adapter, case: dict, job: dict) -> None:
     gc.collect()
 
 
+def wait_for_cases(path: Path) -> dict:
+    """The job with its cases. The parent may start this process before it has them, so that both import meanwhile."""
+    parent = os.getppid()
+    while "cases" not in (job := json.loads(path.read_text(encoding="utf-8"))):
+        if os.getppid() != parent:
+            sys.exit("the process that was to give the cases has ended")
+        time.sleep(0.02)
+    return job
+
+
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    path = Path(sys.argv[1]).absolute()
+    job = json.loads(path.read_text(encoding="utf-8"))
     start = time.monotonic()
     adapter = load_adapter(job["adapter"])
     ready = Path(job["out"]) / f"ready-{os.environ.get('RANK', '0')}.json"
@@ -213,6 +224,7 @@ def main() -> None:
     torch.set_num_threads(1)
     facts = {"versions": versions(adapter.PACKAGES), "import_seconds": time.monotonic() - start}
     ready.write_text(json.dumps(facts), encoding="utf-8")
+    job = wait_for_cases(path)
     for case in job["cases"]:
         run_case(adapter, case, job)
 

@@ -55,11 +55,12 @@ def diagnose_step(
         # A template's text behind the end token may be trained on purpose; then it counts like any other token.
         table = _Table(units, pieces, weights, errors, floor, asked, undetermined, (*RESPONSE_ROLES, "after"))
     findings = _assumed(explanation)
+    objective: str | None = None
+    alike: tuple[str, ...] = ()
     if "labels-shifted" not in explanation.assumed:
-        # Under a shift the roles belong to the neighbours of the tokens that were trained.
+        # Under a shift the roles belong to the neighbours of the tokens that were trained, and name nothing.
         findings += _role_findings(table)
-    objective, alike, shape = _objective(table, explanation, findings)
-    if shape is not None:
+        objective, alike, shape = _objective(table, explanation, findings)
         findings += shape
     scale = table.scale if asked.scale_known else None
     if scale is not None and not any(f.id in _SCALE_IS_ELSEWHERE for f in findings):
@@ -190,7 +191,7 @@ def _role_findings(table: _Table) -> list[Finding]:
 
 def _objective(
     table: _Table, explanation: Explanation, findings: list[Finding]
-) -> tuple[str | None, tuple[str, ...], list[Finding] | None]:
+) -> tuple[str | None, tuple[str, ...], list[Finding]]:
     """Name the objective of the response tokens: its key, others alike, and what keeps it from being exact."""
     names = {f.id for f in findings}
     used = table.response.copy()

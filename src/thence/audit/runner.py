@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,19 @@ class Observation:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Group:
+    """The processes of one start, one a rank: they import the stack and wait for their cases.
+
+    Args:
+        job: the file that will hold the cases.
+    """
+
+    ranks: int
+    job: Path
+    processes: tuple[subprocess.Popen[bytes], ...]
+
+
 def adapter_names() -> list[str]:
     """Names of the adapters that come with thence."""
     return sorted(p.stem.replace("_", "-") for p in ADAPTERS.glob("*.py") if p.stem != "__init__")
@@ -95,6 +108,30 @@ def load_adapter(name: str) -> Adapter:
     return Adapter(Path(name).stem.replace("_", "-"), path, module.STACK, frozenset(module.AXES), cases)
 
 
+def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Group:
+    """Start processes that import the stack, before there are cases or a probe.
+
+    Raises:
+        UserError: ``python`` cannot be started.
+    """
+    for old in folder.glob("ready-*.json"):
+        old.unlink()
+    job = folder / "job.json"
+    _write(job, {"adapter": str(adapter.path.resolve()), "out": str(folder)})
+    return Group(ranks, job, tuple(_start(python, job, folder, ranks)))
+
+
+@contextlib.contextmanager
+def started_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Iterator[Group]:
+    """:func:`start_group`; whatever happens, the processes end with the block."""
+    group = start_group(adapter, python, folder, ranks)
+    try:
+        yield group
+    finally:
+        if any(process.returncode is None for process in group.processes):
+            _stop(group.processes, grace=0.0)
+
+
 def run_cases(
     adapter: Adapter,
     python: str,
@@ -104,6 +141,7 @@ def run_cases(
     *,
     seconds: float = 120.0,
     tell: Callable[[Observation], None] = lambda _: None,
+    first: Group | None = None,
 ) -> tuple[list[Observation], dict[str, str], float]:
     """Run cases and return their observations in order, the stack's versions, and the seconds of its imports.
 
@@ -111,6 +149,7 @@ def run_cases(
         python: of the environment in which the stack is installed.
         seconds: most for one case, imports apart.
         tell: called with every observation as it comes.
+        first: processes already started, for the cases of as many ranks.
 
     Raises:
         UserError: the stack could not be imported at all.
@@ -122,7 +161,9 @@ def run_cases(
     for ranks in sorted({case.ranks for case in cases}):
         left = [(name, case) for name, case in numbered if case.ranks == ranks]
         while left:
-            done, said, waited = _run_group(adapter, python, probe, left, folder, ranks, seconds, tell)
+            early = first if first is not None and first.ranks == ranks else None
+            group, first = early or start_group(adapter, python, folder, ranks), None
+            done, said, waited = _run_group(group, adapter, python, probe, left, folder, seconds, tell)
             versions |= said
             imports += waited
             found |= done
@@ -131,16 +172,17 @@ def run_cases(
 
 
 def _run_group(
+    group: Group,
     adapter: Adapter,
     python: str,
     probe: Probe,
     cases: Sequence[tuple[str, Case]],
     folder: Path,
-    ranks: int,
     seconds: float,
     tell: Callable[[Observation], None],
 ) -> tuple[dict[str, Observation], dict[str, str], float]:
     """One start of the processes: as many cases as they manage, at least one."""
+    processes, ranks = group.processes, group.ranks
     for name, _ in cases:
         shutil.rmtree(folder / name, ignore_errors=True)
     job = {
@@ -150,11 +192,7 @@ def _run_group(
         "out": str(folder),
         "cases": [asdict(case) | {"folder": name} for name, case in cases],
     }
-    for old in folder.glob("ready-*.json"):
-        old.unlink()
-    path = folder / "job.json"
-    path.write_text(json.dumps(job), encoding="utf-8")
-    processes = _start(python, path, folder, ranks)
+    _write(group.job, job)
     found: dict[str, Observation] = {}
     try:
         ready = _wait(processes, [folder / f"ready-{r}.json" for r in range(ranks)], 600.0)
@@ -172,6 +210,13 @@ def _run_group(
         return found, facts["versions"], facts["import_seconds"]
     finally:
         _stop(processes, grace=2.0 if len(found) == len(cases) else 0.0)
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(path)
 
 
 def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:

@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from thence.audit.cases import cases_for
-from thence.audit.judge import Judge
 from thence.audit.probe import Probe, write_probe
 from thence.audit.result import CaseResult, Report, Verdict
-from thence.audit.runner import Observation, load_adapter, run_cases
+from thence.audit.runner import Observation, load_adapter, run_cases, started_group
 from thence.audit.verdict import judge_all, not_told_apart, scale_law, settle
 from thence.errors import UserError
 
@@ -60,7 +59,16 @@ def audit_stack(
         if not chosen:
             raise UserError(f"no case of {name} has {' or '.join(only)} in its name", remedy="leave --only out")
     python = python or sys.executable
-    with working_folder(keep) as folder:
+    cases = [case for case, reason in chosen if not reason]
+    with contextlib.ExitStack() as opened:
+        folder = opened.enter_context(working_folder(keep))
+        first = None
+        if cases:
+            ranks = min(case.ranks for case in cases)
+            first = opened.enter_context(started_group(adapter, python, folder, ranks))
+        # The stack is being imported; so is torch now, here.
+        from thence.audit.judge import Judge
+
         probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
         judge = Judge.of_probe(probe)
         results: dict[str, CaseResult] = {}
@@ -72,10 +80,15 @@ def audit_stack(
         for case, reason in chosen:
             if reason:
                 results[case.name] = CaseResult(case, "skipped", reason)
-        cases = [case for case, reason in chosen if not reason]
-        _, versions, imports = run_cases(adapter, python, probe, cases, folder, seconds=seconds, tell=judged)
+        _, versions, imports = run_cases(
+            adapter, python, probe, cases, folder, seconds=seconds, tell=judged, first=first
+        )
     ordered = [results[case.name] for case, _ in chosen]
-    flags = [*(["--quick"] if quick else []), *(["--all"] if extra else []), *(f"--only {shlex.quote(part)}" for part in only)]
+    flags = [
+        *(["--quick"] if quick else []),
+        *(["--all"] if extra else []),
+        *(f"--only {shlex.quote(part)}" for part in only),
+    ]
     flags += [f"--python {shlex.quote(python)}"] if python != sys.executable else []
     flags += [f"--model-type {model_type}"] if model_type != "llama" else []
     flags += [f"--seed {seed}"] if seed else []
