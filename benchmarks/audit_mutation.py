@@ -56,7 +56,7 @@ def measure(fault: Fault | None, count: int, seed: int) -> dict[str, Any]:
     ids: collections.Counter[str] = collections.Counter()
     for number, probe in enumerate(mutation.probes(fault, count, seed)):
         result = mutation.judge_probe(probe, [fault.name] if fault else [])
-        found = sorted(finding.id for finding in result.all_findings)
+        found = sorted(finding.id for finding in result.all_findings if finding.kind != "choice")
         ids.update(found or ([result.status] if result.status != "judged" else []))
         judged = result.status == "judged"
         good = judged and (mutation.named(result, fault) if fault else not found)

@@ -173,6 +173,25 @@ def test_advantages_are_divided_out(probe: Probe, judge: Judge) -> None:
     assert faults(scaled), "advantages other than claimed must show"
 
 
+def test_an_example_with_advantage_zero_cannot_be_seen_and_is_named(probe: Probe, judge: Judge) -> None:
+    case = Case("case", 2, 4)
+    result = judge.case(
+        case, step(probe, case, token_mean), pieces=judge.plan(case), advantages=[1, 0, 1, 1, 1, 1, 1, 1]
+    )
+    assert result.status == "not judged"
+    assert "example 2" in result.reason
+
+
+def test_an_objective_that_was_asked_for_is_a_choice_and_no_fault(probe: Probe, judge: Judge) -> None:
+    case = Case("case", 2, 4, asked="sequence-mean")
+    result = judge.case(case, step(probe, case, sequence_mean), pieces=judge.plan(case))
+    assert [(f.id, f.kind) for f in result.all_findings] == [("sequence-mean", "choice")]
+    report = make_report("x", [result], {}, "x", {}, 0.0)
+    assert report.ok and report.verdict.objective == "sequence-mean"
+    wrong = judge.case(case, step(probe, case, token_mean), pieces=judge.plan(case))
+    assert faults(wrong) == {"token-mean"}, "a token mean where a sequence mean was asked for"
+
+
 def test_no_step_and_a_foreign_update_are_verdicts_of_their_own(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4)
     before, after = step(probe, case, token_mean)

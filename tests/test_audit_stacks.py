@@ -1,4 +1,4 @@
-"""Real stacks under audit: the newest TRL, transformers and DeepSpeed in an environment of their own, and thence here."""
+"""Real stacks under audit: the newest TRL, transformers and DeepSpeed in their own environment, and thence here."""
 
 from __future__ import annotations
 

@@ -77,6 +77,38 @@ def test_check_of_a_step_without_a_cut_says_what_it_cannot_tell_apart(tiny_model
     assert "takes no micro_batch" in report.not_told_apart[0]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adamw_with_its_usual_weight_decay_and_unused_rows_is_judged(kind: str, tiny_model: Callable[..., Any]) -> None:
+    """Rows of the vocabulary and positions that no example uses only decay; they must not hide the signs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "initializer_range": 0.2, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if kind == "gpt2":
+        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+
+    def right(model: Any, rows: list[dict[str, list[int]]], micro_batch: int, accumulation: int) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        tokens = sum(label != -100 for row in rows for label in row["labels"])
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            target = torch.tensor(row["labels"][1:])
+            (torch.nn.functional.cross_entropy(logits, target, reduction="sum") / tokens).backward()
+        optimizer.step()
+
+    report = check(right, model=model)
+    assert report.ok, str(report)
+
+
+def test_a_bfloat16_model_is_judged_with_the_tolerance_of_bfloat16(tiny_model: Callable[..., Any]) -> None:
+    report = check(counted_step, model=tiny_model(torch.float32).bfloat16())
+    assert report.ok, str(report)
+
+
 def test_check_of_a_step_that_raises_cannot_judge(tiny_model: Callable[..., Any]) -> None:
     def broken(model: Any, rows: Any) -> None:
         raise ValueError("no such column")

@@ -59,14 +59,25 @@ def audit(target: dict[str, str], environments: Path) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(f"{target['name']}: exit {done.returncode} {done.stderr.strip()[-300:]}", flush=True)
     if done.returncode in (0, 1, 2) and out.exists():
-        shorten(out, environments)
+        shorten(out, environments, {} if "adapter" in target else versions_in(python))
 
 
-def shorten(path: Path, environments: Path) -> None:
+def versions_in(python: Path) -> dict[str, str]:
+    """What a program was run with."""
+    code = (
+        "import importlib.metadata as m, json\n"
+        "names = {d.metadata['Name'] for d in m.distributions()} & {'torch', 'transformers', 'trl', 'accelerate'}\n"
+        "print(json.dumps({n: m.version(n) for n in sorted(names)}))"
+    )
+    return json.loads(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def shorten(path: Path, environments: Path, versions: dict[str, str]) -> None:
     """Leave out the single tokens, and the machine's folders."""
     text = path.read_text(encoding="utf-8").replace(f"{environments}/", "ENVIRONMENTS/")
     report = json.loads(text.replace(str(ROOT) + "/", ""))
     report["command"] = re.sub(r"\S*/bin/python(?= -m)", "python", report["command"])
+    report["versions"] |= versions
     for case in report["cases"]:
         for step in case["steps"]:
             for sequence in step["sequences"]:

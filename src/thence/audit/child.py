@@ -128,7 +128,8 @@ class Session:
         raise StopCase
 
     def say(self, **facts) -> None:
-        """Keep facts for the report: ``lr`` and ``eps`` where they differ from the case, ``rewards``, ``note`` ..."""
+        """Keep facts for the judge: ``lr`` where it differs from the case, ``advantages`` (one an example, none zero),
+        ``longest`` (the constant of a constant divisor, tokens); others, such as ``note``, are kept for the reader."""
         self.record["said"].update(facts)
 
     def skip(self, reason: str):

@@ -332,6 +332,8 @@ class Explainer:
         size = len(layout.columns)
         own, smooth = fit.weights[:size].sum(), fit.weights[size:].sum()
         share = smooth / (own + smooth) if own + smooth else 0.0
+        if self.solver is SignSystem and abs(share - asked) < 0.02:
+            return None
         total = Fit(
             fit.weights[:size] + fit.weights[size:], fit.errors[:size] + fit.errors[size:], fit.residual,
             fit.condition, fit.undetermined,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,10 @@ class Differentiator:
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model = model.double().eval()
+        if hasattr(model, "set_experts_implementation"):
+            # The fast way of transformers through mixtures of experts refuses float64.
+            with contextlib.suppress(Exception):
+                model.set_experts_implementation("eager")  # pyright: ignore
         self.names = list(names)
         self._parameters = dict(model.named_parameters())
         size = sum(self._parameters[name].numel() for name in self.names)

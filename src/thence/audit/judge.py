@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from thence.audit.diagnose import FLOORS, Asked, diagnose_step
 from thence.audit.explain import Explainer
 from thence.audit.gradients import Differentiator
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.probe import Probe, vocabulary
 from thence.audit.recover import System, gradient_of_update, rounding_noise
 from thence.audit.result import Case, CaseResult, Finding, StepResult
@@ -108,7 +110,9 @@ class Judge:
         updates: list[np.ndarray] = []
         seen: dict[int, int] = {}
         explainer = self._explainer(states[0])
-        floor, residual = FLOORS[case.precision], RESIDUALS[case.precision]
+        narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in states[0].values())
+        precision = "bfloat16" if narrow and case.precision == "float32" else case.precision
+        floor, residual = FLOORS[precision], RESIDUALS[precision]
         for step in range(1, len(states)):
             before, after = states[step - 1], states[step]
             flat_before, flat_after = explainer.differentiator.flat(before), explainer.differentiator.flat(after)  # pyright: ignore
@@ -124,6 +128,10 @@ class Judge:
                 findings += window_findings(case, step, own, seen)
             else:
                 own = list(pieces[step - 1]) if pieces is not None else []
+            unseen = [p.example + 1 for p in own if advantages is not None and not advantages[p.example]]
+            if unseen:
+                reason = f"example {unseen[0]} has advantage zero, so nothing can be seen of it; choose other rewards"
+                return self._unjudged(case, results, findings, reason)
             noise = rounding_noise(flat_before, flat_after, MANTISSA[str(next(iter(after.values())).dtype)])
             if noise > DROWNED:
                 reason = f"the update drowns in the rounding of the parameters ({noise:.0%}); raise the learning rate"
@@ -292,7 +300,8 @@ def objective_findings(case: Case, result: StepResult) -> list[Finding]:
         return [Finding("unnamed", "fault", detail)]
     asked = {case.asked, *(("token-mean",) if case.asked == "constant-divisor" else ())}
     if asked & {result.objective, *result.alike}:
-        return []
+        choice = Finding(case.asked, "choice", f"the {OBJECTIVES[case.asked].title}, as asked for")
+        return [] if case.asked == "token-mean" else [choice]
     if any(f.id == result.objective and f.kind == "fault" for f in result.findings):
         return []
     detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"

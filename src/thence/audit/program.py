@@ -91,7 +91,12 @@ def audit_program(
             place.mkdir(exist_ok=True)
             results.append(_run(program, case, probe, judge, layout, lr, place, seconds, seed, "micro_batch" in have))
             tell(results[-1])
-    command = f"thence audit command{' --quick' if quick else ''} --layout {layout} -- {shlex.join(program)}"
+    flags = [f"--layout {layout}", *(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
+    flags += [f"--asked {asked}"] if asked != "token-mean" else []
+    flags += [f"--lr {lr:g}"] if lr is not None else []
+    flags += [f"--model-type {model_type}"] if model_type != "llama" else []
+    flags += [f"--seed {seed}"] if seed else []
+    command = " ".join(["thence audit command", *flags, "--", shlex.join(program)])
     return make_report(
         "command", results, {"program": program[0]}, command, probe, time.monotonic() - start, asked, reasons
     )

@@ -20,14 +20,25 @@ TOKEN_ERROR = 1e-2
 """Standard error of one token's weight, in units of the mean weight, as measured on the probe."""
 WRONG = 2e-3
 """Share of signs that rounding may turn."""
+SHORT = 0.7
+"""A step shorter than this share of the usual one is not used."""
+NEGLIGIBLE = 1e-3
+"""Gradients below this share of their root mean square may have any sign."""
 _STEPS = 30
+
+
+def step_size(change: np.ndarray) -> float:
+    """How far Adam moved the parameters that had a gradient; rows that only decay move far less and are passed over."""
+    size = np.abs(change)
+    return float(np.median(size[size > 0.05 * size.max()]))
 
 
 def looks_like_signs(change: np.ndarray) -> bool:
     """Whether nearly all entries that changed did so by the same amount."""
-    size = np.abs(change[change != 0])
-    if size.size == 0:
+    size = np.abs(change)
+    if not size.any():
         return False
+    size = size[size > 0.05 * size.max()]
     return bool((np.abs(size / np.median(size) - 1) < 0.2).mean() > ALIKE)
 
 
@@ -49,8 +60,8 @@ class SignSystem:
 
     def solve(self, update: np.ndarray) -> Fit:
         """Weights up to a factor; the residual is the share of signs that they get wrong."""
-        size = np.abs(update)
-        used = (self._norms > 0) & (size > 0.2 * np.median(size[size > 0]))
+        # Where the gradient is not far above Adam's epsilon the step is shorter, and rounding decides the sign.
+        used = (self._norms > 0) & (np.abs(update) > SHORT * step_size(update))
         rows = (self.columns[:, used] / self._norms[used] * np.sign(update[used])).T
         weights = np.linalg.lstsq(rows.T @ rows, rows.sum(0), rcond=None)[0]
         ridge = 0.1
@@ -64,6 +75,8 @@ class SignSystem:
             bend = (bent * curve[:, None]).T @ bent / len(part) + ridge * np.eye(len(weights))
             weights = weights - np.linalg.solve(bend, slope)
             ridge = max(ridge / 2, 1e-9)
-        residual = float((rows @ weights <= 0).mean())
+        predicted = (rows @ weights) * self._norms[used]
+        large = np.abs(predicted) > NEGLIGIBLE * np.sqrt((predicted**2).mean())
+        residual = float((predicted[large] <= 0).mean()) if large.any() else 1.0
         errors = np.full(len(weights), TOKEN_ERROR * np.sqrt((weights**2).mean()))
         return Fit(weights, errors, residual, self.condition, self.undetermined)

@@ -204,15 +204,15 @@ def _worst_step(case: CaseResult) -> StepResult | None:
 
 
 def _clean(cases: Sequence[CaseResult], judged: Sequence[CaseResult], objective: str | None, asked: str) -> Verdict:
-    title = OBJECTIVES[objective or asked].title
+    titles = [OBJECTIVES[name].title for name in OBJECTIVES if any(c.case.asked == name for c in judged)]
     low = min((s.smallest for c in judged for s in c.steps), default=1.0)
     high = max((s.largest for c in judged for s in c.steps), default=1.0)
     left = len(cases) - len(judged)
-    first = f"In all {len(judged)} judged cases the weights are those of the {title}, which was asked for."
+    first = f"In all {len(judged)} judged cases the weights are those asked for: {', '.join(titles)}."
     second = f"Token weights lie between {low:.3f} and {high:.3f} of what they should be" + (
         f"; {left} cases were not judged." if left else "."
     )
-    return Verdict("no finding", objective, asked, (first, second))
+    return Verdict("no finding", objective or asked, asked, (first, second))
 
 
 def _no_verdict(cases: Sequence[CaseResult], asked: str) -> Verdict:

@@ -42,11 +42,12 @@ def audit_command(argv: Sequence[str]) -> int:
     report = (
         _program(args, program, console, live) if args.target == "command" else _stack(args, program, console, live)
     )
+    # The files first: a pipe that is closed early must not cost them.
+    _write(args, report)
     if not args.quiet:
         from thence.audit.text import report_text
 
         print(report_text(report))
-    _write(args, report)
     return report.verdict.exit_code
 
 

@@ -1,0 +1,100 @@
+"""Where a GRPO step's time goes: matrix products, attention, everything else; and what the arithmetic alone costs.
+
+    .venv/bin/python benchmarks/profile_step.py --model DATA/small --data DATA/small-prompts.jsonl
+
+Samples 32 x 8 x 64 forced tokens and trains on them, as `ours_grpo.py` does, once under torch's profiler. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import common
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
+    "packed attention": ("PackedAttention", "thence"),
+    "optimizer": ("adamw", "Adam"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    args = parser.parse_args()
+    import thence
+    from thence.data.trajectory import Prompt, Trajectory
+    from thence.methods.base import make_rows
+    from thence.methods.grpo import Grpo
+    from thence.objective import Batch
+    from thence.recipe import Model
+    from thence.train.model import load_model
+    from thence.train.step import StepSettings
+
+    loaded = load_model(Model(path=str(args.model), compute_dtype="float32"), torch.device("cpu"))
+    prompts = [
+        Prompt(i, tuple(loaded.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]))
+        for i, row in enumerate(common.read_jsonl(args.data))
+        for _ in range(common.GENERATIONS)
+    ]
+    sampling = thence.Sampling(max_tokens=common.NEW_TOKENS, rows=len(prompts))
+    trainer, method = thence.Trainer(loaded.model, 1e-5, StepSettings(packing=True)), Grpo()
+    results = {}
+    for turn in range(3):
+        start = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) if turn == 1 else contextlib.nullcontext() as sampled:
+            responses = thence.sample(loaded.model, [p.token_ids for p in prompts], range(len(prompts)), sampling)
+        sample_seconds = time.perf_counter() - start
+        group = [
+            Trajectory(p, tuple(r.token_ids), score=i % 2)
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        rows = tuple(make_rows(group, method.weigh(group)))
+        start = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) if turn == 1 else contextlib.nullcontext() as trained:
+            trainer.step(Batch(method.terms, rows))
+        train_seconds = time.perf_counter() - start
+        if turn == 1:
+            results["share of sampling"], results["share of training"] = shares(sampled), shares(trained)
+    matrices = sum(p.numel() for p in loaded.model.parameters() if p.ndim == 2)
+    tokens = sum(len(row.token_ids) for row in rows)
+    speed = gemm()
+    floor = (2 * matrices * sum(len(r.token_ids) for r in responses) + 6 * matrices * tokens) / speed / 1e9
+    results |= {
+        "seconds of sampling": round(sample_seconds, 3),
+        "seconds of training": round(train_seconds, 3),
+        "GFLOP/s of a 1024 x 1024 product": round(speed),
+        "seconds of the arithmetic at that speed": round(floor, 3),
+    }
+    print(json.dumps(results, indent=1))
+
+
+def shares(profiled: profile) -> dict[str, float]:
+    """Share of the own time of operators, by kind."""
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    result: dict[str, float] = {}
+    for event in events:
+        kind = next((k for k, names in KINDS.items() if any(name in event.key for name in names)), "everything else")
+        result[kind] = result.get(kind, 0.0) + event.self_cpu_time_total / total
+    return {kind: round(share, 3) for kind, share in sorted(result.items(), key=lambda pair: -pair[1])}
+
+
+def gemm() -> float:
+    """Speed of a float32 matrix product, GFLOP/s."""
+    a = torch.randn(1024, 1024)
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    return 20 * 2 * 1024**3 / (time.perf_counter() - start) / 1e9
+
+
+if __name__ == "__main__":
+    main()

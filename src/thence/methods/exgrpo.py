@@ -1,0 +1,208 @@
+"""ExGRPO: half of the prompts come from a pool of the policy's own past successes, and one of these joins the group.
+
+    L = - (1 / Z) [ sum_fresh r A_i + sum_replay r_b / (r_b + 0.1) A_i ] - eta * entropy
+    r_b = pi / pi_past from stored log-probabilities,   A_i = R_i - mean of the whole group; no clip
+
+A prompt that k of the n members of its group got right is put into bucket k of the pool, 0 < k < n, with its right
+responses; one that all got right is retired for good, and one that none got right stays as it was. As soon as a batch
+was right more often than ``start``, a share ``replay`` of the next batches' prompts comes from the pool: a bucket is
+drawn with probability ~ N(k; n/2, 1) (``buckets = "counts"``, the code) or N(k/n; 0.5, 1) (``"fractions"``, the paper),
+then a prompt of it uniformly. It has n - 1 fresh rollouts and one replay, which counts as right in k.
+
+Two deviations. The replayed response should be the one with the lowest entropy under the policy as it is now; here
+the entropy is estimated when a response is sampled, as the mean of -log pi of its tokens, and never again. So only the
+best response of a prompt is held. And the release leaves out optimizer steps whose gradient norm is above 500; here
+only a norm that is not finite is refused. Stored log-probabilities are those that the sampler reported. (The released
+code averages entropies over padding too, an apparent bug that is not followed.)
+
+Each rank has a pool of its own prompts; the rate that starts replay is that of all ranks. ``normaliser = "paper"`` is
+``clean``; ``code`` divides by ranks x longest response. Published for 7B: 128 prompts, n = 8, lr 1e-6, 700 steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Prompt, Trajectory
+from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.dapo import groups_of
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.objective import Ratio, ShapeRatio, Term
+
+
+class ExGrpoOptions(MixedOptions):
+    """Settings of ExGRPO."""
+
+    replay: float = Field(default=0.5, ge=0, le=1)
+    """Share of prompts from the pool, if it holds so many."""
+    start: float = Field(default=0.35, ge=0, le=1)
+    """Replay begins after the first rollout batch with a higher share of right responses."""
+    gamma: float = Field(default=0.1, gt=0)
+    """Of the shaped ratio of replayed tokens."""
+    buckets: Literal["counts", "fractions"] = "counts"
+    """What the normal distribution over buckets is of: successes, or successes over group size."""
+    sigma: float = Field(default=1.0, gt=0)
+    """Its standard deviation."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A prompt of the pool.
+
+    Args:
+        successes: its bucket: how many members of its last group were right, if any were.
+        entropy: of the trajectory when it was sampled, nats.
+        trajectory: the right response to replay, with its log-probabilities.
+    """
+
+    successes: int
+    entropy: float
+    trajectory: Trajectory
+
+
+class ExGrpo(Method):
+    """Policy gradient on fresh rollouts and replayed successes."""
+
+    name = "exgrpo"
+    stage = "rl"
+    formula = "-(1/N) [sum_fresh r A + sum_replay r_b/(r_b + 0.1) A], A = R - mean of 7 fresh and 1 of the past"
+    source = "ExGRPO's paper and released code"
+    exactness = "reconstruction"
+    Options = ExGrpoOptions
+
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        super().__init__(options)
+        self.pool: dict[int, Experience] = {}
+        self.retired: set[int] = set()
+        self.started = False
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o, normaliser = self.options, policy_normaliser(self.options)
+        replay = Term("replay", ShapeRatio(o.gamma), normaliser)
+        return (Term("policy", Ratio(), normaliser), replay, *entropy_term(o))
+
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        o = self.options
+        weights = []
+        for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
+            rows = [0.0, advantage] if trajectory.origin == "replay" else [advantage, 0.0]
+            weights.append(rows_of_weights([*rows, *([o.entropy] if o.entropy else [])], len(trajectory.response_ids)))
+        return weights
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        fresh, replayed = self.choose(sampler, prompts, n)
+        plain = sampler.rollouts(fresh, n) if fresh else []
+        beside = iter(sampler.rollouts([e.trajectory.prompt for e in replayed], n - 1) if replayed and n > 1 else [])
+        mixed = [t for e in replayed for t in (*islice(beside, n - 1), e.trajectory)]
+        found = alternate(groups_of(plain), groups_of(mixed))
+        for group in groups_of(found):
+            self.learn(group)
+        sampled = [t for t in found if t.origin == "rollout"]
+        right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
+        self.started = self.started or right > self.options.start * total
+        return found
+
+    def choose(self, sampler: Sampler, prompts: int, n: int) -> tuple[list[Prompt], list[Experience]]:
+        """The prompts of a batch: new ones, and others with a replay; no prompt is among both."""
+        wanted = min(int(self.options.replay * prompts), len(self.pool)) if self.started else 0
+        fresh = sampler.next_prompts(prompts - wanted) if prompts > wanted else []
+        taken = {prompt.index for prompt in fresh}
+        replayed: list[Experience] = []
+        for draw in range(wanted):
+            found = self.draw(sampler, draw, taken, n)
+            if found is not None:
+                replayed.append(found)
+                taken.add(found.trajectory.prompt.index)
+        while len(fresh) + len(replayed) < prompts:
+            fresh += sampler.next_prompts(prompts - len(fresh) - len(replayed))
+            taken = {prompt.index for prompt in fresh}
+            replayed = [e for e in replayed if e.trajectory.prompt.index not in taken]
+        return fresh, replayed
+
+    def draw(self, sampler: Sampler, draw: int, taken: set[int], n: int) -> Experience | None:
+        """One prompt of the pool that is not taken: a bucket by its weight, then a prompt uniformly."""
+        buckets: dict[int, list[int]] = {}
+        for index in sorted(self.pool.keys() - taken):
+            buckets.setdefault(self.pool[index].successes, []).append(index)
+        if not buckets:
+            return None
+        order = sorted(buckets)
+        weights = [bucket_weight(k, n, self.options.sigma, self.options.buckets) for k in order]
+        point = sampler.uniform("bucket", draw) * sum(weights)
+        chosen = order[-1]
+        for k, weight in zip(order, weights, strict=True):
+            point -= weight
+            if point < 0:
+                chosen = k
+                break
+        members = buckets[chosen]
+        return self.pool[members[int(sampler.uniform("prompt", draw) * len(members))]]
+
+    def learn(self, group: Sequence[Trajectory]) -> None:
+        """Put a prompt's group into the pool, or retire the prompt."""
+        index, right = group[0].prompt.index, [t for t in group if t.verdict == "right"]
+        if len(right) == len(group):
+            self.retired.add(index)
+            self.pool.pop(index, None)
+        if not right or index in self.retired:
+            return
+        known = self.pool.get(index)
+        found = [Experience(len(right), known.entropy, known.trajectory)] if known is not None else []
+        found += [experience(t, len(right)) for t in right if t.origin == "rollout"]
+        if found:
+            self.pool[index] = min(found, key=lambda e: e.entropy)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "started": self.started,
+            "retired": sorted(self.retired),
+            "pool": [asdict(self.pool[index]) for index in sorted(self.pool)],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.started, self.retired = state["started"], set(state["retired"])
+        self.pool = {}
+        for entry in state["pool"]:
+            plain = with_tuples(entry["trajectory"])
+            trajectory = Trajectory(**{**plain, "prompt": Prompt(**with_tuples(plain["prompt"]))})
+            self.pool[trajectory.prompt.index] = Experience(entry["successes"], entry["entropy"], trajectory)
+
+
+def with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that they were."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+
+
+def experience(trajectory: Trajectory, successes: int) -> Experience:
+    """A right response as it is kept."""
+    assert trajectory.sampler_logps is not None, "a rollout has the sampler's log-probabilities"
+    logps = trajectory.sampler_logps
+    kept = replace(
+        trajectory,
+        prompt=replace(trajectory.prompt, demonstration_ids=None),  # never used, and long
+        origin="replay",
+        behaviour=logps,
+        sampler_logps=None,
+    )
+    return Experience(successes, -sum(logps) / max(len(logps), 1), kept)
+
+
+def bucket_weight(successes: int, n: int, sigma: float = 1.0, of: str = "counts") -> float:
+    """Weight of a bucket when one is drawn, up to a constant."""
+    distance = successes - n / 2 if of == "counts" else successes / n - 0.5
+    return math.exp(-0.5 * (distance / sigma) ** 2)
+
+
+def alternate(first: Sequence[Sequence[Trajectory]], second: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
+    """Both kinds of groups in turn, evenly, so that each optimizer step of a batch has its share of each."""
+    groups = [((i + 0.5) / len(first), 0, group) for i, group in enumerate(first)]
+    groups += [((i + 0.5) / len(second), 1, group) for i, group in enumerate(second)]
+    return [t for _, _, group in sorted(groups, key=lambda entry: entry[:2]) for t in group]

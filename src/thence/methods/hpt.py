@@ -1,0 +1,133 @@
+"""HPT (arXiv 2509.04419): a prompt that the policy can hardly solve is learned from the expert, any other from rewards.
+
+    P = mean score of the prompt's n rollouts
+    P >  gate:  - (1 / Z_pg)  sum_i sum_t r_it A_i,   A_i = R_i - mean of the group, r unclipped
+    P <= gate:  - (coefficient / Z_sft) sum_t log pi(y*_t),   the demonstration takes the place of the n rollouts
+    and an entropy bonus over all rows
+
+gate = 0 for Qwen models (the expert where all rollouts failed), 0.25 for Llama-3.1-8B; coefficient 1, and 0.3 for
+Qwen2.5-Math-1.5B. A prompt without a demonstration keeps its rollouts.
+
+Normalisers: ``clean``: all tokens of the step. ``code``: Z_pg = ranks x longest response, Z_sft = demonstration tokens
+of the step (the release takes that mean for each micro-batch). ``paper``: per prompt, Z_pg = B n L and
+Z_sft = B T* with B prompts a step, L the longest and T* the demonstration's length. They are three different
+mixtures, so a result has to name its preset.
+
+Settings of the published run that belong to the stage: lr 5e-6, clip_norm 1.0, mini_batch 64. Two differences stay.
+The release leaves out optimizer steps whose gradient norm is above 80; the step here has no such setting and only
+refuses a norm that is not finite. And it cuts a batch into steps of 64 rows a rank, where here the prompts are dealt
+evenly to the steps.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.mixed import (
+    MixedOptions,
+    advantages,
+    entropy_term,
+    likelihood_normaliser,
+    policy_normaliser,
+    rows_of_weights,
+)
+from thence.objective import Logp, Normaliser, Ratio, Term
+from thence.objective.surrogates import Surrogate
+
+
+class GatedOptions(MixedOptions):
+    """Settings of methods that choose between rollouts and demonstration for each prompt."""
+
+    paper_prompts: int = Field(default=64, ge=1)
+    """B of normaliser = "paper": prompts in an optimizer step. It scales both parts alike."""
+
+
+class HptOptions(GatedOptions):
+    """Settings of HPT."""
+
+    gate: float = Field(default=0.0, ge=0, lt=1)
+    """The demonstration is trained where the mean score is at most this: 0 for Qwen models, 0.25 for Llama."""
+    coefficient: float = Field(default=1.0, ge=0)
+    """Of the likelihood of demonstrations; 0.3 for Qwen2.5-Math-1.5B."""
+
+
+class Gated(Method):
+    """Rollouts or demonstration, prompt by prompt."""
+
+    stage = "rl"
+
+    @abstractmethod
+    def imitates(self, group: Sequence[Trajectory]) -> bool:
+        """Whether a prompt with these rollouts is learned from its demonstration."""
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        found = sampler.rollouts(sampler.next_prompts(prompts), n)
+        groups = [found[i : i + n] for i in range(0, len(found), n)]
+        chosen = [bool(group[0].prompt.demonstration_ids) and self.imitates(group) for group in groups]
+        experts = [group[0].prompt for group, imitated in zip(groups, chosen, strict=True) if imitated]
+        demonstrations = iter(sampler.demonstrations(experts) if experts else ())
+        kept = [[next(demonstrations)] if imitated else group for group, imitated in zip(groups, chosen, strict=True)]
+        return [trajectory for group in kept for trajectory in group]
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """Of the policy term."""
+        return Ratio()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o = self.options
+        policy, sft = self.printed()
+        return (
+            Term("policy", self.surrogate, policy_normaliser(o, policy)),
+            Term("sft", Logp(), likelihood_normaliser(o, sft)),
+            *entropy_term(o),
+        )
+
+    @abstractmethod
+    def printed(self) -> tuple[Normaliser, Normaliser]:
+        """Policy and likelihood normaliser of the paper; the rest of its divisors is in :meth:`shares`."""
+
+    @abstractmethod
+    def shares(self, group_size: int, tokens: int) -> tuple[float, float]:
+        """Factors of the paper's preset on the policy and the likelihood weight of a response of so many tokens."""
+
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        o = self.options
+        own = Counter(t.prompt.index for t in trajectories if t.origin != "demonstration")
+        weights = []
+        for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std, own_only=True), strict=True):
+            n = len(trajectory.response_ids)
+            policy, sft = self.shares(own[trajectory.prompt.index], n) if o.normaliser == "paper" else (1.0, 1.0)
+            if trajectory.origin == "demonstration":
+                parts = [0.0, getattr(o, "coefficient", 1.0) * sft]
+            else:
+                parts = [float(advantage) * policy, 0.0]
+            weights.append(rows_of_weights([*parts, *([o.entropy] if o.entropy else [])], n))
+        return weights
+
+
+class Hpt(Gated):
+    """Rewards where the policy succeeds often enough, the demonstration elsewhere."""
+
+    name = "hpt"
+    formula = "-(1/N) [sum r A over prompts with mean score > gate + c sum log pi(y*) over the others], A = R - mean"
+    source = "arXiv 2509.04419 and its released code"
+    Options = HptOptions
+
+    def imitates(self, group: Sequence[Trajectory]) -> bool:
+        return sum(t.score or 0.0 for t in group) / len(group) <= self.options.gate
+
+    def printed(self) -> tuple[Normaliser, Normaliser]:
+        o = self.options
+        return Normaliser("one", float(o.paper_prompts * o.code_tokens)), Normaliser("one", float(o.paper_prompts))
+
+    def shares(self, group_size: int, tokens: int) -> tuple[float, float]:
+        return 1 / max(group_size, 1), 1 / max(tokens, 1)

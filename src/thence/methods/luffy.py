@@ -1,0 +1,98 @@
+"""LUFFY (arXiv 2504.14945 eq. 5-8): one demonstration inside every group, acting through its shaped probability.
+
+    L = - (1 / Z) [ sum over own tokens  r A_i  +  sum over expert tokens  f(pi) A_i ] - eta * entropy
+    f(x) = x / (x + gamma),   A_i = R_i - mean over own and expert responses of the prompt
+
+A prompt with a demonstration has n - 1 rollouts and the demonstration, graded by the same verifier; one without has n
+rollouts. ``r`` is not clipped, as in the released main run; ``clip = true`` clips it as eq. 6 prints it, with the
+bounds of the released code. Expert tokens are never clipped. ``normaliser = "paper"`` (Z = all response tokens) is the
+same as ``clean``; ``code`` divides by 8 ranks times 8192 tokens. The released code has an entropy coefficient of 0.001
+and no standard deviation; the text says 0.01 (``entropy``), the printed equation divides by it (``std``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
+from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.objective import Clip, Logp, Prob, Ratio, Shape, Surrogate, Term
+
+
+class LuffyOptions(MixedOptions):
+    """Settings of LUFFY."""
+
+    shaping: Literal["shape", "probability", "logp"] = "shape"
+    """How expert tokens act. shape: pi / (pi + gamma). probability: pi. logp: log pi."""
+    gamma: float = Field(default=0.1, gt=0)
+    """Of the shaping; the paper tried 0.05 to 0.5."""
+    demonstration_weight: float = Field(default=1.0, ge=0)
+    """Factor on the expert tokens' term; 1 in the released run."""
+    clip: bool = False
+    """Clip the own tokens' ratio to 1 - clip_range ... max(clip_upper, 1 + clip_range); off in the released run."""
+    clip_range: float = Field(default=0.2, ge=0, lt=1)
+    """Clip range of the ratio below one, and above it unless `clip_upper` is larger."""
+    clip_upper: float = Field(default=1.0, ge=0)
+    """Upper bound of the ratio where it is larger than 1 + clip_range."""
+
+
+class Luffy(Method):
+    """Policy gradient on groups that hold a demonstration."""
+
+    name = "luffy"
+    stage = "rl"
+    formula = "-(1/Z) [sum_own r A + sum_expert pi/(pi + 0.1) A], A = R - mean of the group with its demonstration"
+    source = "arXiv 2504.14945 eq. 5-8 with the settings of the released main run"
+    Options = LuffyOptions
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o, normaliser = self.options, policy_normaliser(self.options)
+        own: Surrogate = Clip(o.clip_range, max(o.clip_upper, 1 + o.clip_range) - 1) if o.clip else Ratio()
+        expert: Surrogate = {"shape": Shape(o.gamma), "probability": Prob(), "logp": Logp()}[o.shaping]
+        return (Term("policy", own, normaliser), Term("demonstration", expert, normaliser), *entropy_term(o))
+
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        o = self.options
+        weights = []
+        for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
+            expert = trajectory.origin == "demonstration"
+            rows = [0.0, o.demonstration_weight * advantage] if expert else [advantage, 0.0]
+            rows += [o.entropy] if o.entropy else []
+            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+        return weights
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
+
+
+def groups_with_demonstration(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
+    """``n`` trajectories for each prompt: ``n - 1`` rollouts and its demonstration, or ``n`` rollouts if it has none.
+
+    Raises:
+        RecipeError: groups of one have no room for both.
+    """
+    if n < 2:
+        raise RecipeError(
+            "a group of one has no room for a rollout beside the demonstration",
+            remedy="set rollouts to 2 or more",
+            field="rl.rollouts",
+        )
+    with_one = [prompt for prompt in prompts if prompt.demonstration_ids]
+    without = [prompt for prompt in prompts if not prompt.demonstration_ids]
+    own = iter(sampler.rollouts(with_one, n - 1) if with_one else [])
+    other = iter(sampler.rollouts(without, n) if without else [])
+    experts = iter(sampler.demonstrations(with_one) if with_one else [])
+    result: list[Trajectory] = []
+    for prompt in prompts:
+        if prompt.demonstration_ids:
+            result += [*(next(own) for _ in range(n - 1)), next(experts)]
+        else:
+            result += [next(other) for _ in range(n)]
+    return result

@@ -1,0 +1,148 @@
+"""ReLIFT (arXiv 2506.07527): on-policy RL, and SFT steps on demonstrations of the prompts that no rollout solved.
+
+    RL step:   - (1 / Z) sum_i sum_t r_it A_i - entropy * mean H,   A_i = R_i - mean of the group
+    SFT step:  - (1 / N_sft) sum_t [log pi(y*_t) + sft_entropy H_t],   N_sft = demonstration tokens of the step
+
+After sampling, every prompt whose rollouts all scored zero puts its demonstration in front of a buffer. When the
+buffer holds ``sft_batch`` or more, one SFT step with an AdamW state of its own follows the RL update on the newest
+``sft_batch`` of them; the rest stays and ages. A prompt may be in the buffer more than once. Over several ranks the
+buffers count as one, newest first.
+
+Where the paper and the released code differ: the paper prints GRPO with ``std = true`` and ``clip = 0.2``, the code
+has neither; alpha (``sft_entropy``) is 0.001 in the scripts and best at 1e-4 in the paper. The release averages SFT
+over micro-batches of four demonstrations and divides by eight ranks once too often; here it is the token mean in
+every preset, and ``sft_clip_norm`` acts on its true norm. ``normaliser`` is that of the RL step: ``code`` divides by
+ranks x longest response, ``paper`` is the token mean, as ``clean``.
+
+The gradient of the RL step was clipped at 0.7: that is the stage's ``clip_norm``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Prompt, Trajectory
+from thence.methods.base import Method, Sampler, SideStep, TokenFacts
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
+
+
+class ReliftOptions(MixedOptions):
+    """Settings of ReLIFT."""
+
+    clip: float | None = Field(default=None, gt=0)
+    """Clip range of the ratio in RL steps; none: no clip, as the released script. The paper prints 0.2."""
+    sft_batch: int = Field(default=128, ge=1)
+    """Demonstrations of an SFT step over all ranks, and how many the buffer must hold for one."""
+    sft_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of SFT steps; none: the stage's. Published: 1e-6, the same."""
+    sft_clip_norm: float = Field(default=1.0, ge=0)
+    """Largest gradient norm of SFT steps; 0: no clipping."""
+    sft_entropy: float = Field(default=0.001, ge=0)
+    """Coefficient alpha of the entropy bonus in SFT steps: 0.001 in the script, 1e-4 best in the paper."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt that no rollout solved, and the rollout batch in which it was."""
+
+    step: int
+    prompt: Prompt
+
+
+class Relift(Method):
+    """RL with SFT steps on what it fails at."""
+
+    name = "relift"
+    stage = "rl"
+    formula = "RL: -(1/N) sum r A; at 128 unsolved prompts one SFT step: -(1/N_sft) sum [log pi(y*_t) + alpha H_t]"
+    source = "arXiv 2506.07527 and its released code"
+    Options = ReliftOptions
+
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        super().__init__(options)
+        self.buffer: list[Failure] = []
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o = self.options
+        surrogate = Ratio() if o.clip is None else Clip(o.clip, o.clip)
+        return (Term("policy", surrogate, policy_normaliser(o)), *entropy_term(o))
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        found = sampler.rollouts(sampler.next_prompts(prompts), n)
+        groups = [found[i : i + n] for i in range(0, len(found), n)]
+        failed = [group[0].prompt for group in groups if all((t.score or 0.0) <= 0 for t in group)]
+        self.buffer[:0] = [Failure(sampler.step, prompt) for prompt in failed if prompt.demonstration_ids]
+        return found
+
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        o = self.options
+        bonus = [o.entropy] if o.entropy else []
+        return [
+            rows_of_weights([float(advantage), *bonus], len(trajectory.response_ids))
+            for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std), strict=True)
+        ]
+
+    def side_steps(self, sampler: Sampler) -> list[SideStep]:
+        o = self.options
+        if sampler.total(len(self.buffer)) < o.sft_batch:
+            return []
+        count = share_of_first(ages(self.buffer, sampler.step), o.sft_batch, sampler.total)
+        taken, self.buffer = self.buffer[:count], self.buffer[count:]
+        demonstrations = [Trajectory(f.prompt, f.prompt.demonstration_ids or (), origin="demonstration") for f in taken]
+        terms = (Term("sft", Logp(), Normaliser("tokens")),)
+        if o.sft_entropy:
+            terms += (Term("entropy", Entropy(), Normaliser("tokens")),)
+        values = [1.0, o.sft_entropy][: len(terms)]
+        weights = [rows_of_weights(values, len(t.response_ids)) for t in demonstrations]
+        return [SideStep("sft", terms, demonstrations, weights, lr=o.sft_lr, clip_norm=o.sft_clip_norm)]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "buffer": [
+                [f.step, f.prompt.index, list(f.prompt.token_ids), list(f.prompt.demonstration_ids or ())]
+                for f in self.buffer
+            ]
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.buffer = [
+            Failure(step, Prompt(index, tuple(token_ids), tuple(demonstration_ids)))
+            for step, index, token_ids, demonstration_ids in state["buffer"]
+        ]
+
+
+def ages(buffer: Sequence[Failure], step: int) -> list[int]:
+    """One rising number an entry: batches since it came in, then its place among those of its batch.
+
+    The prompt's index comes last. Ranks have different prompts, so that no number is found on two of them.
+    """
+    result, place = [], 0
+    for i, failure in enumerate(buffer):
+        place = place + 1 if i and buffer[i - 1].step == failure.step else 0
+        result.append((step - failure.step) << 56 | place << 32 | failure.prompt.index)
+    return result
+
+
+def share_of_first(keys: Sequence[int], count: int, total: Callable[[int], int]) -> int:
+    """How many of this rank's keys are among the ``count`` smallest of all ranks.
+
+    Args:
+        keys: rising; different on different ranks, and at least ``count`` on all together.
+        total: sum over ranks. Every rank sees the same sums and so asks for the same number of them.
+    """
+    low, high = 0, 1 << 80
+    while low < high:
+        middle = (low + high) // 2
+        if total(bisect_right(keys, middle)) < count:
+            low = middle + 1
+        else:
+            high = middle
+    return bisect_right(keys, low)

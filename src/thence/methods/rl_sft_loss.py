@@ -1,0 +1,67 @@
+"""RL with SFT loss, a baseline of LUFFY (arXiv 2504.14945): policy gradient and likelihood of a demonstration, added.
+
+    L = - (1 / Z) sum over own tokens  r A_i  -  (c / Z_demo) sum over expert tokens  log pi  -  eta * entropy
+    A_i = R_i - mean over the prompt's own responses,   c = 1
+
+A prompt with a demonstration has n - 1 rollouts and the demonstration; one without has n rollouts. The ratio is not
+clipped. ``normaliser``: ``clean`` divides both sums by all response tokens of the step; ``code`` the first by 8 ranks
+times 8192 tokens and the second by the expert tokens of the step (the released trainer takes that mean in every
+micro-batch and adds the means, so that its mixture also depends on packing); ``paper`` is the same as ``clean``, for
+the paper prints no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.luffy import groups_with_demonstration
+from thence.methods.mixed import (
+    MixedOptions,
+    advantages,
+    entropy_term,
+    likelihood_normaliser,
+    policy_normaliser,
+    rows_of_weights,
+)
+from thence.objective import Logp, Ratio, Term
+
+
+class RlSftLossOptions(MixedOptions):
+    """Settings of RL with SFT loss."""
+
+    coefficient: float = Field(default=1.0, ge=0)
+    """Of the demonstrations' likelihood term."""
+
+
+class RlSftLoss(Method):
+    """Policy gradient on own responses, maximum likelihood on demonstrations."""
+
+    name = "rl_sft_loss"
+    stage = "rl"
+    formula = "-(1/Z) sum_own r A - (1/Z_demo) sum_expert log pi, A = R - mean of the own responses"
+    source = "arXiv 2504.14945, the baseline of its released scripts"
+    Options = RlSftLossOptions
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o = self.options
+        policy = Term("policy", Ratio(), policy_normaliser(o))
+        return (policy, Term("likelihood", Logp(), likelihood_normaliser(o)), *entropy_term(o))
+
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        o = self.options
+        own = advantages(trajectories, o.std, own_only=True).tolist()
+        weights = []
+        for trajectory, advantage in zip(trajectories, own, strict=True):
+            rows = [0.0, o.coefficient] if trajectory.origin == "demonstration" else [advantage, 0.0]
+            rows += [o.entropy] if o.entropy else []
+            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+        return weights
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)

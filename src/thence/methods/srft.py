@@ -1,0 +1,125 @@
+"""SRFT (arXiv 2506.19767): supervised and reinforced in one step, both weighted by the policy's entropy H.
+
+    L = - sum over expert tokens    (0.5 exp(s H) log pi / Z_demo  +  A_i f(pi) / Z)
+        - sum over right own tokens  0.1 exp(H) log pi / Z
+        + sum over wrong own tokens  log pi / Z                          - eta * entropy
+    A_i = R_i - mean over own and expert responses of the prompt;   f(x) = x / (x + gamma);   s = -1
+
+Only the expert's term has an advantage; own responses count by right (score 1 or more) or wrong alone, without ratio,
+clip or baseline. H is that of the policy before the optimizer step, without gradient. Where the sources differ:
+
+* ``sft_entropy_sign``: -1 in the paper; +1 in the official code, by two audits of it.
+* ``demonstration``: plain ``probability`` in the paper, LUFFY's ``shape`` in the codes.
+* ``std``: the paper divides A by the group's standard deviation, the re-implementation in HPT's code does not.
+* ``entropy_level``: the paper does not say what H is taken over; HPT's code takes each sequence, the official code
+  starts from the entropies of tokens.
+* ``normaliser``: ``code`` divides by 8 ranks times 8192 tokens, and the expert's log-likelihood by the expert tokens of
+  the step. The paper prints expectations without saying over what, so ``paper`` is the same as ``clean`` here.
+
+The log-likelihood of wrong responses is pushed down without bound: expect that term to rule where most are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.luffy import groups_with_demonstration
+from thence.methods.mixed import (
+    MixedOptions,
+    advantages,
+    entropy_term,
+    likelihood_normaliser,
+    policy_normaliser,
+    rows_of_weights,
+)
+from thence.objective import Logp, Prob, Ratio, Shape, Surrogate, Term
+
+ENTROPY_UNIT = 2.0**-32  # nats; ranks add their entropies as integers of this unit
+
+
+class SrftOptions(MixedOptions):
+    """Settings of SRFT."""
+
+    sft_entropy_sign: Literal[-1, 1] = -1
+    """Sign of H in the weight of the expert's log-likelihood: -1 paper, 1 official code."""
+    entropy_level: Literal["sequence", "token", "batch"] = "sequence"
+    """H is the mean over a response, of the token alone, or the mean over all responses of the optimizer step."""
+    demonstration: Literal["shape", "probability"] = "shape"
+    """Expert tokens under their advantage. shape: pi / (pi + gamma), the codes. probability: pi, the paper."""
+    gamma: float = Field(default=0.1, gt=0)
+    """Of the shaping."""
+    own: Literal["logp", "probability", "ratio"] = "logp"
+    """Own tokens: log pi (paper, default of the codes; log pi - log pi_old has the same gradient), pi or the ratio."""
+    sft_weight: float = Field(default=0.5, ge=0)
+    """Constant of the expert's log-likelihood."""
+    right_weight: float = Field(default=0.1, ge=0)
+    """Constant of right own responses."""
+    wrong_weight: float = Field(default=1.0, ge=0)
+    """Constant of wrong own responses."""
+
+
+class Srft(Method):
+    """Two terms on the demonstration, one on own responses, weighted by entropy."""
+
+    name = "srft"
+    stage = "rl"
+    formula = "-sum_expert (0.5 e^-H log pi + A f(pi)) - sum_right 0.1 e^H log pi + sum_wrong log pi, each over Z"
+    source = "arXiv 2506.19767 eq. 4-11, with H and f as in the re-implementation in HPT's code"
+    uses_facts = True
+    Options = SrftOptions
+
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        super().__init__(options)
+        self._sampler: Sampler | None = None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        o, normaliser = self.options, policy_normaliser(self.options)
+        own: Surrogate = {"logp": Logp(), "probability": Prob(), "ratio": Ratio()}[o.own]
+        expert: Surrogate = {"shape": Shape(o.gamma), "probability": Prob()}[o.demonstration]
+        return (
+            Term("policy", own, normaliser),
+            Term("demonstration", expert, normaliser),
+            Term("likelihood", Logp(), likelihood_normaliser(o)),
+            *entropy_term(o),
+        )
+
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+        o = self.options
+        weights = []
+        values = advantages(trajectories, o.std).tolist()
+        for trajectory, advantage, entropy_n in zip(trajectories, values, self._entropies(facts), strict=True):
+            if trajectory.origin == "demonstration":
+                rows = [0.0, advantage, o.sft_weight * torch.exp(o.sft_entropy_sign * entropy_n)]
+            elif (trajectory.score or 0.0) >= 1:
+                rows = [o.right_weight * torch.exp(entropy_n), 0.0, 0.0]
+            else:
+                rows = [-o.wrong_weight, 0.0, 0.0]
+            rows += [o.entropy] if o.entropy else []
+            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+        return weights
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        self._sampler = sampler
+        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
+
+    def _entropies(self, facts: Sequence[TokenFacts]) -> list[Tensor]:
+        """H at every response token of each trajectory, shape (n,), float64."""
+        entropies = [fact.entropy.double() for fact in facts]
+        if self.options.entropy_level == "token":
+            return entropies
+        if self.options.entropy_level == "sequence":
+            return [torch.full_like(e, float(e.mean()) if len(e) else 0.0) for e in entropies]
+        total = self._over_ranks(round(sum(float(e.sum()) for e in entropies) / ENTROPY_UNIT)) * ENTROPY_UNIT
+        mean = total / max(self._over_ranks(sum(len(e) for e in entropies)), 1)
+        return [torch.full_like(e, mean) for e in entropies]
+
+    def _over_ranks(self, count: int) -> int:
+        return count if self._sampler is None else self._sampler.total(count)
