@@ -243,7 +243,7 @@ VARIANTS = [
     Variant(Luffy, {"clip": True, "clip_upper": 1.3, "demonstration_weight": 2.5, "shaping": "logp"}),
     Variant(MixedPolicy),
     Variant(OnPolicy),
-    Variant(OnPolicy, CODE | {"code_ranks": 2, "entropy": 0.0}),
+    Variant(OnPolicy, CODE | {"code_ranks": 2, "entropy": 0.0, "std": True}),
     Variant(RlSftLoss),
     Variant(RlSftLoss, CODE | {"coefficient": 0.7}),
     Variant(Srft),

@@ -128,7 +128,10 @@ class PrefixRft(Method):
             expert = torch.cat([kept[i], torch.zeros(n - prefix, dtype=torch.bool)]).double() * of_prefix[i]
             rows = [own.double() * of_rest[i], expert]
             if o.entropy:
-                rows.append(o.entropy * (own.double() if o.entropy_mode == "response_only" else torch.ones(n)))
+                rows.append(
+                    o.entropy
+                    * (own.double() if o.entropy_mode == "response_only" else torch.ones(n, dtype=torch.float64))
+                )
             weights.append(rows_of_weights(rows, n))
         return weights
 
