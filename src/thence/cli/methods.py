@@ -15,13 +15,13 @@ def methods_command(argv: Sequence[str]) -> int:
     known = methods()
     if not argv:
         for name, method in known.items():
-            print(f"{name:<10} {method.stage:<4} {method.formula}\n{'':<15} {method.source}")
+            print(f"{name:<14} {method.stage:<4} {method.exactness:<15} {method.formula}\n{'':<34} {method.source}")
         return 0
     if argv[0] not in known:
         raise UserError(f"unknown method {argv[0]!r}", remedy=f"use one of {', '.join(known)}")
     method = known[argv[0]]
     print(inspect.cleandoc(sys.modules[method.__module__].__doc__ or ""))
-    print(f"\nsource: {method.source}\n\noptions:")
+    print(f"\nsource: {method.source}\nexactness: {method.exactness}\n\noptions:")
     for name, field in method.Options.model_fields.items():
         print(f"  {name:<18} {field.default!r:<14} {' '.join((field.description or '').split())}")
     return 0

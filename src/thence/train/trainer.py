@@ -52,7 +52,9 @@ class Trainer:
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         if activation_checkpointing:
             model.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def step(
         self,
