@@ -18,10 +18,16 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import RecipeError
+from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.mixed import (
+    MixedOptions,
+    advantages,
+    entropy_term,
+    groups_with_demonstration,
+    policy_normaliser,
+    rows_of_weights,
+)
 from thence.objective import Clip, Logp, Prob, Ratio, Shape, Surrogate, Term
 
 
@@ -70,29 +76,3 @@ class Luffy(Method):
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
-
-
-def groups_with_demonstration(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-    """``n`` trajectories for each prompt: ``n - 1`` rollouts and its demonstration, or ``n`` rollouts if it has none.
-
-    Raises:
-        RecipeError: groups of one have no room for both.
-    """
-    if n < 2:
-        raise RecipeError(
-            "a group of one has no room for a rollout beside the demonstration",
-            remedy="set rollouts to 2 or more",
-            field="rl.rollouts",
-        )
-    with_one = [prompt for prompt in prompts if prompt.demonstration_ids]
-    without = [prompt for prompt in prompts if not prompt.demonstration_ids]
-    own = iter(sampler.rollouts(with_one, n - 1) if with_one else [])
-    other = iter(sampler.rollouts(without, n) if without else [])
-    experts = iter(sampler.demonstrations(with_one) if with_one else [])
-    result: list[Trajectory] = []
-    for prompt in prompts:
-        if prompt.demonstration_ids:
-            result += [*(next(own) for _ in range(n - 1)), next(experts)]
-        else:
-            result += [next(other) for _ in range(n)]
-    return result

@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thence.data.trajectory import Trajectory
-from thence.methods.base import Options
+from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
+from thence.methods.base import Options, Sampler
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 
 
@@ -74,5 +75,31 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
 
 def rows_of_weights(values: Sequence[float | Tensor], tokens: int) -> Tensor:
     """Weights of one trajectory, shape (J, tokens), from one number or one row a term."""
-    rows = [v if isinstance(v, Tensor) else torch.full((tokens,), float(v)) for v in values]
+    rows = [v if isinstance(v, Tensor) else torch.full((tokens,), float(v), dtype=torch.float64) for v in values]
     return torch.stack([row.double() for row in rows]) if rows else torch.zeros(0, tokens, dtype=torch.float64)
+
+
+def groups_with_demonstration(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
+    """``n`` trajectories for each prompt: ``n - 1`` rollouts and its demonstration, or ``n`` rollouts if it has none.
+
+    Raises:
+        RecipeError: groups of one have no room for both.
+    """
+    if n < 2:
+        raise RecipeError(
+            "a group of one has no room for a rollout beside the demonstration",
+            remedy="set rollouts to 2 or more",
+            field="rl.rollouts",
+        )
+    with_one = [prompt for prompt in prompts if prompt.demonstration_ids]
+    without = [prompt for prompt in prompts if not prompt.demonstration_ids]
+    own = iter(sampler.rollouts(with_one, n - 1) if with_one else [])
+    other = iter(sampler.rollouts(without, n) if without else [])
+    experts = iter(sampler.demonstrations(with_one) if with_one else [])
+    result: list[Trajectory] = []
+    for prompt in prompts:
+        if prompt.demonstration_ids:
+            result += [*(next(own) for _ in range(n - 1)), next(experts)]
+        else:
+            result += [next(other) for _ in range(n)]
+    return result

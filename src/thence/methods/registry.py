@@ -14,9 +14,14 @@ from thence.methods.base import Method
 from thence.methods.dapo import Dapo
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.grpo import Grpo
+from thence.methods.luffy import Luffy
+from thence.methods.mixed_policy import MixedPolicy
+from thence.methods.on_policy import OnPolicy
+from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.sft import Sft
+from thence.methods.srft import Srft
 
-OWN: tuple[type[Method], ...] = (Sft, Grpo, DrGrpo, Dapo)
+OWN: tuple[type[Method], ...] = (Sft, Grpo, DrGrpo, Dapo, OnPolicy, RlSftLoss, MixedPolicy, Luffy, Srft)
 ENTRY_POINT_GROUP = "thence.methods"
 
 

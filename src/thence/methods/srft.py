@@ -30,11 +30,11 @@ from torch import Tensor
 
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts
-from thence.methods.luffy import groups_with_demonstration
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
     entropy_term,
+    groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
     rows_of_weights,
