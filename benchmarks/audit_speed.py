@@ -50,7 +50,11 @@ def main() -> None:
             if python is not None and not python.exists():
                 print(f"{adapter}: no {python}", flush=True)
                 continue
-            row = measure(adapter, python, matrix)
+            try:
+                row = measure(adapter, python, matrix)
+            except RuntimeError as error:
+                print(f"{adapter} {matrix}: {error}", flush=True)
+                continue
             found[adapter, matrix] = row
             print(json.dumps(row), flush=True)
             write(list(found.values()))
@@ -61,6 +65,9 @@ def measure(adapter: str, python: Path | None, matrix: str) -> dict[str, Any]:
 
     Returns:
         Seconds of wall time, of the stack's imports and beyond them, of thence's own start, and megabytes at the peak.
+
+    Raises:
+        RuntimeError: the audit wrote no report.
     """
     words = [sys.executable, "-m", "thence", "audit", adapter, "--quiet"]
     words += ["--python", str(python)] if python else []
@@ -76,6 +83,8 @@ def measure(adapter: str, python: Path | None, matrix: str) -> dict[str, Any]:
             peak, peak_once = max(peak, resident), max(peak_once, once)
             time.sleep(0.5)
         wall = time.monotonic() - start
+        if not out.exists():
+            raise RuntimeError(f"no report after {wall:.0f} s, exit code {process.returncode}")
         report = json.loads(out.read_text(encoding="utf-8"))
     judged = sum(case["status"] == "judged" for case in report["cases"])
     shown = ["thence", "audit", adapter, *(["--python", f"{python.parts[-3]}/bin/python"] if python else [])]

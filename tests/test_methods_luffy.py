@@ -28,6 +28,7 @@ from thence.methods.srft import Srft
 from thence.objective import Batch, Clip, Context, Ratio, divisors, local_counts
 from thence.pipeline.rl_stage import Mismatch, Shares, policy_steps
 from thence.pipeline.run import run
+from thence.train.parallel import SingleProcess
 from thence.train.step import StepSettings, accumulate_gradients, train_step
 from thence.train.trainer import Trainer
 
@@ -328,7 +329,9 @@ def test_gradients_of_both_optimizer_steps_are_those_of_the_formula(tiny_model, 
     trainer = Trainer(model, 2e-2, StepSettings(64, True, 0.0, torch.float64), take_step=step_and_tell)
     mismatch = Mismatch([None] * len(trajectories))
     stage: Any = SimpleNamespace(temperature=1.0)
-    policy_steps(stage, variant.method(variant.options), trainer, trajectories, None, 2, mismatch, Shares(1))
+    policy_steps(
+        stage, variant.method(variant.options), trainer, trajectories, None, 2, mismatch, Shares(SingleProcess())
+    )
     assert len(taken) == 2
     for part, (before, report, got) in zip((slice(0, 8), slice(8, 16)), taken, strict=True):
         model.load_state_dict(before)

@@ -11,17 +11,29 @@ from pydantic import ValidationError
 
 from thence.errors import RecipeError
 from thence.methods.base import Method
+from thence.methods.chord import ChordMu, ChordPhi
 from thence.methods.dapo import Dapo
 from thence.methods.dr_grpo import DrGrpo
+from thence.methods.exgrpo import ExGrpo
 from thence.methods.grpo import Grpo
+from thence.methods.hpt import Hpt
 from thence.methods.luffy import Luffy
 from thence.methods.mixed_policy import MixedPolicy
 from thence.methods.on_policy import OnPolicy
+from thence.methods.prefix_rft import PrefixRft
+from thence.methods.relift import Relift
 from thence.methods.rl_sft_loss import RlSftLoss
+from thence.methods.sasr import Sasr
 from thence.methods.sft import Sft
 from thence.methods.srft import Srft
+from thence.methods.superrl import SuperRl
+from thence.methods.uft import Uft
 
-OWN: tuple[type[Method], ...] = (Sft, Grpo, DrGrpo, Dapo, OnPolicy, RlSftLoss, MixedPolicy, Luffy, Srft)
+OWN: tuple[type[Method], ...] = (
+    Sft, Grpo, DrGrpo, Dapo,
+    OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
+    ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo,
+)  # fmt: skip
 ENTRY_POINT_GROUP = "thence.methods"
 
 

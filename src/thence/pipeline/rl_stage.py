@@ -26,6 +26,7 @@ from thence.pipeline.context import Checkpoints, Context, make_trainer
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.sampler import RolloutSampler
 from thence.recipe import Rl
+from thence.train.parallel import Ranks
 from thence.train.step import StepReport, policy_statistics
 from thence.train.trainer import Trainer
 from thence.verify.reward import load_reward
@@ -85,7 +86,7 @@ def rl_step(
     trajectories = method.compose(sampler, stage.prompts // context.ranks.world, stage.rollouts)
     rate = trainer.learning_rate(trainer.steps_taken)
     mismatch = Mismatch([t.sampler_logps for t in trajectories])
-    shares = Shares(context.ranks.world)
+    shares = Shares(context.ranks)
     reports = []
     if sampler.total(len(trajectories)):
         reports = policy_steps(stage, method, trainer, trajectories, reference, minis, mismatch, shares)
@@ -99,7 +100,8 @@ def rl_step(
     if context.leads:
         keep_samples(context, trajectories, step + 1)
     line = metrics(context, sampler, reports, side, mismatch, rate, time.perf_counter() - start)
-    return line | ({"shares": shares.shares(context)} if shares.mixed(context) else {})
+    mixed = shares.mixed()
+    return line | ({"shares": mixed} if mixed else {})
 
 
 def policy_steps(
@@ -118,7 +120,7 @@ def policy_steps(
     replays = any(row.behaviour is not None for row in rows)
     if needs_behaviour(method.terms) and (minis > 1 or replays):
         # A replay keeps the log-probabilities of the policy that sampled it.
-        old = trainer.statistics(rows, stage.temperature)
+        old = trainer.statistics([replace(row, behaviour=None) for row in rows], stage.temperature)
         rows = [r if r.behaviour is not None else replace(r, behaviour=o) for r, (o, _) in zip(rows, old, strict=True)]
     if reference is not None:
         old = policy_statistics(reference, rows, stage.temperature, trainer.settings)
@@ -146,30 +148,28 @@ class Shares:
 
     KINDS = ("rollout", "demonstration", "prefix", "replay")
 
-    def __init__(self, world: int) -> None:
-        self.alone = world == 1
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.sums = torch.zeros(len(self.KINDS), dtype=torch.float64)
 
     def add(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
         """Add the absolute weights of a batch over their normalisers' constants, surrogates with a slope of their own
         (shaped probabilities) counted as they stand."""
         own = all(t.origin == "rollout" and not t.prefix for t in trajectories)
-        if not trajectories or (self.alone and own and not self.sums.any()):
+        if self.ranks.world == 1 and own and not self.sums.any():
             return
         batch = Batch(tuple(terms), tuple(make_rows(trajectories, weights)))
-        divisor_J = torch.tensor(divisors(terms, local_counts(batch)), dtype=torch.float64)
+        divisor_J = torch.tensor(divisors(terms, self.ranks.sum_counts(local_counts(batch))), dtype=torch.float64)
         for trajectory, weight in zip(trajectories, weights, strict=True):
             size_n = (weight.abs().double() / divisor_J[:, None]).sum(0)
             self.sums[self.KINDS.index(trajectory.origin)] += size_n[trajectory.prefix :].sum()
             self.sums[self.KINDS.index("prefix")] += size_n[: trajectory.prefix].sum()
 
-    def mixed(self, context: Context) -> bool:
-        """Whether any rank trained other tokens than the policy's own."""
-        return bool(context.ranks.sum_floats(self.sums.clone())[1:].sum() > 0)
-
-    def shares(self, context: Context) -> dict[str, float]:
-        """Share of each kind, over all ranks."""
-        sums = context.ranks.sum_floats(self.sums.clone())
+    def mixed(self) -> dict[str, float]:
+        """Share of each kind, over all ranks; empty where only the policy's own tokens were trained."""
+        sums = self.ranks.sum_floats(self.sums.clone())
+        if not sums[1:].any():
+            return {}
         return {kind: float(x) for kind, x in zip(self.KINDS, sums / sums.sum(), strict=True) if x}
 
 
