@@ -85,7 +85,7 @@ def rl_step(
     sampler.begin(step)
     trajectories = method.compose(sampler, stage.prompts // context.ranks.world, stage.rollouts)
     rate = trainer.learning_rate(trainer.steps_taken)
-    mismatch = Mismatch([t.sampler_logps for t in trajectories])
+    mismatch = Mismatch(trajectories)
     shares = Shares(context.ranks)
     reports = []
     if sampler.total(len(trajectories)):
@@ -183,24 +183,27 @@ def mini_batches(trajectories: Sequence[Trajectory], minis: int) -> list[list[in
 
 
 class Mismatch:
-    """How far the sampler's log-probabilities lie from the trainer's for the same tokens and weights."""
+    """How far the sampler's log-probabilities lie from the trainer's for the same tokens and weights.
 
-    def __init__(self, sampler_logps: Sequence[tuple[float, ...] | None]):
-        self.sampler_logps = sampler_logps
+    Only of responses that the policy sampled whole; demonstrations, continuations and replays are passed over.
+    """
+
+    def __init__(self, trajectories: Sequence[Trajectory]):
+        self.trajectories = trajectories
         self.kl_sum = self.tokens = self.largest = 0.0
 
     def observer(self, part: Sequence[int]):
         """For :meth:`Trainer.step`: ``part`` says which trajectories the batch's rows are."""
 
         def observe(group: Sequence[int], stats: TokenStats) -> None:
-            reported = [self.sampler_logps[part[i]] for i in group]
-            if any(r is None for r in reported):
-                return
-            sampled_T = torch.tensor([logp for r in reported for logp in (r or ())], dtype=torch.float64)
-            trained_T = stats.logp_T.double().cpu()
-            self.kl_sum += float(kl_estimate(sampled_T, trained_T).sum())
-            self.tokens += len(sampled_T)
-            self.largest = max(self.largest, float((sampled_T - trained_T).abs().max()))
+            rows = [self.trajectories[part[i]] for i in group]
+            parts = stats.logp_T.double().cpu().split([len(row.response_ids) for row in rows])
+            for row, trained in zip(rows, parts, strict=True):
+                if row.sampler_logps is not None and row.origin == "rollout" and len(trained):
+                    sampled = torch.tensor(row.sampler_logps, dtype=torch.float64)
+                    self.kl_sum += float(kl_estimate(sampled, trained).sum())
+                    self.tokens += len(trained)
+                    self.largest = max(self.largest, float((sampled - trained).abs().max()))
 
         return observe
 
