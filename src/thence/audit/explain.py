@@ -115,6 +115,9 @@ class Explainer:
             decay: the parameters before the step.
             smoothing: label smoothing that was asked for.
         """
+        # What only one step needed is not kept for the next: a layout takes some 50 MB.
+        plain_rows = [item for item in self._cache.items() if item[0][1:] == (0, False, None, None)]
+        self._cache, self._systems = dict(plain_rows[-12:]), dict(list(self._systems.items())[-1:])
         plain = self._plain(update, pieces, tolerance, smoothing)
         if plain.fits:
             return plain

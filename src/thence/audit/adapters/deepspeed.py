@@ -16,6 +16,7 @@ accelerator with gloo. Not covered: DeepSpeed's own CPU Adam, offloaded paramete
 
 # pyright: reportMissingImports=false
 
+import contextlib
 import os
 import socket
 import sys
@@ -66,7 +67,12 @@ def prepare() -> None:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     import deepspeed
-    import transformers  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # Both look modules up late; resolving them here keeps their import out of the first case.
+    AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("llama"))]
+    with contextlib.suppress(ImportError):
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     # A compiled operator for inference on CPUs that training does not use; building it takes minutes.
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
