@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from thence.audit import check, random_rows
+from thence.audit import audit_stack, check, random_rows
 from thence.audit.program import audit_program, narrowed, placeholders
 from thence.cli import main
 from thence.errors import UserError
@@ -172,6 +172,59 @@ def test_the_command_line_refuses_what_makes_no_sense(capsys: pytest.CaptureFixt
     assert "no program" in capsys.readouterr().err
     assert main(["audit", "transformers", "--python", "/nowhere/python", "--quick"]) == 2
     assert "--python" in capsys.readouterr().err
+
+
+ADAPTER = """
+import os, time
+STACK, PACKAGES, AXES = "torch", ("torch",), frozenset()
+CASES = tuple(
+    {"name": what, "micro_batch": 8, "accumulation": 1, "options": {"do": what}}
+    for what in ("skip", "raise", "exit", "hang", "train")
+)
+
+def prepare():
+    import transformers
+
+def run(case, session):
+    import torch
+    from transformers import AutoModelForCausalLM
+    what = case["options"].get("do")
+    if what == "skip":
+        session.skip("this version has no such thing")
+    if what == "raise":
+        raise ValueError("the disk is full")
+    if what == "exit":
+        os._exit(3)
+    if what == "hang":
+        time.sleep(600)
+    model = AutoModelForCausalLM.from_pretrained(session.model)
+    session.watch(model)
+    session.parameters(model)
+    rows = session.rows()
+    tokens = sum(label != -100 for row in rows for label in row["labels"])
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        target = torch.tensor(row["labels"][1:])
+        (torch.nn.functional.cross_entropy(logits, target, reduction="sum") / tokens).backward()
+    torch.optim.SGD(model.parameters(), lr=case["lr"]).step()
+    session.stepped(model)
+"""
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_crashes_or_hangs_costs_no_other(tmp_path: Path) -> None:
+    """A stack's process that dies or never answers is started again for the cases that are left."""
+    path = tmp_path / "my_stack.py"
+    path.write_text(ADAPTER)
+    report = audit_stack(str(path), only=["skip", "raise", "exit", "hang", "train"], seconds=6.0)
+    found = {case.case.name: (case.status, case.reason) for case in report.cases}
+    assert found["train"] == ("judged", "")
+    assert found["skip"] == ("skipped", "this version has no such thing")
+    assert found["raise"] == ("failed", "ValueError: the disk is full")
+    assert found["exit"][0] == "failed" and "ended" in found["exit"][1]
+    assert found["hang"][0] == "failed" and "6 s" in found["hang"][1]
+    assert report.verdict.outcome == "no finding"
+    assert "not judged" in report.verdict.sentences[1]
 
 
 @pytest.mark.slow

@@ -163,7 +163,13 @@ def run_cases(
         while left:
             early = first if first is not None and first.ranks == ranks else None
             group, first = early or start_group(adapter, python, folder, ranks), None
-            done, said, waited = _run_group(group, adapter, python, probe, left, folder, seconds, tell)
+            try:
+                done, said, waited = _run_group(group, adapter, python, probe, left, folder, seconds, tell)
+            except UserError as error:
+                if not found:
+                    raise
+                # It started before: what was judged is kept.
+                done, said, waited = _failed(left, folder, str(error), tell), {}, 0.0
             versions |= said
             imports += waited
             found |= done
@@ -210,6 +216,15 @@ def _run_group(
         return found, facts["versions"], facts["import_seconds"]
     finally:
         _stop(processes, grace=2.0 if len(found) == len(cases) else 0.0)
+
+
+def _failed(
+    cases: Sequence[tuple[str, Case]], folder: Path, reason: str, tell: Callable[[Observation], None]
+) -> dict[str, Observation]:
+    found = {name: Observation(case, folder / name, (), "failed", reason) for name, case in cases}
+    for observation in found.values():
+        tell(observation)
+    return found
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
