@@ -57,7 +57,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tiny_model, tmp_path
     load_weights(other, found.folder)
     resumed.restore(found.plain["trainer"], found.tensors)
     assert (found.step, found.plain["stage"]) == (3, {"drawn": [7]})
-    assert resumed.steps_taken == 3
+    assert resumed.steps_taken == 1, "of the three steps one was of the kind that moves the schedule on"
     train(resumed, data, [3, 4, 5])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     expected, got = trainer.state(), resumed.state()

@@ -98,6 +98,10 @@ def table(targets: list[dict[str, str]]) -> str:
         "`benchmarks/results/audit/`. Environments: `benchmarks/audit_targets/environments.sh`. Seconds are those of a",
         "shared machine with two cores, imports included.",
         "",
+        "Adapters run with `--all`, that is with settings that nobody has by default too. The findings of current transformers",
+        "(averaging over ranks switched off) and TRL SFT (packing `wrapped`, loss `dft`) come from those; that of accelerate from",
+        "the loop that its documentation shows first.",
+        "",
         "| trainer | versions | cases judged | verdict | what was found (cases) | token weight over ideal | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
