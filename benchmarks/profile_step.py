@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import common
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     import thence
     from thence.data.trajectory import Prompt, Trajectory
@@ -73,7 +75,15 @@ def main() -> None:
         "GFLOP/s of a 1024 x 1024 product": round(speed),
         "seconds of the arithmetic at that speed": round(floor, 3),
     }
-    print(json.dumps(results, indent=1))
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python benchmarks/profile_step.py --model {args.model} --data {args.data} --out {args.out}",
+        "machine": common.machine(),
+    }
+    text = json.dumps(about | results, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
 
 
 def shares(profiled: profile) -> dict[str, float]:

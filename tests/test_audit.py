@@ -19,7 +19,7 @@ from thence.audit.judge import Judge
 from thence.audit.probe import LENGTHS, Probe, make_examples, write_probe
 from thence.audit.recover import System, gradient_of_update
 from thence.audit.result import Case, CaseResult
-from thence.audit.sequences import ForwardRow, Known, find_pieces
+from thence.audit.sequences import ForwardRow, Known, find_pieces, forward_rows
 from thence.audit.stack import make_report
 from thence.audit.verdict import judge_all, settle
 
@@ -375,6 +375,19 @@ def test_examples_are_found_under_any_template_and_in_packed_rows() -> None:
     assert pieces[0].roles == ("prompt", "prompt", "prompt", "prompt", "first", "end")
     assert pieces[1].roles[-4:] == ("first", "body", "end", "after")
     assert find_pieces([ForwardRow((7, 7), (1, 1), None, 0, 0)], known, end=9) == ([], 1)
+
+
+def test_a_short_response_is_not_taken_for_a_letter_of_the_template() -> None:
+    """The end token behind it tells them apart."""
+    known = [Known((10, 11), (20,), (), ())]
+    pieces, _ = find_pieces([ForwardRow((1, 10, 11, 20, 2, 20, 9), (1,) * 7, None, 0, 0)], known, end=9)
+    assert pieces[0].roles == ("prompt",) * 5 + ("first", "end")
+
+
+def test_padding_that_a_mask_does_not_hide_is_no_text_of_the_template() -> None:
+    record = {"forwards": [{"step": 0, "input_ids": [[1, 2, 3, 0, 0]], "attention_mask": [[1, 1, 1, 1, 1]]}]}
+    record["forwards"][0]["position_ids"] = None
+    assert forward_rows([record], 0, pad=0)[0].mask == (1, 1, 1, 0, 0)
 
 
 def test_a_stack_without_an_axis_has_its_cases_skipped_by_name() -> None:
