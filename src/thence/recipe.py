@@ -18,9 +18,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from thence.errors import RecipeError
 
@@ -85,8 +85,19 @@ class Data(Section):
     """Longer demonstrations are cut, and counted; a cut one has no end token."""
 
 
+class Faulty(Section):
+    """A bug of other trainers, switched on: what a stage would have been with it. `docs/faults.md` lists them."""
+
+    names: list[str] = Field(min_length=1)
+    """Keys of `thence.faults.catalogue.FAULTS`; several act together."""
+    accumulation: int = Field(default=8, ge=1)
+    """Micro-batches of one rank in an optimizer step of the trainer that has the fault."""
+    ranks: int = Field(default=1, ge=1)
+    """Its data-parallel ranks; one process plays them all."""
+
+
 class Optimization(Section):
-    """What SFT and RL stages share: the optimizer, its schedule, micro-batches and checkpoints."""
+    """What SFT and RL stages share: the optimizer, its schedule, micro-batches, checkpoints and what ends them."""
 
     lr: float = Field(gt=0)
     """Peak learning rate."""
@@ -112,6 +123,24 @@ class Optimization(Section):
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints. The last step of a stage is always kept."""
+    flops: float | None = Field(default=None, gt=0)
+    """End the stage at the step nearest to so many FLOPs: 6N a trained token, 2N a generated one (N parameters)."""
+    tokens: int | None = Field(default=None, ge=1)
+    """End the stage at the step nearest to so many trained tokens."""
+    fault: Faulty | None = None
+    """Train with a bug on purpose: a name, a list of names, or a table with names, accumulation and ranks."""
+
+    @field_validator("fault", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return {"names": names} if isinstance(names, list) else names
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.flops is not None and self.tokens is not None:
+            raise ValueError("give one of flops and tokens")
+        return self
 
 
 class Sft(Optimization):
@@ -266,7 +295,7 @@ def load_recipe(origin: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     if isinstance(origin, Mapping):
         file, tables = None, {key: value for key, value in origin.items()}
     else:
-        file, tables = _read_toml(origin)
+        file, tables = read_tables(origin)
     return build_recipe(apply_overrides(tables, overrides or {}), file=file)
 
 
@@ -342,7 +371,8 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
-def _read_toml(origin: str | Path) -> tuple[str, dict[str, Any]]:
+def read_tables(origin: str | Path) -> tuple[str, dict[str, Any]]:
+    """The path and the plain tables of a TOML file or a shipped recipe, not validated. Raises RecipeError."""
     shipped = shipped_recipes()
     path = shipped.get(str(origin), Path(origin))
     try:

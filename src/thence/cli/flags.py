@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -56,13 +56,23 @@ def describe_fields() -> str:
     return "\n".join(lines)
 
 
-def _fields(section: type[BaseModel], table: str) -> list[str]:
+def describe_section(section: type[BaseModel], named: Callable[[str], str] = str) -> list[str]:
+    """The fields of one table, a line each.
+
+    Args:
+        named: how a field is written.
+    """
     lines = []
     for name, field in section.model_fields.items():
-        if field.exclude or (name in ("model", "data") and not table):
-            continue
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        flag = f"--{table}.{name}" if table else f"--{name}"
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  {flag.replace('_', '-'):<32} {default:<14} {meaning}")
+        if not field.exclude:
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            lines.append(f"  {named(name):<32} {default:<14} {' '.join((field.description or '').split())}")
     return lines
+
+
+def _fields(section: type[BaseModel], table: str) -> list[str]:
+    def flag(name: str) -> str:
+        return (f"--{table}.{name}" if table else f"--{name}").replace("_", "-")
+
+    lines = describe_section(section, flag)
+    return lines if table else [line for line in lines if line.split()[0] not in ("--model", "--data")]

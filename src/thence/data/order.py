@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from functools import lru_cache
 
 
 def stable_seed(*parts: object) -> int:
@@ -13,11 +14,12 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=4)  # every step of an epoch asks for the same one
+def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     """A permutation of ``range(n)`` for one epoch."""
     order = list(range(n))
     random.Random(stable_seed("order", seed, epoch)).shuffle(order)
-    return order
+    return tuple(order)
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
@@ -28,7 +30,7 @@ def steps_per_epoch(n: int, batch: int) -> int:
 def batch_at(n: int, batch: int, seed: int, step: int) -> list[int]:
     """The examples of one optimizer step, counted from 0; a batch never reaches across two epochs."""
     epoch, position = divmod(step, steps_per_epoch(n, batch))
-    return epoch_order(n, seed, epoch)[position * batch : (position + 1) * batch]
+    return list(epoch_order(n, seed, epoch)[position * batch : (position + 1) * batch])
 
 
 def drawn_from(n: int, position: int, count: int, seed: int) -> list[int]:

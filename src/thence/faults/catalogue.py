@@ -65,6 +65,7 @@ class Fault:
         change: of rows and weights, before the step; or
         wrap: what makes the link around the step, one for each :class:`~thence.faults.step.FaultyStep`.
         outermost: whether the link goes around the changes of other faults too.
+        remembers: whether it carries something from step to step, which no checkpoint keeps.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Fault:
     wrap: Callable[[Plan], Link] | None = None
     also: tuple[str, ...] = ()
     outermost: bool = False
+    remembers: bool = False
 
 
 def _rows_of(cut: Cut) -> list[tuple[int, ...]]:
@@ -107,7 +109,7 @@ _ALL = (
     Fault(
         "window-mixed", "incomplete windows go into the next epoch's first step", ("window-mixed",),
         Needs(incomplete=True, steps=2), "a counter of micro-batches that runs on over the end of an epoch",
-        wrap=around.mixed, outermost=True,
+        wrap=around.mixed, outermost=True, remembers=True,
     ),
     Fault(
         "rows-repeated", "rows repeated to fill the last micro-batches", ("rows-repeated", "double-counted"),
@@ -236,7 +238,7 @@ _ALL = (
     ),
     Fault(
         "gradient-leak", "gradient of the step before not cleared", ("leak",), Needs(steps=2),
-        "zero_grad that is skipped at a boundary", wrap=around.leak,
+        "zero_grad that is skipped at a boundary", wrap=around.leak, remembers=True,
     ),
     Fault(
         "no-step", "no step for an incomplete window", ("no-step", "window-dropped"), Needs(incomplete=True),

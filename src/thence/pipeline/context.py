@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from thence.accounting.meter import FlopMeter
+from thence.errors import RecipeError
+from thence.faults.catalogue import combine
+from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.progress import Watcher
-from thence.recipe import Optimization, Recipe
+from thence.recipe import Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
 from thence.train.model import compute_dtype
 from thence.train.parallel import Ranks
 from thence.train.schedule import learning_rate
-from thence.train.step import StepSettings
-from thence.train.trainer import Trainer
+from thence.train.step import StepSettings, train_step
+from thence.train.trainer import TakeStep, Trainer
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Context:
         model, tokenizer: as the stage finds them; a training stage changes the model in place.
         ranks, device: who runs it, and where.
         watcher: is told of progress.
+        meter: counts the FLOPs that this process executes.
     """
 
     recipe: Recipe
@@ -40,6 +45,12 @@ class Context:
     ranks: Ranks
     device: torch.device
     watcher: Watcher
+    meter: FlopMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        stage = self.recipe.stage(self.name)
+        again = isinstance(stage, Optimization) and stage.activation_checkpointing
+        self.meter = FlopMeter(self.model.config.to_dict(), again)
 
     @property
     def leads(self) -> bool:
@@ -49,6 +60,17 @@ class Context:
     def seed_parts(self) -> tuple[object, ...]:
         """What this stage's random numbers follow from."""
         return (self.recipe.seed, self.name)
+
+    @property
+    def n_parameters(self) -> int:
+        """N of the FLOPs rule: every parameter of the model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def executed_flops(self, before: float | None) -> float | None:
+        """FLOPs that all ranks have executed since the meter stood at ``before``."""
+        if before is None or self.meter.total is None:
+            return None
+        return float(self.ranks.sum_floats(torch.tensor([self.meter.total - before], dtype=torch.float64)))
 
     def log(self, line: dict[str, Any]) -> None:
         """One line of metrics, written by the first rank."""
@@ -80,7 +102,65 @@ def make_trainer(context: Context, stage: Optimization, steps: int) -> Trainer:
         weight_decay=stage.weight_decay,
         activation_checkpointing=stage.activation_checkpointing,
         ranks=context.ranks,
+        take_step=step_of(context.name, stage),
+        meter=context.meter,
     )
+
+
+def step_of(name: str, stage: Optimization) -> TakeStep:
+    """The step that a stage takes: the clean one, or one with faults.
+
+    Raises:
+        UserError: an unknown fault.
+        RecipeError: a fault that no checkpoint could resume, or a batch that cannot be cut as it says.
+    """
+    if stage.fault is None:
+        return train_step
+    for fault in combine(stage.fault.names):
+        if fault.remembers:
+            raise RecipeError(
+                f"{fault.name} carries something from step to step that no checkpoint keeps",
+                remedy="take another fault; `thence audit` and the tests of thence run this one",
+                field=f"{name}.fault",
+            )
+    rows = stage.batch if isinstance(stage, Sft) else 0
+    if isinstance(stage, Rl):
+        rows = (stage.mini_batch or stage.prompts) * stage.rollouts
+    cells = stage.fault.accumulation * stage.fault.ranks
+    if rows % cells:
+        raise RecipeError(
+            f"{rows} rows cannot be cut into {stage.fault.accumulation} micro-batches on {stage.fault.ranks} ranks",
+            remedy="choose accumulation and ranks whose product divides the rows of a step",
+            field=f"{name}.fault",
+        )
+    return FaultyStep(
+        stage.fault.names,
+        micro_batch=rows // cells,
+        accumulation=stage.fault.accumulation,
+        ranks=stage.fault.ranks,
+    )
+
+
+@dataclass
+class Budget:
+    """What a stage may spend, and has spent: FLOPs by the rule, or trained tokens."""
+
+    measure: str
+    amount: float
+    spent: float = 0.0
+
+    def spend(self, flops: float, tokens: int) -> bool:
+        """Add a step. Returns whether the stage is now as near to its end as another such step would bring it."""
+        last = flops if self.measure == "flops" else tokens
+        self.spent += last
+        return self.spent + last / 2 > self.amount
+
+
+def budget_of(stage: Optimization) -> Budget | None:
+    """The budget of a stage that has one."""
+    if stage.flops is not None:
+        return Budget("flops", stage.flops)
+    return Budget("tokens", stage.tokens) if stage.tokens is not None else None
 
 
 class Checkpoints:
@@ -101,9 +181,13 @@ class Checkpoints:
             self.context.folder.rewind(self.context.name, step)
         return step, own
 
-    def after(self, step: int, own: Callable[[], dict[str, Any]]) -> None:
-        """Write a checkpoint if one is due after so many steps; ``own`` gives the stage's own state, on every rank."""
-        if step % self.every and step != self.last:
+    def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
+        """Write a checkpoint if one is due after so many steps, or if the stage ends here.
+
+        Args:
+            own: gives the stage's own state, on every rank.
+        """
+        if step % self.every and step != self.last and not last:
             return
         state = own()
         if self.context.leads:

@@ -22,7 +22,7 @@ from thence.methods.registry import make_method
 from thence.objective import Batch, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
-from thence.pipeline.context import Checkpoints, Context, make_trainer
+from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.sampler import RolloutSampler
 from thence.recipe import Rl
@@ -45,6 +45,13 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
             remedy="choose prompts and mini_batch divisible by the number of ranks",
             field=f"{context.name}.prompts",
         )
+    budget = budget_of(stage)
+    if budget is not None and stage.schedule != "constant":
+        raise RecipeError(
+            f"a {stage.schedule} schedule ends at `steps`, and the budget of {budget.measure} may end it earlier",
+            remedy=f'set schedule = "constant", or give steps without {budget.measure}',
+            field=f"{context.name}.schedule",
+        )
     minis = stage.prompts // (stage.mini_batch or stage.prompts)
     reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
@@ -52,22 +59,41 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     done, own = checkpoints.resume()
     with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
         sampler = RolloutSampler(context, stage, prompts, grader)
+        ended = own.get("ended", False)
+        if budget is not None:
+            budget.spent = own.get("spent", 0.0)
         if own:
             sampler.drawn, sampler.expert_drawn = own["drawn"][context.ranks.rank]
             method.restore(own["method"][context.ranks.rank])
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
-        for step in range(done, stage.steps):
-            line = rl_step(context, stage, method, trainer, sampler, reference, minis, step)
-            context.log({"stage": context.name, "kind": "rl", "step": step + 1, **line})
+        while done < stage.steps and not ended:
+            sampler.steps = expected_steps(stage, done, budget)
+            line = rl_step(context, stage, method, trainer, sampler, reference, minis, done)
+            done += 1
+            ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
+            state = {"spent": budget.spent if budget is not None else 0.0, "ended": ended}
+            context.log({"stage": context.name, "kind": "rl", "step": done, **line})
             checkpoints.after(
-                step + 1,
-                lambda: {
+                done,
+                lambda state=state: {
+                    **state,
                     "drawn": context.ranks.gather((sampler.drawn, sampler.expert_drawn)),
                     "method": context.ranks.gather(method.state()),
                 },
+                last=ended,
             )
-    return {"steps": stage.steps, "prompts": len(prompts)}
+    return {"steps": done, "prompts": len(prompts)}
+
+
+def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
+    """How many steps the stage will have, for methods whose schedule runs over all of it.
+
+    Under a budget that is what the steps so far let expect: the schedule follows the share that is spent.
+    """
+    if budget is None or not budget.spent:
+        return stage.steps
+    return min(stage.steps, max(done + 1, round(done * budget.amount / budget.spent)))
 
 
 def rl_step(
@@ -81,7 +107,7 @@ def rl_step(
     step: int,
 ) -> dict[str, Any]:
     """One rollout batch, its optimizer steps, and those of another kind. Returns a line of metrics."""
-    start = time.perf_counter()
+    start, before = time.perf_counter(), context.meter.total
     sampler.begin(step)
     trajectories = method.compose(sampler, stage.prompts // context.ranks.world, stage.rollouts)
     rate = trainer.learning_rate(trainer.steps_taken)
@@ -101,6 +127,7 @@ def rl_step(
         keep_samples(context, trajectories, step + 1)
     line = metrics(context, sampler, reports, side, mismatch, rate, time.perf_counter() - start)
     mixed = shares.mixed()
+    line["executed_flops"] = context.executed_flops(before)
     return line | ({"shares": mixed} if mixed else {})
 
 
@@ -124,6 +151,8 @@ def policy_steps(
         rows = [r if r.behaviour is not None else replace(r, behaviour=o) for r, (o, _) in zip(rows, old, strict=True)]
     if reference is not None:
         old = policy_statistics(reference, rows, stage.temperature, trainer.settings)
+        if trainer.meter is not None:
+            trainer.meter.scored([len(row.token_ids) for row in rows], sum(row.n_trained for row in rows))
         rows = [replace(row, reference=logp) for row, (logp, _) in zip(rows, old, strict=True)]
     whole = None if method.uses_facts else method.weigh(trajectories)
     reports = []
@@ -243,7 +272,6 @@ def metrics(
     n = max(count, 1)
     tokens = sum(report.tokens for report in taken)
     trained = sum(report.trained_tokens for report in taken)
-    n_parameters = sum(p.numel() for p in context.model.parameters())
     line = {
         "loss": _mean([r.loss for r in main]),
         "grad_norm": max((r.grad_norm for r in main), default=0.0),
@@ -260,7 +288,8 @@ def metrics(
         "sequences": sum(report.rows for report in taken),
         "tokens": tokens,
         "trained_tokens": trained,
-        "flops": rule_flops(n_parameters, trained, sampled),
+        "sampled_tokens": int(sampled),
+        "flops": rule_flops(context.n_parameters, trained, sampled),
         "seconds": seconds,
         "sample_seconds": sampler.seconds,
         "train_seconds": sum(r.seconds for r in taken),

@@ -100,6 +100,8 @@ class RolloutSampler:
         grader = self.grader if keep else None
         found = respond(self.context.model, self.context.tokenizer, grader, prompts, n, self.sampling, seed_parts)
         self.seconds += time.perf_counter() - start
+        repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]
+        self.context.meter.sampled(repeated, [len(trajectory.response_ids) for trajectory in found])
         if keep:
             self.seen += found
         return found

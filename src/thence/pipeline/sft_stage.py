@@ -15,7 +15,7 @@ from thence.errors import DataError
 from thence.methods.base import Method, make_rows
 from thence.methods.registry import make_method
 from thence.objective import Batch, Row
-from thence.pipeline.context import Checkpoints, Context, make_trainer
+from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained, load_prompts
 from thence.recipe import Sft
 from thence.train.trainer import Trainer
@@ -32,17 +32,16 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
         log.warning("%d of %d examples have no demonstration and are left out", len(found) - len(prompts), len(found))
     check_trained(prompts or found, stage.train_on)
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
-    steps = total_steps(len(trained), stage)
+    steps = affordable_steps(trained, stage, context.recipe.seed, context.n_parameters)
     trainer = make_trainer(context, stage, steps)
     checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, steps)
     done, _ = checkpoints.resume()
     if context.leads:
         context.watcher.stage(context.name, steps, done)
-    n_parameters = sum(p.numel() for p in context.model.parameters())
     for step in range(done, steps):
         chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
         mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
-        rate = trainer.learning_rate(trainer.steps_taken)
+        rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
         report = trainer.step(Batch(method.terms, tuple(rows_of(mine, method, stage.train_on))))
         line = {
             "stage": context.name,
@@ -56,7 +55,8 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
             "sequences": report.rows,
             "tokens": report.tokens,
             "trained_tokens": report.trained_tokens,
-            "flops": rule_flops(n_parameters, report.trained_tokens),
+            "flops": rule_flops(context.n_parameters, report.trained_tokens),
+            "executed_flops": context.executed_flops(before),
             "seconds": report.seconds,
             "tokens_per_s": report.tokens / report.seconds,
         }
@@ -80,6 +80,22 @@ def put_aside(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Pr
 def total_steps(examples: int, stage: Sft) -> int:
     """Optimizer steps of the stage."""
     return stage.steps or max(1, round(stage.epochs * steps_per_epoch(examples, stage.batch)))
+
+
+def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int, n_parameters: int) -> int:
+    """Optimizer steps of the stage, fewer where its budget ends earlier; at least one.
+
+    The order of the data is known beforehand, so the learning-rate schedule ends where the budget does.
+    """
+    most, budget = total_steps(len(prompts), stage), budget_of(stage)
+    for step in range(most if budget is not None else 0):
+        chosen = [prompts[i] for i in batch_at(len(prompts), stage.batch, seed, step)]
+        tokens = sum(len(p.demonstration_ids or ()) for p in chosen)
+        if stage.train_on == "all":
+            tokens += sum(len(p.token_ids) - 1 for p in chosen)
+        if budget is not None and budget.spend(rule_flops(n_parameters, tokens), tokens):
+            return step + 1
+    return most
 
 
 def rows_of(prompts: Sequence[Prompt], method: Method, train_on: str) -> list[Row]:

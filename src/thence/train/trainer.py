@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thence.accounting.meter import FlopMeter
 from thence.objective import Batch, Row
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
@@ -27,6 +28,7 @@ class Trainer:
         settings: micro-batches, clipping, precision.
         ranks: who shares the step; this process alone when absent.
         take_step: the step itself; a faulty one, to see what a fault does.
+        meter: counts the FLOPs of every pass.
     """
 
     def __init__(
@@ -41,13 +43,14 @@ class Trainer:
         activation_checkpointing: bool = False,
         ranks: Ranks | None = None,
         take_step: TakeStep = train_step,
+        meter: FlopMeter | None = None,
     ):
         self.model, self.settings, self.ranks = model, settings or StepSettings(), ranks or SingleProcess()
         self.learning_rate: Callable[[int], float] = (
             learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
         )
         self.steps_taken = 0
-        self.take_step = take_step
+        self.take_step, self.meter = take_step, meter
         self._adamw = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         if activation_checkpointing:
@@ -78,10 +81,14 @@ class Trainer:
         settings = self.settings if clip_norm is None else replace(self.settings, clip_norm=clip_norm)
         report = self.take_step(self.model, adamw, batch, self.ranks, settings, observe)
         self.steps_taken += optimizer == "main"
+        if self.meter is not None:
+            self.meter.trained(*_sizes(batch.rows))
         return report
 
     def statistics(self, rows: Sequence[Row], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
         """Log-probabilities and entropies of the rows' trained tokens under the model as it stands."""
+        if self.meter is not None:
+            self.meter.scored(*_sizes(rows))
         return policy_statistics(self.model, rows, temperature, self.settings)
 
     def optimizer(self, name: str) -> torch.optim.AdamW:
@@ -111,6 +118,11 @@ class Trainer:
             parameter = parameters[name]
             where = value.device if field == "step" else parameter.device
             self.optimizer(kind).state[parameter][field] = value.clone().to(where)
+
+
+def _sizes(rows: Sequence[Row]) -> tuple[list[int], int]:
+    """Tokens of every row, and trained tokens of all."""
+    return [len(row.token_ids) for row in rows], sum(row.n_trained for row in rows)
 
 
 def make_adamw(model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,0 +1,1 @@
+"""Arms x bases x seeds at one budget: plan, run, judge, report."""

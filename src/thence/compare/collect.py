@@ -1,0 +1,100 @@
+"""From a comparison's folder to the records of its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
+from thence.compare.plan import Need, Planner
+from thence.compare.recipe import ComparisonRecipe
+from thence.compare.result import NOTHING, Arm, Column, Comparison, Failure, Run, Try
+from thence.methods.registry import methods
+from thence.pipeline.folder import environment
+
+
+def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
+    """Everything that is there so far; runs that are not done are counted as pending."""
+    recipe = planner.recipe
+    arms = tuple(arm_of(recipe, name) for name in recipe.arms)
+    everything = Planner(recipe, planner.folder)
+    needs = list(everything.needs())
+    reported = [need for need in needs if need.arm and need.seed in recipe.seeds and everything.summary(need)]
+    test = recipe.test()
+    splits = test.splits or {test.data.get("split", "test"): {}}
+    return Comparison(
+        name=recipe.name,
+        description=recipe.description,
+        reference=recipe.reference,
+        budget=str(recipe.budget or "none: every arm goes to its own end"),
+        bases=tuple(recipe.bases),
+        seeds=tuple(recipe.seeds),
+        columns=tuple(Column(split, temperature) for temperature in test.temperatures for split in splits),
+        arms=arms,
+        runs=tuple(run_of(everything, need) for need in reported),
+        tries=tuple(tries_of(everything)),
+        failures=tuple(failures),
+        pending=sum(not everything.is_done(need) for need in needs),
+        sections=tuple(recipe.sections),
+        environment=environment("cpu"),
+    )
+
+
+def arm_of(recipe: ComparisonRecipe, name: str) -> Arm:
+    """An arm as the report shows it."""
+    table = recipe.arms[name]
+    stage = recipe.stage(name, table.candidates()[0]) if table.kind else {}
+    method = str(stage.get("method", {"sft": "sft", "rl": "grpo"}.get(table.kind, "")))
+    fault = stage.get("fault") or {}
+    names = [fault] if isinstance(fault, str) else fault if isinstance(fault, list) else fault.get("names", [])
+    accumulation = fault.get("accumulation", 8) if isinstance(fault, dict) else 8
+    return Arm(
+        name=name,
+        title=table.title or name,
+        group=table.group,
+        after=table.after,
+        kind=table.kind,
+        method=method,
+        fault=tuple(names),
+        accumulation=accumulation if names else 0,
+        tries=tries_in(recipe, name),
+        reconstruction=bool(method) and methods()[method].exactness == "reconstruction",
+        paper=table.paper,
+        note=table.note,
+    )
+
+
+def tries_in(recipe: ComparisonRecipe, name: str) -> int:
+    """Settings tried for an arm and for those that it builds on."""
+    tables = [recipe.arms[arm] for arm in recipe.lineage(name)]
+    return 1 + sum(len((recipe.arms[t.like] if t.like else t).candidates()) - 1 for t in tables)
+
+
+def run_of(planner: Planner, need: Need) -> Run:
+    """A finished run as the report shows it."""
+    job, summary = planner.job(need), planner.summary(need)
+    assert job is not None and summary is not None
+    return Run(
+        arm=need.arm,
+        base=need.base,
+        seed=need.seed,
+        settings=planner.chosen(need.arm, need.base) or {},
+        spent=reduce(add, (part.own for part in planner.way(need)), NOTHING),
+        own=summary.own,
+        measured=summary.measured,
+        curve=summary.curve,
+        folder=str(job.folder),
+    )
+
+
+def tries_of(planner: Planner) -> list[Try]:
+    """What tuning has tried so far."""
+    found = []
+    for arm, table in planner.recipe.arms.items():
+        for base in planner.recipe.bases if table.grid else ():
+            chosen = planner.chosen(arm, base)
+            for settings, accuracy in planner.tries(arm, base):
+                if accuracy is not None:
+                    found.append(Try(arm, base, settings, accuracy, json.dumps(settings) == json.dumps(chosen)))
+    return found

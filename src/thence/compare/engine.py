@@ -1,0 +1,251 @@
+"""Running a comparison over local processes, so that it can be killed at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from thence.compare.collect import collect
+from thence.compare.plan import Job, Need, Planner
+from thence.compare.recipe import ComparisonRecipe
+from thence.compare.result import RESULTS, Comparison, Failure, to_json
+from thence.errors import UserError
+from thence.pipeline.folder import write_atomically
+from thence.toml import to_toml
+
+ATTEMPTS = 2  # of a job whose process died without a word
+LOG_TAIL = 2000  # characters of a dead process's log that are shown
+
+
+class Watcher(Protocol):
+    """Is told how a comparison goes."""
+
+    def begin(self, planner: Planner, needs: Collection[Need]) -> None:
+        """All runs that the comparison needs; those that are done can be asked of the planner."""
+        ...
+
+    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+        """A run has come so far in a stage."""
+        ...
+
+    def finished(self, job: Job, seconds: float) -> None:
+        """A run has ended well."""
+        ...
+
+    def failed(self, need: Need, why: str) -> None:
+        """A run has not."""
+        ...
+
+
+def compare(
+    recipe: ComparisonRecipe,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+    only: Collection[str] = (),
+    seeds: Collection[int] = (),
+    bases: Collection[str] = (),
+    watcher: Watcher,
+) -> Comparison:
+    """Run what is missing of a comparison, write ``results.json`` into its folder, and return the results.
+
+    Args:
+        jobs: processes side by side.
+        threads: threads of each.
+        only, seeds, bases: run these alone; empty: all.
+        watcher: is told of progress.
+
+    Raises:
+        UserError: another process runs this comparison.
+    """
+    folder = recipe.path().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    planner = Planner(recipe, folder, only, seeds, bases)
+    failures: list[Failure] = []
+    with _alone(folder) as lock:
+        write_atomically(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        try:
+            for failure in _run_all(planner, jobs, threads, lock, watcher):
+                failures.append(failure)
+        finally:
+            results = collect(planner, failures)
+            write_atomically(folder / RESULTS, to_json(results))
+    return results
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """A lock on the folder that workers hold too, so that none is still writing when the next comparison starts."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        for _ in range(50):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)  # workers of a comparison that was killed are just ending
+        else:
+            raise UserError(
+                "another process runs this comparison", remedy="wait for it, or give another folder", file=folder
+            )
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watcher) -> Iterator[Failure]:
+    """Run every need that is not done. Yields those that failed."""
+    needs = list(planner.needs())
+    watcher.begin(planner, needs)
+    waiting = [need for need in needs if not planner.is_done(need)]
+    workers = [Worker(planner.folder, i, threads, lock) for i in range(min(jobs, len(waiting)))]
+    attempts: dict[Need, int] = {}
+    try:
+        with selectors.DefaultSelector() as selector:
+            while waiting or any(worker.job for worker in workers):
+                for worker in workers:
+                    if worker.job is None:
+                        started = yield from _start_next(planner, worker, waiting, watcher)
+                        if started:
+                            selector.register(worker.output, selectors.EVENT_READ, worker)
+                if not any(worker.job for worker in workers):
+                    break  # what is left waits for something that failed
+                for key, _ in selector.select(timeout=1.0):
+                    worker: Worker = key.data
+                    job = worker.job
+                    assert job is not None
+                    end = _end_of_job(worker, job, watcher)
+                    if end is None:
+                        continue
+                    selector.unregister(worker.output)
+                    worker.job = None
+                    if "done" in end:
+                        watcher.finished(job, time.monotonic() - worker.since)
+                        continue
+                    if "died" in end:
+                        worker.restart()
+                        attempts[job.need] = attempts.get(job.need, 0) + 1
+                        if attempts[job.need] < ATTEMPTS:
+                            waiting.insert(0, job.need)
+                            continue
+                    why = end.get("failed") or end["died"]
+                    watcher.failed(job.need, why)
+                    yield Failure(job.need.arm, job.need.base, job.need.seed, why)
+        for need in waiting:
+            why = "a run that it builds on failed"
+            watcher.failed(need, why)
+            yield Failure(need.arm, need.base, need.seed, why)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _end_of_job(worker: Worker, job: Job, watcher: Watcher) -> Mapping[str, Any] | None:
+    """Pass on what a worker says of its progress; returns its last word on the job, if that has come."""
+    for message in worker.messages():
+        if "progress" not in message:
+            return message
+        watcher.progress(job, *message["progress"])
+    return None
+
+
+def _start_next(
+    planner: Planner, worker: Worker, waiting: list[Need], watcher: Watcher
+) -> Generator[Failure, None, bool]:
+    """Give a worker the first run that can start. Returns whether there was one."""
+    for need in list(waiting):
+        try:
+            job = planner.job(need)
+        except UserError as error:
+            waiting.remove(need)
+            watcher.failed(need, str(error))
+            yield Failure(need.arm, need.base, need.seed, str(error))
+            continue
+        if job is None:
+            continue
+        waiting.remove(need)
+        if planner.is_done(need):  # the same settings as a run that another need has finished
+            continue
+        worker.start(job)
+        return True
+    return False
+
+
+@dataclass
+class Worker:
+    """A process that runs jobs, one at a time."""
+
+    folder: Path
+    number: int
+    threads: int
+    lock: int
+
+    def __post_init__(self) -> None:
+        self.job: Job | None = None
+        self.unread = b""
+        self.since = 0.0
+        self.log = self.folder / "logs" / f"worker-{self.number}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        self._launch()
+
+    def _launch(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "thence.compare.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=self.folder,
+                env=environment,
+                pass_fds=(self.lock,),
+                start_new_session=True,  # Ctrl-C reaches the comparison, which ends its workers
+            )
+
+    @property
+    def output(self) -> Any:
+        """What the selector watches."""
+        return self.process.stdout
+
+    def start(self, job: Job) -> None:
+        """Begin a job."""
+        self.job, self.since = job, time.monotonic()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # where it has died, the end of its output says so
+            self.process.stdin.write(json.dumps(job.tables).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def messages(self) -> list[Mapping[str, Any]]:
+        """The messages that have come; the last is ``{"died": why}`` where the process has ended."""
+        piece = os.read(self.output.fileno(), 1 << 16)
+        *lines, self.unread = (self.unread + piece).split(b"\n")
+        if piece:
+            return [json.loads(line) for line in lines]
+        code = self.process.wait()
+        tail = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
+        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{tail}"}]
+
+    def restart(self) -> None:
+        """A new process in place of one that died."""
+        self.stop()
+        self.unread = b""
+        self._launch()
+
+    def stop(self) -> None:
+        """End the process; a run in the middle can be taken up again."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()

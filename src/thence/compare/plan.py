@@ -1,0 +1,247 @@
+"""From a comparison to runs: what is needed, what of it can start now, and where it is kept.
+
+A run is one stage of one arm and its evaluation, in a folder named after the settings. Runs that start from another
+arm's model start from the folder of that arm's run, so that arms share what they have in common and nothing is trained
+twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thence.compare.recipe import ComparisonRecipe
+from thence.compare.summary import Summary, read_summary
+from thence.errors import UserError
+from thence.pipeline.folder import RunFolder
+from thence.recipe import apply_overrides, kind_of, load_recipe, read_tables
+
+UNLIMITED = 1_000_000  # steps of an RL stage that its budget ends
+
+
+@dataclass(frozen=True)
+class Need:
+    """A run that the comparison needs.
+
+    Args:
+        arm: its name; empty for the pretraining of a base.
+        chosen: values of the grid to try, as JSON; None: those that tuning chose.
+    """
+
+    arm: str
+    base: str
+    seed: int
+    chosen: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can start: the recipe's tables, and its folder relative to the comparison's."""
+
+    need: Need
+    tables: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass
+class Planner:
+    """Answers what can start, from what the folder holds.
+
+    Args:
+        recipe: the comparison.
+        folder: its folder.
+        only: arms to run, with those that they build on; empty: all.
+        seeds: reported seeds to run; empty: all.
+        bases: bases to run from; empty: all.
+    """
+
+    recipe: ComparisonRecipe
+    folder: Path
+    only: Collection[str] = ()
+    seeds: Collection[int] = ()
+    bases: Collection[str] = ()
+    _jobs: dict[Need, Job] = field(default_factory=dict)
+    _summaries: dict[Need, Summary] = field(default_factory=dict)
+
+    def needs(self) -> Iterator[Need]:
+        """Every run of the comparison, what others wait for first, then seed by seed."""
+        seen: set[Need] = set()
+        for need in self._all():
+            if need not in seen:
+                seen.add(need)
+                yield need
+
+    def _all(self) -> Iterator[Need]:
+        recipe = self.recipe
+        arms = [arm for arm in recipe.arms if self._is_wanted(arm)]
+        bases = [base for base in recipe.bases if not self.bases or base in self.bases]
+        tuned = [arm for arm in arms if recipe.arms[arm].grid]
+        for seed in recipe.tuning.seeds if tuned else ():
+            for base in bases:
+                yield from self._pretraining(base, seed)
+            for arm in tuned:
+                for base in bases:
+                    yield from (Need(parent, base, seed) for parent in recipe.lineage(arm)[:-1])
+                    for chosen in recipe.arms[arm].candidates():
+                        yield Need(arm, base, seed, json.dumps(chosen))
+        for seed in recipe.seeds:
+            if self.seeds and seed not in self.seeds:
+                continue
+            for base in bases:
+                yield from self._pretraining(base, seed)
+                yield from (Need(arm, base, seed) for arm in arms)
+
+    def _pretraining(self, base: str, seed: int) -> Iterator[Need]:
+        if self.recipe.bases[base].recipe is not None:
+            yield Need("", base, seed)
+
+    def _is_wanted(self, arm: str) -> bool:
+        if not self.only:
+            return True
+        wanted: set[str] = set()
+        for name in self.only:
+            for member in self.recipe.lineage(name):
+                wanted |= {member, *([like] if (like := self.recipe.arms[member].like) else [])}
+        for name in list(wanted):
+            wanted |= set(self.recipe.lineage(name))
+        return arm in wanted
+
+    def job(self, need: Need) -> Job | None:
+        """The run that a need amounts to; None while something that it builds on is not done.
+
+        Raises:
+            UserError: it can never start; what it builds on has spent the budget.
+        """
+        if need in self._jobs:
+            return self._jobs[need]
+        tables = self._tables(need) if need.arm else self._base_tables(need)
+        if tables is None:
+            return None
+        digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:8]
+        where = Path("runs", need.base, f"seed{need.seed}", need.arm) if need.arm else Path("bases", need.base, "seed")
+        name = f"{need.arm}-{digest}" if need.arm else f"seed{need.seed}-{digest}"
+        folder = where.with_name(name)
+        self._jobs[need] = Job(need, {**tables, "folder": str(folder)}, folder)
+        return self._jobs[need]
+
+    def is_done(self, need: Need) -> bool:
+        """Whether the run is complete."""
+        if not need.arm:
+            job = self.job(need)
+            return job is not None and RunFolder(self.folder / job.folder).is_done(job.tables["stages"][-1])
+        return self.summary(need) is not None
+
+    def summary(self, need: Need) -> Summary | None:
+        """What a finished run measured and spent; None while it is not finished."""
+        if need not in self._summaries:
+            try:
+                job = self.job(need)
+            except UserError:  # it can never start
+                return None
+            found = read_summary(self.folder / job.folder) if job is not None else None
+            if found is None:
+                return None
+            self._summaries[need] = found
+        return self._summaries[need]
+
+    def chosen(self, arm: str, base: str) -> dict[str, Any] | None:
+        """The values that tuning chose for an arm; None while a try is missing. The first of equals wins."""
+        source = self.recipe.arms[arm].like or arm
+        scores = self.tries(source, base)
+        if any(score is None for _, score in scores):
+            return None
+        return max(scores, key=lambda each: each[1] or 0.0)[0]
+
+    def tries(self, arm: str, base: str) -> list[tuple[dict[str, Any], float | None]]:
+        """Every combination of an arm's grid with its mean accuracy on the dev split; None: not measured yet."""
+        candidates = self.recipe.arms[arm].candidates()
+        if len(candidates) == 1:
+            return [(candidates[0], 0.0)]
+        return [(chosen, self._accuracy(arm, base, chosen)) for chosen in candidates]
+
+    def _accuracy(self, arm: str, base: str, chosen: Mapping[str, Any]) -> float | None:
+        text = json.dumps(chosen)
+        found = [self.summary(Need(arm, base, seed, text)) for seed in self.recipe.tuning.seeds]
+        scores = [m.accuracy for summary in found if summary is not None for m in summary.measured]
+        return sum(scores) / len(scores) if scores and None not in found else None
+
+    def _tables(self, need: Need) -> dict[str, Any] | None:
+        recipe, arm = self.recipe, self.recipe.arms[need.arm]
+        chosen = self.chosen(need.arm, need.base) if need.chosen is None else json.loads(need.chosen)
+        start = self._start(need)
+        if chosen is None or start is None:
+            return None
+        model, spent = start
+        tuning = need.seed in recipe.tuning.seeds
+        tables: dict[str, Any] = {
+            "name": need.arm,
+            "seed": need.seed,
+            "stages": [*([arm.kind] if arm.kind else []), "eval"],
+            "model": {**recipe.model, "path": model},
+            "data": recipe.data,
+            "eval": {**recipe.eval, **(recipe.tuning.eval if tuning else {})},
+        }
+        if arm.kind:
+            tables[arm.kind] = self._limited(need.arm, recipe.stage(need.arm, chosen), spent)
+        return tables
+
+    def _start(self, need: Need) -> tuple[str, float] | None:
+        """The model that a run starts from, and what of the budget is spent by then."""
+        parent = self.recipe.arms[need.arm].after
+        if parent:
+            before = Need(parent, need.base, need.seed)
+            job, summary = self.job(before), self.summary(before)
+            if job is None or summary is None:
+                return None
+            return str(job.folder / "stages" / self.recipe.arms[parent].kind / "model"), self.spent(before)
+        base = self.recipe.bases[need.base]
+        if base.path is not None:
+            path = base.path.replace("{seed}", str(need.seed))
+            return str(Path(path).resolve()) if Path(path).exists() else path, 0.0
+        pretraining = Need("", need.base, need.seed)
+        job = self.job(pretraining)
+        if job is None or not self.is_done(pretraining):
+            return None
+        return str(job.folder / "stages" / job.tables["stages"][-1] / "model"), 0.0
+
+    def spent(self, need: Need) -> float:
+        """What a finished run and those before it have spent, in the budget's measure."""
+        measure = {"flops": "rule_flops", "tokens": "trained_tokens", "steps": "steps"}
+        budget = self.recipe.budget
+        return 0.0 if budget is None else float(sum(getattr(s.own, measure[budget.measure]) for s in self.way(need)))
+
+    def way(self, need: Need) -> list[Summary]:
+        """The summaries of a finished run and of those that it builds on."""
+        found = [
+            self.summary(Need(arm, need.base, need.seed, need.chosen if arm == need.arm else None))
+            for arm in self.recipe.lineage(need.arm)
+        ]
+        return [summary for summary in found if summary is not None]
+
+    def _limited(self, name: str, table: dict[str, Any], spent: float) -> dict[str, Any]:
+        budget = self.recipe.budget
+        if budget is None or not self.recipe.arms[name].budget:
+            return table
+        left = budget.amount - spent
+        if left <= 0:
+            raise UserError(
+                f"the arm that {name} comes after has spent the budget of {budget}",
+                remedy="give a larger budget, or a shorter stage before it",
+                field=f"arms.{name}",
+            )
+        if budget.measure == "steps":
+            return {**table, "steps": min(int(left), table.get("steps", int(left)))}
+        limit = int(left) if budget.measure == "tokens" else left
+        steps = {"steps": UNLIMITED} if self.recipe.arms[name].kind == "rl" else {}
+        return {**steps, **table, budget.measure: limit}
+
+    def _base_tables(self, need: Need) -> dict[str, Any]:
+        base = self.recipe.bases[need.base]
+        _, tables = read_tables(str(base.recipe))
+        stages = [name for name in load_recipe(tables).stages if kind_of(name) != "eval"]
+        own = {key: value for key, value in tables.items() if key != "folder"}
+        return apply_overrides(own, {"stages": stages, "seed": need.seed, "data.seed": need.seed})

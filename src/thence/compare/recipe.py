@@ -1,0 +1,302 @@
+"""The schema of a comparison: bases, arms, seeds, a budget, and what is tuned.
+
+An arm is one training stage after another arm's model, or after the base. Its settings lie over the shared ``[sft]`` or
+``[rl]`` table, so that arms differ in nothing that the recipe does not say::
+
+    [arms.sft]
+    kind = "sft"
+
+    [arms.sft-then-rl]
+    after = "sft"
+    kind = "rl"
+    grid = { lr = [1e-4, 2e-4, 4e-4] }   # tried on the dev split, chosen there, reported on the test split
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from thence.errors import RecipeError, UserError
+from thence.recipe import Eval, Recipe, Section, build_recipe
+
+TUNING_SEED = 100
+
+
+class Base(Section):
+    """A model that arms start from."""
+
+    path: str | None = None
+    """A folder, hub name or `world:chain/rich`; `{seed}` in it is the run's seed."""
+    recipe: str | None = None
+    """Instead: a recipe that pretrains it, once for every seed (which becomes the recipe's `seed` and `data.seed`)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.recipe is None):
+            raise ValueError("give exactly one of path and recipe")
+        return self
+
+
+class Budget(Section):
+    """What an arm may spend from the base on, earlier arms included; it stops at the step nearest to it."""
+
+    flops: float | None = Field(default=None, gt=0)
+    """6N a trained token, 2N a generated one, with N parameters."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Trained tokens."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of SFT and rollout batches of RL."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(value is not None for value in (self.flops, self.tokens, self.steps)) != 1:
+            raise ValueError("give exactly one of flops, tokens and steps")
+        return self
+
+    @property
+    def measure(self) -> str:
+        """flops, tokens or steps."""
+        return next(name for name in ("flops", "tokens", "steps") if getattr(self, name) is not None)
+
+    @property
+    def amount(self) -> float:
+        """How much of it."""
+        return getattr(self, self.measure)
+
+    def __str__(self) -> str:
+        units = {"flops": "FLOPs", "tokens": "trained tokens", "steps": "steps"}
+        return f"{self.amount:.3g} {units[self.measure]}".replace("e+", "e")
+
+
+class Tuning(Section):
+    """How settings are chosen: on splits and seeds that are never reported."""
+
+    seeds: list[int] = [TUNING_SEED]
+    """Seeds of the tries; none of the reported ones."""
+    eval: dict[str, Any] = {}
+    """Laid over [eval] for the tries. The accuracy of a try is the mean over its columns and seeds."""
+
+
+class ArmTable(Section):
+    """An arm."""
+
+    title: str = ""
+    """What tables call it; default: its name."""
+    group: str = ""
+    """Heading under which tables put it."""
+    after: str = ""
+    """The arm whose model it starts from; empty: the base."""
+    kind: Literal["sft", "rl", ""] = ""
+    """Kind of its training stage; empty: nothing is trained, the base itself is measured."""
+    settings: dict[str, Any] = {}
+    """Laid over the shared table of its kind."""
+    like: str = ""
+    """Another arm, whose tuned values it takes: what shows a fault alone, at the settings of the clean arm."""
+    grid: dict[str, list[Any]] = {}
+    """Fields and the values to try, all combinations."""
+    budget: bool = True
+    """Whether the comparison's budget ends it."""
+    paper: dict[str, float] = {}
+    """What the paper reports for it, by base; shown beside."""
+    note: str = ""
+    """One line for the reader."""
+
+    def candidates(self) -> list[dict[str, Any]]:
+        """Every combination of the grid; one empty combination where there is no grid."""
+        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+
+
+class ComparisonRecipe(Section):
+    """A whole comparison."""
+
+    name: str = "comparison"
+    """Names the folder."""
+    description: str = ""
+    """One line."""
+    folder: str | None = None
+    """Default: runs/<name>."""
+    reference: str
+    """The arm that paired differences are taken to."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds that are reported."""
+    budget: Budget | None = None
+    """None: every arm goes to its own end."""
+    bases: dict[str, Base] = Field(min_length=1)
+    """Models to start from, by name."""
+    arms: dict[str, ArmTable] = Field(min_length=1)
+    """What is compared, by name."""
+    tuning: Tuning = Tuning()
+    data: dict[str, Any] = {}
+    """As in a recipe, shared by all arms."""
+    model: dict[str, Any] = {}
+    """As in a recipe, except for the path."""
+    sft: dict[str, Any] = {}
+    """As in a recipe, shared by all arms of the kind."""
+    rl: dict[str, Any] = {}
+    """Likewise."""
+    eval: dict[str, Any] = {}
+    """The test sets on which arms are reported; the first split at the first temperature is the headline."""
+    sections: list[dict[str, Any]] = []
+    """Tables and figures of the report; default: what fits the arms."""
+
+    def path(self) -> Path:
+        """The comparison's folder."""
+        return Path(self.folder) if self.folder else Path("runs") / self.name
+
+    def lineage(self, arm: str) -> list[str]:
+        """The arms from the base to this one."""
+        table = self.arms[arm]
+        return [*(self.lineage(table.after) if table.after else []), arm]
+
+    def stage(self, arm: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The table of an arm's training stage, without a budget."""
+        table = self.arms[arm]
+        return {**(self.sft if table.kind == "sft" else self.rl), **table.settings, **chosen}
+
+    def test(self) -> Eval:
+        """The resolved [eval]."""
+        return Eval.model_validate(self.eval)
+
+
+def shipped_comparisons() -> dict[str, Path]:
+    """The comparisons that come with the package, by name."""
+    folder = Path(str(resources.files("thence.compare") / "recipes"))
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
+    """Read a comparison.
+
+    Args:
+        origin: a TOML file, the name of a shipped comparison, or the tables as a mapping. Data files that the tables
+            name relatively are looked for from the working directory.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, or arms that cannot be run.
+    """
+    if isinstance(origin, Mapping):
+        file, tables = None, dict(origin)
+    else:
+        path = shipped_comparisons().get(str(origin), Path(origin))
+        file, tables = str(path), _read(path, str(origin))
+    try:
+        recipe = ComparisonRecipe.model_validate(tables)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        problem = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            problem, remedy="`thence compare --fields` lists all", file=file, field=field or None
+        ) from None
+    _check_names(recipe, file)
+    _check_stages(recipe, file)
+    return _with_absolute_paths(recipe)
+
+
+def _read(path: Path, asked: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        names = ", ".join(shipped_comparisons())
+        raise RecipeError(f"no comparison {asked!r}", remedy=f"give a TOML file, or one of: {names}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", remedy="mend this line", file=path) from None
+
+
+def _check_names(recipe: ComparisonRecipe, file: str | None) -> None:
+    def refuse(problem: str, field: str) -> RecipeError:
+        return RecipeError(problem, remedy=f"arms are: {', '.join(recipe.arms)}", file=file, field=field)
+
+    if recipe.reference not in recipe.arms:
+        raise refuse(f"no arm {recipe.reference!r}", "reference")
+    for name, arm in recipe.arms.items():
+        for field, other in (("after", arm.after), ("like", arm.like)):
+            if other and other not in recipe.arms:
+                raise refuse(f"no arm {other!r}", f"arms.{name}.{field}")
+        seen, at = {name}, arm.after
+        while at:
+            if at in seen:
+                raise refuse("the arm comes after itself", f"arms.{name}.after")
+            seen.add(at)
+            at = recipe.arms[at].after
+        if arm.grid and arm.like:
+            raise refuse("an arm has a grid, or is tuned like another", f"arms.{name}.like")
+        if arm.like and (recipe.arms[arm.like].like or recipe.arms[arm.like].kind != arm.kind):
+            raise refuse("`like` names an arm of the same kind with settings of its own", f"arms.{name}.like")
+        if not arm.kind and (arm.settings or arm.grid or arm.after):
+            raise refuse("an arm that trains has a kind: sft or rl", f"arms.{name}.kind")
+        if any(not values for values in arm.grid.values()):
+            raise refuse("nothing to try", f"arms.{name}.grid")
+    if set(recipe.seeds) & set(recipe.tuning.seeds) and any(arm.grid for arm in recipe.arms.values()):
+        raise RecipeError(
+            "a seed is tuned on and reported", remedy="give tuning its own seeds", file=file, field="tuning.seeds"
+        )
+
+
+def _check_stages(recipe: ComparisonRecipe, file: str | None) -> None:
+    """Every stage with every value of its grid makes a recipe, or an error that names the arm."""
+    for name, chosen, tables in all_stages(recipe):
+        try:
+            build_recipe(tables)
+        except UserError as error:
+            raise RecipeError(
+                f"{error.problem}{f' (with {chosen})' if chosen else ''}",
+                remedy=error.remedy,
+                file=file,
+                field=f"arms.{name}: {error.field}" if error.field else f"arms.{name}",
+            ) from None
+
+
+def all_stages(recipe: ComparisonRecipe) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Of every arm and value of its grid: its name, the value, and a recipe's tables with its stage."""
+    for name, arm in recipe.arms.items():
+        for chosen in arm.candidates():
+            stages = [*([arm.kind] if arm.kind else []), "eval"]
+            tables: dict[str, Any] = {
+                "stages": stages,
+                "model": {**recipe.model, "path": "base"},
+                "data": recipe.data,
+                "eval": recipe.eval,
+            }
+            if arm.kind:
+                tables[arm.kind] = recipe.stage(name, chosen)
+            yield name, chosen, tables
+
+
+def resolved_stage(recipe: ComparisonRecipe, arm: str) -> Recipe:
+    """An arm's stage as a whole recipe, at the first value of its grid."""
+    return next(build_recipe(tables) for name, _, tables in all_stages(recipe) if name == arm)
+
+
+def _with_absolute_paths(recipe: ComparisonRecipe) -> ComparisonRecipe:
+    """Workers run elsewhere: files are named from the root."""
+
+    def absolute(table: Mapping[str, Any]) -> dict[str, Any]:
+        sources = table.get("source")
+        if sources is None:
+            return dict(table)
+        names = [sources] if isinstance(sources, str) else sources
+        return {**table, "source": [str(Path(name).resolve()) if Path(name).exists() else name for name in names]}
+
+    def of_stage(table: Mapping[str, Any]) -> dict[str, Any]:
+        own = {**table, "data": absolute(table["data"])} if "data" in table else dict(table)
+        if "splits" in own:
+            own["splits"] = {name: absolute(split) for name, split in own["splits"].items()}
+        return own
+
+    return recipe.model_copy(
+        update={
+            "data": absolute(recipe.data),
+            "sft": of_stage(recipe.sft),
+            "rl": of_stage(recipe.rl),
+            "eval": of_stage(recipe.eval),
+            "tuning": recipe.tuning.model_copy(update={"eval": of_stage(recipe.tuning.eval)}),
+        }
+    )

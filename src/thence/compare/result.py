@@ -1,0 +1,254 @@
+"""What a comparison found, as plain records: what its report, its JSON and its CSV are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thence.errors import UserError
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm as its recipe describes it.
+
+    Args:
+        name: key in the recipe.
+        title: what tables call it.
+        group: heading under which tables put it, for example ``Mixed policy from base``.
+        after: the arm whose model it starts from; empty: the base.
+        kind: ``sft``, ``rl``, or empty for an arm that trains nothing.
+        method: name of its method; empty where nothing is trained.
+        fault: names of its faults.
+        accumulation: micro-batches of one rank in a step that the faults cut.
+        tries: settings tried for it, and for each it starts from, before the reported seeds.
+        reconstruction: whether the method's source leaves something open.
+        paper: what the paper reports, by base name; shown beside, never compared with.
+        note: one line for the reader.
+    """
+
+    name: str
+    title: str
+    group: str = ""
+    after: str = ""
+    kind: str = ""
+    method: str = ""
+    fault: tuple[str, ...] = ()
+    accumulation: int = 0
+    tries: int = 1
+    reconstruction: bool = False
+    paper: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A test set at a temperature."""
+
+    split: str
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run on one column.
+
+    Args:
+        right: right samples of each problem; problems are in the same order in every run of a base and seed.
+        samples: samples for each problem.
+        mean_tokens: mean length of a response.
+        truncated, unknown: responses without an end token, and without a verdict.
+    """
+
+    column: Column
+    right: tuple[int, ...]
+    samples: int
+    mean_tokens: float
+    truncated: int
+    unknown: int
+
+    @property
+    def accuracy(self) -> float:
+        """avg@samples, between 0 and 1."""
+        return sum(self.right) / (len(self.right) * self.samples)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What training cost.
+
+    Args:
+        steps: optimizer steps for SFT, rollout batches for RL.
+        trained_tokens, generated_tokens: tokens.
+        rule_flops: 6N a trained token, 2N a generated one.
+        executed_flops: prompts, attention, output head and scoring passes included; None where the model's family
+            cannot be counted.
+        seconds: wall time of the steps.
+    """
+
+    steps: int
+    trained_tokens: int
+    generated_tokens: int
+    rule_flops: float
+    executed_flops: float | None
+    seconds: float
+
+    def __add__(self, other: Spent) -> Spent:
+        executed = None
+        if self.executed_flops is not None and other.executed_flops is not None:
+            executed = self.executed_flops + other.executed_flops
+        return Spent(
+            self.steps + other.steps,
+            self.trained_tokens + other.trained_tokens,
+            self.generated_tokens + other.generated_tokens,
+            self.rule_flops + other.rule_flops,
+            executed,
+            self.seconds + other.seconds,
+        )
+
+
+NOTHING = Spent(0, 0, 0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm from one base with one seed, measured on the test sets.
+
+    Args:
+        settings: values that tuning chose, for example ``{"lr": 2e-4}``.
+        spent: of the whole way from the base, earlier arms included; the base's own training not.
+        own: of the arm's own stage alone.
+        curve: quantities of the arm's own stage by name (``step``, ``loss``, ``grad_norm``, ``reward``, ``entropy``,
+            ``response_tokens``, ``flops``), one value a step; empty where nothing was trained.
+        folder: where the run's files are, relative to the comparison's folder.
+    """
+
+    arm: str
+    base: str
+    seed: int
+    settings: Mapping[str, Any]
+    spent: Spent
+    own: Spent
+    measured: tuple[Measured, ...]
+    curve: Mapping[str, tuple[float | None, ...]]
+    folder: str = ""
+
+    def on(self, column: Column) -> Measured | None:
+        """Its measurement in a column."""
+        return next((m for m in self.measured if m.column == column), None)
+
+
+@dataclass(frozen=True)
+class Try:
+    """One setting tried on the dev split: the mean accuracy over the tuning seeds, between 0 and 1."""
+
+    arm: str
+    base: str
+    settings: Mapping[str, Any]
+    accuracy: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not end, and why."""
+
+    arm: str
+    base: str
+    seed: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of it; finished or not.
+
+    Args:
+        reference: the arm that paired differences are taken to.
+        budget: for the reader, for example ``2e12 FLOPs``.
+        columns: the first is the headline.
+        pending: runs that are still to come.
+        sections: the tables and figures that the recipe asks for, see :mod:`thence.compare.sections`.
+    """
+
+    name: str
+    description: str
+    reference: str
+    budget: str
+    bases: tuple[str, ...]
+    seeds: tuple[int, ...]
+    columns: tuple[Column, ...]
+    arms: tuple[Arm, ...]
+    runs: tuple[Run, ...] = ()
+    tries: tuple[Try, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    pending: int = 0
+    sections: tuple[Mapping[str, Any], ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def runs_of(self, arm: str, base: str) -> list[Run]:
+        """The finished runs of an arm on a base, by seed."""
+        return sorted((r for r in self.runs if (r.arm, r.base) == (arm, base)), key=lambda r: r.seed)
+
+
+def to_json(comparison: Comparison) -> str:
+    """The records as JSON; :func:`from_json` reads them back."""
+    return json.dumps(asdict(comparison), indent=1) + "\n"
+
+
+def from_json(text: str) -> Comparison:
+    """Read what :func:`to_json` wrote. Raises KeyError, TypeError or ValueError where it is something else."""
+    plain = json.loads(text)
+
+    def column(value: Mapping[str, Any]) -> Column:
+        return Column(**value)
+
+    def measured(value: Mapping[str, Any]) -> Measured:
+        return Measured(**{**value, "column": column(value["column"]), "right": tuple(value["right"])})
+
+    def run(value: Mapping[str, Any]) -> Run:
+        parts = {
+            "spent": Spent(**value["spent"]),
+            "own": Spent(**value["own"]),
+            "measured": tuple(measured(m) for m in value["measured"]),
+            "curve": {name: tuple(values) for name, values in value["curve"].items()},
+        }
+        return Run(**{**value, **parts})
+
+    parts = {
+        "bases": tuple(plain["bases"]),
+        "seeds": tuple(plain["seeds"]),
+        "columns": tuple(column(c) for c in plain["columns"]),
+        "arms": tuple(Arm(**{**a, "fault": tuple(a["fault"])}) for a in plain["arms"]),
+        "runs": tuple(run(r) for r in plain["runs"]),
+        "tries": tuple(Try(**t) for t in plain["tries"]),
+        "failures": tuple(Failure(**f) for f in plain["failures"]),
+        "sections": tuple(plain["sections"]),
+    }
+    return Comparison(**{**plain, **parts})
+
+
+def read_results(folder: Path) -> Comparison:
+    """The results that a comparison wrote into its folder.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    path = folder / RESULTS
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no comparison has left its results here", remedy="run `thence compare`", file=path) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the results cannot be read: {error}", remedy="run `thence compare` again", file=path
+        ) from None

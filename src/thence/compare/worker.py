@@ -1,0 +1,84 @@
+"""A process that runs one job after the other, and never outlives the comparison that started it.
+
+Speaks JSON lines: jobs come on standard input; ``{"progress": ...}``, ``{"done": ...}`` and ``{"failed": ...}`` go out
+on standard output. Whatever libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+PROGRESS_EVERY = 1.0  # seconds
+
+
+class Teller:
+    """A watcher of the pipeline that tells the comparison which step a job has reached."""
+
+    def __init__(self, out: TextIO):
+        self.out, self.stage_name, self.total, self.done, self.told = out, "", 0, 0, 0.0
+
+    def tell(self, **message: Any) -> None:
+        """Send one message."""
+        self.out.write(json.dumps(message) + "\n")
+        self.out.flush()
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        self.stage_name, self.total, self.done = name, total, done
+        self.tell(progress=[name, done, total])
+
+    def step(self, facts: Mapping[str, Any]) -> None:
+        import time
+
+        self.done += 1
+        if time.monotonic() - self.told > PROGRESS_EVERY:
+            self.told = time.monotonic()
+            self.tell(progress=[self.stage_name, self.done, self.total])
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def main() -> None:
+    """Run jobs until standard input ends; then end at once, in the middle of a job too."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    while True:
+        _work(jobs.get(), Teller(out))
+
+
+def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        jobs.put(json.loads(line))
+    os._exit(0)  # a run can be killed at any moment and taken up again
+
+
+def _work(tables: dict[str, Any], teller: Teller) -> None:
+    from thence.compare.summary import summarise
+    from thence.errors import UserError
+    from thence.pipeline.run import run
+
+    try:
+        folder = run(tables, watcher=teller)
+        if "eval" in tables["stages"]:
+            summarise(Path(folder))
+    except UserError as error:
+        teller.tell(failed=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        teller.tell(failed=f"{type(error).__name__}: {error}")
+    else:
+        teller.tell(done=True)
+
+
+if __name__ == "__main__":
+    main()
