@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from thence.verify.boxed import last_boxed, normal_form
 from thence.verify.verdict import Grade, right, unknown, wrong
 
-Rule = Literal["plain", "after_think"]
+Rule = Literal["plain", "after_think", "boxed"]
 
 EXTRACTED_CHARS = 500
 
@@ -22,11 +23,30 @@ def graded_part(response: str, rule: Rule) -> str | None:
     after_think: what stands between the first and the second `</think>` (reward version 3 of the same code, the one
     that LUFFY and ReLIFT train with). The opening `<think>` belongs to the prompt there and counts as given, so that
     only a response without `</think>`, for example one that was cut off while thinking, has no part to grade.
+    boxed: the last `\\boxed{...}` alone (reward version 6, the one of HPT and its baselines). A response without a box
+    has no part to grade, whatever it says.
     """
     if rule == "plain":
         return response
+    if rule == "boxed":
+        inside = last_boxed(response)
+        return None if inside is None else f"\\boxed{{{inside}}}"
     pieces = response.split("</think>", 2)
     return pieces[1] if len(pieces) > 1 else None
+
+
+def grade_by_text(part: str, answer: str, rule: Rule) -> Grade | None:
+    """RIGHT where a rule also takes answers that are written alike, and these are; None leaves it to `grade_math`.
+
+    Only `boxed` does: an answer that no parser can read (a name, a set in words) is right when its normal form is the
+    gold answer's.
+    """
+    if rule != "boxed":
+        return None
+    inside = last_boxed(part)
+    if inside is None or not (normal := normal_form(inside)) or normal != normal_form(answer):
+        return None
+    return right(inside[:EXTRACTED_CHARS])
 
 
 def grade_math(text: str, answer: str) -> Grade:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from thence.errors import UserError
-from thence.verify.math import Rule, graded_part
+from thence.verify.math import Rule, grade_by_text, graded_part
 from thence.verify.process import WorkerProcess
 from thence.verify.verdict import Grade, from_plain, unknown, wrong
 
@@ -196,6 +196,8 @@ class _Job:
                 self.grades[index] = unknown("no gold answer")
             elif part is None:
                 self.grades[index] = wrong(None, "no answer given")
+            elif alike := grade_by_text(part, item.answer, item.rule):
+                self.grades[index] = alike
             else:
                 self.texts[index] = part[-MAX_CHARS:], item.answer
                 if len(part) > MAX_CHARS:

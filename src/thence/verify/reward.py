@@ -23,7 +23,8 @@ RewardFunction = Callable[[str, str, str | None], float | None]
 """`def reward(prompt, response, answer)`: a finite number, or None where it cannot tell."""
 
 SIGNATURE = "def reward(prompt: str, response: str, answer: str | None) -> float | None"
-MATH_RULES: dict[str, Rule] = {"math": "plain", "math-after-think": "after_think"}
+MATH_RULES: dict[str, Rule] = {"math": "plain", "math-after-think": "after_think", "math-boxed": "boxed"}
+"""Reward versions 4, 3 and 6 of the LUFFY and HPT code, in this order: see `thence.verify.math.graded_part`."""
 
 
 class Grader(ABC):
@@ -109,7 +110,7 @@ def load_reward(spec: str, *, seconds: float = 10.0, workers: int | None = None,
     """The grader that a recipe's `reward` names.
 
     Args:
-        spec: `exact`, `math`, `math-after-think`, or an own function: `package.module:function` or
+        spec: `exact`, `math`, `math-after-think`, `math-boxed`, or an own function: `package.module:function` or
             `path/to/file.py:function`, with the signature `reward(prompt, response, answer) -> float | None`.
         seconds, workers, memory_mb: limits of `GradingPool`; own functions run in this process, without limits.
 

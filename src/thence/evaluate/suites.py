@@ -1,0 +1,245 @@
+"""Suites: which benchmarks are measured, where their problems come from, how they are asked, sampled and graded.
+
+A suite is a small TOML file: a name, a description, `[defaults]` for all tasks, and one `[[tasks]]` each. The shipped
+ones lie in the folder `suites`. Nothing here imports torch or reads data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
+from thence.errors import RecipeError, UserError
+from thence.recipe import Section, parse_value
+
+WORLD = "world:chain"
+OWN = "own"
+TEMPLATES: dict[str, str] = {
+    "question": "{question}",
+    "boxed": "{question}\n\nThink step by step and put the final answer in \\boxed{}.",
+    "letter": "{question}\n\nThink step by step and put only the letter of the right option in \\boxed{}.",
+    "steps": "User: {question}\nAnswer: Let's think step by step.\n",
+}
+"""Named prompt templates. `steps` is the plain prompt of Llama base models in arXiv 2504.14945, without system text."""
+
+PLAIN = frozenset({"steps"})
+
+
+class Task(Section):
+    """One benchmark of a suite. The defaults of sampling are those of section 4 of arXiv 2604.23747."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Short name, for tables and file names."""
+    title: str = ""
+    """Name for readers; default: `name`."""
+    group: str = ""
+    """Tasks of a group are averaged: ID (in distribution), OOD (out of distribution) or any other word."""
+    source: str = ""
+    """Hugging Face data set, `owner/name` or `owner/name:config`, for when no file is found; or `world:chain`."""
+    split: str = "test"
+    """Split of `source`."""
+    files: tuple[str, ...] = ()
+    """Names looked for in the folder given as --data, in this order. In an own suite also beside its TOML file."""
+    columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Renames: field = column. Fields are those of data sets, and `options` (a list, or several columns) and
+    `answer_index`. A rename whose column a file lacks is not applied to it."""
+    filter: dict[str, str] = Field(default_factory=dict)
+    """Of `files`, only rows with these values: column = value."""
+    template: str = OWN
+    """own: the data set's messages, or its question. Else a name (question, boxed, letter, steps) or a text with
+    {question}, and perhaps {options}, that takes the place of the whole conversation."""
+    plain: bool = False
+    """The text of `template` is given to the model as it is, without a chat template."""
+    system: str | None = None
+    """System message put before every prompt that has none; an empty text removes the data set's own."""
+    problems: int | None = Field(default=None, ge=1)
+    """How many problems `world:chain` makes."""
+    choices: bool = False
+    """Multiple choice: the lenient letter rule is a second column."""
+    shuffle_options: bool = False
+    """Put the options into a random order that follows from `data_seed` and the problem."""
+    data_seed: int = 0
+    """Seed of that order and of the problems of `world:chain`; another sampling seed does not change the problems."""
+    samples: int = Field(default=1, ge=1)
+    """Responses for each problem: the score is avg@samples."""
+    temperature: float = Field(default=0.6, ge=0)
+    """Of sampling; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1: off."""
+    max_tokens: int = Field(default=8192, ge=1)
+    """Longest response."""
+    grader: str = "math"
+    """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
+    seed: int = 0
+    """Every random number of sampling follows from it."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Task:
+        if not self.source and not self.files:
+            raise ValueError("no data: set files or source")
+        if self.source == WORLD and self.problems is None:
+            raise ValueError("world:chain makes as many problems as asked: set problems")
+        if self.template != OWN and "{question}" not in self.template_text:
+            names = ", ".join((OWN, *TEMPLATES))
+            raise ValueError(f"template is neither one of {names} nor a text with {{question}}")
+        if self.is_plain and self.system:
+            raise ValueError(
+                "a plain template has no system message: write it into the template, and set system to an empty text"
+            )
+        return self
+
+    @property
+    def template_text(self) -> str:
+        """The text behind `template` where it is a name."""
+        return TEMPLATES.get(self.template, self.template)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether prompts made by the template go to the model without a chat template."""
+        return self.template != OWN and (self.plain or self.template in PLAIN)
+
+
+class Suite(Section):
+    """A named list of tasks."""
+
+    name: str
+    """Name for folders and tables."""
+    description: str = ""
+    """One line, shown by `thence eval --list`."""
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    """The benchmarks, in the order of the table."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Suite:
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks are called {', '.join(twice)}")
+        return self
+
+
+def shipped_suites() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    folder = Path(str(resources.files("thence") / "evaluate" / "suites"))
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def load_suite(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Suite:
+    """A shipped suite, a suite of the user's (TOML), or a data file (JSONL, Parquet) as a suite of one task.
+
+    Args:
+        name_or_file: name of a shipped suite, or a path.
+        overrides: `field` for all tasks or `task.field` for one, to values; texts are parsed as TOML values. `tasks`
+            takes the names of the tasks to keep.
+
+    Raises:
+        RecipeError: no such suite, not valid TOML, an unknown key or task, a value that makes no sense.
+    """
+    shipped = shipped_suites()
+    path = shipped.get(name_or_file, Path(name_or_file).expanduser())
+    lowered = path.name.lower()
+    if lowered.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES):
+        tables = _of_data_file(path)
+    else:
+        tables = _read(name_or_file, path, shipped)
+    tables["tasks"] = _with_overrides(_tasks(tables, path), overrides or {}, path)
+    tables.pop("defaults", None)
+    return _suite(tables, path)
+
+
+def _of_data_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError("no such file", remedy="check the path; relative paths start at the current folder", file=path)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.partition(".")[0]).strip("-_") or "own"
+    task = {"name": name, "files": [str(path.resolve())]}
+    return {"name": name, "description": f"the problems of {path}", "tasks": [task]}
+
+
+def _read(name: str, path: Path, shipped: Mapping[str, Path]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        near = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(
+            f"no suite {name!r}",
+            remedy=f"{hint}give one of {', '.join(shipped)}, an own TOML file, or a .jsonl or .parquet file",
+            field="--suite",
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        at = re.search(r"line (\d+)", str(error))
+        line = int(at.group(1)) if at else None
+        raise RecipeError(f"not valid TOML: {error}", remedy="mend this line", file=path, line=line) from None
+
+
+def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The tables of the tasks with the defaults under them, and files that lie beside the TOML file found."""
+    defaults, tasks = tables.get("defaults", {}), tables.get("tasks", [])
+    if not isinstance(defaults, dict):
+        raise RecipeError("defaults is not a table", remedy="write [defaults]", file=path, field="defaults")
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise RecipeError("tasks is not a list of tables", remedy="write [[tasks]]", file=path, field="tasks")
+    merged = [{**defaults, **task} for task in tasks]
+    for task in merged:
+        files = task.get("files", ())
+        beside = {name: path.resolve().parent / name for name in files if isinstance(name, str)}
+        task["files"] = [str(beside[name]) if name in beside and beside[name].is_file() else name for name in files]
+    return merged
+
+
+def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    values = {name: parse_value(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    names = [str(task.get("name")) for task in tasks]
+    if (chosen := values.pop("tasks", None)) is not None:
+        wanted = [chosen] if isinstance(chosen, str) else list(chosen)
+        for name in wanted:
+            _check_task(name, names, path, "tasks")
+        tasks = [task for task in tasks if task.get("name") in wanted]
+    # What holds for all tasks goes first, so that what is said of one task wins whatever the order.
+    for dotted, value in sorted(values.items(), key=lambda item: "." in item[0]):
+        name, _, field = dotted.rpartition(".")
+        if name:
+            _check_task(name, names, path, dotted)
+        for task in tasks:
+            if not name or task.get("name") == name:
+                task[field.replace("-", "_")] = value
+    return tasks
+
+
+def _check_task(name: str, names: list[str], path: Path, field: str) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"no task {name!r}", remedy=f"{hint}tasks are: {', '.join(names)}", file=path, field=field)
+
+
+def _suite(tables: Mapping[str, Any], path: Path) -> Suite:
+    try:
+        return Suite.model_validate({"name": path.stem, **tables})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, kind, known = [], Suite, list(Suite.model_fields)
+        for part in first["loc"]:
+            if isinstance(part, int):
+                part, kind, known = str(tables["tasks"][part].get("name", part + 1)), Task, list(Task.model_fields)
+            place.append(str(part))
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(place[-1], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields are: {', '.join(known)}"
+            raise RecipeError("unknown key", remedy=hint, file=path, field=".".join(place)) from None
+        shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        described = kind.model_fields.get(place[-1]) if place else None
+        remedy = f"{place[-1]}: {described.description}" if described and described.description else "mend the suite"
+        raise RecipeError(
+            first["msg"].removeprefix("Value error, ") + shown,
+            remedy=" ".join(remedy.split()),
+            file=path,
+            field=".".join(place) or None,
+        ) from None
