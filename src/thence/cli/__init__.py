@@ -14,8 +14,10 @@ thence: SFT, thence RL. Post-train language models to reason, correct by constru
   thence run RECIPE --dry-run                   the resolved recipe, its budget and memory; trains nothing
   thence recipes                                the recipes that come with thence
   thence methods [NAME]                         the training methods, or one explained
-  thence sample RUN                             prompts with the model's responses and verdicts
+  thence compare COMPARISON                     arms x bases x seeds at equal FLOPs, with intervals
+  thence sample FOLDER                          prompts with the model's responses and verdicts
   thence report RUN                             write the report page again and print the table
+  thence eval MODEL --suite NAME                measure a model on benchmarks; --compare two, --regrade one
   thence audit TARGET                           what weight does a trainer really give to every token?
   thence doctor                                 environment, versions, known-bad versions of other stacks
   thence --version
@@ -55,10 +57,14 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from thence.cli.recipes import recipes_command as command
     elif name == "methods":
         from thence.cli.methods import methods_command as command
+    elif name == "compare":
+        from thence.cli.compare import compare_command as command
     elif name == "sample":
         from thence.cli.sample import sample_command as command
     elif name == "report":
         from thence.cli.report import report_command as command
+    elif name == "eval":
+        from thence.cli.eval import eval_command as command
     elif name == "audit":
         from thence.cli.audit import audit_command as command
     elif name == "doctor":

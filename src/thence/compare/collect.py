@@ -8,10 +8,11 @@ from functools import reduce
 from operator import add
 
 from thence.compare.plan import Need, Planner
-from thence.compare.recipe import ComparisonRecipe
+from thence.compare.recipe import Base, ComparisonRecipe
 from thence.compare.result import NOTHING, Arm, Column, Comparison, Failure, Run, Try
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
+from thence.recipe import load_recipe
 
 
 def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
@@ -37,8 +38,15 @@ def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
         failures=tuple(failures),
         pending=sum(not everything.is_done(need) for need in needs),
         sections=tuple(recipe.sections),
-        environment=environment("cpu"),
+        environment={**environment("cpu"), "bases": {name: origin_of(base) for name, base in recipe.bases.items()}},
     )
+
+
+def origin_of(base: Base) -> str:
+    """Where a base comes from: its path, or what the recipe that pretrains it is trained on."""
+    if base.path is not None:
+        return base.path
+    return ", ".join(load_recipe(str(base.recipe)).data.source)
 
 
 def arm_of(recipe: ComparisonRecipe, name: str) -> Arm:

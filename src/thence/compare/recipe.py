@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from thence.compare.sections import read_section
 from thence.errors import RecipeError, UserError
 from thence.recipe import Eval, Recipe, Section, build_recipe
 
@@ -197,6 +198,8 @@ def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
         ) from None
     _check_names(recipe, file)
     _check_stages(recipe, file)
+    for i, section in enumerate(recipe.sections):
+        read_section(section, recipe.arms, recipe.bases, where=f"sections.{i}")
     return _with_absolute_paths(recipe)
 
 
@@ -287,6 +290,9 @@ def _with_absolute_paths(recipe: ComparisonRecipe) -> ComparisonRecipe:
 
     def of_stage(table: Mapping[str, Any]) -> dict[str, Any]:
         own = {**table, "data": absolute(table["data"])} if "data" in table else dict(table)
+        file, colon, function = str(own.get("reward", "")).rpartition(":")
+        if colon and Path(file).is_file():
+            own["reward"] = f"{Path(file).resolve()}:{function}"
         if "splits" in own:
             own["splits"] = {name: absolute(split) for name, split in own["splits"].items()}
         return own
