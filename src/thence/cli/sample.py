@@ -1,8 +1,8 @@
-"""``thence sample``: look at what a model of a run says."""
+"""``thence sample``: look at what a model of a run, or of an evaluation, says."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,15 +14,19 @@ from thence.errors import UserError
 from thence.pipeline.folder import read_jsonl
 
 HELP = """\
-thence sample RUN [--stage NAME] [--n 5] [--verdict right|wrong|unknown]
+thence sample FOLDER [--n 5] [--verdict right|wrong|unknown] [--stage NAME]
+                     [--task NAME] [--problem KEY] [--grader NAME]
 
-Print prompts with the model's responses and verdicts, from what the run kept."""
+Print prompts with the model's responses and verdicts: of a run (--stage), or of an evaluation (--task; --problem with
+the first letters of a problem's key shows its samples; --grader letter shows the lenient letter rule)."""
 COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow"}
-OPTIONS = ("--stage", "--n", "--verdict")
+OF_RUNS, OF_EVALUATIONS = ("--stage",), ("--task", "--problem", "--grader")
+OPTIONS = ("--n", "--verdict", *OF_RUNS, *OF_EVALUATIONS)
+VERDICTS = ("right", "wrong", "unknown", "ungraded")
 
 
 def sample_command(argv: Sequence[str]) -> int:
-    """Print kept samples of a run's stages."""
+    """Print kept samples of a run's stages or an evaluation's tasks."""
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return 0
@@ -36,25 +40,31 @@ def sample_command(argv: Sequence[str]) -> int:
             rest.pop(at)
     positional, _, _ = split_flags(rest, ())
     if len(positional) != 1 or not chosen.get("--n", "5").isdigit():
-        raise UserError("thence sample takes one run", remedy=HELP.splitlines()[0])
-    folder = existing_run(positional[0])
-    stages = _stages_with_samples(folder, chosen.get("--stage"))
-    console = Console()
-    shown = 0
-    for stage in stages:
-        lines = read_jsonl(folder / "stages" / stage / "samples.jsonl")
-        lines = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
+        raise UserError("thence sample takes one run or evaluation", remedy=HELP.splitlines()[0])
+    if chosen.get("--verdict", "right") not in VERDICTS:
+        raise UserError("no such verdict", remedy=f"give one of {', '.join(VERDICTS)}", field="--verdict")
+    evaluation = _evaluation(positional[0])
+    folder = evaluation or existing_run(positional[0])
+    for option in OF_RUNS if evaluation else OF_EVALUATIONS:
+        if option in chosen:
+            kind = "an evaluation" if evaluation else "a run"
+            raise UserError(f"{option} is not for {kind}", remedy="leave it out", file=folder, field=option)
+    console, shown = Console(), 0
+    for name, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
+        found = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
         # spread over the file, so that every split and temperature has its turn
         n = int(chosen.get("--n", "5"))
-        for line in lines[:: max(1, len(lines) // max(1, n))][:n]:
-            _show(console, stage, line)
+        for line in found[:: max(1, len(found) // max(1, n))][:n]:
+            _show(console, name, line)
             shown += 1
     if not shown:
-        raise UserError("no such samples", remedy="leave out --verdict or --stage", file=folder)
+        given = ", ".join(option for option in chosen if option != "--n") or "the filters"
+        raise UserError("no such samples", remedy=f"leave out {given}", file=folder)
     return 0
 
 
-def _stages_with_samples(folder: Path, wanted: str | None) -> list[str]:
+def _run(folder: Path, wanted: str | None) -> Iterator[tuple[str, list[dict]]]:
+    """The kept samples of a run, stage by stage. Raises UserError."""
     found = [path.parent.name for path in sorted(folder.glob("stages/*/samples.jsonl"))]
     if wanted is not None and wanted not in found:
         raise UserError(
@@ -62,7 +72,46 @@ def _stages_with_samples(folder: Path, wanted: str | None) -> list[str]:
             remedy=f"stages with samples: {', '.join(found) or 'none yet'}",
             file=folder,
         )
-    return [wanted] if wanted is not None else found
+    for stage in [wanted] if wanted is not None else found:
+        yield stage, read_jsonl(folder / "stages" / stage / "samples.jsonl")
+
+
+def _evaluation(name: str) -> Path | None:
+    """The folder of an evaluation by path or by its name under ``evals/``; None where there is none."""
+    return next((f for f in (Path(name), Path("evals") / name) if (f / "evaluation.toml").is_file()), None)
+
+
+def _evaluated(folder: Path, chosen: dict[str, str]) -> Iterator[tuple[str, list[dict]]]:
+    """The samples of an evaluation with their last grades, task by task. Raises UserError."""
+    from thence.evaluate.store import Store
+
+    store = Store(folder)
+    tasks = store.settings().tasks
+    wanted = chosen.get("--task")
+    if wanted is not None and wanted not in tasks:
+        raise UserError(f"no task {wanted!r} here", remedy=f"tasks: {', '.join(tasks)}", file=folder, field="--task")
+    for name in [wanted] if wanted is not None else tasks:
+        grades = store.graded(name, chosen.get("--grader", tasks[name].grader))
+        lines = []
+        for sample in store.samples(name):
+            grade = grades.get(sample.place)
+            if not sample.problem.startswith(chosen.get("--problem", "")):
+                continue
+            lines.append(
+                {
+                    "verdict": grade.verdict if grade else "ungraded",
+                    "split": f"problem {sample.problem} sample {sample.sample}",
+                    "tokens": "?" if sample.tokens is None else sample.tokens,
+                    "finish": sample.finish,
+                    "temperature": tasks[name].temperature,
+                    "prompt": "\n\n".join(content for _, content in sample.prompt),
+                    "response": sample.text,
+                    "answer": sample.answer,
+                    "extracted": grade.extracted if grade else None,
+                    "reason": f"{grade.reason} ({grade.grader}, {grade.version})" if grade and grade.reason else "",
+                }
+            )
+        yield name, lines
 
 
 def _show(console: Console, stage: str, line: dict) -> None:

@@ -1,0 +1,303 @@
+"""``thence eval``: measure a model on benchmarks, compare two evaluations, grade one again."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thence.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from thence.evaluate.backends import Backend
+    from thence.evaluate.store import Settings, Store
+
+USAGE = """\
+thence eval MODEL --suite NAME [--data DIR] [--limit N] [--samples K] [--folder OUT]
+       thence eval --endpoint URL [--model-name NAME] --suite NAME ...
+       thence eval --compare A B
+       thence eval --regrade FOLDER [--grader NAME]
+       thence eval --list"""
+EPILOG = """\
+MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
+package:NAME, or a GGUF file. NAME of a suite is one of `thence eval --list`, a TOML file, or a .jsonl or .parquet file.
+Run again after a crash or Ctrl-C: it goes on where it was. `thence sample FOLDER` shows what the model said."""
+FIELDS = ("samples", "temperature", "top_p", "max_tokens", "seed", "grader", "template", "system")
+
+
+def eval_command(argv: Sequence[str]) -> int:
+    """Run, compare, regrade or list."""
+    args = _parser().parse_args(list(argv))
+    if args.list:
+        return _list()
+    if args.compare:
+        return _compare(args)
+    if args.regrade:
+        return _regrade(args)
+    return _evaluate(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="thence eval",
+        usage=USAGE,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="what is measured")
+    add("--suite", metavar="NAME", help="the benchmarks")
+    add("--data", metavar="DIR", type=Path, help="folder (or file) with the benchmarks' data; default: the hub")
+    add("--limit", metavar="N", type=_count, help="only the first N problems of every task")
+    add("--folder", metavar="OUT", type=Path, help="where everything is kept; default: evals/SUITE-MODEL")
+    add("--set", metavar="[TASK.]FIELD=VALUE", action="append", default=[], help="any other field of the tasks")
+    tasks = parser.add_argument_group("fields of all tasks (default: the suite's)")
+    tasks.add_argument("--tasks", metavar="A,B", help="only these tasks")
+    tasks.add_argument("--samples", metavar="K", help="responses for each problem")
+    tasks.add_argument("--temperature", metavar="T", help="of sampling; 0 is greedy")
+    tasks.add_argument("--top-p", metavar="P", help="nucleus sampling; 1: off")
+    tasks.add_argument("--max-tokens", metavar="N", help="longest response")
+    tasks.add_argument("--seed", metavar="N", help="of sampling")
+    tasks.add_argument("--grader", metavar="NAME", help="exact, math, math-after-think, math-boxed, or an own function")
+    tasks.add_argument("--template", metavar="NAME", help="own, question, boxed, letter, steps or text with {question}")
+    tasks.add_argument("--system", metavar="TEXT", help="system message")
+    backend = parser.add_argument_group("what generates")
+    backend.add_argument("--backend", choices=("native", "vllm", "endpoint"), help="default: native, or endpoint")
+    backend.add_argument("--chat-template", metavar="NAME", default="own", help="own, none, or a Jinja file")
+    backend.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside MODEL")
+    backend.add_argument("--rows", metavar="N", type=_count, help="responses sampled side by side (native; default 64)")
+    backend.add_argument(
+        "--endpoint", metavar="URL", help="an OpenAI-compatible server, for example http://host:8000/v1"
+    )
+    backend.add_argument("--model-name", metavar="NAME", help="the model's name on the server")
+    backend.add_argument("--key-variable", metavar="NAME", default="OPENAI_API_KEY", help="holds the server's API key")
+    backend.add_argument("--concurrency", metavar="N", type=_count, default=8, help="requests under way (default 8)")
+    backend.add_argument("--timeout", metavar="S", type=float, default=600.0, help="seconds a response may take (600)")
+    other = parser.add_argument_group("instead of measuring")
+    other.add_argument("--compare", metavar=("A", "B"), nargs=2, help="two evaluations: paired differences, B minus A")
+    other.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation again without generating")
+    other.add_argument("--list", action="store_true", help="list the shipped suites")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+    return value
+
+
+def _list() -> int:
+    from thence.evaluate.suites import load_suite, shipped_suites
+
+    for name in shipped_suites():
+        suite = load_suite(name)
+        print(f"{name}: {suite.description}")
+        for task in suite.tasks:
+            files = f"  --data files: {task.files[0]}" if task.files else ""
+            hub = f"  hub: {task.source}" if task.source else ""
+            print(f"  {task.name:<14} {task.title:<28} k = {task.samples:<3}{hub}{files}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from thence.evaluate.problems import load_problems
+    from thence.evaluate.run import evaluate
+    from thence.evaluate.show import Terminal
+
+    settings = _settings(args)
+    folder = args.folder or Path("evals") / _folder_name(settings)
+    problems = {name: load_problems(task, args.data, args.limit) for name, task in settings.tasks.items()}
+    console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console.print(f"{settings.suite}: {sum(map(len, problems.values())):,} problems, into {folder}", highlight=False)
+    try:
+        with _log_to(console), Terminal(console) as watcher:
+            store = evaluate(
+                settings,
+                problems,
+                folder,
+                _backend_maker(args, settings),
+                environment=_environment,
+                watcher=watcher,
+            )
+    except KeyboardInterrupt:
+        print(f"\nwhat was sampled is kept in {folder}", file=sys.stderr)
+        raise
+    return _present(console, store)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from thence.evaluate.origin import find_model
+    from thence.evaluate.store import Settings
+    from thence.evaluate.suites import load_suite
+
+    if not args.suite:
+        raise UserError("which benchmarks?", remedy="give --suite NAME; see `thence eval --list`", field="--suite")
+    backend = args.backend or ("endpoint" if args.endpoint else "native")
+    if (backend == "endpoint") != bool(args.endpoint):
+        remedy = "give --endpoint URL for a server, or leave it out"
+        raise UserError(f"--backend {backend} and --endpoint do not go together", remedy=remedy, field="--endpoint")
+    name = (args.model_name or args.model) if backend == "endpoint" else args.model
+    if backend != "endpoint" and args.model_name:
+        raise UserError("--model-name is for servers", remedy="leave it out", field="--model-name")
+    if not name and backend != "endpoint":
+        raise UserError("which model?", remedy="thence eval MODEL --suite NAME", field="MODEL")
+    overrides: dict[str, Any] = {f: value for f in FIELDS if (value := getattr(args, f)) is not None}
+    overrides |= dict(_assignment(text) for text in args.set)
+    if args.tasks:
+        overrides["tasks"] = args.tasks.split(",")
+    suite = load_suite(args.suite, overrides)
+    model, stage = find_model(name, args.gguf_file) if name and backend != "endpoint" else (None, None)
+    return Settings(
+        model=name or "the only one served",
+        stage=stage,
+        gguf_file=model.gguf_file if model else None,
+        backend=backend,
+        endpoint=args.endpoint,
+        chat_template=args.chat_template,
+        suite=suite.name,
+        data=None if args.data is None else str(args.data),
+        limit=args.limit,
+        tasks={task.name: task for task in suite.tasks},
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        remedy = "write --set FIELD=VALUE or --set TASK.FIELD=VALUE"
+        raise UserError(f"{text!r} sets nothing", remedy=remedy, field="--set")
+    return name, value
+
+
+def _folder_name(settings: Settings) -> str:
+    from thence.evaluate.origin import short_name
+
+    name = settings.endpoint if settings.model == "the only one served" else settings.model
+    stage = f"-{settings.stage}" if settings.stage and not settings.model.endswith(f":{settings.stage}") else ""
+    return f"{settings.suite}-{short_name(name or '')}{stage}"
+
+
+def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[], Backend]:
+    """How the backend is opened, when it turns out to be needed."""
+
+    def make() -> Backend:
+        if settings.backend == "endpoint":
+            from thence.evaluate.endpoint import EndpointBackend, EndpointSettings
+
+            return EndpointBackend(
+                EndpointSettings(
+                    args.endpoint, args.model_name or args.model, args.key_variable, args.concurrency, args.timeout
+                )
+            )
+        from thence.evaluate.origin import find_model
+
+        _quiet_libraries()
+        model, _ = find_model(settings.model, settings.gguf_file)
+        if settings.backend == "vllm":
+            from thence.evaluate.vllm_backend import VllmBackend
+
+            return VllmBackend(model, settings.chat_template)
+        from thence.evaluate.native_backend import ROWS, NativeBackend
+
+        return NativeBackend(model, settings.chat_template, args.rows or ROWS)
+
+    return make
+
+
+def _environment() -> dict[str, Any]:
+    from thence.pipeline.folder import environment
+
+    facts = environment("")
+    del facts["device"]  # the backend tells, if it knows
+    return facts
+
+
+def _regrade(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from thence.evaluate.run import regrade
+    from thence.evaluate.show import Terminal
+
+    console = Console()
+    with _log_to(console), Terminal(console) as watcher:
+        store = regrade(_existing(args.regrade).folder, args.grader, watcher)
+    return _present(console, store, args.grader)
+
+
+def _present(console: Console, store: Store, grader: str | None = None) -> int:
+    """Print the table and write what is made of the numbers; another grader's numbers are printed only."""
+    from thence.evaluate.export import write_exports
+    from thence.evaluate.show import results_view
+    from thence.evaluate.summary import summarise
+    from thence.report.evaluation import write_evaluation_page
+
+    own = all(task.grader == grader for task in store.settings().tasks.values()) or grader is None
+    result = summarise(store, grader)
+    console.print(results_view(result))
+    if not own:
+        console.print("the files in the folder stay with each task's own grader", style="dim")
+        return 0
+    write_exports(store, result)
+    page = write_evaluation_page(store, result)
+    numbers = store.folder / "results.json"
+    console.print(f"report: {page}\nnumbers: {numbers}, results.csv", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from thence.evaluate.show import comparison_view
+    from thence.evaluate.summary import compare
+
+    a, b = (_existing(name, args.suite) for name in args.compare)
+    Console().print(comparison_view(compare(a, b, args.grader)))
+    return 0
+
+
+def _existing(name: str, suite: str | None = None) -> Store:
+    """The evaluation in a folder, under `evals/`, or of a model on a suite. Raises UserError."""
+    from thence.evaluate.origin import short_name
+    from thence.evaluate.store import Store
+
+    places = [Path(name), Path("evals") / name]
+    if suite is not None:
+        places.append(Path("evals") / f"{suite}-{short_name(name)}")
+    for folder in places:
+        if Store(folder).exists:
+            return Store(folder)
+    hint = "" if suite else ", or name models and say --suite"
+    raise UserError("no evaluation here", remedy=f"give the folder that `thence eval` printed{hint}", file=name)
+
+
+@contextmanager
+def _log_to(console: Console) -> Iterator[None]:
+    from rich.logging import RichHandler
+
+    logger, handler = logging.getLogger("thence"), RichHandler(console=console, show_path=False, show_time=False)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _quiet_libraries() -> None:
+    """transformers' own bars would break ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

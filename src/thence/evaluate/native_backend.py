@@ -1,0 +1,132 @@
+"""Evaluation with thence's own sampler: any Hugging Face causal language model in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
+from thence.recipe import Model
+from thence.rollout.native import Sampling, sample
+from thence.train.model import load_model
+
+if TYPE_CHECKING:
+    from thence.evaluate.suites import Task
+
+log = logging.getLogger(__name__)
+ROWS = 64
+FINGERPRINT_VALUES = 1024  # of each weight tensor
+
+
+class NativeBackend:
+    """Samples with `thence.rollout.native` in float32, on a GPU if there is one.
+
+    Responses end in waves of `rows`. Long prompts come first: what does not fit into memory shows at once, and the
+    time that is left is overestimated rather than underestimated.
+
+    Args:
+        settings: the model, as in a recipe.
+        chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
+        rows: most responses sampled side by side; fewer need less memory and lose less when the process is killed.
+
+    Raises:
+        RecipeError: no such model or tokenizer.
+        UserError: a model that thence cannot take apart; a chat template that cannot be read.
+    """
+
+    name = "native"
+
+    def __init__(self, settings: Model, chat_template: str = "own", rows: int = ROWS):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_model(settings, self.device)
+        self.model: Any = loaded.model
+        self.tokenizer, self.settings, self.rows = loaded.tokenizer, settings, rows
+        self.prompts = Prompts(self.tokenizer, chat_template)
+        self.context = context_of(self.model.config)
+
+    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
+        """See `Backend`. Prompts that leave less than `max_tokens` of the context are counted in the log."""
+        prompts = {r.problem.key: self.prompts.ids(r.problem) for r in requests}
+        rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
+        warn_of_rooms(task, rooms, self.context)
+        groups: dict[tuple[int, tuple[int, ...]], list[Request]] = {}
+        for request in sorted(requests, key=lambda r: (-len(prompts[r.problem.key]), r.problem.key, r.sample)):
+            place = rooms[request.problem.key], self.prompts.stop_ids(request.problem)
+            groups.setdefault(place, []).append(request)
+        for (room, stop_ids), group in groups.items():
+            cut = room if room < task.max_tokens else None
+            if room == 0:
+                yield from ((request, Generation("", 0, "length", room)) for request in group)
+                continue
+            sampling = Sampling(room, task.temperature, task.top_p, stop_ids=stop_ids, rows=self.rows)
+            for start in range(0, len(group), self.rows):
+                wave = group[start : start + self.rows]
+                found = sample(self.model, [prompts[r.problem.key] for r in wave], [r.seed for r in wave], sampling)
+                for request, response in zip(wave, found, strict=True):
+                    text = response_text(self.tokenizer, response.token_ids, stop_ids)
+                    yield request, Generation(text, len(response.token_ids), response.finish, cut)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Backend`. `weights` identifies the weights: the same number for the same values."""
+        import transformers
+
+        return {
+            "backend": self.name,
+            "model": self.settings.path,
+            "weights": fingerprint(self.model),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "context": self.context,
+            "chat_template": self.prompts.chat.template,
+            "rows": self.rows,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.model = None
+
+
+def warn_of_rooms(task: Task, rooms: dict[str, int], context: int | None) -> None:
+    """Say how many prompts leave less of the context than the task's `max_tokens`, or nothing at all."""
+    short = [room for room in rooms.values() if 0 < room < task.max_tokens]
+    full = sum(room == 0 for room in rooms.values())
+    if short:
+        log.warning(
+            "%s: %d of %d prompts leave fewer than max_tokens = %d of the model's context of %s; their responses are "
+            "cut earlier, the shortest at %d tokens",
+            *(task.name, len(short), len(rooms), task.max_tokens, context, min(short)),
+        )
+    if full:
+        log.warning(
+            "%s: %d of %d prompts do not fit into the model's context of %s; they get empty responses, graded wrong",
+            *(task.name, full, len(rooms), context),
+        )
+
+
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of this configuration was made for, prompt and response together; None: not told."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that follow from names, shapes and about a thousand evenly spread values of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

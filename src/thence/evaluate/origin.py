@@ -1,0 +1,64 @@
+"""Which model a user means: a folder, a hub name, an embedded base, a GGUF file, or what a run has trained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from thence.errors import UserError
+from thence.recipe import Model, load_recipe
+
+BASE = "base"
+
+
+def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | None]:
+    """The model that a name stands for.
+
+    Args:
+        name: a run's folder or its name under `runs/` (its last trained model), `RUN:STAGE` (`RUN:base` is where the
+            run started from), a Hugging Face folder or hub name, `world:...`, `package:...`, or a GGUF file.
+        gguf_file: name of a GGUF file inside a folder or package.
+
+    Returns:
+        The model's settings as in a recipe, and the stage of the run whose model it is (None: no run).
+
+    Raises:
+        UserError: the run has no such stage or no trained model yet; a run's settings cannot be read.
+    """
+    run, stage = _run_of(name)
+    if run is not None:
+        return _trained(run, stage)
+    if gguf_file is None and name.endswith(".gguf"):
+        folder, _, gguf_file = name.rpartition("/")
+        name = folder or "."
+    return Model(path=name, gguf_file=gguf_file), None
+
+
+def short_name(name: str) -> str:
+    """A name for a folder: the last parts of a path or hub name, without characters that paths do not like."""
+    bare = name.removeprefix("package:").rstrip("/")
+    kept = bare if ":" in bare and not bare.startswith("/") else "-".join(Path(bare).parts[-2:])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", kept).strip("-.") or "model"
+
+
+def _run_of(name: str) -> tuple[Path | None, str | None]:
+    for whole, stage in ((name, None), tuple(name.rsplit(":", 1)) if ":" in name else (name, None)):
+        for folder in (Path(whole).expanduser(), Path("runs") / whole):
+            if (folder / "recipe.toml").is_file():
+                return folder, stage
+    return None, None
+
+
+def _trained(run: Path, stage: str | None) -> tuple[Model, str | None]:
+    recipe = load_recipe(run / "recipe.toml")
+    if stage == BASE:
+        return recipe.model, BASE
+    trained = [name for name in recipe.stages if (run / "stages" / name / "model").is_dir()]
+    wanted = stage or (trained[-1] if trained else None)
+    if wanted not in trained:
+        listed = ", ".join([f"{run}:{name}" for name in [BASE, *trained]])
+        problem = f"stage {stage!r} of this run has no model" if stage else "this run has no trained model yet"
+        raise UserError(problem, remedy=f"give one of: {listed}", file=run)
+    path = run / "stages" / wanted / "model"
+    settings = Model(path=str(path), trust_remote_code=recipe.model.trust_remote_code)
+    return settings, wanted

@@ -1,0 +1,226 @@
+"""Running an evaluation: what is missing in the store is sampled, then what has no grade is graded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from thence import __version__
+from thence.data.order import stable_seed
+from thence.errors import UserError
+from thence.evaluate.backends import Backend, Generation, Request
+from thence.evaluate.choices import grade_letter
+from thence.evaluate.problems import Problem
+from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
+from thence.evaluate.suites import Task
+from thence.verify.reward import load_reward
+from thence.verify.verdict import Grade
+
+GRADED_AT_ONCE = 256
+
+
+class Watcher(Protocol):
+    """Is told how an evaluation goes on."""
+
+    def begin(self, missing: int) -> None:
+        """So many samples are missing in all tasks together."""
+        ...
+
+    def sampling(self, task: str, total: int, done: int) -> None:
+        """A task begins, or goes on after ``done`` of ``total`` samples."""
+        ...
+
+    def sampled(self, generation: Generation) -> None:
+        """One more sample is kept."""
+        ...
+
+    def grading(self, task: str, total: int) -> None:
+        """So many samples of a task are about to be graded."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, missing: int) -> None:
+        pass
+
+    def sampling(self, task: str, total: int, done: int) -> None:
+        pass
+
+    def sampled(self, generation: Generation) -> None:
+        pass
+
+    def grading(self, task: str, total: int) -> None:
+        pass
+
+
+def evaluate(
+    settings: Settings,
+    problems: Mapping[str, Sequence[Problem]],
+    folder: Path,
+    make_backend: Callable[[], Backend],
+    *,
+    environment: Callable[[], Mapping[str, Any]] = dict,
+    watcher: Watcher | None = None,
+) -> Store:
+    """Run an evaluation, or go on with it where it was.
+
+    Args:
+        settings: what to do; the folder refuses others than those it was begun with.
+        problems: of every task of the settings, by its name.
+        folder: where everything is kept.
+        make_backend: opens what generates; called only if a sample is missing.
+        environment: facts to keep beside the backend's own; called with `make_backend`.
+        watcher: is told of progress; nobody when absent.
+
+    Returns:
+        The store, with every sample and its grade.
+
+    Raises:
+        UserError: other settings, problems or weights than in the folder; a backend or grader that gives up. What was
+            sampled and graded before stands.
+    """
+    store, watcher = Store(folder), watcher or Silent()
+    with store.held():
+        store.begin(settings)
+        missing = {name: _missing(store, task, problems[name]) for name, task in settings.tasks.items()}
+        store.write_problems({name: [problem.key for problem in problems[name]] for name in settings.tasks})
+        watcher.begin(sum(map(len, missing.values())))
+        if any(missing.values()):
+            backend = make_backend()
+            try:
+                store.record_start({**environment(), **backend.facts()})
+                for name, task in settings.tasks.items():
+                    _sample(store, task, backend, missing[name], len(problems[name]) * task.samples, watcher)
+                    grade(store, task, task.grader, watcher=watcher)
+            finally:
+                backend.close()
+        for task in settings.tasks.values():
+            grade(store, task, task.grader, watcher=watcher)
+    return store
+
+
+def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = None) -> Store:
+    """Grade the samples of a folder again, without generating; the new grades stand beside the old ones.
+
+    Args:
+        grader: a name as in a recipe's `reward`; None: each task's own grader, in the version installed here.
+
+    Raises:
+        UserError: no evaluation there, or no such grader.
+    """
+    store = Store(folder)
+    tasks = store.settings().tasks
+    with store.held():
+        for task in tasks.values():
+            grade(store, task, grader or task.grader, again=True, watcher=watcher)
+    return store
+
+
+def grade(store: Store, task: Task, grader: str, *, again: bool = False, watcher: Watcher | None = None) -> None:
+    """Grade the samples of a task that have no grade of this grader in its present version; all of them `again`.
+
+    Of multiple choice, the lenient letter rule is kept beside it, as the grader `letter`.
+    """
+    samples, version = store.samples(task.name), grader_version(grader)
+    have = set() if again else set(store.graded(task.name, grader, version))
+    todo = [sample for sample in samples if sample.place not in have]
+    if todo:
+        (watcher or Silent()).grading(task.name, len(todo))
+        with load_reward(grader) as checker, store.write_grades(task.name) as lines:
+            for start in range(0, len(todo), GRADED_AT_ONCE):
+                part = todo[start : start + GRADED_AT_ONCE]
+                texts = [sample.text for sample in part]
+                found = checker.grade_many([s.question for s in part], texts, [s.answer for s in part])
+                for sample, one in zip(part, found, strict=True):
+                    lines.add(_line(sample, grader, version, one))
+    if task.choices:
+        version = grader_version(LETTER)
+        have = set() if again else set(store.graded(task.name, LETTER, version))
+        with store.write_grades(task.name) as lines:
+            for sample in samples:
+                if sample.place not in have:
+                    lines.add(_line(sample, LETTER, version, grade_letter(sample.as_problem(task.name), sample.text)))
+
+
+def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
+    return GradeLine(
+        *(sample.problem, sample.sample, grader, version),
+        *(found.verdict.value, found.score, found.extracted, found.reason),
+    )
+
+
+def grader_version(grader: str) -> str:
+    """What a grade by this grader depends on: the checker's version, or the text of an own function's file."""
+    place, colon, _ = grader.rpartition(":")
+    if not colon:
+        math = "" if grader in ("exact", LETTER) else f", math-verify {importlib.metadata.version('math-verify')}"
+        return f"thence {__version__}{math}"
+    try:
+        found = None if place.endswith(".py") else importlib.util.find_spec(place)
+    except ImportError:
+        found = None
+    file = Path(place) if place.endswith(".py") else Path(found.origin) if found and found.origin else None
+    if file is None or not file.is_file():
+        raise UserError(f"grader {grader} is not there", remedy="check the path or module", field="grader")
+    return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+
+def _missing(store: Store, task: Task, problems: Sequence[Problem]) -> list[Request]:
+    """The samples that are not in the store yet, problem by problem.
+
+    Raises:
+        UserError: the store holds samples of other problems, or of the same with other prompts or answers.
+    """
+    by_key = {problem.key: problem for problem in problems}
+    have = set()
+    for sample in store.samples(task.name):
+        problem = by_key.get(sample.problem)
+        if problem is None or problem.messages != sample.prompt or problem.answer != sample.answer:
+            raise UserError(
+                f"the data of {task.name} have changed since the samples here were made: problem {sample.problem} "
+                + ("is not there any more" if problem is None else "has another prompt or answer"),
+                remedy="give another --folder, or the same data",
+                file=store.folder,
+            )
+        have.add(sample.place)
+    return [
+        Request(problem, number, stable_seed(task.seed, task.name, problem.key, number))
+        for problem in problems
+        for number in range(task.samples)
+        if (problem.key, number) not in have
+    ]
+
+
+def _sample(
+    store: Store, task: Task, backend: Backend, requests: Sequence[Request], total: int, watcher: Watcher
+) -> None:
+    watcher.sampling(task.name, total, total - len(requests))
+    if not requests:
+        return
+    with store.write_samples(task.name) as lines:
+        for request, generation in backend.generate(requests, task):
+            problem = request.problem
+            lines.add(
+                Sample(
+                    problem=problem.key,
+                    sample=request.sample,
+                    seed=request.seed,
+                    prompt=problem.messages,
+                    question=problem.text,
+                    answer=problem.answer,
+                    text=generation.text,
+                    tokens=generation.tokens,
+                    finish=generation.finish,
+                    room=generation.room,
+                    options=problem.options,
+                    plain=problem.plain,
+                    source=problem.source,
+                )
+            )
+            watcher.sampled(generation)
