@@ -81,7 +81,7 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
     from thence.compare.result import RESULTS, read_results, to_json
     from thence.compare.statistics import statistics
     from thence.compare.text import print_comparison
-    from thence.pipeline.folder import write_atomically
+    from thence.files import write_atomically
 
     if collect_again:
         from thence.compare.collect import collect

@@ -11,7 +11,7 @@ from rich.text import Text
 from thence.cli.flags import split_flags
 from thence.cli.report import existing_run
 from thence.errors import UserError
-from thence.pipeline.folder import read_jsonl
+from thence.files import read_jsonl
 
 HELP = """\
 thence sample FOLDER [--n 5] [--verdict right|wrong|unknown] [--stage NAME]

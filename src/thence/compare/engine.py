@@ -20,7 +20,7 @@ from thence.compare.plan import Job, Need, Planner
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import RESULTS, Comparison, Failure, to_json
 from thence.errors import UserError
-from thence.pipeline.folder import write_atomically
+from thence.files import write_atomically
 from thence.toml import to_toml
 
 ATTEMPTS = 2  # of a job whose process died without a word

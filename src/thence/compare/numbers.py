@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +10,7 @@ from thence.compare.outcome import outcome
 from thence.compare.result import Column, Run
 from thence.compare.statistics import Statistics
 from thence.compare.words import mean_spent, notes
+from thence.files import finite, to_csv
 
 _RUN = ("arm", "title", "base", "seed", "split", "temperature", "problems", "samples", "accuracy")
 _RUN += ("mean_tokens", "truncated", "unknown", "steps", "trained_tokens", "generated_tokens")
@@ -33,7 +30,7 @@ def runs_csv(statistics: Statistics) -> str:
         about = {"arm": run.arm, "title": titles.get(run.arm, ""), "base": run.base, "seed": run.seed}
         about |= {"settings": json.dumps(dict(run.settings)), "folder": run.folder, **asdict(run.spent)}
         rows += [about | _measured(run, column) for column in comparison.columns if run.on(column)]
-    return _csv(_RUN, rows)
+    return to_csv(_RUN, rows)
 
 
 def _measured(run: Run, column: Column) -> dict[str, Any]:
@@ -53,7 +50,7 @@ def _measured(run: Run, column: Column) -> dict[str, Any]:
 
 def summary_csv(statistics: Statistics) -> str:
     """One line an arm, base and column: estimate, paired difference to the reference, and mean cost."""
-    return _csv(_SUMMARY, summary_rows(statistics))
+    return to_csv(_SUMMARY, summary_rows(statistics))
 
 
 def summary_rows(statistics: Statistics) -> list[dict[str, Any]]:
@@ -107,26 +104,4 @@ def report_json(statistics: Statistics) -> str:
         "failures": [asdict(f) for f in comparison.failures],
         "environment": dict(comparison.environment),
     }
-    return json.dumps(_finite(content), indent=1, ensure_ascii=True) + "\n"
-
-
-def _csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _plain_text(value) for key, value in row.items()} for row in rows)
-    return buffer.getvalue()
-
-
-def _plain_text(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity are not JSON: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return json.dumps(finite(content), indent=1, ensure_ascii=True) + "\n"

@@ -17,7 +17,7 @@ from thence.compare.statistics import Statistics, statistics
 from thence.compare.svg import LIGHT, Figure
 from thence.compare.tables import Table, section_tables
 from thence.compare.words import label, notes, seeds_text
-from thence.pipeline.folder import write_atomically
+from thence.files import write_atomically
 from thence.report.samples import visible
 
 TITLES: Mapping[str, str] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.compare.result import NOTHING, Column, Measured, Spent
-from thence.pipeline.folder import read_jsonl, write_atomically
+from thence.files import read_jsonl, write_atomically
 
 SUMMARY = "summary.json"
 CURVE = ("step", "loss", "grad_norm", "reward", "entropy", "response_tokens", "truncated", "flops", "lr")

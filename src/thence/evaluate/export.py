@@ -7,9 +7,7 @@ for (intervals, verdicts, versions of graders) stands under the key `thence`.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import re
@@ -20,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from thence.evaluate.metrics import Score
-from thence.evaluate.store import Sample, Store, write_whole
+from thence.evaluate.store import Sample, Store
 from thence.evaluate.summary import Result, TaskResult
+from thence.files import finite, to_csv, write_atomically
 
 METRIC = "exact_match"
 LENIENT = "exact_match_lenient"
@@ -34,13 +33,13 @@ def write_exports(store: Store, result: Result) -> list[Path]:
     """
     started = _started(result)
     date = started.strftime("%Y-%m-%dT%H-%M-%S.%f")
-    text = json.dumps(_finite(harness_results(store, result)), indent=2) + "\n"
+    text = json.dumps(finite(harness_results(store, result)), indent=2) + "\n"
     files = {f"results_{date}.json": text, "results.json": text, "results.csv": results_csv(result)}
     for row in result.tasks:
         lines = (json.dumps(line) + "\n" for line in harness_samples(store, row))
         files[f"samples_{row.task.name}_{date}.jsonl"] = "".join(lines)
     for name, content in files.items():
-        write_whole(store.folder / name, content)
+        write_atomically(store.folder / name, content)
     return [store.folder / name for name in files]
 
 
@@ -125,13 +124,7 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
 def results_csv(result: Result) -> str:
     """A line a task. Shares are between 0 and 1."""
     lines = [_csv_line(result, row) for row in result.tasks if row.avg is not None]
-    buffer = io.StringIO()
-    names = list(dict.fromkeys(name for line in lines for name in line)) or ["model"]
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        writer.writerow({name: _plain_text(value) for name, value in line.items()})
-    return buffer.getvalue()
+    return to_csv(list(dict.fromkeys(name for line in lines for name in line)) or ["model"], lines)
 
 
 def _csv_line(result: Result, row: TaskResult) -> dict[str, Any]:
@@ -227,17 +220,3 @@ def _started(result: Result) -> datetime:
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain_text(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity are not JSON: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value

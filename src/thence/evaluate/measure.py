@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
 from thence.evaluate.accuracy import accuracy
-from thence.rollout.native import Sampling, sample
+from thence.rollout.native import Response, Sampling, sample
 from thence.train.parallel import Ranks
 from thence.verify.reward import Grader
+
+
+class Engine(Protocol):
+    """Samples responses elsewhere, with the words of :func:`thence.rollout.native.sample`."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """One response for every prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,18 @@ def respond(
     n: int,
     sampling: Sampling,
     seed_parts: tuple[object, ...],
+    engine: Engine | None = None,
 ) -> list[Trajectory]:
     """``n`` responses for each prompt, prompt by prompt, graded if there is a grader.
 
     Args:
         seed_parts: what the random numbers follow from, besides the prompt's index and the number of the response.
+        engine: samples in place of the model's own process, and holds the same weights.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
     seeds = [stable_seed(*seed_parts, prompt.index, j) for prompt in prompts for j in range(n)]
-    responses = sample(model, [prompt.token_ids for prompt in repeated], seeds, sampling)
+    token_ids = [prompt.token_ids for prompt in repeated]
+    responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
     found = [
         Trajectory(prompt, tuple(r.token_ids), finish=r.finish, sampler_logps=tuple(r.logps))
         for prompt, r in zip(repeated, responses, strict=True)

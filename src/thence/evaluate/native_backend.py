@@ -12,7 +12,7 @@ import torch
 
 from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
 from thence.recipe import Model
-from thence.rollout.native import Sampling, sample
+from thence.rollout.native import Sampling, stream
 from thence.train.model import load_model
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ FINGERPRINT_VALUES = 1024  # of each weight tensor
 class NativeBackend:
     """Samples with `thence.rollout.native` in float32, on a GPU if there is one.
 
-    Responses end in waves of `rows`. Long prompts come first: what does not fit into memory shows at once, and the
-    time that is left is overestimated rather than underestimated.
+    A response is given as soon as it ends. Long prompts come first: what does not fit into memory shows at once, and
+    the time that is left is overestimated rather than underestimated.
 
     Args:
         settings: the model, as in a recipe.
         chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
-        rows: most responses sampled side by side; fewer need less memory and lose less when the process is killed.
+        rows: most responses sampled side by side; fewer need less memory.
 
     Raises:
         RecipeError: no such model or tokenizer.
@@ -66,10 +66,10 @@ class NativeBackend:
             sampling = Sampling(room, task.temperature, task.top_p, stop_ids=stop_ids, rows=self.rows)
             for start in range(0, len(group), self.rows):
                 wave = group[start : start + self.rows]
-                found = sample(self.model, [prompts[r.problem.key] for r in wave], [r.seed for r in wave], sampling)
-                for request, response in zip(wave, found, strict=True):
+                own_prompts, seeds = [prompts[r.problem.key] for r in wave], [r.seed for r in wave]
+                for i, response in stream(self.model, own_prompts, seeds, sampling):
                     text = response_text(self.tokenizer, response.token_ids, stop_ids)
-                    yield request, Generation(text, len(response.token_ids), response.finish, cut)
+                    yield wave[i], Generation(text, len(response.token_ids), response.finish, cut)
 
     def facts(self) -> dict[str, Any]:
         """See `Backend`. `weights` identifies the weights: the same number for the same values."""

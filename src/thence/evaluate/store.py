@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from thence.errors import DataError, UserError
 from thence.evaluate.problems import Problem
 from thence.evaluate.suites import Task
+from thence.files import write_atomically
 from thence.recipe import Section
 from thence.toml import to_toml
 
@@ -139,7 +140,7 @@ class Store:
             _check_same(self.settings(), settings, self.folder / SETTINGS)
         elif self.folder.is_dir() and any(path.name != ".lock" for path in self.folder.iterdir()):
             raise UserError("the folder holds no evaluation", remedy="give another --folder", file=self.folder)
-        write_whole(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
+        write_atomically(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
 
     def settings(self) -> Settings:
         """The settings. Raises UserError where they cannot be read."""
@@ -178,11 +179,11 @@ class Store:
             whole = {**first, "later_starts": [*first.get("later_starts", []), changed]}
         else:
             whole = dict(facts)
-        write_whole(self.folder / "environment.json", json.dumps(whole, indent=1) + "\n")
+        write_atomically(self.folder / "environment.json", json.dumps(whole, indent=1) + "\n")
 
     def write_problems(self, keys: Mapping[str, Sequence[str]]) -> None:
         """Keep the keys of every task's problems, so that it is known what is missing."""
-        write_whole(self.folder / "problems.json", json.dumps(keys, indent=1) + "\n")
+        write_atomically(self.folder / "problems.json", json.dumps(keys, indent=1) + "\n")
 
     def problems(self) -> dict[str, list[str]]:
         """The keys of every task's problems; empty before the first start."""
@@ -288,17 +289,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(
                 "this line is damaged", remedy="remove it: what it held is generated again", file=path, line=number
             )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _cut_last_line(path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from thence.data.chat import end_token_ids
 from thence.evaluate.measure import measure, measurement_record, sample_record
+from thence.files import write_atomically, write_jsonl
 from thence.pipeline.context import Context
-from thence.pipeline.folder import write_atomically, write_jsonl
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.recipe import Eval
 from thence.rollout.native import Sampling

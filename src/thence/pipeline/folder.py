@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from thence import __version__
 from thence.errors import UserError
+from thence.files import read_jsonl, write_atomically, write_jsonl
 from thence.recipe import Recipe, load_recipe
 from thence.toml import to_toml
 
@@ -92,33 +92,6 @@ class RunFolder:
             if path.exists():
                 kept = [line for line in read_jsonl(path) if line["stage"] != stage or line["step"] <= step]
                 write_jsonl(path, kept)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write plain values, one a line, atomically."""
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may have been cut off in its last line."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from thence.evaluate.metrics import Score
 from thence.evaluate.show import ends, notes, percent
-from thence.evaluate.store import GradeLine, Sample, Store, write_whole
+from thence.evaluate.store import GradeLine, Sample, Store
 from thence.evaluate.summary import Result, TaskResult
-from thence.report.samples import VERDICTS, visible
-from thence.report.samples import _shown as shown
+from thence.files import write_atomically
+from thence.report.samples import VERDICTS, shown, visible
 from thence.toml import to_toml
 
 EACH = 3
@@ -65,7 +65,7 @@ def write_evaluation_page(store: Store, result: Result) -> Path:
         settings=visible(to_toml(settings.model_dump(mode="json", exclude_none=True))),
     )
     page = store.folder / "report.html"
-    write_whole(page, text)
+    write_atomically(page, text)
     return page
 
 

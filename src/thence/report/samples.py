@@ -83,17 +83,18 @@ def _sample(row: Mapping[str, Any], verdict: str) -> Sample:
     finish = f", {_FINISH.get(str(row['finish']), row['finish'])}" if row.get("finish") else ""
     return Sample(
         verdict=verdict,
-        prompt=_shown(row.get("prompt")),
-        response=_shown(row.get("response")),
-        answer=_shown(row.get("answer")),
-        extracted=_shown(row.get("extracted")),
-        reason=_shown(row.get("reason")),
+        prompt=shown(row.get("prompt")),
+        response=shown(row.get("response")),
+        answer=shown(row.get("answer")),
+        extracted=shown(row.get("extracted")),
+        reason=shown(row.get("reason")),
         where=visible(", ".join(where)),
         tokens=visible(f"{row['tokens']} tokens{finish}") if row.get("tokens") is not None else "",
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value made harmless for a page, the middle of a long text left out."""
     text = visible("" if value is None else value if isinstance(value, str) else str(value))
     if len(text) <= _HEAD + _TAIL:
         return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,6 @@ class Response:
     finish: Literal["stop", "length"]
 
 
-@torch.no_grad()
 def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
     """Sample one response for every prompt.
 
@@ -66,6 +65,15 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
     Returns:
         The responses in the order of the prompts.
     """
+    found = dict(stream(model, prompts, seeds, sampling))
+    return [found[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def stream(
+    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+) -> Iterator[tuple[int, Response]]:
+    """As :func:`sample`, but every response with its place among the prompts as soon as it ends."""
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if not all(len(prompt) for prompt in prompts):
@@ -73,24 +81,22 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
     # Rows of one length need no padding and the same prompt is read once: sort by length, then by content.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
     decoder_type = LlamaDecoder if is_plain_llama(model) else TransformersDecoder
-    result: list[Response | None] = [None] * len(prompts)
     for start in range(0, len(order), sampling.rows):
         wave = order[start : start + sampling.rows]
-        responses = _sample_wave(
-            decoder_type(model), [list(prompts[i]) for i in wave], [seeds[i] for i in wave], sampling
-        )
-        for i, response in zip(wave, responses, strict=True):
-            result[i] = response
-    return [response for response in result if response is not None]
+        own_prompts, own_seeds = [list(prompts[i]) for i in wave], [seeds[i] for i in wave]
+        for row, response in _sample_wave(decoder_type(model), own_prompts, own_seeds, sampling):
+            yield wave[row], response
 
 
-def _sample_wave(decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+@torch.no_grad()
+def _sample_wave(
+    decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+) -> Iterator[tuple[int, Response]]:
     unique, repeats = _runs(prompts)
     logits_BV = decoder.prefill(unique, torch.tensor(repeats), sampling.max_tokens)
     device, n = logits_BV.device, len(prompts)
     token_NT = torch.zeros(n, sampling.max_tokens, dtype=torch.int64, device=device)
     logp_NT = torch.zeros(n, sampling.max_tokens, device=device)
-    length_N = torch.full((n,), sampling.max_tokens, device=device)
     stopped_N = torch.zeros(n, dtype=torch.bool, device=device)
     stop_S = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     row_B = torch.arange(n, device=device)  # which response each row of the decoder is
@@ -106,8 +112,8 @@ def _sample_wave(decoder: Decoder, prompts: list[list[int]], seeds: list[int], s
         if len(stop_S):
             ends_B = torch.isin(token_B, stop_S) & ~stopped_N[row_B]
             ended = row_B[ends_B]
-            length_N[ended] = t + 1
             stopped_N[ended] = True
+            yield from _responses(ended, token_NT[ended, : t + 1], logp_NT[ended, : t + 1], "stop")
         live_K = (~stopped_N[row_B]).nonzero()[:, 0]
         if not len(live_K) or t + 1 == sampling.max_tokens:
             break
@@ -115,15 +121,15 @@ def _sample_wave(decoder: Decoder, prompts: list[list[int]], seeds: list[int], s
             decoder.keep(live_K)
             row_B, token_B, uniform_BC = row_B[live_K], token_B[live_K], uniform_BC[live_K]
         logits_BV = decoder.step(token_B)
-    return _responses(token_NT, logp_NT, length_N, stopped_N)
+    cut = (~stopped_N).nonzero()[:, 0]
+    yield from _responses(cut, token_NT[cut], logp_NT[cut], "length")
 
 
-def _responses(token_NT: Tensor, logp_NT: Tensor, length_N: Tensor, stopped_N: Tensor) -> list[Response]:
-    tokens, logps = token_NT.tolist(), logp_NT.tolist()
-    return [
-        Response(tokens[i][:length], logps[i][:length], "stop" if stopped else "length")
-        for i, (length, stopped) in enumerate(zip(length_N.tolist(), stopped_N.tolist(), strict=True))
-    ]
+def _responses(
+    rows: Tensor, token_NT: Tensor, logp_NT: Tensor, finish: Literal["stop", "length"]
+) -> Iterator[tuple[int, Response]]:
+    for row, tokens, logps in zip(rows.tolist(), token_NT.tolist(), logp_NT.tolist(), strict=True):
+        yield row, Response(tokens, logps, finish)
 
 
 def _runs(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
