@@ -9,13 +9,17 @@ BASES := src/thence/data/worlds/bases
 STACKS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/audit-$(shell \
   cat benchmarks/audit_targets/environments.sh constraints.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check stacks bases evidence clean
+# vLLM wants packages of its own, so it lives apart too.
+VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
+
+.PHONY: quickstart test test-quick check stacks vllm bases study evidence clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
 
-test: $(VENV)/installed-dev check stacks
-	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" $(BIN)/python -m pytest -q
+test: $(VENV)/installed-dev check stacks vllm
+	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
+	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" $(BIN)/python -m pytest -q
 
 test-quick: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -33,6 +37,19 @@ stacks:
 	    PYTHON="$(PYTHON)" benchmarks/audit_targets/environments.sh "$$folder" ci > "$$folder/log" 2>&1 && \
 	    touch "$$folder/installed"; } 2> /dev/null || \
 	  echo "the packages of the audited stacks could not be installed, their tests skip: $$folder/log says why"
+
+# vLLM for the CPU, for tests/test_vllm.py: 3.3 GB, about 2 minutes, once. Without it those tests skip.
+vllm:
+	@folder="$(VLLM)"; [ -f "$$folder/installed" ] || \
+	  { mkdir -p "$$folder" && echo "installing vLLM into $$folder" && \
+	    benchmarks/vllm_environment.sh "$$folder" "$(PYTHON)" > "$$folder.log" 2>&1 && \
+	    touch "$$folder/installed"; } 2> /dev/null || \
+	  echo "vLLM could not be installed, its tests skip: $$folder.log says why"
+
+# The study of studies/embedded-world; hours on two cores, and it goes on where it was.
+study: $(VENV)/installed
+	$(BIN)/thence compare studies/embedded-world/study.toml
+	$(BIN)/python studies/embedded-world/judge.py
 
 # The two bases of the embedded world, made again from their recipes and put where the package ships them.
 bases: $(VENV)/installed
@@ -59,4 +76,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs "$(dir $(STACKS))"audit-*
+	rm -rf $(VENV) runs "$(dir $(STACKS))"audit-* "$(dir $(VLLM))"vllm-*

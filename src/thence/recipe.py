@@ -207,6 +207,12 @@ class Rl(Optimization):
     """Time limit of one answer check."""
     rollout_rows: int = Field(default=512, ge=1)
     """Most responses sampled side by side."""
+    engine: Literal["native", "vllm"] = "native"
+    """What samples: this process with the trainer's own weights, or vLLM in a process of its own."""
+    vllm: dict[str, Any] = {}
+    """Settings of vLLM, for example python and kv_cache_gb: docs/vllm.md."""
+    importance_bound: float | None = Field(default=None, gt=0)
+    """Weigh every sampled token by trainer's over sampler's probability, at most this; 2 is usual, none: not at all."""
 
     @model_validator(mode="after")
     def _mini_batch_divides(self) -> Rl:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thence.errors import UserError
+from thence.recipe import parse_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     backend.add_argument("--chat-template", metavar="NAME", default="own", help="own, none, or a Jinja file")
     backend.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside MODEL")
     backend.add_argument("--rows", metavar="N", type=_count, help="responses sampled side by side (native; default 64)")
+    backend.add_argument(
+        "--vllm", metavar="FIELD=VALUE", action="append", default=[], help="a setting of vLLM, see docs/vllm.md"
+    )
     backend.add_argument(
         "--endpoint", metavar="URL", help="an OpenAI-compatible server, for example http://host:8000/v1"
     )
@@ -173,11 +177,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def _assignment(text: str, flag: str = "--set") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        remedy = "write --set FIELD=VALUE or --set TASK.FIELD=VALUE"
-        raise UserError(f"{text!r} sets nothing", remedy=remedy, field="--set")
+        raise UserError(f"{text!r} sets nothing", remedy=f"write {flag} FIELD=VALUE", field=flag)
     return name, value
 
 
@@ -207,8 +210,10 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
         model, _ = find_model(settings.model, settings.gguf_file)
         if settings.backend == "vllm":
             from thence.evaluate.vllm_backend import VllmBackend
+            from thence.rollout.vllm.settings import vllm_settings
 
-            return VllmBackend(model, settings.chat_template)
+            table = {name: parse_value(value) for name, value in (_assignment(text, "--vllm") for text in args.vllm)}
+            return VllmBackend(model, settings.chat_template, vllm_settings(table, "--vllm"))
         from thence.evaluate.native_backend import ROWS, NativeBackend
 
         return NativeBackend(model, settings.chat_template, args.rows or ROWS)

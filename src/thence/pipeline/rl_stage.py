@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +22,17 @@ from thence.evaluate.measure import sample_record
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.dapo import groups_of
 from thence.methods.registry import make_method
-from thence.objective import Batch, Term, TokenStats, divisors, local_counts
+from thence.objective import Batch, Entropy, NegativeKl, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.prompts import check_answers, load_prompts
-from thence.pipeline.sampler import RolloutSampler
+from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
+from thence.rollout.correction import truncated_importance
+from thence.rollout.vllm.engine import VllmEngine
+from thence.rollout.vllm.settings import vllm_settings
+from thence.train.model import save_model
 from thence.train.parallel import Ranks
 from thence.train.step import StepReport, policy_statistics
 from thence.train.trainer import Trainer
@@ -57,8 +64,8 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     trainer = make_trainer(context, stage, stage.steps * minis)
     checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, stage.steps)
     done, own = checkpoints.resume()
-    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
-        sampler = RolloutSampler(context, stage, prompts, grader)
+    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader, engine_of(context, stage) as engine:
+        sampler = RolloutSampler(context, stage, prompts, grader, engine)
         ended = own.get("ended", False)
         if budget is not None:
             budget.spent = own.get("spent", 0.0)
@@ -155,6 +162,7 @@ def policy_steps(
             trainer.meter.scored([len(row.token_ids) for row in rows], sum(row.n_trained for row in rows))
         rows = [replace(row, reference=logp) for row, (logp, _) in zip(rows, old, strict=True)]
     whole = None if method.uses_facts else method.weigh(trajectories)
+    trust = importance_weights(stage, trainer, trajectories, rows)
     reports = []
     for part in mini_batches(trajectories, minis):
         chosen = [trajectories[i] for i in part]
@@ -163,6 +171,9 @@ def policy_steps(
             weights = method.weigh(chosen, facts)
         else:
             weights = [whole[i] for i in part]
+        if trust is not None:
+            policy_J = torch.tensor([not isinstance(term.surrogate, Entropy | NegativeKl) for term in method.terms])
+            weights = [torch.where(policy_J[:, None], w * trust[i], w) for i, w in zip(part, weights, strict=True)]
         own = tuple(replace(rows[i], weights=weight) for i, weight in zip(part, weights, strict=True))
         shares.add(method.terms, chosen, weights)
         # only before the first optimizer step of a batch do sampler and trainer hold the same weights
@@ -170,6 +181,50 @@ def policy_steps(
         reports.append(trainer.step(Batch(method.terms, own, stage.temperature), observe=observe))
         method.took_step("main", reports[-1].grad_norm)
     return reports
+
+
+def importance_weights(
+    stage: Rl, trainer: Trainer, trajectories: Sequence[Trajectory], rows: Sequence[Row]
+) -> list[Tensor] | None:
+    """Truncated importance weights of every trained token, shape (n,) each; None where they are not asked for.
+
+    Tokens that the policy did not sample as they stand (demonstrations, prefixes and what follows them, replays) get 1.
+    """
+    if stage.importance_bound is None:
+        return None
+    weights = []
+    scored = trainer.statistics([replace(row, behaviour=None) for row in rows], stage.temperature)
+    for trajectory, (trained, _) in zip(trajectories, scored, strict=True):
+        if trajectory.sampler_logps is None or trajectory.origin != "rollout":
+            weights.append(torch.ones(len(trained), dtype=torch.float64))
+        else:
+            sampled = torch.tensor(trajectory.sampler_logps, dtype=torch.float64)
+            weights.append(truncated_importance(trained.double(), sampled, stage.importance_bound))
+    return weights
+
+
+@contextmanager
+def engine_of(context: Context, stage: Rl) -> Iterator[Renewed | None]:
+    """The engine that samples, running; None: this process samples with its own weights.
+
+    Raises:
+        RecipeError: settings that vLLM does not have, or several ranks.
+        UserError: vLLM does not start.
+    """
+    if stage.engine == "native":
+        yield None
+        return
+    settings = vllm_settings(stage.vllm, f"{context.name}.vllm")
+    if context.ranks.world > 1:
+        raise RecipeError(
+            "vLLM samples for a single rank only",
+            remedy='run one process, or set engine = "native"',
+            field=f"{context.name}.engine",
+        )
+    with tempfile.TemporaryDirectory(prefix="thence-vllm-") as folder:
+        save_model(context.model, context.tokenizer, Path(folder))
+        with VllmEngine(settings, None if settings.server else Path(folder)) as engine:
+            yield engine
 
 
 class Shares:

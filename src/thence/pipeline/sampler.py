@@ -5,16 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from thence.data.chat import end_token_ids
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
-from thence.evaluate.measure import grade, respond
+from thence.evaluate.measure import Engine, grade, respond
 from thence.pipeline.context import Context
 from thence.recipe import Rl
 from thence.rollout.native import Sampling
 from thence.verify.reward import Grader
+
+
+class Renewed(Engine, Protocol):
+    """An engine in another process, which is given the trainer's weights before it samples."""
+
+    def push_weights(self, model: Any, version: int) -> None:
+        """Give it these weights, under a version that every response is stamped with."""
+        ...
 
 
 class RolloutSampler:
@@ -24,8 +33,10 @@ class RolloutSampler:
     holds every response that was sampled in this step, trained or not.
     """
 
-    def __init__(self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader):
-        self.context, self.grader = context, grader
+    def __init__(
+        self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader, engine: Renewed | None = None
+    ):
+        self.context, self.grader, self.engine = context, grader, engine
         self.prompts = prompts[context.ranks.rank :: context.ranks.world]
         self.experts = [prompt for prompt in self.prompts if prompt.demonstration_ids]
         self.drawn = self.expert_drawn = 0
@@ -42,8 +53,12 @@ class RolloutSampler:
         )
 
     def begin(self, step: int) -> None:
-        """A new rollout batch, counted from 0."""
+        """A new rollout batch, counted from 0. Another engine gets the weights as they stand."""
         self.step, self.seconds, self.seen = step, 0.0, []
+        if self.engine is not None:
+            start = time.perf_counter()
+            self.engine.push_weights(self.context.model, step)
+            self.seconds += time.perf_counter() - start
 
     def next_prompts(self, count: int) -> list[Prompt]:
         chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
@@ -98,7 +113,9 @@ class RolloutSampler:
     ) -> list[Trajectory]:
         start = time.perf_counter()
         grader = self.grader if keep else None
-        found = respond(self.context.model, self.context.tokenizer, grader, prompts, n, self.sampling, seed_parts)
+        found = respond(
+            self.context.model, self.context.tokenizer, grader, prompts, n, self.sampling, seed_parts, self.engine
+        )
         self.seconds += time.perf_counter() - start
         repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]
         self.context.meter.sampled(repeated, [len(trajectory.response_ids) for trajectory in found])

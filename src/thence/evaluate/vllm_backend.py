@@ -1,0 +1,117 @@
+"""Evaluation with vLLM in an environment of its own: the same prompts, seeds and limits as the native backend."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
+from thence.evaluate.native_backend import context_of, warn_of_rooms
+from thence.recipe import Model
+from thence.rollout.native import Sampling
+from thence.rollout.vllm.engine import VllmEngine
+from thence.rollout.vllm.settings import VllmSettings
+from thence.train.model import load_model, load_tokenizer, resolve, save_model
+
+if TYPE_CHECKING:
+    from thence.evaluate.suites import Task
+
+
+class VllmBackend:
+    """Samples with vLLM; every response is given as it ends.
+
+    A Hugging Face folder is opened by vLLM itself. Anything else (hub name, GGUF file, overridden configuration) is
+    first opened here and written into a temporary folder, in float32.
+
+    Args:
+        settings: the model, as in a recipe.
+        chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
+        vllm: where vLLM runs and what it may use.
+
+    Raises:
+        RecipeError: no such model or tokenizer.
+        UserError: as `VllmEngine`; a chat template that cannot be read.
+    """
+
+    name = "vllm"
+
+    def __init__(self, settings: Model, chat_template: str = "own", vllm: VllmSettings | None = None):
+        self.settings, self.tokenizer = settings, load_tokenizer(settings)
+        self.prompts = Prompts(self.tokenizer, chat_template)
+        self._temporary: Path | None = None
+        try:
+            folder = self._folder()
+            self.engine = VllmEngine(vllm or VllmSettings(), folder)
+        except BaseException:
+            self.close()
+            raise
+        told = context_of(_config(folder))
+        self.context = min(self.engine.max_model_len, told or self.engine.max_model_len)
+
+    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
+        """See `Backend`. Long prompts come first, and the samples of a problem one after the other."""
+        prompts = {r.problem.key: self.prompts.ids(r.problem) for r in requests}
+        rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
+        warn_of_rooms(task, rooms, self.context)
+        yield from ((r, Generation("", 0, "length", 0)) for r in requests if not rooms[r.problem.key])
+        groups: dict[tuple[int, ...], list[Request]] = {}
+        for request in sorted(requests, key=lambda r: (-len(prompts[r.problem.key]), r.problem.key, r.sample)):
+            if rooms[request.problem.key]:
+                groups.setdefault(self.prompts.stop_ids(request.problem), []).append(request)
+        for stop_ids, group in groups.items():
+            stream = self.engine.stream(
+                [prompts[r.problem.key] for r in group],
+                [r.seed for r in group],
+                Sampling(task.max_tokens, task.temperature, task.top_p, stop_ids=stop_ids),
+                limits=[rooms[r.problem.key] for r in group],
+                logps=False,
+            )
+            # Left early, it has to stop at once, not when it is collected.
+            with contextlib.closing(stream):
+                for i, response in stream:
+                    room = rooms[group[i].problem.key]
+                    text = response_text(self.tokenizer, response.token_ids, stop_ids)
+                    cut = room if room < task.max_tokens else None
+                    yield group[i], Generation(text, len(response.token_ids), response.finish, cut)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Backend`. `weights` is the digest of the safetensors files that vLLM has loaded."""
+        about = {name: value for name, value in self.engine.facts().items() if name not in ("engine", "logprobs")}
+        return {
+            "backend": self.name,
+            **about,
+            "model": self.settings.path,
+            "context": self.context,
+            "chat_template": self.prompts.chat.template,
+        }
+
+    def close(self) -> None:
+        """End vLLM, or leave the server, and remove the temporary folder. May be called twice."""
+        engine: VllmEngine | None = getattr(self, "engine", None)
+        if engine is not None:
+            engine.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _folder(self) -> Path:
+        """The model as a folder that vLLM can open."""
+        path = Path(resolve(self.settings.path or ""))
+        ready = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+        if ready and not self.settings.gguf_file and not self.settings.config_overrides:
+            return path
+        import torch
+
+        self._temporary = Path(tempfile.mkdtemp(prefix="thence-vllm-model-"))
+        loaded = load_model(self.settings, torch.device("cpu"))
+        save_model(loaded.model, loaded.tokenizer, self._temporary)
+        return self._temporary
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)

@@ -1,0 +1,46 @@
+"""Correction for rollouts that another program than the trainer has sampled.
+
+Sampler and trainer compute the probabilities of one and the same policy in different ways, and they differ: by rounding
+in float32, by more in bfloat16, by much where weights are stale. Then the tokens come from a policy pi_sampler, while
+the objective takes them for draws from pi_trainer. Every token's term is weighted by the truncated importance ratio
+
+    w_t = min( exp(log pi_trainer(a_t | s_t) - log pi_sampler(a_t | s_t)), C )
+
+without a gradient through w_t. Truncated importance sampling: Ionides 2008; for this mismatch in language models: Yao
+et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BOUND = 2.0
+
+
+def truncated_importance(trainer_logp_T: Tensor, sampler_logp_T: Tensor, bound: float = BOUND) -> Tensor:
+    """The weight of every sampled token.
+
+    Args:
+        trainer_logp_T: the trainer's log-probabilities of the sampled tokens under the weights they were sampled with,
+            at the sampling temperature, shape (T,) or any other. Not of the policy that is being updated: that ratio
+            is the objective's own.
+        sampler_logp_T: the sampler's log-probabilities of the same tokens, same shape.
+        bound: C, the largest weight.
+
+    Returns:
+        Weights in (0, bound], same shape and dtype as the trainer's, detached.
+
+    Raises:
+        ValueError: the shapes differ, a log-probability is not finite, or the bound is not positive.
+    """
+    if trainer_logp_T.shape != sampler_logp_T.shape:
+        raise ValueError(f"shapes {tuple(trainer_logp_T.shape)} and {tuple(sampler_logp_T.shape)} differ")
+    if not bound > 0:
+        raise ValueError(f"bound {bound} is not positive")
+    trainer_T = trainer_logp_T.detach()
+    difference_T = trainer_T - sampler_logp_T.detach().to(trainer_T)
+    if not torch.isfinite(difference_T).all():
+        raise ValueError("a log-probability is not finite")
+    # Truncated before the exponential, which would overflow to infinity.
+    return difference_T.clamp(max=float(torch.tensor(bound).log())).exp().clamp(max=bound)

@@ -1,0 +1,386 @@
+"""The process that runs vLLM. It needs the standard library and vLLM with its torch and safetensors, not thence.
+
+    python child.py --fd N --model FOLDER ...       started by thence.rollout.vllm.engine, which it does not outlive
+    python child.py --port P --model FOLDER ...     started by a user; serves on 127.0.0.1, one client at a time, to
+                                                    whoever knows the token in THENCE_VLLM_TOKEN
+
+The client's first message (wire.py) is {"op": "hello", "token"}, answered by {"ready": facts} once the model is loaded.
+Then it asks for one thing at a time:
+
+    load      path, version, digest, probe      -> loaded, stamp, seconds, probe_logps
+    generate  id, prompts, rows, sampling       -> done, stamp, token_ids, logps, finish for every row as it ends;
+                                                   alive now and then; at last end
+    cancel    id                                   (while it generates) -> end
+    stop
+
+A stamp is [version, digest] of the weights in the model. A reply {"failed": text} ends the conversation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hmac
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from wire import PROTOCOL, TOKEN_VARIABLE, Wire, weight_files, weights_digest  # pyright: ignore[reportMissingImports]
+
+LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
+QUEUED = 2  # requests held by vLLM for every row it samples side by side
+ALIVE_SECONDS = 1.0
+POLL_SECONDS = 1.0
+GREETING_SECONDS = 10.0
+
+# Python puts the folder of a script first in its path. What is installed shall be found before it.
+sys.path.append(sys.path.pop(0))
+
+# Set unless the user has set them. One process: no engine that outlives this one, and a sampler within reach.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class Client:
+    """The other side of a conversation: what it asks for, read by a thread of its own."""
+
+    def __init__(self, wire: Wire):
+        self.wire = wire
+        self.asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.cancelled: Any = None
+        self.gone = False
+
+    def read(self, alive: Callable[[], bool]) -> None:
+        """Read until the conversation ends or `alive` says no."""
+        while alive():
+            try:
+                message = self.wire.receive(POLL_SECONDS)
+            except TimeoutError:
+                continue
+            except (OSError, ValueError):
+                break
+            if message is None:
+                break
+            if message.get("op") == "cancel":
+                self.cancelled = message.get("id")
+            else:
+                self.asked.put(message)
+        self.gone = True
+        self.asked.put(None)
+
+
+class Engine:
+    """A model in vLLM, and the stamp of its weights."""
+
+    def __init__(self, options: argparse.Namespace):
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if options.threads:
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        import torch
+        import vllm  # pyright: ignore[reportMissingImports] - lives in another environment
+        from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+        self.options, self._torch, self._vllm = options, torch, vllm
+        digest = weights_digest(options.model)
+        sizes: dict[str, Any] = {"max_model_len": options.max_model_len or None}
+        if options.kv_cache_gb:
+            sizes["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 2**30)
+        if current_platform.is_cpu():
+            # A prompt read in pieces takes back a number of its generator, which those on a CPU cannot (vLLM 0.32).
+            sizes["enable_chunked_prefill"] = False
+        self._llm = vllm.LLM(
+            model=options.model,
+            dtype=options.dtype,
+            enforce_eager=not options.compile,
+            enable_prefix_caching=not options.no_prefix_caching,
+            max_num_seqs=options.max_rows,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            trust_remote_code=False,
+            seed=0,
+            **{name: value for name, value in sizes.items() if value is not None},
+        )
+        self._engine = self._llm.llm_engine
+        _report_whole_softmax(self._runner().sampler, torch)
+        self.stamp = [0, digest]
+
+    def _runner(self) -> Any:
+        return self._engine.model_executor.driver_worker.model_runner
+
+    def facts(self) -> dict[str, Any]:
+        import platform
+
+        import transformers
+
+        config = self._engine.vllm_config
+        return {
+            "protocol": PROTOCOL,
+            "pid": os.getpid(),
+            "model": str(Path(self.options.model).resolve()),
+            "stamp": self.stamp,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "max_model_len": config.model_config.max_model_len,
+            "max_rows": self.options.max_rows,
+            "kv_cache_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            "prefix_caching": not self.options.no_prefix_caching,
+            "device": config.device_config.device_type,
+            "threads": self._torch.get_num_threads(),
+            "vllm": self._vllm.__version__,
+            "torch": self._torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+
+    def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Put other weights into the running model, forget cached keys and values, and read the probe."""
+        start = time.monotonic()
+        self.stamp = [-1, "weights half loaded"]  # until all is done: an error leaves it so
+        digest = weights_digest(request["path"])
+        if digest != request["digest"]:
+            raise ValueError(f"the weights arrived with digest {digest}, sent were {request['digest']}")
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _tensors(request["path"])})
+        _pack_tied_weights(self._runner().get_model())
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not forget the keys and values of the old weights")
+        logps = self._read(request["probe"])
+        self.stamp = [request["version"], digest]
+        return {"loaded": True, "stamp": self.stamp, "seconds": time.monotonic() - start, "probe_logps": logps}
+
+    def _read(self, token_ids: list[int]) -> list[float]:
+        """Log-probabilities of all tokens but the first."""
+        params = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self._llm.generate([{"prompt_token_ids": token_ids}], params, use_tqdm=False)
+        return [place[token].logprob for token, place in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+
+    def generate(self, request: dict[str, Any], client: Client) -> None:
+        """Sample every row and send it as it ends, until the client cancels or goes away."""
+        waiting = deque(enumerate(request["rows"]))
+        held: dict[str, int] = {}
+        told = time.monotonic()
+        tokens = 0
+        try:
+            while waiting or held:
+                if client.gone or client.cancelled == request["id"]:
+                    break
+                while waiting and len(held) < QUEUED * self.options.max_rows:
+                    number, row = waiting.popleft()
+                    held[f"{request['id']}-{number}"] = number
+                    self._add(f"{request['id']}-{number}", request, row)
+                for output in self._engine.step():
+                    if output.finished:
+                        number = held.pop(output.request_id)
+                        tokens += len(output.outputs[0].token_ids)
+                        client.wire.send({"done": number, "stamp": self.stamp, **_as_plain(output.outputs[0])})
+                if time.monotonic() - told > ALIVE_SECONDS:
+                    told = time.monotonic()
+                    client.wire.send({"alive": tokens})
+        finally:
+            if held:
+                self._engine.abort_request(list(held))
+        client.wire.send({"end": request["id"], "stamp": self.stamp})
+
+    def _add(self, name: str, request: dict[str, Any], row: list[int]) -> None:
+        prompt, seed, max_tokens = row
+        sampling = request["sampling"]
+        params = self._vllm.SamplingParams(
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            top_k=sampling["top_k"],
+            seed=seed,
+            max_tokens=max_tokens,
+            logprobs=0 if sampling["logps"] else None,
+            stop_token_ids=sampling["stop_ids"],
+            ignore_eos=True,
+            detokenize=False,
+        )
+        self._engine.add_request(name, {"prompt_token_ids": request["prompts"][prompt]}, params)
+
+
+def _as_plain(output: Any) -> dict[str, Any]:
+    token_ids = list(output.token_ids)
+    logps = output.logprobs or ()
+    return {
+        "token_ids": token_ids,
+        "logps": [place[token].logprob for token, place in zip(token_ids, logps, strict=False)],
+        "finish": output.finish_reason,
+    }
+
+
+def _tensors(folder: str) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, opened.get_tensor(name)
+
+
+def _pack_tied_weights(model: Any) -> None:
+    """On a CPU vLLM multiplies by a packed copy of each matrix. Reloading does not renew the copy of an output layer
+    that is tied to the embedding (seen in vLLM 0.32): it would go on with the old weights."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(module, "cpu_linear") and method is not None and module.weight.numel():
+            method.process_weights_after_loading(module)
+
+
+def _report_whole_softmax(sampler: Any, torch: Any) -> None:
+    """Let log-probabilities be those of the whole softmax at the sampling temperature.
+
+    vLLM's "processed" ones are, unless top-p or top-k is on: then they are of the renormalised rest, which the trainer
+    cannot compute. What choosing among tokens is given is exactly the logits divided by the temperature.
+    """
+    choose = sampler.topk_topp_sampler
+    original = choose.forward
+
+    def forward(logits: Any, generators: Any, k: Any, p: Any, *rest: Any, **more: Any) -> Any:
+        if k is None and p is None:
+            return original(logits, generators, k, p, *rest, **more)
+        whole = logits.log_softmax(dim=-1, dtype=torch.float32)
+        chosen, _ = original(logits, generators, k, p, *rest, **more)
+        return chosen, whole
+
+    choose.forward = forward
+
+
+def converse(engine: Engine, client: Client) -> None:
+    """Answer a client until it goes away, says stop, or something fails."""
+    try:
+        while (request := client.asked.get()) is not None and request.get("op") != "stop":
+            if request["op"] == "hello":
+                client.wire.send({"ready": engine.facts()})
+            elif request["op"] == "load":
+                client.wire.send(engine.load(request))
+            elif request["op"] == "generate":
+                engine.generate(request, client)
+            else:
+                raise ValueError(f"unknown request {request['op']!r}")
+    except ConnectionError:
+        pass
+    except Exception as error:
+        tell_failure(client.wire, error)
+
+
+def tell_failure(wire: Wire, error: BaseException) -> None:
+    """Write the traceback to the log, and tell the client, who may be gone."""
+    traceback.print_exception(error)
+    with contextlib.suppress(OSError):
+        wire.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+def serve_parent(options: argparse.Namespace) -> int:
+    """Serve the process that started this one, and end with it."""
+    parent = os.getppid()
+    client = Client(Wire(socket.socket(fileno=options.fd)))
+
+    def watch() -> None:
+        client.read(lambda: os.getppid() == parent)
+        for folder in options.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+        # The engine started this process as the leader of a group: whatever vLLM has started goes with it.
+        os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        engine = Engine(options)
+    except BaseException as error:
+        tell_failure(client.wire, error)
+        return 1
+    converse(engine, client)
+    return 0
+
+
+def serve_port(options: argparse.Namespace) -> int:
+    """Serve clients on loopback, one at a time, until interrupted."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if len(token) < 8:
+        print(f"set {TOKEN_VARIABLE}, 8 characters or more, to the same text here and where thence runs")
+        return 2
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", options.port))
+    except OSError as error:
+        print(f"port {options.port} on 127.0.0.1 cannot be used: {error.strerror}; give another --port")
+        return 2
+    listener.listen()
+    engine = Engine(options)
+    print(f"serving {options.model} on 127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    clients: queue.Queue[Client] = queue.Queue()
+    serving = threading.Lock()
+
+    def welcome(wire: Wire) -> None:
+        try:
+            hello = wire.receive(GREETING_SECONDS, LARGEST_GREETING) or {}
+            if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
+                raise PermissionError(f"wrong token: set {TOKEN_VARIABLE} to what the server was started with")
+            if not serving.acquire(blocking=False):
+                raise RuntimeError("busy: the server has another client")
+        except Exception as error:
+            tell_failure(wire, error)
+            wire.close()
+            return
+        client = Client(wire)
+        client.asked.put(hello)
+        clients.put(client)
+        client.read(lambda: not client.gone)
+
+    def accept() -> None:
+        while True:
+            sock, _ = listener.accept()
+            threading.Thread(target=welcome, args=(Wire(sock),), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            client = clients.get()
+            converse(engine, client)
+            client.gone = True
+            client.wire.close()
+            serving.release()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    where.add_argument("--port", type=int)
+    parser.add_argument("--model", required=True, help="Hugging Face folder with safetensors")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--max-model-len", type=int, default=0, help="longest prompt and response; 0: the model's")
+    parser.add_argument("--max-rows", type=int, default=64, help="most responses sampled side by side")
+    parser.add_argument("--kv-cache-gb", type=float, default=2.0, help="memory for keys and values; 0: vLLM's choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: what OMP_NUM_THREADS says, else all cores")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
+    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--scratch", action="append", default=[], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    return serve_parent(options) if options.fd is not None else serve_port(options)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # os._exit: taking vLLM apart can hang, and there is nothing left to save.
+    os._exit(code)

@@ -1,0 +1,295 @@
+"""Sampling with vLLM in a process of its own: the same words as the native sampler, and weights that can be renewed.
+
+Every response carries a stamp, the version and digest of the weights that it was sampled with; one of other weights is
+refused. Log-probabilities are those of the whole softmax at the sampling temperature, as the trainer computes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+import weakref
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, cast
+
+from thence.errors import UserError
+from thence.rollout.native import Response, Sampling
+from thence.rollout.vllm.link import Link, connect, start
+from thence.rollout.vllm.settings import VllmSettings, shared_token
+from thence.rollout.vllm.weights import (
+    TOLERANCE,
+    Push,
+    folder_for,
+    probe_ids,
+    probe_logps,
+    scratch_folders,
+    write_weights,
+)
+from thence.rollout.vllm.wire import PROTOCOL, weights_digest
+
+log = logging.getLogger(__name__)
+SEND_SECONDS = 120.0
+CANCEL_SECONDS = 30.0
+
+
+class VllmEngine:
+    """A running vLLM with one model. A context manager; `close` ends the process that was started.
+
+    Args:
+        settings: where vLLM runs and what it may use.
+        model: Hugging Face folder with safetensors; None: whatever a server has, which weights must then be pushed to.
+
+    Raises:
+        UserError: vLLM is missing, does not start, is out of memory or too slow; the server does not answer, wants
+            another token, has another model or another client.
+    """
+
+    def __init__(self, settings: VllmSettings, model: Path | None):
+        self.settings = settings
+        self.version = 0
+        self.last_push: Push | None = None
+        self._digest: str | None = None
+        self._asked = 0
+        self._scratch = scratch_folders()
+        self._removed = weakref.finalize(self, _remove, self._scratch)
+        try:
+            self._link, token = self._opened(model)
+            self._link.ask({"op": "hello", "token": token}, SEND_SECONDS)
+            reply = self._link.answer(settings.start_seconds, "starting")
+            self._about = self._checked(reply.get("ready"), model)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> VllmEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return int(self._about["max_model_len"])
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """Sample one response for every prompt, as `thence.rollout.native.sample` does.
+
+        Args:
+            prompts: token ids, at least one token each.
+            seeds: one a prompt; the same seed gives the same tokens (up to the last bits of floating-point sums),
+                but not those of the native sampler.
+            sampling: `rows` is not used; how many run side by side was said when vLLM was started.
+
+        Returns:
+            The responses in the order of the prompts. Those that reach the end of the model's context end there with
+            `finish` "length".
+
+        Raises:
+            UserError: a prompt that is longer than the context; vLLM died, hangs, failed or has other weights than
+                were pushed. The engine is closed then.
+        """
+        found = dict(self.stream(prompts, seeds, sampling))
+        return [found[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        limits: Sequence[int] | None = None,
+        logps: bool = True,
+    ) -> Generator[tuple[int, Response]]:
+        """As `sample`, but every response with its place as soon as it ends; leaving the loop early stops the rest.
+
+        Args:
+            limits: longest response of each prompt, instead of `sampling.max_tokens` for all.
+            logps: False: responses without log-probabilities, which is faster.
+        """
+        if len(seeds) != len(prompts) or (limits is not None and len(limits) != len(prompts)):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        if not prompts:
+            return
+        self._check_room(prompts)
+        self._asked += 1
+        number = self._asked
+        self._link.ask(self._request(number, prompts, seeds, sampling, limits, logps), SEND_SECONDS)
+        left, ended = set(range(len(prompts))), False
+        try:
+            while True:
+                message = self._link.answer(self.settings.silence_seconds, "sampling")
+                if "end" in message:
+                    ended = True
+                    break
+                if "done" in message:
+                    response = self._response(message, logps)
+                    left.remove(message["done"])
+                    yield message["done"], response
+        finally:
+            if not ended:
+                self._cancel(number)
+        if left:
+            raise self._link.failed(f"vLLM left out {len(left)} of {len(prompts)} responses")
+
+    def push_weights(self, model: Any, version: int) -> None:
+        """Give the running vLLM other weights. Whatever it has cached of the old ones is forgotten.
+
+        Both sides then read the same short text with them: if their log-probabilities differ by more than rounding,
+        the weights did not arrive. `last_push` tells by how much they differ.
+
+        Args:
+            model: a Hugging Face causal language model of the architecture and sizes that vLLM was started with.
+            version: of the weights, 0 or more; what the trainer calls them, for example the number of the update.
+
+        Raises:
+            UserError: no room for the weights, vLLM refused them or ended, or the log-probabilities differ.
+        """
+        if version < 0:
+            raise ValueError(f"version {version} is negative")
+        begin = time.monotonic()
+        ids = probe_ids(model.config.get_text_config().vocab_size)
+        folder = folder_for(model, self._scratch)
+        try:
+            write_weights(model, folder)
+            digest = weights_digest(folder)
+            request = {"op": "load", "path": str(folder), "version": version, "digest": digest, "probe": ids}
+            self._link.ask(request, SEND_SECONDS)
+            reply = self._link.answer(self.settings.silence_seconds, "taking weights")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if reply.get("stamp") != [version, digest]:
+            raise self._link.failed(f"vLLM says it has weights {reply.get('stamp')}, sent were {[version, digest]}")
+        ours, theirs = probe_logps(model, ids), reply["probe_logps"]
+        difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        tolerance = TOLERANCE[self._about["dtype"]]
+        if not difference <= tolerance:
+            raise self._link.failed(
+                f"the weights of version {version} did not take effect in vLLM: it reads a short text with "
+                f"log-probabilities up to {difference:.3g} nats away from the trainer's, {tolerance:g} are allowed"
+            )
+        self.version, self._digest = version, digest
+        self.last_push = Push(version, digest, time.monotonic() - begin, difference)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values that numbers depend on: versions, dtype, sizes, and the stamp of the weights."""
+        about = {name: value for name, value in self._about.items() if name not in ("stamp", "protocol", "pid")}
+        return {
+            "engine": "vllm",
+            **about,
+            "server": self.settings.server or None,
+            "weights_version": self.version,
+            "weights": self._digest,
+            "logprobs": "whole softmax at the sampling temperature",
+        }
+
+    def close(self) -> None:
+        """End what was started here and remove temporary files. May be called twice."""
+        link: Link | None = getattr(self, "_link", None)
+        if link is not None:
+            link.close()
+        self._removed()
+
+    def _opened(self, model: Path | None) -> tuple[Link, str]:
+        if self.settings.server:
+            return connect(self.settings), shared_token()
+        if model is None:
+            raise UserError("vLLM needs a model to start with", remedy="give a Hugging Face folder")
+        if not (model / "config.json").is_file() or not list(model.glob("*.safetensors")):
+            raise UserError(
+                "no Hugging Face folder with config.json and safetensors, which vLLM needs",
+                remedy="save the model with thence.train.model.save_model, or give its folder",
+                file=model,
+            )
+        path = Path(self.settings.log).expanduser() if self.settings.log else self._scratch[-1] / "vllm.log"
+        return start(self.settings, model.resolve(), self._scratch, path), ""
+
+    def _checked(self, about: Any, model: Path | None) -> dict[str, Any]:
+        """What vLLM says about itself, if it is what was asked for."""
+        if not isinstance(about, dict) or about.get("protocol") != PROTOCOL:
+            raise self._link.failed(f"{self._link.name} is not of this version of thence")
+        if about["dtype"] != self.settings.dtype:
+            problem = f"{self._link.name} computes in {about['dtype']}, asked for was {self.settings.dtype}"
+            raise UserError(problem, remedy="set vllm.dtype or restart the server", field="vllm.dtype")
+        if model is not None:
+            if about["model"] != str(model.resolve()):
+                problem = f"{self._link.name} has the model {about['model']}, asked for was {model}"
+                raise UserError(problem, remedy="start a server with this model", field="vllm.server")
+            # Weights that somebody else has pushed have another version, and are refused when sampling begins.
+            self._digest = about["stamp"][1] if about["stamp"][0] == 0 else None
+        return about
+
+    def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt has no token; give it at least a beginning token")
+        longest = max(map(len, prompts))
+        if longest >= self.max_model_len:
+            raise UserError(
+                f"a prompt has {longest} tokens, and vLLM was started for {self.max_model_len} with the response",
+                remedy="raise vllm.max_model_len, or leave such prompts out with data.max_prompt_tokens",
+                field="vllm.max_model_len",
+            )
+
+    def _request(
+        self,
+        number: int,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int] | None,
+        logps: bool,
+    ) -> dict[str, Any]:
+        """Every different prompt is sent once."""
+        place: dict[tuple[int, ...], int] = {}
+        rows = [
+            [place.setdefault(tuple(prompt), len(place)), seed, sampling.max_tokens if limits is None else limits[i]]
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        return {
+            "op": "generate",
+            "id": number,
+            "prompts": [list(prompt) for prompt in place],
+            "rows": rows,
+            "sampling": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "stop_ids": list(sampling.stop_ids),
+                "logps": logps,
+            },
+        }
+
+    def _response(self, message: dict[str, Any], logps: bool) -> Response:
+        if message["stamp"] != [self.version, self._digest]:
+            raise self._link.failed(
+                f"a response was sampled with weights {message['stamp']}, not with {[self.version, self._digest]}",
+                "other weights",
+            )
+        response = Response(message["token_ids"], message["logps"], cast(Literal["stop", "length"], message["finish"]))
+        if response.finish not in ("stop", "length"):
+            raise self._link.failed(f"vLLM ended a response for another reason: {response.finish}")
+        if logps and (len(response.logps) != len(response.token_ids) or not all(map(math.isfinite, response.logps))):
+            raise self._link.failed("vLLM gave a response without a finite log-probability for every token")
+        return response
+
+    def _cancel(self, number: int) -> None:
+        """Stop sampling and read what was already on its way, so that the next request gets its own answers."""
+        if not self._link.open:
+            return
+        try:
+            self._link.ask({"op": "cancel", "id": number}, CANCEL_SECONDS)
+            while "end" not in self._link.answer(CANCEL_SECONDS, "stopping"):
+                pass
+        except UserError as error:
+            log.warning("vLLM was ended: %s", error.problem)
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,151 @@
+"""The conversation with the process that runs vLLM: starting or reaching it, messages with time limits, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from thence.errors import UserError
+from thence.rollout.vllm.failures import failure
+from thence.rollout.vllm.settings import CHILD, VllmSettings, shared_token
+from thence.rollout.vllm.wire import TOKEN_VARIABLE, Wire
+
+STOP_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
+# They belong to this Python, and would lead the other one astray.
+_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+
+
+class Link:
+    """One conversation. Whatever goes wrong ends it: `close` is called, and a UserError raised."""
+
+    def __init__(self, wire: Wire, popen: subprocess.Popen[bytes] | None, log: Path | None, server: str):
+        self._wire: Wire | None = wire
+        self._popen, self._log, self._server = popen, log, server
+
+    @property
+    def open(self) -> bool:
+        """Whether something can still be asked."""
+        return self._wire is not None
+
+    @property
+    def name(self) -> str:
+        """What is at the other end, for messages."""
+        return f"the vLLM server at {self._server}" if self._server else "vLLM"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that this one has started."""
+        return None if self._popen is None else self._popen.pid
+
+    def ask(self, message: dict[str, Any], seconds: float) -> None:
+        """Send a request. Raises UserError."""
+        wire = self._opened()
+        try:
+            wire.send(message, seconds)
+        except TimeoutError:
+            raise self.failed(f"{self.name} did not read a request within {seconds:g} s") from None
+        except OSError:
+            raise self.failed(f"{self.name} ended unexpectedly", ended=True) from None
+
+    def answer(self, seconds: float, doing: str) -> dict[str, Any]:
+        """The next message. Raises UserError: too late, none any more, no message, or one that says it failed."""
+        wire = self._opened()
+        try:
+            message = wire.receive(seconds)
+        except TimeoutError:
+            raise self.failed(f"{self.name} said nothing for {seconds:g} s while {doing}") from None
+        except ValueError as error:
+            raise self.failed(f"{self.name} does not speak thence's protocol ({error})") from None
+        except OSError:
+            message = None
+        if message is None:
+            raise self.failed(f"{self.name} ended unexpectedly while {doing}", ended=True)
+        if "failed" in message:
+            raise self.failed(f"{self.name} failed while {doing}", str(message["failed"]))
+        return message
+
+    def failed(self, problem: str, detail: str = "", ended: bool = False) -> UserError:
+        """End the conversation; the error to raise. `ended`: the other side has, and its exit code is worth a wait."""
+        code = None
+        if self._popen is not None and ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._popen.wait(STOP_SECONDS)
+        error = failure(problem, log=self._log, detail=detail, code=code)
+        self.close()
+        return error
+
+    def close(self) -> None:
+        """Let a process that was started here end, or end it; leave a server alone. May be called twice."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            with contextlib.suppress(OSError):
+                wire.send({"op": "stop"}, 1.0)
+            wire.close()
+        popen, self._popen = self._popen, None
+        if popen is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            popen.wait(STOP_SECONDS)
+        # It leads a group of its own: what vLLM has started ends with it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(popen.pid, signal.SIGKILL)
+        popen.wait()
+
+    def _opened(self) -> Wire:
+        if self._wire is None:
+            raise UserError(
+                f"{self.name} has been closed after an error or at the end", remedy="make a new engine; run again"
+            )
+        return self._wire
+
+
+def start(settings: VllmSettings, model: Path, scratch: Sequence[Path], log: Path) -> Link:
+    """Start `child.py` in vLLM's environment. Raises UserError."""
+    ours, theirs = socket.socketpair()
+    environment = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
+    arguments = [*settings.arguments(model), "--fd", str(theirs.fileno())]
+    arguments += [f"--scratch={folder}" for folder in scratch]
+    try:
+        with theirs, log.open("ab") as output:
+            popen = subprocess.Popen(
+                [settings.interpreter(), str(CHILD), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment | settings.environment,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+    except OSError as error:
+        ours.close()
+        raise UserError(
+            f"vLLM cannot be started: {error}", remedy="look at vllm.python and vllm.log", field="vllm.python"
+        ) from error
+    except UserError:
+        ours.close()
+        raise
+    return Link(Wire(ours), popen, log, "")
+
+
+def connect(settings: VllmSettings) -> Link:
+    """Reach a server that the user has started. Raises UserError."""
+    host, port = settings.address()
+    deadline = time.monotonic() + CONNECT_SECONDS
+    shared_token()
+    try:
+        sock = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
+    except OSError as error:
+        raise UserError(
+            f"no vLLM server answers at {settings.server}: {error.strerror or error}",
+            remedy=f"start one with vLLM's Python: {TOKEN_VARIABLE}=... python {CHILD} --port {port} --model FOLDER",
+            field="vllm.server",
+        ) from error
+    return Link(Wire(sock), None, None, settings.server)

@@ -1,0 +1,136 @@
+"""How the vLLM engine is started or reached. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from thence.errors import RecipeError, UserError
+from thence.recipe import Section
+from thence.rollout.vllm.wire import TOKEN_VARIABLE
+
+PYTHON_VARIABLE = "THENCE_VLLM_PYTHON"
+CHILD = Path(__file__).with_name("child.py")
+INSTALL = "install vLLM in an environment of its own (docs/vllm.md) and name its Python"
+
+
+class VllmSettings(Section):
+    """Where vLLM runs and what it may use."""
+
+    python: str = ""
+    """Python of the environment in which vLLM is installed; default: THENCE_VLLM_PYTHON, else this one."""
+    server: str = ""
+    """Instead of starting vLLM: `127.0.0.1:PORT`, where the user has started child.py, on this machine."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and arithmetic; float32 is what the trainer's log-probabilities agree with."""
+    max_model_len: int | None = Field(default=None, ge=8)
+    """Longest prompt and response together, in tokens; default: what the model was made for."""
+    max_rows: int = Field(default=64, ge=1)
+    """Most responses sampled side by side."""
+    kv_cache_gb: float = Field(default=2.0, ge=0)
+    """Memory for keys and values; 0 leaves it to vLLM, which takes most of what there is."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of vLLM on a CPU; default: what OMP_NUM_THREADS says, else all cores."""
+    compile: bool = False
+    """Let vLLM compile the model: a slower start, faster sampling."""
+    prefix_caching: bool = True
+    """Read a prompt once for all its responses."""
+    start_seconds: float = Field(default=600.0, gt=0)
+    """Longest time until the model is loaded."""
+    silence_seconds: float = Field(default=300.0, gt=0)
+    """Longest time without a word from vLLM while it samples or takes weights."""
+    log: str = ""
+    """File for what vLLM prints; default: a temporary one, whose end is shown when something fails."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Further environment variables of the process."""
+
+    @model_validator(mode="after")
+    def _server_is_here(self) -> VllmSettings:
+        if self.server:
+            self.address()
+        return self
+
+    def address(self) -> tuple[str, int]:
+        """Host and port of `server`. Raises ValueError where they are not of this machine."""
+        host, _, port = self.server.rpartition(":")
+        try:
+            host = host or "127.0.0.1"
+            if not port.isdigit() or not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"server = {self.server!r} is not a port of this machine: write 127.0.0.1:PORT; weights are handed "
+                "over in files, and the connection is not encrypted"
+            ) from None
+        return host, int(port)
+
+    def interpreter(self) -> str:
+        """The Python that can import vLLM. Raises UserError."""
+        named = self.python or os.environ.get(PYTHON_VARIABLE, "")
+        if not named:
+            if importlib.util.find_spec("vllm") is not None:
+                return sys.executable
+            raise UserError(
+                "vLLM is not installed in thence's own environment",
+                remedy=f"{INSTALL}: vllm.python, --vllm.python or {PYTHON_VARIABLE}",
+                field="vllm.python",
+            )
+        found = shutil.which(str(Path(named).expanduser()) if os.sep in named else named)
+        if found is None:
+            raise UserError(
+                f"no such Python: {named}",
+                remedy="give the path of bin/python of the environment in which vLLM is installed",
+                field="vllm.python" if self.python else PYTHON_VARIABLE,
+            )
+        return found
+
+    def arguments(self, model: Path) -> list[str]:
+        """Command-line arguments of `child.py` for these settings."""
+        flags = ["--compile"] if self.compile else []
+        flags += [] if self.prefix_caching else ["--no-prefix-caching"]
+        return [
+            *("--model", str(model), "--dtype", self.dtype, "--max-rows", str(self.max_rows)),
+            *("--max-model-len", str(self.max_model_len or 0), "--kv-cache-gb", str(self.kv_cache_gb)),
+            *("--threads", str(self.threads or 0), *flags),
+        ]
+
+
+def vllm_settings(table: Mapping[str, Any], where: str) -> VllmSettings:
+    """Validate plain values.
+
+    Args:
+        where: the table's name, for the error.
+
+    Raises:
+        RecipeError: a setting that there is not, or a value that it cannot have.
+    """
+    try:
+        return VllmSettings.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].split(", ", 1)[-1],
+            remedy=f"settings of vLLM are: {', '.join(VllmSettings.model_fields)}",
+            field=f"{where}.{field}" if field else where,
+        ) from None
+
+
+def shared_token() -> str:
+    """What a server asks of its clients. Raises UserError where it is not set."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise UserError(
+            f"a vLLM server asks for a token, and {TOKEN_VARIABLE} is not set",
+            remedy=f"export {TOKEN_VARIABLE} with the text that the server was started with",
+            field="vllm.server",
+        )
+    return token
