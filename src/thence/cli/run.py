@@ -85,7 +85,9 @@ def execute(recipe: Recipe, restart: bool) -> int:
         from thence.report.table import results_table
 
         page = write_report(folder)
-        console.print(results_table(folder))
+        table = results_table(folder)
+        if table.row_count:
+            console.print(table)
         console.print(f"report: {page}", soft_wrap=True)
     return 0
 

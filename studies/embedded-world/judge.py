@@ -1,0 +1,138 @@
+"""Hold the study's predictions, written down before its runs, against its results.
+
+    python studies/embedded-world/judge.py [FOLDER]
+
+reads FOLDER/results.json (default: runs/embedded-world; without it the results kept beside this file) and writes,
+beside this file, results.json, verdicts.json, verdicts.md and score-against-flops.png.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from thence.compare.figures import score_against_flops_png
+from thence.compare.result import RESULTS, Comparison, Run, read_results, to_json
+from thence.compare.statistics import Difference, Statistics, statistics
+from thence.errors import UserError
+from thence.files import write_atomically
+
+HERE = Path(__file__).parent
+DIGITS = 5  # of the curves that are kept
+IN_FIGURE = ("base", "sft", "both-8", "sft-then-rl", "sft-then-rl-short", "broken-then-rl", "rl", "luffy", "relift")
+IN_FIGURE += ("srft", "prefix-rft", "hpt")
+
+
+def main() -> None:
+    """Read, judge, write."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/embedded-world")
+    comparison = read_results(folder if (folder / RESULTS).exists() else HERE)
+    predictions = tomllib.loads((HERE / "predictions.toml").read_text(encoding="utf-8"))
+    verdicts = judge(statistics(comparison), predictions)
+    write_atomically(HERE / RESULTS, to_json(rounded(comparison)))
+    write_atomically(HERE / "verdicts.json", json.dumps(verdicts, indent=1) + "\n")
+    write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))
+    try:
+        score_against_flops_png(statistics(comparison), HERE / "score-against-flops.png", arms=IN_FIGURE)
+    except ValueError as error:
+        print(f"no figure yet: {error}", file=sys.stderr)
+    print(as_markdown(verdicts, comparison))
+
+
+def judge(found: Statistics, predictions: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One verdict a prediction and base; p-values are corrected over the predictions of a base."""
+    comparison = found.comparison
+    column = comparison.columns[0]
+    verdicts = []
+    for base in comparison.bases:
+        made = {name: p for name, p in predictions.items() if base in p["bases"]}
+        ordered = {name: (p["better"], p["worse"]) for name, p in made.items() if "better" in p}
+        differences = dict(zip(ordered, found.pairs(base, column, list(ordered.values())), strict=True))
+        for name, prediction in made.items():
+            if "equal" in prediction:
+                verdict, numbers = equal(comparison, base, *prediction["equal"]), {}
+            else:
+                difference = differences[name]
+                verdict = called(difference)
+                numbers = {} if difference is None else asdict(difference)
+            verdicts.append(
+                {
+                    "prediction": name,
+                    "base": base,
+                    "says": prediction["says"],
+                    "source": prediction["source"],
+                    "verdict": verdict,
+                    **numbers,
+                }
+            )
+    return verdicts
+
+
+def called(difference: Difference | None) -> str:
+    """The rule of predictions.toml."""
+    if difference is None or difference.seeds < 2:
+        return "not measured"
+    if not difference.significant:
+        return "undecided"
+    return "held" if difference.mean > 0 else "failed"
+
+
+def equal(comparison: Comparison, base: str, one: str, other: str) -> str:
+    """Whether two arms answered every problem alike with every seed that both have."""
+    runs = {run.seed: run for run in comparison.runs_of(one, base)}
+    pairs = [(runs[run.seed], run) for run in comparison.runs_of(other, base) if run.seed in runs]
+    if not pairs:
+        return "not measured"
+    return "held" if all(answers(a) == answers(b) for a, b in pairs) else "failed"
+
+
+def answers(run: Run) -> list[tuple[int, ...]]:
+    """Right samples of every problem on every test set."""
+    return [measured.right for measured in run.measured]
+
+
+def rounded(comparison: Comparison) -> Comparison:
+    """The same with curves of a few digits, to be kept."""
+
+    def short(values: Sequence[float | None]) -> tuple[float | None, ...]:
+        return tuple(None if v is None else float(f"{v:.{DIGITS}g}") for v in values)
+
+    runs = tuple(replace(r, curve={key: short(values) for key, values in r.curve.items()}) for r in comparison.runs)
+    return replace(comparison, runs=runs)
+
+
+def as_markdown(verdicts: Sequence[Mapping[str, Any]], comparison: Comparison) -> str:
+    """A table a base."""
+    column = comparison.columns[0]
+    parts = [
+        "# Predictions and verdicts",
+        f"Made by judge.py from {len(comparison.runs)} runs, seeds {list(comparison.seeds)}; "
+        f"{comparison.pending} runs are still to come. Differences are in points of accuracy on {column.split} at "
+        f"temperature {column.temperature:g}, paired by seed and problem, with 95% intervals; p is corrected (Holm) "
+        "over the predictions of a base.",
+    ]
+    for base in comparison.bases:
+        own = [v for v in verdicts if v["base"] == base]
+        counts = {word: sum(v["verdict"] == word for v in own) for word in dict.fromkeys(v["verdict"] for v in own)}
+        parts.append(f"## {base}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+        rows = ["| prediction | source | difference | p | seeds | verdict |", "|---|---|---|---|---|---|"]
+        for v in own:
+            numbers = ("–", "–", "–")
+            if "mean" in v:
+                interval = f"{100 * v['mean']:+.1f} ({100 * v['low']:+.1f} to {100 * v['high']:+.1f})"
+                numbers = (interval, f"{v['corrected']:.2g}", str(v["seeds"]))
+            rows.append(f"| {v['says']} | {v['source']} | {' | '.join(numbers)} | **{v['verdict']}** |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"judge.py: {error}")
