@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from thence.errors import UserError
+from thence.pipeline.run import method_labels
 from thence.recipe import load_recipe
 from thence.report.outcome import outcome
 from thence.report.page import write_report
@@ -114,6 +115,16 @@ def test_a_finished_run_has_table_curves_samples_recipe_and_command(tmp_path):
     assert "Unfinished" not in text
     assert "5 steps, 50 trained tokens, 5e+06 FLOPs, 2.5 s" in text
     assert text.count('<b class="unknown">') == 9
+
+
+def test_the_page_names_the_method_of_every_stage_and_says_what_is_a_reconstruction(tmp_path):
+    folder = make_run(tmp_path / "run", steps=3)
+    recipe = load_recipe("quickstart", {"sft.fault": "mean-of-means", "rl.method": "superrl"})
+    labels = method_labels(recipe)
+    (folder / "environment.json").write_text(json.dumps({"methods": labels}))
+    page = write_report(folder).read_text()
+    assert "sft with mean-of-means" in page and "superrl (reconstruction)" in page
+    assert method_labels(load_recipe("quickstart")) == {"sft": "sft", "rl": "grpo"}
 
 
 def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):

@@ -36,8 +36,11 @@ class RunFolder:
         """The folder of one stage."""
         return self.path / "stages" / name
 
-    def open(self, recipe: Recipe, device: str) -> None:
+    def open(self, recipe: Recipe, device: str, methods: Mapping[str, str] | None = None) -> None:
         """Make the folder, or take up the run that stands in it.
+
+        Args:
+            methods: what each stage's method is called in reports.
 
         Raises:
             UserError: the folder holds a run of another recipe.
@@ -55,7 +58,7 @@ class RunFolder:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, text)
-        self._record_start(environment(device))
+        self._record_start(environment(device) | ({"methods": dict(methods)} if methods else {}))
 
     def remove(self) -> None:
         """Throw the run away. Raises UserError where the folder holds something that is no run."""

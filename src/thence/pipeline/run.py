@@ -11,13 +11,14 @@ import torch
 
 from thence.data.chat import end_token_ids
 from thence.errors import UserError
+from thence.methods.registry import make_method
 from thence.pipeline.context import Context
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.progress import Silent, Watcher
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
-from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
+from thence.recipe import Eval, Model, Recipe, Rl, Sft, kind_of, load_recipe
 from thence.train.checkpoint import publish
 from thence.train.model import Loaded, load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
@@ -50,7 +51,7 @@ def run(
     if ranks.rank == 0:
         if restart:
             folder.remove()
-        folder.open(resolved, str(device))
+        folder.open(resolved, str(device), method_labels(resolved))
     ranks.wait()
     for i, name in enumerate(resolved.stages):
         if not folder.is_done(name):
@@ -59,6 +60,19 @@ def run(
             shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
         ranks.wait()
     return folder.path
+
+
+def method_labels(recipe: Recipe) -> dict[str, str]:
+    """What reports call the method of each training stage; one that is reconstructed says so, and so does a fault."""
+    labels = {}
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        if isinstance(stage, Sft | Rl):
+            method = make_method(stage.method, stage.options, kind_of(name))
+            labels[name] = stage.method + (" (reconstruction)" if method.exactness == "reconstruction" else "")
+            if stage.fault is not None:
+                labels[name] += f" with {' and '.join(stage.fault.names)}"
+    return labels
 
 
 def run_stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _render(run: RunFiles) -> str:
         columns=[(visible(split), f"{temperature:g}") for split, temperature in run.columns],
         rows=[(visible(subject), [_cell(run, subject, column) for column in run.columns]) for subject in run.subjects],
         details=[_detail(cell) for cell in run.cells],
-        stages=[_stage(training) for training in run.training],
+        stages=[_stage(training, _labels(run)) for training in run.training],
         samples={visible(stage): kept for stage, kept in pick_samples(run.folder, run.stages).items()},
         recipe=visible(run.recipe_text or to_toml(run.recipe)),
         environment=[(label, visible(str(run.environment[key]))) for key, label in _LABELS.items() if _has(run, key)],
@@ -96,9 +97,16 @@ def _detail(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _stage(training: Training) -> dict[str, Any]:
+def _labels(run: RunFiles) -> dict[str, str]:
+    """What the run calls the method of each stage."""
+    labels = run.environment.get("methods")
+    return {str(k): str(v) for k, v in labels.items()} if isinstance(labels, Mapping) else {}
+
+
+def _stage(training: Training, methods: Mapping[str, str]) -> dict[str, Any]:
     sums = totals(training)
-    facts = [f"{sums['steps']:,} step{'' if sums['steps'] == 1 else 's'}"]
+    facts = [methods[training.stage]] if training.stage in methods else []
+    facts += [f"{sums['steps']:,} step{'' if sums['steps'] == 1 else 's'}"]
     if sums["trained_tokens"] is not None:
         facts.append(f"{sums['trained_tokens']:,.0f} trained tokens")
     if sums["flops"] is not None:
@@ -108,7 +116,7 @@ def _stage(training: Training) -> dict[str, Any]:
     return {
         "name": visible(training.stage),
         "kind": training.kind,
-        "facts": ", ".join(facts),
+        "facts": visible(", ".join(facts)),
         "curves": curves(training),
     }
 
