@@ -3,9 +3,9 @@
     THENCE_VLLM_PYTHON=VLLM/bin/python .venv/bin/python benchmarks/generate_engines.py \\
         --model DATA/real --data gsm8k/test.jsonl --out benchmarks/results/generate-engines.json
 
-Same prompts, float32 weights and number of threads, one after the other in rounds of one run; loading and the first
-round, which is a warm-up, are not timed. Greedy, so that every engine has the same tokens to make: the record says
-for how many problems it made them, and lists the others. Wants an otherwise idle machine.
+Same prompts, float32 weights and number of threads, one after the other in rounds of one run; loading and a warm-up on
+a few problems are not timed. Greedy, so that every engine has the same tokens to make: the record says for how many
+problems it made them, and lists the others. The responses are graded with math-verify. Wants an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 import common
 
 Responses = list[list[int]]
+Engine = Callable[[Sequence[list[int]]], Responses]
+WARM_UP = 4  # problems
 
 
 def main() -> None:
@@ -55,25 +57,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     loaded = load_model(Model(path=str(args.model), compute_dtype="float32"), torch.device("cpu"))
     chat = chat_format(loaded.tokenizer)
-    questions = [row["question"] for row in common.read_jsonl(args.data)[: args.problems]]
+    rows = common.read_jsonl(args.data)[: args.problems]
+    questions = [row["question"] for row in rows]
     prompts = [
         render(Example(messages=(Message("user", question),)), loaded.tokenizer, template=chat).prompt_ids
         for question in questions
     ]
     sampling = Sampling(args.max_tokens, 0.0, stop_ids=end_token_ids(loaded.tokenizer, chat), rows=args.rows)
-    engines: dict[str, Callable[[], Responses]] = {
-        "native": lambda: [r.token_ids for r in thence.sample(loaded.model, prompts, [0] * len(prompts), sampling)],
-        "transformers": lambda: with_generate(loaded, prompts, sampling),
+    engines: dict[str, Engine] = {
+        "native": lambda some: [r.token_ids for r in thence.sample(loaded.model, some, [0] * len(some), sampling)],
+        "transformers": lambda some: with_generate(loaded, some, sampling),
     }
     versions = {"thence": thence.__version__, "transformers": transformers.__version__}
     names = args.engines.split(",")
     vllm = None
     if "vllm" in names:
         vllm = start_vllm(args)
-        engines["vllm"] = lambda: [r.token_ids for r in vllm.sample(prompts, [0] * len(prompts), sampling)]
+        engines["vllm"] = lambda some: [r.token_ids for r in vllm.sample(some, [0] * len(some), sampling)]
         versions["vllm"] = vllm.facts()
     try:
-        found, seconds = in_rounds({name: engines[name] for name in names}, args.rounds)
+        found, seconds = in_rounds({name: engines[name] for name in names}, prompts, args.rounds)
     finally:
         if vllm is not None:
             vllm.close()
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "same_as": reference,
         "same": {name: len(prompts) - len(different(found[reference], found[name])) for name in names[1:]},
         "different": {name: different(found[reference], found[name]) for name in names[1:]},
+        "score": {name: score(loaded.tokenizer, responses, rows) for name, responses in found.items()},
         "versions": versions,
         "machine": common.machine(),
     }
@@ -115,18 +119,32 @@ def start_vllm(args: argparse.Namespace) -> Any:
 
 
 def in_rounds(
-    engines: dict[str, Callable[[], Responses]], rounds: int
+    engines: dict[str, Engine], prompts: Sequence[list[int]], rounds: int
 ) -> tuple[dict[str, Responses], dict[str, list[float]]]:
-    """Every engine's responses, and its seconds in every round but the first."""
+    """Every engine's responses, and its seconds in every round after the warm-up."""
     found: dict[str, Responses] = {}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 1):
+    for make in engines.values():
+        make(prompts[:WARM_UP])
+    for _ in range(rounds):
         for name, make in engines.items():
             start = time.perf_counter()
-            found[name] = make()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            found[name] = make(prompts)
+            seconds[name].append(time.perf_counter() - start)
     return found, seconds
+
+
+def score(tokenizer: Any, responses: Responses, rows: Sequence[dict[str, str]]) -> dict[str, float]:
+    """Accuracy of the responses by math-verify, with its 95% interval."""
+    from thence.evaluate.metrics import avg_at_k
+    from thence.verify.reward import load_reward
+
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    answers = [row["answer"].rsplit("####", 1)[-1].strip() for row in rows]
+    with load_reward("math", seconds=10.0) as grader:
+        grades = grader.grade_many([row["question"] for row in rows], texts, answers)
+    found = avg_at_k([int(grade.verdict.value == "right") for grade in grades], 1)
+    return {"accuracy": found.value, "low": found.low, "high": found.high, "problems": found.problems}
 
 
 def with_generate(loaded: Any, prompts: Sequence[Sequence[int]], sampling: Any) -> Responses:
