@@ -159,6 +159,15 @@ def test_a_problems_responses_depend_neither_on_other_problems_nor_on_more_sampl
     assert len({t.response_ids for t in whole}) > 24
 
 
+def test_a_prompt_that_is_drawn_twice_is_sampled_anew_and_the_others_stay_as_they_were(
+    model: Any, tokenizer: Any
+) -> None:
+    once = respond(model, tokenizer, None, PROMPTS, 3, SAMPLING, (0, "eval"))
+    twice = respond(model, tokenizer, None, [*PROMPTS, PROMPTS[4]], 3, SAMPLING, (0, "eval"))
+    assert [t.response_ids for t in twice[:36]] == [t.response_ids for t in once]
+    assert [t.response_ids for t in twice[36:]] != [t.response_ids for t in once[12:15]]
+
+
 def test_two_ranks_share_the_problems_and_agree_with_one(model: Any, tokenizer: Any) -> None:
     row, trajectories = measured(model, tokenizer, PROMPTS)
     parts = [respond(model, tokenizer, ByFirstToken(), PROMPTS[rank::2], 3, SAMPLING, (0, "eval")) for rank in range(2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -67,7 +68,12 @@ def respond(
         engine: samples in place of the model's own process, and holds the same weights.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    seeds = [stable_seed(*seed_parts, prompt.index, j) for prompt in prompts for j in range(n)]
+    seeds = []
+    times: Counter[int] = Counter()
+    for prompt in prompts:
+        again = (times[prompt.index],) if times[prompt.index] else ()  # a prompt drawn twice is sampled anew
+        times[prompt.index] += 1
+        seeds += [stable_seed(*seed_parts, *again, prompt.index, j) for j in range(n)]
     token_ids = [prompt.token_ids for prompt in repeated]
     responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
     found = [
