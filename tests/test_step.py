@@ -240,6 +240,24 @@ def test_a_step_that_trains_other_tokens_than_were_counted_is_refused(tiny_model
     assert torch.equal(parameters_of(model), before)
 
 
+def test_no_step_is_taken_above_the_norm_that_is_skipped(tiny_model):
+    model = tiny_model()
+    case = make_case(model, SFT, LENGTHS, 5, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    norm, taken = None, []
+    for factor in (None, 0.9, 1.1):
+        skip = 0.0 if factor is None else factor * (norm or 0.0)
+        model.load_state_dict(dict(zip(dict(model.named_parameters()), before, strict=True)), strict=False)
+        settings = StepSettings(60, False, 0.0, torch.float64, skip_norm=skip)
+        report = train_step(model, optimizer, make_batch(case, SFT), SingleProcess(), settings)
+        norm = norm or report.grad_norm
+        moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert report.grad_norm == pytest.approx(norm) and report.skipped != moved
+        taken.append(moved)
+    assert taken == [True, False, True]
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 0.3, 1e6], ids=["off", "clips", "too large to clip"])
 def test_clipping_is_that_of_torch_on_the_plain_gradient(tiny_model, clip_norm):
     model = tiny_model()

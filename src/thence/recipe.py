@@ -115,6 +115,8 @@ class Optimization(Section):
     """AdamW, on matrices only; vectors (norms, biases) are not decayed."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
+    skip_norm: float = Field(default=0.0, ge=0)
+    """Take no step where the gradient norm is above this; 0: never. HPT's release has 80, ExGRPO's 500."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Tokens in one forward and backward, padding included. It never changes the gradient, only memory and speed."""
     packing: bool = False

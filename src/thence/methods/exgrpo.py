@@ -9,14 +9,13 @@ was right more often than ``start``, a share ``replay`` of the next batches' pro
 drawn with probability ~ N(k; n/2, 1) (``buckets = "counts"``, the code) or N(k/n; 0.5, 1) (``"fractions"``, the paper),
 then a prompt of it uniformly. It has n - 1 fresh rollouts and one replay, which counts as right in k.
 
-Two deviations. The replayed response should be the one with the lowest entropy under the policy as it is now; here
+One deviation. The replayed response should be the one with the lowest entropy under the policy as it is now; here
 the entropy is estimated when a response is sampled, as the mean of -log pi of its tokens, and never again. So only the
-best response of a prompt is held. And the release leaves out optimizer steps whose gradient norm is above 500; here
-only a norm that is not finite is refused. Stored log-probabilities are those that the sampler reported. (The released
-code averages entropies over padding too, an apparent bug that is not followed.)
+best response of a prompt is held. Stored log-probabilities are those that the sampler reported. (The released code
+averages entropies over padding too, an apparent bug that is not followed.)
 
 Each rank has a pool of its own prompts; the rate that starts replay is that of all ranks. ``normaliser = "paper"`` is
-``clean``; ``code`` divides by ranks x longest response. Published for 7B: 128 prompts, n = 8, lr 1e-6, 700 steps.
+``clean``; ``code`` divides by ranks x longest response. Published for 7B: 128 prompts, n = 8, lr 1e-6, 700 steps, skip_norm 500 of the stage.
 """
 
 from __future__ import annotations

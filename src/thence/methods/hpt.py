@@ -13,10 +13,9 @@ of the step (the release takes that mean for each micro-batch). ``paper``: per p
 Z_sft = B T* with B prompts a step, L the longest and T* the demonstration's length. They are three different
 mixtures, so a result has to name its preset.
 
-Settings of the published run that belong to the stage: lr 5e-6, clip_norm 1.0, mini_batch 64. Two differences stay.
-The release leaves out optimizer steps whose gradient norm is above 80; the step here has no such setting and only
-refuses a norm that is not finite. And it cuts a batch into steps of 64 rows a rank, where here the prompts are dealt
-evenly to the steps.
+Settings of the published run that belong to the stage: lr 5e-6, clip_norm 1.0, skip_norm 80, mini_batch 64. One
+difference stays: the release cuts a batch into steps of 64 rows a rank, where here the prompts are dealt evenly to
+the steps.
 """
 
 from __future__ import annotations

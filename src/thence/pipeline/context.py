@@ -85,6 +85,7 @@ def make_trainer(context: Context, stage: Optimization, steps: int) -> Trainer:
         micro_batch_tokens=stage.micro_batch_tokens,
         packing=stage.packing,
         clip_norm=stage.clip_norm,
+        skip_norm=stage.skip_norm,
         compute_dtype=compute_dtype(context.recipe.model, context.device),
     )
 

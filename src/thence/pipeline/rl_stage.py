@@ -350,6 +350,8 @@ def metrics(
         "train_seconds": sum(r.seconds for r in taken),
         "tokens_per_s": tokens / seconds,
     }
+    if skipped := sum(report.skipped for report in taken):
+        line["skipped_steps"] = skipped
     if side:
         line |= {"side_steps": len(side), "side_loss": _mean([r.loss for r in side])}
     return line

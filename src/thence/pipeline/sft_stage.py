@@ -60,6 +60,8 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
             "seconds": report.seconds,
             "tokens_per_s": report.tokens / report.seconds,
         }
+        if report.skipped:
+            line["skipped_steps"] = 1
         if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
             line["held_out_loss"] = held_out_loss(trainer, held_out, method, stage.train_on)
         context.log(line)

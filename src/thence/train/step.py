@@ -34,12 +34,14 @@ class StepSettings:
         packing: lay rows end to end instead of padding them.
         clip_norm: largest global gradient norm; 0: no clipping.
         compute_dtype: of the forward and backward pass; the weights and the loss stay float32 or better.
+        skip_norm: a gradient norm above which no step is taken; 0: never.
     """
 
     micro_batch_tokens: int = 8192
     packing: bool = False
     clip_norm: float = 1.0
     compute_dtype: torch.dtype = torch.float32
+    skip_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class StepReport:
         trained_tokens: tokens that were trained.
         rows: rows in the batch.
         micro_batches: forward passes of this rank.
+        skipped: the gradient norm was above ``skip_norm``; model and optimizer are as they were.
         seconds: wall time.
     """
 
@@ -68,6 +71,7 @@ class StepReport:
     trained_tokens: int
     rows: int
     micro_batches: int
+    skipped: bool
     seconds: float
 
 
@@ -97,10 +101,12 @@ def train_step(
     loss_value, promised = totals[0].item(), counts[0]
     norm = global_norm(parameters)
     _check(loss_value, norm, int(totals[5]), promised, optimizer)
+    skipped = 0 < settings.skip_norm < norm
     if settings.clip_norm and norm > settings.clip_norm:
         for gradient in gradients_of(parameters):
             gradient.mul_(settings.clip_norm / norm)
-    optimizer.step()
+    if not skipped:
+        optimizer.step()
     trained = max(promised, 1)
     return StepReport(
         loss=loss_value,
@@ -112,6 +118,7 @@ def train_step(
         trained_tokens=promised,
         rows=counts[1],
         micro_batches=passes,
+        skipped=skipped,
         seconds=time.perf_counter() - start,
     )
 
