@@ -15,7 +15,8 @@ best response of a prompt is held. Stored log-probabilities are those that the s
 averages entropies over padding too, an apparent bug that is not followed.)
 
 Each rank has a pool of its own prompts; the rate that starts replay is that of all ranks. ``normaliser = "paper"`` is
-``clean``; ``code`` divides by ranks x longest response. Published for 7B: 128 prompts, n = 8, lr 1e-6, 700 steps, skip_norm 500 of the stage.
+``clean``; ``code`` divides by ranks x longest response. Published for 7B: 128 prompts, n = 8, lr 1e-6, 700 steps, and
+the stage's skip_norm 500.
 """
 
 from __future__ import annotations
