@@ -328,7 +328,7 @@ def test_gradients_of_both_optimizer_steps_are_those_of_the_formula(tiny_model, 
     old = {id(t): row_statistics(model, t)[0].detach() for t in trajectories}
     trainer = Trainer(model, 2e-2, StepSettings(64, True, 0.0, torch.float64), take_step=step_and_tell)
     mismatch = Mismatch(trajectories)
-    stage: Any = SimpleNamespace(temperature=1.0)
+    stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None)
     policy_steps(
         stage, variant.method(variant.options), trainer, trajectories, None, 2, mismatch, Shares(SingleProcess())
     )
