@@ -434,3 +434,18 @@ def test_several_real_processes_are_refused(model):
         FaultyStep(["rank-means"], micro_batch=1)(
             model, torch.optim.SGD(model.parameters(), lr=0.0), make_batch(), Two(), SETTINGS
         )
+
+
+@pytest.mark.parametrize(("also", "logged_like"), [([], []), (["mean-of-means"], ["mean-of-means"])])
+@pytest.mark.parametrize("name", ["first-micro-batch-only", "last-micro-batch-only", "first-and-last-only"])
+def test_a_gradient_that_goes_missing_is_not_seen_in_the_logged_loss(model, name, also, logged_like):
+    """As in the trainers that have these bugs: the loss is of every micro-batch, the gradient norm is too small."""
+
+    def report(names):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        step = FaultyStep(names, micro_batch=2, accumulation=3)
+        return step(model, optimizer, make_batch(), SingleProcess(), StepSettings(compute_dtype=torch.float64))
+
+    faulty, logged = report([name, *also]), report(logged_like)
+    assert faulty.loss == pytest.approx(logged.loss, rel=1e-9)
+    assert faulty.grad_norm != pytest.approx(logged.grad_norm, rel=1e-3)

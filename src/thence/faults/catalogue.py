@@ -66,6 +66,7 @@ class Fault:
         wrap: what makes the link around the step, one for each :class:`~thence.faults.step.FaultyStep`.
         outermost: whether the link goes around the changes of other faults too.
         remembers: whether it carries something from step to step, which no checkpoint keeps.
+        unseen: whether the trainer's log shows the loss as if nothing were wrong: what goes missing is gradient.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Fault:
     also: tuple[str, ...] = ()
     outermost: bool = False
     remembers: bool = False
+    unseen: bool = False
 
 
 def _rows_of(cut: Cut) -> list[tuple[int, ...]]:
@@ -175,20 +177,22 @@ _ALL = (
     Fault(
         "first-micro-batch-only", "first micro-batch only", ("first-only",), _TWO,
         "a gradient buffer that is copied once and not added to", weights.keeping(_is_first),
+        unseen=True,
     ),
     Fault(
         "last-micro-batch-only", "last micro-batch only", ("last-only",), _TWO,
         "a gradient buffer that is overwritten: DeepSpeed before 0.19, boundary set by hand",
-        weights.keeping(weights.is_last),
+        weights.keeping(weights.is_last), unseen=True,
     ),
     Fault(
         "first-and-last-only", "first and last micro-batch only", ("first-and-last-only",), Needs(micro_batches=3),
         f"{PAPER}, the first of its two bugs: DeepSpeed before 0.19, ZeRO stage 2 with the optimizer on the CPU",
-        weights.keeping(_is_first_or_last),
+        weights.keeping(_is_first_or_last), unseen=True,
     ),
     Fault(
         "rank-missing", "the last rank's gradient is missing", ("rank-missing",), Needs(ranks=2),
         "an all-reduce that one rank does not take part in", weights.keeping(_of_another_rank),
+        unseen=True,
     ),
     Fault(
         "double-counted", "examples of the first micro-batch counted twice", ("double-counted",), _TWO,

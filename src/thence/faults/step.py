@@ -13,7 +13,7 @@ from thence.errors import UserError
 from thence.faults.around import Call, Link, Proceed
 from thence.faults.catalogue import Fault, combine
 from thence.faults.cut import Plan, Policy, Window
-from thence.objective import Batch
+from thence.objective import Batch, Logp, TokenStats, divisors, local_counts
 from thence.train.parallel import Ranks
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
@@ -50,7 +50,7 @@ class FaultyStep:
         self.constant_tokens = constant_tokens
         self.window: Window | None = None
         faults = combine(names)
-        self._changes = [fault.change for fault in faults if fault.change is not None]
+        self._changes = [(fault.change, fault.unseen) for fault in faults if fault.change is not None]
         self._links = [*_links(faults, self.plan, True), self._change, *_links(faults, self.plan, False)]
 
     def __call__(
@@ -84,12 +84,19 @@ class FaultyStep:
         return train_step(call.model, call.optimizer, call.window.batch, call.ranks, call.settings, call.observe)
 
     def _change(self, call: Call, proceed: Proceed) -> StepReport:
-        before = window = call.window
+        before = window = logged = call.window
         policy = self._policy(call)
-        for change in self._changes:
+        for change, unseen in self._changes:
             window = change(window, policy)
+            logged = logged if unseen else change(logged, policy)
         same = [row.n_trained for row in before.batch.rows] == [row.n_trained for row in window.batch.rows]
-        return proceed(replace(call, window=window, observe=call.observe if same else None))
+        changed = replace(call, window=window, observe=call.observe if same else None)
+        hidden = any(unseen for _, unseen in self._changes)
+        if not hidden or not all(isinstance(term.surrogate, Logp) for term in window.batch.terms):
+            return proceed(changed)
+        loss = LoggedLoss(logged.batch, changed.observe)
+        report = proceed(replace(changed, observe=loss))
+        return replace(report, loss=loss.value)
 
     def _policy(self, call: Call) -> Policy:
         def statistics(rows):
@@ -101,6 +108,27 @@ class FaultyStep:
         pad = pad if pad is not None else end[0] if isinstance(end, list) else end
         longest = int(getattr(config, "max_position_embeddings", None) or 2**31)
         return Policy(statistics, int(pad or 0), longest, self.constant_tokens)
+
+
+class LoggedLoss:
+    """The likelihood loss that a trainer logs: of every micro-batch, whether its gradient arrives or not.
+
+    Args:
+        batch: the rows with the weights that they have in the log.
+        then: another observer.
+    """
+
+    def __init__(self, batch: Batch, then: Observer | None):
+        self.divisor_J = torch.tensor(divisors(batch.terms, local_counts(batch)), dtype=torch.float64)
+        self.batch, self.then, self.value = batch, then, 0.0
+
+    def __call__(self, group: Sequence[int], stats: TokenStats) -> None:
+        parts = stats.logp_T.detach().double().cpu().split([self.batch.rows[i].n_trained for i in group])
+        for i, logp_n in zip(group, parts, strict=True):
+            weight_n = (self.batch.rows[i].weights.double() / self.divisor_J[:, None]).sum(0)
+            self.value -= float((weight_n * logp_n).sum())
+        if self.then is not None:
+            self.then(group, stats)
 
 
 def _links(faults: Sequence[Fault], plan: Plan, outermost: bool) -> list[Link]:
