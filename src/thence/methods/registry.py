@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from thence.errors import RecipeError
 from thence.methods.base import Method
+from thence.methods.bread import Bread
 from thence.methods.chord import ChordMu, ChordPhi
 from thence.methods.dapo import Dapo
 from thence.methods.dr_grpo import DrGrpo
@@ -21,6 +22,7 @@ from thence.methods.luffy import Luffy
 from thence.methods.mixed_policy import MixedPolicy
 from thence.methods.on_policy import OnPolicy
 from thence.methods.prefix_rft import PrefixRft
+from thence.methods.red import Red
 from thence.methods.relift import Relift
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.sasr import Sasr
@@ -32,7 +34,7 @@ from thence.methods.uft import Uft
 OWN: tuple[type[Method], ...] = (
     Sft, Grpo, DrGrpo, Dapo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
-    ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo,
+    ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
 )  # fmt: skip
 ENTRY_POINT_GROUP = "thence.methods"
 
