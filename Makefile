@@ -46,8 +46,12 @@ vllm:
 	    touch "$$folder/installed"; } 2> /dev/null || \
 	  echo "vLLM could not be installed, its tests skip: $$folder.log says why"
 
-# The study of studies/embedded-world; hours on two cores, and it goes on where it was.
+# The study of studies/embedded-world: hours on two cores. It goes on from the results that are kept there; remove them
+# (and runs/embedded-world) to make it all again.
 study: $(VENV)/installed
+	mkdir -p runs/embedded-world
+	[ -f runs/embedded-world/results.json ] || [ ! -f studies/embedded-world/results.json ] || \
+	  cp studies/embedded-world/results.json runs/embedded-world/
 	$(BIN)/thence compare studies/embedded-world/study.toml
 	$(BIN)/python studies/embedded-world/judge.py
 

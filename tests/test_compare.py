@@ -19,7 +19,7 @@ from thence.compare.collect import collect
 from thence.compare.engine import compare
 from thence.compare.plan import Need, Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
-from thence.compare.result import Comparison, Spent, from_json, read_results, to_json
+from thence.compare.result import RESULTS, Comparison, Run, Spent, from_json, read_results, to_json
 from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import UserError
 from thence.toml import to_toml
@@ -127,8 +127,11 @@ def without_times(comparison: Comparison) -> str:
     def timeless(spent: Spent) -> Spent:
         return replace(spent, seconds=0.0)
 
-    runs = tuple(replace(r, spent=timeless(r.spent), own=timeless(r.own), folder="") for r in comparison.runs)
-    return to_json(replace(comparison, runs=runs, environment={}))
+    def of(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+        return tuple(replace(r, spent=timeless(r.spent), own=timeless(r.own), folder="") for r in runs)
+
+    kept = replace(comparison, runs=of(comparison.runs), tuning_runs=of(comparison.tuning_runs), environment={})
+    return to_json(kept)
 
 
 def test_every_arm_is_measured_from_every_base_with_every_seed(done) -> None:
@@ -205,9 +208,30 @@ def test_an_arm_that_is_changed_is_run_again_and_the_others_are_not(done) -> Non
     assert [need.arm for need in planner.needs() if not planner.is_done(need)] == ["rl", "rl"]
 
 
+def test_kept_results_alone_are_enough_to_repeat_nothing_but_what_is_built_on(done, tmp_path: Path) -> None:
+    folder, result, _ = done
+    (tmp_path / RESULTS).write_bytes((folder / "comparison" / RESULTS).read_bytes())
+    own = {**tables(folder), "folder": str(tmp_path)}
+    watcher = Quiet()
+    again = compare(load_comparison(own), jobs=2, watcher=watcher)
+    assert watcher.finished_runs == [] and again.pending == 0
+    assert without_times(again) == without_times(result)
+
+    # another arm after SFT needs SFT's models, and these their bases; nothing else is made again
+    own["arms"] = {**own["arms"], "hotter": {"after": "sft", "kind": "rl", "settings": {"temperature": 1.2}}}
+    more = compare(load_comparison(own), jobs=2, watcher=watcher)
+    assert {(need.arm, need.seed) for need in watcher.finished_runs} == {
+        (arm, seed) for arm in ("", "sft", "hotter") for seed in (0, 1)
+    }
+    assert more.pending == 0 and not watcher.failures
+    measured = {(run.arm, run.seed): run.measured for run in more.runs}
+    assert all(measured[run.arm, run.seed] == run.measured for run in result.runs)
+
+
 def test_results_survive_being_written_and_read(done) -> None:
     folder, result, _ = done
     assert from_json(to_json(result)) == result
+    assert {run.seed for run in result.tuning_runs} == {100} and len(result.tuning_runs) == 2
     assert without_times(read_results(folder / "comparison")) == without_times(result)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -24,6 +25,9 @@ from thence.data.layouts import parse_row
 from thence.data.problems import RowProblem
 from thence.data.readers import read_examples
 from thence.errors import DataError, UserError
+from thence.pipeline.prompts import KeptPrompts, read_and_render
+from thence.recipe import Data, Model
+from thence.train.model import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -568,3 +572,18 @@ def test_an_example_has_messages_or_a_prompt_text():
     for wrong in ({}, {"messages": (Message("user", "a"),), "prompt": "a"}):
         with pytest.raises(ValueError, match="either"):
             Example(**wrong)
+
+
+def test_prompts_that_are_kept_are_the_same_until_their_file_changes(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(Model(path="world:chain/rich"))
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "47a+8?", "completion": "a=55#55"}\n')
+    data, kept = Data(source=[str(file)]), KeptPrompts(tables=2)
+    first = kept.load(data, tokenizer)
+    again = kept.load(data, load_tokenizer(Model(path="world:chain/poor")))
+    assert first == again == read_and_render(data, tokenizer) and first[0] is again[0]
+    assert kept.load(data.model_copy(update={"max_response_tokens": 3}), tokenizer) != first
+    file.write_text('{"prompt": "47a+9?", "completion": "a=56#56"}\n')
+    os.utime(file, ns=(1, 1))
+    assert kept.load(data, tokenizer)[0].text == "47a+9?"
+    assert KeptPrompts().load(data, tokenizer)[0] is not KeptPrompts().load(data, tokenizer)[0]

@@ -200,9 +200,46 @@ def test_the_report_and_the_observer_say_what_was_trained(tiny_model, variant):
     assert report.logp == pytest.approx(torch.cat(logps).mean().item())
     assert report.entropy == pytest.approx(torch.cat(entropies).mean().item())
     assert (report.rows, report.trained_tokens, report.tokens) == (6, 53, 71)
-    assert report.micro_batches == len(plan([sum(pair) for pair in LENGTHS], 60, False))
+    assert report.micro_batches == len(plan([sum(pair) for pair in LENGTHS[:-1]], 60, False)) + 1
     assert sorted(seen) == list(range(6))
     assert all(torch.allclose(seen[i], logp.detach()) for i, logp in enumerate(logps))
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_rows_without_weight_go_forward_only_and_are_measured_all_the_same(tiny_model, packing):
+    model = tiny_model()
+    case = make_case(model, MOVED, LENGTHS, 3, 1)
+    equal = [t.scored(1.0) if t.prompt.index else t for t in case.trajectories]  # the second group teaches nothing
+    case = replace(case, trajectories=tuple(equal))
+    batch = make_batch(case, MOVED)
+    backward = []  # tokens in each pass through the model that keeps what a backward pass needs
+    model.base_model.register_forward_hook(
+        lambda _, __, output: backward.append(output[0].shape[:2].numel() * output[0].requires_grad)
+    )
+    loss, found = engine(model, batch, 10_000, packing)
+    lengths = [sum(pair) for pair in LENGTHS[:3]]
+    assert backward == [sum(lengths) if packing else 3 * max(lengths), 0]
+    assert loss.item() == pytest.approx(contributions(model, case, MOVED)[0].sum().item(), rel=1e-10)
+    assert relative(found, gradient(model, contributions(model, case, MOVED)[0].sum())) <= 1e-12
+    report = trainer_of(model).step(batch)
+    entropies = torch.cat([row_statistics(tiny_model(), t)[1] for t in case.trajectories])
+    assert report.entropy == pytest.approx(entropies.mean().item())
+    assert (report.rows, report.trained_tokens) == (6, 53)
+
+
+def test_a_step_without_any_weight_moves_on_the_moments_like_a_gradient_of_zero(tiny_model):
+    model, twin = tiny_model(), tiny_model()
+    case = make_case(model, SFT, LENGTHS, 3, 0)
+    trainer, adamw = trainer_of(model, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1), plain_adamw(twin, 0.1)
+    batch = make_batch(case, SFT)
+    trainer.step(batch)
+    oracle_step(twin, adamw, case, SFT)
+    silent = replace(batch, rows=tuple(replace(row, weights=0 * row.weights) for row in batch.rows))
+    assert trainer.step(silent).grad_norm == 0
+    for parameter in twin.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adamw.step()
+    assert relative(parameters_of(model), parameters_of(twin)) <= 1e-12
 
 
 def bad_batch(batch: Batch, value: float) -> Batch:

@@ -21,7 +21,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
     arms = tuple(arm_of(recipe, name) for name in recipe.arms)
     everything = Planner(recipe, planner.folder)
     needs = list(everything.needs())
-    reported = [need for need in needs if need.arm and need.seed in recipe.seeds and everything.summary(need)]
+    finished = [need for need in needs if need.arm and everything.summary(need)]
     test = recipe.test()
     splits = test.splits or {test.data.get("split", "test"): {}}
     return Comparison(
@@ -33,7 +33,8 @@ def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
         seeds=tuple(recipe.seeds),
         columns=tuple(Column(split, temperature) for temperature in test.temperatures for split in splits),
         arms=arms,
-        runs=tuple(run_of(everything, need) for need in reported),
+        runs=tuple(run_of(everything, need) for need in finished if need.seed in recipe.seeds),
+        tuning_runs=tuple(run_of(everything, need) for need in finished if need.seed not in recipe.seeds),
         tries=tuple(tries_of(everything)),
         failures=tuple(failures),
         pending=sum(not everything.is_done(need) for need in needs),
@@ -87,7 +88,7 @@ def run_of(planner: Planner, need: Need) -> Run:
         arm=need.arm,
         base=need.base,
         seed=need.seed,
-        settings=planner.chosen(need.arm, need.base) or {},
+        settings=(planner.chosen(need.arm, need.base) if need.chosen is None else json.loads(need.chosen)) or {},
         spent=reduce(add, (part.own for part in planner.way(need)), NOTHING),
         own=summary.own,
         measured=summary.measured,

@@ -107,7 +107,7 @@ def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watc
     """Run every need that is not done. Yields those that failed."""
     needs = list(planner.needs())
     watcher.begin(planner, needs)
-    waiting = [need for need in needs if not planner.is_done(need)]
+    waiting = planner.to_run()
     workers = [Worker(planner.folder, i, threads, lock) for i in range(min(jobs, len(waiting)))]
     attempts: dict[Need, int] = {}
     try:
@@ -171,10 +171,12 @@ def _start_next(
             watcher.failed(need, str(error))
             yield Failure(need.arm, need.base, need.seed, str(error))
             continue
-        if job is None:
+        if job is None or not planner.can_start(need):
             continue
         waiting.remove(need)
-        if planner.is_done(need):  # the same settings as a run that another need has finished
+        if planner.is_done(need) and planner.has_model(
+            need
+        ):  # the same settings as a run that another need has finished
             continue
         worker.start(job)
         return True

@@ -3,6 +3,10 @@
 A run is one stage of one arm and its evaluation, in a folder named after the settings. Runs that start from another
 arm's model start from the folder of that arm's run, so that arms share what they have in common and nothing is trained
 twice.
+
+What a finished run measured is also in the comparison's ``results.json``. Where that file is there and the run's folder
+is not, as in a fresh checkout of kept results, the run counts as done; it is made again only if a run that is still to
+come starts from its model.
 """
 
 from __future__ import annotations
@@ -10,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thence.compare.recipe import ComparisonRecipe
+from thence.compare.result import read_results
 from thence.compare.summary import Summary, read_summary
 from thence.errors import UserError
 from thence.pipeline.folder import RunFolder
@@ -67,6 +73,13 @@ class Planner:
     _jobs: dict[Need, Job] = field(default_factory=dict)
     _summaries: dict[Need, Summary] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._kept: dict[str, Summary] = {}
+        """What ``results.json`` tells, by the runs' folders; nothing where it is missing or cannot be read."""
+        with suppress(UserError):
+            kept = read_results(self.folder)
+            self._kept = {r.folder: Summary(r.own, r.measured, r.curve) for r in (*kept.runs, *kept.tuning_runs)}
+
     def needs(self) -> Iterator[Need]:
         """Every run of the comparison, what others wait for first, then seed by seed."""
         seen: set[Need] = set()
@@ -111,7 +124,7 @@ class Planner:
         return arm in wanted
 
     def job(self, need: Need) -> Job | None:
-        """The run that a need amounts to; None while something that it builds on is not done.
+        """The run that a need amounts to; None while what an arm before it spent, or its tuning, is not known.
 
         Raises:
             UserError: it can never start; what it builds on has spent the budget.
@@ -129,11 +142,49 @@ class Planner:
         return self._jobs[need]
 
     def is_done(self, need: Need) -> bool:
-        """Whether the run is complete."""
-        if not need.arm:
+        """Whether nothing is left to do: the run is complete, or it is a base that no run to come starts from."""
+        if need.arm:
+            return self.summary(need) is not None
+        return self.has_model(need) or all(
+            self.summary(other) for other in self.needs() if other.arm and self._pretraining_of(other) == need
+        )
+
+    def has_model(self, need: Need) -> bool:
+        """Whether a run has left its model in its folder."""
+        try:
             job = self.job(need)
-            return job is not None and RunFolder(self.folder / job.folder).is_done(job.tables["stages"][-1])
-        return self.summary(need) is not None
+        except UserError:  # it can never start
+            return False
+        if job is None:
+            return False
+        if not need.arm:
+            return RunFolder(self.folder / job.folder).is_done(job.tables["stages"][-1])
+        return (self.folder / job.folder / "stages" / self.recipe.arms[need.arm].kind / "model").is_dir()
+
+    def can_start(self, need: Need) -> bool:
+        """Whether the model that a run starts from is there."""
+        before = self._builds_on(need)
+        return not before or self.has_model(before[-1])
+
+    def to_run(self) -> list[Need]:
+        """What is not done, and what of the rest has to be made again for its model; in the order of the needs."""
+        needs = list(self.needs())
+        wanted = {need for need in needs if need.arm and self.summary(need) is None}
+        for need in list(wanted):
+            for before in reversed(self._builds_on(need)):
+                if self.has_model(before):
+                    break
+                wanted.add(before)
+        return [need for need in needs if need in wanted]
+
+    def _builds_on(self, need: Need) -> list[Need]:
+        """The runs before a run, from the pretraining of its base on."""
+        base = self._pretraining_of(need)
+        parents = [Need(arm, need.base, need.seed) for arm in self.recipe.lineage(need.arm)[:-1]] if need.arm else []
+        return [*([base] if base is not None and need.arm else []), *parents]
+
+    def _pretraining_of(self, need: Need) -> Need | None:
+        return next(self._pretraining(need.base, need.seed), None)
 
     def summary(self, need: Need) -> Summary | None:
         """What a finished run measured and spent; None while it is not finished."""
@@ -142,7 +193,9 @@ class Planner:
                 job = self.job(need)
             except UserError:  # it can never start
                 return None
-            found = read_summary(self.folder / job.folder) if job is not None else None
+            found = None
+            if job is not None:
+                found = read_summary(self.folder / job.folder) or self._kept.get(str(job.folder))
             if found is None:
                 return None
             self._summaries[need] = found
@@ -202,10 +255,8 @@ class Planner:
         if base.path is not None:
             path = base.path.replace("{seed}", str(need.seed))
             return str(Path(path).resolve()) if Path(path).exists() else path, 0.0
-        pretraining = Need("", need.base, need.seed)
-        job = self.job(pretraining)
-        if job is None or not self.is_done(pretraining):
-            return None
+        job = self.job(Need("", need.base, need.seed))
+        assert job is not None, "a pretraining builds on nothing"
         return str(job.folder / "stages" / job.tables["stages"][-1] / "model"), 0.0
 
     def spent(self, need: Need) -> float:

@@ -172,6 +172,7 @@ class Comparison:
         reference: the arm that paired differences are taken to.
         budget: for the reader, for example ``2e12 FLOPs``.
         columns: the first is the headline.
+        tuning_runs: the finished runs with tuning seeds, tries and what they build on; they are not reported.
         pending: runs that are still to come.
         sections: the tables and figures that the recipe asks for, see :mod:`thence.compare.sections`.
     """
@@ -185,6 +186,7 @@ class Comparison:
     columns: tuple[Column, ...]
     arms: tuple[Arm, ...]
     runs: tuple[Run, ...] = ()
+    tuning_runs: tuple[Run, ...] = ()
     tries: tuple[Try, ...] = ()
     failures: tuple[Failure, ...] = ()
     pending: int = 0
@@ -201,8 +203,17 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The records as JSON; :func:`from_json` reads them back."""
-    return json.dumps(asdict(comparison), indent=1) + "\n"
+    """The records as JSON, a line a run; :func:`from_json` reads them back."""
+    fields = []
+    for name, value in asdict(comparison).items():
+        rows = isinstance(value, tuple) and any(isinstance(row, dict) for row in value)
+        text = "[\n" + ",\n".join(map(_compact, value)) + "\n]" if rows else _compact(value)
+        fields.append(f'"{name}": {text}')
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def from_json(text: str) -> Comparison:
@@ -230,6 +241,7 @@ def from_json(text: str) -> Comparison:
         "columns": tuple(column(c) for c in plain["columns"]),
         "arms": tuple(Arm(**{**a, "fault": tuple(a["fault"])}) for a in plain["arms"]),
         "runs": tuple(run(r) for r in plain["runs"]),
+        "tuning_runs": tuple(run(r) for r in plain.get("tuning_runs", ())),
         "tries": tuple(Try(**t) for t in plain["tries"]),
         "failures": tuple(Failure(**f) for f in plain["failures"]),
         "sections": tuple(plain["sections"]),

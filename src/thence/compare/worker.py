@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROGRESS_EVERY = 1.0  # seconds
+TABLES_KEPT = 8  # data tables whose prompts are rendered once for all jobs
 
 
 class Teller:
@@ -65,8 +66,10 @@ def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
 def _work(tables: dict[str, Any], teller: Teller) -> None:
     from thence.compare.summary import summarise
     from thence.errors import UserError
+    from thence.pipeline.prompts import kept_prompts
     from thence.pipeline.run import run
 
+    kept_prompts.tables = TABLES_KEPT
     try:
         folder = run(tables, watcher=teller)
         if "eval" in tables["stages"]:

@@ -1,11 +1,19 @@
-"""From a recipe's data table to prompts in tokens."""
+"""From a recipe's data table to prompts in tokens.
+
+A process that runs many stages on the same data, as those of a comparison do, can keep what it has rendered: see
+:class:`KeptPrompts`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from thence.data.chat import Rendered, render_all, trained_share
@@ -21,7 +29,42 @@ WORLD = "world:chain"
 PRETRAINING = "pretraining-"  # of a base, as a split: what the base was trained on
 
 
+class KeptPrompts:
+    """The prompts of the data tables that were asked for last; prompts are immutable, so runs can share them.
+
+    Args:
+        tables: most tables that are kept; 0: none.
+        largest: most prompts of a table that is kept.
+    """
+
+    def __init__(self, tables: int = 0, largest: int = 20_000):
+        self.tables, self.largest = tables, largest
+        self._held: OrderedDict[str, list[Prompt]] = OrderedDict()
+
+    def load(self, data: Data, tokenizer: Any) -> list[Prompt]:
+        """As :func:`load_prompts`, from what is kept where data and tokenizer are the same."""
+        key = _fingerprint(data, tokenizer) if self.tables else ""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return list(self._held[key])
+        found = read_and_render(data, tokenizer)
+        if self.tables and len(found) <= self.largest:
+            self._held[key] = list(found)
+            while len(self._held) > self.tables:
+                self._held.popitem(last=False)
+        return found
+
+
+kept_prompts = KeptPrompts()
+"""What this process keeps; nothing unless `tables` is raised."""
+
+
 def load_prompts(data: Data, tokenizer: Any) -> list[Prompt]:
+    """Read and render the examples of a data table, in order; see :func:`read_and_render`."""
+    return kept_prompts.load(data, tokenizer)
+
+
+def read_and_render(data: Data, tokenizer: Any) -> list[Prompt]:
     """Read and render the examples of a data table, in order.
 
     What was left out (bad rows, prompts that are too long) or cut is counted in the log.
@@ -73,6 +116,21 @@ def check_answers(prompts: Sequence[Prompt], reward: str) -> None:
             remedy="give a data set with answers, or an own reward function",
             field="reward",
         )
+
+
+def _fingerprint(data: Data, tokenizer: Any) -> str:
+    """Follows from all that prompts follow from: the table, the state of the files that it names, the tokenizer."""
+    digest = hashlib.sha256(data.model_dump_json().encode())
+    for name in (*data.source, data.template):
+        with suppress(OSError, ValueError):  # a hub name, or a template's text
+            path = Path(name).expanduser()
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                state = file.stat()
+                digest.update(f"{file}{state.st_mtime_ns}{state.st_size}".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+    digest.update(f"{words}{tokenizer.chat_template}{tokenizer.special_tokens_map}".encode())
+    return digest.hexdigest()
 
 
 def _read(data: Data, name: str) -> list[Example]:

@@ -21,6 +21,7 @@ class MicroBatch:
         packed: which of the two.
         predicts_T: positions in the flattened hidden states that predict the trained tokens, shape (T,).
         inputs: targets, weights and old log-probabilities of the trained tokens.
+        silent: every weight is zero, so that the rows have no gradient and need no backward pass.
     """
 
     token_ids: Tensor
@@ -28,6 +29,7 @@ class MicroBatch:
     packed: bool
     predicts_T: Tensor
     inputs: TokenInputs
+    silent: bool = False
 
 
 def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
@@ -58,12 +60,19 @@ def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
 def micro_batches(
     rows: Sequence[Row], budget: int, packing: bool, device: torch.device
 ) -> Iterator[tuple[list[int], MicroBatch]]:
-    """The micro-batches of a batch and the indices of their rows, moved to the device one at a time."""
-    for group in plan([len(row.token_ids) for row in rows], budget, packing):
-        yield group, lay_out([rows[i] for i in group], packing, device)
+    """The micro-batches of a batch and the indices of their rows, moved to the device one at a time.
+
+    Rows without any weight (a group whose rewards are all equal, ...) go into micro-batches of their own, last.
+    """
+    silent_rows = [not bool(row.weights.any()) for row in rows]
+    for silent in (False, True):
+        own = [i for i, is_silent in enumerate(silent_rows) if is_silent == silent]
+        for group in plan([len(rows[i].token_ids) for i in own], budget, packing):
+            chosen = [own[i] for i in group]
+            yield chosen, lay_out([rows[i] for i in chosen], packing, device, silent)
 
 
-def lay_out(rows: Sequence[Row], packing: bool, device: torch.device) -> MicroBatch:
+def lay_out(rows: Sequence[Row], packing: bool, device: torch.device, silent: bool = False) -> MicroBatch:
     """One micro-batch of these rows.
 
     Rows are padded on the right. Attention is causal, so no token of a row ever sees its padding and no mask is needed.
@@ -82,7 +91,7 @@ def lay_out(rows: Sequence[Row], packing: bool, device: torch.device) -> MicroBa
         behaviour_T=_joined([row.behaviour for row in rows], device),
         reference_T=_joined([row.reference for row in rows], device),
     )
-    return MicroBatch(token_ids.to(device), lengths, packing, torch.cat(predicts).to(device), inputs)
+    return MicroBatch(token_ids.to(device), lengths, packing, torch.cat(predicts).to(device), inputs, silent)
 
 
 def _joined(parts: list[Tensor | None], device: torch.device) -> Tensor | None:

@@ -145,13 +145,15 @@ def accumulate_gradients(
     divisor_J = divisors(batch.terms, counts)
     total = torch.zeros((), device=device, dtype=torch.float64)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    seen, passes = 0, 0
+    seen, passes, learned = 0, 0, False
     for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
-        with compute_context(device, settings.compute_dtype):
+        with torch.set_grad_enabled(not micro.silent), compute_context(device, settings.compute_dtype):
             hidden_TD = hidden_states(model, micro)
             head_VD, scale = output_head(model)
             loss, stats = objective(hidden_TD, head_VD, micro.inputs, batch.terms, divisor_J, batch.temperature / scale)
-        loss.backward()
+        if not micro.silent:
+            loss.backward()
+            learned = True
         total += loss.detach()
         seen += len(stats.logp_T)
         passes += 1
@@ -161,6 +163,9 @@ def accumulate_gradients(
         sums[3] += sum(micro.lengths)
         if observe is not None:
             observe(group, stats)
+    if not learned:  # the optimizer is to see a gradient of zero, not none: its moments go on
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return total, torch.tensor([float(seen)], dtype=torch.float64), sums.cpu(), passes
 
 

@@ -82,7 +82,9 @@ class Trainer:
         report = self.take_step(self.model, adamw, batch, self.ranks, settings, observe)
         self.steps_taken += optimizer == "main"
         if self.meter is not None:
-            self.meter.trained(*_sizes(batch.rows))
+            live = [row.weights.any() for row in batch.rows]
+            self.meter.trained(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if is_live]))
+            self.meter.scored(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if not is_live]))
         return report
 
     def statistics(self, rows: Sequence[Row], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
