@@ -24,6 +24,9 @@ from thence.files import write_atomically
 from thence.toml import to_toml
 
 ATTEMPTS = 2  # of a job whose process died without a word
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+"""For glibc, others ignore it: the large tensors that come and go in every step keep their memory, which would otherwise
+be given back to the system and zeroed anew each time."""
 LOG_TAIL = 2000  # characters of a dead process's log that are shown
 
 
@@ -201,7 +204,7 @@ class Worker:
         self._launch()
 
     def _launch(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        environment = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "thence.compare.worker"],
