@@ -25,8 +25,8 @@ from thence.toml import to_toml
 
 ATTEMPTS = 2  # of a job whose process died without a word
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-"""For glibc, others ignore it: the large tensors that come and go in every step keep their memory, which would otherwise
-be given back to the system and zeroed anew each time."""
+"""For glibc, others ignore it: the large tensors that come and go in every step keep their memory, which would else be
+given back to the system and zeroed anew each time."""
 LOG_TAIL = 2000  # characters of a dead process's log that are shown
 
 
