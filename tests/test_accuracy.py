@@ -39,6 +39,10 @@ def test_wilson_gives_the_published_values(successes: int, n: int, low: float, h
     assert wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_wilsons_interval_begins_at_none_and_ends_at_all_to_the_last_bit() -> None:
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 300))
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_all_right_or_all_wrong_is_not_certainty(share: float) -> None:
     found = accuracy([share] * 20)

@@ -3,7 +3,8 @@
     python studies/embedded-world/judge.py [FOLDER]
 
 reads FOLDER/results.json (default: runs/embedded-world; without it the results kept beside this file) and writes,
-beside this file, results.json, verdicts.json, verdicts.md and score-against-flops.png.
+beside this file, results.json, the report (report.html, runs.csv, summary.csv), verdicts.json, verdicts.md and
+score-against-flops.png.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.compare.figures import score_against_flops_png
+from thence.compare.page import write_report
 from thence.compare.result import RESULTS, Comparison, Run, read_results, to_json
 from thence.compare.statistics import Difference, Statistics, statistics
 from thence.errors import UserError
@@ -33,12 +35,15 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/embedded-world")
     comparison = read_results(folder if (folder / RESULTS).exists() else HERE)
     predictions = tomllib.loads((HERE / "predictions.toml").read_text(encoding="utf-8"))
-    verdicts = judge(statistics(comparison), predictions)
+    found = statistics(comparison)
+    verdicts = judge(found, predictions)
     write_atomically(HERE / RESULTS, to_json(rounded(comparison)))
+    write_report(HERE)
+    (HERE / "report.json").unlink()  # what it holds is in results.json and summary.csv
     write_atomically(HERE / "verdicts.json", json.dumps(verdicts, indent=1) + "\n")
     write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))
     try:
-        score_against_flops_png(statistics(comparison), HERE / "score-against-flops.png", arms=IN_FIGURE)
+        score_against_flops_png(found, HERE / "score-against-flops.png", arms=IN_FIGURE)
     except ValueError as error:
         print(f"no figure yet: {error}", file=sys.stderr)
     print(as_markdown(verdicts, comparison))
@@ -97,13 +102,14 @@ def answers(run: Run) -> list[tuple[int, ...]]:
 
 
 def rounded(comparison: Comparison) -> Comparison:
-    """The same with curves of a few digits, to be kept."""
+    """The same with curves of a few digits, and none of the tries', to be kept."""
 
     def short(values: Sequence[float | None]) -> tuple[float | None, ...]:
         return tuple(None if v is None else float(f"{v:.{DIGITS}g}") for v in values)
 
     runs = tuple(replace(r, curve={key: short(values) for key, values in r.curve.items()}) for r in comparison.runs)
-    return replace(comparison, runs=runs)
+    tuning = tuple(replace(r, curve={}) for r in comparison.tuning_runs)
+    return replace(comparison, runs=runs, tuning_runs=tuning)
 
 
 def as_markdown(verdicts: Sequence[Mapping[str, Any]], comparison: Comparison) -> str:

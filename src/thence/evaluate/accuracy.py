@@ -50,8 +50,8 @@ def accuracy(share_per_problem: Sequence[float]) -> Accuracy:
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion (E. B. Wilson, 1927)."""
+    """Wilson's 95% interval of a proportion (E. B. Wilson, 1927). It holds the proportion itself, rounding or not."""
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
