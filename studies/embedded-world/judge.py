@@ -3,8 +3,8 @@
     python studies/embedded-world/judge.py [FOLDER]
 
 reads FOLDER/results.json (default: runs/embedded-world; without it the results kept beside this file) and writes,
-beside this file, results.json, the report (report.html, runs.csv, summary.csv), verdicts.json, verdicts.md and
-score-against-flops.png.
+beside this file, results.json, the report (report.html, runs.csv, summary.csv), verdicts.json, verdicts.md, scores.md
+and score-against-flops.png.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     (HERE / "report.json").unlink()  # what it holds is in results.json and summary.csv
     write_atomically(HERE / "verdicts.json", json.dumps(verdicts, indent=1) + "\n")
     write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))
+    write_atomically(HERE / "scores.md", scores(found))
     try:
         score_against_flops_png(found, HERE / "score-against-flops.png", arms=IN_FIGURE)
     except ValueError as error:
@@ -134,6 +135,42 @@ def as_markdown(verdicts: Sequence[Mapping[str, Any]], comparison: Comparison) -
                 numbers = (interval, f"{v['corrected']:.2g}", str(v["seeds"]))
             rows.append(f"| {v['says']} | {v['source']} | {' | '.join(numbers)} | **{v['verdict']}** |")
         parts.append("\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def scores(found: Statistics) -> str:
+    """Every arm on both bases: accuracy in every column, what tuning chose, cost, as Markdown."""
+    comparison = found.comparison
+    names = [f"{column.split}, T = {column.temperature:g}" for column in comparison.columns]
+    parts = [
+        "# Scores",
+        f"Made by judge.py from {len(comparison.runs)} runs. Accuracy in %, mean over seeds with 95% interval over problems "
+        "and seeds; training FLOPs from the base on, by the paper's rule and as executed; mean length of a response in "
+        f"{names[0]}.",
+    ]
+    for base in comparison.bases:
+        rows = [
+            f"| arm | {' | '.join(names)} | tuned | rule FLOPs | executed | tokens | seeds |",
+            "|---" * (len(names) + 6) + "|",
+        ]
+        for arm in comparison.arms:
+            runs = comparison.runs_of(arm.name, base)
+            if not runs:
+                continue
+            estimates = [found.estimates[arm.name, base, column] for column in comparison.columns]
+            cells = [f"{100 * e.mean:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})" for e in estimates]
+            executed = [r.spent.executed_flops for r in runs if r.spent.executed_flops is not None]
+            lengths = [m.mean_tokens for r in runs if (m := r.on(comparison.columns[0]))]
+            costs = [sum(r.spent.rule_flops for r in runs) / len(runs), sum(executed) / max(len(executed), 1)]
+            tuned = ", ".join(f"{key} {value:g}" for key, value in runs[0].settings.items())
+            cells += [
+                tuned or "–",
+                *(f"{cost:.2e}" for cost in costs),
+                f"{sum(lengths) / len(lengths):.0f}",
+                str(len(runs)),
+            ]
+            rows.append(f"| {arm.title} | {' | '.join(cells)} |")
+        parts += [f"## {base}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 
 
