@@ -144,8 +144,9 @@ def scores(found: Statistics) -> str:
     names = [f"{column.split}, T = {column.temperature:g}" for column in comparison.columns]
     parts = [
         "# Scores",
-        f"Made by judge.py from {len(comparison.runs)} runs. Accuracy in %, mean over seeds with 95% interval over problems "
-        "and seeds; training FLOPs from the base on, by the paper's rule and as executed; mean length of a response in "
+        f"Made by judge.py from {len(comparison.runs)} runs. Accuracy in %, mean over seeds with 95% interval over "
+        "problems and seeds; training FLOPs from the base on, by the paper's rule and as executed; mean length of a "
+        "response, in tokens, in "
         f"{names[0]}.",
     ]
     for base in comparison.bases:
