@@ -145,13 +145,13 @@ def scores(found: Statistics) -> str:
     parts = [
         "# Scores",
         f"Made by judge.py from {len(comparison.runs)} runs. Accuracy in %, mean over seeds with 95% interval over "
-        "problems and seeds; training FLOPs from the base on, by the paper's rule and as executed; mean length of a "
-        "response, in tokens, in "
+        "problems and seeds; by seed: the first column, seed by seed; training FLOPs from the base on, by the rule "
+        "and as executed; mean length of a response, in tokens, in "
         f"{names[0]}.",
     ]
     for base in comparison.bases:
         rows = [
-            f"| arm | {' | '.join(names)} | tuned | rule FLOPs | executed | tokens | seeds |",
+            f"| arm | {' | '.join(names)} | by seed | tuned | rule FLOPs | executed | tokens |",
             "|---" * (len(names) + 6) + "|",
         ]
         for arm in comparison.arms:
@@ -160,15 +160,14 @@ def scores(found: Statistics) -> str:
                 continue
             estimates = [found.estimates[arm.name, base, column] for column in comparison.columns]
             cells = [f"{100 * e.mean:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})" for e in estimates]
+            measured = [m for r in runs if (m := r.on(comparison.columns[0]))]
             executed = [r.spent.executed_flops for r in runs if r.spent.executed_flops is not None]
-            lengths = [m.mean_tokens for r in runs if (m := r.on(comparison.columns[0]))]
             costs = [sum(r.spent.rule_flops for r in runs) / len(runs), sum(executed) / max(len(executed), 1)]
-            tuned = ", ".join(f"{key} {value:g}" for key, value in runs[0].settings.items())
             cells += [
-                tuned or "–",
+                " ".join(f"{100 * m.accuracy:.0f}" for m in measured),
+                ", ".join(f"{key} {value:g}" for key, value in runs[0].settings.items()) or "–",
                 *(f"{cost:.2e}" for cost in costs),
-                f"{sum(lengths) / len(lengths):.0f}",
-                str(len(runs)),
+                f"{sum(m.mean_tokens for m in measured) / len(measured):.0f}",
             ]
             rows.append(f"| {arm.title} | {' | '.join(cells)} |")
         parts += [f"## {base}", "\n".join(rows)]
