@@ -65,7 +65,8 @@ def judge(found: Statistics, predictions: Mapping[str, Mapping[str, Any]]) -> li
             else:
                 difference = differences[name]
                 verdict = called(difference)
-                numbers = {} if difference is None else asdict(difference)
+                agreeing = seeds_with_sign(comparison, base, *ordered[name])
+                numbers = {} if difference is None else {**asdict(difference), "agreeing": agreeing}
             verdicts.append(
                 {
                     "prediction": name,
@@ -86,6 +87,13 @@ def called(difference: Difference | None) -> str:
     if not difference.significant:
         return "undecided"
     return "held" if difference.mean > 0 else "failed"
+
+
+def seeds_with_sign(comparison: Comparison, base: str, better: str, worse: str) -> int:
+    """On how many seeds the first arm scores higher, in the headline column. No test; for the reader."""
+    column = comparison.columns[0]
+    of = [{r.seed: m.accuracy for r in comparison.runs_of(a, base) if (m := r.on(column))} for a in (better, worse)]
+    return sum(of[0][seed] > of[1][seed] for seed in of[0].keys() & of[1].keys())
 
 
 def equal(comparison: Comparison, base: str, one: str, other: str) -> str:
@@ -127,12 +135,12 @@ def as_markdown(verdicts: Sequence[Mapping[str, Any]], comparison: Comparison) -
         own = [v for v in verdicts if v["base"] == base]
         counts = {word: sum(v["verdict"] == word for v in own) for word in dict.fromkeys(v["verdict"] for v in own)}
         parts.append(f"## {base}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
-        rows = ["| prediction | source | difference | p | seeds | verdict |", "|---|---|---|---|---|---|"]
+        rows = ["| prediction | source | difference | p | sign as predicted | verdict |", "|---|---|---|---|---|---|"]
         for v in own:
             numbers = ("–", "–", "–")
             if "mean" in v:
                 interval = f"{100 * v['mean']:+.1f} ({100 * v['low']:+.1f} to {100 * v['high']:+.1f})"
-                numbers = (interval, f"{v['corrected']:.2g}", str(v["seeds"]))
+                numbers = (interval, f"{v['corrected']:.2g}", f"{v['agreeing']} of {v['seeds']} seeds")
             rows.append(f"| {v['says']} | {v['source']} | {' | '.join(numbers)} | **{v['verdict']}** |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
