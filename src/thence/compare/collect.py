@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import reduce
 from operator import add
 
 from thence.compare.plan import Need, Planner
 from thence.compare.recipe import Base, ComparisonRecipe
-from thence.compare.result import NOTHING, Arm, Column, Comparison, Failure, Run, Try
+from thence.compare.result import NOTHING, Arm, Column, Comparison, Failure, Run, Try, read_results
+from thence.errors import UserError
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
 from thence.recipe import load_recipe
 
 
-def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
-    """Everything that is there so far; runs that are not done are counted as pending."""
+def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = False) -> Comparison:
+    """Everything that is there so far; runs that are not done are counted as pending.
+
+    Args:
+        ran: something has just been run. If not, the environment of the results that are there already stays: a later
+            version of the code that only reads them has not made them.
+    """
     recipe = planner.recipe
     arms = tuple(arm_of(recipe, name) for name in recipe.arms)
     everything = Planner(recipe, planner.folder)
     needs = list(everything.needs())
     finished = [need for need in needs if need.arm and everything.summary(need)]
+    here = {**environment("cpu"), "bases": {name: origin_of(base) for name, base in recipe.bases.items()}}
+    if not ran:
+        with suppress(UserError):
+            here = {**read_results(planner.folder).environment, "bases": here["bases"]}
     test = recipe.test()
     splits = test.splits or {test.data.get("split", "test"): {}}
     return Comparison(
@@ -39,7 +50,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = ()) -> Comparison:
         failures=tuple(failures),
         pending=sum(not everything.is_done(need) for need in needs),
         sections=tuple(recipe.sections),
-        environment={**environment("cpu"), "bases": {name: origin_of(base) for name, base in recipe.bases.items()}},
+        environment=here,
     )
 
 

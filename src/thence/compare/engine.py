@@ -76,12 +76,13 @@ def compare(
     planner = Planner(recipe, folder, only, seeds, bases)
     failures: list[Failure] = []
     with _alone(folder) as lock:
+        ran = bool(planner.to_run())
         write_atomically(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
         try:
             for failure in _run_all(planner, jobs, threads, lock, watcher):
                 failures.append(failure)
         finally:
-            results = collect(planner, failures)
+            results = collect(planner, failures, ran)
             write_atomically(folder / RESULTS, to_json(results))
     return results
 
