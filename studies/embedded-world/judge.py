@@ -5,6 +5,10 @@
 reads FOLDER/results.json (default: runs/embedded-world; without it the results kept beside this file) and writes,
 beside this file, results.json, the report (report.html, runs.csv, summary.csv), verdicts.json, verdicts.md, scores.md
 and score-against-flops.png.
+
+    python studies/embedded-world/judge.py --seeds 0,1,2,3
+
+prints the verdicts of these seeds alone, from the results kept here, and writes nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ IN_FIGURE += ("srft", "prefix-rft", "hpt")
 
 def main() -> None:
     """Read, judge, write."""
+    if sys.argv[1:2] == ["--seeds"]:
+        print_verdicts_of({int(seed) for seed in sys.argv[2].split(",")})
+        return
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/embedded-world")
     comparison = read_results(folder if (folder / RESULTS).exists() else HERE)
     predictions = tomllib.loads((HERE / "predictions.toml").read_text(encoding="utf-8"))
@@ -48,6 +55,15 @@ def main() -> None:
     except ValueError as error:
         print(f"no figure yet: {error}", file=sys.stderr)
     print(as_markdown(verdicts, comparison))
+
+
+def print_verdicts_of(seeds: set[int]) -> None:
+    """What the kept results would say if these seeds were all."""
+    kept = read_results(HERE)
+    runs = tuple(run for run in kept.runs if run.seed in seeds)
+    some = replace(kept, runs=runs, seeds=tuple(sorted(seeds)))
+    predictions = tomllib.loads((HERE / "predictions.toml").read_text(encoding="utf-8"))
+    print(as_markdown(judge(statistics(some), predictions), some))
 
 
 def judge(found: Statistics, predictions: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
