@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thence.errors import UserError, first_line
 from thence.models.probing import largest_difference, probe_tokens, short_windows, tolerance
@@ -86,22 +86,19 @@ def _difference(model: Any, choice: Choice) -> float:
     else:
         prompts, repeats = prompts, list(REPEATS)
     rows = [list(p) for p, times in zip(prompts, repeats, strict=True) for _ in range(times)]
-    decoder, worst = choice.make(model), 0.0
+    live, found = list(range(len(rows))), []
+    decoder = choice.make(model)
     logits_BV = decoder.prefill(prompts, torch.tensor(repeats), STEPS)
     for t in range(STEPS):
-        worst = max(worst, _off(model, rows, logits_BV))
-        token_B = (torch.arange(len(rows), device=logits_BV.device) * 31 + 17 * t + 1) % logits_BV.shape[1]
-        rows = [[*row, token] for row, token in zip(rows, token_B.tolist(), strict=True)]
+        found += [(i, len(rows[i]) - 1, logits_BV[b]) for b, i in enumerate(live)]
+        token_B = (torch.arange(len(live), device=logits_BV.device) * 31 + 17 * t + 1) % logits_BV.shape[1]
         if t == 1:
-            keep = list(range(0, len(rows), 2))
-            decoder.keep(torch.tensor(keep, device=logits_BV.device))
-            rows, token_B = [rows[i] for i in keep], token_B[keep]
+            keep_K = torch.arange(0, len(live), 2, device=logits_BV.device)
+            decoder.keep(keep_K)
+            live, token_B = [live[b] for b in keep_K.tolist()], token_B[keep_K]
+        for i, token in zip(live, token_B.tolist(), strict=True):
+            rows[i].append(token)
         logits_BV = decoder.step(token_B)
-    return worst
-
-
-def _off(model: Any, rows: list[list[int]], logits_BV: Tensor) -> float:
-    alone = [
-        model(input_ids=torch.tensor([row], device=logits_BV.device), use_cache=False).logits[0, -1] for row in rows
-    ]
-    return largest_difference(logits_BV, torch.stack(alone))
+    alone = [model(input_ids=torch.tensor([row], device=logits_BV.device), use_cache=False).logits[0] for row in rows]
+    expected = torch.stack([alone[i][position] for i, position, _ in found])
+    return largest_difference(torch.stack([logits_V for *_, logits_V in found]), expected)
