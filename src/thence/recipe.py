@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -28,7 +28,9 @@ from thence.errors import RecipeError
 class Section(BaseModel):
     """A table of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -213,6 +215,8 @@ class Rl(Optimization):
     """What samples: this process with the trainer's own weights, or vLLM in a process of its own."""
     vllm: dict[str, Any] = {}
     """Settings of vLLM, for example python and kv_cache_gb: docs/vllm.md."""
+    unknown: Literal["leave-out", "zero"] = "leave-out"
+    """Responses that nobody can judge (time-out, a reward of None). leave-out: not trained. zero: a reward of 0."""
     importance_bound: float | None = Field(default=None, gt=0)
     """Weigh every sampled token by trainer's over sampler's probability, at most this; 2 is usual, none: not at all."""
 
@@ -230,7 +234,7 @@ class Eval(Section):
     """Overrides of [data] for this stage; its split is `test` unless it says otherwise."""
     splits: dict[str, dict[str, Any]] = {}
     """Several named test sets, each a table of overrides of `data`; empty: one, called after its split."""
-    temperatures: list[float] = [0.6]
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[0.6], min_length=1)
     """One column of the table each; 0 is greedy."""
     samples: int = Field(default=1, ge=1)
     """Responses per problem: accuracy is avg@samples."""

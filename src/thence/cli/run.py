@@ -94,15 +94,15 @@ def execute(recipe: Recipe, restart: bool) -> int:
 
 def _check_methods(recipe: Recipe) -> None:
     """Fail on a wrong method, option, fault or engine before anything is computed."""
-    from thence.methods.registry import make_method
+    from thence.methods.registry import stage_method
     from thence.pipeline.context import step_of
-    from thence.recipe import Rl, Sft, kind_of
+    from thence.recipe import Rl, Sft
     from thence.rollout.vllm.settings import vllm_settings
 
     for name in recipe.stages:
         stage = recipe.stage(name)
         if isinstance(stage, Sft | Rl):
-            make_method(stage.method, stage.options, kind_of(name))
+            stage_method(stage, name)
             step_of(name, stage)
         if isinstance(stage, Rl) and stage.engine == "vllm":
             vllm_settings(stage.vllm, f"{name}.vllm")
