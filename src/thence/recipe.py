@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from thence.errors import RecipeError
+from thence.text_values import field_type, read_value
 
 
 class Section(BaseModel):
@@ -342,9 +343,14 @@ def build_recipe(tables: Mapping[str, Any], file: str | None = None) -> Recipe:
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay dotted names over nested tables; ``-`` in a field's name counts as ``_``. Returns a new mapping."""
+    """Lay dotted names over nested tables; ``-`` in a field's name counts as ``_``. Returns a new mapping.
+
+    A text is read by the type of its field: see :func:`thence.text_values.read_value`.
+    """
     result = _copied(tables)
-    values = {name: parse_value(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    values = {
+        name: read_value(value, type_of(name)) if isinstance(value, str) else value for name, value in overrides.items()
+    }
     if "stages" in values:
         result = _with_stages(result, values.pop("stages"))
     stages = result.get("stages", Recipe.model_fields["stages"].default)
@@ -362,19 +368,22 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     return result
 
 
+def type_of(dotted: str) -> Any:
+    """The annotation of the field with this dotted name; Any where it is not known."""
+    table, *path = dotted.split(".")
+    path = [part.replace("-", "_") for part in path]
+    if kind_of(table) not in KINDS or not path:
+        return field_type(Recipe, [table.replace("-", "_"), *path])
+    # the tables `data` and `splits` of a stage are laid over [data]
+    below = path[1:] if path[0] == "data" else path[2:] if path[0] == "splits" else []
+    return field_type(Data, below) if below else field_type(KINDS[kind_of(table)], path)
+
+
 def _with_stages(tables: dict[str, Any], stages: Any) -> dict[str, Any]:
     """The tables with other stages; the table of a stage that is no longer run goes with it."""
     before = tables.get("stages", [])
     gone = {name for name in before if name not in stages and name not in KINDS} if isinstance(stages, list) else set()
     return {key: value for key, value in tables.items() if key not in gone} | {"stages": stages}
-
-
-def parse_value(text: str) -> Any:
-    """A flag's text as a TOML value; what is none (a path, a name) stays text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def shipped_recipes() -> dict[str, Path]:
