@@ -154,7 +154,7 @@ def policy_steps(
     minis: int,
     mismatch: Mismatch,
     shares: Shares,
-    lessons: Lessons,
+    lessons: Lessons | None = None,
 ) -> list[StepReport]:
     """The optimizer steps on one rollout batch."""
     blank = [torch.zeros(len(method.terms), len(t.response_ids), dtype=torch.float64) for t in trajectories]
@@ -184,10 +184,11 @@ def policy_steps(
             weights = [torch.where(policy_J[:, None], w * trust[i], w) for i, w in zip(part, weights, strict=True)]
         own = tuple(replace(rows[i], weights=weight) for i, weight in zip(part, weights, strict=True))
         shares.add(method.terms, chosen, weights)
-        lessons.add(chosen, weights)
+        if lessons is not None:
+            lessons.add(chosen, weights)
         # only before the first optimizer step of a batch do sampler and trainer hold the same weights
         observers = [mismatch.observer(part)] if not reports else []
-        observers += lessons.observers(own)
+        observers += lessons.observers(own) if lessons is not None else []
         reports.append(trainer.step(Batch(method.terms, own, stage.temperature), observe=each_of(observers)))
         method.took_step("main", reports[-1].grad_norm)
     return reports
