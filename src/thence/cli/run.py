@@ -24,7 +24,8 @@ thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
   --restart   throw away what an earlier run left in the folder
   --fields    list every field of a recipe, with its default
 
-Fields: --sft.lr 2e-5, --rl.steps 50, --data.source '["train.jsonl"]', --data.skip-bad, --seed 1, --folder runs/mine.
+Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad, --seed 1, --folder runs/mine.
+Tables: --data.columns question=problem,answer=solution, or the flag once for each.
 Run again after a crash or Ctrl-C: it goes on where it was.
 Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
 SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
@@ -94,15 +95,15 @@ def execute(recipe: Recipe, restart: bool) -> int:
 
 def _check_methods(recipe: Recipe) -> None:
     """Fail on a wrong method, option, fault or engine before anything is computed."""
-    from thence.methods.registry import make_method
+    from thence.methods.registry import stage_method
     from thence.pipeline.context import step_of
-    from thence.recipe import Rl, Sft, kind_of
+    from thence.recipe import Rl, Sft
     from thence.rollout.vllm.settings import vllm_settings
 
     for name in recipe.stages:
         stage = recipe.stage(name)
         if isinstance(stage, Sft | Rl):
-            make_method(stage.method, stage.options, kind_of(name))
+            stage_method(stage, name)
             step_of(name, stage)
         if isinstance(stage, Rl) and stage.engine == "vllm":
             vllm_settings(stage.vllm, f"{name}.vllm")

@@ -84,6 +84,11 @@ class ExGrpo(Method):
         self.started = False
 
     @property
+    def least_rollouts(self) -> int:
+        """A prompt of the pool was right and wrong, and has a fresh rollout beside its replay."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o, normaliser = self.options, policy_normaliser(self.options)
         replay = Term("replay", ShapeRatio(o.gamma), normaliser)
@@ -105,7 +110,7 @@ class ExGrpo(Method):
         found = alternate(groups_of(plain), groups_of(mixed))
         for group in groups_of(found):
             self.learn(group)
-        sampled = [t for t in found if t.origin == "rollout"]
+        sampled = [t for t in found if t.origin == "rollout" and t.score is not None]
         right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
         self.started = self.started or right > self.options.start * total
         return found

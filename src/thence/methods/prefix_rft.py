@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, reward_of
 from thence.methods.mixed import MixedOptions, advantages, policy_normaliser, rows_of_weights
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
 
@@ -94,6 +94,10 @@ class PrefixRft(Method):
         terms = (Term("policy", clip, normaliser), Term("prefix", prefix, normaliser))
         return (*terms, Term("entropy", Entropy(), Normaliser("term tokens"))) if o.entropy else terms
 
+    def compared(self, trajectory: Trajectory) -> bool:
+        """With ``dr_grpo_prefix`` the baseline is that of the plain rollouts."""
+        return self.options.estimator == "dr_grpo" or not trajectory.prefix
+
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         asked = sampler.next_prompts(prompts)
         prefixes = [self.prefix(sampler, prompt) for prompt in asked]
@@ -140,7 +144,7 @@ class PrefixRft(Method):
         if self.options.estimator == "dr_grpo":
             joint = advantages(trajectories, self.options.std)
             return joint, joint
-        of_rest = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
+        of_rest = torch.tensor([reward_of(t) for t in trajectories], dtype=torch.float64)
         groups = torch.tensor([t.prompt.index for t in trajectories])
         plain = torch.tensor([not t.prefix for t in trajectories])
         of_prefix = group_advantages(of_rest, groups, baseline="on-policy", on_policy_N=plain)

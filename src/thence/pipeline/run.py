@@ -11,14 +11,14 @@ import torch
 
 from thence.data.chat import end_token_ids
 from thence.errors import UserError
-from thence.methods.registry import make_method
+from thence.methods.registry import stage_method
 from thence.pipeline.context import Context
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.progress import Silent, Watcher
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
-from thence.recipe import Eval, Model, Recipe, Rl, Sft, kind_of, load_recipe
+from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
 from thence.train.checkpoint import publish
 from thence.train.model import Loaded, load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
@@ -68,7 +68,7 @@ def method_labels(recipe: Recipe) -> dict[str, str]:
     for name in recipe.stages:
         stage = recipe.stage(name)
         if isinstance(stage, Sft | Rl):
-            method = make_method(stage.method, stage.options, kind_of(name))
+            method = stage_method(stage, name)
             labels[name] = stage.method + (" (reconstruction)" if method.exactness == "reconstruction" else "")
             if stage.fault is not None:
                 labels[name] += f" with {' and '.join(stage.fault.names)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from thence.errors import UserError
 from thence.rollout.choice import choice_of
 from thence.rollout.decoders import Decoder
 from thence.rollout.draws import draw, uniforms
@@ -28,6 +30,9 @@ class Sampling:
         top_k: 0: off.
         stop_ids: tokens that end a response; the one that ended it is part of the response.
         rows: most responses sampled side by side.
+
+    Raises:
+        UserError: a value that cannot be sampled with, NaN among them.
     """
 
     max_tokens: int
@@ -36,6 +41,20 @@ class Sampling:
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
     rows: int = 512
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "max_tokens": ("1 or more", self.max_tokens >= 1),
+            "temperature": ("0 (greedy) or more, and finite", 0 <= self.temperature < math.inf),
+            "top_p": ("above 0, and 1 at most; 1 is off", 0 < self.top_p <= 1),
+            "top_k": ("0 (off) or more", self.top_k >= 0),
+            "rows": ("1 or more", self.rows >= 1),
+        }
+        for name, (wanted, holds) in wrong.items():
+            if not holds:
+                raise UserError(
+                    f"{name} = {getattr(self, name)} cannot be sampled with", remedy=f"give {wanted}", field=name
+                )
 
 
 @dataclass(frozen=True)
