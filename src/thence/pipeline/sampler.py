@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from thence.data.chat import end_token_ids
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
@@ -48,7 +47,7 @@ class RolloutSampler:
             temperature=stage.temperature,
             top_p=stage.top_p,
             top_k=stage.top_k,
-            stop_ids=end_token_ids(context.tokenizer, context.recipe.stage_data(stage.data).template),
+            stop_ids=context.stop_ids(context.recipe.stage_data(stage.data)),
             rows=stage.rollout_rows,
         )
 
@@ -94,13 +93,13 @@ class RolloutSampler:
             cut = len(ids) < len(prefix) + len(trajectory.response_ids)
             finish = "length" if cut else trajectory.finish
             whole.append(Trajectory(prompt, ids, finish=finish, prefix=min(len(prefix), len(ids))))
-        graded = grade(self.context.tokenizer, self.grader, whole)
+        graded = grade(self.context.tokenizer, self.grader, whole, self.sampling.stop_ids)
         self.seen += graded
         return graded
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
-        return grade(self.context.tokenizer, self.grader, found)
+        return grade(self.context.tokenizer, self.grader, found, self.sampling.stop_ids)
 
     def uniform(self, *key: object) -> float:
         return stable_seed(*self.context.seed_parts(), "method", self.step, *key) / 2**63
