@@ -202,15 +202,9 @@ def _render(
     max_prompt_tokens: int | None,
     max_response_tokens: int | None,
 ) -> Rendered:
-    messages = _with_system(example, system)
-    templated = chat.template is not None and bool(messages)
-    _check_known(example, chat, messages, templated)
-    if templated:
-        _check_turns(tokenizer, chat, messages)
-    prompt = _prompt_text(tokenizer, chat, example, messages)
-    place = Place(tokenizer, chat, messages, example.tools, prompt, think.opening_of(prompt))
-    notes = _prompt_notes(place) if templated else ()
-    prompt_ids = _prompt_ids(tokenizer, chat, prompt, templated)
+    place = place_of(example, tokenizer, chat, system)
+    notes = _prompt_notes(place) if place.templated else ()
+    prompt_ids = _prompt_ids(tokenizer, chat, place.prompt, place.templated)
     if max_prompt_tokens is not None and len(prompt_ids) > max_prompt_tokens:
         raise PromptTooLong(
             "prompt",
@@ -219,7 +213,7 @@ def _render(
         )
     if example.demonstration is None:
         return Rendered(prompt_ids, None, opening=place.opening, notes=notes)
-    found = _response(place, example, templated)
+    found = response_of(place, example)
     if found.note:
         notes = (*notes, found.note)
     body = encode(tokenizer, found.text)
@@ -230,8 +224,21 @@ def _render(
     return Rendered(prompt_ids, [*body, end_id], opening=place.opening, notes=notes)
 
 
-def _response(place: Place, example: Example, templated: bool) -> Written:
-    """The response as text. Raises RowProblem."""
+def place_of(
+    example: Example, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, system: str | None = None
+) -> Place:
+    """Where the response to an example goes. Raises RowProblem."""
+    messages = _with_system(example, system)
+    templated = chat.template is not None and bool(messages)
+    _check_known(example, chat, messages, templated)
+    if templated:
+        _check_turns(tokenizer, chat, messages)
+    prompt = _prompt_text(tokenizer, chat, example, messages)
+    return Place(tokenizer, chat, messages, example.tools, prompt, think.opening_of(prompt))
+
+
+def response_of(place: Place, example: Example) -> Written:
+    """The response of an example as text. Raises RowProblem."""
     turn = Message("assistant", example.demonstration or "", example.reasoning, example.tool_calls)
     literal = think.without_opening(turn.content, place.opening)
     if not (literal.strip() or turn.reasoning or turn.tool_calls):
@@ -245,7 +252,7 @@ def _response(place: Place, example: Example, templated: bool) -> Written:
             f"give the thinking and {tags.closes!r} before the answer, or a template that opens no thinking "
             "(often data.template_variables = { enable_thinking = false })",
         )
-    if not templated or place.chat.tail is None:
+    if not place.templated or place.chat.tail is None:
         if turn.reasoning or turn.tool_calls:
             what = "tool_calls" if turn.tool_calls else "reasoning_content"
             raise RowProblem(

@@ -12,6 +12,7 @@ from typing import Any
 
 from thence.data import think
 from thence.data.example import Message
+from thence.data.messages import REASONING_KEYS
 from thence.data.parts import Marks, is_written, marked, marked_message, message_parts, parts_of
 from thence.data.problems import RowProblem
 from thence.data.template import ChatFormat, encode, is_marked, render_text
@@ -45,6 +46,11 @@ class Place:
     tools: tuple[str, ...]
     prompt: str
     opening: str
+
+    @property
+    def templated(self) -> bool:
+        """Whether a template renders the conversation."""
+        return self.chat.template is not None and bool(self.messages)
 
     def whole(self, turn: Message) -> str:
         """The conversation with `turn` as its last."""
@@ -90,7 +96,8 @@ def written(place: Place, turn: Message) -> Written:
     plain = replace(turn, content=place.opening + literal)
     found = _as_turn(place, plain)
     if found is not None:
-        return found
+        foreign = _foreign_tags(place, turn.content)
+        return replace(found, note=foreign) if foreign else found
     pieces = think.split(turn.content, place.opening)
     if pieces is not None:
         found = _as_turn(place, replace(turn, reasoning=pieces[0], content=pieces[1])) if pieces[0] else None
@@ -131,6 +138,17 @@ def _as_turn(place: Place, turn: Message) -> Written | None:
     added = "" if turn.reasoning else before.strip()
     note = f"the template writes {before!r} before the response, and it is trained" if added else ""
     return Written(text, note)
+
+
+def _foreign_tags(place: Place, content: str) -> str:
+    """A note where thinking stands in tags of another model than the template's."""
+    tags, template = think.tags_at(content), place.chat.template or ""
+    if tags is None or tags.opens in template or not any(key in template for key in REASONING_KEYS):
+        return ""
+    return (
+        f"thinking in {tags.opens!r}, which the template does not write, is trained as ordinary text; give it as "
+        "reasoning_content to have it in the template's form"
+    )
 
 
 def _fits(scaffold: str, text: str, texts: dict[str, str]) -> bool:
@@ -218,6 +236,12 @@ def _with_calls(place: Place, turn: Message) -> Written:
     )
 
 
+def _knows_thinking(chat: ChatFormat) -> bool:
+    """Whether the template does something about thinking, so that what it leaves out of past turns is meant."""
+    words = (*REASONING_KEYS, *(tags.closes for tags in think.THINK_TAGS[:-1]))
+    return any(word in (chat.template or "") for word in words)
+
+
 def left_out(place: Place) -> tuple[list[str], list[str]]:
     """The parts of the prompt that the template does not write.
 
@@ -241,7 +265,7 @@ def left_out(place: Place) -> tuple[list[str], list[str]]:
     on_purpose, others = [], []
     for part in lost.values():
         message = None if part.turn is None else place.messages[part.turn]
-        past = message is not None and message.role == "assistant"
+        past = message is not None and message.role == "assistant" and _knows_thinking(place.chat)
         pieces = think.split(part.text) if past and part.kind == "content" else None
         rest_is_there = pieces is not None and is_written(pieces[1], place.prompt)
         if past and (part.kind == "reasoning" or rest_is_there):
