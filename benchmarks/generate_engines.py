@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         render(Example(messages=(Message("user", question),)), loaded.tokenizer, template=chat).prompt_ids
         for question in questions
     ]
-    sampling = Sampling(args.max_tokens, 0.0, stop_ids=end_token_ids(loaded.tokenizer, chat), rows=args.rows)
+    stop_ids = end_token_ids(loaded.tokenizer, chat, loaded.model)
+    sampling = Sampling(args.max_tokens, 0.0, stop_ids=stop_ids, rows=args.rows)
     engines: dict[str, Engine] = {
         "native": lambda some: [r.token_ids for r in thence.sample(loaded.model, some, [0] * len(some), sampling)],
         "transformers": lambda some: with_generate(loaded, some, sampling),

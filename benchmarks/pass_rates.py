@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_model(Model(path=args.model), torch.device("cpu"))
     prompts = load_prompts(Data(split="test", limit=args.problems), loaded.tokenizer)
-    sampling = Sampling(max_tokens=160, stop_ids=end_token_ids(loaded.tokenizer))
+    sampling = Sampling(max_tokens=160, stop_ids=end_token_ids(loaded.tokenizer, model=loaded.model))
     with load_reward("exact") as grader:
         found = respond(loaded.model, loaded.tokenizer, grader, prompts, args.samples, sampling, ("pass rates",))
     rates = [

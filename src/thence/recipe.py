@@ -80,6 +80,8 @@ class Data(Section):
     """List rows that cannot be used and go on, instead of stopping at the first."""
     template: str = "own"
     """Chat template: own (the tokenizer's), none, or a path to a Jinja file."""
+    template_variables: dict[str, Any] = {}
+    """Values of the chat template's own variables, for example { enable_thinking = false }."""
     system: str | None = None
     """System message put before every prompt that has none."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)

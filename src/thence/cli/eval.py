@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thence.errors import UserError
-from thence.text_values import field_type, read_value
+from thence.text_values import field_type, parse_value, read_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     backend = parser.add_argument_group("what generates")
     backend.add_argument("--backend", choices=("native", "vllm", "endpoint"), help="default: native, or endpoint")
     backend.add_argument("--chat-template", metavar="NAME", default="own", help="own, none, or a Jinja file")
+    backend.add_argument(
+        "--template-variable",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a variable of the chat template, for example enable_thinking=false",
+    )
     backend.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside MODEL")
     backend.add_argument("--rows", metavar="N", type=_count, help="responses sampled side by side (native; default 64)")
     backend.add_argument(
@@ -170,6 +177,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         backend=backend,
         endpoint=args.endpoint,
         chat_template=args.chat_template,
+        template_variables=_variables(args),
         suite=suite.name,
         data=None if args.data is None else str(args.data),
         limit=args.limit,
@@ -182,6 +190,11 @@ def _assignment(text: str, flag: str = "--set") -> tuple[str, str]:
     if not equals:
         raise UserError(f"{text!r} sets nothing", remedy=f"write {flag} FIELD=VALUE", field=flag)
     return name, value
+
+
+def _variables(args: argparse.Namespace) -> dict[str, Any]:
+    pairs = (_assignment(text, "--template-variable") for text in args.template_variable)
+    return {name: parse_value(value) for name, value in pairs}
 
 
 def _folder_name(settings: Settings) -> str:
@@ -202,7 +215,8 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
             return EndpointBackend(
                 EndpointSettings(
                     args.endpoint, args.model_name or args.model, args.key_variable, args.concurrency, args.timeout
-                )
+                ),
+                settings.template_variables,
             )
         from thence.evaluate.origin import find_model
 
@@ -214,10 +228,11 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
 
             given = [_assignment(text, "--vllm") for text in args.vllm]
             table = {name: read_value(value, field_type(VllmSettings, [name])) for name, value in given}
-            return VllmBackend(model, settings.chat_template, vllm_settings(table, "--vllm"))
+            vllm = vllm_settings(table, "--vllm")
+            return VllmBackend(model, settings.chat_template, vllm, settings.template_variables)
         from thence.evaluate.native_backend import ROWS, NativeBackend
 
-        return NativeBackend(model, settings.chat_template, args.rows or ROWS)
+        return NativeBackend(model, settings.chat_template, args.rows or ROWS, settings.template_variables)
 
     return make
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from thence.data.example import Example, Message
+from thence.data import think
+from thence.data.ends import end_token_ids
+from thence.data.example import FIRST_ROLES, Example, Message
+from thence.data.parts import message_parts
 from thence.data.problems import BadRow, RowProblem, refuse_mostly_bad
-from thence.data.template import ChatFormat, chat_format, encode, end_token_ids, render_text, token_id
+from thence.data.template import ChatFormat, chat_format, encode, render_text, token_id
+from thence.data.written import Place, Written, left_out, written
 from thence.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,9 +30,6 @@ __all__ = [
     "trained_share",
 ]
 
-_THINK = "<think>"
-_SHOWN = 40
-
 
 class PromptTooLong(RowProblem):
     """A rendered prompt is longer than allowed. Prompts are never cut: a cut problem is another problem."""
@@ -43,12 +45,14 @@ class Rendered:
         truncated: the response was cut to the limit, and so has no end token: a cut must not teach to stop there.
         opening: the think tag that the prompt ends with ("<think>\\n"), which a grader has to put back before the
             response; else "".
+        notes: what the template adds or leaves out, in words, where that is no error.
     """
 
     prompt_ids: list[int]
     response_ids: list[int] | None
     truncated: bool = False
     opening: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,11 @@ class RenderedSet:
         """How many responses were cut to the limit."""
         return sum(row.truncated for row in self.rows)
 
+    @property
+    def notes(self) -> Counter[str]:
+        """What the template adds or leaves out, and in how many rows."""
+        return Counter(note for row in self.rows for note in row.notes)
+
 
 def render(
     example: Example,
@@ -85,9 +94,11 @@ def render(
     """Render one example.
 
     The prompt is the chat template with the generation prompt; a raw prompt text is encoded as it is. The response is
-    the demonstration, tokenised by itself, and the end-of-turn token. A think tag that the prompt already opens is
-    taken off the demonstration. Where the template renders whole conversations, prompt and response together are what
-    it renders for this one up to the end-of-turn token; blanks around the demonstration follow the template.
+    the demonstration with its reasoning and its tool calls in the template's form, tokenised by itself, and the
+    end-of-turn token. A think tag that the prompt already opens is taken off the demonstration. Where the template
+    renders whole conversations, prompt and response together are what it renders for this one up to the end-of-turn
+    token; blanks around the demonstration follow the template. Every text of the row is in the prompt or in the
+    response, but for the thinking of earlier turns where the template leaves it out: a note says so.
 
     Args:
         example: what to render.
@@ -98,8 +109,9 @@ def render(
         max_response_tokens: longest response, end token counted; a longer one is cut and keeps no end token.
 
     Raises:
-        DataError: the prompt is too long; a system text for a raw prompt; the template refuses the row or changes the
-            demonstration (strips its thinking, say); a turn or the demonstration contains a token that ends turns.
+        DataError: the prompt is too long; a system text for a raw prompt; the template refuses the row, leaves a part
+            of it out or changes it; thinking that is opened and never closed; a turn or the demonstration contains a
+            token that ends turns.
         UserError: as `chat_format`.
     """
     chat = template if isinstance(template, ChatFormat) else chat_format(tokenizer, template)
@@ -142,7 +154,7 @@ def render_all(
             done.rows.append(row)
     if done.bad:
         good = len(done.rows) + len(done.too_long)
-        refuse_mostly_bad("rendering the data set", good, done.bad, "choose another --data.template or mend the rows")
+        refuse_mostly_bad("rendering the data set", good, done.bad, "choose another --data.template or fix the rows")
     if not done.rows and done.too_long:
         raise DataError(
             f"all {len(done.too_long)} prompts are too long; the first is {done.too_long[0]}",
@@ -190,33 +202,105 @@ def _render(
     max_prompt_tokens: int | None,
     max_response_tokens: int | None,
 ) -> Rendered:
-    messages = _with_system(example, system)
-    templated = chat.template is not None and bool(messages)
-    if templated:
-        _check_turns(tokenizer, chat, messages)
-    prompt = _prompt_text(tokenizer, chat, example, messages)
-    prompt_ids = _prompt_ids(tokenizer, chat, prompt, templated)
+    place = place_of(example, tokenizer, chat, system)
+    notes = _prompt_notes(place) if place.templated else ()
+    prompt_ids = _prompt_ids(tokenizer, chat, place.prompt, place.templated)
     if max_prompt_tokens is not None and len(prompt_ids) > max_prompt_tokens:
         raise PromptTooLong(
             "prompt",
             f"the prompt has {len(prompt_ids)} tokens, {max_prompt_tokens} are allowed",
             "raise --data.max-prompt-tokens or shorten the row",
         )
-    opening = _opening(prompt)
     if example.demonstration is None:
-        return Rendered(prompt_ids, None, opening=opening)
-    response = _without_opening(example.demonstration, opening)
-    if not response.strip():
-        raise RowProblem("demonstration", "nothing is left of it after the think tag", "give the whole response")
-    if templated and chat.template is not None and chat.tail is not None:
-        turn = Message("assistant", opening + response)
-        whole = render_text(tokenizer, chat.template, (*messages, turn))
-        response = _as_rendered(tokenizer, prompt, response, whole, chat.tail)
-    body = encode(tokenizer, response)
+        return Rendered(prompt_ids, None, opening=place.opening, notes=notes)
+    found = response_of(place, example)
+    if found.note:
+        notes = (*notes, found.note)
+    body = encode(tokenizer, found.text)
+    end_id = body.pop() if found.ends and body else chat.end_id
     _check_body(tokenizer, chat, body)
     if max_response_tokens is not None and len(body) + 1 > max_response_tokens:
-        return Rendered(prompt_ids, body[:max_response_tokens], truncated=True, opening=opening)
-    return Rendered(prompt_ids, [*body, chat.end_id], opening=opening)
+        return Rendered(prompt_ids, body[:max_response_tokens], truncated=True, opening=place.opening, notes=notes)
+    return Rendered(prompt_ids, [*body, end_id], opening=place.opening, notes=notes)
+
+
+def place_of(
+    example: Example, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, system: str | None = None
+) -> Place:
+    """Where the response to an example goes. Raises RowProblem."""
+    messages = _with_system(example, system)
+    templated = chat.template is not None and bool(messages)
+    _check_known(example, chat, messages, templated)
+    if templated:
+        _check_turns(tokenizer, chat, messages)
+    prompt = _prompt_text(tokenizer, chat, example, messages)
+    return Place(tokenizer, chat, messages, example.tools, prompt, think.opening_of(prompt))
+
+
+def response_of(place: Place, example: Example) -> Written:
+    """The response of an example as text. Raises RowProblem."""
+    turn = Message("assistant", example.demonstration or "", example.reasoning, example.tool_calls)
+    literal = think.without_opening(turn.content, place.opening)
+    if not (literal.strip() or turn.reasoning or turn.tool_calls):
+        raise RowProblem("demonstration", "nothing is left of it after the think tag", "give the whole response")
+    tags = None if turn.reasoning else think.unclosed(turn.content, place.opening)
+    if tags is not None:
+        where = "the prompt" if place.opening else "it"
+        raise RowProblem(
+            "demonstration",
+            f"{where} opens {tags.opens!r}, and the demonstration never closes it",
+            f"give the thinking and {tags.closes!r} before the answer, or a template that opens no thinking "
+            "(often data.template_variables = { enable_thinking = false })",
+        )
+    if not place.templated or place.chat.tail is None:
+        if turn.reasoning or turn.tool_calls:
+            what = "tool_calls" if turn.tool_calls else "reasoning_content"
+            raise RowProblem(
+                what,
+                "nothing says how to write it: there is no chat template that renders whole conversations",
+                "write it into the demonstration's text, or give prompts as messages and a template",
+            )
+        return Written(literal)
+    found = written(place, turn)
+    if found.text == literal or found.ends:
+        return found
+    # Some tokenizers put a blank before any text; then the bare response already gives the conversation's tokens.
+    bare = found.text.strip()
+    before = encode(place.tokenizer, place.prompt)
+    same = before + encode(place.tokenizer, bare) == encode(place.tokenizer, place.prompt + found.text)
+    return Written(bare, found.note) if same else found
+
+
+def _prompt_notes(place: Place) -> tuple[str, ...]:
+    """Refuse a prompt that the template writes without a part of the row; say where it leaves thinking out."""
+    on_purpose, lost = left_out(place)
+    if lost:
+        raise RowProblem(
+            lost[0],
+            "the chat template leaves it out or changes it",
+            "give a template that writes every part of the row (--data.template FILE), or remove the part"
+            + (" (--data.system '' removes a system turn)" if lost[0].startswith("messages[0]") else ""),
+        )
+    return ("the template leaves out the thinking of earlier assistant turns",) if on_purpose else ()
+
+
+def _check_known(example: Example, chat: ChatFormat, messages: Sequence[Message], templated: bool) -> None:
+    """Refuse what a template cannot know: tools without a template, roles that it does not name."""
+    rich = next((m for m in messages if m.reasoning or m.tool_calls), None)
+    if not templated and (example.tools or rich is not None):
+        what = "tools" if example.tools else "reasoning or tool calls of a turn"
+        raise RowProblem(
+            "tools" if example.tools else "messages",
+            f"no chat template writes the {what}",
+            "give a chat template (--data.template FILE) and prompts as messages, or write them into the text",
+        )
+    for place, message in enumerate(messages):
+        if message.role in ("developer", "tool") and message.role not in (chat.template or ""):
+            raise RowProblem(
+                f"messages[{place}].role",
+                f"the chat template knows no role {message.role}",
+                "use role system" if message.role == "developer" else "give a template that writes tool turns",
+            )
 
 
 def _with_system(example: Example, system: str | None) -> tuple[Message, ...]:
@@ -224,14 +308,14 @@ def _with_system(example: Example, system: str | None) -> tuple[Message, ...]:
     if system is None:
         return messages
     if system == "":
-        return messages[1:] if messages and messages[0].role == "system" else messages
+        return messages[1:] if messages and messages[0].role in FIRST_ROLES else messages
     if not messages:
         raise RowProblem(
             "prompt",
             "a system text is set, but this prompt is raw text without turns",
             "leave --data.system out, or give the prompt as a list of messages",
         )
-    return messages if messages[0].role == "system" else (Message("system", system), *messages)
+    return messages if messages[0].role in FIRST_ROLES else (Message("system", system), *messages)
 
 
 def _prompt_text(
@@ -241,7 +325,7 @@ def _prompt_text(
         return example.prompt
     if chat.template is None:
         return "\n\n".join(message.content for message in messages)
-    return render_text(tokenizer, chat.template, messages, generate=True)
+    return render_text(tokenizer, chat.template, messages, generate=True, tools=example.tools, variables=chat.variables)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, prompt: str, templated: bool) -> list[int]:
@@ -255,51 +339,11 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, prompt: st
     return ids
 
 
-def _opening(prompt: str) -> str:
-    bare = prompt.rstrip("\n")
-    return _THINK + prompt[len(bare) :] if bare.endswith(_THINK) else ""
-
-
-def _without_opening(demonstration: str, opening: str) -> str:
-    if not opening or not demonstration.startswith(_THINK):
-        return demonstration
-    if demonstration.startswith(opening):
-        return demonstration[len(opening) :]
-    return demonstration.removeprefix(_THINK).lstrip("\n")
-
-
-def _as_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, whole: str, tail: str) -> str:
-    """The response as the template writes it into the whole conversation; it may differ from ours in outer blanks only.
-
-    Raises:
-        RowProblem: the template does not continue the prompt by the response.
-    """
-    written = whole[len(prompt) :].removesuffix(tail) if whole.startswith(prompt) else None
-    if written == response:
-        return response
-    if written is None or written.strip() != response.strip():
-        raise RowProblem(
-            "demonstration",
-            f"the chat template changes the response: {_difference(prompt + response, whole)}",
-            "give a template that keeps responses as they are (--data.template FILE), or write the demonstrations "
-            "in the template's form",
-        )
-    # Some tokenizers put a blank before any text; then the bare response already gives the conversation's tokens.
-    bare = response.strip()
-    ours = encode(tokenizer, prompt) + encode(tokenizer, bare)
-    return bare if ours == encode(tokenizer, prompt + written) else written
-
-
-def _difference(ours: str, theirs: str) -> str:
-    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return f"expected {ours[start : start + _SHOWN]!r}, the template writes {theirs[start : start + _SHOWN]!r}"
-
-
 def _check_turns(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, messages: Sequence[Message]) -> None:
     """Refuse turns whose text would end them early: what follows would read as a turn that nobody wrote."""
     for token in tokenizer.convert_ids_to_tokens(list(end_token_ids(tokenizer, chat))):
-        for message in messages:
-            if token in message.content:
+        for place, message in enumerate(messages):
+            if any(token in part.text for part in message_parts(message, place)):
                 raise RowProblem(
                     "prompt",
                     f"a turn of role {message.role} contains {token!r}, a token that ends turns",

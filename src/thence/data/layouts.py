@@ -8,16 +8,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from thence.data.example import ROLES, Example, Message
+from thence.data.example import Example, Message
+from thence.data.fields import absent
+from thence.data.fields import need as _need
+from thence.data.fields import text as _text
+from thence.data.fields import wrong_type as _wrong_type
+from thence.data.messages import conversation, prompt_turns, read_tools, response_turn
 from thence.data.numbers import number_text, without_separators
 from thence.data.problems import RowProblem
 from thence.errors import DataError
 
 Row = Mapping[str, Any]
-Parts = tuple[tuple[Message, ...] | str, str | None, str | None]
+Parts = tuple[tuple[Message, ...] | str, Message | str | None, str | None]
 
 FIELDS = (
     "messages",
+    "conversations",
+    "tools",
     "prompt",
     "completion",
     "question",
@@ -28,6 +35,17 @@ FIELDS = (
     "text",
     "data_source",
 )
+UNREAD = {
+    "system": "write it into the messages as a system turn, or set data.system",
+    "functions": "write them as a column tools",
+    "documents": "write them into the messages",
+    "chat_template_kwargs": "set data.template_variables in the recipe",
+    "images": "thence trains on text only",
+    "image": "thence trains on text only",
+    "videos": "thence trains on text only",
+    "audio": "thence trains on text only",
+}
+"""Columns that change what a row says, and that thence does not read, with what to do about them."""
 LAYOUTS = ("messages", "prompt-completion", "question-answer", "verl", "text")
 
 ANSWER_MARK = "####"
@@ -40,7 +58,7 @@ def choose_layout(fields: Collection[str], name: str) -> str:
     Raises:
         DataError: none fits; the message lists the columns found.
     """
-    if "messages" in fields:
+    if not {"messages", "conversations"}.isdisjoint(fields):
         return "messages"
     if "prompt" in fields and not {"reward_model", "target"}.isdisjoint(fields):
         return "verl"
@@ -80,29 +98,34 @@ def parse_row(
         RowProblem: a field is missing, empty, of the wrong type or not clean text.
     """
     worked = worked and layout == "question-answer"
+    for column, remedy in UNREAD.items():
+        if not absent(row.get(column)):
+            raise RowProblem(
+                column, "a column that thence does not read, and this row fills it", f"{remedy}; or remove the column"
+            )
     side, demonstration, answer = _worked_row(row) if worked else _PARSERS[layout](row)
-    if worked and strip_calculator and demonstration is not None:
+    if worked and strip_calculator and isinstance(demonstration, str):
         demonstration = _CALCULATOR.sub("", demonstration)
     named = row.get("data_source")
     messages, prompt = ((), side) if isinstance(side, str) else (side, None)
+    turn = Message("assistant", demonstration) if isinstance(demonstration, str) else demonstration
     return Example(
         messages=messages,
         prompt=prompt,
-        demonstration=demonstration,
+        demonstration=None if turn is None else turn.content,
         answer=answer,
         source=source,
         group=named if isinstance(named, str) and named.strip() else group,
+        reasoning="" if turn is None else turn.reasoning,
+        tool_calls=() if turn is None else turn.tool_calls,
+        tools=read_tools(row.get("tools")),
     )
 
 
 def _messages_row(row: Row) -> Parts:
-    turns = _turns(row, "messages")
-    demonstration = None
-    if turns[-1].role == "assistant":
-        demonstration = turns[-1].content
-        turns = turns[:-1]
-    _check_prompt_turns(turns, "messages")
-    return turns, demonstration, _answer(row.get("answer"), "answer")
+    field = "messages" if row.get("messages") is not None or row.get("conversations") is None else "conversations"
+    found = conversation(row, field)
+    return found.prompt, found.response, _answer(row.get("answer"), "answer")
 
 
 def _prompt_completion_row(row: Row) -> Parts:
@@ -152,79 +175,17 @@ _PARSERS: dict[str, Callable[[Row], Parts]] = {
 def _prompt_side(row: Row) -> tuple[Message, ...] | str:
     if isinstance(_need(row, "prompt"), str):
         return _text(row["prompt"], "prompt")
-    turns = _turns(row, "prompt")
-    _check_prompt_turns(turns, "prompt")
-    return turns
+    return prompt_turns(row, "prompt")
 
 
-def _demonstration(row: Row, field: str) -> str | None:
+def _demonstration(row: Row, field: str) -> Message | str | None:
     """The expert response in `field`: text, or a list of one assistant message; none if None or empty."""
     value = row.get(field)
     if value is None or value == []:
         return None
     if isinstance(value, str):
         return _text(value, field)
-    turns = _turns(row, field)
-    if len(turns) != 1 or turns[0].role != "assistant":
-        roles = ", ".join(turn.role for turn in turns)
-        raise RowProblem(field, f"expected one assistant message, found {roles}", "keep the one response to learn")
-    return turns[0].content
-
-
-def _turns(row: Row, field: str) -> tuple[Message, ...]:
-    value = _need(row, field)
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise _wrong_type(field, value, "a list of {role, content}")
-    if not value:
-        raise RowProblem(field, "the list of messages is empty", "give at least a user turn")
-    return tuple(_message(item, f"{field}[{position}]") for position, item in enumerate(value))
-
-
-def _message(item: object, field: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise _wrong_type(field, item, "an object with role and content")
-    role = item.get("role")
-    if role not in ROLES:
-        raise RowProblem(f"{field}.role", f"unknown role {role!r}", f"use one of {', '.join(ROLES)}")
-    content = item.get("content")
-    if content is None:
-        raise RowProblem(f"{field}.content", "missing or null", "give the text of the turn")
-    # An empty system turn is a statement of its own: it keeps templates from adding their default one.
-    return Message(role, _text(content, f"{field}.content", may_be_empty=role == "system"))
-
-
-def _check_prompt_turns(turns: Sequence[Message], field: str) -> None:
-    if not any(turn.role == "user" for turn in turns):
-        raise RowProblem(field, "no user turn to respond to", "give a user turn before the response")
-    if turns[-1].role != "user":
-        raise RowProblem(
-            field, f"the prompt ends with a turn of role {turns[-1].role}", "end the prompt with a user turn"
-        )
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise RowProblem(field, "a system turn that is not the first", "move the system turn to the front")
-
-
-def _need(row: Row, field: str) -> Any:
-    value = row.get(field)
-    if value is None:
-        raise RowProblem(field, "missing or null", f"fill the field, or name its column: --data.columns {field}=COLUMN")
-    return value
-
-
-def _text(value: object, field: str, *, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(field, value, "text")
-    if not may_be_empty and not value.strip():
-        raise RowProblem(field, "empty", "fill the field")
-    if "\0" in value:
-        raise RowProblem(field, f"NUL character at position {value.index(chr(0))}", "remove it from the text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowProblem(
-            field, f"invalid Unicode (half of a surrogate pair) at position {error.start}", "mend the text's encoding"
-        ) from None
-    return value
+    return response_turn(row, field)
 
 
 def _answer(value: object, field: str) -> str | None:
@@ -237,7 +198,3 @@ def _answer(value: object, field: str) -> str | None:
     if not isinstance(value, str):
         raise _wrong_type(field, value, "text or a number")
     return _text(value, field).strip()
-
-
-def _wrong_type(field: str, value: object, wanted: str) -> RowProblem:
-    return RowProblem(field, f"expected {wanted}, found {type(value).__name__}", f"make it {wanted}")

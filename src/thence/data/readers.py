@@ -7,7 +7,7 @@ from itertools import chain, islice
 from typing import Any
 
 from thence.data.example import Example
-from thence.data.layouts import FIELDS, LAYOUTS, answers_are_worked, choose_layout, parse_row
+from thence.data.layouts import FIELDS, LAYOUTS, UNREAD, answers_are_worked, choose_layout, parse_row
 from thence.data.problems import BadRow, RowProblem, refuse_mostly_bad
 from thence.data.sources import NumberedRow, Table, open_table
 from thence.errors import DataError, UserError
@@ -46,7 +46,7 @@ def read_examples(
     """
     _check_settings(columns, layout, limit)
     renames = dict(columns or {})
-    wanted = set(FIELDS) | set(renames.values())
+    wanted = {*FIELDS, *UNREAD, *renames.values()}
     names = [paths_or_names] if isinstance(paths_or_names, str) else list(paths_or_names)
     examples: list[Example] = []
     bad: list[BadRow] = []

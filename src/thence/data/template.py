@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thence.data.example import Message
 from thence.data.problems import RowProblem
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 # Words no template writes by itself; plain letters, so that no template strips or escapes them.
 _USER_PROBE, _ASSISTANT_PROBE = "quxquestion", "quxresponse"
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now")
+"""Names that a template gets from elsewhere, so that no recipe may set them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class ChatFormat:
             writes prompts, so that there is no rendered conversation to compare with.
         bos_id: the bos token if the tokenizer puts it before plain text, else None.
         writes_bos: the template is trusted to write the bos token itself; otherwise it is put before the prompt.
+        variables: values of the template's own variables, for example `enable_thinking`.
     """
 
     template: str | None
@@ -36,9 +41,12 @@ class ChatFormat:
     tail: str | None
     bos_id: int | None
     writes_bos: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def chat_format(tokenizer: PreTrainedTokenizerBase, template: str = "own") -> ChatFormat:
+def chat_format(
+    tokenizer: PreTrainedTokenizerBase, template: str = "own", variables: Mapping[str, Any] | None = None
+) -> ChatFormat:
     """Find and probe a chat template.
 
     Args:
@@ -46,61 +54,100 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str = "own") -> Ch
         template: "own" (the tokenizer's; "none" if it has none), "none", the path of a Jinja file, or Jinja text.
             The tokenizer's own template is trusted to write the bos token; with any other, the tokenizer's bos is
             added once if the tokenizer adds it to plain text.
+        variables: values of the template's own variables.
 
     Raises:
-        UserError: the template cannot be read or is broken, or no token could end a response.
+        UserError: the template cannot be read or is broken, no token could end a response, or a variable that the
+            template does not know.
     """
-    if template == "own" and tokenizer.chat_template is None:
+    if template == "own" and not tokenizer.chat_template:
         template = "none"
     bos_id = _bos_added_to_text(tokenizer)
+    given = dict(variables or {})
     if template == "none":
+        _check_variables(given, None)
         return ChatFormat(None, _eos(tokenizer), None, bos_id)
-    jinja = tokenizer.get_chat_template() if template == "own" else _template_text(template)
-    tail = _tail(tokenizer, jinja)
+    jinja = _own_template(tokenizer) if template == "own" else _template_text(template)
+    _check_variables(given, jinja)
+    tail = _tail(tokenizer, jinja, given)
     end_id = None if tail is None else _end_of_turn(tokenizer, tail)
-    return ChatFormat(jinja, _eos(tokenizer) if end_id is None else end_id, tail, bos_id, writes_bos=template == "own")
-
-
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, template: str | ChatFormat = "own") -> tuple[int, ...]:
-    """All tokens that stop sampling: the trained end-of-turn token first, then the tokenizer's eos if it is another.
-
-    Raises:
-        UserError: as `chat_format`.
-    """
-    chat = template if isinstance(template, ChatFormat) else chat_format(tokenizer, template)
-    eos = token_id(tokenizer.eos_token_id)
-    return (chat.end_id,) if eos is None or eos == chat.end_id else (chat.end_id, eos)
+    end_id = _eos(tokenizer) if end_id is None else end_id
+    return ChatFormat(jinja, end_id, tail, bos_id, writes_bos=template == "own", variables=given)
 
 
 def render_text(
-    tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[Message], *, generate: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    jinja: str,
+    messages: Sequence[Message],
+    *,
+    generate: bool = False,
+    tools: Sequence[str] = (),
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The text a chat template makes of `messages`; `generate` adds the header of the assistant's turn.
 
     Raises:
-        RowProblem: the template refuses these messages, e.g. because it knows no system turn.
+        RowProblem: the template refuses these messages (it knows no system turn, say) or fails on them.
         UserError: the template is not valid Jinja.
     """
     import jinja2
 
-    turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text = tokenizer.apply_chat_template(
-            turns, chat_template=jinja, tokenize=False, add_generation_prompt=generate, continue_final_message=False
+            [message.plain() for message in messages],
+            tools=[json.loads(tool) for tool in tools] or None,
+            chat_template=jinja,
+            tokenize=False,
+            add_generation_prompt=generate,
+            continue_final_message=False,
+            **(variables or {}),
         )
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template is not valid Jinja: {error.message} (line {error.lineno})",
-            remedy="correct the template, or use own or none",
-            field="data.template",
-        ) from error
-    except jinja2.TemplateError as error:
+        raise _not_jinja(error) from error
+    except Exception as error:  # a template may do anything: add text to a number, look for a key that is not there
+        refused = type(error) is jinja2.TemplateError  # what raise_exception raises
+        problem = f"refuses the row: {error}" if refused else f"fails on the row: {type(error).__name__}: {error}"
         raise RowProblem(
             None,
-            f"the chat template refuses the row: {error}",
+            f"the chat template {problem}",
             "change the row's turns, the system text (--data.system '' removes it) or --data.template",
         ) from error
     return str(text)
+
+
+@lru_cache(maxsize=64)
+def template_names(jinja: str) -> frozenset[str]:
+    """The names that a template reads and does not set itself. Raises UserError where it is not valid Jinja."""
+    import jinja2
+    import jinja2.meta
+    from jinja2 import nodes
+    from jinja2.ext import Extension, LoopControlExtension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what a model writes; here it is only read through."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 wants it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
+    )
+    try:
+        tree = environment.parse(jinja)
+    except jinja2.TemplateSyntaxError as error:
+        raise _not_jinja(error) from error
+    return frozenset(jinja2.meta.find_undeclared_variables(tree))
+
+
+def changes_by_day(chat: ChatFormat) -> bool:
+    """Whether the template writes today's date, so that the same row gives other tokens tomorrow."""
+    if chat.template is None or "strftime_now" not in template_names(chat.template):
+        return False
+    return "date_string" not in chat.variables
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -110,7 +157,58 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def token_id(value: object) -> int | None:
     """A tokenizer's named token as an id; None where it has no such token."""
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def is_marked(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is special or was added to the vocabulary, and so is no ordinary text."""
+    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
+
+
+def _not_jinja(error: Any) -> UserError:
+    return UserError(
+        f"the chat template is not valid Jinja: {error.message} (line {error.lineno})",
+        remedy="correct the template, or use own or none",
+        field="data.template",
+    )
+
+
+def _check_variables(given: Mapping[str, Any], jinja: str | None) -> None:
+    """Refuse variables that could have no effect, or take the place of what a template gets anyway."""
+    if not given:
+        return
+    where = "data.template_variables"
+    if jinja is None:
+        raise UserError(
+            f"there is no chat template that could read {', '.join(given)}",
+            remedy="leave the variables out, or give a template with data.template",
+            field=where,
+        )
+    known = {name for name in template_names(jinja) if not _is_reserved(name)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        listed = f"it reads {', '.join(sorted(known))}" if known else "it reads none"
+        raise UserError(
+            f"the chat template does not read {', '.join(unknown)}", remedy=f"{listed}; remove the others", field=where
+        )
+
+
+def _is_reserved(name: str) -> bool:
+    """Names set by the caller: rows, special tokens, and the functions that transformers gives to templates."""
+    functions = ("raise_exception", "namespace", "range", "dict", "lipsum", "cycler", "joiner")
+    return name in RESERVED or name in functions or name.endswith(("_token", "_tokens"))
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except (ValueError, KeyError) as error:
+        named = ", ".join(sorted(tokenizer.chat_template)) if isinstance(tokenizer.chat_template, dict) else "none"
+        raise UserError(
+            f"the tokenizer has several chat templates and none is the default: {named}",
+            remedy="write one of them to a file and give it with data.template",
+            field="data.template",
+        ) from error
 
 
 def _template_text(template: str) -> str:
@@ -128,10 +226,10 @@ def _template_text(template: str) -> str:
         ) from error
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase, jinja: str) -> str | None:
+def _tail(tokenizer: PreTrainedTokenizerBase, jinja: str, variables: Mapping[str, Any]) -> str | None:
     turns = (Message("user", _USER_PROBE), Message("assistant", _ASSISTANT_PROBE))
     try:
-        text = render_text(tokenizer, jinja, turns)
+        text = render_text(tokenizer, jinja, turns, variables=variables)
     except RowProblem:
         return None
     before, found, tail = text.rpartition(_ASSISTANT_PROBE)
@@ -140,9 +238,8 @@ def _tail(tokenizer: PreTrainedTokenizerBase, jinja: str) -> str | None:
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> int | None:
     """The special token that `tail` starts with, blanks aside; None if other text comes first."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for token in encode(tokenizer, tail):
-        if token in special:
+        if is_marked(tokenizer, token):
             return token
         if str(tokenizer.decode([token])).strip():
             return None

@@ -19,6 +19,7 @@ class Prompt:
         answer: what the grader compares with, where there is one.
         text: the prompt as the user wrote it, for graders and reports.
         group: the set it belongs to, for tables.
+        opening: the think tag that the tokens end with ("<think>\\n"), put back before a response is graded; else "".
     """
 
     index: int
@@ -27,6 +28,7 @@ class Prompt:
     answer: str | None = None
     text: str = ""
     group: str = ""
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Trajectory:
             nothing was graded. It is never 0 in place of an unknown one, unless the recipe asks for that.
         verdict: right, wrong or unknown.
         finish: stop or length.
-        text: the response, decoded.
+        text: the response as graders see it: see `thence.data.response.response_text`.
         sampler_logps: log-probabilities that the sampler reported, to measure its mismatch with the trainer.
         extracted: what the grader took for the answer.
         reason: why the grader could not tell, or what else it has to say.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from thence.data.chat import chat_format, end_token_ids, render
+from thence.data.chat import Rendered, chat_format, end_token_ids, render
 from thence.data.example import Example, Message
+from thence.data.response import response_text
 
 if TYPE_CHECKING:
     from thence.evaluate.problems import Problem
     from thence.evaluate.suites import Task
+
+__all__ = ["Backend", "Generation", "Prompts", "Request", "response_text", "room_for"]
 
 ROOM_STEP = 64
 
@@ -30,7 +33,8 @@ class Generation:
     """A generated response.
 
     Attributes:
-        text: as it was generated, without the token that ended it; other special tokens are kept.
+        text: as it was generated, without the token that ended it, after the think tag that the prompt had opened;
+            other special tokens are kept.
         tokens: its length with the end token; None where a server does not tell.
         finish: "stop": it ended by itself; "length": it was cut; servers have other words for other ends.
         room: most tokens that the model's context left for it, where that was fewer than the task's `max_tokens`.
@@ -69,35 +73,33 @@ class Prompts:
     Args:
         tokenizer: a Hugging Face tokenizer.
         chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
+        variables: of the chat template.
+        model: what names end tokens besides: has a `generation_config` and a `config`.
 
     Raises:
         UserError: as `chat_format`.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str = "own"):
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str = "own",
+        variables: Mapping[str, Any] | None = None,
+        model: Any = None,
+    ):
         self.tokenizer = tokenizer
-        self.chat, self.plain = chat_format(tokenizer, chat_template), chat_format(tokenizer, "none")
+        self.chat, self.plain = chat_format(tokenizer, chat_template, variables), chat_format(tokenizer, "none")
+        self._stop_ids = {chat.template: end_token_ids(tokenizer, chat, model) for chat in (self.plain, self.chat)}
 
-    def ids(self, problem: Problem) -> list[int]:
+    def rendered(self, problem: Problem) -> Rendered:
         """The problem's messages with the header of the assistant's turn, or its plain text. Raises DataError."""
         messages = tuple(Message(role, content) for role, content in problem.messages)
         example = Example(messages=messages, answer=problem.answer, source=problem.source or problem.key)
-        return render(example, self.tokenizer, template=self.plain if problem.plain else self.chat).prompt_ids
+        return render(example, self.tokenizer, template=self.plain if problem.plain else self.chat)
 
     def stop_ids(self, problem: Problem) -> tuple[int, ...]:
         """The tokens that end a response to it."""
-        return end_token_ids(self.tokenizer, self.plain if problem.plain else self.chat)
-
-
-def response_text(tokenizer: Any, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """The text of a response without its end token.
-
-    Special tokens inside are kept: where a think tag is one, the rules that look for it need it.
-    """
-    ids = list(token_ids)
-    if ids and ids[-1] in stop_ids:
-        ids.pop()
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._stop_ids[self.plain.template if problem.plain else self.chat.template]
 
 
 def room_for(prompt_tokens: int, max_tokens: int, context: int | None) -> int:

@@ -8,10 +8,11 @@ import os
 import queue
 import threading
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from thence.data.think import put_back
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Request
 
@@ -64,7 +65,8 @@ class EndpointBackend:
 
     name = "endpoint"
 
-    def __init__(self, settings: EndpointSettings):
+    def __init__(self, settings: EndpointSettings, variables: Mapping[str, Any] | None = None):
+        self.variables = dict(variables or {})
         if settings.concurrency < 1 or settings.tries < 1:
             raise UserError("no request would be sent", remedy="set concurrency and tries to 1 or more")
         self.settings = settings
@@ -122,6 +124,7 @@ class EndpointBackend:
             "endpoint": self.base,
             "served_models": self._served,
             "concurrency": self.settings.concurrency,
+            "template_variables": self.variables,
             "seeds": f"sent as the request's seed, modulo {SEED_RANGE}; whether it is heeded is up to the server",
         }
 
@@ -161,11 +164,13 @@ class EndpointBackend:
 
     def _once(self, request: Request, task: Task) -> Generation:
         messages, plain = request.problem.messages, request.problem.plain
-        asked = (
+        asked: dict[str, Any] = (
             {"prompt": "\n\n".join(content for _, content in messages)}
             if plain
             else {"messages": [{"role": role, "content": content} for role, content in messages]}
         )
+        if self.variables and not plain:
+            asked["chat_template_kwargs"] = self.variables  # the name that vLLM and SGLang give it
         body = {
             "model": self.model,
             **asked,
@@ -261,8 +266,9 @@ def _generation(text: str) -> Generation:
         tokens = (answer.get("usage") or {}).get("completion_tokens")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _Trouble(f"not a chat completion ({type(error).__name__}: {error}): {text[:200]!r}") from None
-    # A server that takes the thinking out of the response is put right: graders look for the tags.
-    whole = f"<think>\n{thinking}\n</think>\n{content}" if thinking else content
+    # A server that takes the thinking out of the response is put right: graders look for the tags. So is one whose
+    # template has opened the thinking, which no response then repeats.
+    whole = f"<think>\n{thinking}\n</think>\n{content}" if thinking else put_back(content)
     return Generation(whole, tokens if isinstance(tokens, int) else None, finish)
 
 

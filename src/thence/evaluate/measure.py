@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from thence.data.order import stable_seed
+from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
 from thence.evaluate.accuracy import accuracy
 from thence.rollout.native import Response, Sampling, sample
@@ -80,12 +81,18 @@ def respond(
         Trajectory(prompt, tuple(r.token_ids), finish=r.finish, sampler_logps=tuple(r.logps))
         for prompt, r in zip(repeated, responses, strict=True)
     ]
-    return found if grader is None else grade(tokenizer, grader, found)
+    return found if grader is None else grade(tokenizer, grader, found, sampling.stop_ids)
 
 
-def grade(tokenizer: Any, grader: Grader, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """The same trajectories with text, score and verdict."""
-    texts = [tokenizer.decode(t.response_ids, skip_special_tokens=True) for t in trajectories]
+def grade(
+    tokenizer: Any, grader: Grader, trajectories: Sequence[Trajectory], stop_ids: Sequence[int]
+) -> list[Trajectory]:
+    """The same trajectories with text, score and verdict.
+
+    Args:
+        stop_ids: all tokens that end a response; the one at its end is no part of the text.
+    """
+    texts = [response_text(tokenizer, t.response_ids, stop_ids, t.prompt.opening) for t in trajectories]
     grades = grader.grade_many([t.prompt.text for t in trajectories], texts, [t.prompt.answer for t in trajectories])
     return [
         replace(

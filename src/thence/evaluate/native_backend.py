@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ class NativeBackend:
         settings: the model, as in a recipe.
         chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
         rows: most responses sampled side by side; fewer need less memory.
+        variables: of the chat template.
 
     Raises:
         RecipeError: no such model or tokenizer.
@@ -41,17 +42,24 @@ class NativeBackend:
 
     name = "native"
 
-    def __init__(self, settings: Model, chat_template: str = "own", rows: int = ROWS):
+    def __init__(
+        self,
+        settings: Model,
+        chat_template: str = "own",
+        rows: int = ROWS,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_model(settings, self.device)
         self.model: Any = loaded.model
         self.tokenizer, self.settings, self.rows = loaded.tokenizer, settings, rows
-        self.prompts = Prompts(self.tokenizer, chat_template)
+        self.prompts = Prompts(self.tokenizer, chat_template, variables, self.model)
         self.context = context_of(self.model.config)
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
         """See `Backend`. Prompts that leave less than `max_tokens` of the context are counted in the log."""
-        prompts = {r.problem.key: self.prompts.ids(r.problem) for r in requests}
+        rendered = {r.problem.key: self.prompts.rendered(r.problem) for r in requests}
+        prompts = {key: row.prompt_ids for key, row in rendered.items()}
         rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
         warn_of_rooms(task, rooms, self.context)
         groups: dict[tuple[int, tuple[int, ...]], list[Request]] = {}
@@ -68,7 +76,8 @@ class NativeBackend:
                 wave = group[start : start + self.rows]
                 own_prompts, seeds = [prompts[r.problem.key] for r in wave], [r.seed for r in wave]
                 for i, response in stream(self.model, own_prompts, seeds, sampling):
-                    text = response_text(self.tokenizer, response.token_ids, stop_ids)
+                    opening = rendered[wave[i].problem.key].opening
+                    text = response_text(self.tokenizer, response.token_ids, stop_ids, opening)
                     yield wave[i], Generation(text, len(response.token_ids), response.finish, cut)
 
     def facts(self) -> dict[str, Any]:
@@ -84,6 +93,7 @@ class NativeBackend:
             "device": str(self.device),
             "context": self.context,
             "chat_template": self.prompts.chat.template,
+            "template_variables": dict(self.prompts.chat.variables),
             "rows": self.rows,
             "python": platform.python_version(),
             "torch": torch.__version__,

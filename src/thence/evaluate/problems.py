@@ -205,6 +205,12 @@ def _row(layout: str, values: dict[str, Any], source: str, worked: bool) -> _Row
     if example.prompt is not None:
         messages = (("user", example.prompt),)
         return _Row(messages, example.prompt, example.answer, identity=example.prompt, plain=True)
+    if example.tools or any(turn.reasoning or turn.tool_calls or turn.role == "tool" for turn in example.messages):
+        raise RowProblem(
+            "messages",
+            "a problem with tools, tool calls or reasoning, which evaluation does not render",
+            "give problems as text turns",
+        )
     messages = tuple((turn.role, turn.content) for turn in example.messages)
     identity = "\n\n".join(content for role, content in messages if role != "system")
     return _Row(messages, example.question, example.answer, identity=identity)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from thence.errors import DataError, UserError
 from thence.evaluate.problems import Problem
@@ -48,6 +48,8 @@ class Settings(Section):
     """Address of the server."""
     chat_template: str = "own"
     """own, none or a Jinja file; a server applies its own."""
+    template_variables: dict[str, Any] = Field(default={})
+    """Values of the chat template's variables."""
     suite: str
     """Name of the suite."""
     data: str | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
@@ -31,6 +32,7 @@ class VllmBackend:
         settings: the model, as in a recipe.
         chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
         vllm: where vLLM runs and what it may use.
+        variables: of the chat template.
 
     Raises:
         RecipeError: no such model or tokenizer.
@@ -39,12 +41,18 @@ class VllmBackend:
 
     name = "vllm"
 
-    def __init__(self, settings: Model, chat_template: str = "own", vllm: VllmSettings | None = None):
+    def __init__(
+        self,
+        settings: Model,
+        chat_template: str = "own",
+        vllm: VllmSettings | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self.settings, self.tokenizer = settings, load_tokenizer(settings)
-        self.prompts = Prompts(self.tokenizer, chat_template)
         self._temporary: Path | None = None
         try:
             folder = self._folder()
+            self.prompts = Prompts(self.tokenizer, chat_template, variables, configs_of(folder))
             self.engine = VllmEngine(vllm or VllmSettings(), folder)
         except BaseException:
             self.close()
@@ -54,7 +62,8 @@ class VllmBackend:
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
         """See `Backend`. Long prompts come first, and the samples of a problem one after the other."""
-        prompts = {r.problem.key: self.prompts.ids(r.problem) for r in requests}
+        rendered = {r.problem.key: self.prompts.rendered(r.problem) for r in requests}
+        prompts = {key: row.prompt_ids for key, row in rendered.items()}
         rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
         warn_of_rooms(task, rooms, self.context)
         yield from ((r, Generation("", 0, "length", 0)) for r in requests if not rooms[r.problem.key])
@@ -74,7 +83,8 @@ class VllmBackend:
             with contextlib.closing(stream):
                 for i, response in stream:
                     room = rooms[group[i].problem.key]
-                    text = response_text(self.tokenizer, response.token_ids, stop_ids)
+                    opening = rendered[group[i].problem.key].opening
+                    text = response_text(self.tokenizer, response.token_ids, stop_ids, opening)
                     cut = room if room < task.max_tokens else None
                     yield group[i], Generation(text, len(response.token_ids), response.finish, cut)
 
@@ -87,6 +97,7 @@ class VllmBackend:
             "model": self.settings.path,
             "context": self.context,
             "chat_template": self.prompts.chat.template,
+            "template_variables": dict(self.prompts.chat.variables),
         }
 
     def close(self) -> None:
@@ -109,6 +120,15 @@ class VllmBackend:
         loaded = load_model(self.settings, torch.device("cpu"))
         save_model(loaded.model, loaded.tokenizer, self._temporary)
         return self._temporary
+
+
+def configs_of(folder: Path) -> SimpleNamespace:
+    """The configurations of a model's folder, as a model has them; no generation config where there is no file."""
+    from transformers import GenerationConfig
+
+    has_file = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if has_file else None
+    return SimpleNamespace(generation_config=generation, config=_config(folder))
 
 
 def _config(folder: Path) -> Any:

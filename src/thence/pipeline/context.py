@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from thence.accounting.meter import FlopMeter
+from thence.data.chat import chat_format, end_token_ids
 from thence.errors import RecipeError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.progress import Watcher
-from thence.recipe import Optimization, Recipe, Rl, Sft
+from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
 from thence.train.model import compute_dtype
 from thence.train.parallel import Ranks
@@ -60,6 +61,11 @@ class Context:
     def seed_parts(self) -> tuple[object, ...]:
         """What this stage's random numbers follow from."""
         return (self.recipe.seed, self.name)
+
+    def stop_ids(self, data: Data) -> tuple[int, ...]:
+        """All tokens that end a response to prompts of a data table, the trained one first."""
+        chat = chat_format(self.tokenizer, data.template, data.template_variables)
+        return end_token_ids(self.tokenizer, chat, self.model)
 
     @property
     def n_parameters(self) -> int:

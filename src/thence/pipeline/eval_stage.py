@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from thence.data.chat import end_token_ids
 from thence.evaluate.measure import measure, measurement_record, sample_record
 from thence.files import write_atomically, write_jsonl
 from thence.pipeline.context import Context
@@ -45,7 +44,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
                         max_tokens=stage.max_tokens,
                         temperature=temperature,
                         top_p=stage.top_p,
-                        stop_ids=end_token_ids(context.tokenizer, data.template),
+                        stop_ids=context.stop_ids(data),
                         rows=stage.rollout_rows,
                     ),
                     seed_parts=(context.recipe.seed, "eval", split, temperature),

@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from thence.data.chat import Rendered, render_all, trained_share
+from thence.data.chat import Rendered, chat_format, render_all, trained_share
 from thence.data.example import Example
 from thence.data.readers import read_examples
+from thence.data.template import changes_by_day
 from thence.data.trajectory import Prompt
 from thence.errors import DataError
 from thence.recipe import Data
@@ -77,17 +78,25 @@ def read_and_render(data: Data, tokenizer: Any) -> list[Prompt]:
 
 def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
     """Render examples by the template and limits of a data table. Raises DataError."""
+    chat = chat_format(tokenizer, data.template, data.template_variables)
+    if changes_by_day(chat):
+        log.warning(
+            "the chat template writes today's date: the same rows give other tokens tomorrow; "
+            'set data.template_variables = { date_string = "26 Jul 2024" } if it reads that, or give another template'
+        )
     rendered = render_all(
         examples,
         tokenizer,
         system=data.system,
-        template=data.template,
+        template=chat,
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=data.max_response_tokens,
         skip_bad=data.skip_bad,
     )
     for row in rendered.bad:
         log.warning("left out: %s", row)
+    for note, count in rendered.notes.items():
+        log.warning("%d of %d examples: %s", count, len(rendered.rows), note)
     if rendered.too_long:
         log.warning(
             "%d examples left out: their prompts are longer than data.max_prompt_tokens", len(rendered.too_long)
@@ -183,4 +192,5 @@ def _prompt(index: int, example: Example, row: Rendered) -> Prompt:
         answer=example.answer,
         text=example.question,
         group=example.group,
+        opening=row.opening,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from thence.data.chat import end_token_ids
 from thence.errors import UserError
 from thence.methods.registry import stage_method
 from thence.pipeline.context import Context
@@ -106,8 +105,8 @@ def publish_model(context: Context, stage: Sft | Rl) -> None:
     temporary = folder / ".model-writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    template = context.recipe.stage_data(stage.data).template
-    context.model.generation_config.eos_token_id = list(end_token_ids(context.tokenizer, template))
+    stops = context.stop_ids(context.recipe.stage_data(stage.data))
+    context.model.generation_config.eos_token_id = list(stops)
     save_model(context.model, context.tokenizer, temporary)
     publish(temporary, folder / "model")
 

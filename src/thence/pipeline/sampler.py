@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from thence.data.chat import end_token_ids
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
@@ -49,7 +48,7 @@ class RolloutSampler:
             temperature=stage.temperature,
             top_p=stage.top_p,
             top_k=stage.top_k,
-            stop_ids=end_token_ids(context.tokenizer, context.recipe.stage_data(stage.data).template),
+            stop_ids=context.stop_ids(context.recipe.stage_data(stage.data)),
             rows=stage.rollout_rows,
         )
 
@@ -95,13 +94,13 @@ class RolloutSampler:
             cut = len(ids) < len(prefix) + len(trajectory.response_ids)
             finish = "length" if cut else trajectory.finish
             whole.append(Trajectory(prompt, ids, finish=finish, prefix=min(len(prefix), len(ids))))
-        graded = self._known(grade(self.context.tokenizer, self.grader, whole))
+        graded = self._known(grade(self.context.tokenizer, self.grader, whole, self.sampling.stop_ids))
         self.seen += graded
         return graded
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
-        return self._known(grade(self.context.tokenizer, self.grader, found))
+        return self._known(grade(self.context.tokenizer, self.grader, found, self.sampling.stop_ids))
 
     def _known(self, graded: Sequence[Trajectory]) -> list[Trajectory]:
         """The same without a score where nobody can tell it, unless the recipe asks for zero."""
