@@ -15,6 +15,7 @@ thence: SFT, thence RL. Post-train language models to reason, correct by constru
   thence recipes                                the recipes that come with thence
   thence methods [NAME]                         the training methods, or one explained
   thence compare COMPARISON                     arms x bases x seeds at equal FLOPs, with intervals
+  thence check MODEL [--data FILE]              what training relies on, tried on this model and these rows
   thence sample FOLDER                          prompts with the model's responses and verdicts
   thence report RUN                             write the report page again and print the table
   thence eval MODEL --suite NAME                measure a model on benchmarks; --compare two, --regrade one
@@ -59,6 +60,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from thence.cli.methods import methods_command as command
     elif name == "compare":
         from thence.cli.compare import compare_command as command
+    elif name == "check":
+        from thence.cli.check import check_command as command
     elif name == "sample":
         from thence.cli.sample import sample_command as command
     elif name == "report":

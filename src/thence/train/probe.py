@@ -134,6 +134,8 @@ def _plain_gradient(model: Any, batch: Batch, parameters: dict[str, nn.Parameter
     """The same objective by the model's own logits, one row at a time."""
     device = next(model.parameters()).device
     trained = sum(row.n_trained for row in batch.rows)
+    for parameter in parameters.values():
+        parameter.grad = None
     for row in batch.rows:
         ids = row.token_ids.to(device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]

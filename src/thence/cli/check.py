@@ -1,0 +1,219 @@
+"""``thence check``: does thence do right by this model and these rows? Tried, not looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from thence.cli.flags import split_flags
+from thence.errors import UserError
+from thence.recipe import Recipe, load_recipe, shipped_recipes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = """\
+thence check MODEL [--data FILE] [--table.field value ...]
+thence check RECIPE [--table.field value ...]
+
+  MODEL       a Hugging Face folder or hub name, a run, a GGUF file, world:chain/rich, package:NAME
+  RECIPE      a shipped recipe or a TOML file: all that it names is tried too
+  --data      rows to render: JSONL, Parquet or a hub name; several with commas between
+
+Try on the model itself what training relies on: the step's gradient against plain autograd, packed rows, sampling,
+saving and resuming, end tokens, and one example with the trained tokens marked. Exit code 1: something does not
+hold."""
+MARKS = {"ok": ("✓", "green"), "refused": ("✗", "red"), "unverified": ("?", "yellow")}
+
+
+@dataclass
+class Checked:
+    """What was tried, line by line, printed as soon as it is known."""
+
+    console: Console
+    refused: list[str] = field(default_factory=list)
+
+    def attempt(self, part: str, act: Callable[[], str | None]) -> bool:
+        """Try one thing. Returns whether it holds."""
+        from thence.train.probe import NotVerified
+
+        try:
+            reason, state, remedy = act() or "", "ok", ""
+        except NotVerified as missing:
+            reason, state, remedy = str(missing), "unverified", ""
+        except UserError as error:
+            reason, state, remedy = str(error).split("\n  remedy:")[0], "refused", error.remedy
+        self.line(part, state, reason, remedy)
+        return state == "ok"
+
+    def line(self, part: str, state: str, reason: str, remedy: str = "") -> None:
+        """Print one verdict with its reason and remedy."""
+        from rich.text import Text
+
+        mark, colour = MARKS[state]
+        text = Text.assemble((f"{mark} ", f"bold {colour}"), (f"{part:<24}", "bold"), f" {reason}")
+        if remedy and state != "ok":
+            text.append(f"\n{'':27}remedy: {remedy}", colour)
+        self.console.print(text)
+        if state == "refused":
+            self.refused.append(part)
+
+
+def check_command(argv: Sequence[str]) -> int:
+    """Print a verdict for each promise. Returns 1 where one does not hold."""
+    if "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
+    arguments = ["--data.source" if argument == "--data" else argument for argument in argv]
+    positional, _, overrides = split_flags(arguments, ())
+    if len(positional) != 1:
+        raise UserError(f"thence check takes one model or recipe, not {len(positional)}", remedy=HELP.splitlines()[0])
+    from rich.console import Console
+
+    console = Console()
+    name = positional[0]
+    is_recipe = name in shipped_recipes() or name.endswith(".toml")
+    recipe = load_recipe(name, overrides) if is_recipe else _recipe_of(name, overrides)
+    checked = Checked(console)
+    if is_recipe:
+        _check_recipe(checked, recipe)
+    _check_model(checked, recipe, with_data=is_recipe or "data.source" in overrides)
+    if checked.refused:
+        console.print(f"\n[bold red]{len(checked.refused)} do not hold:[/] {', '.join(checked.refused)}")
+        return 1
+    console.print("\n[bold green]all that was tried holds[/]")
+    return 0
+
+
+def _recipe_of(name: str, overrides: dict[str, Any]) -> Recipe:
+    """A recipe that trains this model with SFT, for a model that was named alone."""
+    from thence.evaluate.origin import find_model
+
+    gguf_file = overrides.get("model.gguf_file", overrides.get("model.gguf-file"))
+    settings, _ = find_model(name, None if gguf_file is None else str(gguf_file))
+    tables = {"name": "check", "stages": ["sft"], "model": settings.model_dump(exclude_none=True)}
+    return load_recipe(tables, overrides)
+
+
+def _check_recipe(checked: Checked, recipe: Recipe) -> None:
+    from thence.pipeline.preflight import preflight
+
+    for finding in preflight(recipe, restart=True):
+        checked.line(finding.part, finding.state, finding.reason, finding.remedy)
+
+
+def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from thence.models.packing import way_of
+    from thence.rollout.choice import choice_of
+    from thence.train.model import load_model
+    from thence.train.probe import check_files, check_gradient
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    found: list[Any] = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def opened() -> str:
+        found.append(load_model(recipe.model, device, recipe.seed))
+        model = found[0].model
+        count = sum(p.numel() for p in model.parameters())
+        return f"{type(model).__name__}, {count:,} parameters; its logits are hidden states x output layer; causal"
+
+    if not checked.attempt("model", opened):
+        return
+    loaded, settings = found[0], recipe.model
+    model = loaded.model
+    checked.attempt("tokens and embedding", lambda: _vocabulary(loaded))
+    checked.attempt("end tokens", lambda: _ends(loaded, recipe))
+    checked.attempt("context", lambda: _context(loaded, recipe, with_data))
+    _check_example(checked, loaded, recipe, with_data)
+    checked.attempt("gradient, padded rows", lambda: check_gradient(model))
+    packs = checked.attempt(
+        "packed rows" if _packs(recipe) else "packed rows (not asked)", lambda: f"by {way_of(model)}"
+    )
+    if packs:
+        checked.attempt("gradient, packed rows", lambda: check_gradient(model, packing=True))
+    elif not _packs(recipe):
+        checked.refused.pop()  # packing is a choice, and this recipe does not make it
+    checked.attempt("sampling", lambda: _sampling(choice_of(model)))
+    checked.attempt("saving and resuming", lambda: check_files(model, loaded.tokenizer, settings.trust_remote_code))
+
+
+def _packs(recipe: Recipe) -> bool:
+    return any(getattr(recipe.stage(name), "packing", False) for name in recipe.stages)
+
+
+def _sampling(choice: Any) -> str:
+    how = (
+        "thence's decoder for the Llama family" if choice.decoder.__name__ == "LlamaDecoder" else "transformers' cache"
+    )
+    return f"{how}, log-probabilities as in a plain pass" + ("" if choice.pads else "; prompts of one length at a time")
+
+
+def _vocabulary(loaded: Any) -> str:
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    tokens = max(loaded.tokenizer.get_vocab().values()) + 1
+    padding = f", {rows - tokens:,} more rows than tokens" if rows > tokens else ""
+    return f"{tokens:,} tokens, {rows:,} rows{padding}"
+
+
+def _ends(loaded: Any, recipe: Recipe) -> str:
+    from thence.data.chat import end_token_ids
+
+    ends = end_token_ids(loaded.tokenizer, recipe.data.template, loaded.model)
+    named = [f"{loaded.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ends]
+    return f"{', '.join(named)}; the first is trained after every response"
+
+
+def _context(loaded: Any, recipe: Recipe, with_data: bool) -> str:
+    from thence.pipeline.prompts import load_prompts
+    from thence.train.context_length import context_of
+
+    limit = context_of(loaded.model.config)
+    said = f"{limit:,} tokens" if limit else "the model tells no limit"
+    if not with_data:
+        return said
+    prompts = load_prompts(recipe.data, loaded.tokenizer)
+    longest = max(len(p.token_ids) + len(p.demonstration_ids or ()) for p in prompts)
+    if limit and longest > limit:
+        raise UserError(
+            f"the longest of {len(prompts):,} rows has {longest:,} tokens, the model's context {limit:,}",
+            remedy=f"set --data.max-prompt-tokens and --data.max-response-tokens to {limit} together, or less",
+            field="data",
+        )
+    return f"{said}; the longest of {len(prompts):,} rows has {longest:,}"
+
+
+def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: bool) -> None:
+    """Print one rendered example with what is trained, and what can be said about it."""
+    from rich.panel import Panel
+
+    from thence.data.chat import chat_format, end_token_ids, render
+    from thence.data.example import Example, Message
+    from thence.data.show import checks, segments, shown
+    from thence.pipeline.prompts import first_example
+
+    data, tokenizer = recipe.data, loaded.tokenizer
+    example = Example(messages=(Message("user", "How much is 2 + 3?"),), demonstration="2 + 3 = 5", source="an example")
+    held: list[Any] = []
+
+    def rendered() -> str:
+        chosen = first_example(data) if with_data else example
+        chat = chat_format(tokenizer, data.template, data.template_variables)
+        row = render(chosen, tokenizer, system=data.system, template=chat)
+        held.extend((chosen, chat, row))
+        return f"{chosen.source}: {len(row.prompt_ids)} prompt and {len(row.response_ids or ())} trained tokens"
+
+    if not checked.attempt("example", rendered):
+        return
+    chosen, chat, row = held
+    ends = end_token_ids(tokenizer, chat, loaded.model)
+    title = "context dim, [bold green]trained green[/], special tokens reversed"
+    checked.console.print(Panel(shown(segments(row, tokenizer)), title=title, title_align="left"))
+    for one in checks(chosen, row, tokenizer, chat, system=data.system, stop_ids=ends):
+        state = {True: "ok", False: "refused", None: "unverified"}[one.ok]
+        checked.line(one.name, state, one.reason, one.remedy)
