@@ -19,6 +19,8 @@ class Prompt:
         answer: what the grader compares with, where there is one.
         text: the prompt as the user wrote it, for graders and reports.
         group: the set it belongs to, for tables.
+        draw: its place in the rollout batch of all ranks. Two draws of one prompt are two groups, and a batch is cut
+            into optimizer steps in the order of the draws.
     """
 
     index: int
@@ -27,6 +29,12 @@ class Prompt:
     answer: str | None = None
     text: str = ""
     group: str = ""
+    draw: int = 0
+
+    @property
+    def group_key(self) -> tuple[int, int]:
+        """What tells its group from others."""
+        return self.index, self.draw
 
 
 @dataclass(frozen=True)

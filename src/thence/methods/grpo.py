@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, TokenFacts
+from thence.methods.base import Method, Options, TokenFacts, group_numbers
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 
 
@@ -84,7 +84,8 @@ class Grpo(Method):
         return weights
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one prompt."""
+        """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one draw of a prompt."""
         rewards = torch.tensor([trajectory.score or 0.0 for trajectory in trajectories], dtype=torch.float64)
-        groups = torch.tensor([trajectory.prompt.index for trajectory in trajectories])
-        return group_advantages(rewards, groups, std=self.options.std, singleton=self.options.singleton)
+        return group_advantages(
+            rewards, group_numbers(trajectories), std=self.options.std, singleton=self.options.singleton
+        )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
-from thence.methods.base import Options, Sampler
+from thence.methods.base import Options, Sampler, group_numbers
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 
 
@@ -63,7 +63,7 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
         own_only: demonstrations neither count in their group's mean nor get an advantage.
     """
     rewards = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
-    groups = torch.tensor([t.prompt.index for t in trajectories], dtype=torch.int64)
+    groups = group_numbers(trajectories)
     if not own_only:
         return group_advantages(rewards, groups, std=std)
     own = torch.tensor([t.origin != "demonstration" for t in trajectories], dtype=torch.bool)

@@ -20,12 +20,12 @@ from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.evaluate.measure import sample_record
 from thence.methods.base import Method, TokenFacts, make_rows
-from thence.methods.dapo import groups_of
 from thence.methods.registry import make_method
 from thence.objective import Batch, Entropy, NegativeKl, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
+from thence.pipeline.dealing import mini_batches, resume_position, same_or_each
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
@@ -70,8 +70,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
         if budget is not None:
             budget.spent = own.get("spent", 0.0)
         if own:
-            sampler.drawn, sampler.expert_drawn = own["drawn"][context.ranks.rank]
-            method.restore(own["method"][context.ranks.rank])
+            resume_position(context, own, sampler, method)
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
         while done < stage.steps and not ended:
@@ -85,8 +84,8 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
                 done,
                 lambda state=state: {
                     **state,
-                    "drawn": context.ranks.gather((sampler.drawn, sampler.expert_drawn)),
-                    "method": context.ranks.gather(method.state()),
+                    "drawn": [sampler.drawn, sampler.expert_drawn],
+                    "method": same_or_each(context.ranks.gather(method.state())),
                 },
                 last=ended,
             )
@@ -116,7 +115,7 @@ def rl_step(
     """One rollout batch, its optimizer steps, and those of another kind. Returns a line of metrics."""
     start, before = time.perf_counter(), context.meter.total
     sampler.begin(step)
-    trajectories = method.compose(sampler, stage.prompts // context.ranks.world, stage.rollouts)
+    trajectories = method.compose(sampler, stage.prompts, stage.rollouts)
     rate = trainer.learning_rate(trainer.steps_taken)
     mismatch = Mismatch(trajectories)
     shares = Shares(context.ranks)
@@ -164,7 +163,7 @@ def policy_steps(
     whole = None if method.uses_facts else method.weigh(trajectories)
     trust = importance_weights(stage, trainer, trajectories, rows)
     reports = []
-    for part in mini_batches(trajectories, minis):
+    for part in mini_batches(trajectories, minis, trainer.ranks):
         chosen = [trajectories[i] for i in part]
         if whole is None:
             facts = [TokenFacts(*f) for f in trainer.statistics([rows[i] for i in part], stage.temperature)]
@@ -255,15 +254,6 @@ class Shares:
         if not sums[1:].any():
             return {}
         return {kind: float(x) for kind, x in zip(self.KINDS, sums / sums.sum(), strict=True) if x}
-
-
-def mini_batches(trajectories: Sequence[Trajectory], minis: int) -> list[list[int]]:
-    """Indices of the trajectories of each optimizer step: whole groups, dealt evenly."""
-    sizes = [len(group) for group in groups_of(trajectories)]
-    starts = [sum(sizes[:g]) for g in range(len(sizes))]
-    share = -(-len(sizes) // minis) if sizes else 0
-    parts = [range(m * share, min((m + 1) * share, len(sizes))) for m in range(minis)]
-    return [[i for g in part for i in range(starts[g], starts[g] + sizes[g])] for part in parts]
 
 
 class Mismatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -29,17 +30,23 @@ class Renewed(Engine, Protocol):
 class RolloutSampler:
     """Gives a method prompts in the data's order, and graded responses of the policy.
 
-    Each rank draws from its own share of the prompts. ``drawn`` and ``expert_drawn`` are the positions in it; ``seen``
-    holds every response that was sampled in this step, trained or not.
+    There is one position in the data, ``drawn``, and one among the prompts with a demonstration, ``expert_drawn``. All
+    ranks draw the same prompts, and each takes its share of them in turn; the random numbers of a response follow from
+    the position alone. So 1, 2 or 4 ranks sample the same responses. ``seen`` holds every response that this rank
+    sampled in this step, trained or not.
     """
 
     def __init__(
         self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader, engine: Renewed | None = None
     ):
         self.context, self.grader, self.engine = context, grader, engine
-        self.prompts = prompts[context.ranks.rank :: context.ranks.world]
+        self.prompts = prompts
         self.experts = [prompt for prompt in self.prompts if prompt.demonstration_ids]
+        self.rank, self.world = context.ranks.rank, context.ranks.world
         self.drawn = self.expert_drawn = 0
+        self.draws = 0  # of this rollout batch
+        self.times: Counter[int] = Counter()
+        self.again: dict[tuple[int, int], int] = {}
         self.step, self.steps = 0, stage.steps
         self.seconds = 0.0
         self.seen: list[Trajectory] = []
@@ -55,6 +62,7 @@ class RolloutSampler:
     def begin(self, step: int) -> None:
         """A new rollout batch, counted from 0. Another engine gets the weights as they stand."""
         self.step, self.seconds, self.seen = step, 0.0, []
+        self.draws, self.times, self.again = 0, Counter(), {}
         if self.engine is not None:
             start = time.perf_counter()
             self.engine.push_weights(self.context.model, step)
@@ -63,7 +71,7 @@ class RolloutSampler:
     def next_prompts(self, count: int) -> list[Prompt]:
         chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
         self.drawn += count
-        return [self.prompts[i] for i in chosen]
+        return self._dealt([self.prompts[i] for i in chosen])
 
     def expert_prompts(self, count: int) -> list[Prompt]:
         if not self.experts:
@@ -76,7 +84,7 @@ class RolloutSampler:
             len(self.experts), self.expert_drawn, count, stable_seed(self.context.recipe.seed, "expert")
         )
         self.expert_drawn += count
-        return [self.experts[i] for i in chosen]
+        return self._dealt([self.experts[i] for i in chosen])
 
     def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
         return self._sampled(prompts, n, (*self.context.seed_parts(), "rollout", self.drawn))
@@ -108,14 +116,28 @@ class RolloutSampler:
     def total(self, count: int) -> int:
         return self.context.ranks.sum_counts([count])[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        return self.context.ranks.gather(value)
+
+    def _dealt(self, chosen: Sequence[Prompt]) -> list[Prompt]:
+        """This rank's share of prompts, each with its place in the batch of all ranks."""
+        placed = [replace(prompt, draw=self.draws + i) for i, prompt in enumerate(chosen)]
+        for prompt in placed:
+            self.again[prompt.group_key] = self.times[prompt.index]
+            self.times[prompt.index] += 1
+        self.draws += len(placed)
+        return placed[self.rank :: self.world]
+
     def _sampled(
         self, prompts: Sequence[Prompt], n: int, seed_parts: tuple[object, ...], keep: bool = True
     ) -> list[Trajectory]:
+        if not prompts:
+            return []
         start = time.perf_counter()
         grader = self.grader if keep else None
-        found = respond(
-            self.context.model, self.context.tokenizer, grader, prompts, n, self.sampling, seed_parts, self.engine
-        )
+        again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
+        model, tokenizer = self.context.model, self.context.tokenizer
+        found = respond(model, tokenizer, grader, prompts, n, self.sampling, seed_parts, self.engine, again)
         self.seconds += time.perf_counter() - start
         repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]
         self.context.meter.sampled(repeated, [len(trajectory.response_ids) for trajectory in found])
