@@ -117,6 +117,8 @@ class Method(ABC):
     """Where the formula stands."""
     exactness: ClassVar[Literal["exact", "reconstruction"]] = "exact"
     """reconstruction: parts of it are not public, and what stands for them was chosen here."""
+    demonstrations: ClassVar[Literal["no", "whole", "begun"]] = "no"
+    """Whether it trains on demonstrations in an RL stage: whole ones, or responses that begin with a part of one."""
     uses_facts: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
     Options: ClassVar[type[Options]] = Options

@@ -87,6 +87,7 @@ class ChordMu(Method):
 
     name = "chord_mu"
     stage = "rl"
+    demonstrations = "whole"
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert log pi, mu from 0.9 to 0.05"
     source = "arXiv 2508.11408 and its code in Trinity-RFT"
     Options = ChordOptions

@@ -61,6 +61,7 @@ class Gated(Method):
     """Rollouts or demonstration, prompt by prompt."""
 
     stage = "rl"
+    demonstrations = "whole"
 
     @abstractmethod
     def imitates(self, group: Sequence[Trajectory]) -> bool:

@@ -60,6 +60,7 @@ class Red(Method):
 
     name = "red"
     stage = "rl"
+    demonstrations = "whole"
     formula = "-(1/N) sum_own min(r A, clip(r) A) - (0.1/N) sum_expert w G^(1 - 2 acc) log pi, w = |dH_sft|/|dH_rl|"
     source = "arXiv 2508.16677 at second hand, and a port of it"
     exactness = "reconstruction"

@@ -1,4 +1,4 @@
-"""How a rollout batch is dealt to ranks, so that 1, 2 or 4 of them train the same steps, and resume each other's run."""
+"""How a rollout batch is dealt to ranks: 1, 2 or 4 of them train the same steps, and resume each other's run."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def resume_position(context: Context, own: Mapping[str, Any], sampler: RolloutSa
         drawn = drawn[0]
     if len(states) not in (1, world):
         raise UserError(
-            f"method {method.name} keeps a state for each rank: {len(states)} ranks wrote the checkpoint, and now there "
-            f"are {world}",
+            f"method {method.name} keeps a state for each rank: {len(states)} ranks wrote the checkpoint, "
+            f"and now there are {world}",
             remedy=f"resume with {len(states)} ranks (torchrun --nproc-per-node {len(states)}), or --restart",
             file=context.folder.stage(context.name) / "checkpoints",
         )

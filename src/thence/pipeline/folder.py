@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -45,20 +46,35 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run of another recipe.
         """
-        text = to_toml(recipe.resolved())
-        kept = self.path / "recipe.toml"
-        if kept.exists():
-            # compare as recipes: the text of an older version may differ where the settings do not
-            if load_recipe(kept).resolved() != recipe.resolved():
-                raise UserError(
-                    f"{self.path} holds a run with other settings",
-                    remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
-                    file=kept,
-                )
-        else:
+        self.check(recipe)
+        if not (self.path / "recipe.toml").exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, text)
+            write_atomically(self.path / "recipe.toml", to_toml(recipe.resolved()))
         self._record_start(environment(device) | ({"methods": dict(methods)} if methods else {}))
+
+    def check(self, recipe: Recipe, restart: bool = False) -> None:
+        """Raise UserError if the run cannot be written here: it is of another recipe, or the folder is not writable.
+
+        Args:
+            restart: the run that stands in it will be thrown away, whatever its settings.
+        """
+        kept = self.path / "recipe.toml"
+        # compare as recipes: the text of an older version may differ where the settings do not
+        if not restart and kept.exists() and not load_recipe(kept).same_as(recipe):
+            raise UserError(
+                f"{self.path} holds a run with other settings",
+                remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
+                file=kept,
+            )
+        place = self.path.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"the run folder {self.path} cannot be written: {place} is not a folder that you may write to",
+                remedy="give another --folder",
+                field="folder",
+            )
 
     def remove(self) -> None:
         """Throw the run away. Raises UserError where the folder holds something that is no run."""

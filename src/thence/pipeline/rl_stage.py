@@ -46,19 +46,8 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     method = make_method(stage.method, stage.options, "rl")
     prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
     check_answers(prompts, stage.reward)
-    if stage.prompts % (context.ranks.world * (stage.prompts // (stage.mini_batch or stage.prompts))):
-        raise RecipeError(
-            f"{stage.prompts} prompts cannot be dealt evenly to {context.ranks.world} ranks and all mini-batches",
-            remedy="choose prompts and mini_batch divisible by the number of ranks",
-            field=f"{context.name}.prompts",
-        )
+    check_settings(context.name, stage, context.ranks.world)
     budget = budget_of(stage)
-    if budget is not None and stage.schedule != "constant":
-        raise RecipeError(
-            f"a {stage.schedule} schedule ends at `steps`, and the budget of {budget.measure} may end it earlier",
-            remedy=f'set schedule = "constant", or give steps without {budget.measure}',
-            field=f"{context.name}.schedule",
-        )
     minis = stage.prompts // (stage.mini_batch or stage.prompts)
     reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
@@ -90,6 +79,30 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
                 last=ended,
             )
     return {"steps": done, "prompts": len(prompts)}
+
+
+def check_settings(name: str, stage: Rl, world: int) -> None:
+    """Refuse settings of a stage that do not go together. Raises RecipeError."""
+    minis = stage.prompts // (stage.mini_batch or stage.prompts)
+    if stage.prompts % (world * minis):
+        raise RecipeError(
+            f"{stage.prompts} prompts cannot be dealt evenly to {world} ranks and all mini-batches",
+            remedy="choose prompts and mini_batch divisible by the number of ranks",
+            field=f"{name}.prompts",
+        )
+    budget = budget_of(stage)
+    if budget is not None and stage.schedule != "constant":
+        raise RecipeError(
+            f"a {stage.schedule} schedule ends at `steps`, and the budget of {budget.measure} may end it earlier",
+            remedy=f'set schedule = "constant", or give steps without {budget.measure}',
+            field=f"{name}.schedule",
+        )
+    if stage.engine == "vllm" and world > 1:
+        raise RecipeError(
+            "vLLM samples for a single rank only",
+            remedy='run one process, or set engine = "native"',
+            field=f"{name}.engine",
+        )
 
 
 def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
@@ -207,19 +220,13 @@ def engine_of(context: Context, stage: Rl) -> Iterator[Renewed | None]:
     """The engine that samples, running; None: this process samples with its own weights.
 
     Raises:
-        RecipeError: settings that vLLM does not have, or several ranks.
+        RecipeError: settings that vLLM does not have.
         UserError: vLLM does not start.
     """
     if stage.engine == "native":
         yield None
         return
     settings = vllm_settings(stage.vllm, f"{context.name}.vllm")
-    if context.ranks.world > 1:
-        raise RecipeError(
-            "vLLM samples for a single rank only",
-            remedy='run one process, or set engine = "native"',
-            field=f"{context.name}.engine",
-        )
     with tempfile.TemporaryDirectory(prefix="thence-vllm-") as folder:
         save_model(context.model, context.tokenizer, Path(folder))
         with VllmEngine(settings, None if settings.server else Path(folder)) as engine:

@@ -15,7 +15,9 @@ from thence.methods.registry import make_method
 from thence.pipeline.context import Context
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder
+from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import Silent, Watcher
+from thence.pipeline.prompts import kept_prompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.recipe import Eval, Model, Recipe, Rl, Sft, kind_of, load_recipe
@@ -31,7 +33,7 @@ def run(
     watcher: Watcher | None = None,
     restart: bool = False,
 ) -> Path:
-    """Run a recipe, or go on with it where it was.
+    """Run a recipe, or resume it where it was. All that it names is tried before its first step.
 
     Args:
         recipe: a recipe, or what :func:`thence.recipe.load_recipe` takes.
@@ -43,22 +45,25 @@ def run(
         The run folder.
 
     Raises:
-        UserError: something that the user can mend; what was written before stands.
+        UserError: something that the user can fix; what was written before stands.
     """
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
     folder = RunFolder(resolved.run_folder())
-    if ranks.rank == 0:
-        if restart:
-            folder.remove()
-        folder.open(resolved, str(device), method_labels(resolved))
-    ranks.wait()
-    for i, name in enumerate(resolved.stages):
-        if not folder.is_done(name):
-            run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
-        elif ranks.rank == 0:  # killed between the last two lines of `run_stage`
-            shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+    with kept_prompts.during_run():
+        refuse(preflight(resolved, folder.path, ranks.world, leads=ranks.rank == 0, restart=restart))
         ranks.wait()
+        if ranks.rank == 0:
+            if restart:
+                folder.remove()
+            folder.open(resolved, str(device), method_labels(resolved))
+        ranks.wait()
+        for i, name in enumerate(resolved.stages):
+            if not folder.is_done(name):
+                run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
+            elif ranks.rank == 0:  # killed between the last two lines of `run_stage`
+                shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+            ranks.wait()
     return folder.path
 
 

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 from thence.data.chat import end_token_ids
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import DataError
 from thence.evaluate.measure import Engine, grade, respond
 from thence.pipeline.context import Context
+from thence.pipeline.rehearsal import no_demonstrations
+from thence.pipeline.room import response_tokens
 from thence.recipe import Rl
 from thence.rollout.native import Sampling
+from thence.train.context_length import context_of
 from thence.verify.reward import Grader
 
 
@@ -50,8 +52,9 @@ class RolloutSampler:
         self.step, self.steps = 0, stage.steps
         self.seconds = 0.0
         self.seen: list[Trajectory] = []
+        self.limit = context_of(context.model.config)
         self.sampling = Sampling(
-            max_tokens=stage.max_tokens,
+            max_tokens=response_tokens(context.name, stage, prompts, self.limit),
             temperature=stage.temperature,
             top_p=stage.top_p,
             top_k=stage.top_k,
@@ -75,11 +78,7 @@ class RolloutSampler:
 
     def expert_prompts(self, count: int) -> list[Prompt]:
         if not self.experts:
-            raise DataError(
-                "no example has a demonstration, and the method trains on them",
-                remedy="give data with demonstrations, or another method",
-                field="data.source",
-            )
+            raise no_demonstrations()
         chosen = drawn_from(
             len(self.experts), self.expert_drawn, count, stable_seed(self.context.recipe.seed, "expert")
         )
@@ -94,7 +93,7 @@ class RolloutSampler:
             replace(prompt, token_ids=(*prompt.token_ids, *prefix))
             for prompt, prefix in zip(prompts, prefixes, strict=True)
         ]
-        found = self._sampled(longer, n, (*self.context.seed_parts(), "continuation", self.drawn), keep=False)
+        found = self._continued(longer, [len(prefix) for prefix in prefixes], n)
         original = [(prompt, tuple(prefix)) for prompt, prefix in zip(prompts, prefixes, strict=True) for _ in range(n)]
         whole = []
         for trajectory, (prompt, prefix) in zip(found, original, strict=True):
@@ -105,6 +104,26 @@ class RolloutSampler:
         graded = grade(self.context.tokenizer, self.grader, whole)
         self.seen += graded
         return graded
+
+    def _continued(self, longer: Sequence[Prompt], given: Sequence[int], n: int) -> list[Trajectory]:
+        """``n`` responses for each prompt that ends with so many given tokens of its response, within ``max_tokens``.
+
+        What goes beyond it is cut off by the caller; here only what would not fit into the model's context is left out.
+        """
+        seed_parts, most = (*self.context.seed_parts(), "continuation", self.drawn), self.sampling.max_tokens
+        rooms = [most - size for size in given]
+        for i, prompt in enumerate(longer):  # most contexts have room for more than the longest response
+            if self.limit is None or len(prompt.token_ids) + max(1, *rooms) <= self.limit:
+                rooms[i] = max(1, *rooms)
+        found: dict[int, list[Trajectory]] = {}
+        for room in set(rooms):
+            chosen = [i for i, r in enumerate(rooms) if r == room]
+            made = [Trajectory(longer[i], (), finish="length") for i in chosen for _ in range(n)]
+            if room > 0:
+                sampling = replace(self.sampling, max_tokens=room)
+                made = self._sampled([longer[i] for i in chosen], n, seed_parts, keep=False, sampling=sampling)
+            found |= {i: made[k * n : k * n + n] for k, i in enumerate(chosen)}
+        return [trajectory for i in range(len(longer)) for trajectory in found[i]]
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
@@ -129,7 +148,12 @@ class RolloutSampler:
         return placed[self.rank :: self.world]
 
     def _sampled(
-        self, prompts: Sequence[Prompt], n: int, seed_parts: tuple[object, ...], keep: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed_parts: tuple[object, ...],
+        keep: bool = True,
+        sampling: Sampling | None = None,
     ) -> list[Trajectory]:
         if not prompts:
             return []
@@ -137,7 +161,7 @@ class RolloutSampler:
         grader = self.grader if keep else None
         again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
         model, tokenizer = self.context.model, self.context.tokenizer
-        found = respond(model, tokenizer, grader, prompts, n, self.sampling, seed_parts, self.engine, again)
+        found = respond(model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again)
         self.seconds += time.perf_counter() - start
         repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]
         self.context.meter.sampled(repeated, [len(trajectory.response_ids) for trajectory in found])
