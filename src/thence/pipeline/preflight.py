@@ -22,6 +22,7 @@ from thence.methods.registry import make_method
 from thence.pipeline.context import step_of
 from thence.pipeline.eval_stage import test_sets
 from thence.pipeline.folder import RunFolder
+from thence.pipeline.ground import Ground
 from thence.pipeline.prompts import check_answers, check_trained, load_prompts, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
 from thence.pipeline.rl_stage import check_settings
@@ -111,6 +112,8 @@ def preflight(
     """
     trial = Preflight(recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart)
     trial.attempt("run folder", lambda: trial.folder.check(recipe, restart))
+    if leads and not restart and trial.findings[0].state == "ok":
+        trial.attempt("files that the run was begun with", lambda: Ground(recipe, trial.folder).check())
     left = [name for name in recipe.stages if restart or not trial.folder.is_done(name)]
     for name in left:
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
@@ -301,9 +304,11 @@ def _try_reward(trial: Preflight, stage: Rl | Eval, prompts: Sequence[Prompt]) -
         if own and not prompts:
             return "loaded, not called: there is no prompt to call it with"
         first = prompts[0] if prompts else Prompt(0, (), answer="1")
-        tokenizer: Any = trial.tokenizer
-        shown = first.demonstration_ids if own and tokenizer is not None else None
-        text = tokenizer.decode(shown, skip_special_tokens=True) if shown else f"The answer is {first.answer}."
+        decode = getattr(trial.tokenizer, "decode", None)
+        shown = first.demonstration_ids if own and decode is not None else None
+        text = f"The answer is {first.answer}."
+        if decode is not None and shown:
+            text = decode(shown, skip_special_tokens=True)
         grader.grade_many([first.text], [text], [first.answer])
     _tried_rewards.add(key)
     return ""

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from thence.data.chat import end_token_ids
+from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import make_method
 from thence.pipeline.context import Context
-from thence.pipeline.eval_stage import run_eval
+from thence.pipeline.eval_stage import run_eval, test_sets
 from thence.pipeline.folder import RunFolder
+from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import Silent, Watcher
-from thence.pipeline.prompts import kept_prompts
+from thence.pipeline.prompts import kept_prompts, load_prompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.recipe import Eval, Model, Recipe, Rl, Sft, kind_of, load_recipe
@@ -56,7 +58,8 @@ def run(
         if ranks.rank == 0:
             if restart:
                 folder.remove()
-            folder.open(resolved, str(device), method_labels(resolved))
+            say_what_differs(folder, str(device), ranks.world)
+            folder.open(resolved, str(device), method_labels(resolved), ranks.world)
         ranks.wait()
         for i, name in enumerate(resolved.stages):
             if not folder.is_done(name):
@@ -90,19 +93,34 @@ def run_stage(
         recipe, name, folder, loaded.model, loaded.tokenizer, ranks, device, watcher if leads else Silent()
     )
     stage = recipe.stage(name)
-    if isinstance(stage, Sft):
-        facts = run_sft(context, stage)
-    elif isinstance(stage, Rl):
-        facts = run_rl(context, stage)
-    elif isinstance(stage, Eval):
-        facts = run_eval(context, stage)
-    else:
-        raise UserError(f"stage {name} has no kind", remedy="see `thence run --fields`")
+    if leads:
+        Ground(recipe, folder).begin(name, rendered(recipe, stage, loaded.tokenizer))
+    ranks.wait()
+    try:
+        facts = run_kind(context, stage)
+    except UserError as error:
+        if leads and error.problem.startswith("reward function "):
+            Ground(recipe, folder).reward_failed(name)
+        raise
     if leads:
         if not isinstance(stage, Eval):
             publish_model(context, stage)
+            facts = {**facts, "model": published(folder.stage(name) / "model")}
         folder.finish(name, facts)
         shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+
+
+def run_kind(context: Context, stage: Sft | Rl | Eval) -> dict[str, Any]:
+    """Run a stage by its kind. Returns facts for ``done.json``."""
+    if isinstance(stage, Sft):
+        return run_sft(context, stage)
+    return run_rl(context, stage) if isinstance(stage, Rl) else run_eval(context, stage)
+
+
+def rendered(recipe: Recipe, stage: Sft | Rl | Eval, tokenizer: Any) -> dict[str, list[Prompt]]:
+    """The data tables of a stage by name, as its model sees them."""
+    tables = test_sets(stage) if isinstance(stage, Eval) else {"data": stage.data}
+    return {name: load_prompts(recipe.stage_data(table), tokenizer) for name, table in tables.items()}
 
 
 def publish_model(context: Context, stage: Sft | Rl) -> None:
