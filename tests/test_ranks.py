@@ -32,6 +32,7 @@ import transformers.models.llama.modeling_llama
 
 import thence.pipeline.rl_stage as rl_stage
 import thence.pipeline.sampler as sampler
+import thence.pipeline.sft_stage as sft_stage
 import thence.train.parallel as parallel
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.run import run
@@ -58,8 +59,13 @@ def listen(folder, rank, stop):
             raise Stopped
         return step(context, stage, method, trainer, drawer, *rest)
 
-    step = rl_stage.rl_step
-    sampler.respond, rl_stage.rl_step = heard, begins
+    def batch_at(n, batch, seed, at):
+        if at == stop:
+            raise Stopped
+        return batches(n, batch, seed, at)
+
+    step, batches = rl_stage.rl_step, sft_stage.batch_at
+    sampler.respond, rl_stage.rl_step, sft_stage.batch_at = heard, begins, batch_at
 
 
 def rank_of(case, rank, port):
@@ -158,12 +164,12 @@ def sampled(folder: Path, suffix: str = "") -> list[Any]:
     return sorted(row for path in notes.glob("sampled-*.json") for row in json.loads(path.read_text()))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "stages" / "rl" / "model" / "model.safetensors")
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stages" / stage / "model" / "model.safetensors")
 
 
-def largest_difference(a: Path, b: Path) -> float:
-    found, expected = weights(a), weights(b)
+def largest_difference(a: Path, b: Path, stage: str = "rl") -> float:
+    found, expected = weights(a, stage), weights(b, stage)
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 
 
@@ -186,8 +192,16 @@ def quick(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     cases = [case(base, folder / f"{name}-{w}", w, rl) for name, rl in QUICK.items() for w in (1, 2)]
     moved = folder / "moved"
     cases += [case(base, moved, 1, QUICK["grpo"], stop=2), case(base, moved, 2, QUICK["grpo"], suffix="-more")]
+    sft = {**base, "stages": ["sft"], "sft": {"lr": 1e-2, "batch": 3, "steps": 6, "checkpoint_every": 1}}
+    cases += [case(sft, folder / "sft-alone", 1, {}), case(sft, folder / "sft", 2, {}, stop=4)]
+    cases += [case(sft, folder / "sft", 1, {}, suffix="-more")]
     drive(folder, cases)
     return folder
+
+
+def test_sft_of_two_ranks_is_resumed_by_one(quick: Path) -> None:
+    assert not list(quick.glob("sft*-notes/error-*"))
+    assert largest_difference(quick / "sft", quick / "sft-alone", "sft") < 1e-6
 
 
 @pytest.mark.parametrize("name", QUICK)
