@@ -84,6 +84,7 @@ class Preflight:
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
+    absent: dict[str, UserError] = field(default_factory=dict)
 
     def attempt(self, part: str, act: Callable[[], str | None]) -> None:
         """Try one thing, and note what became of it."""
@@ -120,19 +121,22 @@ def preflight(
     if left:
         trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
         trial.attempt("model: configuration", lambda: _open_config(trial))
+    first, stages = trial.findings, []
     for name in reversed(left):  # the data of the first stage are rendered last, and so surely kept for it
+        trial.findings = []
         _try_stage(trial, name)
-    return trial.findings
+        stages = trial.findings + stages
+    return first + stages
 
 
 def refuse(findings: Sequence[Finding]) -> None:
     """Raise the error of the first thing that a run cannot do without. Raises UserError."""
-    wrong = [finding.error for finding in findings if finding.error is not None]
+    wrong = {str(finding.error): finding.error for finding in findings if finding.error is not None}
     if len(wrong) == 1:
-        raise wrong[0]
+        raise next(iter(wrong.values()))
     if wrong:
-        others = "".join(f"\n  also: {str(error).splitlines()[0]}" for error in wrong[1:])
-        first = wrong[0]
+        first, *more = wrong.values()
+        others = "".join(f"\n  also: {str(error).splitlines()[0]}" for error in more)
         raise type(first)(
             first.problem, remedy=first.remedy + others, file=first.file, line=first.line, field=first.field
         )
@@ -234,12 +238,19 @@ def _try_stage(trial: Preflight, name: str) -> None:
 def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None) -> tuple[Data, list[Prompt]]:
     """A stage's data as its model will see them. Raises NotAtHand where they can only be read, or not even that."""
     data = trial.recipe.stage_data(overrides)
+    far = [source for source in data.source if _is_hub_name(source)]
+    if far and trial.tokenizer is None:  # the hub was asked for the tokenizer; without network that takes a while
+        raise NotAtHand(f"{', '.join(far)} was not tried: there is no tokenizer")
+    for source in far:
+        if source in trial.absent:
+            raise NotAtHand(f"{source} is not at hand", trial.absent[source])
     try:
         if trial.tokenizer is not None:
             return data, load_prompts(data, trial.tokenizer)
         examples = read_only(data)
     except UserError as error:
-        if any(_is_hub_name(source) for source in data.source) and "cannot be loaded" in error.problem:
+        if far and error.file in far:
+            trial.absent[error.file or ""] = error
             raise NotAtHand(str(error).split("\n  remedy:")[0], error) from error
         raise
     if reward is not None:
