@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import VARIANTS, make_batch, make_case
 
+from thence.errors import CheckpointError
 from thence.train import checkpoint
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
 from thence.train.step import StepSettings
@@ -173,7 +174,7 @@ def test_a_damaged_later_checkpoint_does_not_cost_the_one_just_written(model, tm
 
 def test_weights_of_another_model_are_refused(tiny_model, model, tmp_path):
     folder = write(tmp_path, 1, model)
-    with pytest.raises(OSError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not fit"):
         load_weights(tiny_model(torch.float32, "qwen3"), folder)
 
 

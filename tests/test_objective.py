@@ -9,6 +9,7 @@ from thence.objective import (
     Clip,
     Context,
     Entropy,
+    Head,
     Logp,
     NegativeKl,
     Normaliser,
@@ -153,7 +154,7 @@ def random_inputs(n=37, d=6, v=11, j=5, dtype=torch.float64):
 
     hidden, head = draw(n, d).requires_grad_(), draw(v, d).requires_grad_()
     target = torch.randint(0, v, (n,), generator=generator)
-    logp, _ = token_statistics(hidden.detach(), head.detach(), target, 0.7)
+    logp, _ = token_statistics(hidden.detach(), Head(head.detach()), target, 0.7)
     inputs = TokenInputs(target, draw(j, n), logp + 0.3 * draw(n), logp + 0.3 * draw(n))
     terms = (
         Term("sft", Logp()),
@@ -184,7 +185,7 @@ def test_chunked_objective_equals_the_dense_formula(monkeypatch, chunk_tokens, t
     monkeypatch.setattr(fused, "CHUNK_BYTES", chunk_tokens * head.shape[0] * 8)
     expected = dense_loss(hidden, head, inputs, terms, divisors, temperature)
     expected_gradients = torch.autograd.grad(expected, (hidden, head))
-    loss, _ = objective(hidden, head, inputs, terms, divisors, temperature)
+    loss, _ = objective(hidden, Head(head), inputs, terms, divisors, temperature)
     gradients = torch.autograd.grad(loss, (hidden, head))
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=1e-13)
@@ -192,8 +193,8 @@ def test_chunked_objective_equals_the_dense_formula(monkeypatch, chunk_tokens, t
 
 def test_objective_scales_with_the_upstream_gradient():
     hidden, head, inputs, terms, divisors = random_inputs()
-    once = torch.autograd.grad(objective(hidden, head, inputs, terms, divisors)[0], hidden)[0]
-    thrice = torch.autograd.grad(3 * objective(hidden, head, inputs, terms, divisors)[0], hidden)[0]
+    once = torch.autograd.grad(objective(hidden, Head(head), inputs, terms, divisors)[0], hidden)[0]
+    thrice = torch.autograd.grad(3 * objective(hidden, Head(head), inputs, terms, divisors)[0], hidden)[0]
     torch.testing.assert_close(thrice, 3 * once)
 
 
@@ -201,14 +202,14 @@ def test_reported_slope_is_the_weight_that_each_token_got():
     hidden, head, inputs, _, _ = random_inputs()
     weights = torch.arange(1.0, 38.0, dtype=torch.float64)[None]
     sft = TokenInputs(inputs.target_T, weights)
-    _, stats = objective(hidden, head, sft, (Term("sft", Logp()),), (10.0,))
+    _, stats = objective(hidden, Head(head), sft, (Term("sft", Logp()),), (10.0,))
     torch.testing.assert_close(stats.slope_T, weights[0] / 10)
 
 
 def test_no_tokens_is_a_loss_of_zero():
     hidden, head, _, _, _ = random_inputs()
     empty = TokenInputs(torch.zeros(0, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.float64))
-    loss, stats = objective(hidden[:0], head, empty, (Term("sft", Logp()),), (1.0,))
+    loss, stats = objective(hidden[:0], Head(head), empty, (Term("sft", Logp()),), (1.0,))
     (gradient,) = torch.autograd.grad(loss, head)
     assert loss.item() == 0
     assert len(stats.logp_T) == 0
@@ -226,7 +227,7 @@ def test_extra_memory_does_not_grow_with_the_number_of_tokens(vocabulary):
         hidden = torch.randn(tokens, 8).requires_grad_()
         inputs = TokenInputs(torch.zeros(tokens, dtype=torch.int64), torch.ones(1, tokens))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            loss, _ = objective(hidden, head, inputs, (Term("sft", Logp()),), (1.0,))
+            loss, _ = objective(hidden, Head(head), inputs, (Term("sft", Logp()),), (1.0,))
             loss.backward()
         live = peak = 0
         for event in prof.profiler.kineto_results.events():

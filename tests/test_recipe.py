@@ -22,9 +22,9 @@ from thence.recipe import (
     build_recipe,
     kind_of,
     load_recipe,
-    parse_value,
     shipped_recipes,
 )
+from thence.text_values import parse_value
 from thence.toml import to_toml
 
 MODEL = {"path": "some/model"}
@@ -387,6 +387,7 @@ def test_recipes_are_read_without_torch() -> None:
     code = """
 import sys
 from thence.recipe import load_recipe, shipped_recipes
+from thence.text_values import parse_value
 from thence.toml import to_toml
 for name in shipped_recipes():
     to_toml(load_recipe(name).resolved())

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thence.objective import Row, trained_tokens
+from thence.rollout import choice, native
 from thence.rollout import llama as llama_module
-from thence.rollout import native
 from thence.rollout.decoders import TransformersDecoder
 from thence.rollout.draws import draw, uniforms
 from thence.rollout.llama import LlamaDecoder, is_plain_llama
@@ -152,7 +152,7 @@ def agrees_with_transformers(model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     prompts, seeds = mixed_prompts(20)
     sampling = Sampling(max_tokens=20, temperature=1.0, stop_ids=STOPS)
     chosen = sample(model, prompts, seeds, sampling)
-    monkeypatch.setattr(native, "is_plain_llama", lambda _: False)
+    monkeypatch.setattr(choice, "is_plain_llama", lambda _: False)
     slow = sample(model, prompts, seeds, sampling)
     assert tokens_of(chosen) == tokens_of(slow)
     assert largest_difference(chosen, [torch.tensor(r.logps) for r in slow]) < 1e-4
@@ -198,7 +198,7 @@ def test_sampling_sees_the_weights_as_they_are_now() -> None:
 @pytest.mark.parametrize("decoder", [LlamaDecoder, TransformersDecoder])
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_waves_change_nothing(llama: Any, decoder: type, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "is_plain_llama", lambda _: decoder is LlamaDecoder)
+    monkeypatch.setattr(choice, "is_plain_llama", lambda _: decoder is LlamaDecoder)
     prompts, seeds = mixed_prompts()
     whole = sample(llama, prompts, seeds, Sampling(max_tokens=10, stop_ids=STOPS))
     assert tokens_of(sample(llama, prompts, seeds, Sampling(max_tokens=10, stop_ids=STOPS, rows=rows))) == tokens_of(
@@ -208,7 +208,7 @@ def test_waves_change_nothing(llama: Any, decoder: type, rows: int, monkeypatch:
 
 @pytest.mark.parametrize("decoder", [LlamaDecoder, TransformersDecoder])
 def test_retiring_rows_changes_nothing(llama: Any, decoder: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "is_plain_llama", lambda _: decoder is LlamaDecoder)
+    monkeypatch.setattr(choice, "is_plain_llama", lambda _: decoder is LlamaDecoder)
     held: list[int] = []
     keep = decoder.keep
     monkeypatch.setattr(decoder, "keep", lambda self, row_K: (held.append(len(row_K)), keep(self, row_K))[1])

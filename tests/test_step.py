@@ -24,8 +24,9 @@ from oracle import (
 )
 
 from thence.errors import StepRefused
+from thence.models.packing import packed_attention, way_of
 from thence.objective import Batch, Logp, Row, Term, local_counts, trained_tokens
-from thence.train.forward import hidden_states, packed_attention, use_packed_attention
+from thence.train.forward import hidden_states
 from thence.train.micro_batches import lay_out, plan
 from thence.train.parallel import SingleProcess
 from thence.train.schedule import learning_rate
@@ -40,12 +41,12 @@ LENGTHS = [(3, 7), (3, 12), (2, 4), (4, 1), (5, 9), (1, 20)]
 
 @pytest.fixture(scope="module")
 def models(tiny_model):
-    """The same weights in both dtypes; ``packed`` with thence's own attention, ``plain`` as transformers has it."""
+    """The same weights in both dtypes; ``packed`` has seen packed rows, ``plain`` has not."""
     found = {}
     for dtype in TOLERANCE:
         found[dtype, "plain"] = tiny_model(dtype)
         found[dtype, "packed"] = tiny_model(dtype)
-        use_packed_attention(found[dtype, "packed"])
+        way_of(found[dtype, "packed"])
     return found
 
 
@@ -113,11 +114,8 @@ def test_every_architecture_has_the_gradient_of_its_own_logits(tiny_model, kind,
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("attention", ["own", "plain"])
-def test_perturbing_a_packed_row_moves_no_other_rows_gradient(tiny_model, kind, attention):
+def test_perturbing_a_packed_row_moves_no_other_rows_gradient(tiny_model, kind):
     model = tiny_model(kind=kind)
-    if attention == "own":
-        use_packed_attention(model)
     batch = make_batch(make_case(model, SFT, [(2, 6), (3, 5), (1, 7)], 3, 0), SFT)
     for watched in range(3):
         only = [row if i == watched else replace(row, weights=0 * row.weights) for i, row in enumerate(batch.rows)]
@@ -135,7 +133,7 @@ def test_without_row_lengths_packed_rows_would_see_each_other(tiny_model):
     query, key, value = torch.randn(3, 1, 4, 9, 8, generator=torch.Generator().manual_seed(0)).unbind()
     module = torch.nn.Identity()
     apart, _ = packed_attention(module, query, key, value, None, packed_lengths=(5, 4))
-    together, _ = packed_attention(module, query, key, value, None)
+    together, _ = packed_attention(module, query, key, value, None, packed_lengths=(9,))
     assert torch.allclose(apart[:, :5], together[:, :5], atol=1e-6)
     assert not torch.allclose(apart[:, 6:], together[:, 6:], atol=1e-2)
 
@@ -212,6 +210,8 @@ def test_rows_without_weight_go_forward_only_and_are_measured_all_the_same(tiny_
     equal = [t.scored(1.0) if t.prompt.index else t for t in case.trajectories]  # the second group teaches nothing
     case = replace(case, trajectories=tuple(equal))
     batch = make_batch(case, MOVED)
+    if packing:
+        way_of(model)  # tries a few passes of its own, once
     backward = []  # tokens in each pass through the model that keeps what a backward pass needs
     model.base_model.register_forward_hook(
         lambda _, __, output: backward.append(output[0].shape[:2].numel() * output[0].requires_grad)
@@ -388,8 +388,7 @@ def test_a_schedule_of_one_step_trains_and_an_unknown_one_is_an_error():
 def test_activation_checkpointing_changes_memory_and_not_the_gradient(tiny_model, packing):
     model, recomputing = tiny_model(), tiny_model()
     if packing:
-        use_packed_attention(model)
-        use_packed_attention(recomputing)
+        way_of(recomputing)  # tries a few passes of its own, once
     trainer_of(recomputing, activation_checkpointing=True)
     passes = []
     recomputing.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))

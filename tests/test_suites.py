@@ -412,7 +412,7 @@ def test_hub_rows_are_bare_problems_and_get_the_suites_system_message(hub: Calla
     hub([{"question": "Find all.", "final_answer": ["1", "2"], "subject": "x"}])
     assert load_problems(task_of("paper-id", "olympiad"))[0].answer == "1, 2"
     hub([{"id": 0, "problem": "Half of 284?", "answer": 142.0, "url": "x"}])
-    assert load_problems(task_of("paper-id", "amc"))[0].answer == "142.0"
+    assert load_problems(task_of("paper-id", "amc"))[0].answer == "142"
 
 
 def test_a_filter_that_fits_nothing_is_explained(data: Path) -> None:

@@ -47,5 +47,14 @@ class RecipeError(UserError):
     """A recipe, or a flag that overrides it, that does not make sense."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be resumed from."""
+
+
 class StepRefused(UserError):
     """An optimizer step that would have harmed the model was not taken; the last checkpoint stands."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,17 +18,20 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from thence.errors import RecipeError
+from thence.text_values import field_type, read_value
 
 
 class Section(BaseModel):
     """A table of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -213,6 +216,8 @@ class Rl(Optimization):
     """What samples: this process with the trainer's own weights, or vLLM in a process of its own."""
     vllm: dict[str, Any] = {}
     """Settings of vLLM, for example python and kv_cache_gb: docs/vllm.md."""
+    unknown: Literal["leave-out", "zero"] = "leave-out"
+    """Responses that nobody can judge (time-out, a reward of None). leave-out: not trained. zero: a reward of 0."""
     importance_bound: float | None = Field(default=None, gt=0)
     """Weigh every sampled token by trainer's over sampler's probability, at most this; 2 is usual, none: not at all."""
 
@@ -230,7 +235,7 @@ class Eval(Section):
     """Overrides of [data] for this stage; its split is `test` unless it says otherwise."""
     splits: dict[str, dict[str, Any]] = {}
     """Several named test sets, each a table of overrides of `data`; empty: one, called after its split."""
-    temperatures: list[float] = [0.6]
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[0.6], min_length=1)
     """One column of the table each; 0 is greedy."""
     samples: int = Field(default=1, ge=1)
     """Responses per problem: accuracy is avg@samples."""
@@ -349,9 +354,14 @@ def build_recipe(tables: Mapping[str, Any], file: str | None = None) -> Recipe:
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay dotted names over nested tables; ``-`` in a field's name counts as ``_``. Returns a new mapping."""
+    """Lay dotted names over nested tables; ``-`` in a field's name counts as ``_``. Returns a new mapping.
+
+    A text is read by the type of its field: see :func:`thence.text_values.read_value`.
+    """
     result = _copied(tables)
-    values = {name: parse_value(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    values = {
+        name: read_value(value, type_of(name)) if isinstance(value, str) else value for name, value in overrides.items()
+    }
     if "stages" in values:
         result = _with_stages(result, values.pop("stages"))
     stages = result.get("stages", Recipe.model_fields["stages"].default)
@@ -369,19 +379,22 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     return result
 
 
+def type_of(dotted: str) -> Any:
+    """The annotation of the field with this dotted name; Any where it is not known."""
+    table, *path = dotted.split(".")
+    path = [part.replace("-", "_") for part in path]
+    if kind_of(table) not in KINDS or not path:
+        return field_type(Recipe, [table.replace("-", "_"), *path])
+    # the tables `data` and `splits` of a stage are laid over [data]
+    below = path[1:] if path[0] == "data" else path[2:] if path[0] == "splits" else []
+    return field_type(Data, below) if below else field_type(KINDS[kind_of(table)], path)
+
+
 def _with_stages(tables: dict[str, Any], stages: Any) -> dict[str, Any]:
     """The tables with other stages; the table of a stage that is no longer run goes with it."""
     before = tables.get("stages", [])
     gone = {name for name in before if name not in stages and name not in KINDS} if isinstance(stages, list) else set()
     return {key: value for key, value in tables.items() if key not in gone} | {"stages": stages}
-
-
-def parse_value(text: str) -> Any:
-    """A flag's text as a TOML value; what is none (a path, a name) stays text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -120,7 +120,7 @@ def _dry_run(recipe, only, seeds, bases) -> int:
 def _check(recipe) -> None:
     """Fail on a wrong method, option or fault before anything is computed."""
     from thence.compare.recipe import resolved_stage
-    from thence.methods.registry import make_method
+    from thence.methods.registry import stage_method
     from thence.pipeline.context import step_of
     from thence.recipe import Rl, Sft
 
@@ -129,7 +129,7 @@ def _check(recipe) -> None:
             stage = resolved_stage(recipe, name).stage(arm.kind)
             assert isinstance(stage, Sft | Rl)
             try:
-                make_method(stage.method, stage.options, arm.kind)
+                stage_method(stage, arm.kind)
                 step_of(arm.kind, stage)
             except UserError as error:
                 raise UserError(error.problem, remedy=error.remedy, field=f"arms.{name}: {error.field}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thence.errors import UserError
-from thence.recipe import parse_value
+from thence.text_values import field_type, read_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,9 +210,10 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
         model, _ = find_model(settings.model, settings.gguf_file)
         if settings.backend == "vllm":
             from thence.evaluate.vllm_backend import VllmBackend
-            from thence.rollout.vllm.settings import vllm_settings
+            from thence.rollout.vllm.settings import VllmSettings, vllm_settings
 
-            table = {name: parse_value(value) for name, value in (_assignment(text, "--vllm") for text in args.vllm)}
+            given = [_assignment(text, "--vllm") for text in args.vllm]
+            table = {name: read_value(value, field_type(VllmSettings, [name])) for name, value in given}
             return VllmBackend(model, settings.chat_template, vllm_settings(table, "--vllm"))
         from thence.evaluate.native_backend import ROWS, NativeBackend
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from thence.errors import RecipeError
-from thence.recipe import KINDS, Data, Model, Recipe
+from thence.recipe import KINDS, Data, Model, Recipe, type_of
+from thence.text_values import is_mapping
+
+_ENTRY = re.compile(r"\s*([\w.-]+)=(.*)", re.DOTALL)
 
 
 def split_flags(arguments: Sequence[str], switches: Sequence[str]) -> tuple[list[str], set[str], dict[str, Any]]:
@@ -18,7 +22,8 @@ def split_flags(arguments: Sequence[str], switches: Sequence[str]) -> tuple[list
         switches: flags without a value, with their dashes.
 
     Returns:
-        Positional arguments, the switches that are on, and overrides. A dotted flag without a value means true.
+        Positional arguments, the switches that are on, and overrides. A dotted flag without a value means True. A flag
+        of a field that is a table takes ``KEY=VALUE``, several of them with commas between or the flag repeated.
 
     Raises:
         RecipeError: a flag that is neither a switch nor a field.
@@ -39,11 +44,20 @@ def split_flags(arguments: Sequence[str], switches: Sequence[str]) -> tuple[list
                 )
             if not equals:
                 has_value = bool(rest) and not rest[0].startswith("--")
-                value = rest.pop(0) if has_value else "true"
-            overrides[name] = value
+                value = rest.pop(0) if has_value else True
+            overrides |= _entries(name, value)
         else:
             positional.append(argument)
     return positional, on, overrides
+
+
+def _entries(name: str, value: str | bool) -> dict[str, Any]:
+    """What a flag sets: its field, or the entries of its field where that is a table and the value says KEY=VALUE."""
+    if isinstance(value, str) and is_mapping(type_of(name)):
+        found = [_ENTRY.fullmatch(part) for part in re.split(r",(?=\s*[\w.-]+=)", value)]
+        if all(found):
+            return {f"{name}.{entry[1]}": entry[2] for entry in found if entry}
+    return {name: value}
 
 
 def describe_fields() -> str:

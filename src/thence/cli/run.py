@@ -24,7 +24,8 @@ thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
   --restart   throw away what an earlier run left in the folder
   --fields    list every field of a recipe, with its default
 
-Fields: --sft.lr 2e-5, --rl.steps 50, --data.source '["train.jsonl"]', --data.skip-bad, --seed 1, --folder runs/mine.
+Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad, --seed 1, --folder runs/mine.
+Tables: --data.columns question=problem,answer=solution, or the flag once for each.
 Run again after a crash or Ctrl-C: it resumes where it was.
 Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
 SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from thence.data.example import ROLES, Example, Message
+from thence.data.numbers import number_text, without_separators
 from thence.data.problems import RowProblem
 from thence.errors import DataError
 
@@ -30,7 +32,6 @@ LAYOUTS = ("messages", "prompt-completion", "question-answer", "verl", "text")
 
 ANSWER_MARK = "####"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 
 
 def choose_layout(fields: Collection[str], name: str) -> str:
@@ -52,7 +53,7 @@ def choose_layout(fields: Collection[str], name: str) -> str:
     raise DataError(
         f"no layout fits the columns {', '.join(sorted(fields)) or '(none)'}",
         remedy="a data set needs messages, prompt (with completion or answer), question + answer, verl's prompt + "
-        "target / reward_model, or text; name your columns with --data.columns, e.g. question=problem",
+        "target / reward_model, or text; name your columns, for example --data.columns question=problem",
         file=name,
     )
 
@@ -117,7 +118,7 @@ def _worked_row(row: Row) -> Parts:
     turns = (Message("user", _text(_need(row, "question"), "question")),)
     working = _text(_need(row, "answer"), "answer")
     _, mark, final = working.rpartition(ANSWER_MARK)
-    final = _THOUSANDS.sub("", final.strip())
+    final = without_separators(final.strip())
     if not mark or not final:
         raise RowProblem(
             "answer",
@@ -206,7 +207,7 @@ def _check_prompt_turns(turns: Sequence[Message], field: str) -> None:
 def _need(row: Row, field: str) -> Any:
     value = row.get(field)
     if value is None:
-        raise RowProblem(field, "missing or null", "fill the field, or name its column with --data.columns")
+        raise RowProblem(field, "missing or null", f"fill the field, or name its column: --data.columns {field}=COLUMN")
     return value
 
 
@@ -229,10 +230,10 @@ def _text(value: object, field: str, *, may_be_empty: bool = False) -> str:
 def _answer(value: object, field: str) -> str | None:
     if value is None:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise RowProblem(field, f"the answer is {value}", "give a finite number or text")
-        return str(value)
+        return number_text(value)
     if not isinstance(value, str):
         raise _wrong_type(field, value, "text or a number")
     return _text(value, field).strip()

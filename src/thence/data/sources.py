@@ -138,9 +138,26 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[NumberedRow]:
 
 def _batch_rows(batch: Any) -> list[dict[str, Any]] | list[dict[str, Any] | RowProblem]:
     try:
-        return batch.to_pylist()
+        return _with_short_numbers(batch).to_pylist()
     except UnicodeDecodeError:
         return [_parquet_row(batch.slice(position, 1)) for position in range(batch.num_rows)]
+
+
+def _with_short_numbers(batch: Any) -> Any:
+    """Columns of half and single precision with the shortest number that rounds to theirs: 0.1, not 0.10000000149."""
+    import pyarrow as pa
+
+    for place, field in enumerate(batch.schema):
+        if pa.types.is_float16(field.type) or pa.types.is_float32(field.type):
+            shortest = [None if x is None else float(str(x)) for x in _scalars(batch.column(place))]
+            batch = batch.set_column(place, field.name, pa.array(shortest, pa.float64()))
+    return batch
+
+
+def _scalars(column: Any) -> Any:
+    """NumPy scalars of a column in its own precision; None where it is null."""
+    values, valid = column.to_numpy(zero_copy_only=False), column.is_valid().to_pylist()
+    return [value if ok else None for value, ok in zip(values, valid, strict=True)]
 
 
 def _parquet_row(one: Any) -> dict[str, Any] | RowProblem:

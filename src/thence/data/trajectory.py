@@ -45,7 +45,8 @@ class Trajectory:
         prompt: what was asked.
         response_ids: the response, with its end token if it came.
         origin: sampled from the policy, written by the expert, or sampled from an earlier policy.
-        score: what the reward function gave; None where nothing was graded.
+        score: what the reward function gave; None where nobody can tell (a time-out, a reward of None), or where
+            nothing was graded. It is never 0 in place of an unknown one, unless the recipe asks for that.
         verdict: right, wrong or unknown.
         finish: stop or length.
         text: the response, decoded.
@@ -74,6 +75,6 @@ class Trajectory:
         """Tokens that the policy wrote just now."""
         return len(self.response_ids) - self.prefix if self.origin == "rollout" else 0
 
-    def scored(self, score: float) -> Trajectory:
+    def scored(self, score: float | None) -> Trajectory:
         """The same trajectory with another score."""
         return replace(self, score=score)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.data.layouts import FIELDS, answers_are_worked, choose_layout, parse_row
+from thence.data.numbers import number_text
 from thence.data.order import stable_seed
 from thence.data.problems import RowProblem
 from thence.data.readers import HEAD_ROWS
@@ -152,7 +153,7 @@ def _of_table(task: Task, table: Table) -> Iterator[Problem]:
         raise DataError(f"no column {', '.join(absent)}", remedy=remedy, file=table.name, field="filter")
     fields = columns | set(renames)
     choice = {"question", "options"} <= fields and not {"answer", "answer_index"}.isdisjoint(fields)
-    layout = "" if choice or not columns else choose_layout(fields, table.name)
+    layout = "" if choice or not columns else _layout(task, fields, table.name)
     worked = answers_are_worked([_fields(row, renames) for _, row in head if isinstance(row, dict)])
     for number, row in chain(head, table.rows):
         source = f"{table.name}:{number}"
@@ -168,6 +169,14 @@ def _of_table(task: Task, table: Table) -> Iterator[Problem]:
             file, line = table.name, number
             raise DataError(problem.problem, remedy=remedy, file=file, line=line, field=problem.field) from None
         yield _shown(task, parsed, source)
+
+
+def _layout(task: Task, fields: set[str], name: str) -> str:
+    try:
+        return choose_layout(fields, name)
+    except DataError as error:
+        remedy = f'name the columns: --set \'{task.name}.columns={{question = "COLUMN", answer = "COLUMN"}}\''
+        raise DataError(error.problem, remedy=remedy, file=name, field="columns") from None
 
 
 def _renames(task: Task, columns: set[str]) -> dict[str, str | tuple[str, ...]]:
@@ -189,7 +198,7 @@ def _fields(row: Mapping[str, Any], renames: Mapping[str, str | tuple[str, ...]]
 def _row(layout: str, values: dict[str, Any], source: str, worked: bool) -> _Row:
     """A row of any layout of `thence.data.layouts`; an answer in parts becomes one, joined by commas."""
     if isinstance(values.get("answer"), Sequence) and not isinstance(values["answer"], str):
-        values["answer"] = ", ".join(map(str, values["answer"]))
+        values["answer"] = ", ".join(x if isinstance(x, str) else number_text(x) for x in values["answer"])
     example = parse_row(layout, values, source=source, group="", worked=worked)
     if example.answer is None:
         raise RowProblem("answer", "no answer to grade with", "give one")

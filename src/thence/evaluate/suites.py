@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.errors import RecipeError, UserError
-from thence.recipe import Section, parse_value
+from thence.recipe import Section
+from thence.text_values import field_type, read_value
 
 WORLD = "world:chain"
 OWN = "own"
@@ -195,7 +196,10 @@ def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
-    values = {name: parse_value(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    values = {
+        name: read_value(value, _type_of(name)) if isinstance(value, str) else value
+        for name, value in overrides.items()
+    }
     names = [str(task.get("name")) for task in tasks]
     if (chosen := values.pop("tasks", None)) is not None:
         wanted = [chosen] if isinstance(chosen, str) else list(chosen)
@@ -211,6 +215,11 @@ def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], p
             if not name or task.get("name") == name:
                 task[field.replace("-", "_")] = value
     return tasks
+
+
+def _type_of(dotted: str) -> Any:
+    field = dotted.rpartition(".")[2].replace("-", "_")
+    return list[str] if field == "tasks" else field_type(Task, [field])
 
 
 def _check_task(name: str, names: list[str], path: Path, field: str) -> None:

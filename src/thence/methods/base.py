@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
 from thence.objective import Row, Term, trained_tokens
 
 T = TypeVar("T")
@@ -43,7 +44,10 @@ class Sampler(Protocol):
         ...
 
     def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-        """``n`` graded responses of the policy for each prompt, prompt by prompt."""
+        """``n`` graded responses of the policy for each prompt, prompt by prompt.
+
+        Those that nobody can judge are among them, with ``score = None``: see :mod:`thence.methods.unknown`.
+        """
         ...
 
     def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
@@ -127,6 +131,39 @@ class Method(ABC):
         self.options: Any = self.Options.model_validate(dict(options or {}))
 
     @property
+    def least_rollouts(self) -> int:
+        """The fewest rollouts of a prompt with which it can learn anything; default: 1."""
+        return 1
+
+    def prepare(self, rollouts: int, max_tokens: int) -> None:
+        """Told the stage's settings, once, before anything is sampled.
+
+        Args:
+            rollouts: n of :meth:`compose`.
+            max_tokens: the longest response.
+
+        Raises:
+            RecipeError: it cannot learn with them. ``field`` is as seen from the stage's table.
+        """
+        if rollouts < self.least_rollouts:
+            raise RecipeError(
+                f"{self.name} learns nothing from {rollouts} rollout of a prompt",
+                remedy=f"set rollouts to {self.least_rollouts} or more; 8 is usual",
+                field="rollouts",
+            )
+
+    def rewarded(self, trajectory: Trajectory) -> bool:
+        """Whether the method needs this trajectory's reward. Default: all but demonstrations.
+
+        One that it needs and nobody can tell is left out of the step.
+        """
+        return trajectory.origin != "demonstration"
+
+    def compared(self, trajectory: Trajectory) -> bool:
+        """Whether this trajectory's reward is part of its group's baseline. Default: if the reward is needed."""
+        return self.rewarded(trajectory)
+
+    @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
         """The terms of every batch."""
@@ -174,6 +211,17 @@ def group_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
     """The group of each trajectory, shape (N,), integers: those of one draw of a prompt share it."""
     numbers: dict[tuple[int, int], int] = {}
     return torch.tensor([numbers.setdefault(t.prompt.group_key, len(numbers)) for t in trajectories], dtype=torch.int64)
+
+
+def reward_of(trajectory: Trajectory) -> float:
+    """The reward of a trajectory that is given an advantage.
+
+    Raises:
+        ValueError: nobody knows it; such a trajectory is left out before weights are given.
+    """
+    if trajectory.score is None:
+        raise ValueError(f"a response to prompt {trajectory.prompt.index} has no reward; leave it out, or grade it")
+    return trajectory.score
 
 
 def make_rows(trajectories: Sequence[Trajectory], weights: Sequence[Tensor], train_on: str = "response") -> list[Row]:

@@ -32,6 +32,7 @@ from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.dapo import is_informative
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.methods.uft import COUNTED
+from thence.methods.unknown import all_failed, scores_of
 from thence.objective import Clip, Normaliser, Term
 
 Group = list[Trajectory]
@@ -81,7 +82,9 @@ class Search:
         """Take in the group that went on from so many episodes."""
         self.tried[episodes] = group
         rate = success_rate(group)
-        if rate < least:
+        if rate is None:
+            self.high = 0  # nobody can judge these rollouts, so nothing says where to look further
+        elif rate < least:
             self.low = episodes + 1
         elif rate > most:
             self.high = episodes - 1
@@ -106,6 +109,11 @@ class Bread(Method):
     Options = BreadOptions
 
     @property
+    def least_rollouts(self) -> int:
+        """With one, no share of successes lies in the band, and no branch teaches anything."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o = self.options
         policy = Term("policy", Clip(o.clip_low, o.clip_high), policy_normaliser(o, Normaliser("term tokens")))
@@ -114,7 +122,7 @@ class Bread(Method):
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         found = sampler.rollouts(sampler.next_prompts(prompts), n)
         groups = [found[i : i + n] for i in range(0, len(found), n)]
-        searches = {i: self.search(group) for i, group in enumerate(groups) if success_rate(group) == 0}
+        searches = {i: self.search(group) for i, group in enumerate(groups) if all_failed(group)}
         while open_ones := [s for s in searches.values() if s.middle is not None]:
             episodes = [s.middle or 0 for s in open_ones]
             prefixes = [prefix_of(s.prompt, k, self.options.episodes) for s, k in zip(open_ones, episodes, strict=True)]
@@ -140,9 +148,10 @@ class Bread(Method):
         return weights
 
 
-def success_rate(group: Group) -> float:
-    """Share of a group's responses that were worth something."""
-    return sum((t.score or 0.0) > 0 for t in group) / len(group)
+def success_rate(group: Group) -> float | None:
+    """Share of a group's responses that were worth something, among those that somebody can judge; None: none."""
+    scores = scores_of(group)
+    return sum(score > 0 for score in scores) / len(scores) if scores else None
 
 
 def prefix_of(prompt: Prompt, episodes: int, of: int) -> tuple[int, ...]:

@@ -92,7 +92,11 @@ class ChordMu(Method):
     source = "arXiv 2508.11408 and its code in Trinity-RFT"
     Options = ChordOptions
     step = 0
-    _sampler: Sampler | None = None
+    sampler: Sampler | None = None
+
+    def over_ranks(self, count: int) -> int:
+        """The sum of a count over all ranks."""
+        return count if self.sampler is None else self.sampler.total(count)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -104,8 +108,7 @@ class ChordMu(Method):
         )
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        self.step = sampler.step
-        self._sampler = sampler
+        self.step, self.sampler = sampler.step, sampler
         share = self.options.expert_share
         count = max(1, round(prompts * n * share / (1 - share)))
         own = sampler.rollouts(sampler.next_prompts(prompts), n)
@@ -114,9 +117,8 @@ class ChordMu(Method):
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
         o, weights = self.options, []
         mu = share_of_sft(self.step, o.peak, o.valley, o.warmup, o.decay)
-        over_ranks = self._sampler.total if self._sampler is not None else int
-        own = over_ranks(sum(t.origin != "demonstration" for t in trajectories))
-        rows = over_ranks(len(trajectories)) / max(own, 1)
+        own = sum(t.origin != "demonstration" for t in trajectories)
+        rows = self.over_ranks(len(trajectories)) / max(self.over_ranks(own), 1) if o.normaliser == "paper" else 1.0
         gains = advantages(trajectories, o.std, own_only=True).tolist()
         for i, (trajectory, advantage) in enumerate(zip(trajectories, gains, strict=True)):
             n = len(trajectory.response_ids)

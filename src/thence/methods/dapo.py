@@ -6,6 +6,8 @@ Groups whose answers are all right or all wrong are dropped and others sampled i
 ``max_generations`` times, over all ranks together: the first groups of the data's order that teach something are kept.
 The penalty ``min(-(T - (L - b)) / b * factor, 0)`` is added to the reward; whether a group is dropped is decided on the
 answers alone.
+
+L and b follow the stage: L = ``max_tokens`` and b = L / 5, the ratio of the paper (20480 and 4096).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from collections.abc import Sequence
 from pydantic import Field, model_validator
 
 from thence.data.trajectory import Trajectory
+from thence.errors import RecipeError
 from thence.methods.base import Sampler
 from thence.methods.grpo import Grpo, GrpoOptions
+from thence.methods.unknown import scores_of
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +39,16 @@ class DapoOptions(GrpoOptions):
     """Drop groups that teach nothing and sample others."""
     max_generations: int = Field(default=10, ge=1)
     """Most generation rounds for one batch; it is then trained with the groups that were found."""
-    overlong_tokens: int = Field(default=20480, ge=1)
-    """Longest response, L of the penalty."""
-    overlong_buffer: int = Field(default=4096, ge=0)
-    """Length b over which the penalty grows; 0: no penalty."""
+    overlong_tokens: int | None = Field(default=None, ge=1)
+    """Longest response, L of the penalty; none: the stage's max_tokens."""
+    overlong_buffer: int | None = Field(default=None, ge=0)
+    """Length b over which the penalty grows; none: a fifth of L, as published; 0: no penalty."""
     overlong_factor: float = Field(default=1.0, ge=0)
     """Penalty at the longest response."""
 
     @model_validator(mode="after")
     def _buffer_fits(self) -> DapoOptions:
-        if self.overlong_buffer > self.overlong_tokens:
+        if (self.overlong_buffer or 0) > (self.overlong_tokens or math.inf):
             raise ValueError("overlong_buffer is longer than overlong_tokens")
         return self
 
@@ -56,6 +60,39 @@ class Dapo(Grpo):
     formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A) dual clip 3, A = (R - mean)/std, uninformative groups refilled"
     source = "arXiv 2503.14476"
     Options = DapoOptions
+    longest = 20480
+    """The stage's max_tokens; the paper's where there is no stage."""
+
+    @property
+    def least_rollouts(self) -> int:
+        """Dynamic sampling keeps groups with different rewards only."""
+        return 2 if self.options.dynamic_sampling else super().least_rollouts
+
+    @property
+    def overlong(self) -> tuple[int, int]:
+        """L and b of the penalty."""
+        o = self.options
+        longest = self.longest if o.overlong_tokens is None else o.overlong_tokens
+        return longest, longest // 5 if o.overlong_buffer is None else o.overlong_buffer
+
+    def prepare(self, rollouts: int, max_tokens: int) -> None:
+        super().prepare(rollouts, max_tokens)
+        self.longest = max_tokens
+        longest, buffer = self.overlong
+        if buffer > longest:
+            raise RecipeError(
+                f"overlong_buffer {buffer} is longer than max_tokens {max_tokens}",
+                remedy="leave overlong_buffer out: it is then a fifth of max_tokens; 0: no penalty",
+                field="options.overlong_buffer",
+            )
+        if buffer and self.options.overlong_factor and longest - buffer >= max_tokens:
+            raise RecipeError(
+                f"the overlong penalty begins above {longest - buffer} tokens, and max_tokens is {max_tokens}: "
+                "it can never act",
+                remedy="leave overlong_tokens and overlong_buffer out: they follow max_tokens; "
+                "or set overlong_buffer = 0: no penalty",
+                field="options.overlong_tokens",
+            )
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         kept: list[list[Trajectory]] = []
@@ -78,13 +115,10 @@ class Dapo(Grpo):
         return [self._penalised(trajectory) for group in chosen for trajectory in group]
 
     def _penalised(self, trajectory: Trajectory) -> Trajectory:
-        penalty = overlong_penalty(
-            len(trajectory.response_ids),
-            self.options.overlong_tokens,
-            self.options.overlong_buffer,
-            self.options.overlong_factor,
-        )
-        return trajectory.scored((trajectory.score or 0.0) + penalty)
+        if trajectory.score is None:
+            return trajectory
+        penalty = overlong_penalty(len(trajectory.response_ids), *self.overlong, self.options.overlong_factor)
+        return trajectory.scored(trajectory.score + penalty)
 
 
 def overlong_penalty(tokens: int, longest: int, buffer: int, factor: float = 1.0) -> float:
@@ -95,9 +129,9 @@ def overlong_penalty(tokens: int, longest: int, buffer: int, factor: float = 1.0
 
 
 def is_informative(group: Sequence[Trajectory]) -> bool:
-    """Whether the group's scores differ: otherwise every advantage is zero."""
-    scores = [trajectory.score or 0.0 for trajectory in group]
-    return not math.isclose(min(scores), max(scores))
+    """Whether the group's known scores differ: otherwise every advantage is zero."""
+    scores = scores_of(group)
+    return bool(scores) and not math.isclose(min(scores), max(scores))
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:

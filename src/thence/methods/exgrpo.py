@@ -111,6 +111,11 @@ class ExGrpo(Method):
         self.started = False
 
     @property
+    def least_rollouts(self) -> int:
+        """A prompt of the pool was right and wrong, and has a fresh rollout beside its replay."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o, normaliser = self.options, policy_normaliser(self.options)
         replay = Term("replay", ShapeRatio(o.gamma), normaliser)
@@ -139,7 +144,7 @@ class ExGrpo(Method):
         for _, learned in sorted((entry for part in lessons for entry in part), key=lambda entry: entry[0]):
             self.learn(learned)
         found = [t for _, group in groups for t in group]
-        sampled = [t for t in found if t.origin == "rollout"]
+        sampled = [t for t in found if t.origin == "rollout" and t.score is not None]
         right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
         self.started = self.started or right > self.options.start * total
         return found

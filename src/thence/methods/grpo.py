@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, TokenFacts, group_numbers
+from thence.methods.base import Method, Options, TokenFacts, group_numbers, reward_of
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 
 
@@ -58,6 +58,11 @@ class Grpo(Method):
     Options = GrpoOptions
 
     @property
+    def least_rollouts(self) -> int:
+        """Alone in its group, a response has no advantage, unless ``singleton`` makes that its reward."""
+        return 1 if self.options.singleton == "reward" else 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o = self.options
         normaliser = {
@@ -85,7 +90,6 @@ class Grpo(Method):
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one draw of a prompt."""
-        rewards = torch.tensor([trajectory.score or 0.0 for trajectory in trajectories], dtype=torch.float64)
-        return group_advantages(
-            rewards, group_numbers(trajectories), std=self.options.std, singleton=self.options.singleton
-        )
+        rewards = torch.tensor([reward_of(trajectory) for trajectory in trajectories], dtype=torch.float64)
+        groups = group_numbers(trajectories)
+        return group_advantages(rewards, groups, std=self.options.std, singleton=self.options.singleton)

@@ -1,6 +1,6 @@
 """HPT (arXiv 2509.04419): a prompt that the policy can hardly solve is learned from the expert, any other from rewards.
 
-    P = mean score of the prompt's n rollouts
+    P = mean score of the prompt's n rollouts, those that nobody can judge left out
     P >  gate:  - (1 / Z_pg)  sum_i sum_t r_it A_i,   A_i = R_i - mean of the group, r unclipped
     P <= gate:  - (coefficient / Z_sft) sum_t log pi(y*_t),   the demonstration takes the place of the n rollouts
     and an entropy bonus over all rows
@@ -37,6 +37,7 @@ from thence.methods.mixed import (
     policy_normaliser,
     rows_of_weights,
 )
+from thence.methods.unknown import scores_of
 from thence.objective import Logp, Normaliser, Ratio, Term
 from thence.objective.surrogates import Surrogate
 
@@ -65,7 +66,7 @@ class Gated(Method):
 
     @abstractmethod
     def imitates(self, group: Sequence[Trajectory]) -> bool:
-        """Whether a prompt with these rollouts is learned from its demonstration."""
+        """Whether a prompt with these rollouts is learned from its demonstration; never if no reward is known."""
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         found = sampler.rollouts(sampler.next_prompts(prompts), n)
@@ -123,7 +124,8 @@ class Hpt(Gated):
     Options = HptOptions
 
     def imitates(self, group: Sequence[Trajectory]) -> bool:
-        return sum(t.score or 0.0 for t in group) / len(group) <= self.options.gate
+        scores = scores_of(group)
+        return bool(scores) and sum(scores) / len(scores) <= self.options.gate
 
     def printed(self) -> tuple[Normaliser, Normaliser]:
         o = self.options

@@ -59,6 +59,11 @@ class Luffy(Method):
     Options = LuffyOptions
 
     @property
+    def least_rollouts(self) -> int:
+        """One beside the demonstration."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o, normaliser = self.options, policy_normaliser(self.options)
         own: Surrogate = Clip(o.clip_range, max(o.clip_upper, 1 + o.clip_range) - 1) if o.clip else Ratio()
@@ -74,6 +79,10 @@ class Luffy(Method):
             rows += [o.entropy] if o.entropy else []
             weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
         return weights
+
+    def rewarded(self, trajectory: Trajectory) -> bool:
+        """The demonstration has an advantage too."""
+        return True
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
-from thence.methods.base import Options, Sampler, group_numbers
+from thence.methods.base import Options, Sampler, group_numbers, reward_of
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 
 
@@ -61,14 +61,18 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
 
     Args:
         own_only: demonstrations neither count in their group's mean nor get an advantage.
+
+    Raises:
+        ValueError: a reward that counts is not known.
     """
-    rewards = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
+    own = [not own_only or t.origin != "demonstration" for t in trajectories]
+    values = [reward_of(t) if o else 0.0 for t, o in zip(trajectories, own, strict=True)]
+    rewards = torch.tensor(values, dtype=torch.float64)
     groups = group_numbers(trajectories)
     if not own_only:
         return group_advantages(rewards, groups, std=std)
-    own = torch.tensor([t.origin != "demonstration" for t in trajectories], dtype=torch.bool)
     result = torch.zeros(len(trajectories), dtype=torch.float64)
-    if own.any():
+    if any(own):
         result[own] = group_advantages(rewards[own], groups[own], std=std)
     return result
 

@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, group_numbers
+from thence.methods.base import Method, Sampler, TokenFacts, group_numbers, reward_of
 from thence.methods.mixed import MixedOptions, advantages, policy_normaliser, rows_of_weights
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
 
@@ -99,6 +99,10 @@ class PrefixRft(Method):
         super().__init__(options)
         self._sampler: Sampler | None = None
 
+    def compared(self, trajectory: Trajectory) -> bool:
+        """With ``dr_grpo_prefix`` the baseline is that of the plain rollouts."""
+        return self.options.estimator == "dr_grpo" or not trajectory.prefix
+
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         self._sampler = sampler
         asked = sampler.next_prompts(prompts)
@@ -156,7 +160,7 @@ class PrefixRft(Method):
         if self.options.estimator == "dr_grpo":
             joint = advantages(trajectories, self.options.std)
             return joint, joint
-        of_rest = torch.tensor([t.score or 0.0 for t in trajectories], dtype=torch.float64)
+        of_rest = torch.tensor([reward_of(t) for t in trajectories], dtype=torch.float64)
         groups = group_numbers(trajectories)
         plain = torch.tensor([not t.prefix for t in trajectories])
         of_prefix = group_advantages(of_rest, groups, baseline="on-policy", on_policy_N=plain)

@@ -7,7 +7,8 @@
 dH_sft and dH_rl are the changes, since the optimizer step before, of the policy's mean entropy on expert and on own
 tokens; ``smoothing`` makes exponential moving averages of both first. In the first step there is no change and w = 1.
 
-A prompt with a demonstration has n - 1 rollouts and the demonstration; one without has n rollouts.
+A prompt with a demonstration has n - 1 rollouts and the demonstration; one without has n rollouts. Where nobody can
+judge the rollouts, acc is not known and G^(1 - 2 acc) is 1.
 
 Reconstruction. The paper gives the offline tokens an importance weight whose assumed behaviour probability follows from
 the group's accuracy; its equations 7 to 9 were not available. What stands here for it, the factor G^(1 - 2 acc), and
@@ -25,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, reward_of
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -76,6 +77,11 @@ class Red(Method):
         self._sampler: Sampler | None = None
 
     @property
+    def least_rollouts(self) -> int:
+        """One beside the demonstration."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o = self.options
         policy = Term("policy", Clip(o.clip_low, o.clip_high), policy_normaliser(o))
@@ -96,7 +102,7 @@ class Red(Method):
         accuracy = own_accuracy(trajectories)
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std, own_only=True), strict=True):
-            factor = accuracy_factor(accuracy.get(trajectory.prompt.group_key, 0.0), o.largest)
+            factor = accuracy_factor(accuracy.get(trajectory.prompt.group_key, 0.5), o.largest)
             expert = trajectory.origin == "demonstration"
             rows = [0.0, o.coefficient * balance * factor] if expert else [float(advantage), 0.0]
             weights.append(rows_of_weights([*rows, *([o.entropy] if o.entropy else [])], len(trajectory.response_ids)))
@@ -139,9 +145,9 @@ def accuracy_factor(accuracy: float, largest: float = 5.0) -> float:
 
 
 def own_accuracy(trajectories: Sequence[Trajectory]) -> dict[tuple[int, int], float]:
-    """Mean score of the rollouts of every prompt that has some, by the prompt's index and draw."""
+    """Mean score of the rollouts of every prompt that has some of a known reward, by the prompt's index and draw."""
     scores: dict[tuple[int, int], list[float]] = {}
     for trajectory in trajectories:
         if trajectory.origin != "demonstration":
-            scores.setdefault(trajectory.prompt.group_key, []).append(trajectory.score or 0.0)
+            scores.setdefault(trajectory.prompt.group_key, []).append(reward_of(trajectory))
     return {index: sum(own) / len(own) for index, own in scores.items()}

@@ -30,6 +30,8 @@ from thence.methods.sft import Sft
 from thence.methods.srft import Srft
 from thence.methods.superrl import SuperRl
 from thence.methods.uft import Uft
+from thence.recipe import Rl, kind_of
+from thence.recipe import Sft as SftStage
 
 OWN: tuple[type[Method], ...] = (
     Sft, Grpo, DrGrpo, Dapo,
@@ -47,33 +49,55 @@ def methods() -> dict[str, type[Method]]:
     return found
 
 
-def make_method(name: str, options: Mapping[str, Any], stage: str) -> Method:
+def stage_method(stage: SftStage | Rl, where: str) -> Method:
+    """The method of a stage, made ready for the stage's settings.
+
+    Args:
+        where: the stage's name, for errors.
+
+    Raises:
+        RecipeError: as :func:`make_method`, or settings with which the method would learn nothing.
+    """
+    method = make_method(stage.method, stage.options, kind_of(where), where)
+    if isinstance(stage, Rl):
+        try:
+            method.prepare(stage.rollouts, stage.max_tokens)
+        except RecipeError as error:
+            raise RecipeError(error.problem, remedy=error.remedy, field=f"{where}.{error.field}") from None
+    return method
+
+
+def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = "") -> Method:
     """The method of a recipe.
+
+    Args:
+        stage: kind of the stage, sft or rl.
+        where: name of the stage, for errors; default: its kind.
 
     Raises:
         RecipeError: an unknown method, one for another kind of stage, or an option that it does not have.
     """
-    known = methods()
+    known, where = methods(), where or stage
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise RecipeError(
             f"unknown method {name!r}",
             remedy=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}",
-            field=f"{stage}.method",
+            field=f"{where}.method",
         )
     if known[name].stage != stage:
         raise RecipeError(
             f"method {name!r} belongs into a stage of kind {known[name].stage}",
             remedy=f"use one of {', '.join(n for n, m in known.items() if m.stage == stage)}",
-            field=f"{stage}.method",
+            field=f"{where}.method",
         )
     try:
         return known[name](options)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        option = ".".join(str(part) for part in first["loc"])
         raise RecipeError(
             f"{first['msg'].removeprefix('Value error, ')} (method {name})",
             remedy=f"its options are: {', '.join(known[name].Options.model_fields)}",
-            field=f"{stage}.options.{where}" if where else f"{stage}.options",
+            field=f"{where}.options.{option}" if option else f"{where}.options",
         ) from None

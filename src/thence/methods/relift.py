@@ -29,6 +29,7 @@ from torch import Tensor
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.unknown import all_failed
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
 
 
@@ -78,7 +79,7 @@ class Relift(Method):
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         found = sampler.rollouts(sampler.next_prompts(prompts), n)
         groups = [found[i : i + n] for i in range(0, len(found), n)]
-        failed = [group[0].prompt for group in groups if all((t.score or 0.0) <= 0 for t in group)]
+        failed = [group[0].prompt for group in groups if all_failed(group)]
         mine = [prompt for prompt in failed if prompt.demonstration_ids]
         everywhere = sorted((p for part in sampler.gather(mine) for p in part), key=lambda prompt: prompt.draw)
         self.buffer[:0] = [Failure(sampler.step, prompt) for prompt in everywhere]

@@ -49,6 +49,11 @@ class RlSftLoss(Method):
     Options = RlSftLossOptions
 
     @property
+    def least_rollouts(self) -> int:
+        """One beside the demonstration."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o = self.options
         policy = Term("policy", Ratio(), policy_normaliser(o))

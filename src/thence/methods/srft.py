@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, reward_of
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -81,6 +81,11 @@ class Srft(Method):
         self._sampler: Sampler | None = None
 
     @property
+    def least_rollouts(self) -> int:
+        """One beside the demonstration."""
+        return 2
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o, normaliser = self.options, policy_normaliser(self.options)
         own: Surrogate = {"logp": Logp(), "probability": Prob(), "ratio": Ratio()}[o.own]
@@ -99,13 +104,17 @@ class Srft(Method):
         for trajectory, advantage, entropy_n in zip(trajectories, values, self._entropies(facts), strict=True):
             if trajectory.origin == "demonstration":
                 rows = [0.0, advantage, o.sft_weight * torch.exp(o.sft_entropy_sign * entropy_n)]
-            elif (trajectory.score or 0.0) >= 1:
+            elif reward_of(trajectory) >= 1:
                 rows = [o.right_weight * torch.exp(entropy_n), 0.0, 0.0]
             else:
                 rows = [-o.wrong_weight, 0.0, 0.0]
             rows += [o.entropy] if o.entropy else []
             weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
         return weights
+
+    def rewarded(self, trajectory: Trajectory) -> bool:
+        """The demonstration has an advantage too."""
+        return True
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         self._sampler = sampler

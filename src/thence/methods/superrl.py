@@ -26,6 +26,7 @@ from pydantic import Field
 from thence.data.trajectory import Trajectory
 from thence.methods.hpt import Gated, GatedOptions
 from thence.methods.mixed import advantages
+from thence.methods.unknown import all_failed
 from thence.objective import Clip, Normaliser
 from thence.objective.surrogates import Surrogate
 
@@ -60,8 +61,9 @@ class SuperRl(Gated):
 
     def imitates(self, group: Sequence[Trajectory]) -> bool:
         if self.options.gate == "hard":
-            return max(t.score or 0.0 for t in group) <= 0
-        return bool((advantages(group, self.options.std) <= 0).all())
+            return all_failed(group)
+        known = [t for t in group if t.score is not None]
+        return bool(known) and bool((advantages(known, self.options.std) <= 0).all())
 
     def printed(self) -> tuple[Normaliser, Normaliser]:
         by_prompt = Normaliser("one", float(self.options.paper_prompts))

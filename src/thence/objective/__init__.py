@@ -1,7 +1,7 @@
 """Pure functions on tensors: surrogates, advantages, normalisers and the one loss. No I/O, no torch.distributed."""
 
 from thence.objective.advantages import group_advantages
-from thence.objective.fused import TokenInputs, TokenStats, objective, token_statistics
+from thence.objective.fused import Head, TokenInputs, TokenStats, logits_of, objective, token_statistics
 from thence.objective.kl import kl_estimate
 from thence.objective.surrogates import (
     Clip,
@@ -22,6 +22,7 @@ __all__ = [
     "Clip",
     "Context",
     "Entropy",
+    "Head",
     "Logp",
     "NegativeKl",
     "Normaliser",
@@ -38,6 +39,7 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "local_counts",
+    "logits_of",
     "objective",
     "token_statistics",
     "trained_tokens",

@@ -21,6 +21,23 @@ CHUNK_BYTES = 32 * 2**20  # of logits; larger chunks gain no speed and cost memo
 
 
 @dataclass(frozen=True)
+class Head:
+    """A model's output layer: ``logits = cap(scale * (hidden @ weight.T + bias))``, ``cap(x) = c tanh(x / c)``.
+
+    Args:
+        weight_VD: the output embedding, shape (V, D).
+        bias_V: shape (V,), or None.
+        scale: a constant (Cohere, Granite).
+        softcap: c, or None: no soft-capping (Gemma 2).
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class TokenInputs:
     """What the objective needs of the trained tokens of one micro-batch, besides their hidden states.
 
@@ -60,14 +77,19 @@ class TokenStats:
     clipped_T: Tensor
 
 
+def logits_of(hidden_TD: Tensor, head: Head) -> Tensor:
+    """The model's own logits, shape (..., V), float32 or better; for checks, since all are held at once."""
+    return _logits(hidden_TD, head, 1.0)
+
+
 def token_statistics(
-    hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, temperature: float = 1.0
+    hidden_TD: Tensor, head: Head, target_T: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the taken tokens, without gradient. Shapes (T,), (T,); float32 or better."""
     logps, entropies = [], []
     with torch.no_grad():
-        for part in _chunks(hidden_TD, head_VD):
-            log_p_CV = _log_softmax(hidden_TD[part], head_VD, temperature)
+        for part in _chunks(hidden_TD, head.weight_VD):
+            log_p_CV = _log_softmax(_logits(hidden_TD[part], head, temperature))
             logps.append(log_p_CV.gather(1, target_T[part, None])[:, 0])
             entropies.append(-(log_p_CV.exp() * log_p_CV).sum(1))
     empty = hidden_TD.new_zeros(0, dtype=_wide(hidden_TD.dtype))
@@ -76,7 +98,7 @@ def token_statistics(
 
 def objective(
     hidden_TD: Tensor,
-    head_VD: Tensor,
+    head: Head,
     inputs: TokenInputs,
     terms: Sequence[Term],
     divisor_J: Sequence[float],
@@ -86,7 +108,7 @@ def objective(
 
     Args:
         hidden_TD: last hidden states at the positions that predict the trained tokens, shape (T, D).
-        head_VD: the output embedding, shape (V, D).
+        head: the output layer.
         inputs: targets, weights and old log-probabilities of the same tokens.
         terms: the batch's terms.
         divisor_J: Z of each term, for the whole optimizer step.
@@ -96,7 +118,7 @@ def objective(
         The loss (a scalar that may be called ``backward`` on) and the statistics.
     """
     loss, logp_T, entropy_T, slope_T = _Objective.apply(
-        hidden_TD, head_VD, inputs, tuple(terms), tuple(divisor_J), temperature
+        hidden_TD, head.weight_VD, head.bias_V, head, inputs, tuple(terms), tuple(divisor_J), temperature
     )
     clipped_T = torch.zeros_like(logp_T, dtype=torch.bool)
     for j, term in enumerate(terms):
@@ -108,16 +130,19 @@ def objective(
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, inputs, terms, divisor_J, temperature):
+    def forward(ctx, hidden_TD, weight_VD, bias_V, head, inputs, terms, divisor_J, temperature):
         wide = _wide(hidden_TD.dtype)
         n = hidden_TD.shape[0]
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
         logp_T, entropy_T, slope_T = (torch.zeros(n, dtype=wide, device=hidden_TD.device) for _ in range(3))
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
-        grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if wants_head else None
-        for part in _chunks(hidden_TD, head_VD):
-            log_p_CV = _log_softmax(hidden_TD[part], head_VD, temperature)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
+        for part in _chunks(hidden_TD, weight_VD):
+            logits_CV = _logits(hidden_TD[part], head, temperature)
+            slope_CV = None if head.softcap is None else _softcap_slope(logits_CV, head.softcap / temperature)
+            log_p_CV = _log_softmax(logits_CV)
             target_C = inputs.target_T[part, None]
             logp_C = log_p_CV.gather(1, target_C)[:, 0]
             p_CV = log_p_CV.exp()
@@ -125,14 +150,23 @@ class _Objective(torch.autograd.Function):
             value, slope_C, bonus_C = _weigh(logp_C, entropy_C, inputs, terms, divisor_J, part)
             loss -= value
             logp_T[part], entropy_T[part], slope_T[part] = logp_C, entropy_C, slope_C
-            if wants_hidden or wants_head:
+            if wants_hidden or wants_weight or wants_bias:
                 grad_CV = _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C)
-                grad_CV = grad_CV.div_(temperature).to(hidden_TD.dtype)
+                grad_CV = grad_CV.div_(temperature / head.scale)
+                if slope_CV is not None:
+                    grad_CV.mul_(slope_CV)
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_CV.sum(0)
+                grad_CV = grad_CV.to(hidden_TD.dtype)
                 if grad_hidden_TD is not None:
-                    torch.mm(grad_CV, head_VD.to(grad_CV.dtype), out=grad_hidden_TD[part])
-                if grad_head_VD is not None:
-                    grad_head_VD += (grad_CV.T @ hidden_TD[part]).to(wide)
-        ctx.gradients = (grad_hidden_TD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype))
+                    torch.mm(grad_CV, weight_VD.to(grad_CV.dtype), out=grad_hidden_TD[part])
+                if grad_weight_VD is not None:
+                    grad_weight_VD += (grad_CV.T @ hidden_TD[part]).to(wide)
+        ctx.gradients = (
+            grad_hidden_TD,
+            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
+            None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
+        )
         ctx.mark_non_differentiable(logp_T, entropy_T, slope_T)
         return loss, logp_T, entropy_T, slope_T
 
@@ -141,7 +175,7 @@ class _Objective(torch.autograd.Function):
         upstream = grad_outputs[0]
         gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in ctx.gradients)
         ctx.gradients = None
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice):
@@ -170,15 +204,30 @@ def _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C):
     return grad_CV.scatter_add_(1, target_C, -slope_C[:, None])
 
 
-def _log_softmax(hidden_CD: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
-    logits_CV = (hidden_CD @ head_VD.to(hidden_CD.dtype).T).to(_wide(hidden_CD.dtype))
-    if temperature != 1.0:
-        logits_CV.div_(temperature)
+def _logits(hidden_CD: Tensor, head: Head, temperature: float) -> Tensor:
+    """Logits over the temperature, float32 or better, in memory of their own."""
+    logits_CV = (hidden_CD @ head.weight_VD.to(hidden_CD.dtype).T).to(_wide(hidden_CD.dtype))
+    if head.bias_V is not None:
+        logits_CV.add_(head.bias_V)
+    if head.softcap is not None:
+        return logits_CV.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap / temperature)
+    if temperature != head.scale:
+        logits_CV.div_(temperature / head.scale)
+    return logits_CV
+
+
+def _softcap_slope(logits_CV: Tensor, highest: float) -> Tensor:
+    """d cap(x) / dx, from the capped logits."""
+    return (logits_CV / highest).square_().neg_().add_(1)
+
+
+def _log_softmax(logits_CV: Tensor) -> Tensor:
+    """Overwrites the logits."""
     return logits_CV.sub_(logits_CV.logsumexp(1, keepdim=True))
 
 
-def _chunks(hidden_TD: Tensor, head_VD: Tensor) -> list[slice]:
-    bytes_per_token = head_VD.shape[0] * (8 if hidden_TD.dtype == torch.float64 else 4)
+def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
+    bytes_per_token = weight_VD.shape[0] * (8 if hidden_TD.dtype == torch.float64 else 4)
     size = max(1, CHUNK_BYTES // bytes_per_token)
     return [slice(start, min(start + size, len(hidden_TD))) for start in range(0, len(hidden_TD), size)]
 

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thence.objective.kl import EXPONENT_LIMIT, kl_estimate
+
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32; a larger log-ratio says the data are not near-policy at all
 
 
@@ -164,8 +166,6 @@ class NegativeKl:
     estimator: str = "k3"
 
     def value(self, logp_T: Tensor, context: Context) -> Tensor:
-        from thence.objective.kl import kl_estimate
-
         assert context.reference_T is not None, "a KL term needs reference log-probabilities"
         return -kl_estimate(logp_T, context.reference_T, self.estimator)
 
@@ -176,7 +176,7 @@ class NegativeKl:
             return -torch.ones_like(logp_T)
         if self.estimator == "k2":
             return -difference_T
-        return (-difference_T).exp() - 1
+        return (-difference_T).clamp(max=EXPONENT_LIMIT).exp() - 1
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from thence.data.chat import end_token_ids
 from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.data.trajectory import Prompt
 from thence.errors import RecipeError, UserError
-from thence.methods.registry import make_method
+from thence.methods.registry import stage_method
 from thence.pipeline.context import step_of
 from thence.pipeline.eval_stage import test_sets
 from thence.pipeline.folder import RunFolder
@@ -28,7 +28,7 @@ from thence.pipeline.rehearsal import no_demonstrations, rehearse
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
-from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft, kind_of
+from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
 from thence.train.context_length import context_of, open_config
@@ -145,7 +145,7 @@ def refuse(findings: Sequence[Finding]) -> None:
 def _settings(trial: Preflight, name: str) -> None:
     stage = trial.recipe.stage(name)
     if isinstance(stage, Sft | Rl):
-        make_method(stage.method, stage.options, kind_of(name))
+        stage_method(stage, name)
         step_of(name, stage)
         if stage.fault is not None and trial.ranks > 1:
             raise RecipeError(
@@ -289,7 +289,7 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
 
 
 def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:
-    method = make_method(stage.method, stage.options, "rl")
+    method = stage_method(stage, name)
     shown = sum(bool(prompt.demonstration_ids) for prompt in prompts)
     if method.demonstrations != "no" and not shown:
         raise no_demonstrations()

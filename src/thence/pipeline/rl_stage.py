@@ -20,12 +20,14 @@ from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.evaluate.measure import sample_record
 from thence.methods.base import Method, TokenFacts, make_rows
-from thence.methods.registry import make_method
+from thence.methods.registry import stage_method
+from thence.methods.unknown import leave_out, scores_of
 from thence.objective import Batch, Entropy, NegativeKl, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.dealing import mini_batches, resume_position, same_or_each
+from thence.pipeline.lessons import Lessons, Watch, each_of
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
@@ -43,7 +45,7 @@ SAMPLES_KEPT = 8  # responses of a step that are written for the reader
 
 def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
-    method = make_method(stage.method, stage.options, "rl")
+    method = stage_method(stage, context.name)
     prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
     check_answers(prompts, stage.reward)
     check_settings(context.name, stage, context.ranks.world)
@@ -62,10 +64,12 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
             resume_position(context, own, sampler, method)
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
+        watch = Watch(context.name, stage.unknown)
         while done < stage.steps and not ended:
             sampler.steps = expected_steps(stage, done, budget)
             line = rl_step(context, stage, method, trainer, sampler, reference, minis, done)
             done += 1
+            watch.look(done, line)
             ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
             state = {"spent": budget.spent if budget is not None else 0.0, "ended": ended}
             context.log({"stage": context.name, "kind": "rl", "step": done, **line})
@@ -128,13 +132,15 @@ def rl_step(
     """One rollout batch, its optimizer steps, and those of another kind. Returns a line of metrics."""
     start, before = time.perf_counter(), context.meter.total
     sampler.begin(step)
-    trajectories = method.compose(sampler, stage.prompts, stage.rollouts)
+    composed = method.compose(sampler, stage.prompts, stage.rollouts)
+    trajectories = leave_out(method, composed)
     rate = trainer.learning_rate(trainer.steps_taken)
     mismatch = Mismatch(trajectories)
     shares = Shares(context.ranks)
+    lessons = Lessons(context.ranks, method.terms)
     reports = []
     if sampler.total(len(trajectories)):
-        reports = policy_steps(stage, method, trainer, trajectories, reference, minis, mismatch, shares)
+        reports = policy_steps(stage, method, trainer, trajectories, reference, minis, mismatch, shares, lessons)
     side = []
     for extra in method.side_steps(sampler):
         rows = make_rows(extra.trajectories, extra.weights)
@@ -143,10 +149,11 @@ def rl_step(
         side.append(trainer.step(batch, extra.name, lr=extra.lr, clip_norm=extra.clip_norm))
         method.took_step(extra.name, side[-1].grad_norm)
     if context.leads:
-        keep_samples(context, trajectories, step + 1)
+        keep_samples(context, composed, step + 1)
     line = metrics(context, sampler, reports, side, mismatch, rate, time.perf_counter() - start)
     mixed = shares.mixed()
     line["executed_flops"] = context.executed_flops(before)
+    line |= lessons.line(composed, len(sampler.seen))
     return line | ({"shares": mixed} if mixed else {})
 
 
@@ -159,6 +166,7 @@ def policy_steps(
     minis: int,
     mismatch: Mismatch,
     shares: Shares,
+    lessons: Lessons | None = None,
 ) -> list[StepReport]:
     """The optimizer steps on one rollout batch."""
     blank = [torch.zeros(len(method.terms), len(t.response_ids), dtype=torch.float64) for t in trajectories]
@@ -188,9 +196,12 @@ def policy_steps(
             weights = [torch.where(policy_J[:, None], w * trust[i], w) for i, w in zip(part, weights, strict=True)]
         own = tuple(replace(rows[i], weights=weight) for i, weight in zip(part, weights, strict=True))
         shares.add(method.terms, chosen, weights)
+        if lessons is not None:
+            lessons.add(chosen, weights)
         # only before the first optimizer step of a batch do sampler and trainer hold the same weights
-        observe = mismatch.observer(part) if not reports else None
-        reports.append(trainer.step(Batch(method.terms, own, stage.temperature), observe=observe))
+        observers = [mismatch.observer(part)] if not reports else []
+        observers += lessons.observers(own) if lessons is not None else []
+        reports.append(trainer.step(Batch(method.terms, own, stage.temperature), observe=each_of(observers)))
         method.took_step("main", reports[-1].grad_norm)
     return reports
 
@@ -300,12 +311,13 @@ def metrics(
 ) -> dict[str, Any]:
     """One line of metrics over all ranks; of several optimizer steps the means, except the largest gradient norm.
 
-    Rewards, lengths and verdicts are those of every response that was sampled, trained or not.
+    Rewards, lengths and verdicts are those of every response that was sampled, trained or not. The mean reward is over
+    the responses that have one; for the accuracy, one that nobody can judge counts as not right, as in evaluation.
     """
     seen = sampler.seen
     taken = [report for report in (*reports, *side) if report.rows] or [*reports, *side]
     main = [report for report in reports if report.rows] or taken
-    scores = torch.tensor([t.score or 0.0 for t in seen], dtype=torch.float64)
+    scores = torch.tensor(scores_of(seen), dtype=torch.float64)
     sums = torch.tensor(
         [
             len(seen),
@@ -317,11 +329,13 @@ def metrics(
             sum(t.sampled_tokens for t in seen),
             mismatch.kl_sum,
             mismatch.tokens,
+            len(scores),
         ],
         dtype=torch.float64,
     )
-    count, total, squares, right, unknown, truncated, sampled, kl, compared = context.ranks.sum_floats(sums).tolist()
-    n = max(count, 1)
+    summed = context.ranks.sum_floats(sums).tolist()
+    count, total, squares, right, unknown, truncated, sampled, kl, compared, known = summed
+    n, scored = max(count, 1), max(known, 1)
     tokens = sum(report.tokens for report in taken)
     trained = sum(report.trained_tokens for report in taken)
     line = {
@@ -330,10 +344,11 @@ def metrics(
         "lr": rate,
         "entropy": _mean([r.entropy for r in main]),
         "clip_share": _mean([r.clip_share for r in main]),
-        "reward": total / n,
-        "reward_std": max(0.0, squares / n - (total / n) ** 2) ** 0.5,
+        "reward": total / scored,
+        "reward_std": max(0.0, squares / scored - (total / scored) ** 2) ** 0.5,
         "accuracy": right / n,
         "unknown": int(unknown),
+        "unknown_share": unknown / n,
         "truncated": truncated / n,
         "response_tokens": sampled / n,
         "mismatch_kl": kl / compared if compared else None,

@@ -12,7 +12,7 @@ import torch
 from thence.data.chat import end_token_ids
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
-from thence.methods.registry import make_method
+from thence.methods.registry import stage_method
 from thence.pipeline.context import Context
 from thence.pipeline.eval_stage import run_eval, test_sets
 from thence.pipeline.folder import RunFolder
@@ -22,7 +22,7 @@ from thence.pipeline.progress import Silent, Watcher
 from thence.pipeline.prompts import kept_prompts, load_prompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
-from thence.recipe import Eval, Model, Recipe, Rl, Sft, kind_of, load_recipe
+from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
 from thence.train.checkpoint import publish
 from thence.train.model import Loaded, load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
@@ -76,7 +76,7 @@ def method_labels(recipe: Recipe) -> dict[str, str]:
     for name in recipe.stages:
         stage = recipe.stage(name)
         if isinstance(stage, Sft | Rl):
-            method = make_method(stage.method, stage.options, kind_of(name))
+            method = stage_method(stage, name)
             labels[name] = stage.method + (" (reconstruction)" if method.exactness == "reconstruction" else "")
             if stage.fault is not None:
                 labels[name] += f" with {' and '.join(stage.fault.names)}"

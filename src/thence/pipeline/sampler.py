@@ -53,6 +53,7 @@ class RolloutSampler:
         self.seconds = 0.0
         self.seen: list[Trajectory] = []
         self.limit = context_of(context.model.config)
+        self.unknown = stage.unknown
         self.sampling = Sampling(
             max_tokens=response_tokens(context.name, stage, prompts, self.limit),
             temperature=stage.temperature,
@@ -101,7 +102,7 @@ class RolloutSampler:
             cut = len(ids) < len(prefix) + len(trajectory.response_ids)
             finish = "length" if cut else trajectory.finish
             whole.append(Trajectory(prompt, ids, finish=finish, prefix=min(len(prefix), len(ids))))
-        graded = grade(self.context.tokenizer, self.grader, whole)
+        graded = self._known(grade(self.context.tokenizer, self.grader, whole))
         self.seen += graded
         return graded
 
@@ -127,7 +128,13 @@ class RolloutSampler:
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
-        return grade(self.context.tokenizer, self.grader, found)
+        return self._known(grade(self.context.tokenizer, self.grader, found))
+
+    def _known(self, graded: Sequence[Trajectory]) -> list[Trajectory]:
+        """The same without a score where nobody can tell it, unless the recipe asks for zero."""
+        if self.unknown == "zero":
+            return list(graded)
+        return [t.scored(None) if t.verdict == "unknown" else t for t in graded]
 
     def uniform(self, *key: object) -> float:
         return stable_seed(*self.context.seed_parts(), "method", self.step, *key) / 2**63
@@ -162,6 +169,7 @@ class RolloutSampler:
         again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
         model, tokenizer = self.context.model, self.context.tokenizer
         found = respond(model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again)
+        found = self._known(found) if keep else found
         self.seconds += time.perf_counter() - start
         repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]
         self.context.meter.sampled(repeated, [len(trajectory.response_ids) for trajectory in found])

@@ -13,7 +13,7 @@ from thence.data.order import batch_at, epoch_order, steps_per_epoch
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
 from thence.methods.base import Method, make_rows
-from thence.methods.registry import make_method
+from thence.methods.registry import stage_method
 from thence.objective import Batch, Row
 from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained, load_prompts
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
     """Train the context's model on demonstrations. Returns facts for ``done.json``."""
-    method = make_method(stage.method, stage.options, "sft")
+    method = stage_method(stage, context.name)
     found = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
     prompts = [prompt for prompt in found if prompt.demonstration_ids]
     if 0 < len(prompts) < len(found):

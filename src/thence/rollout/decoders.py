@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,7 @@ def padded_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
 
 
 class TransformersDecoder:
-    """Any Hugging Face causal language model, through its own cache."""
+    """Any Hugging Face causal language model, through transformers' cache."""
 
     def __init__(self, model: Any):
         from transformers import DynamicCache
@@ -44,6 +45,8 @@ class TransformersDecoder:
         self.model, self.device = model, next(model.parameters()).device
         self.cache = DynamicCache(config=model.config)
         self.seen_BL = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.takes = set(inspect.signature(inner.forward).parameters)
 
     def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
         token_ids_UP, padding_U = padded_left(prompts, self.device)
@@ -61,16 +64,17 @@ class TransformersDecoder:
 
     def keep(self, row_K: Tensor) -> None:
         self.seen_BL = self.seen_BL[row_K]
-        self.cache.batch_select_indices(row_K)
+        self.cache.reorder_cache(row_K)  # pyright: ignore[reportArgumentType] - states of recurrent layers too
 
     def _forward(self, token_ids_BN: Tensor, seen_BL: Tensor) -> Tensor:
-        positions_BL = (seen_BL.cumsum(1) - 1).clamp(min=0)
-        output = self.model(
-            input_ids=token_ids_BN,
-            attention_mask=seen_BL,
-            position_ids=positions_BL[:, -token_ids_BN.shape[1] :],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+        n = token_ids_BN.shape[1]
+        inputs: dict[str, Any] = {"input_ids": token_ids_BN, "use_cache": True}
+        if "past_key_values" in self.takes:
+            inputs |= {"past_key_values": self.cache, "attention_mask": seen_BL}
+        else:  # state-space models: what padding is matters while prompts are read, and the state holds the rest
+            inputs |= {"cache_params": self.cache, "attention_mask": seen_BL if n == seen_BL.shape[1] else None}
+        if "position_ids" in self.takes:
+            inputs["position_ids"] = (seen_BL.cumsum(1) - 1).clamp(min=0)[:, -n:]
+        if "logits_to_keep" in self.takes:
+            inputs["logits_to_keep"] = 1
+        return self.model(**inputs).logits[:, -1].float()

@@ -12,29 +12,48 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from thence.kernels.decode import DecodeKernels, decode_kernels
 from thence.rollout.decoders import padded_left
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def is_plain_llama(model: Any) -> bool:
-    """Whether the model is of the family and uses nothing that this decoder leaves out."""
+    """Whether the model is of the family and uses nothing that this decoder leaves out.
+
+    The decoder reads weights, not modules: an adapter, a parametrization or a quantized layer would be passed over.
+    """
     config = model.config
+    if config.model_type not in FAMILIES or type(model).__name__ not in CLASSES:
+        return False
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    attention = model.model.layers[0].self_attn
     return (
-        config.model_type in FAMILIES
-        and config.hidden_act == "silu"
+        config.hidden_act == "silu"
         and not windowed
         and not getattr(config, "mlp_bias", False)
-        and getattr(model.model.layers[0].self_attn.o_proj, "bias", None) is None
+        and getattr(attention.o_proj, "bias", None) is None
+        and len({getattr(attention, f"{part}_proj").bias is None for part in "qkv"}) == 1
+        and getattr(model.lm_head, "bias", None) is None
         # other kinds of rotary embedding depend on the length of what is read
         and (config.rope_parameters or {}).get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+        and all(type(module) in (nn.Linear, nn.Embedding) for module in _read_from(model))
         and all(p.dtype == torch.float32 for p in model.parameters())
     )
+
+
+def _read_from(model: Any) -> list[nn.Module]:
+    """The modules whose ``weight`` this decoder reads, norms aside."""
+    found = [model.model.embed_tokens, model.lm_head]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return found
 
 
 @dataclass(frozen=True)

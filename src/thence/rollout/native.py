@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thence.rollout.decoders import Decoder, TransformersDecoder
+from thence.errors import UserError
+from thence.rollout.choice import choice_of
+from thence.rollout.decoders import Decoder
 from thence.rollout.draws import draw, uniforms
-from thence.rollout.llama import LlamaDecoder, is_plain_llama
 
 DRAW_BLOCK = 64  # positions whose random numbers are made at once
 RETIRE_SHARE = 0.125  # of the rows held: so many must have ended before the cache is made smaller
@@ -28,6 +30,9 @@ class Sampling:
         top_k: 0: off.
         stop_ids: tokens that end a response; the one that ended it is part of the response.
         rows: most responses sampled side by side.
+
+    Raises:
+        UserError: a value that cannot be sampled with, NaN among them.
     """
 
     max_tokens: int
@@ -36,6 +41,20 @@ class Sampling:
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
     rows: int = 512
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "max_tokens": ("1 or more", self.max_tokens >= 1),
+            "temperature": ("0 (greedy) or more, and finite", 0 <= self.temperature < math.inf),
+            "top_p": ("above 0, and 1 at most; 1 is off", 0 < self.top_p <= 1),
+            "top_k": ("0 (off) or more", self.top_k >= 0),
+            "rows": ("1 or more", self.rows >= 1),
+        }
+        for name, (wanted, holds) in wrong.items():
+            if not holds:
+                raise UserError(
+                    f"{name} = {getattr(self, name)} cannot be sampled with", remedy=f"give {wanted}", field=name
+                )
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,9 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
 
     Returns:
         The responses in the order of the prompts.
+
+    Raises:
+        UserError: the model cannot be sampled from (:func:`~thence.rollout.choice.choice_of`).
     """
     found = dict(stream(model, prompts, seeds, sampling))
     return [found[i] for i in range(len(prompts))]
@@ -80,12 +102,23 @@ def stream(
         raise ValueError("a prompt has no token; give it at least a beginning token")
     # Rows of one length need no padding and the same prompt is read once: sort by length, then by content.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
-    decoder_type = LlamaDecoder if is_plain_llama(model) else TransformersDecoder
-    for start in range(0, len(order), sampling.rows):
-        wave = order[start : start + sampling.rows]
+    choice = choice_of(model)
+    for wave in _waves(order, None if choice.pads else [len(prompt) for prompt in prompts], sampling.rows):
         own_prompts, own_seeds = [list(prompts[i]) for i in wave], [seeds[i] for i in wave]
-        for row, response in _sample_wave(decoder_type(model), own_prompts, own_seeds, sampling):
+        for row, response in _sample_wave(choice.make(model), own_prompts, own_seeds, sampling):
             yield wave[row], response
+
+
+def _waves(order: list[int], lengths: list[int] | None, rows: int) -> Iterator[list[int]]:
+    """Prompts that are sampled side by side: at most so many, and of one length where ``lengths`` are given."""
+    wave: list[int] = []
+    for i in order:
+        if wave and (len(wave) == rows or (lengths is not None and lengths[i] != lengths[wave[0]])):
+            yield wave
+            wave = []
+        wave.append(i)
+    if wave:
+        yield wave
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written beside, checked by checksum, renamed into place.
 
-A checkpoint is a folder in the Hugging Face layout (any tool opens it) with the optimizer's tensors and the plain
-state beside the weights. safetensors and JSON only; nothing is unpickled.
+A checkpoint is a folder that transformers opens, with the optimizer's tensors and the plain state beside the weights.
+The weights have the names that they have in memory, which are not the published ones for some architectures (experts
+of a mixture lie together in memory). safetensors and JSON only; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from thence.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 REPLACED = ".replaced-"
@@ -50,7 +53,7 @@ def write_checkpoint(
     temporary = folder / f".writing-{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, save_original_format=False)
     tokenizer.save_pretrained(temporary)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(contiguous, temporary / "optimizer.safetensors")
@@ -107,13 +110,31 @@ def is_whole(folder: Path) -> bool:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Copy the weights of a folder into the model, bit by bit."""
-    shards = sorted(folder.glob("model*.safetensors"))
-    tensors = {name: value for shard in shards for name, value in load_file(shard).items()}
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise OSError(f"{folder} does not fit the model: missing {missing}, unexpected {unexpected}")
+    """Copy the weights of a checkpoint into the model, bit by bit; every one of the model's must be there.
+
+    Raises:
+        CheckpointError: names or shapes are not those of the model.
+    """
+    own = model.state_dict()
+    filled: set[int] = set()
+    for shard in sorted(folder.glob("model*.safetensors")):
+        for name, value in load_file(shard).items():
+            if name not in own or own[name].shape != value.shape:
+                raise _misfit(folder, f"{name} of shape {tuple(value.shape)} is none of the model's weights")
+            own[name].copy_(value)
+            filled.add(own[name].data_ptr())
+    # a tied weight is stored once, under one of its names
+    missing = [name for name, value in own.items() if value.numel() and value.data_ptr() not in filled]
+    if missing:
+        raise _misfit(folder, f"it lacks {', '.join(missing[:3])}")
+
+
+def _misfit(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint does not fit the model: {why}",
+        remedy="resume with the version of thence and the model that wrote it, or begin anew with --restart",
+        file=folder,
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -13,9 +13,10 @@ import torch
 
 from thence import recipe as recipes
 from thence.errors import RecipeError, UserError
-from thence.train.forward import check_model
+from thence.models.layers import check_model
 
 log = logging.getLogger(__name__)
+NOISE = ("dropout", "pdrop", "layerdrop", "jitter")  # parts of the names of fields that make training random
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
     origin, options = resolve(settings.path or ""), _options(settings)
     try:
         if settings.init is not None:
-            config = _without_dropout(AutoConfig.for_model(**settings.init))
+            config = _without_noise(AutoConfig.for_model(**settings.init))
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             config = AutoConfig.from_pretrained(origin, **options)
-            config = _without_dropout(_overridden(config, settings.config_overrides))
+            config = _without_noise(_overridden(config, settings.config_overrides))
             model = AutoModelForCausalLM.from_pretrained(
                 origin, config=config, dtype=dtype, **options, **_unpacked(settings)
             )
@@ -63,6 +64,8 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         ) from error
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps `to` and loses its type
     model.eval()
+    make_generation_valid(model)
+    check_vocabulary(model, tokenizer)
     check_model(model)
     return Loaded(model, tokenizer, settings.path or "random weights")
 
@@ -86,6 +89,54 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Make sure that every token of the tokenizer has its row in the embedding; more rows than tokens are padding.
+
+    Raises:
+        RecipeError: tokens beyond the embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        raise RecipeError(
+            f"the tokenizer has {len(beyond)} tokens that the model's embedding of {rows} rows has not, the first "
+            f"{beyond[0][1]!r} ({beyond[0][0]})",
+            remedy="give the tokenizer that belongs to the model, or a model saved after resize_token_embeddings",
+            field="model.tokenizer",
+        )
+
+
+def make_generation_valid(model: Any) -> None:
+    """Change what the model's generation config says until transformers agrees to save it.
+
+    Llama 2's and Vicuna's have a temperature without ``do_sample``: transformers reads such a file, and refuses to
+    write it. Sampling is then switched on, as the temperature means; where that is not enough, only token ids are kept.
+    """
+    from transformers import GenerationConfig
+
+    config = getattr(model, "generation_config", None)
+    if config is None or _is_valid(config):
+        return
+    kept = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for said, changed in (
+        ("do_sample is set", GenerationConfig.from_dict({**config.to_dict(), "do_sample": True})),
+        ("only its token ids are kept", GenerationConfig(**kept)),
+        ("only its end tokens are kept", GenerationConfig(eos_token_id=kept["eos_token_id"])),
+    ):
+        if _is_valid(changed):
+            log.warning("the model's generation_config.json is not valid for saving: %s", said)
+            model.generation_config = changed
+            return
+
+
+def _is_valid(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
@@ -148,9 +199,12 @@ def _overridden(config: Any, overrides: dict[str, Any]) -> Any:
     return config
 
 
-def _without_dropout(config: Any) -> Any:
-    """Dropout off: its noise would depend on how a batch is cut, and RL compares a policy with itself."""
+def _without_noise(config: Any) -> Any:
+    """Dropout and its like off: the noise would depend on how a batch is cut, and RL compares a policy with itself."""
     for name, value in list(vars(config).items()):
-        if isinstance(value, float) and value and ("dropout" in name or name.endswith("pdrop")):
+        if isinstance(value, float) and value and any(word in name for word in NOISE):
             setattr(config, name, 0.0)
+    for name in getattr(config, "sub_configs", {}):
+        if (inner := getattr(config, name, None)) is not None:
+            _without_noise(inner)
     return config

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from thence.errors import StepRefused
+from thence.models.layers import output_head
+from thence.models.packing import attending
 from thence.objective import Batch, Row, TokenStats, divisors, local_counts, objective, token_statistics
-from thence.train.forward import compute_context, hidden_states, output_head
+from thence.train.forward import compute_context, hidden_states
 from thence.train.micro_batches import micro_batches
 from thence.train.parallel import Ranks
 
@@ -146,23 +148,25 @@ def accumulate_gradients(
     total = torch.zeros((), device=device, dtype=torch.float64)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     seen, passes, learned = 0, 0, False
-    for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
-        with torch.set_grad_enabled(not micro.silent), compute_context(device, settings.compute_dtype):
-            hidden_TD = hidden_states(model, micro)
-            head_VD, scale = output_head(model)
-            loss, stats = objective(hidden_TD, head_VD, micro.inputs, batch.terms, divisor_J, batch.temperature / scale)
-        if not micro.silent:
-            loss.backward()
-            learned = True
-        total += loss.detach()
-        seen += len(stats.logp_T)
-        passes += 1
-        sums[0] += stats.entropy_T.sum()
-        sums[1] += stats.logp_T.sum()
-        sums[2] += stats.clipped_T.sum()
-        sums[3] += sum(micro.lengths)
-        if observe is not None:
-            observe(group, stats)
+    with attending(model, settings.packing):
+        for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
+            with torch.set_grad_enabled(not micro.silent), compute_context(device, settings.compute_dtype):
+                hidden_TD = hidden_states(model, micro)
+                loss, stats = objective(
+                    hidden_TD, output_head(model), micro.inputs, batch.terms, divisor_J, batch.temperature
+                )
+            if not micro.silent:
+                loss.backward()
+                learned = True
+            total += loss.detach()
+            seen += len(stats.logp_T)
+            passes += 1
+            sums[0] += stats.entropy_T.sum()
+            sums[1] += stats.logp_T.sum()
+            sums[2] += stats.clipped_T.sum()
+            sums[3] += sum(micro.lengths)
+            if observe is not None:
+                observe(group, stats)
     if not learned:  # the optimizer is to see a gradient of zero, not none: its moments go on
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -181,9 +185,8 @@ def policy_statistics(
     result: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     for group, micro in micro_batches(rows, settings.micro_batch_tokens, settings.packing, device):
         with torch.no_grad(), compute_context(device, settings.compute_dtype):
-            head_VD, scale = output_head(model)
             logp_T, entropy_T = token_statistics(
-                hidden_states(model, micro), head_VD, micro.inputs.target_T, temperature / scale
+                hidden_states(model, micro), output_head(model), micro.inputs.target_T, temperature
             )
         sizes = [rows[i].n_trained for i in group]
         for i, logp, entropy in zip(group, logp_T.cpu().split(sizes), entropy_T.cpu().split(sizes), strict=True):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from thence.accounting.meter import FlopMeter
+from thence.models.layers import check_model
+from thence.models.packing import way_of
 from thence.objective import Batch, Row
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
@@ -29,6 +31,9 @@ class Trainer:
         ranks: who shares the step; this process alone when absent.
         take_step: the step itself; a faulty one, to see what a fault does.
         meter: counts the FLOPs of every pass.
+
+    Raises:
+        UserError: the model is one whose gradient the step would get wrong, or that cannot be packed as asked.
     """
 
     def __init__(
@@ -46,6 +51,9 @@ class Trainer:
         meter: FlopMeter | None = None,
     ):
         self.model, self.settings, self.ranks = model, settings or StepSettings(), ranks or SingleProcess()
+        check_model(model)
+        if self.settings.packing:
+            way_of(model)
         self.learning_rate: Callable[[int], float] = (
             learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
         )
