@@ -355,3 +355,17 @@ def test_the_command_line_plans_refuses_and_reports(done, tmp_path: Path, capsys
     file.write_text(to_toml(wrong))
     assert main(["compare", str(file)]) == 2
     assert "did you mean 'luffy'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_what_a_later_arm_names_is_tried_before_the_first_run(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tables(tmp_path)
+    own["arms"]["rl"] = {"kind": "rl", "settings": {"reward": "mth"}}
+    file = tmp_path / "comparison.toml"
+    file.write_text(to_toml(own))
+    assert main(["compare", str(file), *flags]) == 2
+    assert "arms.rl: reward: no reward is called 'mth'" in capsys.readouterr().err
+    assert not (tmp_path / "comparison" / "runs").exists()
+    assert not (tmp_path / "comparison" / "bases").exists()

@@ -130,6 +130,8 @@ def test_rows_train_the_response_and_nothing_else():
 class FakeSampler:
     """Prompts 0, 1, 2, ...; the scores of a prompt's group are looked up, and every response is ``length`` long."""
 
+    rank = 0
+
     def __init__(self, scores: dict[int, list[float]], length: int = 3, prompts: int = 1000):
         self.scores, self.length, self.prompts, self.drawn, self.rounds = scores, length, prompts, 0, 0
 
@@ -137,6 +139,9 @@ class FakeSampler:
         chosen = [Prompt((self.drawn + i) % self.prompts, (2, 3)) for i in range(count)]
         self.drawn += count
         return chosen
+
+    def gather(self, value):
+        return [value]
 
     def rollouts(self, prompts, n):
         self.rounds += 1
@@ -204,7 +209,12 @@ def test_groups_are_dropped_for_their_answers_and_not_for_the_length_penalty():
 def test_penalties_reach_the_advantage():
     """Two right answers, one of them overlong: after the penalty the shorter one is the better."""
     short, long = Trajectory(Prompt(0, (2,)), (3,) * 4, score=1.0), Trajectory(Prompt(0, (2,)), (3,) * 8, score=1.0)
-    sampler: Any = SimpleNamespace(next_prompts=lambda count: [short.prompt], rollouts=lambda prompts, n: [short, long])
+    sampler: Any = SimpleNamespace(
+        rank=0,
+        gather=lambda value: [value],
+        next_prompts=lambda count: [short.prompt],
+        rollouts=lambda prompts, n: [short, long],
+    )
     method = Dapo({"overlong_tokens": 8, "overlong_buffer": 4, "dynamic_sampling": False, "std": False})
     weights = method.weigh(method.compose(sampler, 1, 2))
     assert [w[0, 0].item() for w in weights] == pytest.approx([0.5, -0.5])

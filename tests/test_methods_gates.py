@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.methods import registry
 from thence.methods.base import Method, SideStep, make_rows
 from thence.methods.hpt import Hpt
-from thence.methods.relift import Failure, Relift, share_of_first
+from thence.methods.relift import Failure, Relift
 from thence.methods.sasr import Sasr, chance
 from thence.methods.superrl import SuperRl
 from thence.objective import Batch, local_counts
@@ -42,6 +41,7 @@ class FakeSampler:
     def __init__(self, scores: dict[int, list[float]], bare: tuple[int, ...] = (), luck: float = 0.5):
         self.scores, self.bare, self.luck = scores, bare, luck
         self.step, self.steps, self.drawn, self.expert_drawn = 0, 100, 0, 0
+        self.rank, self.world = 0, 1
 
     def prompt(self, index: int) -> Prompt:
         rng = random.Random(index)
@@ -76,6 +76,9 @@ class FakeSampler:
 
     def total(self, count):
         return count
+
+    def gather(self, value):
+        return [value]
 
 
 def kinds(trajectories: list[Trajectory]) -> list[tuple[int, str]]:
@@ -184,59 +187,6 @@ def test_relift_step_settings_are_those_of_its_options():
     method.compose(sampler, 1, 2)
     (step,) = method.side_steps(sampler)
     assert (step.lr, step.clip_norm, [t.name for t in step.terms]) == (3e-6, 0.5, ["sft"])
-
-
-class Together:
-    """``total`` over ranks that are threads."""
-
-    def __init__(self, world: int):
-        self.counts, self.barrier = [0] * world, threading.Barrier(world, timeout=20)
-
-    def total(self, rank: int, count: int) -> int:
-        self.barrier.wait()
-        self.counts[rank] = count
-        self.barrier.wait()
-        return sum(self.counts)
-
-
-@pytest.mark.parametrize(
-    ("older", "size", "expected"),
-    [
-        ([[], [0, 2, 4, 6, 8]], 5, [[11], [10, 12, 0, 2]]),
-        ([[1, 3], [0, 2]], 5, [[11, 1], [10, 12, 0]]),
-        ([[1, 3], [0, 2]], 4, [[11], [10, 12, 0]]),
-        ([[1, 3, 5, 7], []], 5, [[11, 1, 3], [10, 12]]),
-        ([[1], [0, 2]], 1, [[], [10]]),
-    ],
-    ids=str,
-)
-def test_relift_takes_exactly_one_batch_over_all_ranks_newest_first(older, size, expected):
-    """Two ranks: prompt 11 and prompts 10 and 12 failed just now, the older ones two batches ago."""
-    ranks, before, taken, left = Together(2), [[], []], [[], []], [[], []]
-
-    def work(rank: int) -> None:
-        sampler: Any = FakeSampler({})
-        sampler.step, sampler.total = 4, lambda count: ranks.total(rank, count)
-        method = Relift({"sft_batch": size})
-        method.buffer = [Failure(4, sampler.prompt(i)) for i in [[11], [10, 12]][rank]]
-        method.buffer += [Failure(2, sampler.prompt(i)) for i in older[rank]]
-        before[rank] = entries(method)
-        (step,) = method.side_steps(sampler)
-        taken[rank] = [t.prompt.index for t in step.trajectories]
-        left[rank] = entries(method)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert taken == expected
-    assert [a + b for a, b in zip(taken, left, strict=True)] == before
-
-
-def test_the_smallest_keys_of_one_rank_are_its_first():
-    keys = [3, 1 << 40, (1 << 60) + 5]
-    assert [share_of_first(keys, n, lambda count: count) for n in (1, 2, 3)] == [1, 2, 3]
 
 
 # SASR's coin.

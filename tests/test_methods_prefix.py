@@ -24,7 +24,7 @@ from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.methods import registry
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.chord import ChordMu, ChordPhi, share_of_sft, spread
-from thence.methods.exgrpo import ExGrpo, bucket_weight
+from thence.methods.exgrpo import ExGrpo, bucket_weight, lesson
 from thence.methods.prefix_rft import PrefixRft, keep_highest, lowest_fraction, prefix_length
 from thence.methods.uft import Uft, slice_probability, stage_slices
 from thence.objective import Batch, Context, local_counts
@@ -314,6 +314,8 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
 class Desk:
     """A sampler without a model: the j-th rollout of a prompt is right if ``right`` says so."""
 
+    rank, world = 0, 1
+
     def __init__(self, prompts: Sequence[Prompt], step: int = 0, steps: int = 500):
         self.prompts, self.step, self.steps, self.drawn, self.expert = list(prompts), step, steps, 0, 0
         self.right: Any = lambda prompt, j: j == 0
@@ -348,6 +350,9 @@ class Desk:
 
     def total(self, count: int) -> int:
         return count
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 def with_demonstrations(count: int, tokens: int = 21, without: Sequence[int] = ()) -> list[Prompt]:
@@ -495,7 +500,7 @@ def test_buckets_are_drawn_by_their_normal_distribution() -> None:
     desk, method = Desk(with_demonstrations(9)), ExGrpo()
     for index, k in ((0, 4), (1, 6), (2, 6), (3, 6)):
         desk.right = lambda prompt, j, k=k: j < k
-        method.learn(desk.rollouts([desk.prompts[index]], 8))
+        method.learn(lesson(desk.rollouts([desk.prompts[index]], 8)))
     drawn = []
     for step in range(2000):
         desk.step = step

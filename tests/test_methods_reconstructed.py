@@ -106,7 +106,7 @@ class Desk:
     """A sampler whose rollouts fail, and whose continuations succeed as often as ``rates`` says of their prefix."""
 
     def __init__(self, prompts: Sequence[Prompt], rates: Any, solved: Sequence[int] = ()):
-        self.step, self.steps = 0, 10
+        self.step, self.steps, self.rank, self.world = 0, 10, 0, 1
         self.prompts, self.rates, self.solved = list(prompts), rates, solved
         self.asked: list[list[tuple[int, int]]] = []
 
@@ -138,6 +138,9 @@ class Desk:
 
     def total(self, count: int) -> int:
         return count
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 def shown(index: int, tokens: int = 20) -> Prompt:

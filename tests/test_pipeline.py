@@ -374,7 +374,7 @@ def test_rl_draws_every_prompt_once_before_any_comes_again(recipes: Recipes) -> 
     )
     rl = {"steps": 10, "prompts": 4, "rollouts": 2, "reward": f"{file}:reward", "lr": 1e-6, "max_tokens": 2}
     run(recipes(["rl"], rl=rl))  # 20 prompts: five steps a pass, two passes
-    asked = log.read_text().split("\n")[:-1]
+    asked = log.read_text().split("\n")[1:-1]  # the first call tries the function before the first step
     assert len(asked) == 80
     for half in (asked[:40], asked[40:]):
         assert set(Counter(half).values()) == {2}

@@ -207,7 +207,7 @@ class Rl(Optimization):
     top_k: int = Field(default=0, ge=0)
     """0: off."""
     max_tokens: int = Field(default=8192, ge=1)
-    """Longest response."""
+    """Longest response; where it is not set, less if the model's context leaves less beside the longest prompt."""
     reward: str = "math"
     """exact, math, math-after-think, or an own function: package.module:function or file.py:function."""
     reward_seconds: float = Field(default=10.0, gt=0)
@@ -244,7 +244,7 @@ class Eval(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; 1: off."""
     max_tokens: int = Field(default=8192, ge=1)
-    """Longest response."""
+    """Longest response; where it is not set, less if the model's context leaves less beside the longest prompt."""
     reward: str = "math"
     """Grader, as in rl."""
     reward_seconds: float = Field(default=10.0, gt=0)
@@ -287,9 +287,20 @@ class Recipe(Section):
         return Path(self.folder) if self.folder else Path("runs") / f"{self.name}-seed{self.seed}"
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as nested plain values: what is written to the run folder, and loads to the same recipe."""
+        """The recipe as nested plain values: what is written to the run folder, and loads to the same recipe.
+
+        ``max_tokens`` is in it only where it was set: one that was not gives way to the model's context.
+        """
         plain = self.model_dump(mode="json", exclude_none=True)
-        return plain | {name: stage.model_dump(mode="json", exclude_none=True) for name, stage in self.tables.items()}
+        for name, stage in self.tables.items():
+            unset = {"max_tokens"} - stage.model_fields_set
+            plain[name] = stage.model_dump(mode="json", exclude_none=True, exclude=unset)
+        return plain
+
+    def same_as(self, other: Recipe) -> bool:
+        """Whether every setting is the same, set or left at its default."""
+        tables = [{name: stage.model_dump() for name, stage in recipe.tables.items()} for recipe in (self, other)]
+        return self.model_dump() == other.model_dump() and tables[0] == tables[1]
 
 
 def kind_of(stage: str) -> str:

@@ -103,9 +103,11 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
 def _dry_run(recipe, only, seeds, bases) -> int:
     from thence.compare.live import title
     from thence.compare.plan import Planner
+    from thence.compare.preflight import refuse_what_cannot_run
 
     planner = Planner(recipe, recipe.path().resolve(), only, seeds, bases)
     needs = list(planner.needs())
+    refuse_what_cannot_run(planner, planner.to_run())
     done = 0
     for need in needs:
         is_done = planner.is_done(need)

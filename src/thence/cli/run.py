@@ -20,13 +20,13 @@ HELP = """\
 thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
 
   RECIPE      a shipped recipe (`thence recipes`) or a TOML file
-  --dry-run   print the resolved recipe, tokens, FLOPs and memory, and stop
+  --dry-run   try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop
   --restart   throw away what an earlier run left in the folder
   --fields    list every field of a recipe, with its default
 
 Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad, --seed 1, --folder runs/mine.
 Tables: --data.columns question=problem,answer=solution, or the flag once for each.
-Run again after a crash or Ctrl-C: it goes on where it was.
+Run again after a crash or Ctrl-C: it resumes where it was.
 Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
 SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
 
@@ -54,12 +54,24 @@ def dry_run(recipe: Recipe) -> int:
 
     from thence.accounting.budget import plan
     from thence.accounting.show import plan_view
+    from thence.pipeline.preflight import preflight, refuse
+    from thence.pipeline.prompts import kept_prompts
 
     console = Console()
     print(to_toml(recipe.resolved()))  # not through rich: a recipe must not be wrapped
-    _check_methods(recipe)
+    _quiet_libraries()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
+    with kept_prompts.during_run():
+        findings = preflight(recipe, None, ranks)
+        wrong = [finding for finding in findings if finding.state == "refused"]
+        refuse(wrong)
+        console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
+    print()
+    for finding in findings:
+        if finding.state == "unverified":
+            print(f"not verified: {finding.part}: {finding.reason}")
+    tried = sum(finding.state == "ok" for finding in findings)
+    print(f"{tried} of {len(findings)} things that the recipe names were tried, and hold")
     return 0
 
 
@@ -78,7 +90,6 @@ def execute(recipe: Recipe, restart: bool) -> int:
     logging.getLogger("thence").setLevel(logging.INFO if leads else logging.ERROR)
     _quiet_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    _check_methods(recipe)
     with Terminal(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart)
     if leads:
@@ -91,22 +102,6 @@ def execute(recipe: Recipe, restart: bool) -> int:
             console.print(table)
         console.print(f"report: {page}", soft_wrap=True)
     return 0
-
-
-def _check_methods(recipe: Recipe) -> None:
-    """Fail on a wrong method, option, fault or engine before anything is computed."""
-    from thence.methods.registry import stage_method
-    from thence.pipeline.context import step_of
-    from thence.recipe import Rl, Sft
-    from thence.rollout.vllm.settings import vllm_settings
-
-    for name in recipe.stages:
-        stage = recipe.stage(name)
-        if isinstance(stage, Sft | Rl):
-            stage_method(stage, name)
-            step_of(name, stage)
-        if isinstance(stage, Rl) and stage.engine == "vllm":
-            vllm_settings(stage.vllm, f"{name}.vllm")
 
 
 def _config(recipe: Recipe) -> dict[str, Any] | None:
@@ -124,7 +119,6 @@ def _measured(recipe: Recipe) -> dict[str, Any]:
     from thence.pipeline.prompts import load_prompts
     from thence.train.model import load_tokenizer
 
-    _quiet_libraries()
     training = [recipe.stage(name) for name in recipe.stages if not name.startswith("eval")]
     data = recipe.stage_data(training[0].data if training else {})
     try:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from thence.compare.collect import collect
 from thence.compare.plan import Job, Need, Planner
+from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import RESULTS, Comparison, Failure, to_json
 from thence.errors import UserError
@@ -76,7 +77,8 @@ def compare(
     planner = Planner(recipe, folder, only, seeds, bases)
     failures: list[Failure] = []
     with _alone(folder) as lock:
-        ran = bool(planner.to_run())
+        if ran := bool(left := planner.to_run()):
+            refuse_what_cannot_run(planner, left)
         write_atomically(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
         try:
             for failure in _run_all(planner, jobs, threads, lock, watcher):

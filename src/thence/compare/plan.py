@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thence.compare.recipe import ComparisonRecipe
+from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage
 from thence.compare.result import read_results
 from thence.compare.summary import Summary, read_summary
 from thence.errors import UserError
 from thence.pipeline.folder import RunFolder
-from thence.recipe import apply_overrides, kind_of, load_recipe, read_tables
+from thence.recipe import KINDS, apply_overrides, kind_of, load_recipe, read_tables
 
 UNLIMITED = 1_000_000  # steps of an RL stage that its budget ends
 
@@ -295,4 +295,6 @@ class Planner:
         _, tables = read_tables(str(base.recipe))
         stages = [name for name in load_recipe(tables).stages if kind_of(name) != "eval"]
         own = {key: value for key, value in tables.items() if key != "folder"}
+        own |= {key: absolute_stage(own[key]) for key in own if kind_of(key) in KINDS}  # workers run elsewhere
+        own |= {"data": absolute_data(own["data"])} if "data" in own else {}
         return apply_overrides(own, {"stages": stages, "seed": need.seed, "data.seed": need.seed})

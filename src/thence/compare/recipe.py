@@ -278,31 +278,36 @@ def resolved_stage(recipe: ComparisonRecipe, arm: str) -> Recipe:
     return next(build_recipe(tables) for name, _, tables in all_stages(recipe) if name == arm)
 
 
+def absolute_data(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A data table whose files are named from the root."""
+    result = dict(table)
+    if (sources := table.get("source")) is not None:
+        names = [sources] if isinstance(sources, str) else sources
+        result["source"] = [str(Path(name).resolve()) if Path(name).exists() else name for name in names]
+    if Path(template := str(table.get("template", ""))).is_file():
+        result["template"] = str(Path(template).resolve())
+    return result
+
+
+def absolute_stage(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's table whose files are named from the root."""
+    own = {**table, "data": absolute_data(table["data"])} if "data" in table else dict(table)
+    file, colon, function = str(own.get("reward", "")).rpartition(":")
+    if colon and Path(file).is_file():
+        own["reward"] = f"{Path(file).resolve()}:{function}"
+    if "splits" in own:
+        own["splits"] = {name: absolute_data(split) for name, split in own["splits"].items()}
+    return own
+
+
 def _with_absolute_paths(recipe: ComparisonRecipe) -> ComparisonRecipe:
     """Workers run elsewhere: files are named from the root."""
-
-    def absolute(table: Mapping[str, Any]) -> dict[str, Any]:
-        sources = table.get("source")
-        if sources is None:
-            return dict(table)
-        names = [sources] if isinstance(sources, str) else sources
-        return {**table, "source": [str(Path(name).resolve()) if Path(name).exists() else name for name in names]}
-
-    def of_stage(table: Mapping[str, Any]) -> dict[str, Any]:
-        own = {**table, "data": absolute(table["data"])} if "data" in table else dict(table)
-        file, colon, function = str(own.get("reward", "")).rpartition(":")
-        if colon and Path(file).is_file():
-            own["reward"] = f"{Path(file).resolve()}:{function}"
-        if "splits" in own:
-            own["splits"] = {name: absolute(split) for name, split in own["splits"].items()}
-        return own
-
     return recipe.model_copy(
         update={
-            "data": absolute(recipe.data),
-            "sft": of_stage(recipe.sft),
-            "rl": of_stage(recipe.rl),
-            "eval": of_stage(recipe.eval),
-            "tuning": recipe.tuning.model_copy(update={"eval": of_stage(recipe.tuning.eval)}),
+            "data": absolute_data(recipe.data),
+            "sft": absolute_stage(recipe.sft),
+            "rl": absolute_stage(recipe.rl),
+            "eval": absolute_stage(recipe.eval),
+            "tuning": recipe.tuning.model_copy(update={"eval": absolute_stage(recipe.tuning.eval)}),
         }
     )

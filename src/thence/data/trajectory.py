@@ -20,6 +20,8 @@ class Prompt:
         text: the prompt as the user wrote it, for graders and reports.
         group: the set it belongs to, for tables.
         opening: the think tag that the tokens end with ("<think>\\n"), put back before a response is graded; else "".
+        draw: its place in the rollout batch of all ranks. Two draws of one prompt are two groups, and a batch is cut
+            into optimizer steps in the order of the draws.
     """
 
     index: int
@@ -29,6 +31,12 @@ class Prompt:
     text: str = ""
     group: str = ""
     opening: str = ""
+    draw: int = 0
+
+    @property
+    def group_key(self) -> tuple[int, int]:
+        """What tells its group from others."""
+        return self.index, self.draw
 
 
 @dataclass(frozen=True)

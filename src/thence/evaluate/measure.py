@@ -61,20 +61,21 @@ def respond(
     sampling: Sampling,
     seed_parts: tuple[object, ...],
     engine: Engine | None = None,
+    again: Sequence[int] | None = None,
 ) -> list[Trajectory]:
     """``n`` responses for each prompt, prompt by prompt, graded if there is a grader.
 
     Args:
         seed_parts: what the random numbers follow from, besides the prompt's index and the number of the response.
         engine: samples in place of the model's own process, and holds the same weights.
+        again: how often each prompt was drawn before, one number a prompt; default: how often it stands before in
+            ``prompts``. A prompt drawn twice is sampled anew.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
     seeds = []
-    times: Counter[int] = Counter()
-    for prompt in prompts:
-        again = (times[prompt.index],) if times[prompt.index] else ()  # a prompt drawn twice is sampled anew
-        times[prompt.index] += 1
-        seeds += [stable_seed(*seed_parts, *again, prompt.index, j) for j in range(n)]
+    for prompt, times in zip(prompts, times_before(prompts) if again is None else again, strict=True):
+        parts = (*seed_parts, times) if times else seed_parts
+        seeds += [stable_seed(*parts, prompt.index, j) for j in range(n)]
     token_ids = [prompt.token_ids for prompt in repeated]
     responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
     found = [
@@ -82,6 +83,16 @@ def respond(
         for prompt, r in zip(repeated, responses, strict=True)
     ]
     return found if grader is None else grade(tokenizer, grader, found, sampling.stop_ids)
+
+
+def times_before(prompts: Sequence[Prompt]) -> list[int]:
+    """How often each prompt stands before, by its index."""
+    times: Counter[int] = Counter()
+    result = []
+    for prompt in prompts:
+        result.append(times[prompt.index])
+        times[prompt.index] += 1
+    return result
 
 
 def grade(

@@ -13,6 +13,7 @@ import torch
 from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
 from thence.recipe import Model
 from thence.rollout.native import Sampling, stream
+from thence.train.context_length import context_of
 from thence.train.model import load_model
 
 if TYPE_CHECKING:
@@ -120,15 +121,6 @@ def warn_of_rooms(task: Task, rooms: dict[str, int], context: int | None) -> Non
             "%s: %d of %d prompts do not fit into the model's context of %s; they get empty responses, graded wrong",
             *(task.name, full, len(rooms), context),
         )
-
-
-def context_of(config: Any) -> int | None:
-    """Most tokens that a model of this configuration was made for, prompt and response together; None: not told."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def fingerprint(model: torch.nn.Module) -> str:

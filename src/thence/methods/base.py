@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +14,8 @@ from torch import Tensor
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
 from thence.objective import Row, Term, trained_tokens
+
+T = TypeVar("T")
 
 
 class Options(BaseModel):
@@ -28,13 +30,17 @@ class Sampler(Protocol):
     Attributes:
         step: rollout batches before this one.
         steps: rollout batches of the stage.
+        rank, world: this process among those that share the batch. Each composes its share of one batch: prompts are
+            dealt in turn, so that 1, 2 or 4 ranks have the same batch. What a method decides must be the same on all.
     """
 
     step: int
     steps: int
+    rank: int
+    world: int
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        """The next prompts in the data's order."""
+        """This rank's share of the next ``count`` prompts in the data's order: every ``world``-th from ``rank`` on."""
         ...
 
     def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
@@ -53,7 +59,7 @@ class Sampler(Protocol):
         ...
 
     def expert_prompts(self, count: int) -> list[Prompt]:
-        """The next prompts with a demonstration, in an order of their own."""
+        """This rank's share of the next ``count`` prompts with a demonstration, in an order of their own."""
         ...
 
     def uniform(self, *key: object) -> float:
@@ -62,6 +68,10 @@ class Sampler(Protocol):
 
     def total(self, count: int) -> int:
         """The sum of a count over all ranks."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every rank, in rank order, on every rank. All ranks must ask."""
         ...
 
 
@@ -111,6 +121,8 @@ class Method(ABC):
     """Where the formula stands."""
     exactness: ClassVar[Literal["exact", "reconstruction"]] = "exact"
     """reconstruction: parts of it are not public, and what stands for them was chosen here."""
+    demonstrations: ClassVar[Literal["no", "whole", "begun"]] = "no"
+    """Whether it trains on demonstrations in an RL stage: whole ones, or responses that begin with a part of one."""
     uses_facts: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
     Options: ClassVar[type[Options]] = Options
@@ -166,7 +178,12 @@ class Method(ABC):
         """
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        """The trajectories of one rollout batch, whole groups; default: ``n`` rollouts for each prompt."""
+        """This rank's trajectories of one rollout batch, whole groups; default: ``n`` rollouts for each prompt.
+
+        Args:
+            prompts: of the whole batch, over all ranks.
+            n: size of a group.
+        """
         return sampler.rollouts(sampler.next_prompts(prompts), n)
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
@@ -177,11 +194,23 @@ class Method(ABC):
         """Told after every optimizer step: ``main`` or a side step's name, and the gradient norm before clipping."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values."""
+        """What a resumed run needs, as plain values. If all ranks have the same, another number of them can resume."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - a method without state has nothing to take up
         """Take up a state that :meth:`state` gave."""
+
+
+def in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
+    """What was dealt to ranks in turn, in the order before it was dealt."""
+    longest = max(map(len, parts), default=0)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def group_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
+    """The group of each trajectory, shape (N,), integers: those of one draw of a prompt share it."""
+    numbers: dict[tuple[int, int], int] = {}
+    return torch.tensor([numbers.setdefault(t.prompt.group_key, len(numbers)) for t in trajectories], dtype=torch.int64)
 
 
 def reward_of(trajectory: Trajectory) -> float:

@@ -102,6 +102,7 @@ class Bread(Method):
 
     name = "bread"
     stage = "rl"
+    demonstrations = "begun"
     formula = "-(1/N) sum_own min(r A, clip(r) A), groups that all fail branch from the shortest prefix that helps"
     source = "arXiv 2506.17211, abstract and notes"
     exactness = "reconstruction"

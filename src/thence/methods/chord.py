@@ -25,14 +25,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.data.trajectory import Prompt, Trajectory
+from thence.methods.base import Method, Sampler, TokenFacts, in_turn
 from thence.methods.dapo import groups_of
 from thence.methods.mixed import (
     MixedOptions,
@@ -86,6 +87,7 @@ class ChordMu(Method):
 
     name = "chord_mu"
     stage = "rl"
+    demonstrations = "whole"
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert log pi, mu from 0.9 to 0.05"
     source = "arXiv 2508.11408 and its code in Trinity-RFT"
     Options = ChordOptions
@@ -110,7 +112,7 @@ class ChordMu(Method):
         share = self.options.expert_share
         count = max(1, round(prompts * n * share / (1 - share)))
         own = sampler.rollouts(sampler.next_prompts(prompts), n)
-        return spread(groups_of(own), sampler.demonstrations(sampler.expert_prompts(count)))
+        return placed(sampler, groups_of(own), sampler.demonstrations(sampler.expert_prompts(count)))
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
         o, weights = self.options, []
@@ -154,6 +156,26 @@ def share_of_sft(step: int, peak: float, valley: float, warmup: int, decay: int)
     if step - warmup >= decay:
         return valley
     return valley + 0.5 * (peak - valley) * (1 + math.cos(math.pi * (step - warmup) / decay))
+
+
+def placed(sampler: Sampler, groups: Sequence[list[Trajectory]], experts: Sequence[Trajectory]) -> list[Trajectory]:
+    """This rank's groups and expert rows, each with its place in the batch of all ranks: see :func:`spread`.
+
+    Args:
+        groups, experts: this rank's share of each, dealt in turn.
+    """
+    kinds = [[group[0].prompt.index for group in groups], [expert.prompt.index for expert in experts]]
+    gathered = sampler.gather(kinds)
+    own, shown = (list(enumerate(in_turn([part[kind] for part in gathered]))) for kind in (0, 1))
+    marks = [[Trajectory(Prompt(index, (), draw=k), ())] for k, index in own]
+    rows = [Trajectory(Prompt(index, (), draw=k), (), origin="demonstration") for k, index in shown]
+    result: list[Trajectory] = []
+    for place, mark in enumerate(spread(marks, rows)):
+        k, rank = divmod(mark.prompt.draw, sampler.world)
+        if rank == sampler.rank:
+            mine = [experts[k]] if mark.origin == "demonstration" else groups[k]
+            result += [replace(t, prompt=replace(t.prompt, draw=place)) for t in mine]
+    return result
 
 
 def spread(groups: Sequence[Sequence[Trajectory]], experts: Sequence[Trajectory]) -> list[Trajectory]:

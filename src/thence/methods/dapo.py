@@ -3,9 +3,9 @@
     L = - (1 / N) sum_i sum_t min(r A_i, clip(r, 0.8, 1.28) A_i), dual clip 3,   A_i = (R_i - mean) / (std + 1e-6)
 
 Groups whose answers are all right or all wrong are dropped and others sampled in their place, at most
-``max_generations`` times. Each rank fills its own share of the batch: how many prompts are drawn, and which, depends on
-the number of ranks. The penalty ``min(-(T - (L - b)) / b * factor, 0)`` is added to the reward; whether a group is
-dropped is decided on the answers alone.
+``max_generations`` times, over all ranks together: the first groups of the data's order that teach something are kept.
+The penalty ``min(-(T - (L - b)) / b * factor, 0)`` is added to the reward; whether a group is dropped is decided on the
+answers alone.
 
 L and b follow the stage: L = ``max_tokens`` and b = L / 5, the ratio of the paper (20480 and 4096).
 """
@@ -96,18 +96,23 @@ class Dapo(Grpo):
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         kept: list[list[Trajectory]] = []
+        places: list[tuple[int, int, int]] = []  # of the groups of all ranks: draw, rank, place among the rank's own
         rounds = self.options.max_generations if self.options.dynamic_sampling else 1
         for _ in range(rounds):
-            found = sampler.rollouts(sampler.next_prompts(prompts), n)
-            groups = [found[i : i + n] for i in range(0, len(found), n)]
-            kept += [g for g in groups if not self.options.dynamic_sampling or is_informative(g)]
-            if len(kept) >= prompts:
+            sampled = sampler.rollouts(sampler.next_prompts(prompts), n)
+            groups = [sampled[i : i + n] for i in range(0, len(sampled), n)]
+            found = [g for g in groups if not self.options.dynamic_sampling or is_informative(g)]
+            mine = [(g[0].prompt.draw, sampler.rank, len(kept) + i) for i, g in enumerate(found)]
+            places += [place for part in sampler.gather(mine) for place in part]
+            kept += found
+            if len(places) >= prompts:
                 break
         else:
             log.warning(
-                "only %d of %d groups had both right and wrong answers after %d rounds", len(kept), prompts, rounds
+                "only %d of %d groups had both right and wrong answers after %d rounds", len(places), prompts, rounds
             )
-        return [self._penalised(trajectory) for group in kept[:prompts] for trajectory in group]
+        chosen = [kept[i] for _, rank, i in sorted(places)[:prompts] if rank == sampler.rank]
+        return [self._penalised(trajectory) for group in chosen for trajectory in group]
 
     def _penalised(self, trajectory: Trajectory) -> Trajectory:
         if trajectory.score is None:
@@ -130,5 +135,5 @@ def is_informative(group: Sequence[Trajectory]) -> bool:
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-    """Neighbouring trajectories of one prompt as lists."""
-    return [list(group) for _, group in itertools.groupby(trajectories, key=lambda t: t.prompt.index)]
+    """Neighbouring trajectories of one draw of a prompt as lists."""
+    return [list(group) for _, group in itertools.groupby(trajectories, key=lambda t: t.prompt.group_key)]

@@ -14,7 +14,7 @@ the entropy is estimated when a response is sampled, as the mean of -log pi of i
 best response of a prompt is held. Stored log-probabilities are those that the sampler reported. (The released code
 averages entropies over padding too, an apparent bug that is not followed.)
 
-Each rank has a pool of its own prompts; the rate that starts replay is that of all ranks. ``normaliser = "paper"`` is
+All ranks hold the same pool, and each has its share of the batch. ``normaliser = "paper"`` is
 ``clean``; ``code`` divides by ranks x longest response. Published for 7B: 128 prompts, n = 8, lr 1e-6, 700 steps, and
 the stage's skip_norm 500.
 """
@@ -32,7 +32,6 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts
-from thence.methods.dapo import groups_of
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.objective import Ratio, ShapeRatio, Term
 
@@ -65,6 +64,34 @@ class Experience:
     successes: int
     entropy: float
     trajectory: Trajectory
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a prompt's group says of it: its members, how many are right, and the best that was sampled just now."""
+
+    index: int
+    members: int
+    right: int
+    best: Experience | None
+
+
+class Fresh:
+    """The new prompts of a batch: this rank's, their places among those of all ranks, and the indices of all."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompt] = []
+        self.places: list[int] = []
+        self.indices: set[int] = set()
+        self.total = 0
+
+    def add(self, sampler: Sampler, count: int) -> None:
+        """Draw so many more over all ranks."""
+        mine = sampler.next_prompts(count)
+        self.prompts += mine
+        self.places += [self.total + sampler.rank + i * sampler.world for i in range(len(mine))]
+        self.indices.update(index for part in sampler.gather([p.index for p in mine]) for index in part)
+        self.total += count
 
 
 class ExGrpo(Method):
@@ -104,32 +131,40 @@ class ExGrpo(Method):
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         fresh, replayed = self.choose(sampler, prompts, n)
-        plain = sampler.rollouts(fresh, n) if fresh else []
-        beside = iter(sampler.rollouts([e.trajectory.prompt for e in replayed], n - 1) if replayed and n > 1 else [])
-        mixed = [t for e in replayed for t in (*islice(beside, n - 1), e.trajectory)]
-        found = alternate(groups_of(plain), groups_of(mixed))
-        for group in groups_of(found):
-            self.learn(group)
+        order = alternate(fresh.total, len(replayed))
+        mine = replayed[sampler.rank :: sampler.world]
+        plain = iter(sampler.rollouts(fresh.prompts, n) if fresh.prompts else [])
+        beside = iter(sampler.rollouts([e.trajectory.prompt for e in mine], n - 1) if mine and n > 1 else [])
+        groups = [(order.index((0, i)), list(islice(plain, n))) for i in fresh.places]
+        for i, experience in enumerate(mine):
+            place = order.index((1, sampler.rank + i * sampler.world))
+            groups.append((place, [*islice(beside, n - 1), experience.trajectory]))
+        groups = [(place, drawn_at(group, place)) for place, group in sorted(groups, key=lambda entry: entry[0])]
+        lessons = sampler.gather([(place, lesson(group)) for place, group in groups])
+        for _, learned in sorted((entry for part in lessons for entry in part), key=lambda entry: entry[0]):
+            self.learn(learned)
+        found = [t for _, group in groups for t in group]
         sampled = [t for t in found if t.origin == "rollout" and t.score is not None]
         right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
         self.started = self.started or right > self.options.start * total
         return found
 
-    def choose(self, sampler: Sampler, prompts: int, n: int) -> tuple[list[Prompt], list[Experience]]:
-        """The prompts of a batch: new ones, and others with a replay; no prompt is among both."""
+    def choose(self, sampler: Sampler, prompts: int, n: int) -> tuple[Fresh, list[Experience]]:
+        """The prompts of a batch: this rank's new ones, and those of all ranks with a replay; none is among both."""
         wanted = min(int(self.options.replay * prompts), len(self.pool)) if self.started else 0
-        fresh = sampler.next_prompts(prompts - wanted) if prompts > wanted else []
-        taken = {prompt.index for prompt in fresh}
+        fresh = Fresh()
+        if prompts > wanted:
+            fresh.add(sampler, prompts - wanted)
+        taken = set(fresh.indices)
         replayed: list[Experience] = []
         for draw in range(wanted):
             found = self.draw(sampler, draw, taken, n)
             if found is not None:
                 replayed.append(found)
                 taken.add(found.trajectory.prompt.index)
-        while len(fresh) + len(replayed) < prompts:
-            fresh += sampler.next_prompts(prompts - len(fresh) - len(replayed))
-            taken = {prompt.index for prompt in fresh}
-            replayed = [e for e in replayed if e.trajectory.prompt.index not in taken]
+        while fresh.total + len(replayed) < prompts:
+            fresh.add(sampler, prompts - fresh.total - len(replayed))
+            replayed = [e for e in replayed if e.trajectory.prompt.index not in fresh.indices]
         return fresh, replayed
 
     def draw(self, sampler: Sampler, draw: int, taken: set[int], n: int) -> Experience | None:
@@ -151,17 +186,17 @@ class ExGrpo(Method):
         members = buckets[chosen]
         return self.pool[members[int(sampler.uniform("prompt", draw) * len(members))]]
 
-    def learn(self, group: Sequence[Trajectory]) -> None:
+    def learn(self, learned: Lesson) -> None:
         """Put a prompt's group into the pool, or retire the prompt."""
-        index, right = group[0].prompt.index, [t for t in group if t.verdict == "right"]
-        if len(right) == len(group):
+        index = learned.index
+        if learned.right == learned.members:
             self.retired.add(index)
             self.pool.pop(index, None)
-        if not right or index in self.retired:
+        if not learned.right or index in self.retired:
             return
         known = self.pool.get(index)
-        found = [Experience(len(right), known.entropy, known.trajectory)] if known is not None else []
-        found += [experience(t, len(right)) for t in right if t.origin == "rollout"]
+        found = [Experience(learned.right, known.entropy, known.trajectory)] if known is not None else []
+        found += [learned.best] if learned.best is not None else []
         if found:
             self.pool[index] = min(found, key=lambda e: e.entropy)
 
@@ -192,7 +227,7 @@ def experience(trajectory: Trajectory, successes: int) -> Experience:
     logps = trajectory.sampler_logps
     kept = replace(
         trajectory,
-        prompt=replace(trajectory.prompt, demonstration_ids=None),  # never used, and long
+        prompt=replace(trajectory.prompt, demonstration_ids=None, draw=0),  # never used, and long
         origin="replay",
         behaviour=logps,
         sampler_logps=None,
@@ -206,8 +241,23 @@ def bucket_weight(successes: int, n: int, sigma: float = 1.0, of: str = "counts"
     return math.exp(-0.5 * (distance / sigma) ** 2)
 
 
-def alternate(first: Sequence[Sequence[Trajectory]], second: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
-    """Both kinds of groups in turn, evenly, so that each optimizer step of a batch has its share of each."""
-    groups = [((i + 0.5) / len(first), 0, group) for i, group in enumerate(first)]
-    groups += [((i + 0.5) / len(second), 1, group) for i, group in enumerate(second)]
-    return [t for _, _, group in sorted(groups, key=lambda entry: entry[:2]) for t in group]
+def alternate(first: int, second: int) -> list[tuple[int, int]]:
+    """So many of two kinds in turn, evenly, so that each optimizer step of a batch has its share of each.
+
+    Returns:
+        (kind, number among its kind) of each place.
+    """
+    found = [((i + 0.5) / first, 0, i) for i in range(first)] + [((i + 0.5) / second, 1, i) for i in range(second)]
+    return [(kind, i) for _, kind, i in sorted(found)]
+
+
+def drawn_at(group: Sequence[Trajectory], place: int) -> list[Trajectory]:
+    """A prompt's group at another place in the batch."""
+    return [replace(t, prompt=replace(t.prompt, draw=place)) for t in group]
+
+
+def lesson(group: Sequence[Trajectory]) -> Lesson:
+    """What a group says of its prompt."""
+    right = [t for t in group if t.verdict == "right"]
+    sampled = [experience(t, len(right)) for t in right if t.origin == "rollout"]
+    return Lesson(group[0].prompt.index, len(group), len(right), min(sampled, key=lambda e: e.entropy, default=None))

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, TokenFacts, reward_of
+from thence.methods.base import Method, Options, TokenFacts, group_numbers, reward_of
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 
 
@@ -89,7 +89,7 @@ class Grpo(Method):
         return weights
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one prompt."""
+        """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one draw of a prompt."""
         rewards = torch.tensor([reward_of(trajectory) for trajectory in trajectories], dtype=torch.float64)
-        groups = torch.tensor([trajectory.prompt.index for trajectory in trajectories])
+        groups = group_numbers(trajectories)
         return group_advantages(rewards, groups, std=self.options.std, singleton=self.options.singleton)

@@ -62,6 +62,7 @@ class Gated(Method):
     """Rollouts or demonstration, prompt by prompt."""
 
     stage = "rl"
+    demonstrations = "whole"
 
     @abstractmethod
     def imitates(self, group: Sequence[Trajectory]) -> bool:
@@ -101,11 +102,11 @@ class Gated(Method):
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
         o = self.options
-        own = Counter(t.prompt.index for t in trajectories if t.origin != "demonstration")
+        own = Counter(t.prompt.group_key for t in trajectories if t.origin != "demonstration")
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std, own_only=True), strict=True):
             n = len(trajectory.response_ids)
-            policy, sft = self.shares(own[trajectory.prompt.index], n) if o.normaliser == "paper" else (1.0, 1.0)
+            policy, sft = self.shares(own[trajectory.prompt.group_key], n) if o.normaliser == "paper" else (1.0, 1.0)
             if trajectory.origin == "demonstration":
                 parts = [0.0, getattr(o, "coefficient", 1.0) * sft]
             else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
-from thence.methods.base import Options, Sampler, reward_of
+from thence.methods.base import Options, Sampler, group_numbers, reward_of
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 
 
@@ -68,7 +68,7 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
     own = [not own_only or t.origin != "demonstration" for t in trajectories]
     values = [reward_of(t) if o else 0.0 for t, o in zip(trajectories, own, strict=True)]
     rewards = torch.tensor(values, dtype=torch.float64)
-    groups = torch.tensor([t.prompt.index for t in trajectories], dtype=torch.int64)
+    groups = group_numbers(trajectories)
     if not own_only:
         return group_advantages(rewards, groups, std=std)
     result = torch.zeros(len(trajectories), dtype=torch.float64)

@@ -17,23 +17,23 @@ run used is not public, nor ``min_prefix``. ``normaliser = "paper"`` (Z = all re
 
 Other than in the repository: prefix tokens are the demonstration's own, where it decodes them to text and tokenises
 that again; there is one demonstration a prompt, where it draws from several. Entropies are ranked over the prefix
-tokens of the whole optimizer step, as in the paper, where the repository ranks them within a micro-batch (then the
-gradient depends on packing). With several ranks each rank ranks its own tokens.
+tokens of the whole optimizer step over all ranks, as in the paper, where the repository ranks them within a micro-batch
+(then the gradient depends on packing).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, reward_of
+from thence.methods.base import Method, Sampler, TokenFacts, group_numbers, reward_of
 from thence.methods.mixed import MixedOptions, advantages, policy_normaliser, rows_of_weights
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
 
@@ -79,6 +79,7 @@ class PrefixRft(Method):
 
     name = "prefix_rft"
     stage = "rl"
+    demonstrations = "begun"
     formula = (
         "-(1/N) sum min(r A k, clip(r, 0.8, 1.2) A k) dual clip 3, A = R - mean of 7 own and 1 begun by the expert"
     )
@@ -94,11 +95,16 @@ class PrefixRft(Method):
         terms = (Term("policy", clip, normaliser), Term("prefix", prefix, normaliser))
         return (*terms, Term("entropy", Entropy(), Normaliser("term tokens"))) if o.entropy else terms
 
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        super().__init__(options)
+        self._sampler: Sampler | None = None
+
     def compared(self, trajectory: Trajectory) -> bool:
         """With ``dr_grpo_prefix`` the baseline is that of the plain rollouts."""
         return self.options.estimator == "dr_grpo" or not trajectory.prefix
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        self._sampler = sampler
         asked = sampler.next_prompts(prompts)
         prefixes = [self.prefix(sampler, prompt) for prompt in asked]
         begun = [prompt for prompt, prefix in zip(asked, prefixes, strict=True) if prefix]
@@ -122,9 +128,7 @@ class PrefixRft(Method):
         o = self.options
         of_prefix, of_rest = self.advantages(trajectories)
         entropies = [fact.entropy[: t.prefix] for t, fact in zip(trajectories, facts, strict=True)]
-        kept = keep_highest(torch.cat([torch.empty(0), *entropies]), o.keep_ratio).split(
-            [t.prefix for t in trajectories]
-        )
+        kept = self.kept(trajectories, entropies)
         weights = []
         for i, trajectory in enumerate(trajectories):
             n, prefix = len(trajectory.response_ids), trajectory.prefix
@@ -139,13 +143,25 @@ class PrefixRft(Method):
             weights.append(rows_of_weights(rows, n))
         return weights
 
+    def kept(self, trajectories: Sequence[Trajectory], entropies: Sequence[Tensor]) -> list[Tensor]:
+        """Which prefix tokens are trained, shape (prefix,) for each trajectory: chosen among those of all ranks."""
+        rank = self._sampler.rank if self._sampler is not None else 0
+        mine = [
+            (t.prompt.draw, rank, i, e.tolist()) for i, (t, e) in enumerate(zip(trajectories, entropies, strict=True))
+        ]
+        parts = self._sampler.gather(mine) if self._sampler is not None else [mine]
+        whole = sorted(entry for part in parts for entry in part)
+        flags = keep_highest(torch.tensor([x for *_, values in whole for x in values]), self.options.keep_ratio)
+        found = zip(whole, flags.split([len(values) for *_, values in whole]), strict=True) if whole else ()
+        return [kept for (_, owner, _, _), kept in sorted(found, key=lambda f: f[0][2]) if owner == rank]
+
     def advantages(self, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
         """Of every trajectory's prefix tokens and of its other tokens, shape (N,) each."""
         if self.options.estimator == "dr_grpo":
             joint = advantages(trajectories, self.options.std)
             return joint, joint
         of_rest = torch.tensor([reward_of(t) for t in trajectories], dtype=torch.float64)
-        groups = torch.tensor([t.prompt.index for t in trajectories])
+        groups = group_numbers(trajectories)
         plain = torch.tensor([not t.prefix for t in trajectories])
         of_prefix = group_advantages(of_rest, groups, baseline="on-policy", on_policy_N=plain)
         of_rest[plain] = group_advantages(of_rest[plain], groups[plain])

@@ -13,8 +13,8 @@ judge the rollouts, acc is not known and G^(1 - 2 acc) is 1.
 Reconstruction. The paper gives the offline tokens an importance weight whose assumed behaviour probability follows from
 the group's accuracy; its equations 7 to 9 were not available. What stands here for it, the factor G^(1 - 2 acc), and
 G = 5, coefficient = 0.1 and smoothing = 0.99 are those of a port by others; that the demonstration takes the place of
-one rollout was chosen here. Entropies are those of the optimizer step's own rows, before it; with several ranks each
-rank takes those of its own rows. ``paper`` normalises as ``clean`` does, for no other is known.
+one rollout was chosen here. Entropies are those of the rows of the optimizer step, over all ranks, before it.
+``paper`` normalises as ``clean`` does, for no other is known.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Red(Method):
 
     name = "red"
     stage = "rl"
+    demonstrations = "whole"
     formula = "-(1/N) sum_own min(r A, clip(r) A) - (0.1/N) sum_expert w G^(1 - 2 acc) log pi, w = |dH_sft|/|dH_rl|"
     source = "arXiv 2508.16677 at second hand, and a port of it"
     exactness = "reconstruction"
@@ -73,6 +74,7 @@ class Red(Method):
         """Averages before the current optimizer step, of ``own`` and ``expert`` tokens."""
         self.weighed: dict[str, float] = {}
         """The same after it."""
+        self._sampler: Sampler | None = None
 
     @property
     def least_rollouts(self) -> int:
@@ -86,6 +88,7 @@ class Red(Method):
         return (policy, Term("sft", Logp(), likelihood_normaliser(o)), *entropy_term(o))
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        self._sampler = sampler
         return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
@@ -99,7 +102,7 @@ class Red(Method):
         accuracy = own_accuracy(trajectories)
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std, own_only=True), strict=True):
-            factor = accuracy_factor(accuracy.get(trajectory.prompt.index, 0.5), o.largest)
+            factor = accuracy_factor(accuracy.get(trajectory.prompt.group_key, 0.5), o.largest)
             expert = trajectory.origin == "demonstration"
             rows = [0.0, o.coefficient * balance * factor] if expert else [float(advantage), 0.0]
             weights.append(rows_of_weights([*rows, *([o.entropy] if o.entropy else [])], len(trajectory.response_ids)))
@@ -111,10 +114,12 @@ class Red(Method):
         entropies: dict[str, list[Tensor]] = {"own": [], "expert": []}
         for trajectory, fact in zip(trajectories, facts, strict=True):
             entropies["expert" if trajectory.origin == "demonstration" else "own"].append(fact.entropy.double())
-        for kind, parts in entropies.items():
-            tokens = sum(len(part) for part in parts)
+        mine = {k: (sum(float(part.sum()) for part in p), sum(len(part) for part in p)) for k, p in entropies.items()}
+        ranks = self._sampler.gather(mine) if self._sampler is not None else [mine]
+        for kind in entropies:
+            tokens = sum(rank[kind][1] for rank in ranks)
             if tokens:
-                mean = sum(float(part.sum()) for part in parts) / tokens
+                mean = sum(rank[kind][0] for rank in ranks) / tokens
                 decay = self.options.smoothing if kind in found else 0.0
                 found[kind] = decay * found.get(kind, 0.0) + (1 - decay) * mean
         return found
@@ -139,10 +144,10 @@ def accuracy_factor(accuracy: float, largest: float = 5.0) -> float:
     return largest ** (1 - 2 * accuracy)
 
 
-def own_accuracy(trajectories: Sequence[Trajectory]) -> dict[int, float]:
-    """Mean score of the rollouts of every prompt that has some of a known reward, by the prompt's index."""
-    scores: dict[int, list[float]] = {}
+def own_accuracy(trajectories: Sequence[Trajectory]) -> dict[tuple[int, int], float]:
+    """Mean score of the rollouts of every prompt that has some of a known reward, by the prompt's index and draw."""
+    scores: dict[tuple[int, int], list[float]] = {}
     for trajectory in trajectories:
         if trajectory.origin != "demonstration":
-            scores.setdefault(trajectory.prompt.index, []).append(reward_of(trajectory))
+            scores.setdefault(trajectory.prompt.group_key, []).append(reward_of(trajectory))
     return {index: sum(own) / len(own) for index, own in scores.items()}

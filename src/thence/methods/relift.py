@@ -5,8 +5,8 @@
 
 After sampling, every prompt whose rollouts all scored zero puts its demonstration in front of a buffer. When the
 buffer holds ``sft_batch`` or more, one SFT step with an AdamW state of its own follows the RL update on the newest
-``sft_batch`` of them; the rest stays and ages. A prompt may be in the buffer more than once. Over several ranks the
-buffers count as one, newest first.
+``sft_batch`` of them; the rest stays and ages. A prompt may be in the buffer more than once. All ranks hold the same
+buffer, and each trains its share of what is taken from it.
 
 Where the paper and the released code differ: the paper prints GRPO with ``std = true`` and ``clip = 0.2``, the code
 has neither; alpha (``sft_entropy``) is 0.001 in the scripts and best at 1e-4 in the paper. The release averages SFT
@@ -19,8 +19,7 @@ The gradient of the RL step was clipped at 0.7: that is the stage's ``clip_norm`
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +61,7 @@ class Relift(Method):
 
     name = "relift"
     stage = "rl"
+    demonstrations = "whole"
     formula = "RL: -(1/N) sum r A; at 128 unsolved prompts one SFT step: -(1/N_sft) sum [log pi(y*_t) + alpha H_t]"
     source = "arXiv 2506.07527 and its released code"
     Options = ReliftOptions
@@ -80,7 +80,9 @@ class Relift(Method):
         found = sampler.rollouts(sampler.next_prompts(prompts), n)
         groups = [found[i : i + n] for i in range(0, len(found), n)]
         failed = [group[0].prompt for group in groups if all_failed(group)]
-        self.buffer[:0] = [Failure(sampler.step, prompt) for prompt in failed if prompt.demonstration_ids]
+        mine = [prompt for prompt in failed if prompt.demonstration_ids]
+        everywhere = sorted((p for part in sampler.gather(mine) for p in part), key=lambda prompt: prompt.draw)
+        self.buffer[:0] = [Failure(sampler.step, prompt) for prompt in everywhere]
         return found
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
@@ -93,10 +95,10 @@ class Relift(Method):
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
         o = self.options
-        if sampler.total(len(self.buffer)) < o.sft_batch:
+        if len(self.buffer) < o.sft_batch:
             return []
-        count = share_of_first(ages(self.buffer, sampler.step), o.sft_batch, sampler.total)
-        taken, self.buffer = self.buffer[:count], self.buffer[count:]
+        taken, self.buffer = self.buffer[: o.sft_batch], self.buffer[o.sft_batch :]
+        taken = taken[sampler.rank :: sampler.world]
         demonstrations = [Trajectory(f.prompt, f.prompt.demonstration_ids or (), origin="demonstration") for f in taken]
         terms = (Term("sft", Logp(), Normaliser("tokens")),)
         if o.sft_entropy:
@@ -118,32 +120,3 @@ class Relift(Method):
             Failure(step, Prompt(index, tuple(token_ids), tuple(demonstration_ids)))
             for step, index, token_ids, demonstration_ids in state["buffer"]
         ]
-
-
-def ages(buffer: Sequence[Failure], step: int) -> list[int]:
-    """One rising number an entry: batches since it came in, then its place among those of its batch.
-
-    The prompt's index comes last. Ranks have different prompts, so that no number is found on two of them.
-    """
-    result, place = [], 0
-    for i, failure in enumerate(buffer):
-        place = place + 1 if i and buffer[i - 1].step == failure.step else 0
-        result.append((step - failure.step) << 56 | place << 32 | failure.prompt.index)
-    return result
-
-
-def share_of_first(keys: Sequence[int], count: int, total: Callable[[int], int]) -> int:
-    """How many of this rank's keys are among the ``count`` smallest of all ranks.
-
-    Args:
-        keys: rising; different on different ranks, and at least ``count`` on all together.
-        total: sum over ranks. Every rank sees the same sums and so asks for the same number of them.
-    """
-    low, high = 0, 1 << 80
-    while low < high:
-        middle = (low + high) // 2
-        if total(bisect_right(keys, middle)) < count:
-            low = middle + 1
-        else:
-            high = middle
-    return bisect_right(keys, low)

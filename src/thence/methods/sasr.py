@@ -64,6 +64,7 @@ class Sasr(Method):
 
     name = "sasr"
     stage = "rl"
+    demonstrations = "whole"
     formula = (
         "u < p: -(1/N) sum log pi(y*_t), else -(1/N) sum min(r A, clip(r) A); p = g_last / (g_last + gamma g_warm)"
     )

@@ -70,6 +70,7 @@ class Srft(Method):
 
     name = "srft"
     stage = "rl"
+    demonstrations = "whole"
     formula = "-sum_expert (0.5 e^-H log pi + A f(pi)) - sum_right 0.1 e^H log pi + sum_wrong log pi, each over Z"
     source = "arXiv 2506.19767 eq. 4-11, with H and f as in the re-implementation in HPT's code"
     uses_facts = True

@@ -37,9 +37,11 @@ def leave_out(method: Method, trajectories: Sequence[Trajectory]) -> list[Trajec
     and a lone response's rule is for stages that sample one a prompt on purpose. A demonstration that is learned
     whatever its reward stays.
     """
-    unknown = {t.prompt.index for t in trajectories if t.score is None and method.rewarded(t)}
+    unknown = {t.prompt.group_key for t in trajectories if t.score is None and method.rewarded(t)}
     if not unknown:
         return list(trajectories)
     kept = [t for t in trajectories if t.score is not None or not method.rewarded(t)]
-    left = Counter(t.prompt.index for t in kept if method.compared(t))
-    return [t for t in kept if t.prompt.index not in unknown or left[t.prompt.index] > 1 or not method.rewarded(t)]
+    left = Counter(t.prompt.group_key for t in kept if method.compared(t))
+    return [
+        t for t in kept if t.prompt.group_key not in unknown or left[t.prompt.group_key] > 1 or not method.rewarded(t)
+    ]

@@ -9,28 +9,35 @@ from thence.evaluate.measure import measure, measurement_record, sample_record
 from thence.files import write_atomically, write_jsonl
 from thence.pipeline.context import Context
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.room import response_tokens
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
+from thence.train.context_length import context_of
 from thence.verify.reward import load_reward
+
+
+def test_sets(stage: Eval) -> dict[str, dict[str, Any]]:
+    """The named test sets of a stage, each as overrides of [data]."""
+    own = {"split": "test", **stage.data}
+    return {name: {**own, **table} for name, table in (stage.splits or {own["split"]: {}}).items()}
 
 
 def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
     """Measure the context's model on every split at every temperature.
 
-    Each measurement is kept as soon as it is made; a run that is killed goes on with the next.
+    Each measurement is kept as soon as it is made; a run that is killed resumes with the next.
     """
     folder = context.folder.stage(context.name)
-    own = {"split": "test", **stage.data}
-    splits = stage.splits or {own["split"]: {}}
+    splits = test_sets(stage)
     parts = [(split, temperature) for split in splits for temperature in stage.temperatures]
-    results = []
+    results, limit = [], context_of(context.model.config)
     if context.leads:
         context.watcher.stage(context.name, len(parts), 0)
     with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
         for split, temperature in parts:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
-                data = context.recipe.stage_data({**own, **splits[split]})
+                data = context.recipe.stage_data(splits[split])
                 prompts = load_prompts(data, context.tokenizer)
                 check_answers(prompts, stage.reward)
                 row, trajectories = measure(
@@ -41,7 +48,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
                     split=split,
                     samples=stage.samples,
                     sampling=Sampling(
-                        max_tokens=stage.max_tokens,
+                        max_tokens=response_tokens(context.name, stage, prompts, limit),
                         temperature=temperature,
                         top_p=stage.top_p,
                         stop_ids=context.stop_ids(data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -23,9 +24,10 @@ from thence.toml import to_toml
 class RunFolder:
     """Paths and files of one run.
 
-    Layout: ``recipe.toml`` (resolved), ``environment.json``, ``metrics.jsonl`` (one line a step), ``report.html``, and
-    for each stage ``stages/<name>/`` with ``checkpoints/`` while it runs, then ``model/`` (Hugging Face layout) or
-    ``result.json``, ``samples.jsonl`` and, last of all, ``done.json``.
+    Layout: ``recipe.toml`` (resolved), ``environment.json``, ``ground.json`` (the model's files), ``metrics.jsonl``
+    (one line a step), ``report.html``, and for each stage ``stages/<name>/`` with ``ground.json`` (what it reads) and
+    ``checkpoints/`` while it runs, then ``model/`` (Hugging Face layout) or ``result.json``, ``samples.jsonl`` and,
+    last of all, ``done.json``.
     """
 
     def __init__(self, path: Path):
@@ -36,29 +38,45 @@ class RunFolder:
         """The folder of one stage."""
         return self.path / "stages" / name
 
-    def open(self, recipe: Recipe, device: str, methods: Mapping[str, str] | None = None) -> None:
+    def open(self, recipe: Recipe, device: str, methods: Mapping[str, str] | None = None, ranks: int = 1) -> None:
         """Make the folder, or take up the run that stands in it.
 
         Args:
             methods: what each stage's method is called in reports.
+            ranks: processes that share each step.
 
         Raises:
             UserError: the folder holds a run of another recipe.
         """
-        text = to_toml(recipe.resolved())
-        kept = self.path / "recipe.toml"
-        if kept.exists():
-            # compare as recipes: the text of an older version may differ where the settings do not
-            if load_recipe(kept).resolved() != recipe.resolved():
-                raise UserError(
-                    f"{self.path} holds a run with other settings",
-                    remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
-                    file=kept,
-                )
-        else:
+        self.check(recipe)
+        if not (self.path / "recipe.toml").exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, text)
-        self._record_start(environment(device) | ({"methods": dict(methods)} if methods else {}))
+            write_atomically(self.path / "recipe.toml", to_toml(recipe.resolved()))
+        self._record_start(environment(device, ranks) | ({"methods": dict(methods)} if methods else {}))
+
+    def check(self, recipe: Recipe, restart: bool = False) -> None:
+        """Raise UserError if the run cannot be written here: it is of another recipe, or the folder is not writable.
+
+        Args:
+            restart: the run that stands in it will be thrown away, whatever its settings.
+        """
+        kept = self.path / "recipe.toml"
+        # compare as recipes: the text of an older version may differ where the settings do not
+        if not restart and kept.exists() and not load_recipe(kept).same_as(recipe):
+            raise UserError(
+                f"{self.path} holds a run with other settings",
+                remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
+                file=kept,
+            )
+        place = self.path.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"the run folder {self.path} cannot be written: {place} is not a folder that you may write to",
+                remedy="give another --folder",
+                field="folder",
+            )
 
     def remove(self) -> None:
         """Throw the run away. Raises UserError where the folder holds something that is no run."""
@@ -84,6 +102,11 @@ class RunFolder:
         """Mark the stage complete."""
         write_atomically(self.stage(stage) / "done.json", json.dumps(facts))
 
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a complete stage left in ``done.json``; nothing of one that is not."""
+        file = self.stage(stage) / "done.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -97,8 +120,8 @@ class RunFolder:
                 write_jsonl(path, kept)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a number of this run depends on besides its recipe."""
+def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
+    """What a number of this run depends on besides its recipe, and the files that it reads."""
     import torch
     import transformers
 
@@ -112,6 +135,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": device,
+        **({"ranks": ranks} if ranks is not None else {}),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -31,7 +31,7 @@ class Lessons:
 
     def __init__(self, ranks: Ranks, terms: Sequence[Term]) -> None:
         self.ranks = ranks
-        self.live: set[int] = set()
+        self.live: set[tuple[int, int]] = set()
         self.taught_J = [not isinstance(term.surrogate, Entropy | NegativeKl) for term in terms]
         self.kl_term = next((j for j, term in enumerate(terms) if isinstance(term.surrogate, NegativeKl)), None)
         surrogate = None if self.kl_term is None else terms[self.kl_term].surrogate
@@ -42,7 +42,7 @@ class Lessons:
         """Take in the weights of one optimizer step."""
         for trajectory, weight in zip(trajectories, weights, strict=True):
             if (weight[self.taught_J].abs() > NOTHING).any():
-                self.live.add(trajectory.prompt.index)
+                self.live.add(trajectory.prompt.group_key)
 
     def observers(self, rows: Sequence[Row]) -> list[Observer]:
         """For :meth:`Trainer.step` on these rows; none without a KL term."""
@@ -70,7 +70,7 @@ class Lessons:
             composed: what the method made of the batch, before responses that nobody can judge were left out.
             sampled: responses of this rank.
         """
-        groups = {trajectory.prompt.index for trajectory in composed}
+        groups = {trajectory.prompt.group_key for trajectory in composed}
         counts = [float(x) for x in (len(groups), len(self.live), sampled, self.kl_sum, self.kl_tokens)]
         total, live, seen, kl, tokens = self.ranks.sum_floats(torch.tensor(counts, dtype=torch.float64)).tolist()
         line: dict[str, float] = {}

@@ -25,7 +25,7 @@ class Watcher(Protocol):
     """Is told what happens in a run."""
 
     def stage(self, name: str, total: int, done: int) -> None:
-        """A stage begins, or goes on after ``done`` of ``total`` steps."""
+        """A stage begins, or is resumed after ``done`` of ``total`` steps."""
         ...
 
     def step(self, facts: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Terminal:
         if self.console.is_terminal:
             self.task = self.bar.add_task(name, total=total, completed=done, facts="")
         else:
-            self.console.print(f"{name}: " + (f"goes on after step {done} of {total}" if done else f"{total} steps"))
+            self.console.print(f"{name}: " + (f"resumed after step {done} of {total}" if done else f"{total} steps"))
 
     def step(self, facts: Mapping[str, Any]) -> None:
         self.done += 1

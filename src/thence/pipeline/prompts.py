@@ -11,8 +11,8 @@ import itertools
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from thence.verify.reward import MATH_RULES
 
 log = logging.getLogger(__name__)
 WORLD = "world:chain"
+TABLES_OF_A_RUN = 8
 PRETRAINING = "pretraining-"  # of a base, as a split: what the base was trained on
 
 
@@ -35,12 +36,13 @@ class KeptPrompts:
 
     Args:
         tables: most tables that are kept; 0: none.
-        largest: most prompts of a table that is kept.
+        tokens: most tokens of all that are kept, but for the one that was asked for last.
     """
 
-    def __init__(self, tables: int = 0, largest: int = 20_000):
-        self.tables, self.largest = tables, largest
+    def __init__(self, tables: int = 0, tokens: int = 20_000_000):
+        self.tables, self.tokens = tables, tokens
         self._held: OrderedDict[str, list[Prompt]] = OrderedDict()
+        self._sizes: dict[str, int] = {}
 
     def load(self, data: Data, tokenizer: Any) -> list[Prompt]:
         """As :func:`load_prompts`, from what is kept where data and tokenizer are the same."""
@@ -49,11 +51,26 @@ class KeptPrompts:
             self._held.move_to_end(key)
             return list(self._held[key])
         found = read_and_render(data, tokenizer)
-        if self.tables and len(found) <= self.largest:
+        if self.tables:
             self._held[key] = list(found)
-            while len(self._held) > self.tables:
-                self._held.popitem(last=False)
+            self._sizes[key] = sum(len(p.token_ids) + len(p.demonstration_ids or ()) for p in found)
+            while len(self._held) > self.tables or (len(self._held) > 1 and sum(self._sizes.values()) > self.tokens):
+                dropped, _ = self._held.popitem(last=False)
+                del self._sizes[dropped]
         return found
+
+    @contextmanager
+    def during_run(self) -> Iterator[None]:
+        """Keep tables until a run ends, so that what was rendered before its first step is not rendered again."""
+        before = self.tables
+        self.tables = max(before, TABLES_OF_A_RUN)
+        try:
+            yield
+        finally:
+            self.tables = before
+            if not before:
+                self._held.clear()
+                self._sizes.clear()
 
 
 kept_prompts = KeptPrompts()
@@ -73,7 +90,17 @@ def read_and_render(data: Data, tokenizer: Any) -> list[Prompt]:
     Raises:
         DataError: nothing is left, or a row cannot be used.
     """
-    return to_prompts(data, [example for name in data.source for example in _read(data, name)][: data.limit], tokenizer)
+    return to_prompts(data, read_only(data), tokenizer)
+
+
+def read_only(data: Data) -> list[Example]:
+    """The examples of a data table, in order, not rendered. Raises DataError."""
+    return [example for name in data.source for example in _read(data, name)][: data.limit]
+
+
+def first_example(data: Data) -> Example:
+    """The first example of a data table, as it was read. Raises DataError."""
+    return _read(data.model_copy(update={"limit": 1}), data.source[0])[0]
 
 
 def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
@@ -108,21 +135,21 @@ def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[
     return [_prompt(i, e, r) for i, (e, r) in enumerate(zip(rendered.examples, rendered.rows, strict=True))]
 
 
-def check_trained(prompts: list[Prompt], train_on: str) -> None:
+def check_trained(prompts: list[Prompt], train_on: str, *, say: bool = True) -> None:
     """Refuse a data set that would train none of its tokens, or all of them unasked. Raises DataError."""
     rows = [
         Rendered(list(p.token_ids), None if p.demonstration_ids is None else list(p.demonstration_ids)) for p in prompts
     ]
     share = trained_share(rows, train_on)  # type: ignore[arg-type]
-    log.info("%.0f%% of the tokens are trained", 100 * share)
+    log.log(logging.INFO if say else logging.DEBUG, "%.0f%% of the tokens are trained", 100 * share)
 
 
-def check_answers(prompts: Sequence[Prompt], reward: str) -> None:
+def check_answers(prompts: Sequence[Prompt] | Sequence[Example], reward: str) -> None:
     """Refuse to grade by comparison where there is nothing to compare with. Raises DataError."""
     if reward in ("exact", *MATH_RULES) and not any(prompt.answer for prompt in prompts):
         raise DataError(
             f"no example has an answer, and the reward {reward!r} compares with one",
-            remedy="give a data set with answers, or an own reward function",
+            remedy="give a data set with answers, or your own reward function",
             field="reward",
         )
 

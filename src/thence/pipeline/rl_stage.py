@@ -20,13 +20,13 @@ from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.evaluate.measure import sample_record
 from thence.methods.base import Method, TokenFacts, make_rows
-from thence.methods.dapo import groups_of
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out, scores_of
 from thence.objective import Batch, Entropy, NegativeKl, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
+from thence.pipeline.dealing import mini_batches, resume_position, same_or_each
 from thence.pipeline.lessons import Lessons, Watch, each_of
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.sampler import Renewed, RolloutSampler
@@ -48,19 +48,8 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     method = stage_method(stage, context.name)
     prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
     check_answers(prompts, stage.reward)
-    if stage.prompts % (context.ranks.world * (stage.prompts // (stage.mini_batch or stage.prompts))):
-        raise RecipeError(
-            f"{stage.prompts} prompts cannot be dealt evenly to {context.ranks.world} ranks and all mini-batches",
-            remedy="choose prompts and mini_batch divisible by the number of ranks",
-            field=f"{context.name}.prompts",
-        )
+    check_settings(context.name, stage, context.ranks.world)
     budget = budget_of(stage)
-    if budget is not None and stage.schedule != "constant":
-        raise RecipeError(
-            f"a {stage.schedule} schedule ends at `steps`, and the budget of {budget.measure} may end it earlier",
-            remedy=f'set schedule = "constant", or give steps without {budget.measure}',
-            field=f"{context.name}.schedule",
-        )
     minis = stage.prompts // (stage.mini_batch or stage.prompts)
     reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
@@ -72,8 +61,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
         if budget is not None:
             budget.spent = own.get("spent", 0.0)
         if own:
-            sampler.drawn, sampler.expert_drawn = own["drawn"][context.ranks.rank]
-            method.restore(own["method"][context.ranks.rank])
+            resume_position(context, own, sampler, method)
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
         watch = Watch(context.name, stage.unknown)
@@ -89,12 +77,36 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
                 done,
                 lambda state=state: {
                     **state,
-                    "drawn": context.ranks.gather((sampler.drawn, sampler.expert_drawn)),
-                    "method": context.ranks.gather(method.state()),
+                    "drawn": [sampler.drawn, sampler.expert_drawn],
+                    "method": same_or_each(context.ranks.gather(method.state())),
                 },
                 last=ended,
             )
     return {"steps": done, "prompts": len(prompts)}
+
+
+def check_settings(name: str, stage: Rl, world: int) -> None:
+    """Refuse settings of a stage that do not go together. Raises RecipeError."""
+    minis = stage.prompts // (stage.mini_batch or stage.prompts)
+    if stage.prompts % (world * minis):
+        raise RecipeError(
+            f"{stage.prompts} prompts cannot be dealt evenly to {world} ranks and all mini-batches",
+            remedy="choose prompts and mini_batch divisible by the number of ranks",
+            field=f"{name}.prompts",
+        )
+    budget = budget_of(stage)
+    if budget is not None and stage.schedule != "constant":
+        raise RecipeError(
+            f"a {stage.schedule} schedule ends at `steps`, and the budget of {budget.measure} may end it earlier",
+            remedy=f'set schedule = "constant", or give steps without {budget.measure}',
+            field=f"{name}.schedule",
+        )
+    if stage.engine == "vllm" and world > 1:
+        raise RecipeError(
+            "vLLM samples for a single rank only",
+            remedy='run one process, or set engine = "native"',
+            field=f"{name}.engine",
+        )
 
 
 def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
@@ -120,7 +132,7 @@ def rl_step(
     """One rollout batch, its optimizer steps, and those of another kind. Returns a line of metrics."""
     start, before = time.perf_counter(), context.meter.total
     sampler.begin(step)
-    composed = method.compose(sampler, stage.prompts // context.ranks.world, stage.rollouts)
+    composed = method.compose(sampler, stage.prompts, stage.rollouts)
     trajectories = leave_out(method, composed)
     rate = trainer.learning_rate(trainer.steps_taken)
     mismatch = Mismatch(trajectories)
@@ -172,7 +184,7 @@ def policy_steps(
     whole = None if method.uses_facts else method.weigh(trajectories)
     trust = importance_weights(stage, trainer, trajectories, rows)
     reports = []
-    for part in mini_batches(trajectories, minis):
+    for part in mini_batches(trajectories, minis, trainer.ranks):
         chosen = [trajectories[i] for i in part]
         if whole is None:
             facts = [TokenFacts(*f) for f in trainer.statistics([rows[i] for i in part], stage.temperature)]
@@ -219,19 +231,13 @@ def engine_of(context: Context, stage: Rl) -> Iterator[Renewed | None]:
     """The engine that samples, running; None: this process samples with its own weights.
 
     Raises:
-        RecipeError: settings that vLLM does not have, or several ranks.
+        RecipeError: settings that vLLM does not have.
         UserError: vLLM does not start.
     """
     if stage.engine == "native":
         yield None
         return
     settings = vllm_settings(stage.vllm, f"{context.name}.vllm")
-    if context.ranks.world > 1:
-        raise RecipeError(
-            "vLLM samples for a single rank only",
-            remedy='run one process, or set engine = "native"',
-            field=f"{context.name}.engine",
-        )
     with tempfile.TemporaryDirectory(prefix="thence-vllm-") as folder:
         save_model(context.model, context.tokenizer, Path(folder))
         with VllmEngine(settings, None if settings.server else Path(folder)) as engine:
@@ -266,15 +272,6 @@ class Shares:
         if not sums[1:].any():
             return {}
         return {kind: float(x) for kind, x in zip(self.KINDS, sums / sums.sum(), strict=True) if x}
-
-
-def mini_batches(trajectories: Sequence[Trajectory], minis: int) -> list[list[int]]:
-    """Indices of the trajectories of each optimizer step: whole groups, dealt evenly."""
-    sizes = [len(group) for group in groups_of(trajectories)]
-    starts = [sum(sizes[:g]) for g in range(len(sizes))]
-    share = -(-len(sizes) // minis) if sizes else 0
-    parts = [range(m * share, min((m + 1) * share, len(sizes))) for m in range(minis)]
-    return [[i for g in part for i in range(starts[g], starts[g] + sizes[g])] for part in parts]
 
 
 class Mismatch:

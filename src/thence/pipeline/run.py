@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 
+from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
 from thence.pipeline.context import Context
-from thence.pipeline.eval_stage import run_eval
+from thence.pipeline.eval_stage import run_eval, test_sets
 from thence.pipeline.folder import RunFolder
+from thence.pipeline.ground import Ground, published, say_what_differs
+from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import Silent, Watcher
+from thence.pipeline.promises import hold
+from thence.pipeline.prompts import kept_prompts, load_prompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
@@ -30,7 +35,7 @@ def run(
     watcher: Watcher | None = None,
     restart: bool = False,
 ) -> Path:
-    """Run a recipe, or go on with it where it was.
+    """Run a recipe, or resume it where it was. All that it names is tried before its first step.
 
     Args:
         recipe: a recipe, or what :func:`thence.recipe.load_recipe` takes.
@@ -42,22 +47,26 @@ def run(
         The run folder.
 
     Raises:
-        UserError: something that the user can mend; what was written before stands.
+        UserError: something that the user can fix; what was written before stands.
     """
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
     folder = RunFolder(resolved.run_folder())
-    if ranks.rank == 0:
-        if restart:
-            folder.remove()
-        folder.open(resolved, str(device), method_labels(resolved))
-    ranks.wait()
-    for i, name in enumerate(resolved.stages):
-        if not folder.is_done(name):
-            run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
-        elif ranks.rank == 0:  # killed between the last two lines of `run_stage`
-            shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+    with kept_prompts.during_run():
+        refuse(preflight(resolved, folder.path, ranks.world, leads=ranks.rank == 0, restart=restart))
         ranks.wait()
+        if ranks.rank == 0:
+            if restart:
+                folder.remove()
+            say_what_differs(folder, str(device), ranks.world)
+            folder.open(resolved, str(device), method_labels(resolved), ranks.world)
+        ranks.wait()
+        for i, name in enumerate(resolved.stages):
+            if not folder.is_done(name):
+                run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
+            elif ranks.rank == 0:  # killed between the last two lines of `run_stage`
+                shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+            ranks.wait()
     return folder.path
 
 
@@ -84,19 +93,35 @@ def run_stage(
         recipe, name, folder, loaded.model, loaded.tokenizer, ranks, device, watcher if leads else Silent()
     )
     stage = recipe.stage(name)
-    if isinstance(stage, Sft):
-        facts = run_sft(context, stage)
-    elif isinstance(stage, Rl):
-        facts = run_rl(context, stage)
-    elif isinstance(stage, Eval):
-        facts = run_eval(context, stage)
-    else:
-        raise UserError(f"stage {name} has no kind", remedy="see `thence run --fields`")
+    hold(context, recipe.stages[position:])
+    if leads:
+        Ground(recipe, folder).begin(name, rendered(recipe, stage, loaded.tokenizer))
+    ranks.wait()
+    try:
+        facts = run_kind(context, stage)
+    except UserError as error:
+        if leads and error.problem.startswith("reward function "):
+            Ground(recipe, folder).reward_failed(name)
+        raise
     if leads:
         if not isinstance(stage, Eval):
             publish_model(context, stage)
+            facts = {**facts, "model": published(folder.stage(name) / "model")}
         folder.finish(name, facts)
         shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+
+
+def run_kind(context: Context, stage: Sft | Rl | Eval) -> dict[str, Any]:
+    """Run a stage by its kind. Returns facts for ``done.json``."""
+    if isinstance(stage, Sft):
+        return run_sft(context, stage)
+    return run_rl(context, stage) if isinstance(stage, Rl) else run_eval(context, stage)
+
+
+def rendered(recipe: Recipe, stage: Sft | Rl | Eval, tokenizer: Any) -> dict[str, list[Prompt]]:
+    """The data tables of a stage by name, as its model sees them."""
+    tables = test_sets(stage) if isinstance(stage, Eval) else {"data": stage.data}
+    return {name: load_prompts(recipe.stage_data(table), tokenizer) for name, table in tables.items()}
 
 
 def publish_model(context: Context, stage: Sft | Rl) -> None:

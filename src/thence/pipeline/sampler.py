@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import DataError
 from thence.evaluate.measure import Engine, grade, respond
 from thence.pipeline.context import Context
+from thence.pipeline.rehearsal import no_demonstrations
+from thence.pipeline.room import response_tokens
 from thence.recipe import Rl
 from thence.rollout.native import Sampling
+from thence.train.context_length import context_of
 from thence.verify.reward import Grader
 
 
@@ -28,23 +31,30 @@ class Renewed(Engine, Protocol):
 class RolloutSampler:
     """Gives a method prompts in the data's order, and graded responses of the policy.
 
-    Each rank draws from its own share of the prompts. ``drawn`` and ``expert_drawn`` are the positions in it; ``seen``
-    holds every response that was sampled in this step, trained or not.
+    There is one position in the data, ``drawn``, and one among the prompts with a demonstration, ``expert_drawn``. All
+    ranks draw the same prompts, and each takes its share of them in turn; the random numbers of a response follow from
+    the position alone. So 1, 2 or 4 ranks sample the same responses. ``seen`` holds every response that this rank
+    sampled in this step, trained or not.
     """
 
     def __init__(
         self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader, engine: Renewed | None = None
     ):
         self.context, self.grader, self.engine = context, grader, engine
-        self.prompts = prompts[context.ranks.rank :: context.ranks.world]
+        self.prompts = prompts
         self.experts = [prompt for prompt in self.prompts if prompt.demonstration_ids]
+        self.rank, self.world = context.ranks.rank, context.ranks.world
         self.drawn = self.expert_drawn = 0
+        self.draws = 0  # of this rollout batch
+        self.times: Counter[int] = Counter()
+        self.again: dict[tuple[int, int], int] = {}
         self.step, self.steps = 0, stage.steps
         self.seconds = 0.0
         self.seen: list[Trajectory] = []
+        self.limit = context_of(context.model.config)
         self.unknown = stage.unknown
         self.sampling = Sampling(
-            max_tokens=stage.max_tokens,
+            max_tokens=response_tokens(context.name, stage, prompts, self.limit),
             temperature=stage.temperature,
             top_p=stage.top_p,
             top_k=stage.top_k,
@@ -55,6 +65,7 @@ class RolloutSampler:
     def begin(self, step: int) -> None:
         """A new rollout batch, counted from 0. Another engine gets the weights as they stand."""
         self.step, self.seconds, self.seen = step, 0.0, []
+        self.draws, self.times, self.again = 0, Counter(), {}
         if self.engine is not None:
             start = time.perf_counter()
             self.engine.push_weights(self.context.model, step)
@@ -63,20 +74,16 @@ class RolloutSampler:
     def next_prompts(self, count: int) -> list[Prompt]:
         chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
         self.drawn += count
-        return [self.prompts[i] for i in chosen]
+        return self._dealt([self.prompts[i] for i in chosen])
 
     def expert_prompts(self, count: int) -> list[Prompt]:
         if not self.experts:
-            raise DataError(
-                "no example has a demonstration, and the method trains on them",
-                remedy="give data with demonstrations, or another method",
-                field="data.source",
-            )
+            raise no_demonstrations()
         chosen = drawn_from(
             len(self.experts), self.expert_drawn, count, stable_seed(self.context.recipe.seed, "expert")
         )
         self.expert_drawn += count
-        return [self.experts[i] for i in chosen]
+        return self._dealt([self.experts[i] for i in chosen])
 
     def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
         return self._sampled(prompts, n, (*self.context.seed_parts(), "rollout", self.drawn))
@@ -86,7 +93,7 @@ class RolloutSampler:
             replace(prompt, token_ids=(*prompt.token_ids, *prefix))
             for prompt, prefix in zip(prompts, prefixes, strict=True)
         ]
-        found = self._sampled(longer, n, (*self.context.seed_parts(), "continuation", self.drawn), keep=False)
+        found = self._continued(longer, [len(prefix) for prefix in prefixes], n)
         original = [(prompt, tuple(prefix)) for prompt, prefix in zip(prompts, prefixes, strict=True) for _ in range(n)]
         whole = []
         for trajectory, (prompt, prefix) in zip(found, original, strict=True):
@@ -97,6 +104,26 @@ class RolloutSampler:
         graded = self._known(grade(self.context.tokenizer, self.grader, whole, self.sampling.stop_ids))
         self.seen += graded
         return graded
+
+    def _continued(self, longer: Sequence[Prompt], given: Sequence[int], n: int) -> list[Trajectory]:
+        """``n`` responses for each prompt that ends with so many given tokens of its response, within ``max_tokens``.
+
+        What goes beyond it is cut off by the caller; here only what would not fit into the model's context is left out.
+        """
+        seed_parts, most = (*self.context.seed_parts(), "continuation", self.drawn), self.sampling.max_tokens
+        rooms = [most - size for size in given]
+        for i, prompt in enumerate(longer):  # most contexts have room for more than the longest response
+            if self.limit is None or len(prompt.token_ids) + max(1, *rooms) <= self.limit:
+                rooms[i] = max(1, *rooms)
+        found: dict[int, list[Trajectory]] = {}
+        for room in set(rooms):
+            chosen = [i for i, r in enumerate(rooms) if r == room]
+            made = [Trajectory(longer[i], (), finish="length") for i in chosen for _ in range(n)]
+            if room > 0:
+                sampling = replace(self.sampling, max_tokens=room)
+                made = self._sampled([longer[i] for i in chosen], n, seed_parts, keep=False, sampling=sampling)
+            found |= {i: made[k * n : k * n + n] for k, i in enumerate(chosen)}
+        return [trajectory for i in range(len(longer)) for trajectory in found[i]]
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
@@ -114,14 +141,33 @@ class RolloutSampler:
     def total(self, count: int) -> int:
         return self.context.ranks.sum_counts([count])[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        return self.context.ranks.gather(value)
+
+    def _dealt(self, chosen: Sequence[Prompt]) -> list[Prompt]:
+        """This rank's share of prompts, each with its place in the batch of all ranks."""
+        placed = [replace(prompt, draw=self.draws + i) for i, prompt in enumerate(chosen)]
+        for prompt in placed:
+            self.again[prompt.group_key] = self.times[prompt.index]
+            self.times[prompt.index] += 1
+        self.draws += len(placed)
+        return placed[self.rank :: self.world]
+
     def _sampled(
-        self, prompts: Sequence[Prompt], n: int, seed_parts: tuple[object, ...], keep: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed_parts: tuple[object, ...],
+        keep: bool = True,
+        sampling: Sampling | None = None,
     ) -> list[Trajectory]:
+        if not prompts:
+            return []
         start = time.perf_counter()
         grader = self.grader if keep else None
-        found = respond(
-            self.context.model, self.context.tokenizer, grader, prompts, n, self.sampling, seed_parts, self.engine
-        )
+        again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
+        model, tokenizer = self.context.model, self.context.tokenizer
+        found = respond(model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again)
         found = self._known(found) if keep else found
         self.seconds += time.perf_counter() - start
         repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]

@@ -17,7 +17,9 @@ from thence.methods.registry import stage_method
 from thence.objective import Batch, Row
 from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained, load_prompts
+from thence.pipeline.room import check_rows
 from thence.recipe import Sft
+from thence.train.context_length import context_of
 from thence.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
     if 0 < len(prompts) < len(found):
         log.warning("%d of %d examples have no demonstration and are left out", len(found) - len(prompts), len(found))
     check_trained(prompts or found, stage.train_on)
+    check_rows(context.name, prompts, context_of(context.model.config))
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
     steps = affordable_steps(trained, stage, context.recipe.seed, context.n_parameters)
     trainer = make_trainer(context, stage, steps)

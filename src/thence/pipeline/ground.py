@@ -1,0 +1,254 @@
+"""The ground that a run stands on: the files that its stages were begun with, and whether they are still the same.
+
+A stage writes down the state of everything that it reads when it begins (``ground.json``). A run that is resumed on
+other data, another model, another reward or another template would be a mixture of two runs, so it is refused; that is
+also true of what a finished stage has read. What may differ in the last bits only, such as versions, is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from thence.data.trajectory import Prompt
+from thence.errors import UserError
+from thence.files import write_atomically
+from thence.pipeline.eval_stage import test_sets
+from thence.pipeline.folder import RunFolder, environment
+from thence.recipe import Eval, Model, Recipe
+from thence.train.checkpoint import MANIFEST, is_whole
+from thence.train.model import resolve
+
+log = logging.getLogger(__name__)
+FILE = "ground.json"
+WHOLE = 64 * 2**20  # bytes; of a larger file of weights, samples stand for the whole
+SAMPLES, SAMPLE = 256, 64 * 2**10
+OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "config.json", "*.py", "*.index.json")
+OF_A_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.jinja"),
+    *("chat_template*", "*.tiktoken"),
+)
+ENVIRONMENT = ("thence", "git_commit", "torch", "transformers", "threads", "device", "ranks")
+
+State = dict[str, Any]
+"""What is kept of a file: ``digest``, ``bytes`` and ``modified``."""
+
+
+def ground_of(recipe: Recipe, name: str) -> dict[str, State]:
+    """The state of every file that a stage reads besides the model that the stage before it left.
+
+    Files are named as the recipe names them; a folder or a model stands for the files in it that matter. What is not a
+    file of this machine, such as a data set on the hub, is not in it: see :func:`rows_digest`.
+    """
+    stage = recipe.stage(name)
+    tables = list(test_sets(stage).values()) if isinstance(stage, Eval) else [stage.data]
+    named: list[str] = []
+    for table in tables:
+        data = recipe.stage_data(table)
+        named += [*data.source, *([data.template] if data.template not in ("own", "none") else [])]
+    if not hasattr(stage, "reward"):
+        return _states(named)
+    return _states([*named, *_reward_file(stage.reward)])  # type: ignore[union-attr]
+
+
+def model_ground(settings: Model) -> dict[str, State]:
+    """The state of the files of the model that the first stage starts from, and of its tokenizer."""
+    found: dict[str, State] = {}
+    for name, patterns in ((settings.path, (*OF_A_MODEL, *OF_A_TOKENIZER)), (settings.tokenizer, OF_A_TOKENIZER)):
+        folder = Path(resolve(name)) if name else None
+        if folder is not None and folder.is_dir():
+            files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+            found |= {str(file): state_of(file, sampled=True) for file in sorted(files)}
+    return found
+
+
+def rows_digest(prompts: Iterable[Prompt]) -> str:
+    """16 hex digits that follow from rendered rows: tokens, answers, and their order."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        shown = p.demonstration_ids
+        digest.update(f"{len(p.token_ids)},{None if shown is None else len(shown)},{p.answer!r};".encode())
+        digest.update(array("q", p.token_ids).tobytes() + array("q", shown or ()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def state_of(file: Path, *, sampled: bool = False) -> State:
+    """Digest, size and time of the last change of a file. ``sampled``: of a large one, evenly spread parts."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as content:
+        if not sampled or size <= WHOLE:
+            digest = hashlib.file_digest(content, "sha256")
+        else:
+            for i in range(SAMPLES):
+                content.seek(i * (size - SAMPLE) // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE))
+    modified = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    return {"digest": digest.hexdigest()[:16], "bytes": size, "modified": modified}
+
+
+def published(model: Path) -> str | None:
+    """16 hex digits that follow from every file of a published model."""
+    manifest = model / MANIFEST
+    return state_of(manifest)["digest"] if manifest.is_file() else None
+
+
+class Ground:
+    """The ground of a run, kept in its folder.
+
+    Args:
+        recipe, folder: of the run.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder):
+        self.recipe, self.folder = recipe, folder
+
+    def check(self) -> None:
+        """Compare what every begun stage has read with what is there now. Raises UserError where it differs.
+
+        A file of a finished stage that is gone is nothing to worry about; it is said in the log.
+        """
+        begun = [name for name in self.recipe.stages if self._kept(self.folder.stage(name)) is not None]
+        kept = self._kept(self.folder.path)
+        if kept is not None and begun:
+            left = any(not self.folder.is_done(name) for name in self.recipe.stages)
+            self._compare(kept["files"], model_ground(self.recipe.model), "the run", not left, None)
+        for name in begun:
+            before, done = self._kept(self.folder.stage(name)), self.folder.is_done(name)
+            assert before is not None
+            again = self.folder.stage(name) if isinstance(self.recipe.stage(name), Eval) else None
+            then, now = before["files"], ground_of(self.recipe, name)
+            if before.get("reward_failed") and not done:
+                reward = _reward_file(getattr(self.recipe.stage(name), "reward", ""))
+                then, now = ({k: v for k, v in files.items() if k not in reward} for files in (then, now))
+            self._compare(then, now, f"stage {name}", done, again)
+        self._check_start()
+
+    def begin(self, name: str, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+        """Write down the ground of a stage that begins. One that was begun before must have the same rows.
+
+        Args:
+            prompts: the stage's rendered data tables, by name.
+
+        Raises:
+            UserError: the rows are not those that the stage began with.
+        """
+        rows = {table: rows_digest(found) for table, found in prompts.items()}
+        kept = self._kept(self.folder.stage(name))
+        if kept is None:
+            if self._kept(self.folder.path) is None:
+                self._write(self.folder.path, {"files": model_ground(self.recipe.model)})
+            self._write(self.folder.stage(name), {"files": ground_of(self.recipe, name), "rows": rows})
+            return
+        if kept.pop("reward_failed", False):
+            now = ground_of(self.recipe, name)
+            if now != kept["files"]:
+                log.warning("stage %s is resumed with another reward function, since the one before failed", name)
+            self._write(self.folder.stage(name), {**kept, "files": now})
+        for table, digest in rows.items():
+            if kept.get("rows", {}).get(table, digest) != digest:
+                raise UserError(
+                    f"the rows of {table} are not those that stage {name} began with: as rendered they had the digest "
+                    f"{kept['rows'][table]}, now {digest}; the data set, the tokenizer or thence has changed",
+                    remedy=_remedy(None),
+                    file=self.folder.stage(name),
+                )
+
+    def reward_failed(self, name: str) -> None:
+        """Note that a stage ended because its reward function failed: it may be fixed, and the stage resumed."""
+        kept = self._kept(self.folder.stage(name))
+        if kept is not None:
+            self._write(self.folder.stage(name), {**kept, "reward_failed": True})
+
+    def _check_start(self) -> None:
+        """Whether the model that the next stage starts from is the one that the stage before it left."""
+        stages = self.recipe.stages
+        following = next((i for i, name in enumerate(stages) if not self.folder.is_done(name)), 0)
+        trained = [name for name in stages[:following] if not isinstance(self.recipe.stage(name), Eval)]
+        if not trained:
+            return
+        model, kept = self.folder.stage(trained[-1]) / "model", self.folder.facts(trained[-1]).get("model")
+        if not is_whole(model) or kept not in (None, published(model)):
+            raise UserError(
+                f"the model that stage {trained[-1]} left is not what it was: a file was replaced, changed or removed",
+                remedy=_remedy(None),
+                file=model,
+            )
+
+    def _compare(
+        self, before: Mapping[str, State], now: Mapping[str, State], owner: str, done: bool, again: Path | None
+    ) -> None:
+        for file, state in before.items():
+            found = now.get(file)
+            if found is None and done:
+                log.warning("%s has read %s, which is no longer there", owner, file)
+            elif found is None or (found["digest"], found["bytes"]) != (state["digest"], state["bytes"]):
+                has = "has read" if done else "was begun with"
+                raise UserError(
+                    f"the file is not the one that {owner} {has}: then {_said(state)}, now {_said(found)}",
+                    remedy=_remedy(again),
+                    file=file,
+                )
+        for file in now.keys() - before.keys():
+            raise UserError(
+                f"the file was not there when {owner} was begun: now {_said(now[file])}",
+                remedy=_remedy(again),
+                file=file,
+            )
+
+    def _kept(self, place: Path) -> dict[str, Any] | None:
+        file = place / FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def _write(self, place: Path, facts: Mapping[str, Any]) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / FILE, json.dumps(facts, indent=1))
+
+
+def say_what_differs(folder: RunFolder, device: str, ranks: int) -> None:
+    """Log what of versions, threads and ranks differs from the run's first start: its last bits may follow from it."""
+    file = folder.path / "environment.json"
+    if not file.is_file():
+        return
+    before, now = json.loads(file.read_text(encoding="utf-8")), environment(device, ranks)
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in ENVIRONMENT if key in before and before[key] != now[key]]
+    if changed:
+        log.warning("the run began with another environment (%s); numbers may differ slightly", ", ".join(changed))
+
+
+def _states(names: Iterable[str]) -> dict[str, State]:
+    found: dict[str, State] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        found |= {str(file): state_of(file) for file in files if file.is_file()}
+    return found
+
+
+def _reward_file(reward: str) -> list[str]:
+    """The file of a reward function of the user's own."""
+    place, colon, _ = reward.rpartition(":")
+    if not colon or place.endswith(".py"):
+        return [place] if colon else []
+    try:
+        spec = importlib.util.find_spec(place)
+    except (ImportError, ValueError):
+        return []
+    return [spec.origin] if spec is not None and spec.origin and Path(spec.origin).is_file() else []
+
+
+def _said(state: State | None) -> str:
+    if state is None:
+        return "it is not there"
+    return f"{state['bytes']:,} bytes, digest {state['digest']}, changed {state['modified']}"
+
+
+def _remedy(again: Path | None) -> str:
+    only = f"; to repeat this evaluation alone, remove {again}" if again is not None else ""
+    return f"put the file back, give another --folder, or --restart to begin anew and lose that run{only}"

@@ -1,0 +1,360 @@
+"""Everything that a recipe names, opened and tried before the first step, for every stage that is not done yet.
+
+``run`` refuses what does not hold; ``--dry-run`` prints it. What cannot be tried where it is asked, such as a model on
+the hub without network, is not verified, and that is said.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from thence.data.chat import end_token_ids
+from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
+from thence.data.trajectory import Prompt
+from thence.errors import RecipeError, UserError
+from thence.methods.registry import stage_method
+from thence.pipeline.context import step_of
+from thence.pipeline.eval_stage import test_sets
+from thence.pipeline.folder import RunFolder
+from thence.pipeline.ground import Ground
+from thence.pipeline.prompts import check_answers, check_trained, load_prompts, read_only
+from thence.pipeline.rehearsal import no_demonstrations, rehearse
+from thence.pipeline.rl_stage import check_settings
+from thence.pipeline.room import check_rows, response_tokens
+from thence.pipeline.sft_stage import put_aside
+from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft
+from thence.rollout.native import Sampling
+from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
+from thence.train.context_length import context_of, open_config
+from thence.train.model import load_tokenizer, resolve
+from thence.verify.reward import MATH_RULES, load_reward
+
+VLLM_SECONDS = 60.0
+_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+_tried_rewards: set[tuple[str, float]] = set()  # of this process, which may make many runs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one thing that a recipe names.
+
+    Args:
+        part: what was tried, for example ``rl: reward math``.
+        state: refused: it cannot work. unverified: it could not be tried here.
+        reason, remedy: why, and what to do about it; the reason of ``ok`` may be empty.
+        error: what a run raises.
+    """
+
+    part: str
+    state: Literal["ok", "refused", "unverified"]
+    reason: str = ""
+    remedy: str = ""
+    error: UserError | None = None
+
+
+class NotAtHand(Exception):
+    """It could not be tried here. Carries what a run raises, if it cannot do without."""
+
+    def __init__(self, reason: str, error: UserError | None = None):
+        super().__init__(reason)
+        self.error = error
+
+
+@dataclass
+class Preflight:
+    """A recipe being tried.
+
+    Args:
+        ranks: processes that will share each step.
+        leads: whether this process also tries what is enough to try once: rewards and vLLM.
+        restart: whether the run that stands in the folder will be thrown away.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    ranks: int = 1
+    leads: bool = True
+    restart: bool = False
+    findings: list[Finding] = field(default_factory=list)
+    tokenizer: Any = None
+    context: int | None = None
+    absent: dict[str, UserError] = field(default_factory=dict)
+
+    def attempt(self, part: str, act: Callable[[], str | None]) -> None:
+        """Try one thing, and note what became of it."""
+        try:
+            self.findings.append(Finding(part, "ok", act() or ""))
+        except NotAtHand as absent:
+            remedy = absent.error.remedy if absent.error is not None else ""
+            self.findings.append(Finding(part, "unverified", str(absent), remedy, absent.error))
+        except UserError as error:
+            self.findings.append(Finding(part, "refused", str(error).split("\n  remedy:")[0], error.remedy, error))
+
+
+def preflight(
+    recipe: Recipe, folder: Path | None = None, ranks: int = 1, *, leads: bool = True, restart: bool = False
+) -> list[Finding]:
+    """Try all that a recipe names, for the stages that are not done in the folder.
+
+    Args:
+        folder: the run folder; default: the recipe's.
+        ranks: processes that will share each step.
+        leads: False for all but the first of them; they leave out what is enough to try once.
+        restart: the run that stands in the folder will be thrown away: no stage is done.
+
+    Returns:
+        One finding for each thing that was tried, in the order of the stages.
+    """
+    trial = Preflight(recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart)
+    trial.attempt("run folder", lambda: trial.folder.check(recipe, restart))
+    if leads and not restart and trial.findings[0].state == "ok":
+        trial.attempt("files that the run was begun with", lambda: Ground(recipe, trial.folder).check())
+    left = [name for name in recipe.stages if restart or not trial.folder.is_done(name)]
+    for name in left:
+        trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
+    if left:
+        trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
+        trial.attempt("model: configuration", lambda: _open_config(trial))
+    first, stages = trial.findings, []
+    for name in reversed(left):  # the data of the first stage are rendered last, and so surely kept for it
+        trial.findings = []
+        _try_stage(trial, name)
+        stages = trial.findings + stages
+    return first + stages
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise the error of the first thing that a run cannot do without. Raises UserError."""
+    wrong = {str(finding.error): finding.error for finding in findings if finding.error is not None}
+    if len(wrong) == 1:
+        raise next(iter(wrong.values()))
+    if wrong:
+        first, *more = wrong.values()
+        others = "".join(f"\n  also: {str(error).splitlines()[0]}" for error in more)
+        raise type(first)(
+            first.problem, remedy=first.remedy + others, file=first.file, line=first.line, field=first.field
+        )
+
+
+def _settings(trial: Preflight, name: str) -> None:
+    stage = trial.recipe.stage(name)
+    if isinstance(stage, Sft | Rl):
+        stage_method(stage, name)
+        step_of(name, stage)
+        if stage.fault is not None and trial.ranks > 1:
+            raise RecipeError(
+                "a fault plays all ranks in one process, but several processes share the step",
+                remedy="start a single process and give the number of ranks to the fault",
+                field=f"{name}.fault",
+            )
+    if isinstance(stage, Rl):
+        settings = vllm_settings(stage.vllm, f"{name}.vllm")
+        check_settings(name, stage, trial.ranks)
+        Sampling(stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
+        if stage.engine == "vllm" and trial.leads:
+            _try_vllm(settings, name)
+    if isinstance(stage, Eval):
+        for temperature in stage.temperatures:
+            if not 0 <= temperature < float("inf"):
+                raise RecipeError(
+                    f"a temperature of {temperature}", remedy="give 0 (greedy) or more", field=f"{name}.temperatures"
+                )
+        for split in test_sets(stage):
+            if "/" in split or split in ("", ".", ".."):
+                raise RecipeError(
+                    f"results of test set {split!r} cannot be kept in a file of that name",
+                    remedy=f"name it: [{name}.splits.NAME] with split = {split!r}",
+                    field=f"{name}.splits",
+                )
+
+
+def _open_tokenizer(trial: Preflight) -> None:
+    model = trial.recipe.model
+    trial.tokenizer = _opened(model.tokenizer or model.path or "", lambda: load_tokenizer(model))
+
+
+def _open_config(trial: Preflight) -> str:
+    model = trial.recipe.model
+    if trial.tokenizer is None and model.tokenizer is None and _is_hub_name(model.path or ""):
+        raise NotAtHand(f"{model.path} is not at hand")  # asked once: without network that takes a minute
+    trial.context = context_of(_opened(model.path or "", lambda: open_config(model)))
+    _check_weights(model)
+    return f"context {trial.context:,} tokens" if trial.context else "no limit of the context is told"
+
+
+def _opened(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except UserError as error:
+        if _is_hub_name(name):
+            raise NotAtHand(f"{name} is not at hand: {error.problem}", error) from error
+        raise
+
+
+def _check_weights(settings: Model) -> None:
+    """Whether a folder holds the weights that it promises; they are opened by the first stage."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+    folder = Path(resolve(settings.path or ""))
+    if settings.init is not None or not folder.is_dir():
+        return
+    known = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    wanted = (settings.gguf_file,) if settings.gguf_file else known
+    if not any((folder / name).is_file() for name in wanted):
+        raise RecipeError(
+            f"{folder} holds no weights ({' or '.join(wanted)})",
+            remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
+            field="model.path",
+        )
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a name can only be one of the hub: nothing of this machine is called so."""
+    return not (
+        not name
+        or name.startswith(("/", "./", "../", "~", "world:", "package:"))
+        or name.lower().endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
+        or Path(name).expanduser().exists()
+    )
+
+
+def _try_stage(trial: Preflight, name: str) -> None:
+    stage = trial.recipe.stage(name)
+    if isinstance(stage, Sft):
+        trial.attempt(f"{name}: data", lambda: _try_sft(trial, name, stage))
+    elif isinstance(stage, Rl):
+        _try_sampled(trial, name, stage, name, stage.data)
+    else:
+        for split, table in test_sets(stage).items():
+            _try_sampled(trial, name, stage, f"{name}, {split}", table)
+
+
+def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None) -> tuple[Data, list[Prompt]]:
+    """A stage's data as its model will see them. Raises NotAtHand where they can only be read, or not even that."""
+    data = trial.recipe.stage_data(overrides)
+    far = [source for source in data.source if _is_hub_name(source)]
+    if far and trial.tokenizer is None:  # the hub was asked for the tokenizer; without network that takes a while
+        raise NotAtHand(f"{', '.join(far)} was not tried: there is no tokenizer")
+    for source in far:
+        if source in trial.absent:
+            raise NotAtHand(f"{source} is not at hand", trial.absent[source])
+    try:
+        if trial.tokenizer is not None:
+            return data, load_prompts(data, trial.tokenizer)
+        examples = read_only(data)
+    except UserError as error:
+        if far and error.file in far:
+            trial.absent[error.file or ""] = error
+            raise NotAtHand(str(error).split("\n  remedy:")[0], error) from error
+        raise
+    if reward is not None:
+        check_answers(examples, reward)
+    raise NotAtHand(f"{len(examples):,} examples were read, but not rendered: there is no tokenizer")
+
+
+def _try_sft(trial: Preflight, name: str, stage: Sft) -> str:
+    _, found = _load(trial, stage.data)
+    prompts = [prompt for prompt in found if prompt.demonstration_ids]
+    check_trained(prompts or found, stage.train_on, say=False)
+    check_rows(name, prompts, trial.context)
+    put_aside(prompts, stage.held_out, trial.recipe.seed)
+    return f"{len(prompts):,} examples"
+
+
+def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overrides: dict[str, Any]) -> None:
+    loaded: list[Prompt] = []
+
+    def data() -> str:
+        table, prompts = _load(trial, overrides, stage.reward)
+        check_answers(prompts, stage.reward)
+        limit = trial.context
+        if isinstance(stage, Rl) and stage.engine == "vllm" and stage.vllm.get("max_model_len"):
+            limit = min(stage.vllm["max_model_len"], limit or stage.vllm["max_model_len"])
+        longest = response_tokens(name, stage, prompts, limit, say=False)
+        end_token_ids(trial.tokenizer, table.template)
+        loaded.extend(prompts)
+        return f"{len(prompts):,} prompts, responses up to {longest:,} tokens"
+
+    trial.attempt(f"{part}: data", data)
+    if isinstance(stage, Rl) and loaded:
+        trial.attempt(f"{part}: method {stage.method}", lambda: _try_method(trial, name, stage, loaded))
+    if trial.leads:
+        trial.attempt(f"{part}: reward {stage.reward}", lambda: _try_reward(trial, stage, loaded))
+
+
+def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:
+    method = stage_method(stage, name)
+    shown = sum(bool(prompt.demonstration_ids) for prompt in prompts)
+    if method.demonstrations != "no" and not shown:
+        raise no_demonstrations()
+    if method.demonstrations == "whole":
+        check_rows(name, prompts, trial.context)
+    try:
+        rehearse(method, stage, prompts)
+    except UserError:
+        raise
+    except Exception as error:  # a method of another package may look deeper into the sampler
+        raise NotAtHand(f"made-up responses were too little for it: {type(error).__name__}: {error}") from error
+    return f"{shown:,} of {len(prompts):,} prompts have a demonstration" if method.demonstrations != "no" else ""
+
+
+def _try_reward(trial: Preflight, stage: Rl | Eval, prompts: Sequence[Prompt]) -> str:
+    """Load a reward and let it grade one response: the demonstration of the first prompt, or its answer."""
+    file = Path(stage.reward.rpartition(":")[0])
+    key = (stage.reward, file.stat().st_mtime if file.is_file() else 0.0)
+    if key in _tried_rewards:
+        return ""
+    own = stage.reward not in ("exact", *MATH_RULES)
+    with load_reward(stage.reward, seconds=stage.reward_seconds, workers=1) as grader:
+        if own and not prompts:
+            return "loaded, not called: there is no prompt to call it with"
+        first = prompts[0] if prompts else Prompt(0, (), answer="1")
+        decode = getattr(trial.tokenizer, "decode", None)
+        shown = first.demonstration_ids if own and decode is not None else None
+        text = f"The answer is {first.answer}."
+        if decode is not None and shown:
+            text = decode(shown, skip_special_tokens=True)
+        grader.grade_many([first.text], [text], [first.answer])
+    _tried_rewards.add(key)
+    return ""
+
+
+def _try_vllm(settings: VllmSettings, name: str) -> None:
+    """Whether vLLM can be started or reached. Raises UserError."""
+    if settings.server:
+        shared_token()
+        try:
+            socket.create_connection(settings.address(), timeout=5).close()
+        except OSError as error:
+            raise UserError(
+                f"no vLLM server listens at {settings.server}: {error}",
+                remedy="start it first (docs/vllm.md), or let thence start vLLM: leave server out",
+                field=f"{name}.vllm.server",
+            ) from None
+        return
+    python = settings.interpreter()
+    environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
+    asked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run(
+            [python, "-c", asked],
+            env=environment | settings.environment,
+            capture_output=True,
+            text=True,
+            timeout=VLLM_SECONDS,
+        )
+        failed = done.returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        failed = True
+    if failed:
+        raise UserError(
+            f"{python} cannot import vLLM",
+            remedy=f"give the Python of an environment in which vLLM is installed (vllm.python or {PYTHON_VARIABLE})",
+            field=f"{name}.vllm.python",
+        )

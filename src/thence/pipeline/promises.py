@@ -1,0 +1,55 @@
+"""What the stages of a run rely on, tried on the model at hand before the first step of the first of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+from thence.pipeline.context import Context
+from thence.recipe import Eval, Optimization, Rl
+from thence.rollout.choice import choice_of
+from thence.train.probe import NotVerified, check_files, check_gradient
+
+log = logging.getLogger(__name__)
+_tried: set[tuple[str, str, str]] = set()  # of this process, which may make many runs from one model
+
+
+def hold(context: Context, names: Sequence[str]) -> None:
+    """Try on the context's model what these stages need: gradients, packing, sampling, and files that can be read again.
+
+    What this machine has no room to try is said in the log. A run that has written a model or a checkpoint before does
+    not try its files again.
+
+    Raises:
+        UserError: something does not hold.
+    """
+    model = context.recipe.model.model_dump_json()
+    for part, act in _promises(context, names):
+        key = (model, str(context.device), part)
+        if key in _tried:
+            continue
+        try:
+            act()
+        except NotVerified as missing:
+            log.warning("not verified: %s: %s", part, missing)
+        _tried.add(key)
+
+
+def _promises(context: Context, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+    model, stages = context.model, [context.recipe.stage(name) for name in names]
+    training = [stage for stage in stages if isinstance(stage, Optimization)]
+    for packing in sorted({stage.packing for stage in training}):
+        yield (
+            f"gradient, {'packed' if packing else 'padded'} rows",
+            lambda packing=packing: check_gradient(model, packing),
+        )
+    if any(isinstance(stage, Eval) or (isinstance(stage, Rl) and stage.engine == "native") for stage in stages):
+        yield "sampling", lambda: choice_of(model)
+    if training and context.leads and not _has_written(context):
+        trusted = context.recipe.model.trust_remote_code
+        yield "saving and resuming", lambda: check_files(model, context.tokenizer, trusted)
+
+
+def _has_written(context: Context) -> bool:
+    stages = context.folder.path / "stages"
+    return any(stages.glob("*/model/*")) or any(stages.glob("*/checkpoints/step-*"))
