@@ -1,4 +1,4 @@
-"""What the model matrix asks of one architecture: each cell runs thence on a tiny model and holds it against transformers.
+"""What the model matrix asks of one architecture: each cell holds thence against transformers.
 
 The other side of every comparison is the untouched model: opened by ``AutoModelForCausalLM.from_pretrained``, run in
 float64, one row at a time, without padding, packing or cache.
@@ -23,7 +23,7 @@ import tiny_models
 
 from thence.data.worlds.vocabulary import build_tokenizer
 from thence.errors import UserError
-from thence.objective import Batch, Logp, Row, Term, local_counts
+from thence.objective import Batch, Logp, Row, Term
 from thence.recipe import Model
 from thence.rollout.native import Sampling, sample
 from thence.train.checkpoint import load_weights, newest_checkpoint, publish, write_checkpoint
@@ -40,8 +40,9 @@ PROMPTS = (2, 5, 11, 11, 19)  # lengths of the sampled prompts, each taken three
 STOPS = (3, 9, 14, 20)  # of 26 tokens: rows end early, so that the cache is cut while others go on
 NEW_TOKENS = 24
 # A model computes norms and softmaxes in float32 whatever its weights are, so float64 does not reach 1e-12.
-LOGP_TOLERANCE = 1e-4  # nats, of the step (float64 weights)
-GRADIENT_TOLERANCE = 1e-3  # relative, of the whole gradient and of each parameter's
+# A step is taken in float64, which shows a small fault, and in float32, which is what a user runs: other kernels.
+LOGP_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3}  # nats
+GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}  # relative, of the whole gradient and each parameter's
 SAMPLED_TOLERANCE = 2e-3  # nats, of the sampler (float32 weights)
 CELLS = ("open", "step", "packed", "sampled", "checkpoint", "published", "lora")
 
@@ -77,19 +78,19 @@ class Case:
     kind: str
     folder: Path
 
-    def opened(self, dtype: str = "float64") -> Any:
-        """The model as thence opens it, and the tokenizer."""
-        loaded = load_model(Model(path=str(self.folder), compute_dtype=dtype), CPU)  # type: ignore[arg-type]
-        _plain_experts(loaded.model)
-        return loaded
+    def opened(self) -> Any:
+        """The model as thence opens it, in float32, and the tokenizer."""
+        return load_model(Model(path=str(self.folder), compute_dtype="float32"), CPU)
 
-    def untouched(self, dtype: torch.dtype = torch.float64) -> Any:
-        """The model as transformers opens it."""
+    def opened_exact(self) -> Any:
+        """The model as thence opens it, turned to float64 afterwards."""
+        return _exact(self.opened().model)
+
+    def untouched(self) -> Any:
+        """The model as transformers opens it, in float64."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).eval()
-        _plain_experts(model)
-        return model
+        return _exact(AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval())
 
 
 def run_cells(kind: str) -> Iterator[tuple[str, Cell]]:
@@ -126,7 +127,7 @@ def judge(run: Callable[[], Cell | dict[str, float]]) -> Cell:
 
 def cell_open(case: Case, built: Any) -> dict[str, float]:
     """thence opens the folder and finds the weights that were saved, bit by bit."""
-    loaded = case.opened("float32")
+    loaded = case.opened()
     before, after = built.state_dict(), loaded.model.state_dict()
     _same_state(before, after, "opened weights")
     return {"parameters": float(sum(p.numel() for p in built.parameters()))}
@@ -134,26 +135,30 @@ def cell_open(case: Case, built: Any) -> dict[str, float]:
 
 def cell_step(case: Case) -> dict[str, float]:
     """Loss, every token's log-probability and the gradient of ``train_step``, rows padded."""
-    return _step(case, packing=False)
+    expected = restated(case.untouched(), batch())
+    figures = _step(case.opened_exact(), False, expected)
+    _step(case.opened().model, False, expected)
+    return figures
 
 
 def cell_packed(case: Case) -> dict[str, float]:
     """The same with rows packed end to end; and the model is the same afterwards."""
-    model = case.opened().model
-    ids = rows()[1].token_ids[None]
-    before = _logits(model, ids)
-    figures = _step(case, packing=True, model=model)
-    after = _logits(model, ids)
-    moved = float((after - before).abs().max())
-    if moved > 1e-6:
-        raise Difference("the model gives other logits after a packed pass", figures | {"after": moved})
-    padded = _step(case, packing=False, model=model)
-    return figures | {"after": moved, "padded_after": padded["gradient"]}
+    expected, ids = restated(case.untouched(), batch()), rows()[1].token_ids[None]
+    figures: dict[str, float] = {}
+    for model in (case.opened_exact(), case.opened().model):
+        before = _logits(model, ids)
+        figures = figures or _step(model, True, expected)
+        _step(model, True, expected)
+        moved = float((_logits(model, ids) - before).abs().max())
+        if moved > 1e-5:
+            raise Difference("the model gives other logits after a packed pass", figures | {"after": moved})
+        _step(model, False, expected)
+    return figures
 
 
 def cell_sampled(case: Case) -> dict[str, float]:
     """Log-probabilities of sampled tokens, and the choice of greedy ones, against a plain forward pass."""
-    model, reference = case.opened("float32").model, case.untouched()
+    model, reference = case.opened().model, case.untouched()
     generator = torch.Generator().manual_seed(SEED)
     distinct = [torch.randint(tiny_models.VOCAB, (n,), generator=generator).tolist() for n in PROMPTS]
     prompts = [prompt for prompt in distinct for _ in range(3)]
@@ -175,7 +180,7 @@ def cell_sampled(case: Case) -> dict[str, float]:
 
 def cell_checkpoint(case: Case) -> dict[str, float]:
     """Stopped after a step and resumed in a fresh model: the same bits, and the same bits after the next step."""
-    loaded = case.opened("float32")
+    loaded = case.opened()
     trainer = _trainer(loaded.model)
     trainer.step(batch())
     plain, tensors = trainer.state()
@@ -183,7 +188,7 @@ def cell_checkpoint(case: Case) -> dict[str, float]:
         write_checkpoint(Path(place), 1, loaded.model, loaded.tokenizer, {"trainer": plain}, tensors)
         found = newest_checkpoint(Path(place))
         assert found is not None
-        fresh = case.opened("float32").model
+        fresh = case.opened().model
         load_weights(fresh, found.folder)
     _same_state(loaded.model.state_dict(), fresh.state_dict(), "resumed weights")
     ids = rows()[1].token_ids[None]
@@ -200,7 +205,7 @@ def cell_published(case: Case) -> dict[str, float]:
     """The trained model, published, opens in transformers with the same logits and the same tied weights."""
     from transformers import AutoModelForCausalLM
 
-    loaded = case.opened("float32")
+    loaded = case.opened()
     _trainer(loaded.model).step(batch())
     with tempfile.TemporaryDirectory() as place:
         temporary, final = Path(place) / ".writing", Path(place) / "model"
@@ -251,30 +256,34 @@ def batch() -> Batch:
     return Batch((Term("logp", Logp()),), tuple(rows()))
 
 
-def _step(case: Case, packing: bool, model: Any = None) -> dict[str, float]:
-    model = case.opened().model if model is None else model
+Restated = tuple[float, list[Tensor], dict[str, Tensor]]
+
+
+def _step(model: Any, packing: bool, expected: Restated) -> dict[str, float]:
+    """Take a step that moves nothing and hold what it computed against the plain re-statement."""
     made, measured = batch(), {}
+    dtype = next(model.parameters()).dtype
 
     def observe(group: Any, stats: Any) -> None:
         sizes = [made.rows[i].n_trained for i in group]
         measured.update(zip(group, stats.logp_T.split(sizes), strict=True))
 
-    settings = StepSettings(BUDGET, packing, 0.0, torch.float64)
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    report = train_step(model, still, made, SingleProcess(), settings, observe)
-    loss, logps, gradients = restated(case.untouched(), made)
+    report = train_step(model, still, made, SingleProcess(), StepSettings(BUDGET, packing, 0.0, dtype), observe)
+    loss, logps, gradients = expected
     figures = {
         "loss": abs(report.loss - loss) / max(1.0, abs(loss)),
         "logp": max(float((measured[i] - logp).abs().max()) for i, logp in enumerate(logps)),
     } | _gradient_differences({n: p.grad for n, p in model.named_parameters()}, gradients)
-    if not (figures["logp"] <= LOGP_TOLERANCE and figures["loss"] <= LOGP_TOLERANCE):
-        raise Difference(f"log-probabilities are off by {figures['logp']:.2g} nats", figures)
-    if not (figures["gradient"] <= GRADIENT_TOLERANCE and figures["worst_parameter"] <= GRADIENT_TOLERANCE):
-        raise Difference(f"the gradient is off by {figures['gradient']:.2g} of its length", figures)
+    where = str(dtype).removeprefix("torch.")
+    if not max(figures["logp"], figures["loss"]) <= LOGP_TOLERANCE[dtype]:
+        raise Difference(f"log-probabilities are off by {figures['logp']:.2g} nats in {where}", figures)
+    if not max(figures["gradient"], figures["worst_parameter"]) <= GRADIENT_TOLERANCE[dtype]:
+        raise Difference(f"the gradient is off by {figures['gradient']:.2g} of its length in {where}", figures)
     return figures
 
 
-def restated(model: Any, made: Batch) -> tuple[float, list[Tensor], dict[str, Tensor]]:
+def restated(model: Any, made: Batch) -> Restated:
     """Loss, log-probabilities of each row's trained tokens, and gradients by name: plain, row by row."""
     count, total, logps = sum(row.n_trained for row in made.rows), 0.0, []
     for row in made.rows:
@@ -289,7 +298,7 @@ def restated(model: Any, made: Batch) -> tuple[float, list[Tensor], dict[str, Te
 
 
 def _gradient_differences(got: dict[str, Tensor | None], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Distance of the whole gradient and of the worst parameter's, relative; tiny gradients against the whole's size."""
+    """Distance of the whole gradient and of the worst parameter's, relative; tiny ones against the whole."""
     if missing := set(expected) - set(got):
         raise Difference(f"parameters without a gradient: {sorted(missing)[:3]}", {})
     length = float(torch.stack([g.norm() for g in expected.values()]).norm())
@@ -303,10 +312,11 @@ def _gradient_differences(got: dict[str, Tensor | None], expected: dict[str, Ten
     return {"gradient": float(torch.tensor(distances).norm()) / length, "worst_parameter": worst}
 
 
-def _plain_experts(model: Any) -> None:
-    """In float64, transformers' grouped matrix product of experts raises: let it loop over them."""
-    if next(model.parameters()).dtype == torch.float64 and model._can_set_experts_implementation():
+def _exact(model: Any) -> Any:
+    """In float64, which has no grouped product of experts' matrices: transformers is told to loop over them."""
+    if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+    return model.double()
 
 
 def _trainer(model: Any) -> Trainer:

@@ -45,14 +45,14 @@ def child(kind: str, out: Connection) -> None:
     out.send(("done", None))
 
 
-def run_all(kinds: list[str], jobs: int) -> dict[str, dict[str, Any]]:
-    """Cells by architecture; ``made`` holds the reason where no tiny model can be made."""
+def run_all(kinds: list[str], jobs: int, results: dict[str, dict[str, Any]]) -> None:
+    """Fill in the cells by architecture; ``made`` holds the reason where no tiny model can be made."""
     from tiny_models import not_made
 
     context = multiprocessing.get_context("forkserver")
     # modules of these two folders are found by the children only: the server does not take this process's path over
     context.set_forkserver_preload(["transformers.modeling_utils", "thence.train.model", "thence.train.trainer"])
-    results: dict[str, dict[str, Any]] = {k: {"made": not_made(k)} for k in kinds if not_made(k)}
+    results.update({kind: {"made": not_made(kind)} for kind in kinds if not_made(kind)})
     waiting = [kind for kind in kinds if kind not in results]
     running: dict[Connection, tuple[str, Any, float]] = {}
     while waiting or running:
@@ -72,7 +72,6 @@ def run_all(kinds: list[str], jobs: int) -> dict[str, dict[str, Any]]:
                 _close(results[kind], f"no end within {LIMIT:.0f} s")
                 del running[connection]
                 _say(kind, results[kind])
-    return {kind: results[kind] for kind in kinds}
 
 
 def _receive(connection: Connection, running: dict[Connection, Any], results: dict[str, Any]) -> None:
@@ -121,7 +120,12 @@ def main() -> None:
     elif options.sample:
         kinds = list(SAMPLE)
     start = time.monotonic()
-    results = run_all(kinds, options.jobs)
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        run_all(kinds, options.jobs, results)
+    except KeyboardInterrupt:
+        print("stopped: only what was finished is reported")
+    results = {kind: results[kind] for kind in kinds if kind in results}
     report = make_report(results, time.monotonic() - start)
     print(json.dumps(report["counts"]))
     if options.json:
@@ -153,8 +157,10 @@ def make_report(results: dict[str, dict[str, Any]], seconds: float) -> dict[str,
         },
         "seed": model_cells.SEED,
         "tolerances": {
-            "logp": model_cells.LOGP_TOLERANCE,
-            "gradient": model_cells.GRADIENT_TOLERANCE,
+            "logp": model_cells.LOGP_TOLERANCE[torch.float64],
+            "gradient": model_cells.GRADIENT_TOLERANCE[torch.float64],
+            "logp_float32": model_cells.LOGP_TOLERANCE[torch.float32],
+            "gradient_float32": model_cells.GRADIENT_TOLERANCE[torch.float32],
             "sampled": model_cells.SAMPLED_TOLERANCE,
         },
         "seconds": round(seconds, 1),

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - rows of tables
 """docs/models.md, written from the results of the model matrix."""
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ a time, without padding, packing or cache.
 | column | what it asks |
 |---|---|
 | open | `load_model` opens the folder, and finds the saved weights bit by bit |
-| step | `train_step` on padded rows of different lengths, in several micro-batches: loss and every trained token's log-probability to {logp:g} nats, the whole gradient and each parameter's to {gradient:g} of its length |
+| step | `train_step` on padded rows of different lengths, in several micro-batches: loss and every trained token's log-probability to {logp:g} nats, the whole gradient and each parameter's to {gradient:g} of its length, in float64; and in float32 to {logp_float32:g} and {gradient_float32:g} |
 | packed | the same with `packing = true`; afterwards the model's logits, and a padded step, are as before |
 | sampled | prompts of several lengths, each three times, some rows ending early: log-probabilities of sampled tokens, and the choice of greedy ones, to {sampled:g} nats (float32 weights) |
 | checkpoint | stopped after a step and resumed in a fresh model: the same bits, and the same bits one step later |
@@ -78,7 +79,9 @@ def _table(models: dict[str, Any]) -> list[str]:
     names = list(next(iter(models.values()))["cells"])
     lines = ["| architecture | class | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for kind, model in models.items():
-        words = (f"**{w}**" if (w := model["cells"][name]["verdict"]) in ("wrong", "traceback") else w for name in names)
+        words = (
+            f"**{w}**" if (w := model["cells"][name]["verdict"]) in ("wrong", "traceback") else w for name in names
+        )
         lines.append(f"| {kind} | {model['class']} | " + " | ".join(words) + " |")
     return lines
 

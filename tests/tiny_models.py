@@ -275,7 +275,8 @@ def _sizes(fields: set[str], usual: Any) -> dict[str, Any]:
     sizes = {name: value for names, value in groups for name in names} | _FIXED
     sizes = {name: value for name, value in sizes.items() if name in fields}
     for name in _WINDOW_FIELDS:  # a model whose windows are off by default keeps them off
-        if name in sizes and usual is not None and getattr(usual, name, None) in (None, 0, -1) and name != "sliding_window":
+        off = usual is not None and getattr(usual, name, None) in (None, 0, -1)
+        if name in sizes and off and name != "sliding_window":
             del sizes[name]
     kinds = {name: pattern for name, pattern in _kinds(usual).items() if name in fields}
     layers = max([LAYERS, *(len(pattern) for pattern in kinds.values())])
@@ -287,9 +288,9 @@ def _sizes(fields: set[str], usual: Any) -> dict[str, Any]:
     for name, pattern in kinds.items():
         sizes[name] = [pattern[min(i, len(pattern) - 1)] for i in range(layers)]
     for name in fields:
-        if "dropout" in name or name.endswith("pdrop") or any(part in name for part in _OFF):
-            if isinstance(getattr(usual, name, None), float):
-                sizes[name] = 0.0
+        noisy = "dropout" in name or name.endswith("pdrop") or any(part in name for part in _OFF)
+        if noisy and isinstance(getattr(usual, name, None), float):
+            sizes[name] = 0.0
     return sizes
 
 
