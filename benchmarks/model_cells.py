@@ -83,14 +83,24 @@ class Case:
         return load_model(Model(path=str(self.folder), compute_dtype="float32"), CPU)
 
     def opened_exact(self) -> Any:
-        """The model as thence opens it, turned to float64 afterwards."""
-        return _exact(self.opened().model)
+        """The model as thence opens it, turned to float64 afterwards where the model's code can do that."""
+        return self._exact(self.opened().model)
 
     def untouched(self) -> Any:
-        """The model as transformers opens it, in float64."""
+        """The model as transformers opens it, in float64 where its code can do that."""
         from transformers import AutoModelForCausalLM
 
-        return _exact(AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval())
+        return self._exact(AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval())
+
+    def _exact(self, model: Any) -> Any:
+        """float64 has no grouped product of experts' matrices: transformers is told to loop over them."""
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")
+        try:
+            _logits(model.double(), rows()[0].token_ids[None])
+        except RuntimeError:  # a constant or a cast of its own that only float32 fits (XGLM, Inkling 2)
+            return model.float()
+        return model
 
 
 def run_cells(kind: str) -> Iterator[tuple[str, Cell]]:
@@ -287,7 +297,7 @@ def restated(model: Any, made: Batch) -> Restated:
     """Loss, log-probabilities of each row's trained tokens, and gradients by name: plain, row by row."""
     count, total, logps = sum(row.n_trained for row in made.rows), 0.0, []
     for row in made.rows:
-        log_p = model(input_ids=row.token_ids[None]).logits[0].double().log_softmax(-1)[:-1]
+        log_p = model(input_ids=row.token_ids[None], use_cache=False).logits[0].double().log_softmax(-1)[:-1]
         taken = log_p.gather(1, row.token_ids[1:, None])[:, 0][row.trained[1:]]
         loss = -(row.weights[0] * taken).sum() / count
         loss.backward()
@@ -312,13 +322,6 @@ def _gradient_differences(got: dict[str, Tensor | None], expected: dict[str, Ten
     return {"gradient": float(torch.tensor(distances).norm()) / length, "worst_parameter": worst}
 
 
-def _exact(model: Any) -> Any:
-    """In float64, which has no grouped product of experts' matrices: transformers is told to loop over them."""
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    return model.double()
-
-
 def _trainer(model: Any) -> Trainer:
     return Trainer(model, 1e-3, StepSettings(BUDGET, False, 1.0, torch.float32))
 
@@ -331,7 +334,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def _log_probabilities(model: Any, ids: list[int]) -> Tensor:
     """Of what follows each token but the last, shape (tokens - 1, V)."""
-    return model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
 
 
 def _same_state(expected: dict[str, Tensor], got: dict[str, Tensor], what: str) -> None:

@@ -134,6 +134,8 @@ def main() -> None:
         from model_page import write_page
 
         place = ROOT / "benchmarks" / "results" / "model-matrix.json"
+        if options.only or options.sample:
+            report = joined(json.loads(place.read_text(encoding="utf-8")), report)
         place.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_page(report, ROOT / "docs" / "models.md")
 
@@ -172,6 +174,16 @@ def make_report(results: dict[str, dict[str, Any]], seconds: float) -> dict[str,
             for kind, cells in results.items()
         },
     }
+
+
+def joined(stored: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The stored results with those of some architectures replaced. Raises SystemExit where they do not compare."""
+    if any(stored[name] != new[name] for name in ("versions", "seed", "tolerances")):
+        raise SystemExit("the stored results are of other versions, seed or tolerances: run all architectures")
+    models = stored["models"] | new["models"]
+    cells = [model["cells"] for model in models.values() if "cells" in model]
+    counts = {name: dict(Counter(c[name]["verdict"] for c in cells if name in c)) for name in stored["counts"]}
+    return stored | {"models": models, "counts": counts}
 
 
 if __name__ == "__main__":
