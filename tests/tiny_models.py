@@ -163,6 +163,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"], "router_hidden_size": 16},
 }  # fmt: skip
 
+# Tensors that transformers sets to a constant of the architecture whenever it opens a model.
+KEPT = ("balancing_biases",)
+
 # Why an architecture has no tiny model here.
 NOT_MADE: dict[str, str] = {
     "gemma4_assistant": "drafts tokens from the cache of another model; it does not run alone",
@@ -316,7 +319,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
                 continue
             done.add(tensor.data_ptr())
             is_buffer = not isinstance(tensor, torch.nn.Parameter)
-            if is_buffer and "bias" not in name:
+            if (is_buffer and "bias" not in name) or name.endswith(KEPT):
                 continue
             _redraw(tensor, generator)
 
