@@ -92,8 +92,8 @@ def test_a_run_grades_with_the_prompts_opening_and_publishes_every_end_token(
         published = json.loads((folder / "stages" / stage / "model" / "generation_config.json").read_text())
         assert set(published["eos_token_id"]) == wanted
     with pytest.raises(UserError, match="does not read thnk"):
-        again = {"folder": str(tmp_path / "other"), "data": {"source": [str(data)], "template_variables": {"thnk": 1}}}
-        run(recipe(tmp_path, model_folder, data, **again))
+        again = recipe(tmp_path, model_folder, data)
+        run(again, {"data.template_variables.thnk": 1, "folder": str(tmp_path / "other")})
 
 
 def test_eval_takes_template_variables_and_refuses_unknown_ones(
