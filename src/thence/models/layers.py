@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from thence.errors import UserError, first_line
-from thence.models.probing import largest_difference, probe_tokens, tolerance
+from thence.models.probing import largest_difference, probe_tokens, short_windows, tolerance
 from thence.objective import Head, logits_of
 
-PROBE_TOKENS = 7  # a row of the check
+PROBE_TOKENS = 13  # a row of the check
 # What configurations call a constant that the logits are multiplied by, divided by, or soft-capped at.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -56,7 +56,7 @@ def check_model(model: Any) -> None:
     if layer is None or getattr(layer, "weight", None) is None:
         raise UserError(f"{name} has no output layer", remedy="give a causal language model (…ForCausalLM)")
     token_ids = probe_tokens(model, 2 * PROBE_TOKENS).view(2, -1)
-    with torch.no_grad():
+    with torch.no_grad(), short_windows(model):
         try:
             alone = torch.cat([_hidden(model, row[None]) for row in token_ids])
             together = _hidden(model, token_ids)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 WINDOW = 8
-WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "window_size", "local_window", "sliding_window_size")
+WINDOW_FIELDS = (
+    *("sliding_window", "attention_chunk_size", "window_size", "local_window", "sliding_window_size"),
+    *("index_topk", "indexer_budget", "index_topk_blocks"),  # attention to the keys that an indexer picks
+)
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
@@ -36,7 +39,7 @@ def tolerance(dtype: torch.dtype, device: torch.device | None = None) -> float:
 
 @contextmanager
 def short_windows(model: nn.Module) -> Iterator[int | None]:
-    """Make every attention window and chunk short, for a check on short rows.
+    """Make every attention window, chunk and choice of keys short, for a check on short rows.
 
     Gives the shortest window that was longer, or None where there was none.
     """

@@ -15,7 +15,7 @@ _tried: set[tuple[str, str, str]] = set()  # of this process, which may make man
 
 
 def hold(context: Context, names: Sequence[str]) -> None:
-    """Try on the context's model what these stages need: gradients, packing, sampling, and files that can be read again.
+    """Try on the context's model what these stages need: gradients, packing, sampling, files that can be read again.
 
     What this machine has no room to try is said in the log. A run that has written a model or a checkpoint before does
     not try its files again.

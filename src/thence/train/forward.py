@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thence.models.layers import decoder_of
+from thence.models.lengths import check_lengths
 from thence.models.packing import attending, packed_hidden_states, way_of
 from thence.train.micro_batches import MicroBatch
 
@@ -20,8 +21,9 @@ def hidden_states(model: Any, micro: MicroBatch) -> Tensor:
     """Last hidden states at the positions that predict the trained tokens, shape (T, D).
 
     Raises:
-        UserError: the rows are packed, and the model cannot be.
+        UserError: the rows are packed, and the model cannot be; a row is longer than the model's context.
     """
+    check_lengths(model, micro.lengths)
     decoder = decoder_of(model)
     if micro.packed:
         with attending(model, True):

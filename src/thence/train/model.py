@@ -64,6 +64,8 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         ) from error
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps `to` and loses its type
     model.eval()
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # transformers' grouped products are not written for float64
     make_generation_valid(model)
     check_vocabulary(model, tokenizer)
     check_model(model)

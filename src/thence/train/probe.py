@@ -49,7 +49,13 @@ def check_gradient(model: Any, packing: bool = False) -> str:
     _need_memory(2 * sum(p.numel() * p.element_size() for p in parameters.values()), device)
     batch = _batch(model)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    expected = _plain_gradient(model, batch, parameters)
+    try:
+        expected = _plain_gradient(model, batch, parameters)
+    except Exception as error:  # a model's own code may raise anything
+        raise UserError(
+            f"{type(model).__name__} cannot be trained: {first_line(error)}",
+            remedy="this architecture is not supported: please report it",
+        ) from error
     try:
         optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
         settings = StepSettings(micro_batch_tokens=24, packing=packing, compute_dtype=next(model.parameters()).dtype)

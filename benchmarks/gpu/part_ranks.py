@@ -1,0 +1,72 @@
+"""Ranks on the device: NCCL with one process, and two processes that share the device over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from models import VOCAB, tiny
+from record import Record
+from rows import LENGTHS, relative, sft_batch, trajectories
+
+from thence.train.parallel import DataParallel, Ranks, SingleProcess
+from thence.train.step import StepSettings
+from thence.train.trainer import Trainer
+
+
+def run(device: torch.device, small: bool, record: Record) -> None:
+    import torch.distributed as dist
+
+    alone = steps(SingleProcess(), device)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541", "RANK": "0", "WORLD_SIZE": "1"}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=torch.device("cuda", 0) if backend == "nccl" else None)
+    ranks = DataParallel(device)
+    found = steps(ranks, device)
+    record.true(f"one process over {backend}: the parameters of a single process, bit by bit", torch.equal(found, alone))
+    record.true("gather and wait", ranks.gather({"rank": 0}) == [{"rank": 0}])
+    ranks.wait()
+    dist.destroy_process_group()
+    record.most("two processes on this device over gloo, parameters after 3 steps", two_processes(device, alone), 1e-5)
+
+
+def steps(ranks: Ranks, device: torch.device) -> torch.Tensor:
+    """The parameters after three steps; every rank takes its share of the rows."""
+    model = tiny("llama", device=device)
+    trainer = Trainer(model, 1e-3, StepSettings(100), ranks=ranks)
+    for seed in range(3):
+        batch = sft_batch(trajectories(LENGTHS, VOCAB, seed))
+        trainer.step(replace(batch, rows=batch.rows[ranks.rank :: ranks.world]))
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+
+
+def two_processes(device: torch.device, alone: torch.Tensor) -> float:
+    """How far two ranks end from one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"MASTER_PORT": "29542", "WORLD_SIZE": "2"}
+        command = [sys.executable, __file__, device.type, folder]
+        children = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
+        codes = [child.wait(timeout=240) for child in children]
+        if any(codes):
+            raise RuntimeError(f"the ranks ended with {codes}")
+        found = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
+    if not torch.equal(*found):
+        return float("nan")
+    return relative(found[0].double(), alone.double())
+
+
+def one_of_two(device: torch.device, folder: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    torch.save(steps(DataParallel(device), device), folder / str(dist.get_rank()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    one_of_two(torch.device(sys.argv[1]), Path(sys.argv[2]))
