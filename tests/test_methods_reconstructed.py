@@ -263,7 +263,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     # a random model hardly ever begins with the prompt's own number, as the expert often does
     reward.write_text(
         "def lucky(prompt, response, answer):\n"
-        "    return float(response[:2] == prompt.strip('$')[:2] and len(response) % 2)\n"
+        "    return float(response[:2] == prompt.strip('$')[:2] and len(set(response)) % 2)\n"
     )
     sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}

@@ -156,7 +156,7 @@ def own_reward(folder: Path, body: str) -> str:
 
 
 def test_a_run_counts_unknown_responses_and_trains_the_others_only(recipe, tmp_path, caplog):  # noqa: F811
-    reward = own_reward(tmp_path, "return None if len(response) % 2 else response.count('1') / 9")
+    reward = own_reward(tmp_path, "return None if response.count('2') % 2 else response.count('1') / 9")
     with caplog.at_level(logging.WARNING):
         _, lines = trained(recipe, tmp_path / "out", reward=reward, steps=2)
     first = lines[0]
@@ -172,7 +172,7 @@ def test_a_run_counts_unknown_responses_and_trains_the_others_only(recipe, tmp_p
 
 def test_the_update_is_that_of_the_known_responses_alone(recipe, tmp_path):  # noqa: F811
     """With `unknown = "zero"` the same responses pull the mean down and are pushed down themselves."""
-    reward = own_reward(tmp_path, "return None if len(response) % 2 else response.count('1') / 9")
+    reward = own_reward(tmp_path, "return None if response.count('2') % 2 else response.count('1') / 9")
     out, _ = trained(recipe, tmp_path / "out", reward=reward, steps=1)
     zero, _ = trained(recipe, tmp_path / "zero", reward=reward, steps=1, unknown="zero")
     assert any(not torch.equal(out[name], zero[name]) for name in out)

@@ -15,13 +15,13 @@ import pytest
 from thence.cli import main
 from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import UserError
+from thence.models.lengths import context_of
 from thence.pipeline import preflight as preflight_module
 from thence.pipeline.preflight import preflight
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
 from thence.rollout.vllm.wire import TOKEN_VARIABLE
 from thence.toml import to_toml
-from thence.train.context_length import context_of
 
 ROWS = [{"prompt": f"{i}+{i}?", "completion": f"{i}+{i}={2 * i}#{2 * i}", "answer": str(2 * i)} for i in range(8)]
 Tables = dict[str, Any]
@@ -310,3 +310,20 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """No reward counts as tried by a test before."""
     monkeypatch.setattr(preflight_module, "_tried_rewards", set())
     return lambda: None
+
+
+def test_dapos_penalty_follows_the_length_that_the_context_leaves(tmp_path):
+    """The base of the embedded world has a context of 512; `max_tokens` is not set, and 8192 would never be reached."""
+    tables = {
+        "name": "cut",
+        "folder": str(tmp_path / "run"),
+        "stages": ["rl"],
+        "model": {"path": "world:chain/rich"},
+        "data": {"limit": 20},
+        "rl": {"reward": "exact", "method": "dapo", "prompts": 2, "rollouts": 2, "steps": 1},
+    }
+    assert not [f for f in preflight(load_recipe(tables)) if f.state == "refused"]
+    tables["rl"]["options"] = {"overlong_tokens": 8192, "overlong_buffer": 1000}
+    refused = [f for f in preflight(load_recipe(tables)) if f.state == "refused"]
+    assert refused
+    assert "never act" in refused[0].reason

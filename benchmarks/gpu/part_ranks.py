@@ -28,7 +28,8 @@ def run(device: torch.device, small: bool, record: Record) -> None:
     dist.init_process_group(backend, device_id=torch.device("cuda", 0) if backend == "nccl" else None)
     ranks = DataParallel(device)
     found = steps(ranks, device)
-    record.true(f"one process over {backend}: the parameters of a single process, bit by bit", torch.equal(found, alone))
+    name = f"one process over {backend}: the parameters of a single process, bit by bit"
+    record.true(name, torch.equal(found, alone))
     record.true("gather and wait", ranks.gather({"rank": 0}) == [{"rank": 0}])
     ranks.wait()
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ def one_family(kind: str, device: torch.device, record: Record) -> None:
     found = sample(model, prompts, seeds, sampling)
     name = f"{kind} ({'LlamaDecoder' if is_plain_llama(model) else 'transformers cache'})"
     compare = mismatch(model, prompts, found, torch.float32)
-    record.most(f"{name} sampler's log-probabilities against the trainer's, largest difference", compare["largest"], 2e-4)
+    record.most(f"{name} log-probabilities of sampler and trainer, largest difference", compare["largest"], 2e-4)
     again = sample(model, prompts, seeds, sampling)
     record.true(f"{name} same call, same tokens", [r.token_ids for r in again] == [r.token_ids for r in found])
     apart = sample(model, prompts, seeds, Sampling(TOKENS, stop_ids=(5, 6, 7), rows=7))
@@ -65,13 +65,17 @@ def trained_base(device: torch.device, small: bool, record: Record) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         measured = mismatch(loaded.model, repeated, found, dtype)
         record.figure(f"world:chain/rich, trained in {str(dtype)[6:]}, sampled in float32", measured)
-    apart = sample(loaded.model, repeated, list(range(len(repeated))), Sampling(120, stop_ids=sampling.stop_ids, rows=7))
+    few = Sampling(120, stop_ids=sampling.stop_ids, rows=7)
+    apart = sample(loaded.model, repeated, list(range(len(repeated))), few)
     record.least("world:chain/rich same tokens in waves of 7 rows, share", agreement(found, apart), 0.95)
 
 
-def mismatch(model: Any, prompts: Sequence[list[int]], found: Sequence[Response], dtype: torch.dtype) -> dict[str, float]:
+def mismatch(
+    model: Any, prompts: Sequence[list[int]], found: Sequence[Response], dtype: torch.dtype
+) -> dict[str, float]:
     """The trainer's log-probabilities of the sampled tokens against the sampler's: KL per token and largest gap."""
-    rows = [Trajectory(Prompt(i, tuple(p)), tuple(r.token_ids)) for i, (p, r) in enumerate(zip(prompts, found, strict=True))]
+    pairs = enumerate(zip(prompts, found, strict=True))
+    rows = [Trajectory(Prompt(i, tuple(p)), tuple(r.token_ids)) for i, (p, r) in pairs]
     made = make_rows(rows, Sft().weigh(rows))
     scored = policy_statistics(model, made, 1.0, StepSettings(4096, compute_dtype=dtype))
     sampled = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in found])
@@ -90,6 +94,11 @@ def generated(model: Any, prompt: list[int], tokens: int) -> list[int]:
     """transformers' own greedy continuation."""
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        eos_token_id=-1,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()

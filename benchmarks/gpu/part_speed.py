@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ def sft_rows(small: bool, device: torch.device, vocabulary: int) -> tuple[list[T
     return made[0], made[1]
 
 
+def _take(trainer: Trainer, batch: Batch, reports: list[Any]) -> None:
+    reports.append(trainer.step(batch))
+
+
 def ours(
     name: str,
     model: Any,
@@ -111,13 +116,15 @@ def ours(
         model, 1e-6, StepSettings(budget, packing, 1.0, torch.bfloat16), activation_checkpointing=checkpointing
     )
     reports = []
-    seconds = [timed(lambda: reports.append(trainer.step(batch)), device) for _ in range(WARMUP + STEPS)][WARMUP:]
+    take = partial(_take, trainer, batch, reports)
+    seconds = [timed(take, device) for _ in range(WARMUP + STEPS)][WARMUP:]
     tokens = sum(len(row.token_ids) for row in batch.rows)
     record.figure(name, speed(tokens, seconds, n, rate) | {"micro_batches": reports[-1].micro_batches})
     record.figures[f"{name}, first"] = {"loss": reports[0].loss, "grad_norm": reports[0].grad_norm}
     if device.type == "cuda":
         peak, planned = torch.cuda.max_memory_allocated(), training_plan(model, budget, checkpointing)
-        record.figure(f"{name}, memory", {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned})
+        found = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
+        record.figure(f"{name}, memory", found)
     if checkpointing:
         model.gradient_checkpointing_disable()
         model.eval()
@@ -170,7 +177,13 @@ def profile(model: Any, trajectories: Sequence[Trajectory], device: torch.device
 
 
 def theirs(
-    name: str, trajectories: Sequence[Trajectory], n: int, rate: float, device: torch.device, small: bool, record: Record
+    name: str,
+    trajectories: Sequence[Trajectory],
+    n: int,
+    rate: float,
+    device: torch.device,
+    small: bool,
+    record: Record,
 ) -> None:
     """transformers' Trainer on the same rows in bfloat16: as many tokens a micro-batch, rows grouped by length."""
     from transformers import Trainer as Peer
@@ -212,9 +225,7 @@ def theirs(
         )
         model = real(device, small)
         model.config.use_cache = False
-        peer = InOrder(
-            model=model, args=settings, train_dataset=items, data_collator=collate, callbacks=[Clock()]
-        )
+        peer = InOrder(model=model, args=settings, train_dataset=items, data_collator=collate, callbacks=[Clock()])
         peer.train()
     seconds = [after - before for before, after in zip(marks[WARMUP - 1 :], marks[WARMUP:], strict=False)]
     tokens = sum(len(row.prompt.token_ids) + len(row.response_ids) for row in rows)
@@ -238,7 +249,8 @@ def collate(items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     ids = pad([torch.tensor(item["input_ids"]) for item in items], batch_first=True)
     labels = pad([torch.tensor(item["labels"]) for item in items], batch_first=True, padding_value=-100)
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+    seen = torch.arange(ids.shape[1]) < lengths[:, None]
+    return {"input_ids": ids, "labels": labels, "attention_mask": seen.long()}
 
 
 def grpo(device: torch.device, small: bool, record: Record) -> None:
@@ -259,7 +271,8 @@ def grpo(device: torch.device, small: bool, record: Record) -> None:
         counts, peak = parameters(model.config.to_dict()), torch.cuda.max_memory_allocated()
         lines = (*state_memory(counts, 4)[:1], *rollout_memory(counts, len(prompts), 96 + tokens))
         planned = sum(line.bytes for line in lines)
-        record.figure("sampling, memory", {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned})
+        found = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
+        record.figure("sampling, memory", found)
     for dtype in (torch.float32, torch.bfloat16):
         measured = mismatch(model, prompts, found, dtype)
         record.figure(f"trained in {str(dtype)[6:]}, sampled in float32", measured)
@@ -291,15 +304,7 @@ def peers(model: Any, prompts: Sequence[list[int]], tokens: int, device: torch.d
         model.config.use_cache = True
         options: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "min_new_tokens": tokens}
         with torch.no_grad():
-            seconds = min(
-                timed(
-                    lambda: model.generate(
-                        ids, attention_mask=torch.ones_like(ids), eos_token_id=-1, pad_token_id=0, **options
-                    ),
-                    device,
-                )
-                for _ in range(2)
-            )
+            seen = torch.ones_like(ids)
+            generate = partial(model.generate, ids, attention_mask=seen, eos_token_id=-1, pad_token_id=0, **options)
+            seconds = min(timed(generate, device) for _ in range(2))
         record.figure(f"transformers generate in {str(dtype)[6:]}, tokens/s", len(prompts) * tokens / seconds)
-
-

@@ -24,7 +24,8 @@ thence check RECIPE [--table.field value ...]
 Try on the model itself what training relies on: the step's gradient against plain autograd, packed rows, sampling,
 saving and resuming, end tokens, and one example with the trained tokens marked. Exit code 1: something does not
 hold."""
-MARKS = {"ok": ("✓", "green"), "refused": ("✗", "red"), "unverified": ("?", "yellow")}
+PART_WIDTH = 26
+MARKS = {"ok": ("✓", "green"), "refused": ("✗", "red"), "unverified": ("?", "yellow"), "unused": ("–", "yellow")}
 
 
 @dataclass
@@ -49,13 +50,19 @@ class Checked:
 
     def line(self, part: str, state: str, reason: str, remedy: str = "") -> None:
         """Print one verdict with its reason and remedy."""
+        from rich.table import Table
         from rich.text import Text
 
         mark, colour = MARKS[state]
-        text = Text.assemble((f"{mark} ", f"bold {colour}"), (f"{part:<24}", "bold"), f" {reason}")
-        if remedy and state != "ok":
-            text.append(f"\n{'':27}remedy: {remedy}", colour)
-        self.console.print(text)
+        said = Text(reason)
+        if remedy and state in ("refused", "unverified"):
+            said.append(f"\nremedy: {remedy}", colour)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=1)
+        grid.add_column(width=PART_WIDTH)
+        grid.add_column()
+        grid.add_row(Text(mark, f"bold {colour}"), Text(part, "bold"), said)
+        self.console.print(grid)
         if state == "refused":
             self.refused.append(part)
 
@@ -107,7 +114,6 @@ def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from thence.models.packing import way_of
     from thence.rollout.choice import choice_of
     from thence.train.model import load_model
     from thence.train.probe import check_files, check_gradient
@@ -132,19 +138,24 @@ def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
     checked.attempt("context", lambda: _context(loaded, recipe, with_data))
     _check_example(checked, loaded, recipe, with_data)
     checked.attempt("gradient, padded rows", lambda: check_gradient(model))
-    packs = checked.attempt(
-        "packed rows" if _packs(recipe) else "packed rows (not asked)", lambda: f"by {way_of(model)}"
-    )
-    if packs:
-        checked.attempt("gradient, packed rows", lambda: check_gradient(model, packing=True))
-    elif not _packs(recipe):
-        checked.refused.pop()  # packing is a choice, and this recipe does not make it
+    _check_packing(checked, model, asked=any(getattr(recipe.stage(n), "packing", False) for n in recipe.stages))
     checked.attempt("sampling", lambda: _sampling(choice_of(model)))
     checked.attempt("saving and resuming", lambda: check_files(model, loaded.tokenizer, settings.trust_remote_code))
 
 
-def _packs(recipe: Recipe) -> bool:
-    return any(getattr(recipe.stage(name), "packing", False) for name in recipe.stages)
+def _check_packing(checked: Checked, model: Any, asked: bool) -> None:
+    """Packing is a choice: a model that cannot be packed is refused only where the recipe makes it."""
+    from thence.models.packing import way_of
+    from thence.train.probe import check_gradient
+
+    try:
+        way = way_of(model)
+    except UserError as error:
+        state = "refused" if asked else "unused"
+        checked.line("packed rows", state, f"{error.problem}" + ("" if asked else "; leave packing off"), error.remedy)
+        return
+    checked.line("packed rows", "ok", f"by {way}" + ("" if asked else "; the recipe does not ask for it"))
+    checked.attempt("gradient, packed rows", lambda: check_gradient(model, packing=True))
 
 
 def _sampling(choice: Any) -> str:
@@ -170,8 +181,8 @@ def _ends(loaded: Any, recipe: Recipe) -> str:
 
 
 def _context(loaded: Any, recipe: Recipe, with_data: bool) -> str:
+    from thence.models.lengths import context_of
     from thence.pipeline.prompts import load_prompts
-    from thence.train.context_length import context_of
 
     limit = context_of(loaded.model.config)
     said = f"{limit:,} tokens" if limit else "the model tells no limit"

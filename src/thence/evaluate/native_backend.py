@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
+from thence.models.lengths import context_of
 from thence.recipe import Model
 from thence.rollout.native import Sampling, stream
-from thence.train.context_length import context_of
 from thence.train.model import load_model
 
 if TYPE_CHECKING:

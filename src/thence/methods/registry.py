@@ -49,11 +49,12 @@ def methods() -> dict[str, type[Method]]:
     return found
 
 
-def stage_method(stage: SftStage | Rl, where: str) -> Method:
+def stage_method(stage: SftStage | Rl, where: str, max_tokens: int | None = None) -> Method:
     """The method of a stage, made ready for the stage's settings.
 
     Args:
         where: the stage's name, for errors.
+        max_tokens: the longest response where the model's context cuts it; default: the stage's.
 
     Raises:
         RecipeError: as :func:`make_method`, or settings with which the method would learn nothing.
@@ -61,7 +62,7 @@ def stage_method(stage: SftStage | Rl, where: str) -> Method:
     method = make_method(stage.method, stage.options, kind_of(where), where)
     if isinstance(stage, Rl):
         try:
-            method.prepare(stage.rollouts, stage.max_tokens)
+            method.prepare(stage.rollouts, max_tokens or stage.max_tokens)
         except RecipeError as error:
             raise RecipeError(error.problem, remedy=error.remedy, field=f"{where}.{error.field}") from None
     return method

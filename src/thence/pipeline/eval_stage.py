@@ -7,12 +7,12 @@ from typing import Any
 
 from thence.evaluate.measure import measure, measurement_record, sample_record
 from thence.files import write_atomically, write_jsonl
+from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.room import response_tokens
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
-from thence.train.context_length import context_of
 from thence.verify.reward import load_reward
 
 

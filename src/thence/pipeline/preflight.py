@@ -289,7 +289,7 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
 
 
 def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:
-    method = stage_method(stage, name)
+    method = stage_method(stage, name, response_tokens(name, stage, prompts, trial.context, say=False))
     shown = sum(bool(prompt.demonstration_ids) for prompt in prompts)
     if method.demonstrations != "no" and not shown:
         raise no_demonstrations()

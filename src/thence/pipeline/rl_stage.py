@@ -22,6 +22,7 @@ from thence.evaluate.measure import sample_record
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out, scores_of
+from thence.models.lengths import context_of
 from thence.objective import Batch, Entropy, NegativeKl, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
@@ -29,6 +30,7 @@ from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, mak
 from thence.pipeline.dealing import mini_batches, resume_position, same_or_each
 from thence.pipeline.lessons import Lessons, Watch, each_of
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
@@ -45,9 +47,10 @@ SAMPLES_KEPT = 8  # responses of a step that are written for the reader
 
 def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
-    method = stage_method(stage, context.name)
     prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
     check_answers(prompts, stage.reward)
+    room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
+    method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
     budget = budget_of(stage)
     minis = stage.prompts // (stage.mini_batch or stage.prompts)

@@ -14,12 +14,12 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
 from thence.methods.base import Method, make_rows
 from thence.methods.registry import stage_method
+from thence.models.lengths import context_of
 from thence.objective import Batch, Row
 from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained, load_prompts
 from thence.pipeline.room import check_rows
 from thence.recipe import Sft
-from thence.train.context_length import context_of
 from thence.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
