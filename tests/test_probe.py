@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -366,3 +367,44 @@ def test_noise_of_training_is_switched_off(tokenizer, tmp_path):
     save_model(model, tokenizer, tmp_path)
     config = load_model(Model(path=str(tmp_path)), CPU).model.config
     assert (config.router_jitter_noise, config.attention_dropout) == (0.0, 0.0)
+
+
+def test_weights_that_transformers_would_draw_at_random_are_refused(tokenizer, tmp_path):
+    model = make("llama", torch.float32, vocab_size=len(tokenizer))
+    save_model(model, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj\.weight; they would be random"):
+        load_model(Model(path=str(tmp_path)), CPU)
+
+
+def test_a_model_that_is_opened_with_other_weights_than_its_file_holds_is_refused(tokenizer, tmp_path, monkeypatch):
+    save_model(make("llama", torch.float32, vocab_size=len(tokenizer)), tokenizer, tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained
+
+    def changed(*args, **kwargs):
+        model, said = opened(*args, **kwargs)
+        nn.init.normal_(model.model.embed_tokens.weight)
+        return model, said
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", changed)
+    with pytest.raises(UserError, match=r"another model\.embed_tokens\.weight than"):
+        load_model(Model(path=str(tmp_path)), CPU)
+
+
+def test_a_row_beyond_the_context_is_refused_and_never_an_index_error():
+    for kind in ("gpt2", "llama"):
+        with pytest.raises(UserError, match="longer than the 32"):
+            step_of(make(kind, max_position_embeddings=32), rows_of([40, 9]), False)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rows_whose_angles_would_follow_from_their_neighbours_are_refused(rope):
+    table = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    if rope == "longrope":
+        table |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = make("llama", rope_parameters=table)
+    step_of(model, rows_of([30, 9]), False)
+    with pytest.raises(UserError, match="longer than the 32"):
+        step_of(model, rows_of([40, 9]), False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -53,9 +54,10 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         else:
             config = AutoConfig.from_pretrained(origin, **options)
             config = _without_noise(_overridden(config, settings.config_overrides))
-            model = AutoModelForCausalLM.from_pretrained(
-                origin, config=config, dtype=dtype, **options, **_unpacked(settings)
-            )
+            loading: Any = {"output_loading_info": True, **options, **_unpacked(settings)}
+            opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
+            model, said = opened
+            check_weights(model, Path(origin), said)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
@@ -91,6 +93,49 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
+    """Make sure that the model has the weights that its files hold, all of them.
+
+    transformers draws weights at random that it does not find, with no more than a warning. A few rows of every
+    tensor that a safetensors file holds under the model's own name is compared too.
+
+    Args:
+        said: what ``from_pretrained`` tells of loading.
+
+    Raises:
+        RecipeError: weights that are random, or not those of the file.
+    """
+    from safetensors import safe_open
+
+    random = sorted(map(str, [*said.get("missing_keys", ()), *said.get("mismatched_keys", ())]))
+    if random:
+        name = type(model).__name__
+        raise RecipeError(
+            f"{folder} lacks {len(random)} weights of {name}, the first {random[0]}; they would be random",
+            remedy="give a folder with all weights, or the configuration that belongs to it",
+            field="model.path",
+        )
+    if unused := sorted(map(str, said.get("unexpected_keys", ()))):
+        log.warning("%d tensors of %s are not used, the first %s", len(unused), folder, unused[0])
+    own = model.state_dict()
+    padding = getattr(model.get_input_embeddings(), "padding_idx", None) or 0  # a row that some models set to zero
+    for file in sorted(folder.glob("model*.safetensors")) if folder.is_dir() else ():
+        with safe_open(file, "pt") as tensors:  # pyright: ignore[reportGeneralTypeIssues]
+            for name in set(tensors.keys()) & set(own):
+                kept = tensors.get_slice(name)
+                if kept.get_shape() != list(own[name].shape) or 0 in kept.get_shape() or not own[name].ndim:
+                    continue
+                last = own[name].shape[0] - 1
+                rows = {0, last // 2, last, min(padding, last)}
+                if any(not torch.equal(kept[i : i + 1].to(own[name].dtype), own[name][i : i + 1].cpu()) for i in rows):
+                    raise RecipeError(
+                        f"{type(model).__name__} was opened with another {name} than {file.name} holds",
+                        remedy="transformers changed it while opening: try another version of transformers",
+                        file=file,
+                        field="model.path",
+                    )
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
