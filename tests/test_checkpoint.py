@@ -185,3 +185,15 @@ def test_the_manifest_names_every_file(model, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json", "optimizer.safetensors", "state.json"} <= set(
         manifest
     )
+
+
+def test_a_state_read_from_disk_is_taken_up_on_the_device_of_the_weights(tiny_model):
+    """A file is read on the CPU; a GPU's fused AdamW wants the count of steps beside the weights, as torch puts it."""
+    trainer, model = trainer_of(tiny_model(torch.float32)), tiny_model(torch.float32)
+    trainer.step(make_batch(make_case(tiny_model(), VARIANTS[0], LENGTHS, 3, 0), VARIANTS[0]))
+    elsewhere = trainer_of(model)
+    model.to("meta")  # stands in for a GPU: a device that is not the CPU
+    elsewhere.restore(*trainer.state())
+    found = elsewhere.optimizer("main").state
+    assert {key for state in found.values() for key in state} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {value.device.type for state in found.values() for value in state.values()} == {"meta"}

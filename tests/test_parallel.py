@@ -16,7 +16,7 @@ import torch
 from conftest import make_tiny_model
 from oracle import VARIANTS, make_batch, make_case, relative
 
-from thence.errors import StepRefused
+from thence.errors import StepRefused, UserError
 from thence.objective import Batch, Row
 from thence.train.parallel import SingleProcess, ranks, start_ranks
 from thence.train.step import StepSettings
@@ -145,3 +145,12 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     mine, _ = start_ranks()
     assert isinstance(mine, SingleProcess)
     assert (mine.rank, mine.world, mine.gather("a"), mine.sum_counts([3, 4])) == (0, 1, ["a"], [3, 4])
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 of this machine has no GPU: torch sees 1"):
+        start_ranks()

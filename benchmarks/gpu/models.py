@@ -74,6 +74,8 @@ def build(kind: str, sizes: dict[str, Any], dtype: torch.dtype, device: torch.de
     config = AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=1, pad_token_id=None, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # transformers' grouped products are not written for float64
     return model.to(dtype).to(device).eval()
 
 

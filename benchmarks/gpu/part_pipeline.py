@@ -116,7 +116,6 @@ def describe(folder: Path, dtype: str, record: Record) -> None:
                 "SFT tokens/s": sorted(line["tokens_per_s"] for line in sft)[len(sft) // 2],
             },
         )
-        record.least(f"{dtype} {name}: SFT loss falls, times", sft[0]["loss"] / sft[-1]["loss"], 1.5)
     environment = json.loads((folder / "first" / "environment.json").read_text(encoding="utf-8"))
     record.figure(f"{dtype} device in environment.json", environment["device"])
 

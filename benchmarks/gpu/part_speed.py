@@ -123,8 +123,8 @@ def ours(
     record.figures[f"{name}, first"] = {"loss": reports[0].loss, "grad_norm": reports[0].grad_norm}
     if device.type == "cuda":
         peak, planned = torch.cuda.max_memory_allocated(), training_plan(model, budget, checkpointing)
-        found = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
-        record.figure(f"{name}, memory", found)
+        memory = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
+        record.figure(f"{name}, memory", memory)
     if checkpointing:
         model.gradient_checkpointing_disable()
         model.eval()
@@ -271,8 +271,8 @@ def grpo(device: torch.device, small: bool, record: Record) -> None:
         counts, peak = parameters(model.config.to_dict()), torch.cuda.max_memory_allocated()
         lines = (*state_memory(counts, 4)[:1], *rollout_memory(counts, len(prompts), 96 + tokens))
         planned = sum(line.bytes for line in lines)
-        found = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
-        record.figure("sampling, memory", found)
+        memory = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
+        record.figure("sampling, memory", memory)
     for dtype in (torch.float32, torch.bfloat16):
         measured = mismatch(model, prompts, found, dtype)
         record.figure(f"trained in {str(dtype)[6:]}, sampled in float32", measured)

@@ -126,8 +126,8 @@ class Trainer:
         for key, value in tensors.items():
             kind, name, field = key.split("/")
             parameter = parameters[name]
-            where = value.device if field == "step" else parameter.device
-            self.optimizer(kind).state[parameter][field] = value.clone().to(where)
+            # the count of steps too: the fused AdamW reads it where the parameter is
+            self.optimizer(kind).state[parameter][field] = value.clone().to(parameter.device)
 
 
 def _sizes(rows: Sequence[Row]) -> tuple[list[int], int]:

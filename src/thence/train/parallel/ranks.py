@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from thence.errors import UserError
+
 BUCKET_ELEMENTS = 16 * 2**20
 
 
@@ -114,8 +116,17 @@ def _sum_bucket(parameters: list[nn.Parameter]) -> None:
 
 
 def start_ranks() -> tuple[Ranks, torch.device]:
-    """The ranks that ``torchrun`` describes in the environment, and this rank's device; one process without it."""
+    """The ranks that ``torchrun`` describes in the environment, and this rank's device; one process without it.
+
+    Raises:
+        UserError: there are GPUs, but none for this rank.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}",
+            remedy="start one process for each GPU (torchrun --nproc-per-node), or set CUDA_VISIBLE_DEVICES to more",
+        )
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
