@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from thence import recipe as recipes
 from thence.errors import RecipeError, UserError
 from thence.models.layers import check_model
+from thence.train.gguf import read_once
 
 log = logging.getLogger(__name__)
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")  # parts of the names of fields that make training random
@@ -39,6 +41,11 @@ def load_model(settings: recipes.Model, device: torch.device, seed: int = 0) -> 
         RecipeError: no such model or tokenizer.
         UserError: a model whose output layer thence cannot take apart.
     """
+    with read_once() if settings.gguf_file else nullcontext():
+        return _load_model(settings, device, seed)
+
+
+def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if settings.trust_remote_code:

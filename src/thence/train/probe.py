@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from thence.errors import UserError, first_line
 from thence.models.layers import check_model
-from thence.models.packing import way_of
 from thence.models.probing import largest_difference, probe_tokens, tolerance
 from thence.objective import Batch, Logp, Normaliser, Row, Term, local_counts, trained_tokens
 from thence.train.checkpoint import checkpoints, load_weights, write_checkpoint
@@ -203,26 +201,3 @@ def _cached_memory() -> int:
     except OSError:
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Cached:", "SReclaimable:")))
-
-
-def check_all(
-    model: Any, tokenizer: Any, packing: Sequence[bool] = (False,), trust_remote_code: bool = False
-) -> list[str]:
-    """What a run needs of the model that it is about to train. Returns what could not be verified here.
-
-    Raises:
-        UserError: something does not hold.
-    """
-    missing = []
-    for packed in packing:
-        try:
-            if packed:
-                way_of(model)
-            check_gradient(model, packed)
-        except NotVerified as reason:
-            missing.append(f"the gradient of {'packed' if packed else 'padded'} rows: {reason}")
-    try:
-        check_files(model, tokenizer, trust_remote_code)
-    except NotVerified as reason:
-        missing.append(f"saving and opening: {reason}")
-    return missing

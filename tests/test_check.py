@@ -1,0 +1,123 @@
+"""``thence check``, and the same checks inside a run: what does not hold is said before the first step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from thence.cli import main
+from thence.errors import UserError
+from thence.pipeline import promises
+from thence.pipeline.run import run
+from thence.recipe import Model
+from thence.train import probe
+from thence.train.model import load_tokenizer, save_model
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory):
+    """A model whose rows cannot be packed (ALiBi)."""
+    folder = tmp_path_factory.mktemp("bloom")
+    tokenizer = load_tokenizer(Model(path="world:chain/rich"))
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bloom", vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried_before(monkeypatch):
+    monkeypatch.setattr(promises, "_tried", set())
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def recipe_of(model, **sft):
+    return {
+        "stages": ["sft"],
+        "model": {"path": str(model)},
+        "data": {"limit": 8},
+        "sft": {"steps": 1, "batch": 4, **sft},
+    }
+
+
+def test_a_verdict_for_every_promise_and_the_example_with_what_is_trained(capsys):
+    assert main(["check", "world:chain/rich", "--data", "world:chain", "--data.limit", "20", "--sft.packing"]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "model",
+        "end tokens",
+        "context",
+        "gradient, padded rows",
+        "gradient, packed rows",
+        "sampling",
+        "saving",
+    ):
+        assert f"✓ {part}" in said
+    assert "the longest of 20 rows" in said
+    assert "✗" not in said
+
+
+def test_what_does_not_hold_ends_with_code_1_and_names_a_remedy(bloom, capsys):
+    assert main(["check", str(bloom)]) == 0  # packing is a choice
+    assert "– packed rows" in capsys.readouterr().out
+    assert main(["check", str(bloom), "--sft.packing"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "✗ packed rows" in said
+    assert "remedy: set packing = false" in said
+    assert "1 do not hold: packed rows" in said
+
+
+def test_a_bad_row_is_named_with_its_line(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1#1", "mood": "good"}]
+    rows.write_text(json.dumps({"messages": turns}))
+    assert main(["check", "world:chain/rich", "--data", str(rows)]) == 1
+    said = "".join(capsys.readouterr().out.split())
+    assert "rows.jsonl:1:messages[1].mood" in said
+
+
+def test_a_recipe_is_tried_with_all_that_it_names(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'stages = ["sft", "rl"]\n[model]\npath = "world:chain/rich"\n[data]\nlimit = 8\n[rl]\nreward = "mth"\n'
+    )
+    assert main(["check", str(file)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "✗ rl: reward mth" in said
+    assert "✓ gradient, padded rows" in said
+
+
+def test_a_run_refuses_before_the_first_step_what_its_model_cannot(bloom, tmp_path):
+    with pytest.raises(UserError, match="cannot be packed"):
+        run(recipe_of(bloom, packing=True), {"folder": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run(recipe_of(bloom), {"folder": str(tmp_path / "run"), "sft.packing": False}, restart=True)
+
+
+def test_a_run_whose_last_stage_could_not_sample_does_not_begin(bloom, tmp_path, monkeypatch):
+    def refused(model):
+        raise UserError("thence cannot sample from it", remedy="use it for SFT only")
+
+    monkeypatch.setattr(promises, "choice_of", refused)
+    tables = recipe_of(bloom) | {"stages": ["sft", "eval"], "eval": {"reward": "exact"}}
+    with pytest.raises(UserError, match="cannot sample"):
+        run(tables, {"folder": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run(recipe_of(bloom), {"folder": str(tmp_path / "sft alone")})
+
+
+def test_what_there_is_no_room_to_try_is_said_and_not_passed(bloom, tmp_path, monkeypatch, caplog, capsys):
+    def full(size, device):
+        raise probe.NotVerified("99.0 GB of memory would be needed for it, 1.0 GB are free")
+
+    monkeypatch.setattr(probe, "_need_memory", full)
+    run(recipe_of(bloom), {"folder": str(tmp_path / "run")})
+    assert "not verified: gradient, padded rows: 99.0 GB" in caplog.text
+    assert "not verified: saving and resuming" in caplog.text
+    assert main(["check", str(bloom)]) == 0
+    said = capsys.readouterr().out
+    assert "? gradient, padded rows" in said
+    assert "not verified" in said
