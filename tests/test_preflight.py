@@ -327,3 +327,10 @@ def test_dapos_penalty_follows_the_length_that_the_context_leaves(tmp_path):
     refused = [f for f in preflight(load_recipe(tables)) if f.state == "refused"]
     assert refused
     assert "never act" in refused[0].reason
+
+
+def test_a_dry_run_says_what_it_costs_before_it_refuses_a_missing_file(capsys):
+    assert main(["run", "quickstart", "--eval.data.source", "absent.jsonl", "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert "FLOPs" in said.out
+    assert "absent.jsonl: no such file" in said.err

@@ -49,7 +49,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def dry_run(recipe: Recipe) -> int:
-    """Print what a run would be."""
+    """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
     from rich.console import Console
 
     from thence.accounting.budget import plan
@@ -64,9 +64,13 @@ def dry_run(recipe: Recipe) -> int:
     with kept_prompts.during_run():
         findings = preflight(recipe, None, ranks)
         wrong = [finding for finding in findings if finding.state == "refused"]
-        refuse(wrong)
-        console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
+        try:
+            console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
+        except UserError:
+            if not wrong:
+                raise
     print()
+    refuse(wrong)  # after the plan: what a run costs can be asked before its files are there
     for finding in findings:
         if finding.state == "unverified":
             print(f"not verified: {finding.part}: {finding.reason}")
