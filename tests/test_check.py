@@ -121,3 +121,11 @@ def test_what_there_is_no_room_to_try_is_said_and_not_passed(bloom, tmp_path, mo
     said = capsys.readouterr().out
     assert "? gradient, padded rows" in said
     assert "not verified" in said
+
+
+def test_a_shipped_recipe_holds(capsys):
+    """Its data are set in its stages, so the example and the longest row are theirs."""
+    assert main(["check", "quickstart"]) == 0
+    said = capsys.readouterr().out
+    assert "✓ sft: data" in said
+    assert "✓ example" in said

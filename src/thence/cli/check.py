@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from thence.cli.flags import split_flags
 from thence.errors import UserError
-from thence.recipe import Recipe, load_recipe, shipped_recipes
+from thence.recipe import Data, Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,6 +163,12 @@ def _check_packing(checked: Checked, model: Any, asked: bool) -> None:
         checked.attempt("gradient, packed rows", lambda: check_gradient(model, packing=True))
 
 
+def _data(recipe: Recipe) -> Data:
+    """The data of the first stage that trains, else of the first."""
+    names = [*(name for name in recipe.stages if not name.startswith("eval")), *recipe.stages]
+    return recipe.stage_data(recipe.stage(names[0]).data)
+
+
 def _sampling(choice: Any) -> str:
     how = (
         "thence's decoder for the Llama family" if choice.decoder.__name__ == "LlamaDecoder" else "transformers' cache"
@@ -180,7 +186,7 @@ def _vocabulary(loaded: Any) -> str:
 def _ends(loaded: Any, recipe: Recipe) -> str:
     from thence.data.chat import end_token_ids
 
-    ends = end_token_ids(loaded.tokenizer, recipe.data.template, loaded.model)
+    ends = end_token_ids(loaded.tokenizer, _data(recipe).template, loaded.model)
     named = [f"{loaded.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ends]
     return f"{', '.join(named)}; the first is trained after every response"
 
@@ -193,7 +199,7 @@ def _context(loaded: Any, recipe: Recipe, with_data: bool) -> str:
     said = f"{limit:,} tokens" if limit else "the model tells no limit"
     if not with_data:
         return said
-    prompts = load_prompts(recipe.data, loaded.tokenizer)
+    prompts = load_prompts(_data(recipe), loaded.tokenizer)
     longest = max(len(p.token_ids) + len(p.demonstration_ids or ()) for p in prompts)
     if limit and longest > limit:
         raise UserError(
@@ -213,7 +219,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
     from thence.data.show import checks, segments, shown
     from thence.pipeline.prompts import first_example
 
-    data, tokenizer = recipe.data, loaded.tokenizer
+    data, tokenizer = _data(recipe), loaded.tokenizer
     example = Example(messages=(Message("user", "How much is 2 + 3?"),), demonstration="2 + 3 = 5", source="an example")
     held: list[Any] = []
 
