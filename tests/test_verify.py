@@ -386,7 +386,7 @@ def test_an_own_function_by_module(own: Path, monkeypatch: pytest.MonkeyPatch) -
         ("{own}:two", "cannot be called with a prompt, a response and an answer"),
         ("{own}x.py:length", "there is no file"),
         ("{broken}:f", "cannot be imported: NameError[\\s\\S]*broken.py"),
-        ("no_such_package.rewards:f", "ModuleNotFoundError[\\s\\S]*install or mend"),
+        ("no_such_package.rewards:f", "ModuleNotFoundError[\\s\\S]*install or fix"),
         ("here:f", "ModuleNotFoundError[\\s\\S]*write here.py:f"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it without a traceback and exits with 2.
+    """Something the user can fix. The command line prints it without a traceback and exits with 2.
 
     Args:
         problem: what is wrong, one sentence.

@@ -420,7 +420,7 @@ def read_tables(origin: str | Path) -> tuple[str, dict[str, Any]]:
     except tomllib.TOMLDecodeError as error:
         at = re.search(r"line (\d+)", str(error))
         raise RecipeError(
-            f"not valid TOML: {error}", remedy="mend this line", file=path, line=int(at.group(1)) if at else None
+            f"not valid TOML: {error}", remedy="fix this line", file=path, line=int(at.group(1)) if at else None
         ) from None
 
 
@@ -446,7 +446,7 @@ def _validated(kind: type, values: Mapping[str, Any], where: str, file: str | No
         problem = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         raise RecipeError(
-            problem + shown, remedy="mend this field; `thence run --fields` lists all", file=file, field=field or None
+            problem + shown, remedy="fix this field; `thence run --fields` lists all", file=file, field=field or None
         ) from None
 
 

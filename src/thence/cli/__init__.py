@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"thence: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nthence: stopped; run the same command again to go on", file=sys.stderr)
+        print("\nthence: stopped; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -29,7 +29,7 @@ thence eval MODEL --suite NAME [--data DIR] [--limit N] [--samples K] [--folder 
 EPILOG = """\
 MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
 package:NAME, or a GGUF file. NAME of a suite is one of `thence eval --list`, a TOML file, or a .jsonl or .parquet file.
-Run again after a crash or Ctrl-C: it goes on where it was. `thence sample FOLDER` shows what the model said."""
+Run again after a crash or Ctrl-C: it resumes where it was. `thence sample FOLDER` shows what the model said."""
 FIELDS = ("samples", "temperature", "top_p", "max_tokens", "seed", "grader", "template", "system")
 
 

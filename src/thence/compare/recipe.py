@@ -210,7 +210,7 @@ def _read(path: Path, asked: str) -> dict[str, Any]:
         names = ", ".join(shipped_comparisons())
         raise RecipeError(f"no comparison {asked!r}", remedy=f"give a TOML file, or one of: {names}") from None
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", remedy="mend this line", file=path) from None
+        raise RecipeError(f"not valid TOML: {error}", remedy="fix this line", file=path) from None
 
 
 def _check_names(recipe: ComparisonRecipe, file: str | None) -> None:

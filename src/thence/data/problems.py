@@ -16,7 +16,7 @@ class RowProblem(Exception):
     Args:
         field: the field at fault, None where the row as a whole is.
         problem: what is wrong.
-        remedy: how to mend the row or the setting.
+        remedy: how to fix the row or the setting.
     """
 
     def __init__(self, field: str | None, problem: str, remedy: str):

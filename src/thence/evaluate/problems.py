@@ -165,7 +165,7 @@ def _of_table(task: Task, table: Table) -> Iterator[Problem]:
             values = _fields(row, renames)
             parsed = _choice_row(task, values) if choice else _row(layout, values, source, worked)
         except RowProblem as problem:
-            remedy = f"mend the row, or name its column in `columns` of task {task.name}"
+            remedy = f"fix the row, or name its column in `columns` of task {task.name}"
             file, line = table.name, number
             raise DataError(problem.problem, remedy=remedy, file=file, line=line, field=problem.field) from None
         yield _shown(task, parsed, source)

@@ -177,7 +177,7 @@ def _read(name: str, path: Path, shipped: Mapping[str, Path]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         at = re.search(r"line (\d+)", str(error))
         line = int(at.group(1)) if at else None
-        raise RecipeError(f"not valid TOML: {error}", remedy="mend this line", file=path, line=line) from None
+        raise RecipeError(f"not valid TOML: {error}", remedy="fix this line", file=path, line=line) from None
 
 
 def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -245,7 +245,7 @@ def _suite(tables: Mapping[str, Any], path: Path) -> Suite:
             raise RecipeError("unknown key", remedy=hint, file=path, field=".".join(place)) from None
         shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         described = kind.model_fields.get(place[-1]) if place else None
-        remedy = f"{place[-1]}: {described.description}" if described and described.description else "mend the suite"
+        remedy = f"{place[-1]}: {described.description}" if described and described.description else "fix the suite"
         raise RecipeError(
             first["msg"].removeprefix("Value error, ") + shown,
             remedy=" ".join(remedy.split()),

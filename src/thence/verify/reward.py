@@ -93,7 +93,7 @@ class FunctionGrader(Grader):
         except Exception as error:
             raise UserError(
                 f"reward function {self._name} raised {type(error).__name__} on {where}: {error}",
-                remedy="mend it, or let it return None where it cannot tell",
+                remedy="fix it, or let it return None where it cannot tell",
             ) from error
         if value is None:
             return unknown("the reward function returned None")
@@ -128,7 +128,7 @@ def load_function(spec: str) -> RewardFunction:
     """The own reward function at `package.module:function` or `path/to/file.py:function`.
 
     Raises:
-        UserError: what is wrong with it, and how to mend that.
+        UserError: what is wrong with it, and how to fix that.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
@@ -158,7 +158,7 @@ def _load_file(file: Path, spec: str) -> ModuleType:
     try:
         found.loader.exec_module(module)
     except Exception as error:
-        raise _import_error(spec, error, f"mend {file}: it has to run by itself") from error
+        raise _import_error(spec, error, f"fix {file}: it has to run by itself") from error
     return module
 
 
@@ -167,7 +167,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:
         file = Path(*name.split(".")).with_suffix(".py")
-        remedy = f"write {file}:{spec.rpartition(':')[2]}" if file.is_file() else f"install or mend the module {name}"
+        remedy = f"write {file}:{spec.rpartition(':')[2]}" if file.is_file() else f"install or fix the module {name}"
         raise _import_error(spec, error, remedy) from error
 
 
