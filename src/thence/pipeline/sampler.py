@@ -112,9 +112,9 @@ class RolloutSampler:
         """
         seed_parts, most = (*self.context.seed_parts(), "continuation", self.drawn), self.sampling.max_tokens
         rooms = [most - size for size in given]
-        for i, prompt in enumerate(longer):  # most contexts have room for more than the longest response
-            if self.limit is None or len(prompt.token_ids) + max(1, *rooms) <= self.limit:
-                rooms[i] = max(1, *rooms)
+        for i, prompt in enumerate(longer):  # never a matter of the other prompts: those that a rank holds are not all
+            if self.limit is None or len(prompt.token_ids) + most <= self.limit:
+                rooms[i] = most
         found: dict[int, list[Trajectory]] = {}
         for room in set(rooms):
             chosen = [i for i, r in enumerate(rooms) if r == room]
