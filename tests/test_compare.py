@@ -275,7 +275,8 @@ def test_a_comparison_that_is_killed_goes_on_and_ends_with_the_same_numbers(done
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path: Path) -> None:
     own = tables(tmp_path, seeds=[0])
-    later = "calls = []\ndef share(prompt, response, answer):\n    calls.append(1)\n    if len(calls) == 1:\n        return 0.0\n"
+    later = "calls = []\ndef share(prompt, response, answer):\n    calls.append(1)\n"
+    later += "    if len(calls) == 1:\n        return 0.0\n"
     (tmp_path / "bad.py").write_text(f"{later}    raise ValueError('no such luck')\n")  # tried once beforehand
     (tmp_path / "deadly.py").write_text(f"import os\n{later}    os._exit(7)\n")
     arms = {
