@@ -129,3 +129,16 @@ def test_a_shipped_recipe_holds(capsys):
     said = capsys.readouterr().out
     assert "✓ sft: data" in said
     assert "✓ example" in said
+
+
+def test_another_model_at_the_same_place_is_tried_anew(bloom, tmp_path):
+    """Runs of one process try a model once, but not where its folder holds another one by then."""
+    place = tmp_path / "model"
+    tokenizer = load_tokenizer(Model(path="world:chain/rich"))
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    save_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small)), tokenizer, place)
+    run(recipe_of(place), {"folder": str(tmp_path / "first")})
+    tried = set(promises._tried)
+    save_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **small)), tokenizer, place)
+    run(recipe_of(place), {"folder": str(tmp_path / "second")})
+    assert len(promises._tried) == 2 * len(tried)

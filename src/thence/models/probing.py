@@ -25,7 +25,7 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device | None = None) -> float:
-    """What rounding may do to hidden states; a wrong mask does a hundred times as much.
+    """What rounding may do to hidden states, relative to their size.
 
     A GPU may multiply float32 matrices in TF32. Many models take their softmax, norms or angles in float32 whatever the
     dtype of their weights.

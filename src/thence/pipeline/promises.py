@@ -23,7 +23,8 @@ def hold(context: Context, names: Sequence[str]) -> None:
     Raises:
         UserError: something does not hold.
     """
-    model = context.recipe.model.model_dump_json()
+    # another model at the same place is another model: its configuration is part of what it is known by
+    model = context.recipe.model.model_dump_json() + context.model.config.to_json_string()
     for part, act in _promises(context, names):
         key = (model, str(context.device), part)
         if key in _tried:
