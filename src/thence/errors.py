@@ -51,6 +51,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be resumed from."""
 
 
+class DamagedFile(UserError):
+    """A file that thence wrote and that cannot be read any more. Nothing overwrites it."""
+
+
 class StepRefused(UserError):
     """An optimizer step that would have harmed the model was not taken; the last checkpoint stands."""
 

@@ -1,0 +1,37 @@
+"""Text from elsewhere (models, data, servers, file names), before it goes to a terminal or into an error message.
+
+A terminal obeys what it is sent: an escape sequence can clear the screen, change its title or hide what was printed,
+and a mark of direction can turn a line around. HTML pages have their own guard, jinja's autoescape.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+KEPT = frozenset("\n\t")
+_OBEYED = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))  # control, format, surrogate, unassigned, separators
+_JOINERS = frozenset("\u200c\u200d\ufe0f")  # needed to write Persian, Hindi and emoji; they move no cursor
+
+
+def clean(text: str) -> str:
+    r"""The text with every character that a terminal would obey, or that has no glyph, written as ``\x1b`` or ``\u202e``.
+
+    Line ends and tabs stay; the printable text of every script stays. Lone surrogates cannot be encoded, so they are
+    written out too. The result can always be printed as UTF-8.
+    """
+    return "".join(_written(character) for character in text)
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """:func:`clean` with line ends written out too, cut to ``limit`` characters."""
+    flat = clean(text).replace("\n", "\\n").replace("\t", "\\t")
+    return flat if limit is None or len(flat) <= limit else flat[: max(0, limit - 1)] + "…"
+
+
+def _written(character: str) -> str:
+    if character in KEPT or character in _JOINERS or (" " <= character <= "~"):
+        return character
+    if unicodedata.category(character) not in _OBEYED:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -1,0 +1,62 @@
+"""One writer a folder: a lock that the system lets go of when its process ends, in whatever way."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from thence.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def held(folder: Path, doing: str, *, wait: float = 0.0) -> Iterator[int]:
+    """Hold a folder, so that no other process writes into it meanwhile. Yields the lock's file descriptor.
+
+    The lock is the system's (flock): it ends with its process and with all that inherited the descriptor, so a killed
+    process leaves none behind. The file beside it names the holder for the reader and decides nothing.
+
+    Args:
+        doing: what the holder does, as it stands after "another process", for example "runs this comparison".
+        wait: seconds to wait for a holder that is just ending.
+
+    Raises:
+        UserError: another process holds it; its number, host and start are named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        until = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UserError(
+                        f"another process {doing}{_holder(handle)}",
+                        remedy="wait for it or stop it, or give another folder",
+                        file=folder,
+                    ) from None
+                time.sleep(0.1)
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, (json.dumps(facts) + "\n").encode(), 0)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    try:
+        facts = json.loads(os.pread(handle, 4096, 0))
+        return f": process {facts['pid']} on {facts['host']}, since {facts['since']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return ""
