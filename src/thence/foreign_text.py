@@ -14,7 +14,7 @@ _JOINERS = frozenset("\u200c\u200d\ufe0f")  # needed to write Persian, Hindi and
 
 
 def clean(text: str) -> str:
-    r"""The text with every character that a terminal would obey, or that has no glyph, written as ``\x1b`` or ``\u202e``.
+    r"""The text with every character that a terminal would obey, or that has no glyph, as ``\x1b`` or ``\u202e``.
 
     Line ends and tabs stay; the printable text of every script stays. Lone surrogates cannot be encoded, so they are
     written out too. The result can always be printed as UTF-8.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 LONGEST = 100
-RULE = f"letters, digits, `.`, `_`, `-`, `+`, `=`, `,` and spaces inside, at most {LONGEST} bytes, no `.` or `-` at the start"
+RULE = f"use letters, digits and `._-+=,`, at most {LONGEST} bytes, and begin with a letter or digit"
 _NAME = re.compile(r"[^\W](?:[\w.+=, -]*[\w+=])?")
 
 
