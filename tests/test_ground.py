@@ -177,3 +177,25 @@ def test_a_run_of_an_older_version_without_fingerprints_is_resumed(
         file.unlink()
     folder = run(recipe)
     assert (folder / "stages" / "rl" / "ground.json").exists()
+
+
+def test_a_run_that_is_resumed_without_the_kernels_says_so(
+    recipe: Tables, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same recipe without a C compiler gives other last bits; two logs would then differ without a reason."""
+    recipe = changed(recipe, {"stages": ["sft"], "sft.checkpoint_every": 1, "sft.steps": 2})
+
+    class Stop:
+        def stage(self, *_: Any) -> None: ...
+        def step(self, *_: Any) -> None:
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, watcher=Stop())
+    monkeypatch.setattr("thence.kernels.build.compiler", lambda: None)
+    run(recipe)
+    assert "the run began with another environment" in caplog.text
+    assert "the checkpoint of step 1 was made with other numerics (kernels C" in caplog.text
+    assert "-> torch (no C compiler)" in caplog.text

@@ -100,6 +100,8 @@ def _this_environment() -> dict[str, str]:
     except Exception as error:  # a broken installation is what a doctor is called for
         return about | {"torch": f"cannot be imported: {type(error).__name__}: {error}"}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    from thence.kernels.build import kernel_facts
+
     config = torch.__config__.show()
     library = next((name for name in ("BLAS_INFO=mkl", "BLAS_INFO=open") if name in config), "BLAS_INFO=unknown")
     limited = [key for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ]
@@ -108,6 +110,7 @@ def _this_environment() -> dict[str, str]:
         "Devices": ", ".join(devices) or "CPU only",
         "Threads": f"{torch.get_num_threads()}" + (f" ({limits})" if limits else ""),
         "BLAS": library.removeprefix("BLAS_INFO=") + f", CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        "C kernels": kernel_facts(),
         "bfloat16": "yes" if devices and torch.cuda.is_bf16_supported() else "no: compute_dtype auto is float32 here",
     }
 

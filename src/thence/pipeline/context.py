@@ -14,6 +14,7 @@ from thence.errors import RecipeError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
+from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import Watcher
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
@@ -181,6 +182,8 @@ class Checkpoints:
         """Load the newest checkpoint into model and trainer. Returns the steps done and the stage's own state."""
         found = newest_checkpoint(self.folder)
         if found is not None:
+            if self.context.leads:
+                say_other_numerics(found.plain.get("numerics"), f"the checkpoint of step {found.step}")
             load_weights(self.context.model, found.folder)
             self.trainer.restore(found.plain["trainer"], found.tensors)
         step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
@@ -204,7 +207,7 @@ class Checkpoints:
                 step,
                 self.context.model,
                 self.context.tokenizer,
-                {"trainer": plain, "stage": state},
+                {"trainer": plain, "stage": state, "numerics": numerics()},
                 tensors,
             )
         self.context.ranks.wait()

@@ -17,6 +17,7 @@ from typing import Any
 from thence import __version__
 from thence.errors import UserError
 from thence.files import read_jsonl, write_atomically, write_jsonl
+from thence.pipeline.numerics import numerics
 from thence.recipe import Recipe, load_recipe
 from thence.toml import to_toml
 
@@ -122,18 +123,15 @@ class RunFolder:
 
 def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
     """What a number of this run depends on besides its recipe, and the files that it reads."""
-    import torch
     import transformers
 
     return {
         "thence": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        **numerics(),
         "device": device,
         **({"ranks": ranks} if ranks is not None else {}),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -156,14 +154,3 @@ def git_commit() -> str | None:
     if commit is None or git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
         return None
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

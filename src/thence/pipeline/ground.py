@@ -35,7 +35,10 @@ OF_A_TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.jinja"),
     *("chat_template*", "*.tiktoken"),
 )
-ENVIRONMENT = ("thence", "git_commit", "torch", "transformers", "threads", "device", "ranks")
+ENVIRONMENT = (
+    *("thence", "git_commit", "torch", "transformers", "cpu", "instructions", "threads", "kernels"),
+    *("device", "ranks"),
+)
 
 State = dict[str, Any]
 """What is kept of a file: ``digest``, ``bytes`` and ``modified``."""
