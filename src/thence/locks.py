@@ -35,7 +35,7 @@ def held(folder: Path, doing: str, *, wait: float = 0.0) -> Iterator[int]:
         UserError: another process holds it; its number, host and start are named.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    handle = _open(folder / LOCK)
     try:
         _take(handle, folder, doing, wait)
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -44,6 +44,17 @@ def held(folder: Path, doing: str, *, wait: float = 0.0) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(
+            "a link stands where the lock of this folder is kept", remedy="move it elsewhere", file=file
+        ) from None
 
 
 def refuse_if_held(folder: Path, doing: str, *, wait: float = 0.0) -> None:

@@ -26,9 +26,9 @@ def check_written(folder: Path) -> None:
     run = _run_of(folder)
     if manifest_of(folder) is None and run is None and not _was_manifest(folder / MANIFEST):
         return
-    damaged = damaged_file(folder)
-    if damaged is None and run is not None and _left(folder) not in (None, _digest(folder)):
-        damaged = folder / MANIFEST
+    # the stage has kept what its manifest was: one that is damaged would blame the file whose checksum it has lost
+    wrong = run is not None and (folder / MANIFEST).is_file() and _left(folder) not in (None, _digest(folder))
+    damaged = folder / MANIFEST if wrong else damaged_file(folder)
     if damaged is not None:
         gone = "is not there any more" if not damaged.exists() else "is not as it was written"
         raise DamagedFile(f"this file of a model that thence wrote {gone}", remedy=_remedy(folder, run), file=damaged)
