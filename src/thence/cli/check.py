@@ -61,7 +61,7 @@ class Checked:
         grid = Table.grid(padding=(0, 1))
         grid.add_column(width=1)
         grid.add_column(width=PART_WIDTH)
-        grid.add_column()
+        grid.add_column(overflow="fold")  # a long path is not cut
         grid.add_row(Text(mark, f"bold {colour}"), Text(part, "bold"), said)
         self.console.print(grid)
         if state == "refused":

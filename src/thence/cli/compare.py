@@ -85,10 +85,12 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
 
     if collect_again:
         from thence.compare.collect import collect
+        from thence.compare.folder import check_folder
         from thence.compare.plan import Planner
 
         if not folder.is_dir():
             raise UserError("no comparison has been run here", remedy="run it without --report", file=folder)
+        check_folder(folder)
         write_atomically(folder / RESULTS, to_json(collect(Planner(recipe, folder.resolve()))))
     page = write_report(folder)
     results = read_results(folder)

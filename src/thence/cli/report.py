@@ -17,7 +17,7 @@ def report_command(argv: Sequence[str]) -> int:
     from thence.report.page import write_report
     from thence.report.table import results_table
 
-    folder = existing_run(argv[0])
+    folder = existing_run(argv[0], to_write=True)
     page = write_report(folder)
     console = Console()
     console.print(results_table(folder))
@@ -25,9 +25,18 @@ def report_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def existing_run(name: str) -> Path:
-    """A run folder by path or by its name under ``runs/``. Raises UserError."""
+def existing_run(name: str, *, to_write: bool = False) -> Path:
+    """A run folder by path or by its name under ``runs/``.
+
+    Args:
+        to_write: something will be written there: the folder must be known as a run, not only look like one.
+
+    Raises:
+        UserError: there is none.
+    """
+    from thence.train.run_marker import is_run
+
     for folder in (Path(name), Path("runs") / name):
-        if (folder / "recipe.toml").exists():
+        if is_run(folder) or (not to_write and (folder / "recipe.toml").exists()):
             return folder
     raise UserError(f"no run at {name}", remedy="give the folder that `thence run` printed", file=name)

@@ -17,12 +17,13 @@ from thence.recipe import Recipe, load_recipe
 from thence.toml import to_toml
 
 HELP = """\
-thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
+thence run RECIPE [--table.field value ...] [--dry-run] [--repeat STAGE] [--restart]
 
   RECIPE      a shipped recipe (`thence recipes`) or a TOML file
   --dry-run   try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop
-  --restart   throw away what an earlier run left in the folder
-  --fields    list every field of a recipe, with its default
+  --repeat    set this stage aside and run it again, with the settings of now; for several: --repeat a,b
+  --restart   remove what an earlier run wrote into the folder, and begin anew
+  --fields    list every field of a recipe, with its default, and what may change when a run is resumed
 
 Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad, --seed 1, --folder runs/mine.
 Tables: --data.columns question=problem,answer=solution, or the flag once for each.
@@ -33,22 +34,45 @@ SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
 
 def run_command(argv: Sequence[str]) -> int:
     """Run a recipe and print its table and the path of its report."""
+    argv, repeat = _repeated(argv)
     positional, on, overrides = split_flags(argv, SWITCHES)
     if on & {"--help", "-h"}:
         print(HELP)
         return 0
     if "--fields" in on:
-        print(describe_fields())
+        from thence.pipeline.changes import describe_rules
+
+        print(f"{describe_fields()}\n\n{describe_rules()}")
         return 0
     if len(positional) != 1:
         raise UserError(
             f"thence run takes one recipe, not {len(positional)}", remedy="`thence recipes` lists the shipped ones"
         )
     recipe = load_recipe(positional[0], overrides)
-    return dry_run(recipe) if "--dry-run" in on else execute(recipe, restart="--restart" in on)
+    restart = "--restart" in on
+    if restart and repeat:
+        raise UserError("--restart and --repeat do not go together", remedy="give one of them", field="--repeat")
+    return dry_run(recipe, restart, repeat) if "--dry-run" in on else execute(recipe, restart, repeat)
 
 
-def dry_run(recipe: Recipe) -> int:
+def _repeated(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--repeat STAGE`` out of a command line. Raises UserError where it names no stage."""
+    rest: list[str] = []
+    stages: list[str] = []
+    given = iter(argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name != "--repeat":
+            rest.append(argument)
+            continue
+        named = [part.strip() for part in (value if equals else next(given, "")).split(",")]
+        if not all(named) or named[0].startswith("-"):
+            raise UserError("it names no stage", remedy="write --repeat STAGE, for example eval", field="--repeat")
+        stages += named
+    return rest, stages
+
+
+def dry_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
     """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
     from rich.console import Console
 
@@ -62,7 +86,7 @@ def dry_run(recipe: Recipe) -> int:
     _quiet_libraries()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     with kept_prompts.during_run():
-        findings = preflight(recipe, None, ranks)
+        findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat)
         wrong = [finding for finding in findings if finding.state == "refused"]
         try:
             console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
@@ -79,7 +103,7 @@ def dry_run(recipe: Recipe) -> int:
     return 0
 
 
-def execute(recipe: Recipe, restart: bool) -> int:
+def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     """Run, show progress, then print the results and the report's path."""
     from rich.console import Console
     from rich.logging import RichHandler
@@ -95,7 +119,7 @@ def execute(recipe: Recipe, restart: bool) -> int:
     _quiet_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with Terminal(console) as watcher:
-        folder = run(recipe, watcher=watcher, restart=restart)
+        folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
         from thence.report.page import write_report
         from thence.report.table import results_table

@@ -71,7 +71,7 @@ def _work(tables: dict[str, Any], teller: Teller) -> None:
 
     kept_prompts.tables = TABLES_KEPT
     try:
-        folder = run(tables, watcher=teller)
+        folder = run(tables, watcher=teller, keep_last=False)
         if "eval" in tables["stages"]:
             summarise(Path(folder))
     except UserError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thence.errors import UserError
 from thence.recipe import Model, load_recipe
+from thence.train.run_marker import is_run
 
 BASE = "base"
 
@@ -44,7 +45,8 @@ def short_name(name: str) -> str:
 def _run_of(name: str) -> tuple[Path | None, str | None]:
     for whole, stage in ((name, None), tuple(name.rsplit(":", 1)) if ":" in name else (name, None)):
         for folder in (Path(whole).expanduser(), Path("runs") / whole):
-            if (folder / "recipe.toml").is_file():
+            # a model's own folder may hold a recipe of other programs
+            if is_run(folder) or ((folder / "recipe.toml").is_file() and not (folder / "config.json").is_file()):
                 return folder, stage
     return None, None
 

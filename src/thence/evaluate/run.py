@@ -86,6 +86,7 @@ def evaluate(
             sampled and graded before stands.
     """
     store, watcher = Store(folder), watcher or Silent()
+    store.check(settings)  # before anything is written, the lock included
     with store.held():
         store.begin(settings)
         missing = {name: _missing(store, task, problems[name]) for name, task in settings.tasks.items()}

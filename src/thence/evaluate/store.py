@@ -6,7 +6,6 @@ Layout: ``evaluation.toml`` (the settings), ``environment.json``, ``problems.jso
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -24,6 +23,7 @@ from thence.errors import DataError, UserError
 from thence.evaluate.problems import Problem
 from thence.evaluate.suites import Task
 from thence.files import write_atomically
+from thence.locks import LOCK, held
 from thence.recipe import Section
 from thence.toml import to_toml
 
@@ -138,11 +138,15 @@ class Store:
         Raises:
             UserError: the folder holds an evaluation with other settings, or something else.
         """
+        self.check(settings)
+        write_atomically(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
+
+    def check(self, settings: Settings) -> None:
+        """Raise the error of :meth:`begin`, and write nothing."""
         if self.exists:
             _check_same(self.settings(), settings, self.folder / SETTINGS)
-        elif self.folder.is_dir() and any(path.name != ".lock" for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise UserError("the folder holds no evaluation", remedy="give another --folder", file=self.folder)
-        write_atomically(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
 
     def settings(self) -> Settings:
         """The settings. Raises UserError where they cannot be read."""
@@ -221,16 +225,7 @@ class Store:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder, so that no other process adds to it. Raises UserError where one does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    "another process is adding to this evaluation",
-                    remedy="wait for it, or give another --folder",
-                    file=self.folder,
-                ) from None
+        with held(self.folder, "is adding to this evaluation"):
             yield
 
 

@@ -10,7 +10,7 @@ import torch
 
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
-from thence.errors import RecipeError
+from thence.errors import RecipeError, UserError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
@@ -187,6 +187,13 @@ class Checkpoints:
             load_weights(self.context.model, found.folder)
             self.trainer.restore(found.plain["trainer"], found.tensors)
         step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
+        if step > self.last:
+            raise UserError(
+                f"stage {self.context.name} has taken {step} steps, and is to end after {self.last}",
+                remedy=f"give it {step} steps or more, or another --folder for a shorter run",
+                file=self.context.folder.path,
+                field=f"{self.context.name}.steps",
+            )
         if self.context.leads:
             self.context.folder.rewind(self.context.name, step)
         return step, own

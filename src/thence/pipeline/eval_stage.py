@@ -11,15 +11,10 @@ from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.room import response_tokens
+from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
 from thence.verify.reward import load_reward
-
-
-def test_sets(stage: Eval) -> dict[str, dict[str, Any]]:
-    """The named test sets of a stage, each as overrides of [data]."""
-    own = {"split": "test", **stage.data}
-    return {name: {**own, **table} for name, table in (stage.splits or {own["split"]: {}}).items()}
 
 
 def run_eval(context: Context, stage: Eval) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.data.trajectory import Prompt
 from thence.errors import RecipeError, UserError
 from thence.methods.registry import stage_method
+from thence.pipeline.changes import Plan
 from thence.pipeline.context import step_of
-from thence.pipeline.eval_stage import test_sets
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
 from thence.pipeline.prompts import check_answers, check_trained, load_prompts, read_only
@@ -28,6 +28,7 @@ from thence.pipeline.rehearsal import no_demonstrations, rehearse
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
+from thence.pipeline.test_sets import test_sets
 from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
@@ -81,6 +82,7 @@ class Preflight:
     ranks: int = 1
     leads: bool = True
     restart: bool = False
+    plan: Plan = field(default_factory=Plan)
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
@@ -98,7 +100,13 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, folder: Path | None = None, ranks: int = 1, *, leads: bool = True, restart: bool = False
+    recipe: Recipe,
+    folder: Path | None = None,
+    ranks: int = 1,
+    *,
+    leads: bool = True,
+    restart: bool = False,
+    repeat: Sequence[str] = (),
 ) -> list[Finding]:
     """Try all that a recipe names, for the stages that are not done in the folder.
 
@@ -107,15 +115,19 @@ def preflight(
         ranks: processes that will share each step.
         leads: False for all but the first of them; they leave out what is enough to try once.
         restart: the run that stands in the folder will be thrown away: no stage is done.
+        repeat: stages that will be run again.
 
     Returns:
         One finding for each thing that was tried, in the order of the stages.
     """
     trial = Preflight(recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart)
-    trial.attempt("run folder", lambda: trial.folder.check(recipe, restart))
+    trial.attempt("run folder", lambda: _open_folder(trial, repeat))
+    restart = trial.restart
     if leads and not restart and trial.findings[0].state == "ok":
-        trial.attempt("files that the run was begun with", lambda: Ground(recipe, trial.folder).check())
-    left = [name for name in recipe.stages if restart or not trial.folder.is_done(name)]
+        ground = Ground(recipe, trial.folder)
+        trial.attempt("files that the run was begun with", lambda: ground.check(trial.plan.again))
+    again = trial.plan.again
+    left = [name for name in recipe.stages if restart or name in again or not trial.folder.is_done(name)]
     for name in left:
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
     if left:
@@ -127,6 +139,11 @@ def preflight(
         _try_stage(trial, name)
         stages = trial.findings + stages
     return first + stages
+
+
+def _open_folder(trial: Preflight, repeat: Sequence[str]) -> None:
+    trial.plan = trial.folder.check(trial.recipe, trial.restart, repeat)
+    trial.restart = trial.restart or trial.folder.restarting
 
 
 def refuse(findings: Sequence[Finding]) -> None:

@@ -60,7 +60,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     done, own = checkpoints.resume()
     with load_reward(stage.reward, seconds=stage.reward_seconds) as grader, engine_of(context, stage) as engine:
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
-        ended = own.get("ended", False)
+        ended = own.get("ended", False) and (budget is None or own.get("amount", budget.amount) >= budget.amount)
         if budget is not None:
             budget.spent = own.get("spent", 0.0)
         if own:
@@ -75,6 +75,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
             watch.look(done, line)
             ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
             state = {"spent": budget.spent if budget is not None else 0.0, "ended": ended}
+            state |= {"amount": budget.amount} if budget is not None else {}
             context.log({"stage": context.name, "kind": "rl", "step": done, **line})
             checkpoints.after(
                 done,

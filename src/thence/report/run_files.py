@@ -115,6 +115,7 @@ def read_run(folder: Path) -> RunFiles:
     lines, cut = read_lines(folder / "metrics.jsonl")
     if cut:
         notes.append(f"metrics.jsonl: {cut} unreadable line{'s' if cut > 1 else ''} left out")
+    notes += [_said(change) for change in read_lines(folder / "changes.jsonl")[0] if change.get("field") != "folder"]
     stages = [name for name in recipe.get("stages", []) if isinstance(name, str)]
     found = sorted(path.name for path in (folder / "stages").glob("*") if path.is_dir())
     stages += [name for name in found if name not in stages]
@@ -128,6 +129,12 @@ def read_run(folder: Path) -> RunFiles:
         stages=tuple(stages),
         notes=tuple(notes),
     )
+
+
+def _said(change: Mapping[str, Any]) -> str:
+    """A line of the history of a run's settings."""
+    after = f" after step {change['after_step']}" if change.get("after_step") else ""
+    return f"{change.get('field')} was {change.get('before')!r}, and is {change.get('now')!r}{after}"
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -17,6 +17,7 @@ from thence import recipe as recipes
 from thence.errors import RecipeError, UserError
 from thence.models.layers import check_model
 from thence.train.gguf import read_once
+from thence.train.written import check_written
 
 log = logging.getLogger(__name__)
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")  # parts of the names of fields that make training random
@@ -201,7 +202,15 @@ def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
 
 
 def resolve(path: str) -> str:
-    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself."""
+    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself.
+
+    Every model is opened through here: one that thence wrote is refused where it is no longer as it was written.
+
+    Raises:
+        RecipeError: no such base.
+        UserError: the package is not installed.
+        DamagedFile: a file of a model that thence wrote has changed or is gone.
+    """
     if path.startswith("world:"):
         name = path.removeprefix("world:").replace("/", "-")
         folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
@@ -221,7 +230,9 @@ def resolve(path: str) -> str:
                 field="model.path",
             )
         return str(spec.submodule_search_locations[0])
-    return str(Path(path).expanduser())
+    folder = Path(path).expanduser()
+    check_written(folder)
+    return str(folder)
 
 
 def _options(settings: recipes.Model) -> dict[str, Any]:
