@@ -91,10 +91,18 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
     for line in _rows(path, remedy):
         fitted(path, line, shape, remedy)
-    missing = sorted(set(range(1, max(steps, default=0) + 1)) - set(steps))
+    taken = max([max(steps, default=0), *map(_steps_of_stage, path.parent.glob("stages/*/done.json"))])
+    missing = sorted(set(range(1, taken + 1)) - set(steps))
     if missing:
         raise DamagedFile(f"step {missing[0]} is missing, so its cost is not known", remedy=remedy, file=path)
     return [steps[step] for step in sorted(steps)]
+
+
+def _steps_of_stage(path: Path) -> int:
+    remedy = f"put a whole copy back, or rename {path.parent.parent.parent}: the run is then made again"
+    return int(
+        read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("steps", 0), int)).get("steps", 0)
+    )
 
 
 def _rows(path: Path, remedy: str) -> list[dict[str, Any]]:
