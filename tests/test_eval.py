@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thence.cli import main
-from thence.errors import DataError, UserError
+from thence.errors import UserError
 from thence.evaluate.backends import Generation, Request, room_for
 from thence.evaluate.problems import Problem, load_problems
 from thence.evaluate.run import evaluate, regrade
@@ -146,14 +146,20 @@ def test_a_line_cut_by_a_crash_is_sampled_again(tmp_path: Path, data: Path) -> N
     assert summarise(store).missing == 0
 
 
-def test_a_damaged_line_in_the_middle_is_an_error_with_its_place(tmp_path: Path, data: Path) -> None:
-    store = run(tmp_path / "e", settings_of(data), Counting())
+def test_a_damaged_line_is_named_set_aside_and_sampled_again(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(data)
+    store = run(tmp_path / "e", settings, Counting())
     path = store.folder / "samples" / "sums.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], lines[4][:20], *lines[5:]]) + "\n")
-    with pytest.raises(DataError) as caught:
-        store.samples("sums")
-    assert (caught.value.file, caught.value.line) == (str(path), 5)
+    assert len(store.samples("sums")) == 17 and summarise(store).missing == 1
+    assert f"{path}:5" in caplog.text
+    rest = Counting()
+    run(store.folder, settings, rest)
+    assert len(rest.asked) == 1 and summarise(store).missing == 0
+    assert path.with_name("sums.jsonl.damaged").read_text() == lines[4][:20] + "\n"
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"max_tokens": 9}, {"seed": 1}, {"template": "boxed"}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from thence.errors import UserError
+from thence.files import to_json
 
 if TYPE_CHECKING:
     from thence.audit.result import CaseResult, Report
@@ -133,7 +133,7 @@ def _teller(console: Console, live: bool):
 
 def _write(args: argparse.Namespace, report: Report) -> None:
     if args.json:
-        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(to_json(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     if args.html:
         from thence.audit.page import write_page
 

@@ -78,10 +78,9 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
     from rich.console import Console
 
     from thence.compare.page import write_report
-    from thence.compare.result import RESULTS, read_results, to_json
+    from thence.compare.result import read_results, write_results
     from thence.compare.statistics import statistics
     from thence.compare.text import print_comparison
-    from thence.files import write_atomically
 
     if collect_again:
         from thence.compare.collect import collect
@@ -91,7 +90,7 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
         if not folder.is_dir():
             raise UserError("no comparison has been run here", remedy="run it without --report", file=folder)
         check_folder(folder)
-        write_atomically(folder / RESULTS, to_json(collect(Planner(recipe, folder.resolve()))))
+        write_results(folder, collect(Planner(recipe, folder.resolve())))
     page = write_report(folder)
     results = read_results(folder)
     console = Console()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 from thence.cli.flags import describe_fields, split_flags
 from thence.errors import UserError
+from thence.files import read_json
 from thence.recipe import Recipe, load_recipe
 from thence.toml import to_toml
 
@@ -138,7 +138,8 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
 
     path = recipe.model.path or ""
     file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None
-    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else None
+    remedy = "give a folder whose config.json is whole"
+    return read_json(file, remedy=remedy) if file is not None and file.exists() else None
 
 
 def _measured(recipe: Recipe) -> dict[str, Any]:

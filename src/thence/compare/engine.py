@@ -19,9 +19,9 @@ from thence.compare.folder import check_folder, mark
 from thence.compare.plan import Job, Need, Planner
 from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
-from thence.compare.result import RESULTS, Comparison, Failure, to_json
+from thence.compare.result import Comparison, Failure, write_results
 from thence.errors import UserError
-from thence.files import write_atomically
+from thence.files import write_over
 from thence.locks import held
 from thence.toml import to_toml
 
@@ -73,6 +73,7 @@ def compare(
 
     Raises:
         UserError: another process runs this comparison.
+        DamagedFile: its results, or what a run measured, cannot be read; nothing is written.
     """
     folder = recipe.path().resolve()
     check_folder(folder)
@@ -83,13 +84,13 @@ def compare(
         mark(folder)
         if ran := bool(left := planner.to_run()):
             refuse_what_cannot_run(planner, left)
-        write_atomically(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        write_over(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
         try:
             for failure in _run_all(planner, jobs, threads, lock, watcher):
                 failures.append(failure)
         finally:
             results = collect(planner, failures, ran)
-            write_atomically(folder / RESULTS, to_json(results))
+            write_results(folder, results)
     return results
 
 

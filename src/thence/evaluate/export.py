@@ -8,7 +8,6 @@ for (intervals, verdicts, versions of graders) stands under the key `thence`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any
 from thence.evaluate.metrics import Score
 from thence.evaluate.store import Sample, Store
 from thence.evaluate.summary import Result, TaskResult
-from thence.files import finite, to_csv, write_atomically
+from thence.files import to_csv, to_json, write_over
 
 METRIC = "exact_match"
 LENIENT = "exact_match_lenient"
@@ -33,13 +32,13 @@ def write_exports(store: Store, result: Result) -> list[Path]:
     """
     started = _started(result)
     date = started.strftime("%Y-%m-%dT%H-%M-%S.%f")
-    text = json.dumps(finite(harness_results(store, result)), indent=2) + "\n"
+    text = to_json(harness_results(store, result), indent=2) + "\n"
     files = {f"results_{date}.json": text, "results.json": text, "results.csv": results_csv(result)}
     for row in result.tasks:
-        lines = (json.dumps(line) + "\n" for line in harness_samples(store, row))
+        lines = (to_json(line) + "\n" for line in harness_samples(store, row))
         files[f"samples_{row.task.name}_{date}.jsonl"] = "".join(lines)
     for name, content in files.items():
-        write_atomically(store.folder / name, content)
+        write_over(store.folder / name, content)
     return [store.folder / name for name in files]
 
 
@@ -103,7 +102,7 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
         first = samples[0]
         doc = {"question": first.question, "answer": first.answer, "key": key, "source": first.source}
         found = [grades[sample.place].extracted or "" for sample in samples]
-        prompt = json.dumps([{"role": role, "content": content} for role, content in first.prompt])
+        prompt = to_json([{"role": role, "content": content} for role, content in first.prompt])
         yield {
             "doc_id": number,
             "doc": doc | ({"options": list(first.options)} if first.options else {}),
@@ -113,7 +112,7 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
             "filtered_resps": found if len(found) == 1 else [found],
             "filter": "none",
             "metrics": [METRIC],
-            "doc_hash": _sha(json.dumps(doc)),
+            "doc_hash": _sha(to_json(doc)),
             "prompt_hash": _sha(prompt),
             "target_hash": _sha(first.answer),
             METRIC: row.shares[key],

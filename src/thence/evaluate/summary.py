@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from thence.errors import UserError
 from thence.evaluate.metrics import Paired, Score, avg_at_k, maj_at_k, mean_score, paired, pass_at_k
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.files import to_json
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _lenient(store: Store, task: Task, keys: Sequence[str]) -> Score | None:
 
 
 def _digest(prompts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(sorted(prompts.items())).encode()).hexdigest()[:16]
 
 
 def _powers(k: int) -> list[int]:

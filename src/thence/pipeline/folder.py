@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import Any
 
 from thence import __version__
 from thence.errors import UserError
-from thence.files import read_jsonl, to_json, write_atomically, write_jsonl
+from thence.files import read_json, read_jsonl, repair_lines, to_json, write_atomically, write_jsonl
 from thence.locks import LOCK, held, refuse_if_held
 from thence.pipeline.changes import Plan, State, judge, say_onward
 from thence.pipeline.numerics import numerics
@@ -141,6 +140,7 @@ class RunFolder:
         if restart or marker.restarting:
             refuse_foreign(self.path, found.foreign, marker)
             return Plan()
+        self.first_start()
         if unknown := [name for name in repeat if name not in recipe.stages]:
             raise UserError(
                 f"there is no stage {unknown[0]!r} to repeat",
@@ -247,36 +247,68 @@ class RunFolder:
 
     def _record_start(self, facts: dict[str, Any]) -> None:
         """Keep the environment of the first start, and of later ones beside it."""
-        path = self.path / "environment.json"
-        if path.exists():
-            first = json.loads(path.read_text(encoding="utf-8"))
+        if first := self.first_start():
             facts = {**first, "later_starts": [*first.get("later_starts", []), facts]}
-        write_atomically(path, json.dumps(facts, indent=1))
+        write_atomically(self.path / "environment.json", to_json(facts, indent=1))
+
+    def first_start(self) -> dict[str, Any]:
+        """The environment of the first start; nothing before it. Raises DamagedFile."""
+        file = self.path / "environment.json"
+        if not file.exists():
+            return {}
+        remedy = (
+            "put a whole copy of it back; or rename it, and the run is resumed with a new one, which does not know the "
+            "first start"
+        )
+        return read_json(file, remedy=remedy, shape=lambda facts: isinstance(facts.get("later_starts", []), list))
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage is complete."""
-        return (self.stage(stage) / "done.json").exists()
+        """Whether the stage is complete. Raises DamagedFile where it cannot be told."""
+        return (self.stage(stage) / "done.json").exists() and self.facts(stage) is not None
 
     def finish(self, stage: str, facts: Mapping[str, Any]) -> None:
         """Mark the stage complete."""
-        write_atomically(self.stage(stage) / "done.json", json.dumps(facts))
+        write_atomically(self.stage(stage) / "done.json", to_json(facts))
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """What a complete stage left in ``done.json``; nothing of one that is not."""
+        """What a complete stage left in ``done.json``; nothing of one that is not. Raises DamagedFile."""
         file = self.stage(stage) / "done.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not file.exists():
+            return {}
+        remedy = f"put a whole copy of it back; or rename it, and the same command runs stage {stage} again"
+        return read_json(file, remedy=remedy, shape=_is_facts)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash."""
+        """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash.
+
+        Lines that cannot be read are set aside in ``NAME.damaged`` and named in the log.
+        """
         for path in (self.metrics, self.stage(stage) / "samples.jsonl"):
             if path.exists():
+                repair_lines(path, wrong_with_line)
                 kept = [line for line in read_jsonl(path) if line["stage"] != stage or line["step"] <= step]
                 write_jsonl(path, kept)
+
+
+def wrong_with_line(line: Mapping[str, Any]) -> str | None:
+    """What a line of ``metrics.jsonl`` or of a stage's ``samples.jsonl`` lacks; None: nothing."""
+    for name, kind in (("stage", str), ("step", int)):
+        if name not in line:
+            return f"it lacks {name}"
+        if not isinstance(line[name], kind) or isinstance(line[name], bool):
+            return f"{name} is {type(line[name]).__name__}"
+    return None
+
+
+def _is_facts(facts: Mapping[str, Any]) -> bool:
+    """Whether a value is what a stage leaves in ``done.json``: at least one count."""
+    counts = [facts[name] for name in ("steps", "measurements") if name in facts]
+    return bool(counts) and all(isinstance(n, int) for n in counts) and isinstance(facts.get("model", ""), str | None)
 
 
 def environment(device: str, ranks: int | None = None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
-from thence.files import write_atomically
+from thence.files import read_json, to_json, write_atomically
 from thence.pipeline.folder import RunFolder, environment
 from thence.pipeline.owned import RECIPE
 from thence.pipeline.test_sets import test_sets
@@ -234,22 +233,30 @@ class Ground:
 
     def _kept(self, place: Path) -> dict[str, Any] | None:
         file = place / FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        remedy = (
+            "put a whole copy of it back; or rename it, and the run is resumed without comparing the files that this "
+            "part of it was begun with"
+        )
+        return read_json(file, remedy=remedy, shape=_is_ground) if file.exists() else None
 
     def _write(self, place: Path, facts: Mapping[str, Any]) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        write_atomically(place / FILE, json.dumps(facts, indent=1))
+        write_atomically(place / FILE, to_json(facts, indent=1))
 
 
 def say_what_differs(folder: RunFolder, device: str, ranks: int) -> None:
     """Log what of versions, threads and ranks differs from the run's first start: its last bits may follow from it."""
-    file = folder.path / "environment.json"
-    if not file.is_file():
-        return
-    before, now = json.loads(file.read_text(encoding="utf-8")), environment(device, ranks)
+    before, now = folder.first_start(), environment(device, ranks)
     changed = [f"{key} {before[key]} -> {now[key]}" for key in ENVIRONMENT if key in before and before[key] != now[key]]
     if changed:
         log.warning("the run began with another environment (%s); numbers may differ slightly", ", ".join(changed))
+
+
+def _is_ground(facts: Mapping[str, Any]) -> bool:
+    """Whether a value is what :meth:`Ground.begin` writes."""
+    states = facts["files"].values()
+    known = all(isinstance(s["digest"], str) and isinstance(s["bytes"], int) and s["modified"] for s in states)
+    return known and isinstance(facts.get("rows", {}), dict)
 
 
 def _states(names: Iterable[str]) -> dict[str, State]:

@@ -30,7 +30,7 @@ _OF_RUN = {RECIPE, ENVIRONMENT, CHANGES, "ground.json", "metrics.jsonl", "summar
 _OF_RUN |= {"report.html", "report.json", "report.csv"}
 _OF_STAGE = {"ground.json", "result.json", "samples.jsonl", "done.json", "metrics.jsonl"}
 _PART = re.compile(r".+-[\d.e+-]+\.jsonl?")
-_BESIDE = re.compile(r"\.(?P<hidden>.+)\.(?:writing|new)|(?P<kept>.+)\.damaged-\d+")
+_BESIDE = re.compile(r"\.(?P<hidden>.+)\.(?:writing|new)|(?P<kept>.+)\.damaged(?:-\d+)?")
 
 
 @dataclass(frozen=True)

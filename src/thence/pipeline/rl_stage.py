@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.evaluate.measure import sample_record
+from thence.files import to_json
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out, scores_of
@@ -379,7 +379,7 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for trajectory in trajectories[:SAMPLES_KEPT]:
-            file.write(json.dumps(sample_record(trajectory, stage=context.name, step=step)) + "\n")
+            file.write(to_json(sample_record(trajectory, stage=context.name, step=step)) + "\n")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.errors import UserError
+from thence.errors import DamagedFile, UserError, first_line
+from thence.files import damaged_lines, read_json, read_lines, read_toml
 from thence.recipe import KINDS, kind_of
 
 _COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated")
@@ -107,16 +106,17 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"no run folder {str(folder)!r}", remedy="give the folder that a run wrote", file=folder)
     notes: list[str] = []
     text = _text(folder / "recipe.toml")
+    recipe: dict[str, Any] = {}
     try:
-        recipe = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        recipe = {}
-        notes.append(f"recipe.toml cannot be read: {error}")
-    lines, cut = read_lines(folder / "metrics.jsonl")
-    if cut:
-        notes.append(f"metrics.jsonl: {cut} unreadable line{'s' if cut > 1 else ''} left out")
-    notes += [_said(change) for change in read_lines(folder / "changes.jsonl")[0] if change.get("field") != "folder"]
-    stages = [name for name in recipe.get("stages", []) if isinstance(name, str)]
+        recipe = read_toml(folder / "recipe.toml", remedy="") if (folder / "recipe.toml").exists() else {}
+    except DamagedFile as error:
+        notes.append(f"recipe.toml cannot be read: {error.problem}")
+    named = recipe.get("stages", [])
+    stages = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    lines = _lines(folder / "metrics.jsonl", notes)
+    notes += [
+        _said(change) for change in read_lines(folder / "changes.jsonl").values if change.get("field") != "folder"
+    ]
     found = sorted(path.name for path in (folder / "stages").glob("*") if path.is_dir())
     stages += [name for name in found if name not in stages]
     return RunFiles(
@@ -137,31 +137,18 @@ def _said(change: Mapping[str, Any]) -> str:
     return f"{change.get('field')} was {change.get('before')!r}, and is {change.get('now')!r}{after}"
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Objects of a JSON Lines file, and how many lines could not be read (a crash cuts the last one off)."""
-    rows, bad = [], 0
-    for row in stream_lines(path):
-        if row is None:
-            bad += 1
-        else:
-            rows.append(row)
-    return rows, bad
-
-
-def stream_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Objects of a JSON Lines file one by one; None for a line that cannot be read."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                yield None
-                continue
-            yield row if isinstance(row, dict) else None
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The readable lines of a file; notes say which could not be read, or were set aside when the run was resumed."""
+    found = read_lines(path)
+    if cut := len(found.bad) + bool(found.torn):
+        where = f" (line {found.bad[0].number}: {found.bad[0].why})" if found.bad else ""
+        notes.append(f"{path.name}: {cut} unreadable line{'s' if cut > 1 else ''} left out{where}")
+    aside = damaged_lines(path)
+    if aside.is_file():
+        with aside.open("rb") as file:
+            count = sum(1 for _ in file)
+        notes.append(f"{path.name}: {count} damaged line{'s' if count > 1 else ''} set aside in {aside.name}")
+    return found.values
 
 
 def number(value: Any) -> float | None:
@@ -199,7 +186,8 @@ def _cells(folder: Path, stages: list[str], notes: list[str]) -> Iterator[Cell]:
         path = folder / "stages" / stage / "result.json"
         if not path.is_file():
             continue
-        for row in _json(path, notes).get("rows") or []:
+        rows = _json(path, notes).get("rows") or []
+        for row in rows if isinstance(rows, list) else [rows]:
             accuracy = number(row.get("accuracy")) if isinstance(row, dict) else None
             if accuracy is None:
                 notes.append(f"{stage}: a row of result.json has no accuracy")
@@ -222,13 +210,10 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
-        return content
-    notes.append(f"{path.name} cannot be read")
-    return {}
+        return read_json(path, remedy="put a whole copy of it back")
+    except DamagedFile as error:
+        notes.append(f"{path.parent.name}/{path.name} cannot be read: {first_line(error).removeprefix(f'{path}')}")
+        return {}
 
 
 def _text(path: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.report.run_files import stream_lines
+from thence.files import stream_lines
 
 VERDICTS = ("right", "wrong", "unknown")
 _HEAD, _TAIL = 2500, 1000
@@ -36,11 +36,12 @@ def pick_samples(folder: Path, stages: tuple[str, ...], each: int = 3) -> dict[s
     picked = {}
     for stage in stages:
         kept: dict[str, list[Sample]] = {verdict: [] for verdict in VERDICTS}
-        for count, row in enumerate(stream_lines(folder / "stages" / stage / "samples.jsonl")):
+        for count, line in enumerate(stream_lines(folder / "stages" / stage / "samples.jsonl")):
             if count >= _SEARCHED or all(len(samples) >= each for samples in kept.values()):
                 break
-            verdict = row.get("verdict") if row else None
-            if row and verdict in kept and len(kept[verdict]) < each:
+            row = line[1] if isinstance(line, tuple) else {}
+            verdict = row.get("verdict")
+            if isinstance(verdict, str) and verdict in kept and len(kept[verdict]) < each:
                 kept[verdict].append(_sample(row, verdict))
         samples = [sample for verdict in VERDICTS for sample in kept[verdict]]
         if samples:
