@@ -15,10 +15,11 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from thence.compare.result import Arm, Column, Comparison
 from thence.errors import RecipeError
+from thence.limits import Count, Seed, Signed, Text, shown
 from thence.recipe import Section
 
 
@@ -29,7 +30,7 @@ class Paper(Section):
     """Where they stand, for example `arXiv 2604.23747, Table 2`."""
     columns: list[str] = Field(min_length=1)
     """Headings, unit included where it is not per cent."""
-    rows: dict[str, list[float | str]] = Field(min_length=1)
+    rows: dict[str, list[Signed | Text]] = Field(min_length=1)
     """One value for each column, by arm (its title is shown) or by any other label; "" where there is none."""
 
 
@@ -87,7 +88,7 @@ class Short(_Scored):
     """Pairs of a short and a long arm: what the rest of training bought."""
 
     kind: Literal["short"]
-    pairs: list[tuple[str, str]] = Field(min_length=1)
+    pairs: list[Annotated[tuple[str, str], Strict(False)]] = Field(min_length=1)
     """Pairs of arms, the short one first."""
 
 
@@ -106,7 +107,7 @@ class Curves(_Shown):
 
     quantities: list[Literal["loss", "grad_norm", "reward", "response_tokens", "entropy"]] = []
     """Which; empty: those of the kind of section."""
-    smooth: int = Field(default=1, ge=1)
+    smooth: Count = 1
     """Steps averaged for a point; 1: as measured."""
 
 
@@ -114,7 +115,7 @@ class Training(Curves):
     """Loss and gradient norm of named arms over steps, one seed: what a bug looks like from outside."""
 
     kind: Literal["training"]
-    seed: int | None = None
+    seed: Seed | None = None
     """Which seed; empty: the first that each arm has."""
 
 
@@ -177,7 +178,7 @@ def read_section(
         near = difflib.get_close_matches(path[-1], kind.model_fields, n=1) if path else []
         hint = f"did you mean {near[0]!r}? " if near and first["type"] == "extra_forbidden" else ""
         raise RecipeError(
-            first["msg"].removeprefix("Value error, "),
+            f"{first['msg'].removeprefix('Value error, ')} (got {shown(first['input'])})",
             remedy=f"{hint}fields of {plain['kind']} are: {', '.join(kind.model_fields)}",
             field=".".join([where, *path]),
         ) from None

@@ -24,7 +24,8 @@ from thence.errors import DataError, UserError
 from thence.evaluate.problems import Problem
 from thence.evaluate.suites import Task
 from thence.files import write_atomically
-from thence.recipe import Section
+from thence.limits import Count, Name
+from thence.section import Section
 from thence.toml import to_toml
 
 SETTINGS = "evaluation.toml"
@@ -50,13 +51,13 @@ class Settings(Section):
     """own, none or a Jinja file; a server applies its own."""
     template_variables: dict[str, Any] = Field(default={})
     """Values of the chat template's variables."""
-    suite: str
+    suite: Name
     """Name of the suite."""
     data: str | None = None
     """Folder in which files of the tasks were looked for."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first so many problems of every task."""
-    tasks: dict[str, Task]
+    tasks: dict[Name, Task]
     """The tasks, resolved."""
 
 
