@@ -99,7 +99,7 @@ Ceiling = Annotated[float, Field(gt=1, allow_inf_nan=True), Says("a number above
 """A largest ratio; the one kind of number that may be infinite."""
 Norm = Annotated[float, Ge(0), Le(1e12)]
 Epochs = Annotated[float, Ge(1e-6), Le(1e6)]
-Flops = Annotated[float, Gt(0), Le(1e30)]
+Flops = Annotated[float, Gt(0), Le(1e28)]
 Seconds = Annotated[float, Ge(0.001), Le(604_800)]
 """A time limit, at most a week."""
 _SAMPLED = Says("0 (greedy) or a number from 0.001 to 100")

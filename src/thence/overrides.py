@@ -7,6 +7,9 @@ from typing import Any
 
 from thence.errors import RecipeError
 
+DEEPEST = 64
+"""Tables and lists in each other."""
+
 
 def lay_over(tables: Mapping[str, Any], values: Mapping[str, Any], dashed: Collection[str] = ()) -> dict[str, Any]:
     """Lay dotted names over nested tables. Returns a new mapping.
@@ -33,8 +36,18 @@ def lay_over(tables: Mapping[str, Any], values: Mapping[str, Any], dashed: Colle
     return result
 
 
-def copied(value: Any) -> Any:
-    """Nested plain values whose tables and lists are new ones."""
+def copied(value: Any, depth: int = 0) -> Any:
+    """Nested plain values whose tables and lists are new ones. Raises RecipeError where they are nested too deep."""
+    if depth > DEEPEST:
+        raise RecipeError("tables lie too deep in each other", remedy=f"nest at most {DEEPEST}")
     if isinstance(value, Mapping):
-        return {key: copied(inner) for key, inner in value.items()}
-    return [copied(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _named(key, inner, depth) for key, inner in value.items()}
+    return [copied(inner, depth + 1) for inner in value] if isinstance(value, list) else value
+
+
+def _named(key: Any, inner: Any, depth: int) -> Any:
+    try:
+        return copied(inner, depth + 1)
+    except RecipeError as error:
+        field = f"{key}.{error.field}" if depth == 0 else str(key)  # the first two keys are enough
+        raise RecipeError(error.problem, remedy=error.remedy, field=field) from None

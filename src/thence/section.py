@@ -52,29 +52,38 @@ def _whole(kind: type[BaseModel], info: ValidationInfo) -> Any:
     return whole_type(kind.model_fields[info.field_name or ""])
 
 
-def check_plain(value: Any, inside: str = "", depth: int = 0) -> None:
+class PlainValueError(ValueError):
+    """A value that no file can hold or that means nothing, with its place in its table."""
+
+    def __init__(self, problem: str, path: tuple[str, ...]):
+        super().__init__(problem)
+        self.path = path
+
+
+def check_plain(value: Any, inside: str = "", path: tuple[str, ...] = ()) -> None:
     """Refuse values that cannot be written to a file or mean nothing: nan, huge numbers, deep nesting.
 
     Args:
         inside: the table that holds the value. An option of a method may be inf, where the method says so itself.
+        path: the keys that led here.
 
     Raises:
-        ValueError: there is one, at any depth.
+        PlainValueError: there is one, at any depth.
     """
-    if depth > DEEPEST:
-        raise ValueError(f"tables and lists lie more than {DEEPEST} deep in each other")
+    if len(path) > DEEPEST:
+        raise PlainValueError(f"tables and lists lie more than {DEEPEST} deep in each other", path[:1])
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"the key {shown(key)} is no text")
-            check_plain(inner, key if isinstance(inner, Mapping) else inside, depth + 1)
+                raise PlainValueError(f"the key {shown(key)} is no text", path)
+            check_plain(inner, key if isinstance(inner, Mapping) else inside, (*path, key))
     elif isinstance(value, list | tuple):
-        for inner in value:
-            check_plain(inner, inside, depth + 1)
+        for place, inner in enumerate(value):
+            check_plain(inner, inside, (*path, str(place)))
     elif isinstance(value, float) and not math.isfinite(value) and not (inside == "options" and value == math.inf):
-        raise ValueError(f"{value} is no number")
+        raise PlainValueError(f"{value} is no number", path)
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
-        raise ValueError(f"{shown(value)} is beyond every sensible number")
+        raise PlainValueError(f"{shown(value)} is beyond every sensible number", path)
 
 
 def validated(
@@ -130,18 +139,17 @@ def refusal(
     """
     first = error.errors(include_url=False)[0]
     path = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    path += getattr(first.get("ctx", {}).get("error"), "path", ())
     called = [
         names.get(part, str(part + 1)) if names is not None and isinstance(part, int) else str(part) for part in path
     ]
     field = ".".join([where, *called] if where else called)
-    line = None
-    if isinstance(file, TomlFile):
-        raw = [str(part) for part in path]
-        line = file.line_of(".".join([where, *raw] if where else raw), *([".".join([under, *raw])] if under else []))
+    line = file.line_of(*_written_at(path, where, under)) if isinstance(file, TomlFile) else None
     if first["type"] == "extra_forbidden":
         fields = fields_of(kind, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), [*fields, *known], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"fields are: {', '.join(fields)}"
+        hint += f"; {remedy}" if remedy else ""
         return RecipeError("unknown key", remedy=hint, file=_path(file), line=line, field=field)
     return RecipeError(
         _problem(first),
@@ -150,6 +158,16 @@ def refusal(
         line=line,
         field=field or None,
     )
+
+
+def _written_at(path: Sequence[int | str], where: str, under: str) -> list[str]:
+    """The dotted names under which a field may stand in a file."""
+    named = [str(part) for part in path]
+    while named and named[-1].isdecimal():  # the member of a list stands on the list's line
+        named.pop()
+    tables = [where, under] if under else [where]
+    full = [".".join([table, *named]).strip(".") for table in tables]
+    return [*full, f"defaults.{'.'.join(named[2:])}"] if named[:1] == ["tasks"] else full
 
 
 def _problem(first: ErrorDetails) -> str:

@@ -254,6 +254,13 @@ class Eval(Section):
     rollout_rows: Rows = 512
     """Most responses sampled side by side."""
 
+    @field_validator("temperatures")
+    @classmethod
+    def _each_once(cls, value: list[float]) -> list[float]:
+        if len(set(value)) < len(value):
+            raise ValueError("a temperature is given twice")
+        return value
+
 
 KINDS: dict[str, type[Section]] = {"sft": Sft, "rl": Rl, "eval": Eval}
 

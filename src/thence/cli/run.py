@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thence.cli.arguments import only
 from thence.cli.flags import describe_fields, split_flags
 from thence.errors import UserError
 from thence.recipe import Recipe, load_recipe
@@ -28,23 +29,20 @@ Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad
 Tables: --data.columns question=problem,answer=solution, or the flag once for each.
 Run again after a crash or Ctrl-C: it resumes where it was.
 Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
-SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
+SWITCHES = ("--dry-run", "--restart", "--fields")
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run a recipe and print its table and the path of its report."""
     positional, on, overrides = split_flags(argv, SWITCHES)
-    if on & {"--help", "-h"}:
+    if "--help" in on:
         print(HELP)
         return 0
     if "--fields" in on:
         print(describe_fields())
         return 0
-    if len(positional) != 1:
-        raise UserError(
-            f"thence run takes one recipe, not {len(positional)}", remedy="`thence recipes` lists the shipped ones"
-        )
-    recipe = load_recipe(positional[0], overrides)
+    name = only(positional, "thence run takes one recipe", "`thence recipes` lists the shipped ones")
+    recipe = load_recipe(name, overrides)
     return dry_run(recipe) if "--dry-run" in on else execute(recipe, restart="--restart" in on)
 
 

@@ -15,12 +15,12 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict
 
 from thence.compare.result import Arm, Column, Comparison
 from thence.errors import RecipeError
-from thence.limits import Count, Seed, Signed, Text, shown
-from thence.recipe import Section
+from thence.limits import Count, Seed, Signed, Text
+from thence.section import Section, validated
 
 
 class Paper(Section):
@@ -147,8 +147,6 @@ KINDS: Mapping[str, type[AnySection]] = {
 LINES = 8
 """Lines that a figure of training holds at most where the recipe does not choose them."""
 
-_ADAPTER: TypeAdapter[AnySection] = TypeAdapter(Annotated[AnySection, Field(discriminator="kind")])
-
 
 def read_section(
     plain: Mapping[str, Any], arms: Iterable[str] = (), bases: Iterable[str] = (), where: str = "sections"
@@ -170,18 +168,7 @@ def read_section(
             remedy=f"kinds are: {', '.join(KINDS)}",
             field=f"{where}.kind",
         )
-    try:
-        section = _ADAPTER.validate_python(dict(plain))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"][1:]]
-        near = difflib.get_close_matches(path[-1], kind.model_fields, n=1) if path else []
-        hint = f"did you mean {near[0]!r}? " if near and first["type"] == "extra_forbidden" else ""
-        raise RecipeError(
-            f"{first['msg'].removeprefix('Value error, ')} (got {shown(first['input'])})",
-            remedy=f"{hint}fields of {plain['kind']} are: {', '.join(kind.model_fields)}",
-            field=".".join([where, *path]),
-        ) from None
+    section = validated(kind, plain, where, remedy=f"fields of {plain['kind']} are: {', '.join(kind.model_fields)}")
     _known(_arms_named(section), list(arms), "arm", where)
     _known(section.bases, list(bases), "base", where)
     if section.paper is not None:

@@ -132,6 +132,8 @@ class Suite(Section):
     @model_validator(mode="after")
     def _names_differ(self) -> Suite:
         names = [task.name for task in self.tasks]
+        if same := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks are called {', '.join(same)}")
         if twice := same_file(names):
             raise ValueError(f"two tasks would share a file: {' and '.join(twice)}")
         return self
@@ -160,9 +162,18 @@ def load_suite(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
     of_data = lowered.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
     file = TomlFile(path, _of_data_file(path), "") if of_data else _read(name_or_file, path, shipped)
     tables = dict(file.tables)
-    tables["tasks"] = _with_overrides(_tasks(tables, path), overrides or {}, path)
+    given = overrides or {}
+    tables["tasks"] = _with_overrides(_tasks(tables, path), given, path)
     tables.pop("defaults", None)
-    return _suite(tables, file)
+    try:
+        return _suite(tables, file)
+    except RecipeError as error:
+        task, _, field = (error.field or "").removeprefix("tasks.").partition(".")
+        plain = {name.replace("-", "_"): name for name in given}
+        set_by = plain.get(f"{task}.{field}") or plain.get(field)
+        if set_by is None:
+            raise
+        raise RecipeError(error.problem, remedy=error.remedy, field=set_by) from None  # not from the file
 
 
 def _of_data_file(path: Path) -> dict[str, Any]:
@@ -196,6 +207,8 @@ def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     merged = [{**defaults, **task} for task in tasks]
     for task in merged:
         files = task.get("files", ())
+        if not isinstance(files, list | tuple):
+            continue  # which the schema says
         beside = {name: path.resolve().parent / name for name in files if isinstance(name, str)}
         task["files"] = [str(beside[name]) if name in beside and beside[name].is_file() else name for name in files]
     return merged

@@ -96,4 +96,6 @@ def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = 
     try:
         return known[name](options)
     except ValidationError as error:
-        raise refusal(error, known[name].Options, f"{where}.options", remedy=f"the options are of {name}") from None
+        raise refusal(
+            error, known[name].Options, f"{where}.options", remedy=f"see `thence methods {name}` (method {name})"
+        ) from None

@@ -65,7 +65,7 @@ class VllmSettings(Section):
         try:
             host = host or "127.0.0.1"
             if (
-                not port.isdecimal()
+                not (port.isascii() and port.isdecimal())
                 or not 0 < int(port) < 65_536
                 or not (host == "localhost" or ipaddress.ip_address(host).is_loopback)
             ):
