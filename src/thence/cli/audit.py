@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from thence.cli.arguments import Parser, of
 from thence.errors import UserError
 from thence.files import to_json
+from thence.limits import Rate, Seconds, Seed
 
 if TYPE_CHECKING:
     from thence.audit.result import CaseResult, Report
@@ -31,7 +33,7 @@ def audit_command(argv: Sequence[str]) -> int:
     if "--" in argv:
         cut = argv.index("--")
         argv, program = argv[:cut], argv[cut + 1 :]
-    args = _parser().parse_args(argv)
+    args = _parser().parse(argv)
     if args.target == "list":
         return _list()
     from transformers.utils import logging as transformers_logging
@@ -51,18 +53,16 @@ def audit_command(argv: Sequence[str]) -> int:
     return report.verdict.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thence audit", usage=USAGE, description=(__doc__ or "").split(": ", 1)[1], add_help=True
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="thence audit", usage=USAGE, description=(__doc__ or "").split(": ", 1)[1], add_help=True)
     parser.add_argument("target", metavar="TARGET", help="an adapter's name or file, `command`, or `list`")
     parser.add_argument("--python", metavar="PATH", help="the Python in which the stack is installed")
     parser.add_argument("--quick", action="store_true", help="only the cases that matter most")
     parser.add_argument("--all", action="store_true", help="also settings that nobody has by default")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="cases with PART in their name")
     parser.add_argument("--model-type", default="llama", metavar="TYPE", help="family of the tiny model")
-    parser.add_argument("--seed", type=int, default=0, help="of the probe")
-    parser.add_argument("--time-limit", type=float, default=120.0, metavar="SECONDS", help="for one case")
+    parser.add_argument("--seed", type=of(Seed), default=0, help="of the probe")
+    parser.add_argument("--time-limit", type=of(Seconds), default=120.0, metavar="SECONDS", help="for one case")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what the stack wrote")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("only for `command`")
     group.add_argument("--layout", default="prompt-completion", help="of {data}: rows, messages, prompt-completion ...")
     group.add_argument("--asked", default="token-mean", help="the objective that the program is meant to have")
-    group.add_argument("--lr", type=float, help="learning rate of the program, if it takes plain SGD steps")
+    group.add_argument("--lr", type=of(Rate), help="learning rate of the program, if it takes plain SGD steps")
     return parser
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from thence.cli.arguments import only
 from thence.cli.flags import split_flags
 from thence.errors import UserError
 from thence.recipe import Data, Recipe, load_recipe, shipped_recipes
@@ -72,17 +73,17 @@ class Checked:
 
 def check_command(argv: Sequence[str]) -> int:
     """Print a verdict for each promise. Returns 1 where one does not hold."""
-    if "--help" in argv or "-h" in argv:
+    positional, on, overrides = split_flags(argv, (), {"--data": "--data.source"})
+    if on:
         print(HELP)
         return 0
-    arguments = ["--data.source" if argument == "--data" else argument for argument in argv]
-    positional, _, overrides = split_flags(arguments, ())
-    if len(positional) != 1:
-        raise UserError(f"thence check takes one model or recipe, not {len(positional)}", remedy=HELP.splitlines()[0])
+    name = only(positional, "thence check takes one model or recipe", HELP.splitlines()[0])
+    sources = str(overrides.get("data.source", ""))
+    if "," in sources and not sources.startswith("["):
+        overrides["data.source"] = sources.split(",")
     from rich.console import Console
 
     console = Console()
-    name = positional[0]
     is_recipe = name in shipped_recipes() or name.endswith(".toml")
     recipe = load_recipe(name, overrides) if is_recipe else _recipe_of(name, overrides)
     checked = Checked(console)

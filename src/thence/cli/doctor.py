@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -17,6 +16,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from thence.cli.arguments import Parser
 from thence.errors import UserError
 from thence.known_faults import Fault, load_known_faults
 
@@ -41,10 +41,10 @@ def doctor(argv: Sequence[str]) -> int:
     Raises:
         UserError: the Python given by ``--python`` cannot be run.
     """
-    parser = argparse.ArgumentParser(prog="thence doctor", description=(__doc__ or "").split(": ", 1)[1])
+    parser = Parser(prog="thence doctor", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--python", metavar="ENV/bin/python", help="look at another environment instead of this one")
     parser.add_argument("--all", action="store_true", help="list also the known faults that are not installed here")
-    args = parser.parse_args(list(argv))
+    args = parser.parse(argv)
     console = Console()
     if args.python:
         about, packages = _other_environment(args.python)

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thence.cli.arguments import Parser, of
 from thence.errors import UserError
+from thence.limits import Count, Processes, Rows, Seconds
 from thence.text_values import field_type, parse_value, read_value
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ FIELDS = ("samples", "temperature", "top_p", "max_tokens", "seed", "grader", "te
 
 def eval_command(argv: Sequence[str]) -> int:
     """Run, compare, regrade or list."""
-    args = _parser().parse_args(list(argv))
+    args = _parser().parse(argv)
     if args.list:
         return _list()
     if args.compare:
@@ -45,19 +47,20 @@ def eval_command(argv: Sequence[str]) -> int:
     return _evaluate(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="thence eval",
         usage=USAGE,
         epilog=EPILOG,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.may_be_empty = frozenset({"--system"})
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="what is measured")
     add("--suite", metavar="NAME", help="the benchmarks")
     add("--data", metavar="DIR", type=Path, help="folder (or file) with the benchmarks' data; default: the hub")
-    add("--limit", metavar="N", type=_count, help="only the first N problems of every task")
+    add("--limit", metavar="N", type=of(Count), help="only the first N problems of every task")
     add("--folder", metavar="OUT", type=Path, help="where everything is kept; default: evals/SUITE-MODEL")
     add("--set", metavar="[TASK.]FIELD=VALUE", action="append", default=[], help="any other field of the tasks")
     tasks = parser.add_argument_group("fields of all tasks (default: the suite's)")
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a variable of the chat template, for example enable_thinking=false",
     )
     backend.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside MODEL")
-    backend.add_argument("--rows", metavar="N", type=_count, help="responses sampled side by side (native; default 64)")
+    backend.add_argument("--rows", metavar="N", type=of(Rows), help="responses sampled side by side (native; 64)")
     backend.add_argument(
         "--vllm", metavar="FIELD=VALUE", action="append", default=[], help="a setting of vLLM, see docs/vllm.md"
     )
@@ -90,20 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     backend.add_argument("--model-name", metavar="NAME", help="the model's name on the server")
     backend.add_argument("--key-variable", metavar="NAME", default="OPENAI_API_KEY", help="holds the server's API key")
-    backend.add_argument("--concurrency", metavar="N", type=_count, default=8, help="requests under way (default 8)")
-    backend.add_argument("--timeout", metavar="S", type=float, default=600.0, help="seconds a response may take (600)")
+    backend.add_argument("--concurrency", metavar="N", type=of(Processes), default=8, help="requests under way (8)")
+    backend.add_argument("--timeout", metavar="S", type=of(Seconds), default=600.0, help="seconds for a response (600)")
     other = parser.add_argument_group("instead of measuring")
     other.add_argument("--compare", metavar=("A", "B"), nargs=2, help="two evaluations: paired differences, B minus A")
     other.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation again without generating")
     other.add_argument("--list", action="store_true", help="list the shipped suites")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return value
 
 
 def _list() -> int:

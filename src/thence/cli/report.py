@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from thence.cli.arguments import only, take_apart
 from thence.errors import UserError
+
+HELP = "thence report RUN\n\nWrite a run's report page again and print its table."
 
 
 def report_command(argv: Sequence[str]) -> int:
     """Write a run's report page again and print its table."""
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("thence report takes one run folder", remedy="thence report runs/quickstart-seed0")
+    found = take_apart(argv, {})
+    if found.help:
+        print(HELP)
+        return 0
+    name = only(found.positional, "thence report takes one run folder", "thence report runs/quickstart-seed0")
     from rich.console import Console
 
     from thence.report.page import write_report
     from thence.report.table import results_table
 
-    folder = existing_run(argv[0], to_write=True)
+    folder = existing_run(name, to_write=True)
     page = write_report(folder)
     console = Console()
     console.print(results_table(folder))

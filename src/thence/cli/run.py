@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thence.cli.arguments import only
 from thence.cli.flags import describe_fields, split_flags
 from thence.errors import UserError
 from thence.files import read_json
@@ -29,14 +30,14 @@ Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad
 Tables: --data.columns question=problem,answer=solution, or the flag once for each.
 Run again after a crash or Ctrl-C: it resumes where it was.
 Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
-SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
+SWITCHES = ("--dry-run", "--restart", "--fields")
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run a recipe and print its table and the path of its report."""
     argv, repeat = _repeated(argv)
     positional, on, overrides = split_flags(argv, SWITCHES)
-    if on & {"--help", "-h"}:
+    if "--help" in on:
         print(HELP)
         return 0
     if "--fields" in on:
@@ -44,11 +45,8 @@ def run_command(argv: Sequence[str]) -> int:
 
         print(f"{describe_fields()}\n\n{describe_rules()}")
         return 0
-    if len(positional) != 1:
-        raise UserError(
-            f"thence run takes one recipe, not {len(positional)}", remedy="`thence recipes` lists the shipped ones"
-        )
-    recipe = load_recipe(positional[0], overrides)
+    name = only(positional, "thence run takes one recipe", "`thence recipes` lists the shipped ones")
+    recipe = load_recipe(name, overrides)
     restart = "--restart" in on
     if restart and repeat:
         raise UserError("--restart and --repeat do not go together", remedy="give one of them", field="--repeat")

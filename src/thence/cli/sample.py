@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from thence.cli.flags import split_flags
+from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
 from thence.files import read_jsonl
+from thence.limits import Rows
 
 HELP = """\
 thence sample FOLDER [--n 5] [--verdict right|wrong|unknown] [--stage NAME]
@@ -27,35 +28,27 @@ VERDICTS = ("right", "wrong", "unknown", "ungraded")
 
 def sample_command(argv: Sequence[str]) -> int:
     """Print kept samples of a run's stages or an evaluation's tasks."""
-    if "--help" in argv or "-h" in argv:
+    found = take_apart(argv, {option: Option() for option in OPTIONS})
+    if found.help:
         print(HELP)
         return 0
-    rest, chosen = list(argv), {}
-    for option in OPTIONS:
-        if option in rest:
-            at = rest.index(option)
-            if at + 1 == len(rest):
-                raise UserError(f"{option} needs a value", remedy=HELP.splitlines()[0])
-            chosen[option] = rest.pop(at + 1)
-            rest.pop(at)
-    positional, _, _ = split_flags(rest, ())
-    if len(positional) != 1 or not chosen.get("--n", "5").isdigit():
-        raise UserError("thence sample takes one run or evaluation", remedy=HELP.splitlines()[0])
+    chosen = {flag: values[0] for flag, values in found.given.items()}
+    name = only(found.positional, "thence sample takes one run or evaluation", HELP.splitlines()[0])
+    n = read_flag("--n", chosen.get("--n", "5"), Rows)
     if chosen.get("--verdict", "right") not in VERDICTS:
         raise UserError("no such verdict", remedy=f"give one of {', '.join(VERDICTS)}", field="--verdict")
-    evaluation = _evaluation(positional[0])
-    folder = evaluation or existing_run(positional[0])
+    evaluation = _evaluation(name)
+    folder = evaluation or existing_run(name)
     for option in OF_RUNS if evaluation else OF_EVALUATIONS:
         if option in chosen:
             kind = "an evaluation" if evaluation else "a run"
             raise UserError(f"{option} is not for {kind}", remedy="leave it out", file=folder, field=option)
     console, shown = Console(), 0
-    for name, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
-        found = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
+    for part, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
+        fitting = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
         # spread over the file, so that every split and temperature has its turn
-        n = int(chosen.get("--n", "5"))
-        for line in found[:: max(1, len(found) // max(1, n))][:n]:
-            _show(console, name, line)
+        for line in fitting[:: max(1, len(fitting) // n)][:n]:
+            _show(console, part, line)
             shown += 1
     if not shown:
         given = ", ".join(option for option in chosen if option != "--n") or "the filters"

@@ -33,8 +33,9 @@ from thence.files import (
     to_json,
     write_atomically,
 )
+from thence.limits import Count, Name
 from thence.locks import LOCK, held
-from thence.recipe import Section
+from thence.section import Section
 from thence.toml import to_toml
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,13 @@ class Settings(Section):
     """own, none or a Jinja file; a server applies its own."""
     template_variables: dict[str, Any] = Field(default={})
     """Values of the chat template's variables."""
-    suite: str
+    suite: Name
     """Name of the suite."""
     data: str | None = None
     """Folder in which files of the tasks were looked for."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first so many problems of every task."""
-    tasks: dict[str, Task]
+    tasks: dict[Name, Task]
     """The tasks, resolved."""
 
 

@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.limits import Share, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.objective import Ratio, ShapeRatio, Term
@@ -39,15 +39,15 @@ from thence.objective import Ratio, ShapeRatio, Term
 class ExGrpoOptions(MixedOptions):
     """Settings of ExGRPO."""
 
-    replay: float = Field(default=0.5, ge=0, le=1)
+    replay: Share = 0.5
     """Share of prompts from the pool, if it holds so many."""
-    start: float = Field(default=0.35, ge=0, le=1)
+    start: Share = 0.35
     """Replay begins after the first rollout batch with a higher share of right responses."""
-    gamma: float = Field(default=0.1, gt=0)
+    gamma: SomeCoefficient = 0.1
     """Of the shaped ratio of replayed tokens."""
     buckets: Literal["counts", "fractions"] = "counts"
     """What the normal distribution over buckets is of: successes, or successes over group size."""
-    sigma: float = Field(default=1.0, gt=0)
+    sigma: SomeCoefficient = 1.0
     """Its standard deviation."""
 
 
