@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from thence.cli.arguments import Parser
 from thence.errors import UserError
+from thence.terminal import make_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from thence.audit.result import CaseResult, Report
 
 USAGE = """\
@@ -37,7 +39,7 @@ def audit_command(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
     live = sys.stdout.isatty() and not args.quiet
     report = (
         _program(args, program, console, live) if args.target == "command" else _stack(args, program, console, live)
@@ -47,14 +49,14 @@ def audit_command(argv: Sequence[str]) -> int:
     if not args.quiet:
         from thence.audit.text import report_text
 
-        print(report_text(report))
+        # cleaned before it was coloured, so it goes beneath the guard
+        console.file.write(report_text(report))
+        console.file.flush()
     return report.verdict.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thence audit", usage=USAGE, description=(__doc__ or "").split(": ", 1)[1], add_help=True
-    )
+    parser = Parser(prog="thence audit", usage=USAGE, description=(__doc__ or "").split(": ", 1)[1], add_help=True)
     parser.add_argument("target", metavar="TARGET", help="an adapter's name or file, `command`, or `list`")
     parser.add_argument("--python", metavar="PATH", help="the Python in which the stack is installed")
     parser.add_argument("--quick", action="store_true", help="only the cases that matter most")
@@ -126,7 +128,7 @@ def _teller(console: Console, live: bool):
 
     def tell(result: CaseResult) -> None:
         if live:
-            console.print(f"[dim]{result.case.name}: {result.status}, {result.seconds:.1f} s[/dim]", highlight=False)
+            console.print(f"{result.case.name}: {result.status}, {result.seconds:.1f} s", style="dim")
 
     return tell
 

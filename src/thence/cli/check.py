@@ -79,9 +79,11 @@ def check_command(argv: Sequence[str]) -> int:
     positional, _, overrides = split_flags(arguments, ())
     if len(positional) != 1:
         raise UserError(f"thence check takes one model or recipe, not {len(positional)}", remedy=HELP.splitlines()[0])
-    from rich.console import Console
+    from rich.text import Text
 
-    console = Console()
+    from thence.terminal import make_console
+
+    console = make_console()
     name = positional[0]
     is_recipe = name in shipped_recipes() or name.endswith(".toml")
     recipe = load_recipe(name, overrides) if is_recipe else _recipe_of(name, overrides)
@@ -90,10 +92,12 @@ def check_command(argv: Sequence[str]) -> int:
         _check_recipe(checked, recipe)
     _check_model(checked, recipe, with_data=is_recipe or "data.source" in overrides)
     if checked.refused:
-        console.print(f"\n[bold red]{len(checked.refused)} do not hold:[/] {', '.join(checked.refused)}")
+        console.print(
+            Text.assemble((f"\n{len(checked.refused)} do not hold:", "bold red"), " ", ", ".join(checked.refused))
+        )
         return 1
     missing = f"; not verified: {', '.join(checked.unverified)}" if checked.unverified else ""
-    console.print(f"\n[bold green]all that was tried holds[/]{missing}")
+    console.print(Text.assemble(("\nall that was tried holds", "bold green"), missing))
     return 0
 
 

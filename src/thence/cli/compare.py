@@ -63,25 +63,23 @@ def compare_command(argv: Sequence[str]) -> int:
 
 
 def _run(recipe, values, only, seeds, bases) -> None:
-    from rich.console import Console
-
     from thence.compare.engine import compare
     from thence.compare.live import LiveTable
+    from thence.terminal import make_console
 
     jobs = _number("--jobs", values.get("--jobs", str(len(os.sched_getaffinity(0)))), least=1)
     threads = _number("--threads", values.get("--threads", "1"), least=1)
-    with LiveTable(Console(), jobs) as watcher:
+    with LiveTable(make_console(), jobs) as watcher:
         compare(recipe, jobs=jobs, threads=threads, only=only, seeds=seeds, bases=bases, watcher=watcher)
 
 
 def _report(recipe, folder: Path, collect_again: bool) -> int:
-    from rich.console import Console
-
     from thence.compare.page import write_report
     from thence.compare.result import RESULTS, read_results, to_json
     from thence.compare.statistics import statistics
     from thence.compare.text import print_comparison
     from thence.files import write_atomically
+    from thence.terminal import make_console
 
     if collect_again:
         from thence.compare.collect import collect
@@ -92,7 +90,7 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
         write_atomically(folder / RESULTS, to_json(collect(Planner(recipe, folder.resolve()))))
     page = write_report(folder)
     results = read_results(folder)
-    console = Console()
+    console = make_console()
     print_comparison(statistics(results), console)
     for failure in results.failures:
         print(f"failed: {failure.arm} from {failure.base}, seed {failure.seed}: {failure.why}", file=sys.stderr)

@@ -12,14 +12,13 @@ def report_command(argv: Sequence[str]) -> int:
     """Write a run's report page again and print its table."""
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("thence report takes one run folder", remedy="thence report runs/quickstart-seed0")
-    from rich.console import Console
-
     from thence.report.page import write_report
     from thence.report.table import results_table
+    from thence.terminal import make_console
 
     folder = existing_run(argv[0])
     page = write_report(folder)
-    console = Console()
+    console = make_console()
     console.print(results_table(folder))
     console.print(f"report: {page}", soft_wrap=True)
     return 0

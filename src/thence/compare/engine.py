@@ -22,6 +22,7 @@ from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import RESULTS, Comparison, Failure, to_json
 from thence.errors import UserError
 from thence.files import write_atomically
+from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 
 ATTEMPTS = 2  # of a job whose process died without a word
@@ -79,7 +80,8 @@ def compare(
     with _alone(folder) as lock:
         if ran := bool(left := planner.to_run()):
             refuse_what_cannot_run(planner, left)
-        write_atomically(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))
+        write_atomically(folder / "comparison.toml", to_toml(kept))
         try:
             for failure in _run_all(planner, jobs, threads, lock, watcher):
                 failures.append(failure)
@@ -241,7 +243,7 @@ class Worker:
             return [json.loads(line) for line in lines]
         code = self.process.wait()
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{tail}"}]
+        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{redacted(tail)}"}]
 
     def restart(self) -> None:
         """A new process in place of one that died."""

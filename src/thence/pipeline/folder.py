@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from thence import __version__
 from thence.errors import UserError
 from thence.files import read_jsonl, write_atomically, write_jsonl
 from thence.recipe import Recipe, load_recipe
+from thence.redaction import redacted_command, redacted_values
 from thence.toml import to_toml
 
 
@@ -51,7 +51,7 @@ class RunFolder:
         self.check(recipe)
         if not (self.path / "recipe.toml").exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "recipe.toml", to_toml(recipe.resolved()))
+            write_atomically(self.path / "recipe.toml", to_toml(redacted_values(recipe.resolved())))
         self._record_start(environment(device, ranks) | ({"methods": dict(methods)} if methods else {}))
 
     def check(self, recipe: Recipe, restart: bool = False) -> None:
@@ -62,7 +62,7 @@ class RunFolder:
         """
         kept = self.path / "recipe.toml"
         # compare as recipes: the text of an older version may differ where the settings do not
-        if not restart and kept.exists() and not load_recipe(kept).same_as(recipe):
+        if not restart and kept.exists() and not _kept(load_recipe(kept)).same_as(_kept(recipe)):
             raise UserError(
                 f"{self.path} holds a run with other settings",
                 remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
@@ -120,6 +120,11 @@ class RunFolder:
                 write_jsonl(path, kept)
 
 
+def _kept(recipe: Recipe) -> Recipe:
+    """A recipe as the run folder keeps it: without secrets."""
+    return load_recipe(redacted_values(recipe.resolved()))
+
+
 def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
     """What a number of this run depends on besides its recipe, and the files that it reads."""
     import torch
@@ -136,7 +141,7 @@ def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         **({"ranks": ranks} if ranks is not None else {}),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

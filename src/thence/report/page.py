@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from thence.redaction import redacted
 from thence.report.curves import curves
 from thence.report.numbers import report_csv, report_json, totals
 from thence.report.outcome import half_width, outcome
@@ -66,9 +67,9 @@ def _render(run: RunFiles) -> str:
         details=[_detail(cell) for cell in run.cells],
         stages=[_stage(training, _labels(run)) for training in run.training],
         samples={visible(stage): kept for stage, kept in pick_samples(run.folder, run.stages).items()},
-        recipe=visible(run.recipe_text or to_toml(run.recipe)),
+        recipe=visible(redacted(run.recipe_text or to_toml(run.recipe))),
         environment=[(label, visible(str(run.environment[key]))) for key, label in _LABELS.items() if _has(run, key)],
-        command=visible(_command(run)),
+        command=visible(redacted(_command(run))),
     )
 
 

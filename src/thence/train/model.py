@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from thence import recipe as recipes
-from thence.errors import RecipeError, UserError
+from thence.errors import RecipeError, UserError, first_line
+from thence.explain import is_of_system
 from thence.models.layers import check_model
 from thence.train.gguf import read_once
 
@@ -65,9 +66,11 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
             model, said = opened
             check_weights(model, Path(origin), said)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a model's code and files may raise anything
+        if isinstance(error, UserError) or is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
+            f"cannot open {settings.path or settings.init}: {first_line(error)}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
             field="model.path",
         ) from error
@@ -88,9 +91,11 @@ def load_tokenizer(settings: recipes.Model) -> Any:
     name = settings.tokenizer or settings.path or ""
     try:
         return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises bare exceptions
+        if is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open the tokenizer {name}: {str(error).strip().splitlines()[0]}",
+            f"cannot open the tokenizer {name}: {first_line(error)}",
             remedy="give a folder with tokenizer.json, or a reachable hub name",
             field="model.tokenizer" if settings.tokenizer else "model.path",
         ) from error
