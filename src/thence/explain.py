@@ -196,6 +196,9 @@ def _text(error: BaseException) -> UserError | None:
     if isinstance(error, UnicodeEncodeError):
         problem = f"a character cannot be written as {error.encoding}: {error.object[error.start]!r}"
         return UserError(problem, remedy="take it out of the name or text that was given", file=_file_of(error))
+    if "surrogates not allowed" in str(error):  # how Python holds the bytes of a name that is not UTF-8
+        problem = f"a name or text that was given is not UTF-8: {first_line(error)}"
+        return UserError(problem, remedy="rename the file, or write the text in UTF-8")
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return UserError("a name holds a NUL character", remedy="take it out of the name", file=_file_of(error))
     if isinstance(error, RecursionError):

@@ -33,7 +33,8 @@ _OF_TEXT = re.compile(
 )
 _PROSE = re.compile("none|null|true|false|is|was|for|not|the|a|and|or|of|to|in|on|no|must|has|here|with")
 
-_USER_INFO = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]*@|[^\s/@:?#'\"<>]*:(?!\d+[/?#])[^\s@'\"<>]*@)")
+# a path made of an address has one slash; limits on lengths keep hostile text from taking long
+_USER_INFO = re.compile(r"(?<=:/)(/?)(?:[^\s/?#'\"<>]{0,500}@|[^\s/@:?#'\"<>]{0,100}:(?!\d+[/?#])[^\s@'\"<>]{0,200}@)")
 _BARE_USER_INFO = re.compile(
     r"(?<![\w:/@.+-])(?!mailto:)[\w.+-]+:[^\s/@:'\"]+@(?=(?:[\w-]+\.)*[\w-]+(?::\d{2,5}\b|/|\.[a-z]{2,}\b))"
 )
@@ -70,7 +71,7 @@ def redacted(text: str) -> str:
     text = _without_literals(text)
     text = _PRIVATE_KEY.sub(rf"\1{HIDDEN}\2", text)
     text = _WEBHOOK.sub(rf"\1{HIDDEN}", text)
-    text = _USER_INFO.sub(f"{HIDDEN}@", text)
+    text = _USER_INFO.sub(rf"\1{HIDDEN}@", text)
     text = _BARE_USER_INFO.sub(f"{HIDDEN}@", text)
     text = _CURL_USER.sub(rf"\1\2\3{HIDDEN}", text)
     text = _IN_QUERY.sub(_query, text)

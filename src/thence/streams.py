@@ -1,8 +1,8 @@
 """Standard output and standard error as everything that prints gets them while a command runs.
 
-Whatever is printed, by thence or by a library, passes through :func:`thence.foreign_text.clean`; what goes to standard
-error passes through :func:`thence.redaction.redacted` too. What thence draws itself with colours (`terminal.py`) goes
-to the stream beneath, cleaned before it was coloured. A character that the terminal's encoding lacks is written out.
+Whatever is printed, by thence or by a library, passes through :func:`thence.redaction.redacted` and
+:func:`thence.foreign_text.clean`. What thence draws itself with colours (`terminal.py`) goes to the stream beneath,
+after the same. A character that the terminal's encoding lacks is written out.
 """
 
 from __future__ import annotations
@@ -64,22 +64,22 @@ class Plain:
 
 
 class Guarded(Plain):
-    """The same for text from elsewhere: cleaned, and without secrets where ``secrets`` is set.
+    """The same for text from elsewhere: cleaned, and without secrets.
 
     Attributes:
         beneath: the stream for text that was cleaned already, and then coloured.
     """
 
-    def __init__(self, stream: TextIO, name: str, *, secrets: bool):
+    def __init__(self, stream: TextIO, name: str):
         super().__init__(stream, name)
-        self.beneath, self.secrets = Plain(stream, name), secrets
+        self.beneath = Plain(stream, name)
 
     def write(self, text: str) -> int:
         """Write a text with what a terminal would obey written out. Raises OutputLost."""
         # progress bars of libraries go back to the beginning of their line, before they write
         head = "\r" if text.startswith("\r") and self.isatty() else ""
         said = text[len(head) :].replace("\r\n", "\n")
-        super().write(head + clean(redacted(said) if self.secrets else said))
+        super().write(head + clean(redacted(said)))
         return len(text)
 
 
@@ -88,8 +88,8 @@ def guarded() -> Iterator[None]:
     """Guard ``sys.stdout`` and ``sys.stderr`` for the time being."""
     before = sys.stdout, sys.stderr
     out, err = (stream if stream is not None else _nowhere() for stream in before)  # closed by who started us
-    sys.stdout = Guarded(out, "standard output", secrets=False)  # type: ignore[assignment]
-    sys.stderr = Guarded(err, "standard error", secrets=True)  # type: ignore[assignment]
+    sys.stdout = Guarded(out, "standard output")  # type: ignore[assignment]
+    sys.stderr = Guarded(err, "standard error")  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -21,7 +21,15 @@ from thence.redaction import redacted
 
 
 class CleanConsole(Console):
-    """A rich console whose foreign text passes through :func:`thence.foreign_text.clean`."""
+    """A rich console whose text passes through :func:`thence.redaction.redacted` and :func:`thence.foreign_text.clean`.
+
+    Args:
+        verbatim: leave out ``redacted``: for what a model or a data set says, which is shown as it is.
+    """
+
+    def __init__(self, *, verbatim: bool = False, **options: Any):
+        super().__init__(**options)
+        self._verbatim = verbatim
 
     @property
     def file(self) -> IO[str]:
@@ -38,8 +46,10 @@ class CleanConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render with every piece of text cleaned; control codes that rich itself makes stay."""
         if isinstance(renderable, str):
-            renderable = clean(renderable)
+            renderable = clean(renderable if self._verbatim else redacted(renderable))
         elif isinstance(renderable, Text):
+            if not self._verbatim and (said := redacted(renderable.plain)) != renderable.plain:
+                renderable = Text(said, renderable.style)
             renderable = cleaned(renderable)
         for segment in super().render(renderable, options):
             if segment.control or (said := clean(segment.text)) == segment.text:
@@ -48,9 +58,9 @@ class CleanConsole(Console):
                 yield Segment(said, segment.style)
 
 
-def make_console(**options: Any) -> CleanConsole:
-    """The console of a command. Options are rich's."""
-    return CleanConsole(**{"markup": False, "emoji": False, "highlight": False, **options})
+def make_console(*, verbatim: bool = False, **options: Any) -> CleanConsole:
+    """The console of a command, see :class:`CleanConsole`. Further options are rich's."""
+    return CleanConsole(verbatim=verbatim, **{"markup": False, "emoji": False, "highlight": False, **options})
 
 
 def cleaned(text: Text) -> Text:
@@ -75,18 +85,12 @@ def cleaned(text: Text) -> Text:
 
 @contextmanager
 def logging_to(shown: Console, level: int = logging.INFO) -> Iterator[None]:
-    """Print what thence logs on a console for the time being, without secrets."""
+    """Print what thence logs on a console for the time being."""
     logger = logging.getLogger("thence")
     handler = RichHandler(console=shown, show_path=False, show_time=False, markup=False)
-    handler.setFormatter(_WithoutSecrets("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-
-
-class _WithoutSecrets(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))

@@ -222,6 +222,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
     from thence.data.example import Example, Message
     from thence.data.show import checks, segments, shown
     from thence.pipeline.prompts import first_example
+    from thence.terminal import make_console
 
     data, tokenizer = _data(recipe), loaded.tokenizer
     example = Example(messages=(Message("user", "How much is 2 + 3?"),), demonstration="2 + 3 = 5", source="an example")
@@ -239,7 +240,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
     chosen, chat, row = held
     ends = end_token_ids(tokenizer, chat, loaded.model)
     title = "context dim, [bold green]trained green[/], special tokens reversed"
-    checked.console.print(Panel(shown(segments(row, tokenizer)), title=title, title_align="left"))
+    make_console(verbatim=True).print(Panel(shown(segments(row, tokenizer)), title=title, title_align="left"))
     for one in checks(chosen, row, tokenizer, chat, system=data.system, stop_ids=ends):
         state = {True: "ok", False: "refused", None: "unverified"}[one.ok]
         checked.line(one.name, state, one.reason, one.remedy)

@@ -51,7 +51,7 @@ def sample_command(argv: Sequence[str]) -> int:
         if option in chosen:
             kind = "an evaluation" if evaluation else "a run"
             raise UserError(f"{option} is not for {kind}", remedy="leave it out", file=folder, field=option)
-    console, shown = make_console(), 0
+    console, shown = make_console(verbatim=True), 0
     for name, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
         found = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
         # spread over the file, so that every split and temperature has its turn
