@@ -174,6 +174,8 @@ def _system(error: BaseException) -> UserError | None:
     if problem is None or remedy is None:
         problem, remedy = first_line(error), f"see to what it says, {AGAIN}"
     named = _named(getattr(error, "filename", None))
+    if number == errno.EEXIST and named is not None and not Path(named).is_dir():
+        problem, remedy = _OF_SYSTEM[errno.ENOTDIR]
     return UserError(problem, remedy=remedy, file=named or _file_of(error))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from thence import recipe as recipes
 from thence.errors import RecipeError, UserError, first_line
 from thence.explain import is_of_system
+from thence.files import read_json
 from thence.models.layers import check_model
 from thence.train.gguf import read_once
 
@@ -66,6 +67,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
             model, said = opened
             check_weights(model, Path(origin), said)
+            check_generation_file(Path(origin))
     except Exception as error:  # a model's code and files may raise anything
         if isinstance(error, UserError) or is_of_system(error):
             raise
@@ -148,6 +150,16 @@ def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
                         file=file,
                         field="model.path",
                     )
+
+
+def check_generation_file(folder: Path) -> None:
+    """Make sure that a generation config that is there can be read: transformers passes over one that cannot.
+
+    Raises:
+        DamagedFile: it is not a JSON object; the end tokens that it names would be forgotten.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        read_json(folder / "generation_config.json", remedy="put back a whole copy of it; it names the end tokens")
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
