@@ -6,6 +6,7 @@ reported with its name and line, and is kept beside whatever takes its place.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -34,11 +35,16 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk its space is needed
+            temporary.unlink()
+        raise
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -18,6 +18,7 @@ from thence.audit.result import CaseResult, Report, Verdict
 from thence.audit.runner import Observation, load_adapter, run_cases, started_group
 from thence.audit.verdict import judge_all, not_told_apart, scale_law, settle
 from thence.errors import UserError
+from thence.redaction import redacted
 
 Tell = Callable[[CaseResult], None]
 
@@ -117,12 +118,12 @@ def make_report(
     """The report of a judged matrix."""
     from thence import __version__
 
-    cases = settle(cases, asked)
+    cases = settle([replace(case, reason=redacted(case.reason)) for case in cases], asked)
     verdict = judge_all(cases, versions, asked)
     return Report(
         target=target,
         versions=versions,
-        command=command,
+        command=redacted(command),
         cases=tuple(cases),
         verdict=_with_law(verdict, cases),
         not_told_apart=not_told_apart(cases, reasons),

@@ -165,6 +165,10 @@ def only(positional: Sequence[str], what: str, usage: str) -> str:
     raise UserError(f"{what}, {given}", remedy=f"{hint}{usage}")
 
 
+class Done(Exception):
+    """The help was printed, and there is nothing else to do."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for the definitions and the help; the command line is taken apart by :func:`take_apart`.
 
@@ -175,7 +179,7 @@ class Parser(argparse.ArgumentParser):
     """Flags that take an empty text."""
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments, read. Raises UserError; SystemExit after help."""
+        """The arguments, read. Raises UserError; Done after the help."""
         options: dict[str, Option] = {}
         for action in self._actions:
             count = 1 if action.nargs is None else action.nargs
@@ -187,7 +191,7 @@ class Parser(argparse.ArgumentParser):
         found = take_apart(argv, options)
         if found.help:
             self.print_help()
-            raise SystemExit(0)
+            raise Done
         joined: list[str] = []
         for name, values in found.given.items():
             option = options[name]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from thence.cli.arguments import Parser, of
 from thence.errors import UserError
 from thence.files import to_json
 from thence.limits import Rate, Seconds, Seed
+from thence.terminal import make_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from thence.audit.result import CaseResult, Report
 
 USAGE = """\
@@ -24,6 +26,7 @@ thence audit command -- PROGRAM ... {model} ...   any program that reads a Huggi
 
 Placeholders of `command`: {model} {data} {out}, and of {micro_batch} {accumulation} {ranks} {epochs} {steps} {lr}
 {seed} {precision} {port} those that the program has. Exit code: 0 no finding, 1 finding, 2 could not judge."""
+OUTPUTS = ("json", "html", "junit")
 
 
 def audit_command(argv: Sequence[str]) -> int:
@@ -36,20 +39,26 @@ def audit_command(argv: Sequence[str]) -> int:
     args = _parser().parse(argv)
     if args.target == "list":
         return _list()
+    for flag in OUTPUTS:
+        _check_output(f"--{flag}", getattr(args, flag))
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
     live = sys.stdout.isatty() and not args.quiet
     report = (
         _program(args, program, console, live) if args.target == "command" else _stack(args, program, console, live)
     )
-    # The files first: a pipe that is closed early must not cost them.
-    _write(args, report)
+    # The files first: a pipe that is closed early must not cost them. Nor may a full disk cost what is printed.
+    failed = _write(args, report)
     if not args.quiet:
         from thence.audit.text import report_text
 
-        print(report_text(report))
+        # cleaned before it was coloured, so it goes beneath the guard
+        console.file.write(report_text(report))
+        console.file.flush()
+    if failed is not None:
+        raise failed
     return report.verdict.exit_code
 
 
@@ -126,19 +135,45 @@ def _teller(console: Console, live: bool):
 
     def tell(result: CaseResult) -> None:
         if live:
-            console.print(f"[dim]{result.case.name}: {result.status}, {result.seconds:.1f} s[/dim]", highlight=False)
+            console.print(f"{result.case.name}: {result.status}, {result.seconds:.1f} s", style="dim")
 
     return tell
 
 
-def _write(args: argparse.Namespace, report: Report) -> None:
-    if args.json:
-        args.json.write_text(to_json(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    if args.html:
-        from thence.audit.page import write_page
+def _check_output(flag: str, path: Path | None) -> None:
+    """Refuse a file that could not be written, before the audit has run. Raises UserError."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError("a folder, where a file was expected", remedy="give the path of a file", file=path, field=flag)
+    if flag == "--html" and path.exists() and not path.is_file():  # a page is put in place by renaming
+        raise UserError("not a plain file", remedy="give the path of a file", file=path, field=flag)
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        problem = f"cannot be written: {folder} is no folder that you may write to"
+        raise UserError(problem, remedy="make the folder, or give another file", file=path, field=flag)
 
-        write_page(report, args.html)
-    if args.junit:
-        from thence.audit.junit import junit_xml
 
-        args.junit.write_text(junit_xml(report), encoding="utf-8")
+def _write(args: argparse.Namespace, report: Report) -> OSError | None:
+    """Write the files that were asked for, all that can be written. Returns the first error."""
+    from thence.audit.junit import junit_xml
+    from thence.audit.page import write_page
+
+    def as_json(path: Path) -> None:
+        path.write_text(to_json(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def as_junit(path: Path) -> None:
+        path.write_text(junit_xml(report), encoding="utf-8", errors="replace")
+
+    failed = None
+    for path, write in (
+        (args.json, as_json),
+        (args.html, lambda path: write_page(report, path)),
+        (args.junit, as_junit),
+    ):
+        try:
+            if path is not None:
+                write(path)
+        except OSError as error:
+            failed = failed or error
+    return failed

@@ -76,23 +76,21 @@ def compare_command(argv: Sequence[str]) -> int:
 
 
 def _run(recipe, numbers, arms, seeds, bases) -> None:
-    from rich.console import Console
-
     from thence.compare.engine import compare
     from thence.compare.live import LiveTable
+    from thence.terminal import make_console
 
     jobs, threads = numbers.get("--jobs", len(os.sched_getaffinity(0))), numbers.get("--threads", 1)
-    with LiveTable(Console(), jobs) as watcher:
+    with LiveTable(make_console(), jobs) as watcher:
         compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=seeds, bases=bases, watcher=watcher)
 
 
 def _report(recipe, folder: Path, collect_again: bool) -> int:
-    from rich.console import Console
-
     from thence.compare.page import write_report
     from thence.compare.result import read_results, write_results
     from thence.compare.statistics import statistics
     from thence.compare.text import print_comparison
+    from thence.terminal import make_console
 
     if collect_again:
         from thence.compare.collect import collect
@@ -105,7 +103,7 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
         write_results(folder, collect(Planner(recipe, folder.resolve())))
     page = write_report(folder)
     results = read_results(folder)
-    console = Console()
+    console = make_console()
     print_comparison(statistics(results), console)
     for failure in results.failures:
         print(f"failed: {failure.arm} from {failure.base}, seed {failure.seed}: {failure.why}", file=sys.stderr)

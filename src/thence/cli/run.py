@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from thence.cli.flags import describe_fields, split_flags
 from thence.errors import UserError
 from thence.files import read_json
 from thence.recipe import Recipe, load_recipe
+from thence.redaction import redacted_values
 from thence.toml import to_toml
 
 HELP = """\
@@ -72,15 +71,14 @@ def _repeated(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def dry_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
     """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
-    from rich.console import Console
-
     from thence.accounting.budget import plan
     from thence.accounting.show import plan_view
     from thence.pipeline.preflight import preflight, refuse
     from thence.pipeline.prompts import kept_prompts
+    from thence.terminal import make_console
 
-    console = Console()
-    print(to_toml(recipe.resolved()))  # not through rich: a recipe must not be wrapped
+    console = make_console()
+    print(to_toml(redacted_values(recipe.resolved())))  # not through rich: a recipe must not be wrapped
     _quiet_libraries()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     with kept_prompts.during_run():
@@ -103,20 +101,14 @@ def dry_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -
 
 def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     """Run, show progress, then print the results and the report's path."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     from thence.pipeline.progress import Terminal
     from thence.pipeline.run import run
+    from thence.terminal import logging_to, make_console
 
-    console = Console()
+    console = make_console()
     leads = int(os.environ.get("RANK", "0")) == 0
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.getLogger("thence").addHandler(handler)
-    logging.getLogger("thence").setLevel(logging.INFO if leads else logging.ERROR)
     _quiet_libraries()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with Terminal(console) as watcher:
+    with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
         from thence.report.page import write_report

@@ -12,7 +12,9 @@ from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
 from thence.files import read_jsonl
+from thence.foreign_text import clean
 from thence.limits import Rows
+from thence.terminal import make_console
 
 HELP = """\
 thence sample FOLDER [--n 5] [--verdict right|wrong|unknown] [--stage NAME]
@@ -43,7 +45,7 @@ def sample_command(argv: Sequence[str]) -> int:
         if option in chosen:
             kind = "an evaluation" if evaluation else "a run"
             raise UserError(f"{option} is not for {kind}", remedy="leave it out", file=folder, field=option)
-    console, shown = Console(), 0
+    console, shown = make_console(verbatim=True), 0
     for part, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
         fitting = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
         # spread over the file, so that every split and temperature has its turn
@@ -117,11 +119,11 @@ def _show(console: Console, stage: str, line: dict) -> None:
         f"  {line['tokens']} tokens" + (", cut" if line["finish"] == "length" else ""),
     )
     console.print(head)
-    console.print(Text("  prompt    ", "dim") + Text(line["prompt"]))
-    console.print(Text("  response  ", "dim") + Text(line["response"]))
+    console.print(Text("  prompt    ", "dim") + Text(clean(line["prompt"])))
+    console.print(Text("  response  ", "dim") + Text(clean(line["response"])))
     if line["answer"] is not None:
         found = f"   found {line['extracted']}" if line.get("extracted") is not None else ""
-        console.print(Text("  answer    ", "dim") + Text(line["answer"] + found))
+        console.print(Text("  answer    ", "dim") + Text(clean(line["answer"] + found)))
     if line.get("reason"):
-        console.print(Text("  reason    ", "dim") + Text(line["reason"]))
+        console.print(Text("  reason    ", "dim") + Text(clean(line["reason"])))
     console.print()

@@ -13,6 +13,7 @@ from thence.compare.result import NOTHING, RESULTS, Arm, Column, Comparison, Fai
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
 from thence.recipe import load_recipe
+from thence.redaction import redacted
 
 
 def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = False) -> Comparison:
@@ -27,7 +28,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     everything = Planner(recipe, planner.folder)
     needs = list(everything.needs())
     finished = [need for need in needs if need.arm and everything.summary(need)]
-    here = {**environment("cpu"), "bases": {name: origin_of(base) for name, base in recipe.bases.items()}}
+    here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
     if not ran and (planner.folder / RESULTS).exists():
         here = {**read_results(planner.folder).environment, "bases": here["bases"]}
     test = recipe.test()

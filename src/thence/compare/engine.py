@@ -23,6 +23,7 @@ from thence.compare.result import Comparison, Failure, write_results
 from thence.errors import UserError
 from thence.files import write_over
 from thence.locks import held
+from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 
 LOCK_SECONDS = 5.0  # for workers of a comparison that was killed, which are just ending
@@ -84,7 +85,8 @@ def compare(
         mark(folder)
         if ran := bool(left := planner.to_run()):
             refuse_what_cannot_run(planner, left)
-        write_over(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))
+        write_over(folder / "comparison.toml", to_toml(kept))
         try:
             for failure in _run_all(planner, jobs, threads, lock, watcher):
                 failures.append(failure)
@@ -226,7 +228,7 @@ class Worker:
             return [json.loads(line) for line in lines]
         code = self.process.wait()
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{tail}"}]
+        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{redacted(tail)}"}]
 
     def restart(self) -> None:
         """A new process in place of one that died."""

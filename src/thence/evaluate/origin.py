@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thence.errors import UserError
 from thence.recipe import Model, load_recipe
+from thence.redaction import redacted
 from thence.train.run_marker import is_run
 
 BASE = "base"
@@ -37,7 +38,7 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
 
 def short_name(name: str) -> str:
     """A name for a folder: the last parts of a path or hub name, without characters that paths do not like."""
-    bare = name.removeprefix("package:").rstrip("/")
+    bare = redacted(name).removeprefix("package:").rstrip("/")
     kept = bare if ":" in bare and not bare.startswith("/") else "-".join(Path(bare).parts[-2:])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", kept).strip("-.") or "model"
 

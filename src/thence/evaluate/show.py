@@ -29,8 +29,8 @@ class Terminal:
         self.name, self.total, self.done, self.missing = "", 0, 0, 0
         self.made = self.tokens = self.printed = 0
         self.started = self.last = time.monotonic()
-        columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
-        self.bar = Progress(*columns, TextColumn("{task.fields[facts]}"), console=console)
+        columns = [TextColumn("{task.description:<16}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()]
+        self.bar = Progress(*columns, TextColumn("{task.fields[facts]}", markup=False), console=console)
         self.task: TaskID | None = None
         self._closed = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from thence.pipeline.owned import (
     RECIPE,
     SET_ASIDE,
     clear,
+    kept_values,
     new_marker,
     read_marker,
     recipe_is_own,
@@ -34,7 +34,8 @@ from thence.pipeline.owned import (
     survey,
     write_where_other,
 )
-from thence.recipe import Recipe, kind_of
+from thence.recipe import Recipe, kind_of, load_recipe
+from thence.redaction import redacted_command
 from thence.train.checkpoint import checkpoints
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,9 @@ class RunFolder:
                 file=self.path / RECIPE,
             )
         before = recipe_of(self.path, marker)
-        return judge(before, recipe, self.states(before), self._steps(before), self.path, repeat)
+        return judge(
+            before, load_recipe(kept_values(recipe)), self.states(before), self._steps(before), self.path, repeat
+        )
 
     @property
     def restarting(self) -> bool:
@@ -324,7 +327,7 @@ def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
         **numerics(),
         "device": device,
         **({"ranks": ranks} if ranks is not None else {}),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -18,6 +18,7 @@ from thence.errors import UserError
 from thence.files import read_json, to_json, write_atomically
 from thence.locks import LOCK
 from thence.recipe import Recipe, load_recipe
+from thence.redaction import redacted_values
 from thence.toml import to_toml
 from thence.train.checkpoint import REPLACED, WRITING, written_names
 from thence.train.run_marker import MARKER, is_run
@@ -58,17 +59,22 @@ class Marker:
         """The marker of the same run with these settings; a recipe.toml that is not thence's does not become so."""
         stages = dict.fromkeys([*self.stages, *recipe.stages])
         digests = dict.fromkeys([*self.recipe_digests, _digest(recipe_text(recipe))] if self.recipe_digests else [])
-        return replace(self, recipe=recipe.resolved(), recipe_digests=tuple(digests), stages=tuple(stages))
+        return replace(self, recipe=kept_values(recipe), recipe_digests=tuple(digests), stages=tuple(stages))
 
 
 def new_marker(recipe: Recipe) -> Marker:
     """The marker of a run that begins."""
-    return Marker(recipe.resolved(), (_digest(recipe_text(recipe)),), tuple(recipe.stages))
+    return Marker(kept_values(recipe), (_digest(recipe_text(recipe)),), tuple(recipe.stages))
+
+
+def kept_values(recipe: Recipe) -> dict[str, Any]:
+    """The resolved settings as a run keeps them: without secrets."""
+    return redacted_values(recipe.resolved())
 
 
 def recipe_text(recipe: Recipe) -> str:
     """What stands in ``recipe.toml``."""
-    return to_toml(recipe.resolved())
+    return to_toml(kept_values(recipe))
 
 
 def write_where_other(file: Path, text: str) -> None:
@@ -126,7 +132,7 @@ def _of_older_run(folder: Path) -> Marker | None:
     text = kept.read_text(encoding="utf-8")
     # an older version may have found the user's own recipe under this name, and left it
     own = (_digest(text),) if text == recipe_text(recipe) else ()
-    return Marker(recipe.resolved(), own, tuple(recipe.stages))
+    return Marker(kept_values(recipe), own, tuple(recipe.stages))
 
 
 def recipe_is_own(folder: Path, marker: Marker) -> bool:

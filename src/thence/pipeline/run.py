@@ -25,7 +25,7 @@ from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
-from thence.train.checkpoint import publish, remove_checkpoints
+from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.model import Loaded, load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
 
@@ -146,11 +146,12 @@ def publish_model(context: Context, stage: Sft | Rl) -> None:
     folder = context.folder.stage(context.name)
     temporary = folder / ".model-writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    stops = context.stop_ids(context.recipe.stage_data(stage.data))
-    context.model.generation_config.eos_token_id = list(stops)
-    save_model(context.model, context.tokenizer, temporary)
-    publish(temporary, folder / "model")
+    with removed_on_failure(temporary):
+        temporary.mkdir(parents=True)
+        stops = context.stop_ids(context.recipe.stage_data(stage.data))
+        context.model.generation_config.eos_token_id = list(stops)
+        save_model(context.model, context.tokenizer, temporary)
+        publish(temporary, folder / "model")
 
 
 def _model_before(recipe: Recipe, folder: RunFolder, position: int, device: torch.device) -> Loaded:

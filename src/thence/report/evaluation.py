@@ -12,6 +12,7 @@ from thence.evaluate.show import ends, notes, percent
 from thence.evaluate.store import GradeLine, Sample, Store
 from thence.evaluate.summary import Result, TaskResult
 from thence.files import write_atomically
+from thence.redaction import redacted, redacted_values
 from thence.report.samples import VERDICTS, shown, visible
 from thence.toml import to_toml
 
@@ -56,13 +57,13 @@ def write_evaluation_page(store: Store, result: Result) -> Path:
         chart=[_bar(row.task.title or row.task.name, row.avg) for row in result.tasks if row.avg is not None]
         + [_bar(f"{group.name} mean", group.score) for group in result.groups],
         samples=[(visible(row.task.title or row.task.name), list(_picked(store, row))) for row in result.tasks],
-        command=visible(str(result.environment.get("command") or "")),
+        command=visible(redacted(str(result.environment.get("command") or ""))),
         environment=[
             (label, visible(str(result.environment[key])))
             for key, label in _LABELS.items()
             if result.environment.get(key) not in (None, "")
         ],
-        settings=visible(to_toml(settings.model_dump(mode="json", exclude_none=True))),
+        settings=visible(to_toml(redacted_values(settings.model_dump(mode="json", exclude_none=True)))),
     )
     page = store.folder / "report.html"
     write_atomically(page, text)

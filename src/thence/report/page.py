@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from thence.redaction import redacted, redacted_values
 from thence.report.curves import curves
 from thence.report.numbers import report_csv, report_json, totals
 from thence.report.outcome import half_width, outcome
@@ -38,7 +40,7 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         UserError: there is no such folder.
     """
-    run = read_run(run_folder)
+    run = _without_secrets(read_run(run_folder))
     page = run_folder / "report.html"
     for path, text in (
         (run_folder / "report.json", report_json(run)),
@@ -47,6 +49,17 @@ def write_report(run_folder: Path) -> Path:
     ):
         _replace(path, text)
     return page
+
+
+def _without_secrets(run: RunFiles) -> RunFiles:
+    """A run as its page may show it: an older version kept recipe and command as they were."""
+    return replace(
+        run,
+        recipe=redacted_values(run.recipe),
+        recipe_text=redacted(run.recipe_text),
+        environment=redacted_values(run.environment),
+        notes=tuple(redacted(note) for note in run.notes),
+    )
 
 
 def _render(run: RunFiles) -> str:

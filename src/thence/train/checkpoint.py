@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,30 @@ def write_checkpoint(
     final = folder / f"step-{step:06d}"
     temporary = folder / f"{WRITING}{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, save_original_format=False)
-    tokenizer.save_pretrained(temporary)
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(contiguous, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **plain}), encoding="utf-8")
-    publish(temporary, final)
+    with removed_on_failure(temporary):
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, save_original_format=False)
+        tokenizer.save_pretrained(temporary)
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(contiguous, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **plain}), encoding="utf-8")
+        publish(temporary, final)
     # a checkpoint of a later step can only be a damaged one that resuming passed over
     older = [path for path in checkpoints(folder) if path < final]
     later = [path for path in checkpoints(folder) if path > final]
     for superseded in [*older[: len(older) - (keep - 1)], *later]:
         discard(superseded)
     return final
+
+
+@contextmanager
+def removed_on_failure(temporary: Path) -> Iterator[None]:
+    """Remove a folder that could not be finished: on a full disk its space is needed."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def publish(temporary: Path, final: Path) -> None:

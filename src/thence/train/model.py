@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from thence import recipe as recipes
-from thence.errors import RecipeError, UserError
+from thence.errors import RecipeError, UserError, first_line
+from thence.explain import is_of_system
+from thence.files import read_json
 from thence.models.layers import check_model
 from thence.train.gguf import read_once
 from thence.train.written import check_written
@@ -66,9 +68,12 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
             model, said = opened
             check_weights(model, Path(origin), said)
-    except (OSError, ValueError, KeyError) as error:
+            check_generation_file(Path(origin))
+    except Exception as error:  # a model's code and files may raise anything
+        if isinstance(error, UserError) or is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
+            f"cannot open {settings.path or settings.init}: {first_line(error)}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
             field="model.path",
         ) from error
@@ -89,9 +94,11 @@ def load_tokenizer(settings: recipes.Model) -> Any:
     name = settings.tokenizer or settings.path or ""
     try:
         return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises bare exceptions
+        if is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open the tokenizer {name}: {str(error).strip().splitlines()[0]}",
+            f"cannot open the tokenizer {name}: {first_line(error)}",
             remedy="give a folder with tokenizer.json, or a reachable hub name",
             field="model.tokenizer" if settings.tokenizer else "model.path",
         ) from error
@@ -144,6 +151,16 @@ def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
                         file=file,
                         field="model.path",
                     )
+
+
+def check_generation_file(folder: Path) -> None:
+    """Make sure that a generation config that is there can be read: transformers passes over one that cannot.
+
+    Raises:
+        DamagedFile: it is not a JSON object; the end tokens that it names would be forgotten.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        read_json(folder / "generation_config.json", remedy="put back a whole copy of it; it names the end tokens")
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
