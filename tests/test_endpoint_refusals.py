@@ -385,8 +385,8 @@ def test_no_secret_of_an_address_or_key_is_kept_or_printed(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "kkeeyy")
     place = evaluation.server.url.removeprefix("http://")
-    url = f"http://robert:hunter22p%40ss@{place}/v1?api_key=q-u-e-r-y"
-    echo = f"no: {url} kkeeyy hunter22p@ss \x1b[31m"
+    url = f"http://robert:hunter22'p%40ss@{place}/v1?api_key=q-u-e-r-y"
+    echo = f"no: {url} kkeeyy hunter22'p@ss \x1b[31m"
     monkeypatch.setattr("sys.argv", ["thence", "eval", "--endpoint", url, "--suite", "x"])
     assert evaluation.run(lambda i: failed(400, echo) if i == 0 else None, url=url) == 1
     headers = evaluation.server.seen[0][2]
@@ -407,10 +407,14 @@ def test_no_secret_of_an_address_or_key_is_kept_or_printed(
 def test_an_evaluation_begun_with_a_password_in_clear_is_resumed_and_cleaned(evaluation: Evaluation) -> None:
     url = evaluation.server.url.replace("http://", "http://robert:hunter22@") + "/v1"
     assert evaluation.run(url=url) == 0
-    path = evaluation.folder / "evaluation.toml"
-    path.write_text(path.read_text().replace("[hidden]@", "robert:hunter22@"))
-    assert evaluation.run(url=url) == 0
-    assert "hunter22" not in path.read_text()
+    for name in ("evaluation.toml", "environment.json"):
+        path = evaluation.folder / name
+        path.write_text(path.read_text().replace("[hidden]@", "robert:hunter22@"))
+    environment = json.loads(path.read_text())
+    path.write_text(json.dumps(environment | {"command": f"thence eval --endpoint '{url}?key=hunter22' --limit 3"}))
+    assert evaluation.run(lambda i: None, "--samples", "2", url=url) == 0
+    for path in evaluation.folder.rglob("*.*"):
+        assert "hunter22" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nend", "ünï"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import threading
@@ -9,9 +10,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
+from thence.cli import main
 from thence.errors import UserError
 from thence.http_client import NoAnswer, asked_wait, read_address, send, shown_address
 
@@ -19,10 +22,11 @@ Talk = Callable[[socket.socket], None]
 
 
 class Raw:
-    """A server that reads one request and then does with the connection what it was told."""
+    """A server that reads one request and then does with the connection what it was told, by its method perhaps."""
 
     def __init__(self) -> None:
         self.talk: Talk = lambda sock: None
+        self.talks: dict[bytes, Talk] = {}
         self.request = b""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -38,11 +42,13 @@ class Raw:
             with sock:
                 try:
                     self.request = sock.recv(65536)
-                    self.talk(sock)
+                    self.talks.get(self.request.partition(b" ")[0], self.talk)(sock)
                 except OSError:
                     pass
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # closing alone leaves the thread listening
         self._listener.close()
 
 
@@ -291,3 +297,46 @@ def test_a_shown_address_is_shown_again_as_it_is(text: str) -> None:
     assert shown_address(shown) == shown
     assert not any(secret in shown for secret in ("pass", "word", "12", "34", "abc", "me:"))
     assert shown.endswith(("host:8000/v1", "@host/v1", "?code=[hidden]&[hidden]&api-version=1"))
+
+
+LISTED = whole(b'{"data": [{"id": "tiny"}]}')
+HOSTILE: dict[str, Talk] = {
+    "a byte now and then": drip(OK + b"Content-Length: 9000\r\n\r\n", b"{"),
+    "headers without end": flood(OK, b"X-Flood: " + b"y" * 50_000 + b"\r\n"),
+    "a body without end": flood(OK + b"\r\n", b"x" * 65536),
+    "a bomb": whole(gzip.compress(b" " * 50_000_000, 1), "Content-Encoding: gzip"),
+    "brackets": whole(b"[" * 1_000_000),
+    "objects": whole(b'{"choices":' * 100_000),
+    "no text": whole(bytes(range(256))),
+    "a web page": whole(b"<html><title>\x1b[2JLog in</title></html>", "Content-Type: text/html"),
+    "an error page": whole(b"<html>\x1b[2J</html>", status="502 Bad Gateway"),
+    "an error of brackets": whole(b'{"error":' * 50_000, status="400 Bad Request"),
+    "no HTTP": lambda sock: sock.sendall(b"220 mail.example ESMTP\r\n"),
+    "a date far away": whole(b"", "Retry-After: Fri, 31 Dec 9999 23:59:59 GMT", status="429 Too Many Requests"),
+    "a long name": whole(b'{"data": [{"id": "' + b"n" * 1_000_000 + b'"}]}'),
+    "strange names": whole(b'{"data": [{"id": "\\u001b[2J\\ud800"}, {"id": null}, {"id": [[]]}]}'),
+    "hang up": lambda sock: None,
+}
+
+
+@pytest.mark.parametrize("where", [b"GET", b"POST"], ids=["models", "completions"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_evaluation_of_a_hostile_server_ends_in_words(
+    raw: Raw,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    where: bytes,
+) -> None:
+    monkeypatch.setattr("thence.evaluate.endpoint.LONGEST_WAIT", 0.01)
+    data = tmp_path / "sums.jsonl"
+    data.write_text('{"question": "2+2=?", "answer": "4"}\n')
+    raw.talks = {b"GET": LISTED, where: HOSTILE[name]}
+    start = time.monotonic()
+    arguments = ["--endpoint", raw.url, "--suite", str(data), "--folder", str(tmp_path / "e"), "--timeout", "0.5"]
+    code = main(["eval", *arguments, "--concurrency", "1"])
+    out, err = capsys.readouterr()
+    assert code == 2 and "remedy: " in err and time.monotonic() - start < 8
+    assert not any(bad in out + err for bad in ("Traceback", "\x1b", "n" * 1000))
+    (out + err).encode()

@@ -37,6 +37,7 @@ LARGEST = 16 * 2**20  # bytes of an answer: a response of 128k tokens, every cha
 MOST_HEADERS = 2**17  # httpcore gives up at 100 kB of them, and counts each interim answer anew
 SHORTEST_SECRET = 4  # a shorter one is a part of many words
 _SHOWN_QUERY = ("api-version", "api_version", "version")
+_ADDRESS = re.compile(r"https?://[^\s'\"]+")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 Kind = Literal["unreachable", "late", "broken", "large"]
@@ -109,6 +110,11 @@ def shown_address(text: str) -> str:
         kept = value if name.lower() in _SHOWN_QUERY else HIDDEN
         items.append(f"{name}={kept}" if equals else HIDDEN)
     return one_line(redacted(place + mark + "&".join(items)))
+
+
+def shown_addresses(text: str) -> str:
+    """A text with every address in it as :func:`shown_address` shows it."""
+    return _ADDRESS.sub(lambda match: shown_address(match[0]), text)
 
 
 def read_address(text: str, *, flag: str, variables: Mapping[str, str] | None = None) -> Address:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -265,8 +266,9 @@ def _environment(endpoint: str | None) -> dict[str, Any]:
     from thence.pipeline.folder import environment
 
     facts = environment("")
-    if endpoint:
-        facts["command"] = facts["command"].replace(endpoint, shown_address(endpoint))
+    if endpoint:  # before the arguments are quoted, or a quote in a password would hide it from us
+        shown = [argument.replace(endpoint, shown_address(endpoint)) for argument in sys.argv[1:]]
+        facts["command"] = shlex.join([Path(sys.argv[0]).name, *shown])
     del facts["device"]  # the backend tells, if it knows
     return facts
 

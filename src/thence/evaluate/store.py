@@ -26,7 +26,7 @@ from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
 from thence.evaluate.suites import Task
 from thence.files import write_atomically
-from thence.http_client import shown_address
+from thence.http_client import shown_address, shown_addresses
 from thence.recipe import Section
 from thence.toml import to_toml
 
@@ -163,7 +163,9 @@ class Store:
     def environment(self) -> dict[str, Any]:
         """What was known of machine, versions and model at the first start; empty before it."""
         path = self.folder / "environment.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        hidden = {"endpoint": shown_address, "command": shown_addresses}  # older versions kept passwords
+        return {key: hidden[key](value) if key in hidden and value else value for key, value in found.items()}
 
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Keep the facts of a start; those of later starts stand beside the first one's.
