@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,31 @@ def test_problems_that_a_server_cannot_answer_do_not_stop_the_same_command_for_e
         assert evaluation.run(lambda i, refusal=refusal: refusal if i in bad else None) == 1
         assert evaluation.run(lambda i, refusal=refusal: refusal if i in bad else None) == 1
         assert len(evaluation.row.not_answered) == 6 and len(evaluation.row.shares) == 2
+
+
+def test_a_server_that_refuses_all_the_rest_is_said_too(
+    evaluation: Evaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation.run(lambda i: failed(401) if i == 1 else None) == 2
+    capsys.readouterr()
+    assert evaluation.run(lambda i: failed(400, "the adapter is gone")) == 2
+    assert "none of the first 5 requests was answered" in capsys.readouterr().err
+    assert evaluation.run() == 0 and len(evaluation.row.shares) == 8
+
+
+def test_requests_wait_for_their_turn_while_a_busy_server_answers_others(server: Server) -> None:
+    last = [0.0]
+
+    def one_at_a_time(count: int, path: str, body: dict[str, Any]) -> Answer:
+        now = time.monotonic()
+        with server.lock:
+            free = now - last[0] > 0.02
+            last[0] = now if free else last[0]
+        return said("4") if free else failed(429, "slow down")
+
+    server.answer = one_at_a_time
+    found = list(backend_for(server, concurrency=8, pause=0.008, tries=4).generate(requests_of(20), TASK))
+    assert all(isinstance(generation, Generation) for _, generation in found) and len(found) == 20
 
 
 def test_a_server_that_fails_on_the_first_three_problems_stops_once_and_not_for_ever(evaluation: Evaluation) -> None:

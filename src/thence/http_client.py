@@ -35,6 +35,7 @@ from thence.redaction import HIDDEN, redacted
 
 LARGEST = 16 * 2**20  # bytes of an answer: a response of 128k tokens, every character escaped, has 2 MB
 MOST_HEADERS = 2**17  # httpcore gives up at 100 kB of them, and counts each interim answer anew
+LONGEST_PROBLEM = 200  # characters
 SHORTEST_SECRET = 4  # a shorter one is a part of many words
 _SHOWN_QUERY = ("api-version", "api_version", "version")
 _ADDRESS = re.compile(r"https?://[^\s'\"]+")
@@ -211,9 +212,10 @@ def send(
     except httpcore2.TimeoutException:
         raise NoAnswer(f"no whole answer within {seconds:g} s", "late") from None
     except httpcore2.ConnectError as error:
-        raise NoAnswer(str(error), "unreachable") from None
+        raise NoAnswer(one_line(str(error), LONGEST_PROBLEM), "unreachable") from None
     except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-        raise NoAnswer(f"the answer broke off or is no HTTP: {error}", "broken") from None
+        said = one_line(str(error), LONGEST_PROBLEM)  # it may repeat 100 kB of what came
+        raise NoAnswer(f"the answer broke off or is no HTTP: {said}", "broken") from None
 
 
 def asked_wait(headers: Mapping[str, str], now: datetime | None = None) -> float | None:

@@ -20,6 +20,7 @@ NOT_TOLD = "not told"
 REFUSALS = (400, 413, 422, 451)  # the request is at fault, perhaps with all others
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 LONGEST_MESSAGE = 300
+LONGEST_SEEN = 3000  # characters of a message that are searched for secrets
 MOST_TOKENS = 10**9
 # Words for the same ends.
 _FINISH = {
@@ -80,7 +81,7 @@ def outcome(
     if status in REFUSALS:
         return Refused(_kind(status, answer.text), said)
     if 300 <= status < 400:
-        place = hide(answer.headers.get("location", ""))[:LONGEST_MESSAGE]
+        place = one_line(hide(answer.headers.get("location", "")[:LONGEST_SEEN]), LONGEST_MESSAGE)
         said = f"HTTP {status}: the server sends requests elsewhere, to {place or 'no address'}, and thence stays here"
     raise UserError(said, remedy=remedy(status), file=file)
 
@@ -97,7 +98,7 @@ def message(answer: Answer, hide: Callable[[str], str] = str) -> str:
     except ValueError:
         if _is_page(answer):
             return _what(answer, hide)
-    return one_line(hide(text[:15_000]), LONGEST_MESSAGE) or "(nothing said)"
+    return one_line(hide(text[:LONGEST_SEEN]), LONGEST_MESSAGE) or "(nothing said)"
 
 
 def objection(answer: Answer, body: Mapping[str, Any], droppable: Sequence[str]) -> str | None:
@@ -210,7 +211,7 @@ def _status_of(error: Any) -> int:
 
 def _plain(value: Any) -> str:
     try:
-        return (value if isinstance(value, str) else str(value))[:15_000]
+        return (value if isinstance(value, str) else str(value))[:LONGEST_SEEN]
     except (RecursionError, ValueError):  # deep nesting; a number of thousands of digits
         return "(too deeply nested to show)"
 

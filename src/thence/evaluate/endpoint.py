@@ -76,7 +76,7 @@ class EndpointBackend:
         self.settings = settings
         self.base = server_address(settings.url)
         self._key = _key(settings.key_variable)
-        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._stop, self._lock, self._reading = threading.Event(), threading.Lock(), threading.Lock()
         self._answered, self._failed = 0, 0
         self._without: frozenset[str] = frozenset()
         self._served = self._models()
@@ -159,22 +159,25 @@ class EndpointBackend:
                 return
 
     def _ask(self, request: Request, task: Task) -> Generation | Refused:
-        begun, tries, attempt, problem, everywhere = self._answered, self.settings.tries, 0, "", False
-        while attempt < tries and not (attempt and self._stop.is_set()):
+        tries, attempt, in_vain, problem, everywhere = self.settings.tries, 0, 0, "", False
+        begun = before = self._answered
+        while in_vain < tries and not (attempt and self._stop.is_set()):
             try:
                 found = self._once(request, task)
             except Trouble as trouble:
                 problem, everywhere = str(trouble), trouble.everywhere
                 tries = min(tries, DEAR_TRIES) if trouble.dear else tries
-                pause = trouble.wait if trouble.wait is not None else self.settings.pause * 2**attempt
-                attempt += 1
-                if attempt < tries:
+                pause = trouble.wait if trouble.wait is not None else self.settings.pause * 2 ** min(attempt, 10)
+                # Its turn at a busy server comes, as long as others are answered.
+                in_vain = 0 if everywhere and self._answered > before else in_vain + 1
+                attempt, before = attempt + 1, self._answered
+                if in_vain < tries:
                     self._stop.wait(min(pause, LONGEST_WAIT))
             else:
                 with self._lock:
                     self._answered, self._failed = self._answered + 1, 0
                 return found
-        said = f"the server failed {attempt} times in a row: {problem}"
+        said = f"the server failed {in_vain} times in a row: {problem}"
         with self._lock:
             self._failed += 1
             others_are_answered = self._answered > begun or request.refused_before
@@ -195,7 +198,8 @@ class EndpointBackend:
             if objected is None:
                 break
             without |= {objected}
-        found = outcome(answer, hide=self._hide, remedy=self._remedy, file=self.base.shown)
+        with self._reading:  # JSON takes many times its length: one answer at a time
+            found = outcome(answer, hide=self._hide, remedy=self._remedy, file=self.base.shown)
         if isinstance(found, Generation) and without - self._without:
             self._remember(without)
         return found

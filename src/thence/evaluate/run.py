@@ -115,7 +115,7 @@ def evaluate(
                         total = len(problems[name]) * task.samples
                         _sample(store, task, backend, missing[name], total, watcher, refusing)
                         grade(store, task, task.grader, watcher=watcher)
-                    refusing.check(1)
+                    refusing.end()
                 finally:
                     found = backend.facts()  # a server shows only when asked what it does not take
                     if found != facts:
@@ -223,30 +223,35 @@ def _missing(store: Store, task: Task, problems: Sequence[Problem]) -> list[Requ
 
 
 class _Refusing:
-    """Keeps refusals, and stops an evaluation of which nothing is answered."""
+    """Keeps refusals, and stops an evaluation of which nothing is answered.
+
+    `answered`: whether there are samples of an earlier start.
+    """
 
     def __init__(self, store: Store, answered: bool):
-        self.store, self.answered = store, answered
+        self.store, self.before, self.now = store, answered, False
         self.reasons: list[tuple[str, str]] = []
         self.problems: set[str] = set()
         self.named: dict[str, int] = {}
 
     def add(self, task: str, request: Request, refused: Refused) -> None:
-        """Keep one. Raises UserError when enough were refused and none was answered."""
+        """Keep one. Raises UserError when enough problems were refused and nothing is answered."""
         problem, now = request.problem, datetime.now(UTC).isoformat(timespec="seconds")
         line = Refusal(problem.key, request.sample, problem.text, refused.kind, refused.reason, now)
         with self.store.write_refusals(task) as lines:
             lines.add(line)
         self.reasons.append((refused.kind, refused.reason))
-        self.problems.add(problem.key)
+        if not (self.before and request.refused_before):  # that the same are refused again is no news
+            self.problems.add(problem.key)
         self.named[task] = self.named.get(task, 0) + 1
         if self.named[task] <= NAMED:
             log.warning("%s: problem %s is not answered (%s): %s", task, problem.key, refused.kind, refused.reason)
-        self.check(ENOUGH)
+        if not self.now and len(self.problems) >= ENOUGH:
+            raise nothing_answered(self.reasons, self.store.folder)
 
-    def check(self, enough: int) -> None:
-        """Raises UserError when so many problems were refused and none was answered, in this start or before."""
-        if not self.answered and len(self.problems) >= enough:
+    def end(self) -> None:
+        """Raises UserError when requests were refused and there is no sample at all."""
+        if self.reasons and not (self.now or self.before):
             raise nothing_answered(self.reasons, self.store.folder)
 
 
@@ -269,7 +274,7 @@ def _sample(
                 refusing.add(task.name, request, generation)
                 watcher.refused(generation)
                 continue
-            refusing.answered = True
+            refusing.now = True
             lines.add(
                 Sample(
                     problem=problem.key,
