@@ -430,6 +430,21 @@ def test_no_secret_of_an_address_or_key_is_kept_or_printed(
     assert "holds an evaluation with" in capsys.readouterr().err
 
 
+def test_a_password_in_a_variable_is_sent_and_the_folder_is_named_without_secrets(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_PASSWORD", "open/sesame")
+    place = evaluation.server.url.removeprefix("http://")
+    evaluation.server.answer = lambda n, path, body: said(f"#{2 * asked(body)}")
+    for user in ("me:${SERVER_PASSWORD}", "me:another"):
+        url = f"http://{user}@{place}/v1?token=${{SERVER_PASSWORD}}"
+        assert main(["eval", "--endpoint", url, "--suite", str(evaluation.data), "--grader", "exact"]) == 0
+    assert evaluation.server.seen[0][0] == "/v1/chat/completions?token=open%2Fsesame"
+    assert evaluation.server.seen[0][2]["Authorization"] == "Basic bWU6b3Blbi9zZXNhbWU="
+    (folder,) = Path("evals").iterdir()
+    assert folder.name == f"sums-http-{place.replace(':', '-')}-v1"
+
+
 def test_an_evaluation_begun_with_a_password_in_clear_is_resumed_and_cleaned(evaluation: Evaluation) -> None:
     url = evaluation.server.url.replace("http://", "http://robert:hunter22@") + "/v1"
     assert evaluation.run(url=url) == 0

@@ -115,6 +115,14 @@ def test_the_time_limit_is_on_the_whole_request(raw: Raw, talk: Talk) -> None:
     assert caught.value.kind == "late" and time.monotonic() - start < 2
 
 
+def test_a_handshake_that_trickles_ends_in_time_too(raw: Raw) -> None:
+    raw.talk = drip(b"\x16\x03\x03\x40\x00", b"\x02")
+    start = time.monotonic()
+    with pytest.raises(NoAnswer, match=r"within 0\.4 s"):
+        send("GET", read_address(raw.url.replace("http:", "https:"), flag="-e"), seconds=0.4)
+    assert time.monotonic() - start < 2
+
+
 def test_a_server_that_does_not_read_ends_in_time_too(raw: Raw) -> None:
     raw.talk = lambda sock: time.sleep(5)
     start = time.monotonic()
