@@ -28,7 +28,9 @@ thence eval MODEL --suite NAME [--data DIR] [--limit N] [--samples K] [--folder 
 EPILOG = """\
 MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
 package:NAME, or a GGUF file. NAME of a suite is one of `thence eval --list`, a TOML file, or a .jsonl or .parquet file.
-Run again after a crash or Ctrl-C: it resumes where it was. `thence sample FOLDER` shows what the model said."""
+Run again after a crash or Ctrl-C: it resumes where it was. `thence sample FOLDER` shows what the model said.
+Exit code 1: done, but a server did not answer some problems; they are counted apart, and the same command asks again.
+An endpoint's URL may hold user:password@, a query, and ${NAME} for an environment variable: none of it is kept."""
 FIELDS = ("samples", "temperature", "top_p", "max_tokens", "seed", "grader", "template", "system")
 
 
@@ -129,19 +131,33 @@ def _evaluate(args: argparse.Namespace) -> int:
                 problems,
                 folder,
                 _backend_maker(args, settings),
-                environment=_environment,
+                environment=lambda: _environment(args.endpoint),
                 watcher=watcher,
             )
     except KeyboardInterrupt:
         print(f"\nwhat was sampled is kept in {folder}", file=sys.stderr)
         raise
-    return _present(console, store)
+    return _present(console, store) or _notice(store)
+
+
+def _notice(store: Store) -> int:
+    """Say what was not answered. Returns 1 if anything was not."""
+    count = len({(task, problem) for task in store.settings().tasks for problem, _ in store.refusals(task)})
+    if count:
+        problems = "1 problem was" if count == 1 else f"{count:,} problems were"
+        print(
+            f"thence: {problems} not answered and counted apart; {store.folder / 'report.html'} says why. "
+            "The same command asks again.",
+            file=sys.stderr,
+        )
+    return 1 if count else 0
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     from thence.evaluate.origin import find_model
     from thence.evaluate.store import Settings
     from thence.evaluate.suites import load_suite
+    from thence.http_client import shown_address
 
     if not args.suite:
         raise UserError("which benchmarks?", remedy="give --suite NAME; see `thence eval --list`", field="--suite")
@@ -158,6 +174,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     overrides |= dict(_assignment(text) for text in args.set)
     if args.tasks:
         overrides["tasks"] = args.tasks.split(",")
+    if args.endpoint:
+        from thence.evaluate.endpoint import server_address
+
+        server_address(args.endpoint)  # a wrong one is said before data are read
     suite = load_suite(args.suite, overrides)
     model, stage = find_model(name, args.gguf_file) if name and backend != "endpoint" else (None, None)
     return Settings(
@@ -165,7 +185,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         stage=stage,
         gguf_file=model.gguf_file if model else None,
         backend=backend,
-        endpoint=args.endpoint,
+        endpoint=shown_address(args.endpoint) if args.endpoint else None,
         chat_template=args.chat_template,
         template_variables=_variables(args),
         suite=suite.name,
@@ -190,7 +210,10 @@ def _variables(args: argparse.Namespace) -> dict[str, Any]:
 def _folder_name(settings: Settings) -> str:
     from thence.evaluate.origin import short_name
 
-    name = settings.endpoint if settings.model == "the only one served" else settings.model
+    name = settings.model
+    if settings.endpoint and name == "the only one served":
+        scheme, _, place = settings.endpoint.partition("?")[0].partition("://")
+        name = f"{scheme}://{place.rpartition('@')[2]}"
     stage = f"-{settings.stage}" if settings.stage and not settings.model.endswith(f":{settings.stage}") else ""
     return f"{settings.suite}-{short_name(name or '')}{stage}"
 
@@ -227,10 +250,15 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
     return make
 
 
-def _environment() -> dict[str, Any]:
+def _environment(endpoint: str | None) -> dict[str, Any]:
+    from thence.http_client import shown_address
     from thence.pipeline.folder import environment
+    from thence.redaction import redacted_command
 
     facts = environment("")
+    if endpoint:  # before the arguments are quoted, or a quote in a password would hide it from us
+        shown = [argument.replace(endpoint, shown_address(endpoint)) for argument in sys.argv[1:]]
+        facts["command"] = redacted_command([Path(sys.argv[0]).name, *shown])
     del facts["device"]  # the backend tells, if it knows
     return facts
 

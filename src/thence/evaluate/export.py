@@ -122,7 +122,7 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
 
 def results_csv(result: Result) -> str:
     """A line a task. Shares are between 0 and 1."""
-    lines = [_csv_line(result, row) for row in result.tasks if row.avg is not None]
+    lines = [_csv_line(result, row) for row in result.tasks if row.avg is not None or row.not_answered]
     return to_csv(list(dict.fromkeys(name for line in lines for name in line)) or ["model"], lines)
 
 
@@ -139,8 +139,9 @@ def _csv_line(result: Result, row: TaskResult) -> dict[str, Any]:
     }
     line |= _columns("avg", row.avg) | _columns("pass", row.passed.get(task.samples)) | _columns("maj", row.majority)
     line |= _columns("lenient", row.lenient)
-    for name in ("right", "wrong", "unknown", "truncated", "missing", "mean_tokens"):
+    for name in ("right", "wrong", "unknown", "truncated", "missing"):
         line[name] = getattr(row, name)
+    line |= {"not_answered": len(row.not_answered), "mean_tokens": row.mean_tokens}
     for name in ("temperature", "top_p", "max_tokens", "seed"):
         line[name] = getattr(task, name)
     return line | {"grader": row.grader, "versions": "; ".join(row.versions)}
@@ -208,6 +209,7 @@ def _own(store: Store, result: Result) -> dict[str, Any]:
         "tasks": rows,
         "groups": groups,
         "missing": result.missing,
+        "not_answered": result.not_answered,
         "regrade": f"thence eval --regrade {store.folder}",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -12,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from thence.evaluate.backends import Generation
+from thence.evaluate.backends import Generation, Refused
 from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
+from thence.foreign_text import one_line
 
 
 class Terminal:
@@ -72,6 +74,13 @@ class Terminal:
         elif self.done == self.total:
             self._line()
 
+    def refused(self, refused: Refused) -> None:
+        self.done, self.missing = self.done + 1, max(0, self.missing - 1)
+        if self.console.is_terminal and self.task is not None:
+            self.bar.update(self.task, completed=self.done, facts=self._facts())
+        elif self.done == self.total:
+            self._line()
+
     def grading(self, task: str, total: int) -> None:
         if not self.console.is_terminal:
             self.console.print(f"{task}: grading {total:,} samples", highlight=False)
@@ -88,7 +97,7 @@ class Terminal:
     def _facts(self) -> str:
         seconds = max(self.last - self.started, 1e-9)
         speed = f"{self.tokens / seconds:,.0f} tok/s  {self.tokens / self.made:,.0f} tok each  " if self.tokens else ""
-        return f"{speed}{duration(seconds / self.made * max(0, self.missing - self.made))} left"
+        return f"{speed}{duration(seconds / max(1, self.made) * max(0, self.missing - self.made))} left"
 
 
 def duration(seconds: float) -> str:
@@ -104,14 +113,17 @@ def results_view(result: Result) -> Group:
     several = any(row.task.samples > 1 for row in rows)
     lenient = any(row.lenient is not None for row in rows)
     optional = (["pass@k", "maj@k"] if several else []) + (["lenient"] if lenient else [])
-    names = ["n", "k", "avg@k", "interval", *optional, "unknown", "cut", "tokens"]
+    unanswered = result.not_answered > 0
+    names = ["n", *(["unanswered"] if unanswered else []), "k", "avg@k", "interval", *optional, "unknown", "cut"]
+    names.append("tokens")
     table = _table("Right answers, % (95% interval over problems)", names)
     for row in rows:
-        table.add_row(*_cells(row, several, lenient))
+        table.add_row(*_cells(row, several, lenient, unanswered))
     for group in result.groups:
         table.add_section()
         mean = Text(percent(group.score), style="bold")
-        table.add_row(f"{group.name} mean of {len(group.tasks)}", "", "", mean, ends(group.score))
+        before = [""] * (3 if unanswered else 2)
+        table.add_row(f"{group.name} mean of {len(group.tasks)}", *before, mean, ends(group.score))
     return Group(table, *(Text(line, style="dim") for line in notes(result)))
 
 
@@ -128,10 +140,33 @@ def notes(result: Result) -> list[str]:
         lines.append(f"only the first {settings.limit} problems of every task")
     if result.missing:
         lines.append(f"unfinished: {result.missing:,} samples are missing; problems without all samples are left out")
+    lines += _not_answered(result)
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
     if short := sum(row.short for row in rows):
         lines.append(f"the model's context left less than the limit of tokens for {short:,} responses")
+    return lines
+
+
+def _not_answered(result: Result) -> list[str]:
+    """What was left out, and what ended in a way that is not the model's."""
+    lines = []
+    for row in result.tasks:
+        if row.not_answered:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(row.not_answered_kinds.items()))
+            key, reason = next(iter(row.not_answered.items()))
+            lines.append(
+                f"{row.task.name}: {len(row.not_answered):,} of {row.expected:,} problems were not answered ({kinds}), "
+                f"and the numbers are over the others; for example {key}: {one_line(reason)}"
+            )
+    if lines:
+        lines.append("run the same command again to ask them again")
+    ends = Counter({name: 0 for row in result.tasks for name in row.other_ends})
+    for row in result.tasks:
+        ends.update(row.other_ends)
+    if ends:
+        found = ", ".join(f"{one_line(name, 40)} {count:,}" for name, count in sorted(ends.items()))
+        lines.append(f"responses that did not end with stop or length, as the server calls it: {found}")
     return lines
 
 
@@ -145,10 +180,11 @@ def _table(title: str, names: list[str]) -> Table:
     return table
 
 
-def _cells(row: TaskResult, several: bool, lenient: bool) -> list[str]:
+def _cells(row: TaskResult, several: bool, lenient: bool, unanswered: bool) -> list[str]:
     k = row.task.samples
     problems = f"{len(row.shares):,}" + (f" of {row.expected:,}" if len(row.shares) != row.expected else "")
-    cells = [row.task.name, problems, str(k), percent(row.avg), ends(row.avg)]
+    cells = [row.task.name, problems, *([f"{len(row.not_answered):,}"] if unanswered else [])]
+    cells += [str(k), percent(row.avg), ends(row.avg)]
     if several:
         cells += [percent(row.passed.get(k)) if k > 1 else "–", percent(row.majority)]
     if lenient:

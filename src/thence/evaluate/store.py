@@ -1,7 +1,8 @@
 """The folder of an evaluation: what was asked for, every sample and every grade, kept through crashes.
 
 Layout: ``evaluation.toml`` (the settings), ``environment.json``, ``problems.json`` (their keys),
-``samples/<task>.jsonl`` and ``grades/<task>.jsonl`` (append-only, one line each), and what is written from them.
+``samples/<task>.jsonl``, ``grades/<task>.jsonl`` and ``refused/<task>.jsonl`` (append-only, one line each), and what is
+written from them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pydantic import Field
 
 from thence.errors import DamagedFile, UserError, first_line
 from thence.evaluate.problems import Problem
-from thence.evaluate.store_lines import is_texts, wrong_with_grade, wrong_with_sample
+from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
+from thence.evaluate.store_lines import is_texts, wrong_with_grade, wrong_with_refusal, wrong_with_sample
 from thence.evaluate.suites import Task
 from thence.files import (
     fitted,
@@ -33,6 +35,7 @@ from thence.files import (
     to_json,
     write_atomically,
 )
+from thence.http_client import shown_address, shown_addresses
 from thence.limits import Count, Name
 from thence.locks import LOCK, held
 from thence.section import Section
@@ -57,7 +60,7 @@ class Settings(Section):
     backend: Literal["native", "endpoint", "vllm"] = "native"
     """What generates."""
     endpoint: str | None = None
-    """Address of the server."""
+    """Address of the server, without user, password and the values of its query."""
     chat_template: str = "own"
     """own, none or a Jinja file; a server applies its own."""
     template_variables: dict[str, Any] = Field(default={})
@@ -184,7 +187,9 @@ class Store:
             "put a whole copy of it back; or rename it, and a new one is written, which does not know the weights that "
             "the samples here were made with"
         )
-        return read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("later_starts", []), list))
+        found = read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("later_starts", []), list))
+        hidden = {"endpoint": shown_address, "command": shown_addresses}  # older versions kept passwords
+        return {key: hidden[key](value) if key in hidden and value else value for key, value in found.items()}
 
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Keep the facts of a start; those of later starts stand beside the first one's.
@@ -242,6 +247,21 @@ class Store:
             if grade.grader == grader and version in (None, grade.version)
         }
 
+    def amend_start(self, changes: Mapping[str, Any]) -> None:
+        """Keep facts of this start that have shown only while it sampled, in the place of what was recorded."""
+        whole = self.environment()
+        later = whole.get("later_starts")
+        (later[-1] if later else whole).update(changes)
+        write_atomically(self.folder / "environment.json", to_json(whole, indent=1) + "\n")
+
+    def refusals(self, task: str) -> dict[tuple[str, int], Refusal]:
+        """The last refusal of each request of a task that has no sample."""
+        return read_refusals(self.folder, task, {sample.place for sample in self.samples(task)})
+
+    def write_refusals(self, task: str) -> Lines:
+        """Where refusals of a task are added; a context manager."""
+        return Lines(refusals_path(self.folder, task), wrong_with_refusal)
+
     def write_samples(self, task: str) -> Lines:
         """Where samples of a task are added; a context manager."""
         return Lines(self.folder / "samples" / f"{task}.jsonl", wrong_with_sample)
@@ -279,7 +299,7 @@ class Lines:
         self._sync()
         self._file.close()
 
-    def add(self, row: Sample | GradeLine) -> None:
+    def add(self, row: Sample | GradeLine | Refusal) -> None:
         """Append one line."""
         defaults = {field.name: field.default for field in fields(row)}
         plain = {key: value for key, value in asdict(row).items() if value != defaults[key]}
@@ -314,6 +334,8 @@ def _check_same(kept: Settings, asked: Settings, file: Path) -> None:
     before, now = _flat(kept.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
     for path in sorted({*before, *now}):
         old, new, name = before.get(path), now.get(path), ".".join(path)
+        if path == ("endpoint",) and old and new:  # with another password it is the same server
+            old, new = shown_address(old), shown_address(new)
         if old == new or path[-1] in FREE:
             continue
         may_grow = path == ("limit",) or (path[0] == "tasks" and path[2:] == ("samples",))

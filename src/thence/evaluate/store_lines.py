@@ -17,6 +17,10 @@ _GRADE_TYPES: dict[str, tuple[type, ...]] = {
     "sample": (int,),
     "score": (int, float),
 }
+_REFUSAL_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("problem", "question", "kind", "reason", "when"), (str,)),
+    "sample": (int,),
+}
 _OPTIONAL = ("room", "options", "source", "plain", "extracted", "reason")
 _MAY_BE_NULL = ("tokens", "room", "extracted")
 
@@ -36,6 +40,11 @@ def wrong_with_grade(line: dict[str, Any]) -> str | None:
     if why := _wrong_types(line, _GRADE_TYPES):
         return why
     return None if line["verdict"] in VERDICTS else f"no such verdict: {line['verdict'][:40]!r}"
+
+
+def wrong_with_refusal(line: dict[str, Any]) -> str | None:
+    """What a line of ``refused/`` lacks; None: nothing."""
+    return _wrong_types(line, _REFUSAL_TYPES)
 
 
 def _wrong_types(line: dict[str, Any], types: Mapping[str, tuple[type, ...]]) -> str | None:

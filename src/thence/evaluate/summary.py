@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +26,8 @@ class TaskResult:
         grader, versions: what graded, and in which versions.
         expected: problems that the task has (under the evaluation's limit).
         missing: samples that are not there yet or have no grade. Only problems with all samples are counted.
+        not_answered: why a problem is not counted because requests for it got no response, by its key.
+        not_answered_kinds: how many of them, by kind of refusal.
         avg: avg@k, k = samples a problem; None where no problem is complete.
         passed: k to pass@k, for k = 1, 2, 4, ... and all samples.
         majority: maj@k over all samples.
@@ -36,6 +38,7 @@ class TaskResult:
         mean_tokens: mean length of a response; None where the server did not tell.
         shares: share of right samples of each problem counted, by its key.
         prompts: a digest of the prompts of the problems counted.
+        other_ends: responses counted that ended neither by themselves nor by a limit, by what the server called it.
     """
 
     task: Task
@@ -55,6 +58,9 @@ class TaskResult:
     mean_tokens: float | None
     shares: dict[str, float]
     prompts: str
+    not_answered: dict[str, str] = field(default_factory=dict)
+    not_answered_kinds: dict[str, int] = field(default_factory=dict)
+    other_ends: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ class Result:
     def missing(self) -> int:
         """Samples that are not there yet or have no grade."""
         return sum(row.missing for row in self.tasks)
+
+    @property
+    def not_answered(self) -> int:
+        """Problems left out because requests for them got no response."""
+        return sum(len(row.not_answered) for row in self.tasks)
 
 
 def summarise(store: Store, grader: str | None = None) -> Result:
@@ -118,7 +129,13 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         if sample.place in grades:
             by_problem[sample.problem][sample.sample] = sample, grades[sample.place]
     keys = list(by_problem) if keys is None else keys
-    k = task.samples
+    k, wanted = task.samples, set(keys)
+    refused = {
+        place: refusal
+        for place, refusal in store.refusals(task.name).items()
+        if place[0] in wanted and place[1] < task.samples
+    }
+    not_answered = {refusal.problem: refusal for refusal in refused.values()}
     complete = {
         key: [by_problem[key][i] for i in range(k)]
         for key in keys
@@ -134,7 +151,7 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         grader=grader,
         versions=tuple(sorted({grade.version for _, grade in counted})),
         expected=len(keys),
-        missing=len(keys) * k - sum(len(by_problem[key]) for key in keys if key in by_problem),
+        missing=len(keys) * k - len(refused) - sum(len(by_problem[key]) for key in keys if key in by_problem),
         avg=avg_at_k(right, k) if right else None,
         passed={n: pass_at_k(right, k, n) for n in _powers(k)} if right else {},
         majority=maj_at_k(answers, k) if right and k > 1 else None,
@@ -147,6 +164,9 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         mean_tokens=fmean(told) if told else None,
         shares={key: n / k for key, n in zip(complete, right, strict=True)},
         prompts=_digest({key: pairs[0][0].prompt for key, pairs in complete.items()}),
+        not_answered={key: refusal.reason for key, refusal in not_answered.items()},
+        not_answered_kinds=dict(Counter(refusal.kind for refusal in not_answered.values())),
+        other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", "length"))),
     )
 
 
@@ -240,8 +260,16 @@ def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store])
                 remedy="finish it: run its `thence eval` command again",
                 file=store.folder,
             )
-    assert one.avg is not None and other.avg is not None
-    return Difference(one.task, one.avg.value, other.avg.value, paired(other.shares, one.shares))
+    # A problem that one of them could not be asked says nothing about their difference.
+    left_out = {*one.not_answered, *other.not_answered}
+    first, second = ({k: v for k, v in row.shares.items() if k not in left_out} for row in (one, other))
+    if not first or not second:
+        raise UserError(
+            f"{one.task.name}: no problem that both were asked",
+            remedy="run the two `thence eval` commands again: what was not answered is asked again",
+            file=stores[1].folder,
+        )
+    return Difference(one.task, fmean(first.values()), fmean(second.values()), paired(second, first))
 
 
 def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
@@ -249,6 +277,8 @@ def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
     ours, theirs = one.task.model_dump(mode="json"), other.task.model_dump(mode="json")
     ignored = ("files", "source", "title", "seed", "samples")
     found = [(key, ours[key], theirs[key]) for key in ours if key not in ignored and ours[key] != theirs[key]]
+    if one.not_answered.keys() != other.not_answered.keys():
+        found.append(("problems not answered, left out of both", len(one.not_answered), len(other.not_answered)))
     if one.prompts != other.prompts and one.shares.keys() == other.shares.keys():
         found.append(("prompts", one.prompts, other.prompts))
     if one.grader == other.grader and one.versions != other.versions:

@@ -54,6 +54,7 @@ def write_evaluation_page(store: Store, result: Result) -> Path:
         groups=[{"name": visible(group.name), "avg": _score(group.score)} for group in result.groups],
         several=any(row.task.samples > 1 for row in result.tasks),
         lenient=any(row.lenient is not None for row in result.tasks),
+        unanswered=[one for row in result.tasks for one in _unanswered(store, row)],
         chart=[_bar(row.task.title or row.task.name, row.avg) for row in result.tasks if row.avg is not None]
         + [_bar(f"{group.name} mean", group.score) for group in result.groups],
         samples=[(visible(row.task.title or row.task.name), list(_picked(store, row))) for row in result.tasks],
@@ -83,6 +84,7 @@ def _row(row: TaskResult) -> dict[str, Any]:
         "name": visible(row.task.title or row.task.name),
         "group": visible(row.task.group),
         "problems": problems,
+        "unanswered": f"{len(row.not_answered):,}",
         "k": k,
         "avg": _score(row.avg),
         "passed": _score(row.passed.get(k) if k > 1 else None),
@@ -95,6 +97,13 @@ def _row(row: TaskResult) -> dict[str, Any]:
         "short": f"{row.short:,}",
         "mean_tokens": "–" if row.mean_tokens is None else f"{row.mean_tokens:,.1f}",
     }
+
+
+def _unanswered(store: Store, row: TaskResult) -> Iterator[dict[str, str]]:
+    questions = {refusal.problem: refusal.question for refusal in store.refusals(row.task.name).values()}
+    for key, reason in row.not_answered.items():
+        where = f"{row.task.title or row.task.name}, problem {key[:8]}"
+        yield {"where": visible(where), "question": shown(questions[key]), "reason": shown(reason)}
 
 
 def _score(score: Score | None) -> dict[str, str]:
