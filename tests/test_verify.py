@@ -97,12 +97,13 @@ def test_after_think_grades_only_what_follows_the_first_closing_tag(pool: Gradin
     assert verdict(pool, r"so \boxed{4}</think>It is \boxed{5}.", "4", rule) is WRONG
     assert verdict(pool, r"<think>cut off at \boxed{4}", "4", rule) is WRONG
     assert verdict(pool, r"a</think>\boxed{4}</think>\boxed{5}", "4", rule) is RIGHT
-    assert verdict(pool, r"<think>cut off at \boxed{4}", "4", "plain") is RIGHT
+    assert verdict(pool, r"cut off at \boxed{4}", "4", "plain") is RIGHT  # no thinking that anybody can see
+    assert verdict(pool, r"<think>cut off at \boxed{4}", "4", "plain") is WRONG
 
 
 @given(st.text(), st.text(), st.text())
 def test_after_think_part(before: str, part: str, after: str) -> None:
-    assert graded_part(f"{before}<think>\n", "plain") == f"{before}<think>\n"
+    assert graded_part(f"{before}<think>\n{part}", "plain") == before
     if "</think>" not in before + part:
         assert graded_part(f"{before}</think>{part}</think>{after}", "after_think") == part
 

@@ -20,6 +20,7 @@ from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import ENOUGH, Refusal, nothing_answered
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.verify.math import RULES_VERSION
 from thence.verify.reward import load_reward
 from thence.verify.verdict import Grade
 
@@ -182,8 +183,10 @@ def grader_version(grader: str) -> str:
     """What a grade by this grader depends on: the checker's version, or the text of an own function's file."""
     place, colon, _ = grader.rpartition(":")
     if not colon:
-        math = "" if grader in ("exact", LETTER) else f", math-verify {importlib.metadata.version('math-verify')}"
-        return f"thence {__version__}{math}"
+        if grader in ("exact", LETTER):
+            return f"thence {__version__}"
+        checker = importlib.metadata.version("math-verify")
+        return f"thence {__version__}, rules {RULES_VERSION}, math-verify {checker}"
     try:
         found = None if place.endswith(".py") else importlib.util.find_spec(place)
     except ImportError:
