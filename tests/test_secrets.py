@@ -224,6 +224,18 @@ def test_a_run_its_report_and_its_samples_keep_and_print_no_secret(planted, tmp_
     assert S not in said.out + said.err
 
 
+def test_an_evaluation_keeps_and_prints_no_secret(planted, tmp_path, capfd):
+    arguments = ["eval", "world:chain/rich", "--suite", "embedded", "--limit", "1", "--samples", "1"]
+    arguments += ["--max-tokens", "4", "--folder", str(tmp_path / "e")]
+    assert main(arguments) == 0
+    assert main(["eval", "--regrade", str(tmp_path / "e")]) == 0
+    kept = everything(tmp_path / "e")
+    assert S not in kept
+    assert "--api-key" in kept
+    said = capfd.readouterr()
+    assert S not in said.out + said.err
+
+
 def test_an_old_run_that_kept_a_secret_is_reported_without_it(planted, tmp_path, capfd):
     assert main(["run", str(planted), "--folder", str(tmp_path / "r")]) == 0
     environment = tmp_path / "r" / "environment.json"
