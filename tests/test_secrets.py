@@ -50,6 +50,8 @@ SECRET = [
     f"MY_PASS={S}",
     f"curl -u me:{S} http://h",
     f"client_secret: {S}",
+    f"token = {S}",
+    f"my_password = {S.replace('7', '')}x",
     f"https://hooks.slack.com/services/T0/B0/{S}",
     f"--rl.vllm.environment.HF_TOKEN={S}",
     f"-----BEGIN RSA PRIVATE KEY-----\n{S}\n-----END RSA PRIVATE KEY-----",
@@ -98,6 +100,7 @@ INNOCENT = [
     "signature: (prompt, response)",
     "monkey=banana turkey: 5 keys=3",
     '{"tokens": 5}',
+    "pad token = end token, if token == bos: by_token = aggregation",
 ]
 
 
@@ -113,6 +116,25 @@ def test_a_secret_of_any_form_is_hidden_once(text):
 @pytest.mark.parametrize("text", INNOCENT)
 def test_innocent_text_stays_as_it_is(text):
     assert redacted(text) == text
+
+
+def test_thence_s_own_words_hold_no_secret():
+    """Documents, recipes and messages of this project as a sample of innocent text."""
+    root = Path(__file__).parents[1]
+    files = [
+        *root.glob("*.md"),
+        *root.glob("docs/**/*.md"),
+        *root.glob("src/**/*.toml"),
+        *root.glob("studies/**/*.toml"),
+    ]
+    changed = [
+        (path.name, line)
+        for path in files
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if redacted(line) != line and "export THENCE_VLLM_TOKEN=" not in line
+    ]
+    assert len(files) > 30
+    assert changed == []
 
 
 def test_host_path_flag_and_name_stay():
