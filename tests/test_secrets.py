@@ -10,9 +10,11 @@ import pytest
 
 from thence.cli import main
 from thence.cli.flags import describe_fields
-from thence.compare import worker
+from thence.compare import engine, worker
+from thence.compare.recipe import load_comparison
 from thence.compare.result import Failure
 from thence.errors import UserError, first_line
+from thence.explain import told
 from thence.redaction import HIDDEN, is_secret_name, redacted, redacted_command, redacted_values
 
 S = "Zq7hunter2Zq7"
@@ -324,6 +326,20 @@ def test_an_audit_of_a_program_keeps_no_secret(tmp_path, capfd):
     for text in [said.out, said.err, *texts]:
         assert S not in text
     assert "--api-key" in said.out
+
+
+def test_a_comparison_keeps_no_secret(planted, tmp_path, monkeypatch, capfd):
+    recipe = load_comparison("quick")
+    base = next(iter(recipe.bases))
+    model = recipe.bases[base].model_copy(update={"path": f"https://u:{S}@h/m", "recipe": None})
+    bases = {**recipe.bases, base: model}
+    changes = {"folder": str(tmp_path / "c"), "description": f"on http://u:{S}@h", "bases": bases}
+    monkeypatch.setattr(engine, "refuse_what_cannot_run", lambda *_: None)
+    monkeypatch.setattr(engine, "_run_all", lambda *_: iter([Failure("a", base, 0, told(OSError(f"token={S}")))]))
+    engine.compare(recipe.model_copy(update=changes), watcher=None)  # type: ignore[arg-type]
+    kept = everything(tmp_path / "c")
+    assert S not in kept
+    assert "--api-key" in kept
 
 
 def test_what_a_worker_of_a_comparison_tells_has_no_secret(monkeypatch):

@@ -60,7 +60,8 @@ _OF_MACHINE = (
 )
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory")
 _LESS_MEMORY = (
-    "make the micro-batches smaller (--sft.micro-batch-tokens, --rl.micro-batch-tokens), set activation_checkpointing, "
+    "make the micro-batches smaller (--sft.micro-batch-tokens, --rl.micro-batch-tokens), sample fewer rows at a time "
+    "(--rl.rollout-rows, --eval.rollout-rows; --rows of thence eval), set activation_checkpointing, "
     f"or use a smaller model or a machine with more memory; {AGAIN}"
 )
 _OF_RANKS = frozenset(("DistBackendError", "DistNetworkError", "DistStoreError", "DistError"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import UserError
+from thence.redaction import redacted_values
 
 RESULTS = "results.json"
 
@@ -203,10 +204,11 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The records as JSON, a line a run; :func:`from_json` reads them back."""
+    """The records as JSON without secrets, a line a run; :func:`from_json` reads them back."""
     fields = []
     for name, value in asdict(comparison).items():
-        rows = isinstance(value, tuple) and any(isinstance(row, dict) for row in value)
+        value = redacted_values(value)
+        rows = isinstance(value, list) and any(isinstance(row, dict) for row in value)
         text = "[\n" + ",\n".join(map(_compact, value)) + "\n]" if rows else _compact(value)
         fields.append(f'"{name}": {text}')
     return "{\n" + ",\n".join(fields) + "\n}\n"
