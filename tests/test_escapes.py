@@ -64,7 +64,9 @@ def a_table() -> Table:
 
 
 @pytest.mark.parametrize(
-    "thing", [HOSTILE, Text(HOSTILE), a_table(), Text.assemble((HOSTILE, "bold red"), ("b", "green"))], ids=str
+    "thing",
+    [HOSTILE, Text(HOSTILE), a_table(), Text.assemble((HOSTILE, "bold red"), ("b", "green"))],
+    ids=["text", "rich text", "table", "styled"],
 )
 def test_nothing_foreign_passes_the_console(thing):
     said = drawn(thing)

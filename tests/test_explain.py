@@ -15,16 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import thence.cli
 from thence.cli import main
 from thence.compare import worker
+from thence.data.example import Message
+from thence.data.template import render_text
 from thence.errors import RecipeError, UserError
 from thence.explain import AGAIN, explained, foreign_exit, told
 from thence.files import write_atomically
 from thence.recipe import Model
 from thence.train.checkpoint import checkpoints, newest_checkpoint, write_checkpoint
-from thence.train.model import load_model, resolve
+from thence.train.model import load_model, load_tokenizer, resolve
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -445,7 +448,50 @@ def test_a_machine_that_is_out_of_room_is_not_taken_for_a_bad_model(monkeypatch,
         assert explained(found) is not None
 
 
+def test_a_model_whose_weights_are_no_numbers_is_refused_as_such(tmp_path):
+    for path in Path(resolve("world:chain/rich")).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    last = sorted(weights)[-1]
+    weights[last].view(-1)[7] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    error = raised(lambda: load_model(Model(path=str(tmp_path)), torch.device("cpu")))
+    assert isinstance(error, RecipeError)
+    assert f"{last} holds NaN" in error.problem
+
+
+def test_a_chat_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("thence.data.template.LONGEST_RENDERING", 0.3)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+    tokenizer = load_tokenizer(Model(path="world:chain/rich"))
+    start = time.monotonic()
+    error = raised(lambda: render_text(tokenizer, loop, [Message("user", "hello")]))
+    assert time.monotonic() - start < 5
+    assert isinstance(error, UserError)
+    assert error.field == "data.template"
+    assert "did not end within 0.3 s" in error.problem
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert render_text(tokenizer, "{{ messages[0].content }}", [Message("user", "hello")]) == "hello"
+
+
 # --- processes of ours ---
+
+
+def test_ranks_that_fail_end_torchrun_with_a_message():
+    whole = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "thence", "run", "nosuch"]
+    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "thence: no recipe 'nosuch'" in done.stderr
+
+
+def test_a_rank_whose_neighbour_died_says_so():
+    for text in (
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        "NCCL error: remote",
+    ):
+        said = explained(RuntimeError(text))
+        assert said is not None
+        assert "lost each other" in said.problem
 
 
 @pytest.mark.parametrize(

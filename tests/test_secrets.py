@@ -10,9 +10,11 @@ import pytest
 
 from thence.cli import main
 from thence.cli.flags import describe_fields
-from thence.compare import worker
+from thence.compare import engine, worker
+from thence.compare.recipe import load_comparison
 from thence.compare.result import Failure
 from thence.errors import UserError, first_line
+from thence.explain import told
 from thence.redaction import HIDDEN, is_secret_name, redacted, redacted_command, redacted_values
 
 S = "Zq7hunter2Zq7"
@@ -50,6 +52,8 @@ SECRET = [
     f"MY_PASS={S}",
     f"curl -u me:{S} http://h",
     f"client_secret: {S}",
+    f"token = {S}",
+    f"my_password = {S.replace('7', '')}x",
     f"https://hooks.slack.com/services/T0/B0/{S}",
     f"--rl.vllm.environment.HF_TOKEN={S}",
     f"-----BEGIN RSA PRIVATE KEY-----\n{S}\n-----END RSA PRIVATE KEY-----",
@@ -98,6 +102,7 @@ INNOCENT = [
     "signature: (prompt, response)",
     "monkey=banana turkey: 5 keys=3",
     '{"tokens": 5}',
+    "pad token = end token, if token == bos: by_token = aggregation",
 ]
 
 
@@ -113,6 +118,25 @@ def test_a_secret_of_any_form_is_hidden_once(text):
 @pytest.mark.parametrize("text", INNOCENT)
 def test_innocent_text_stays_as_it_is(text):
     assert redacted(text) == text
+
+
+def test_thence_s_own_words_hold_no_secret():
+    """Documents, recipes and messages of this project as a sample of innocent text."""
+    root = Path(__file__).parents[1]
+    files = [
+        *root.glob("*.md"),
+        *root.glob("docs/**/*.md"),
+        *root.glob("src/**/*.toml"),
+        *root.glob("studies/**/*.toml"),
+    ]
+    changed = [
+        (path.name, line)
+        for path in files
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if redacted(line) != line and "export THENCE_VLLM_TOKEN=" not in line
+    ]
+    assert len(files) > 30
+    assert changed == []
 
 
 def test_host_path_flag_and_name_stay():
@@ -224,6 +248,18 @@ def test_a_run_its_report_and_its_samples_keep_and_print_no_secret(planted, tmp_
     assert S not in said.out + said.err
 
 
+def test_an_evaluation_keeps_and_prints_no_secret(planted, tmp_path, capfd):
+    arguments = ["eval", "world:chain/rich", "--suite", "embedded", "--limit", "1", "--samples", "1"]
+    arguments += ["--max-tokens", "4", "--folder", str(tmp_path / "e")]
+    assert main(arguments) == 0
+    assert main(["eval", "--regrade", str(tmp_path / "e")]) == 0
+    kept = everything(tmp_path / "e")
+    assert S not in kept
+    assert "--api-key" in kept
+    said = capfd.readouterr()
+    assert S not in said.out + said.err
+
+
 def test_an_old_run_that_kept_a_secret_is_reported_without_it(planted, tmp_path, capfd):
     assert main(["run", str(planted), "--folder", str(tmp_path / "r")]) == 0
     environment = tmp_path / "r" / "environment.json"
@@ -290,6 +326,20 @@ def test_an_audit_of_a_program_keeps_no_secret(tmp_path, capfd):
     for text in [said.out, said.err, *texts]:
         assert S not in text
     assert "--api-key" in said.out
+
+
+def test_a_comparison_keeps_no_secret(planted, tmp_path, monkeypatch, capfd):
+    recipe = load_comparison("quick")
+    base = next(iter(recipe.bases))
+    model = recipe.bases[base].model_copy(update={"path": f"https://u:{S}@h/m", "recipe": None})
+    bases = {**recipe.bases, base: model}
+    changes = {"folder": str(tmp_path / "c"), "description": f"on http://u:{S}@h", "bases": bases}
+    monkeypatch.setattr(engine, "refuse_what_cannot_run", lambda *_: None)
+    monkeypatch.setattr(engine, "_run_all", lambda *_: iter([Failure("a", base, 0, told(OSError(f"token={S}")))]))
+    engine.compare(recipe.model_copy(update=changes), watcher=None)  # type: ignore[arg-type]
+    kept = everything(tmp_path / "c")
+    assert S not in kept
+    assert "--api-key" in kept
 
 
 def test_what_a_worker_of_a_comparison_tells_has_no_secret(monkeypatch):

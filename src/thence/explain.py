@@ -60,10 +60,12 @@ _OF_MACHINE = (
 )
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory")
 _LESS_MEMORY = (
-    "make the micro-batches smaller (--sft.micro-batch-tokens, --rl.micro-batch-tokens), set activation_checkpointing, "
+    "make the micro-batches smaller (--sft.micro-batch-tokens, --rl.micro-batch-tokens), sample fewer rows at a time "
+    "(--rl.rollout-rows, --eval.rollout-rows; --rows of thence eval), set activation_checkpointing, "
     f"or use a smaller model or a machine with more memory; {AGAIN}"
 )
 _OF_RANKS = frozenset(("DistBackendError", "DistNetworkError", "DistStoreError", "DistError"))
+_LOST_RANKS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 _OF_HUB = ("huggingface_hub", "requests", "httpx", "urllib3", "httpcore")
 _OF_FILES = frozenset(
     ("SafetensorError", "ArrowInvalid", "ArrowException", "ArrowSerializationError", "BadZipFile", "BadGzipFile")
@@ -156,7 +158,8 @@ def _hub(error: BaseException) -> UserError | None:
 
 
 def _ranks(error: BaseException) -> UserError | None:
-    if type(error).__name__ not in _OF_RANKS:
+    lost = isinstance(error, RuntimeError) and any(said in str(error) for said in _LOST_RANKS)
+    if type(error).__name__ not in _OF_RANKS and not lost:
         return None
     return UserError(
         f"the processes of this run lost each other: {first_line(error)}",

@@ -29,7 +29,7 @@ _OF_KEYS = re.compile(
 _OF_TEXT = re.compile(
     "eos|bos|pad|unk|sep|cls|mask|stop|end|eot|start|begin|image|video|audio|special|think|tool|next|last|first|new|"
     "prompt|response|per|each|every|text|word|sub|byte|prefix|suffix|middle|fim|boi|eoi|vocab|sentinel|any|one|a|the|"
-    "of|that|this|no|unexpected|invalid|unknown|trained|is"
+    "of|that|this|no|unexpected|invalid|unknown|trained|is|by"
 )
 _PROSE = re.compile("none|null|true|false|is|was|for|not|the|a|and|or|of|to|in|on|no|must|has|here|with")
 
@@ -46,7 +46,7 @@ _HEADER = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+)(?=[\w.~+/=-]*[\d.=+/])[\w.~+/=-]{6,}|\b(bearer)(\s+)[\w.~+/=-]{16,}")
 _VALUE = r"(?P<value>(?P<q>['\"])(?:(?!(?P=q)).)*|[^\s&;,'\")}\]]+)"
-_GIVEN = re.compile(rf"(?<![\w.-])(?P<name>-{{0,2}}[A-Za-z_][\w.-]*)(?P<gap>\s?=\s?){_VALUE}")
+_GIVEN = re.compile(rf"(?<![\w.-])(?P<name>-{{0,2}}[A-Za-z_][\w.-]*)(?P<gap> ?=(?!=) ?){_VALUE}")
 _QUOTED_NAME = re.compile(rf"(?P<name>(?P<n>['\"])[\w. -]+(?P=n))(?P<gap>\s*[:=]\s*){_VALUE}")
 _AFTER_COLON = re.compile(rf"(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)(?P<gap>:\s+){_VALUE}")
 _FLAG = re.compile(
@@ -150,7 +150,8 @@ def _named(found: re.Match[str]) -> str:
         or not is_secret_name(name.strip("'\"-"))
     ):
         return found[0]
-    if found.re is _AFTER_COLON and not _is_like_a_secret(name, bare):
+    spaced = found.re is _GIVEN and " " in found["gap"] and not found["q"]
+    if (spaced or found.re is _AFTER_COLON) and not _is_like_a_secret(name, bare):
         return found[0]
     if found.re is _FLAG and (bare.startswith("--") or (not name.startswith("--") and len(name) < 4)):
         return found[0]
@@ -158,7 +159,10 @@ def _named(found: re.Match[str]) -> str:
 
 
 def _is_like_a_secret(name: str, value: str) -> bool:
-    """After a colon stands prose too ("unexpected token: foo"): a compound name, or letters with digits, tell more."""
+    """After a colon or " = " stands prose or code too ("unexpected token: foo").
+
+    A compound name, or letters with digits, tell a secret.
+    """
     if "_" in name or "-" in name or name.lower().startswith(("pass", "pwd", "secret", "apikey")):
         return True
     if value.startswith(("<", "[")):  # a special token of a tokenizer

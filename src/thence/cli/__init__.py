@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with guarded(), _ended_by_sigterm():
-        code = _answer(arguments)
+        try:
+            code = _answer(arguments)
+        except KeyboardInterrupt:  # a second one, while the first was being told
+            code = 130
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -139,6 +142,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         return
 
     def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the cleaning up short
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)

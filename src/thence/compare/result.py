@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from thence.errors import UserError
 from thence.files import finite, fitted, keep_damaged, read_json, write_atomically
+from thence.redaction import redacted_values
 
 log = logging.getLogger(__name__)
 RESULTS = "results.json"
@@ -211,10 +212,11 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The records as JSON, a line a run; :func:`from_json` reads them back."""
+    """The records as JSON without secrets, a line a run; :func:`from_json` reads them back."""
     fields = []
     for name, value in asdict(comparison).items():
-        rows = isinstance(value, tuple) and any(isinstance(row, dict) for row in value)
+        value = redacted_values(value)
+        rows = isinstance(value, list) and any(isinstance(row, dict) for row in value)
         text = "[\n" + ",\n".join(map(_compact, value)) + "\n]" if rows else _compact(value)
         fields.append(f'"{name}": {text}')
     return "{\n" + ",\n".join(fields) + "\n}\n"

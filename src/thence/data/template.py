@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 _USER_PROBE, _ASSISTANT_PROBE = "quxquestion", "quxresponse"
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now")
 """Names that a template gets from elsewhere, so that no recipe may set them."""
+
+LONGEST_RENDERING = 10.0
+"""Seconds that a template may take for one row; the largest of real ones take milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,29 @@ def chat_format(
     return ChatFormat(jinja, end_id, tail, bos_id, writes_bos=template == "own", variables=given)
 
 
+class _TooLong(Exception):
+    pass
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Limit the time of a template, which may loop over loops; in a main thread, as no other can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_RENDERING)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+
+
 def render_text(
     tokenizer: PreTrainedTokenizerBase,
     jinja: str,
@@ -93,15 +122,22 @@ def render_text(
     import jinja2
 
     try:
-        text = tokenizer.apply_chat_template(
-            [message.plain() for message in messages],
-            tools=[json.loads(tool) for tool in tools] or None,
-            chat_template=jinja,
-            tokenize=False,
-            add_generation_prompt=generate,
-            continue_final_message=False,
-            **(variables or {}),
-        )
+        with _in_time():
+            text = tokenizer.apply_chat_template(
+                [message.plain() for message in messages],
+                tools=[json.loads(tool) for tool in tools] or None,
+                chat_template=jinja,
+                tokenize=False,
+                add_generation_prompt=generate,
+                continue_final_message=False,
+                **(variables or {}),
+            )
+    except _TooLong:
+        raise UserError(
+            f"the chat template did not end within {LONGEST_RENDERING:g} s on one row",
+            remedy="look for a loop in it that does not end, or give another template",
+            field="data.template",
+        ) from None
     except jinja2.TemplateSyntaxError as error:
         raise _not_jinja(error) from error
     except Exception as error:  # a template may do anything: add text to a number, look for a key that is not there

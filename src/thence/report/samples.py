@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.files import stream_lines
+from thence.foreign_text import clean
 
 VERDICTS = ("right", "wrong", "unknown")
 _HEAD, _TAIL = 2500, 1000
@@ -52,8 +53,8 @@ def pick_samples(folder: Path, stages: tuple[str, ...], each: int = 3) -> dict[s
 def visible(text: str) -> str:
     """Text without characters that a page cannot hold or that change how it is read.
 
-    Control characters become their pictures (U+2400 and up), marks of writing direction their code points in brackets,
-    and lone surrogates the replacement character.
+    Control characters become their pictures (U+2400 and up), marks of writing direction and all else that has no glyph
+    their code points in brackets, and lone surrogates the replacement character.
     """
     shown = []
     for char in text:
@@ -66,14 +67,11 @@ def visible(text: str) -> str:
             shown.append("\u2421")
         elif 0xD800 <= code <= 0xDFFF or 0x80 <= code < 0xA0:
             shown.append("\ufffd")
-        elif code in _DIRECTION:
+        elif code > 0x9F and clean(char) != char:
             shown.append(f"[U+{code:04X}]")
         else:
             shown.append(char)
     return "".join(shown)
-
-
-_DIRECTION = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def _sample(row: Mapping[str, Any], verdict: str) -> Sample:

@@ -67,6 +67,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             loading: Any = {"output_loading_info": True, **options, **_unpacked(settings)}
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
             model, said = opened
+            check_finite(model, origin)
             check_weights(model, Path(origin), said)
             check_generation_file(Path(origin))
     except Exception as error:  # a model's code and files may raise anything
@@ -151,6 +152,21 @@ def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
                         file=file,
                         field="model.path",
                     )
+
+
+def check_finite(model: Any, origin: str) -> None:
+    """Make sure that every weight is a number.
+
+    Raises:
+        RecipeError: a weight is NaN or infinite; nothing could be trained or sampled from it.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise RecipeError(
+                f"the weights in {origin} are not numbers: {name} holds NaN or infinity",
+                remedy="give a model whose training did not diverge, or a whole copy of its files",
+                field="model.path",
+            )
 
 
 def check_generation_file(folder: Path) -> None:
