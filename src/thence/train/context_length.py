@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from thence import recipe as recipes
 from thence.errors import RecipeError
 from thence.models.lengths import context_of
-from thence.train.model import _options, _overridden, resolve
+from thence.train.model import _options, _overridden, check_configuration, resolve
 
 __all__ = ["context_of", "open_config"]
 
@@ -19,8 +20,9 @@ def open_config(settings: recipes.Model) -> Any:
     try:
         if settings.init is not None:
             return AutoConfig.for_model(**settings.init)
+        check_configuration(Path(resolve(settings.path or "")))
         config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(
             f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from thence import recipe as recipes
-from thence.errors import RecipeError, UserError
+from thence.errors import RecipeError, UserError, first_line
+from thence.files import read_json
 from thence.models.layers import check_model
+from thence.train.finite import broken_weights
 from thence.train.gguf import read_once
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
     tokenizer = load_tokenizer(settings)
     origin, options = resolve(settings.path or ""), _options(settings)
+    check_configuration(Path(origin) if settings.path else None)
     try:
         if settings.init is not None:
             config = _without_noise(AutoConfig.for_model(**settings.init))
@@ -64,10 +68,11 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             loading: Any = {"output_loading_info": True, **options, **_unpacked(settings)}
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
             model, said = opened
+            check_finite(model, origin)
             check_weights(model, Path(origin), said)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise RecipeError(
-            f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
+            f"cannot open {settings.path or settings.init}: {first_line(error)}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
             field="model.path",
         ) from error
@@ -88,9 +93,11 @@ def load_tokenizer(settings: recipes.Model) -> Any:
     name = settings.tokenizer or settings.path or ""
     try:
         return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise RecipeError(
-            f"cannot open the tokenizer {name}: {str(error).strip().splitlines()[0]}",
+            f"cannot open the tokenizer {name}: {first_line(error)}",
             remedy="give a folder with tokenizer.json, or a reachable hub name",
             field="model.tokenizer" if settings.tokenizer else "model.path",
         ) from error
@@ -100,6 +107,24 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_configuration(folder: Path | None) -> None:
+    """Raise DamagedFile where a folder's ``config.json`` cannot be read; transformers would not say where."""
+    file = None if folder is None else folder / "config.json"
+    if file is not None and file.is_file():
+        read_json(file, remedy="put a whole copy of it back, or give another model")
+
+
+def check_finite(model: Any, origin: str) -> None:
+    """Raise RecipeError where a weight of the model is NaN or infinite."""
+    if what := broken_weights(model.named_parameters()):
+        raise RecipeError(
+            f"the weights of {origin} are not finite: {what}",
+            remedy="give a model whose weights are numbers; one that a run trained until it diverged is trained again "
+            "with a lower learning rate",
+            field="model.path",
+        )
 
 
 def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
