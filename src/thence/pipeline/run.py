@@ -13,7 +13,7 @@ import torch
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.context import Context
+from thence.pipeline.context import Context, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
@@ -142,7 +142,12 @@ def rendered(recipe: Recipe, stage: Sft | Rl | Eval, tokenizer: Any) -> dict[str
 
 
 def publish_model(context: Context, stage: Sft | Rl) -> None:
-    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop."""
+    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop.
+
+    Raises:
+        StepRefused: the model is not finite.
+    """
+    refuse_what_is_broken(context, "at the end")
     folder = context.folder.stage(context.name)
     temporary = folder / ".model-writing"
     shutil.rmtree(temporary, ignore_errors=True)

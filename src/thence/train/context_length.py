@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from thence import recipe as recipes
-from thence.errors import RecipeError, first_line
+from thence.errors import RecipeError, UserError, first_line
 from thence.explain import is_of_system
 from thence.models.lengths import context_of
-from thence.train.model import _options, _overridden, resolve
+from thence.train.model import _options, _overridden, check_configuration, resolve
 
 __all__ = ["context_of", "open_config"]
 
@@ -20,9 +21,10 @@ def open_config(settings: recipes.Model) -> Any:
     try:
         if settings.init is not None:
             return AutoConfig.for_model(**settings.init)
+        check_configuration(Path(resolve(settings.path or "")))
         config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
     except Exception as error:  # a model's code and files may raise anything
-        if is_of_system(error):
+        if isinstance(error, UserError) or is_of_system(error):
             raise
         raise RecipeError(
             f"cannot open {settings.path or settings.init}: {first_line(error)}",

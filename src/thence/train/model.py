@@ -18,6 +18,7 @@ from thence.errors import RecipeError, UserError, first_line
 from thence.explain import is_of_system
 from thence.files import read_json
 from thence.models.layers import check_model
+from thence.train.finite import broken_weights
 from thence.train.gguf import read_once
 from thence.train.written import check_written
 
@@ -56,6 +57,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
     tokenizer = load_tokenizer(settings)
     origin, options = resolve(settings.path or ""), _options(settings)
+    check_configuration(Path(origin) if settings.path else None)
     try:
         if settings.init is not None:
             config = _without_noise(AutoConfig.for_model(**settings.init))
@@ -96,7 +98,7 @@ def load_tokenizer(settings: recipes.Model) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
     except Exception as error:  # tokenizers raises bare exceptions
-        if is_of_system(error):
+        if isinstance(error, UserError) or is_of_system(error):
             raise
         raise RecipeError(
             f"cannot open the tokenizer {name}: {first_line(error)}",
@@ -109,6 +111,24 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_configuration(folder: Path | None) -> None:
+    """Raise DamagedFile where a folder's ``config.json`` cannot be read; transformers would not say where."""
+    file = None if folder is None else folder / "config.json"
+    if file is not None and file.is_file():
+        read_json(file, remedy="put a whole copy of it back, or give another model")
+
+
+def check_finite(model: Any, origin: str) -> None:
+    """Raise RecipeError where a weight of the model is NaN or infinite."""
+    if what := broken_weights(model.named_parameters()):
+        raise RecipeError(
+            f"the weights of {origin} are not finite: {what}",
+            remedy="give a model whose weights are numbers; one that a run trained until it diverged is trained again "
+            "with a lower learning rate",
+            field="model.path",
+        )
 
 
 def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
@@ -152,21 +172,6 @@ def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
                         file=file,
                         field="model.path",
                     )
-
-
-def check_finite(model: Any, origin: str) -> None:
-    """Make sure that every weight is a number.
-
-    Raises:
-        RecipeError: a weight is NaN or infinite; nothing could be trained or sampled from it.
-    """
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise RecipeError(
-                f"the weights in {origin} are not numbers: {name} holds NaN or infinity",
-                remedy="give a model whose training did not diverge, or a whole copy of its files",
-                field="model.path",
-            )
 
 
 def check_generation_file(folder: Path) -> None:

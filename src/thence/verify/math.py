@@ -222,7 +222,8 @@ def _far_apart(gold: Any, found: Any) -> bool:
         return any(_far_apart(one, other) for one, other in zip(*pairs, strict=False))
     if not (getattr(gold, "is_number", False) and getattr(found, "is_number", False)) or gold == found:
         return False
-    numbers: list[Any] = [gold.evalf(20), found.evalf(20)]
+    both: list[Any] = [gold, found]
+    numbers = [side.evalf(20) for side in both]
     sizes = [abs(number) for number in numbers]
     if not all(size.is_Float or size.is_Integer for size in sizes) or max(sizes) >= 0.5 or not max(sizes):
         return False
