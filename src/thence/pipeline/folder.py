@@ -15,7 +15,17 @@ from typing import Any
 
 from thence import __version__
 from thence.errors import DamagedFile, UserError
-from thence.files import fitted, read_json, read_jsonl, read_toml, repair_lines, to_json, write_atomically, write_jsonl
+from thence.files import (
+    fitted,
+    is_environment,
+    read_json,
+    read_jsonl,
+    read_toml,
+    repair_lines,
+    to_json,
+    write_atomically,
+    write_jsonl,
+)
 from thence.recipe import Recipe, load_recipe
 from thence.toml import to_toml
 
@@ -102,7 +112,7 @@ class RunFolder:
             "put a whole copy of it back; or rename it, and the run is resumed with a new one, which does not know the "
             "first start"
         )
-        return read_json(file, remedy=remedy, shape=lambda facts: isinstance(facts.get("later_starts", []), list))
+        return read_json(file, remedy=remedy, shape=is_environment)
 
     def _kept_recipe(self) -> Recipe:
         """The recipe that the run was begun with. Raises DamagedFile."""
