@@ -323,6 +323,16 @@ def test_large_files_are_read_line_by_line(tmp_path: Path) -> None:
     assert isinstance(next(lines), BadLine) and next(lines) == (3, {"a": 2})
 
 
+def test_samples_are_shown_though_lines_are_damaged(
+    one: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, folder = one
+    file = folder / "stages" / "eval" / "samples.jsonl"
+    file.write_bytes(b"{}\n3\n\xff\n" + file.read_bytes())
+    assert main(["sample", str(folder)]) == 0
+    assert all(f"{file}:{line}" in caplog.text for line in (1, 2, 3))
+
+
 # Evaluations.
 
 
