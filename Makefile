@@ -51,8 +51,7 @@ vllm:
 # (and runs/embedded-world) to make it all again.
 study: $(VENV)/installed
 	mkdir -p runs/embedded-world
-	[ -f runs/embedded-world/results.json ] || [ ! -f studies/embedded-world/results.json ] || \
-	  cp studies/embedded-world/results.json runs/embedded-world/
+	$(BIN)/python studies/embedded-world/judge.py --kept runs/embedded-world
 	$(BIN)/thence compare studies/embedded-world/study.toml
 	$(BIN)/python studies/embedded-world/judge.py
 

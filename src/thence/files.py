@@ -81,6 +81,11 @@ def read_json(path: Path, kind: type = dict, *, remedy: str, shape: Callable[[An
     return fitted(path, value, shape, remedy)
 
 
+def is_environment(facts: Mapping[str, Any]) -> bool:
+    """Whether a value is what a run or an evaluation keeps in ``environment.json``."""
+    return bool(facts) and isinstance(facts.get("later_starts", []), list)
+
+
 def read_toml(path: Path, *, remedy: str) -> dict[str, Any]:
     """A TOML file that thence wrote. Raises FileNotFoundError, or DamagedFile where it cannot be read."""
     return _parsed(path, remedy, ".toml")

@@ -11,7 +11,7 @@ from rich.text import Text
 from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
-from thence.files import read_jsonl
+from thence.files import read_lines, say_bad_lines
 from thence.foreign_text import clean
 from thence.limits import Rows
 from thence.terminal import make_console
@@ -68,7 +68,19 @@ def _run(folder: Path, wanted: str | None) -> Iterator[tuple[str, list[dict]]]:
             file=folder,
         )
     for stage in [wanted] if wanted is not None else found:
-        yield stage, read_jsonl(folder / "stages" / stage / "samples.jsonl")
+        path = folder / "stages" / stage / "samples.jsonl"
+        found = read_lines(path, _wrong_with)
+        say_bad_lines(path, found.bad, "it is left out")
+        yield stage, found.values
+
+
+def _wrong_with(line: dict) -> str | None:
+    """What a line of a stage's samples lacks to be shown; None: nothing."""
+    missing = [name for name in ("verdict", "tokens", "finish", "prompt", "response", "answer") if name not in line]
+    if missing:
+        return f"it lacks {missing[0]}"
+    texts = ("verdict", "finish", "prompt", "response")
+    return next((f"{name} is {type(line[name]).__name__}" for name in texts if not isinstance(line[name], str)), None)
 
 
 def _evaluation(name: str) -> Path | None:

@@ -13,7 +13,9 @@ from pydantic import TypeAdapter
 from thence.compare.result import NOTHING, SUMMARY, Column, Measured, Spent
 from thence.errors import DamagedFile
 from thence.files import fitted, read_json, read_lines, say_bad_lines, to_json, write_atomically
+from thence.pipeline.folder import wrong_with_line
 
+OF_A_SAMPLE = ("split", "temperature", "index", "verdict")
 CURVE = ("step", "loss", "grad_norm", "reward", "entropy", "response_tokens", "truncated", "flops", "lr")
 
 
@@ -35,11 +37,15 @@ def summarise(folder: Path) -> Summary:
     lines, eval_folder = _steps(folder / "metrics.jsonl"), folder / "stages" / "eval"
     remedy = f"put a whole copy back, or rename {eval_folder}: the same command then evaluates that model again"
     samples = _rows(eval_folder / "samples.jsonl", remedy)
+    for sample in samples:
+        fitted(eval_folder / "samples.jsonl", sample, lambda s: [s[k] for k in OF_A_SAMPLE], remedy)
     path, measured = eval_folder / "result.json", []
     try:
         result = read_json(path, remedy=remedy)
     except FileNotFoundError:
         raise DamagedFile("is not there, though its stage is done", remedy=remedy, file=path) from None
+    if not samples:
+        raise DamagedFile("it lacks samples", remedy=remedy, file=eval_folder / "samples.jsonl")
     fitted(path, result, lambda plain: measured.extend(_measured(row, samples) for row in plain["rows"]), remedy)
     if any(len(m.right) != row["problems"] for m, row in zip(measured, result["rows"], strict=True)):
         raise DamagedFile("it lacks samples", remedy=remedy, file=eval_folder / "samples.jsonl")
@@ -106,7 +112,7 @@ def _steps_of_stage(path: Path) -> int:
 
 
 def _rows(path: Path, remedy: str) -> list[dict[str, Any]]:
-    found = read_lines(path)
+    found = read_lines(path, wrong_with_line)
     if found.bad:
         say_bad_lines(path, found.bad, "the run's numbers would be wrong without it")
         raise DamagedFile(f"a damaged line: {found.bad[0].why}", remedy=remedy, file=path, line=found.bad[0].number)

@@ -26,6 +26,7 @@ from thence.evaluate.store_lines import is_texts, wrong_with_grade, wrong_with_r
 from thence.evaluate.suites import Task
 from thence.files import (
     fitted,
+    is_environment,
     keep_damaged,
     read_json,
     read_lines,
@@ -187,7 +188,7 @@ class Store:
             "put a whole copy of it back; or rename it, and a new one is written, which does not know the weights that "
             "the samples here were made with"
         )
-        found = read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("later_starts", []), list))
+        found = read_json(path, remedy=remedy, shape=is_environment)
         hidden = {"endpoint": shown_address, "command": shown_addresses}  # older versions kept passwords
         return {key: hidden[key](value) if key in hidden and value else value for key, value in found.items()}
 
@@ -227,7 +228,7 @@ class Store:
         if not path.exists():
             return {}
         remedy = "run the `thence eval` command of this folder again: it is then written anew, and this one kept beside"
-        return read_json(path, remedy=remedy, shape=lambda keys: all(map(is_texts, keys.values())))
+        return read_json(path, remedy=remedy, shape=lambda keys: bool(keys) and all(map(is_texts, keys.values())))
 
     def samples(self, task: str) -> list[Sample]:
         """All samples of a task, in the order in which they ended; damaged lines are named in the log and left out."""

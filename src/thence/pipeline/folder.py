@@ -15,7 +15,7 @@ from typing import Any
 
 from thence import __version__
 from thence.errors import UserError
-from thence.files import read_json, read_jsonl, repair_lines, to_json, write_atomically, write_jsonl
+from thence.files import is_environment, read_json, read_jsonl, repair_lines, to_json, write_atomically, write_jsonl
 from thence.locks import LOCK, held, refuse_if_held
 from thence.pipeline.changes import Plan, State, judge, say_onward
 from thence.pipeline.numerics import numerics
@@ -263,7 +263,7 @@ class RunFolder:
             "put a whole copy of it back; or rename it, and the run is resumed with a new one, which does not know the "
             "first start"
         )
-        return read_json(file, remedy=remedy, shape=lambda facts: isinstance(facts.get("later_starts", []), list))
+        return read_json(file, remedy=remedy, shape=is_environment)
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is complete. Raises DamagedFile where it cannot be told."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thence.errors import CheckpointError
+from thence.files import to_json
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -67,7 +68,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(temporary)
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(contiguous, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **plain}), encoding="utf-8")
+        (temporary / "state.json").write_text(to_json({"step": step, **plain}), encoding="utf-8")
         publish(temporary, final)
     # a checkpoint of a later step can only be a damaged one that resuming passed over
     older = [path for path in checkpoints(folder) if path < final]
@@ -91,7 +92,7 @@ def publish(temporary: Path, final: Path) -> None:
     """Write a manifest of checksums, flush everything to disk and rename the folder into place."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _sha256(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (temporary / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, temporary]:
         _flush(path)
     replaced = final.with_name(f"{REPLACED}{final.name}")

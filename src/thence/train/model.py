@@ -55,9 +55,9 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     if settings.trust_remote_code:
         log.warning("running Python code shipped by %s (trust_remote_code = true)", settings.path)
     dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
+    check_configuration(Path(resolve(settings.path)) if settings.path else None)
     tokenizer = load_tokenizer(settings)
     origin, options = resolve(settings.path or ""), _options(settings)
-    check_configuration(Path(origin) if settings.path else None)
     try:
         if settings.init is not None:
             config = _without_noise(AutoConfig.for_model(**settings.init))
