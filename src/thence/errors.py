@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 
@@ -57,6 +58,19 @@ class DamagedFile(UserError):
 
 class StepRefused(UserError):
     """An optimizer step that would have harmed the model was not taken; the last checkpoint stands."""
+
+
+def foreign_exit(error: SystemExit) -> str | None:
+    """Where code that is not thence's ended the process with ``sys.exit``; None where thence ended itself.
+
+    A command whose work is not done must not end with the exit code of a method, a model or a module of somebody else.
+    """
+    home = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name != "argparse.py"]
+    if not frames or Path(frames[-1].filename).is_relative_to(home):
+        return None
+    code = "" if error.code is None else repr(error.code)
+    return f"sys.exit({code}) was called in {frames[-1].filename}, line {frames[-1].lineno}"
 
 
 def first_line(error: BaseException) -> str:

@@ -209,9 +209,11 @@ class Rl(Optimization):
     max_tokens: int = Field(default=8192, ge=1)
     """Longest response; where it is not set, less if the model's context leaves less beside the longest prompt."""
     reward: str = "math"
-    """exact, math, math-after-think, or an own function: package.module:function or file.py:function."""
+    """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
     reward_seconds: float = Field(default=10.0, gt=0)
-    """Time limit of one answer check."""
+    """Time limit of one answer check, or of one call of an own function."""
+    reward_right_from: float | None = None
+    """The score from which an own function means right; default: what it states, else only scores of 0 and 1 tell."""
     rollout_rows: int = Field(default=512, ge=1)
     """Most responses sampled side by side."""
     engine: Literal["native", "vllm"] = "native"
@@ -248,7 +250,9 @@ class Eval(Section):
     reward: str = "math"
     """Grader, as in rl."""
     reward_seconds: float = Field(default=10.0, gt=0)
-    """Time limit of one answer check."""
+    """Time limit of one answer check, or of one call of an own function."""
+    reward_right_from: float | None = None
+    """The score from which an own function means right; default: what it states, else only scores of 0 and 1 tell."""
     rollout_rows: int = Field(default=512, ge=1)
     """Most responses sampled side by side."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from thence.errors import UserError
+from thence.errors import UserError, foreign_exit
 
 USAGE = """\
 thence: SFT, thence RL. Post-train language models to reason, correct by construction.
@@ -43,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"thence: {error}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        where = foreign_exit(error)
+        if where is None:
+            raise
+        print(f"thence: not done: {where}\n  remedy: fix the code there; what was written stands", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nthence: stopped; run the same command again to resume", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.compare.result import NOTHING, Column, Measured, Spent
+from thence.errors import UserError
 from thence.files import read_jsonl, write_atomically
 
 SUMMARY = "summary.json"
@@ -51,6 +52,16 @@ def read_summary(folder: Path) -> Summary | None:
     return Summary(Spent(**plain["own"]), measured, {key: tuple(values) for key, values in plain["curve"].items()})
 
 
+def no_accuracy(what: str) -> UserError:
+    """The error of a comparison whose evaluation gives degrees, of which it can make no accuracy."""
+    return UserError(
+        f"the reward of [eval] gives degrees and states no threshold ({what}): a comparison is one of accuracies",
+        remedy="state from which score a response is right: reward_right_from in [eval], or the function's attribute "
+        "right_from; then compare into another folder",
+        field="eval.reward",
+    )
+
+
 def _spent(lines: Sequence[Mapping[str, Any]]) -> Spent:
     if not lines:
         return NOTHING
@@ -66,6 +77,8 @@ def _spent(lines: Sequence[Mapping[str, Any]]) -> Spent:
 
 
 def _measured(row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Measured:
+    if row.get("graded"):
+        raise no_accuracy(f"{row['graded']} responses of {row['split']} at temperature {row['temperature']:g}")
     right: dict[int, int] = {}
     for sample in samples:
         if sample["split"] == row["split"] and sample["temperature"] == row["temperature"]:

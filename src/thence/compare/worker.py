@@ -65,7 +65,7 @@ def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
 
 def _work(tables: dict[str, Any], teller: Teller) -> None:
     from thence.compare.summary import summarise
-    from thence.errors import UserError
+    from thence.errors import UserError, foreign_exit
     from thence.pipeline.prompts import kept_prompts
     from thence.pipeline.run import run
 
@@ -79,6 +79,11 @@ def _work(tables: dict[str, Any], teller: Teller) -> None:
     except Exception as error:
         traceback.print_exc()
         teller.tell(failed=f"{type(error).__name__}: {error}")
+    except SystemExit as error:
+        where = foreign_exit(error)
+        if where is None:
+            raise
+        teller.tell(failed=where)
     else:
         teller.tell(done=True)
 

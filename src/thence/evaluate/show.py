@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from types import TracebackType
@@ -105,9 +106,15 @@ def results_view(result: Result) -> Group:
     lenient = any(row.lenient is not None for row in rows)
     optional = (["pass@k", "maj@k"] if several else []) + (["lenient"] if lenient else [])
     names = ["n", "k", "avg@k", "interval", *optional, "unknown", "cut", "tokens"]
-    table = _table("Right answers, % (95% interval over problems)", names)
+    degrees = [row for row in rows if row.reward is not None]
+    title = "Right answers, % (95% interval over problems)"
+    if degrees and len(degrees) == len(rows):
+        title, names[2] = "Mean reward (95% interval over problems)", "reward"
+    elif degrees:
+        names[2] = "avg@k, or reward *"
+    table = _table(title, names)
     for row in rows:
-        table.add_row(*_cells(row, several, lenient))
+        table.add_row(*_cells(row, several, lenient, mark="" if len(degrees) == len(rows) else " *"))
     for group in result.groups:
         table.add_section()
         mean = Text(percent(group.score), style="bold")
@@ -130,6 +137,11 @@ def notes(result: Result) -> list[str]:
         lines.append(f"unfinished: {result.missing:,} samples are missing; problems without all samples are left out")
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
+    if degrees := [row.task.name for row in rows if row.graded]:
+        lines.append(
+            f"mean reward, of any scale: {', '.join(degrees)}; the grader gives degrees and states no score from which "
+            "a response is right (right_from), so there is no share of right answers"
+        )
     if short := sum(row.short for row in rows):
         lines.append(f"the model's context left less than the limit of tokens for {short:,} responses")
     return lines
@@ -145,10 +157,12 @@ def _table(title: str, names: list[str]) -> Table:
     return table
 
 
-def _cells(row: TaskResult, several: bool, lenient: bool) -> list[str]:
+def _cells(row: TaskResult, several: bool, lenient: bool, mark: str) -> list[str]:
     k = row.task.samples
     problems = f"{len(row.shares):,}" + (f" of {row.expected:,}" if len(row.shares) != row.expected else "")
     cells = [row.task.name, problems, str(k), percent(row.avg), ends(row.avg)]
+    if row.reward is not None:
+        cells[3:] = [f"{degree(row.reward)}{mark}", degree_ends(row.reward)]
     if several:
         cells += [percent(row.passed.get(k)) if k > 1 else "–", percent(row.majority)]
     if lenient:
@@ -165,6 +179,16 @@ def percent(score: Score | None) -> str:
 def ends(score: Score | None) -> str:
     """The ends of its interval in per cent. Near 0 and 100 they are not at the same distance: no ± would be true."""
     return "–" if score is None else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+
+
+def degree(score: Score) -> str:
+    """A mean reward, on its own scale."""
+    return f"{score.value:.4g}"
+
+
+def degree_ends(score: Score) -> str:
+    """The ends of its interval; none for a single problem."""
+    return "–" if math.isinf(score.high) else f"{score.low:.4g} to {score.high:.4g}"
 
 
 def comparison_view(comparison: Comparison) -> Group:

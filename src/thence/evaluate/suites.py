@@ -79,6 +79,8 @@ class Task(Section):
     """Longest response."""
     grader: str = "math"
     """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
+    grader_seconds: float = Field(default=10.0, gt=0)
+    """Time limit of one answer check, or of one call of an own function."""
     seed: int = 0
     """Every random number of sampling follows from it."""
 

@@ -1,4 +1,4 @@
-"""The stage that measures accuracy."""
+"""The stage that measures accuracy, or the mean reward where a reward gives degrees."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from thence.files import write_atomically, write_jsonl
 from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
-from thence.verify.reward import load_reward
 
 
 def test_sets(stage: Eval) -> dict[str, dict[str, Any]]:
@@ -33,7 +33,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
     results, limit = [], context_of(context.model.config)
     if context.leads:
         context.watcher.stage(context.name, len(parts), 0)
-    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
+    with stage_reward(stage) as grader:
         for split, temperature in parts:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
@@ -65,7 +65,9 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
                 context.ranks.wait()
             results.append(json.loads(kept.read_text(encoding="utf-8")))
             if context.leads:
-                context.watcher.step({"reward": results[-1]["accuracy"], "response_tokens": results[-1]["mean_tokens"]})
+                found = results[-1]
+                level = found["accuracy"] if found["accuracy"] is not None else found["reward"]
+                context.watcher.step({"reward": level, "response_tokens": found["mean_tokens"]})
     if context.leads:
         write_atomically(folder / "result.json", json.dumps({"stage": context.name, "rows": results}, indent=1))
         samples = [
