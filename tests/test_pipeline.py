@@ -128,7 +128,7 @@ def test_an_evaluation_alone_measures_the_model_that_the_recipe_names(recipes: R
         ("two", 0.0, 2),
         ("two", 1.0, 2),
     ]
-    assert all(r["right"] + r["wrong"] + r["unknown"] == 2 * r["problems"] for r in rows)
+    assert all(r["right"] + r["wrong"] + r["unknown"] + r["graded"] == 2 * r["problems"] for r in rows)
     samples = [json.loads(line) for line in (folder / "stages" / "eval" / "samples.jsonl").read_text().splitlines()]
     assert Counter((s["split"], s["temperature"]) for s in samples) == {
         (r["split"], r["temperature"]): 2 * r["problems"] for r in rows
