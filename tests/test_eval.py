@@ -240,6 +240,12 @@ def test_regrading_needs_no_model_and_keeps_both_grades(tmp_path: Path, data: Pa
 def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_answers(
     tmp_path: Path, data: Path
 ) -> None:
+    from rich.console import Console
+
+    from thence.evaluate.export import write_exports
+    from thence.evaluate.show import results_view
+    from thence.report.evaluation import write_evaluation_page
+
     own = tmp_path / "degrees.py"
     own.write_text("def reward(prompt, response, answer):\n    return 2.5 if '+0' in prompt else None\n")
     store = run(tmp_path / "e", settings_of(data, grader=f"{own}:reward"), Counting())
@@ -256,7 +262,7 @@ def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_
     found = json.loads((store.folder / "results.json").read_text())
     assert found["results"]["sums"]["mean_reward,none"] == 2.5
     assert not any("exact_match" in key for key in found["results"]["sums"])
-    assert "mean reward" in write_evaluation(store, result).read_text()
+    assert "mean reward" in write_evaluation_page(store, result).read_text()
     again = run(tmp_path / "f", settings_of(data, "other", grader=f"{own}:reward"), Counting())
     with pytest.raises(UserError, match=r"no shares of right answers[\s\S]*right_from"):
         compare(store, again)

@@ -204,7 +204,7 @@ def test_the_run_folder_says_what_was_run_and_where(recipes: Recipes) -> None:
 
 
 def test_metrics_have_their_fields_and_they_are_finite(recipes: Recipes) -> None:
-    folder = run(recipes(["sft", "rl"], sft={"held_out": 4}))
+    folder = run(recipes(["sft", "rl"], sft={"held_out": 4}, rl={"reward_right_from": 1e-9}))
     for stage, fields in (("sft", OF_SFT | {"held_out_loss"}), ("rl", OF_RL)):
         lines = metrics(folder, stage)
         assert [line["step"] for line in lines] == [1, 2]
