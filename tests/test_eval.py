@@ -243,6 +243,37 @@ def test_regrading_needs_no_model_and_keeps_both_grades(tmp_path: Path, data: Pa
         summarise(store, "math")
 
 
+def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_answers(
+    tmp_path: Path, data: Path
+) -> None:
+    from rich.console import Console
+
+    from thence.evaluate.export import write_exports
+    from thence.evaluate.show import results_view
+    from thence.report.evaluation import write_evaluation_page
+
+    own = tmp_path / "degrees.py"
+    own.write_text("def reward(prompt, response, answer):\n    return 2.5 if '+0' in prompt else None\n")
+    store = run(tmp_path / "e", settings_of(data, grader=f"{own}:reward"), Counting())
+    result = summarise(store)
+    (row,) = result.tasks
+    assert (row.avg, row.passed, row.majority) == (None, {}, None)
+    assert (row.right, row.wrong, row.graded, row.unknown) == (0, 0, 3, 15)
+    assert row.reward is not None and (row.reward.value, row.reward.problems) == (2.5, 1)
+    console = Console(width=200, record=True)
+    console.print(results_view(result))
+    table = console.export_text()
+    assert "Mean reward" in table and "2.5" in table and "Right answers" not in table
+    write_exports(store, result)
+    found = json.loads((store.folder / "results.json").read_text())
+    assert found["results"]["sums"]["mean_reward,none"] == 2.5
+    assert not any("exact_match" in key for key in found["results"]["sums"])
+    assert "mean reward" in write_evaluation_page(store, result).read_text()
+    again = run(tmp_path / "f", settings_of(data, "other", grader=f"{own}:reward"), Counting())
+    with pytest.raises(UserError, match=r"no shares of right answers[\s\S]*right_from"):
+        compare(store, again)
+
+
 def test_a_new_version_of_the_grader_replaces_old_grades(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ def test_an_evaluation_alone_measures_the_model_that_the_recipe_names(recipes: R
         ("two", 0.0, 2),
         ("two", 1.0, 2),
     ]
-    assert all(r["right"] + r["wrong"] + r["unknown"] == 2 * r["problems"] for r in rows)
+    assert all(r["right"] + r["wrong"] + r["unknown"] + r["graded"] == 2 * r["problems"] for r in rows)
     samples = [json.loads(line) for line in (folder / "stages" / "eval" / "samples.jsonl").read_text().splitlines()]
     assert Counter((s["split"], s["temperature"]) for s in samples) == {
         (r["split"], r["temperature"]): 2 * r["problems"] for r in rows
@@ -205,7 +205,7 @@ def test_the_run_folder_says_what_was_run_and_where(recipes: Recipes) -> None:
 
 
 def test_metrics_have_their_fields_and_they_are_finite(recipes: Recipes) -> None:
-    folder = run(recipes(["sft", "rl"], sft={"held_out": 4}))
+    folder = run(recipes(["sft", "rl"], sft={"held_out": 4}, rl={"reward_right_from": 1e-9}))
     for stage, fields in (("sft", OF_SFT | {"held_out_loss"}), ("rl", OF_RL)):
         lines = metrics(folder, stage)
         assert [line["step"] for line in lines] == [1, 2]

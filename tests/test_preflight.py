@@ -308,7 +308,7 @@ def test_the_context_is_what_the_configuration_says(config: Any, context: int | 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """No reward counts as tried by a test before."""
-    monkeypatch.setattr(preflight_module, "_tried_rewards", set())
+    monkeypatch.setattr(preflight_module, "_tried_rewards", {})
     return lambda: None
 
 

@@ -370,7 +370,7 @@ def test_an_own_function_gives_real_scores_and_none_is_unknown(own: Path) -> Non
     with load_reward(f"{own}:length") as grader:
         grades = grader.grade_many(["p"] * 3, ["aaaa", "a", "aaaa"], ["x", "x", None])
     assert [grade.score for grade in grades] == [0.5, -0.25, 0.0]
-    assert count(grades) == {"right": 1, "wrong": 1, "unknown": 1}
+    assert count(grades) == {"right": 0, "wrong": 0, "graded": 2, "unknown": 1}
 
 
 def test_an_own_function_by_module(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,15 @@ from thence.limits import Rows
 from thence.terminal import make_console
 
 HELP = """\
-thence sample FOLDER [--n 5] [--verdict right|wrong|unknown] [--stage NAME]
+thence sample FOLDER [--n 5] [--verdict right|wrong|graded|unknown] [--stage NAME]
                      [--task NAME] [--problem KEY] [--grader NAME]
 
 Print prompts with the model's responses and verdicts: of a run (--stage), or of an evaluation (--task; --problem with
 the first letters of a problem's key shows its samples; --grader letter shows the lenient letter rule)."""
-COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow"}
+COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
 OF_RUNS, OF_EVALUATIONS = ("--stage",), ("--task", "--problem", "--grader")
 OPTIONS = ("--n", "--verdict", *OF_RUNS, *OF_EVALUATIONS)
-VERDICTS = ("right", "wrong", "unknown", "ungraded")
+VERDICTS = ("right", "wrong", "graded", "unknown", "ungraded")
 
 
 def sample_command(argv: Sequence[str]) -> int:
@@ -107,6 +107,7 @@ def _evaluated(folder: Path, chosen: dict[str, str]) -> Iterator[tuple[str, list
             lines.append(
                 {
                     "verdict": grade.verdict if grade else "ungraded",
+                    "score": grade.score if grade else None,
                     "split": f"problem {sample.problem} sample {sample.sample}",
                     "tokens": "?" if sample.tokens is None else sample.tokens,
                     "finish": sample.finish,
@@ -123,8 +124,9 @@ def _evaluated(folder: Path, chosen: dict[str, str]) -> Iterator[tuple[str, list
 
 def _show(console: Console, stage: str, line: dict) -> None:
     verdict = line["verdict"]
+    degree = f"{verdict} {line['score']:.4g}" if verdict == "graded" and line.get("score") is not None else verdict
     head = Text.assemble(
-        (f" {verdict} ", f"bold white on {COLOURS.get(verdict, 'grey50')}"),
+        (f" {degree} ", f"bold white on {COLOURS.get(verdict, 'grey50')}"),
         (f"  {stage}", "bold"),
         f"  {line.get('split') or 'step ' + str(line['step'])}",
         f"  T={line['temperature']}" if line.get("temperature") is not None else "",

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from thence.compare.result import NOTHING, SUMMARY, Column, Measured, Spent
-from thence.errors import DamagedFile
+from thence.errors import DamagedFile, UserError
 from thence.files import fitted, read_json, read_lines, say_bad_lines, to_json, write_atomically
 from thence.pipeline.folder import wrong_with_line
 
@@ -119,6 +119,16 @@ def _rows(path: Path, remedy: str) -> list[dict[str, Any]]:
     return found.values
 
 
+def no_accuracy(what: str) -> UserError:
+    """The error of a comparison whose evaluation gives degrees, of which it can make no accuracy."""
+    return UserError(
+        f"the reward of [eval] gives degrees and states no threshold ({what}): a comparison is one of accuracies",
+        remedy="state from which score a response is right: reward_right_from in [eval], or the function's attribute "
+        "right_from; then compare into another folder",
+        field="eval.reward",
+    )
+
+
 def _spent(lines: Sequence[Mapping[str, Any]]) -> Spent:
     if not lines:
         return NOTHING
@@ -134,6 +144,8 @@ def _spent(lines: Sequence[Mapping[str, Any]]) -> Spent:
 
 
 def _measured(row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Measured:
+    if row.get("graded"):
+        raise no_accuracy(f"{row['graded']} responses of {row['split']} at temperature {row['temperature']:g}")
     right: dict[int, int] = {}
     for sample in samples:
         if sample["split"] == row["split"] and sample["temperature"] == row["temperature"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import ENOUGH, Refusal, nothing_answered
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.verify.loading import function_file
 from thence.verify.math import RULES_VERSION
 from thence.verify.reward import load_reward
 from thence.verify.verdict import Grade
@@ -156,7 +156,10 @@ def grade(store: Store, task: Task, grader: str, *, again: bool = False, watcher
     todo = [sample for sample in samples if sample.place not in have]
     if todo:
         (watcher or Silent()).grading(task.name, len(todo))
-        with load_reward(grader) as checker, store.write_grades(task.name) as lines:
+        with (
+            load_reward(grader, seconds=task.grader_seconds, setting="grader_seconds") as checker,
+            store.write_grades(task.name) as lines,
+        ):
             for start in range(0, len(todo), GRADED_AT_ONCE):
                 part = todo[start : start + GRADED_AT_ONCE]
                 texts = [sample.text for sample in part]
@@ -181,17 +184,12 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
 
 def grader_version(grader: str) -> str:
     """What a grade by this grader depends on: the checker's version, or the text of an own function's file."""
-    place, colon, _ = grader.rpartition(":")
-    if not colon:
+    if ":" not in grader:
         if grader in ("exact", LETTER):
             return f"thence {__version__}"
         checker = importlib.metadata.version("math-verify")
         return f"thence {__version__}, rules {RULES_VERSION}, math-verify {checker}"
-    try:
-        found = None if place.endswith(".py") else importlib.util.find_spec(place)
-    except ImportError:
-        found = None
-    file = Path(place) if place.endswith(".py") else Path(found.origin) if found and found.origin else None
+    file = function_file(grader)
     if file is None or not file.is_file():
         raise UserError(f"grader {grader} is not there", remedy="check the path or module", field="grader")
     return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"

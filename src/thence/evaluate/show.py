@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -116,9 +117,14 @@ def results_view(result: Result) -> Group:
     unanswered = result.not_answered > 0
     names = ["n", *(["unanswered"] if unanswered else []), "k", "avg@k", "interval", *optional, "unknown", "cut"]
     names.append("tokens")
-    table = _table("Right answers, % (95% interval over problems)", names)
+    degrees = [row for row in rows if row.reward is not None]
+    all_graded = bool(degrees) and len(degrees) == len(rows)
+    title = "Mean reward" if all_graded else "Right answers, %"
+    if degrees:
+        names[names.index("avg@k")] = "reward" if all_graded else "avg@k, or reward *"
+    table = _table(f"{title} (95% interval over problems)", names)
     for row in rows:
-        table.add_row(*_cells(row, several, lenient, unanswered))
+        table.add_row(*_cells(row, several, lenient, unanswered, mark="" if all_graded else " *"))
     for group in result.groups:
         table.add_section()
         mean = Text(percent(group.score), style="bold")
@@ -143,6 +149,11 @@ def notes(result: Result) -> list[str]:
     lines += _not_answered(result)
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
+    if degrees := [row.task.name for row in rows if row.graded]:
+        lines.append(
+            f"mean reward, of any scale: {', '.join(degrees)}; the grader gives degrees and states no score from which "
+            "a response is right (right_from), so there is no share of right answers"
+        )
     if short := sum(row.short for row in rows):
         lines.append(f"the model's context left less than the limit of tokens for {short:,} responses")
     return lines
@@ -180,11 +191,14 @@ def _table(title: str, names: list[str]) -> Table:
     return table
 
 
-def _cells(row: TaskResult, several: bool, lenient: bool, unanswered: bool) -> list[str]:
+def _cells(row: TaskResult, several: bool, lenient: bool, unanswered: bool, mark: str) -> list[str]:
     k = row.task.samples
     problems = f"{len(row.shares):,}" + (f" of {row.expected:,}" if len(row.shares) != row.expected else "")
     cells = [row.task.name, problems, *([f"{len(row.not_answered):,}"] if unanswered else [])]
-    cells += [str(k), percent(row.avg), ends(row.avg)]
+    level = [percent(row.avg), ends(row.avg)]
+    if row.reward is not None:
+        level = [f"{degree(row.reward)}{mark}", degree_ends(row.reward)]
+    cells += [str(k), *level]
     if several:
         cells += [percent(row.passed.get(k)) if k > 1 else "–", percent(row.majority)]
     if lenient:
@@ -201,6 +215,16 @@ def percent(score: Score | None) -> str:
 def ends(score: Score | None) -> str:
     """The ends of its interval in per cent. Near 0 and 100 they are not at the same distance: no ± would be true."""
     return "–" if score is None else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+
+
+def degree(score: Score) -> str:
+    """A mean reward, on its own scale."""
+    return f"{score.value:.4g}"
+
+
+def degree_ends(score: Score) -> str:
+    """The ends of its interval; none for a single problem."""
+    return "–" if math.isinf(score.high) else f"{score.low:.4g} to {score.high:.4g}"
 
 
 def comparison_view(comparison: Comparison) -> Group:

@@ -76,7 +76,7 @@ class Settings(Section):
     """The tasks, resolved."""
 
 
-FREE = ("data", "files", "title")  # problems are known by their text, wherever it was read
+FREE = ("data", "files", "title", "grader_seconds")  # problems are known by their text, wherever it was read
 
 
 @dataclass(frozen=True, slots=True)

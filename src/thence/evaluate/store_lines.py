@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-VERDICTS = ("right", "wrong", "unknown")
+VERDICTS = ("right", "wrong", "graded", "unknown")
 _SAMPLE_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem", "question", "answer", "text", "finish", "source"), (str,)),
     **dict.fromkeys(("sample", "seed", "tokens", "room"), (int,)),

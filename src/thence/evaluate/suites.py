@@ -90,6 +90,8 @@ class Task(Section):
     """Longest response."""
     grader: Place = "math"
     """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
+    grader_seconds: Seconds = 10.0
+    """Time limit of one answer check, or of one call of an own function."""
     seed: Seed = 0
     """Every random number of sampling follows from it."""
 

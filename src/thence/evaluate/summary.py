@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from thence.errors import UserError
-from thence.evaluate.metrics import Paired, Score, avg_at_k, maj_at_k, mean_score, paired, pass_at_k
+from thence.evaluate.metrics import Paired, Score, avg_at_k, maj_at_k, mean_reward_of, mean_score, paired, pass_at_k
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
 from thence.files import to_json
@@ -33,6 +33,9 @@ class TaskResult:
         majority: maj@k over all samples.
         lenient: avg@k where any way to name the right letter counts; None where the task has no letters.
         right, wrong, unknown: verdicts over all samples counted. Unknown is counted as not right.
+        graded: scores that are a degree without a threshold. Where there are any, nothing that needs right and wrong
+            is defined: `avg`, `passed` and `majority` are empty, and `reward` takes their place.
+        reward: mean score of the samples that have one; None where right and wrong are known, or no sample has one.
         truncated: responses cut by the limit of tokens or by the context.
         short: responses for which the context left less than `max_tokens`.
         mean_tokens: mean length of a response; None where the server did not tell.
@@ -61,6 +64,8 @@ class TaskResult:
     not_answered: dict[str, str] = field(default_factory=dict)
     not_answered_kinds: dict[str, int] = field(default_factory=dict)
     other_ends: dict[str, int] = field(default_factory=dict)
+    graded: int = 0
+    reward: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,8 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
     verdicts = [grade.verdict for _, grade in counted]
     right = [sum(grade.verdict == "right" for _, grade in pairs) for pairs in complete.values()]
     answers = [[(grade.extracted, grade.verdict == "right") for _, grade in pairs] for pairs in complete.values()]
+    graded = verdicts.count("graded")
+    scores = [[grade.score for _, grade in pairs if grade.verdict != "unknown"] for pairs in complete.values()]
     told = [sample.tokens for sample, _ in counted if sample.tokens is not None]
     return TaskResult(
         task=task,
@@ -152,9 +159,9 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         versions=tuple(sorted({grade.version for _, grade in counted})),
         expected=len(keys),
         missing=len(keys) * k - len(refused) - sum(len(by_problem[key]) for key in keys if key in by_problem),
-        avg=avg_at_k(right, k) if right else None,
-        passed={n: pass_at_k(right, k, n) for n in _powers(k)} if right else {},
-        majority=maj_at_k(answers, k) if right and k > 1 else None,
+        avg=avg_at_k(right, k) if right and not graded else None,
+        passed={n: pass_at_k(right, k, n) for n in _powers(k)} if right and not graded else {},
+        majority=maj_at_k(answers, k) if right and k > 1 and not graded else None,
         lenient=_lenient(store, task, list(complete)),
         right=verdicts.count("right"),
         wrong=verdicts.count("wrong"),
@@ -167,6 +174,8 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         not_answered={key: refusal.reason for key, refusal in not_answered.items()},
         not_answered_kinds=dict(Counter(refusal.kind for refusal in not_answered.values())),
         other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", "length"))),
+        graded=graded,
+        reward=mean_reward_of(scores, k) if graded else None,
     )
 
 
@@ -254,6 +263,13 @@ def compare(a: Store, b: Store, grader: str | None = None) -> Comparison:
 
 def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store]) -> Difference:
     for row, store in zip((one, other), stores, strict=True):
+        if row.graded:
+            raise UserError(
+                f"{row.task.name} is graded by {row.grader} with degrees: it has no shares of right answers to compare",
+                remedy="let the function state from which score a response is right (its attribute right_from), and "
+                f"grade the samples again: thence eval --regrade {store.folder} --grader {row.grader}",
+                file=store.folder,
+            )
         if row.avg is None or row.missing:
             raise UserError(
                 f"{row.task.name} is not finished: {row.missing} samples are missing",

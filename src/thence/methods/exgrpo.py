@@ -30,6 +30,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import UserError
 from thence.limits import Share, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
@@ -145,6 +146,13 @@ class ExGrpo(Method):
             self.learn(learned)
         found = [t for _, group in groups for t in group]
         sampled = [t for t in found if t.origin == "rollout" and t.score is not None]
+        if any(t.verdict == "graded" for t in sampled):
+            raise UserError(
+                "exgrpo replays right responses, but the reward gives degrees and does not say what is right",
+                remedy="state from which score a response is right: reward_right_from, or the function's attribute "
+                "right_from",
+                field="reward",
+            )
         right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
         self.started = self.started or right > self.options.start * total
         return found

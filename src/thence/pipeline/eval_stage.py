@@ -1,4 +1,4 @@
-"""The stage that measures accuracy."""
+"""The stage that measures accuracy, or the mean reward where a reward gives degrees."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.folder import wrong_with_line
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
-from thence.verify.reward import load_reward
 
 
 def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
     results, limit = [], context_of(context.model.config)
     if context.leads:
         context.watcher.stage(context.name, len(parts), 0)
-    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
+    with stage_reward(stage) as grader:
         for split, temperature in parts:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
@@ -61,7 +61,9 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
                 context.ranks.wait()
             results.append(_kept(kept))
             if context.leads:
-                context.watcher.step({"reward": results[-1]["accuracy"], "response_tokens": results[-1]["mean_tokens"]})
+                found = results[-1]
+                level = found["accuracy"] if found["accuracy"] is not None else found["reward"]
+                context.watcher.step({"reward": level, "response_tokens": found["mean_tokens"]})
     if context.leads:
         write_over(folder / "result.json", to_json({"stage": context.name, "rows": results}, indent=1))
         samples = []

@@ -8,7 +8,6 @@ also true of what a finished stage has read. What may differ in the last bits on
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from thence.recipe import Eval, Model, Recipe, kind_of
 from thence.train.checkpoint import MANIFEST
 from thence.train.model import resolve
 from thence.train.written import check_written
+from thence.verify.loading import function_file
 
 log = logging.getLogger(__name__)
 FILE = "ground.json"
@@ -270,14 +270,8 @@ def _states(names: Iterable[str]) -> dict[str, State]:
 
 def _reward_file(reward: str) -> list[str]:
     """The file of a reward function of the user's own."""
-    place, colon, _ = reward.rpartition(":")
-    if not colon or place.endswith(".py"):
-        return [place] if colon else []
-    try:
-        spec = importlib.util.find_spec(place)
-    except (ImportError, ValueError):
-        return []
-    return [spec.origin] if spec is not None and spec.origin and Path(spec.origin).is_file() else []
+    file = function_file(reward)
+    return [] if file is None else [str(file)]
 
 
 def _said(state: State | None) -> str:

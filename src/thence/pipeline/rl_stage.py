@@ -30,6 +30,7 @@ from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, mak
 from thence.pipeline.dealing import mini_batches, resume_position, same_or_each
 from thence.pipeline.lessons import Lessons, Watch, each_of
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
@@ -40,7 +41,6 @@ from thence.train.model import save_model
 from thence.train.parallel import Ranks
 from thence.train.step import StepReport, policy_statistics
 from thence.train.trainer import Trainer
-from thence.verify.reward import load_reward
 
 SAMPLES_KEPT = 8  # responses of a step that are written for the reader
 
@@ -58,7 +58,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     trainer = make_trainer(context, stage, stage.steps * minis)
     checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, stage.steps)
     done, own = checkpoints.resume()
-    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader, engine_of(context, stage) as engine:
+    with stage_reward(stage) as grader, engine_of(context, stage) as engine:
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
         ended = own.get("ended", False) and (budget is None or own.get("amount", budget.amount) >= budget.amount)
         if budget is not None:
@@ -317,6 +317,7 @@ def metrics(
 
     Rewards, lengths and verdicts are those of every response that was sampled, trained or not. The mean reward is over
     the responses that have one; for the accuracy, one that nobody can judge counts as not right, as in evaluation.
+    There is no accuracy (None) where a score is a degree without a threshold.
     """
     seen = sampler.seen
     taken = [report for report in (*reports, *side) if report.rows] or [*reports, *side]
@@ -334,11 +335,12 @@ def metrics(
             mismatch.kl_sum,
             mismatch.tokens,
             len(scores),
+            sum(t.verdict == "graded" for t in seen),
         ],
         dtype=torch.float64,
     )
     summed = context.ranks.sum_floats(sums).tolist()
-    count, total, squares, right, unknown, truncated, sampled, kl, compared, known = summed
+    count, total, squares, right, unknown, truncated, sampled, kl, compared, known, graded = summed
     n, scored = max(count, 1), max(known, 1)
     tokens = sum(report.tokens for report in taken)
     trained = sum(report.trained_tokens for report in taken)
@@ -350,7 +352,7 @@ def metrics(
         "clip_share": _mean([r.clip_share for r in main]),
         "reward": total / scored,
         "reward_std": max(0.0, squares / scored - (total / scored) ** 2) ** 0.5,
-        "accuracy": right / n,
+        "accuracy": None if graded else right / n,
         "unknown": int(unknown),
         "unknown_share": unknown / n,
         "truncated": truncated / n,

@@ -12,18 +12,21 @@ from thence.errors import DamagedFile, UserError, first_line
 from thence.files import damaged_lines, read_json, read_lines, read_toml
 from thence.recipe import KINDS, kind_of
 
-_COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated")
+_COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated", "graded")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Accuracy of one model on one split at one temperature; shares are between 0 and 1."""
+    """What one model reached on one split at one temperature; shares are between 0 and 1.
+
+    ``accuracy`` is None where the reward gives degrees and states no threshold; ``reward`` is the mean score then.
+    """
 
     subject: str
     stage: str
     split: str
     temperature: float
-    accuracy: float
+    accuracy: float | None
     low: float | None
     high: float | None
     problems: int | None
@@ -34,11 +37,44 @@ class Cell:
     truncated: int | None
     """Responses that reached the limit of tokens."""
     mean_tokens: float | None
+    graded: int | None = None
+    """Scores that are neither right nor wrong."""
+    reward: float | None = None
+    reward_low: float | None = None
+    reward_high: float | None = None
 
     @property
     def column(self) -> tuple[str, float]:
         """Where the cell stands in the table."""
         return self.split, self.temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An accuracy, or a mean reward (``by_reward``), with its 95% interval."""
+
+    by_reward: bool
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def shown(self) -> str:
+        """The value: an accuracy in per cent, a mean reward as it is."""
+        return "–" if self.value is None else self._shown(self.value)
+
+    @property
+    def half(self) -> str | None:
+        """Half of the interval, in the same unit."""
+        return None if self.low is None or self.high is None else self._shown((self.high - self.low) / 2)
+
+    @property
+    def interval(self) -> str | None:
+        """Both ends of the interval."""
+        return None if self.low is None or self.high is None else f"{self._shown(self.low)} to {self._shown(self.high)}"
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.3f}" if self.by_reward else f"{100 * value:.1f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +124,16 @@ class RunFiles:
         """The last measurement of a model in a column."""
         found = [cell for cell in self.cells if cell.subject == subject and cell.column == column]
         return found[-1] if found else None
+
+    def by_reward(self, column: tuple[str, float]) -> bool:
+        """Whether a column shows mean rewards: a cell of it has no accuracy."""
+        return any(cell.accuracy is None for cell in self.cells if cell.column == column)
+
+    def level(self, cell: Cell) -> Level:
+        """What the table shows for a cell, the same measure in a whole column."""
+        if self.by_reward(cell.column):
+            return Level(True, cell.reward, cell.reward_low, cell.reward_high)
+        return Level(False, cell.accuracy, cell.low, cell.high)
 
     @property
     def pending(self) -> list[str]:
@@ -189,7 +235,9 @@ def _cells(folder: Path, stages: list[str], notes: list[str]) -> Iterator[Cell]:
         rows = _json(path, notes).get("rows") or []
         for row in rows if isinstance(rows, list) else [rows]:
             accuracy = number(row.get("accuracy")) if isinstance(row, dict) else None
-            if accuracy is None:
+            reward = number(row.get("reward")) if isinstance(row, dict) else None
+            degrees = isinstance(row, dict) and bool(number(row.get("graded")))
+            if accuracy is None and not degrees:
                 notes.append(f"{stage}: a row of result.json has no accuracy")
                 continue
             counts = {key: number(row.get(key)) for key in _COUNTS}
@@ -202,6 +250,9 @@ def _cells(folder: Path, stages: list[str], notes: list[str]) -> Iterator[Cell]:
                 low=number(row.get("low")),
                 high=number(row.get("high")),
                 mean_tokens=number(row.get("mean_tokens")),
+                reward=reward,
+                reward_low=number(row.get("reward_low")),
+                reward_high=number(row.get("reward_high")),
                 **{key: None if value is None else int(value) for key, value in counts.items()},
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 from thence.files import stream_lines
 from thence.foreign_text import clean
 
-VERDICTS = ("right", "wrong", "unknown")
+VERDICTS = ("right", "wrong", "graded", "unknown")
 _HEAD, _TAIL = 2500, 1000
 """Characters shown of a long text: its beginning and its end."""
 _FINISH = {"stop": "stopped by itself", "length": "cut off at the limit"}
@@ -30,6 +30,7 @@ class Sample:
     reason: str
     where: str
     tokens: str
+    score: str = ""
 
 
 def pick_samples(folder: Path, stages: tuple[str, ...], each: int = 3) -> dict[str, list[Sample]]:
@@ -88,6 +89,7 @@ def _sample(row: Mapping[str, Any], verdict: str) -> Sample:
         extracted=shown(row.get("extracted")),
         reason=shown(row.get("reason")),
         where=visible(", ".join(where)),
+        score=f"{row['score']:.4g}" if verdict == "graded" and isinstance(row.get("score"), (int, float)) else "",
         tokens=visible(f"{row['tokens']} tokens{finish}") if row.get("tokens") is not None else "",
     )
 
