@@ -20,6 +20,7 @@ from thence.limits import (
     Name,
     Place,
     Rows,
+    Seconds,
     Seed,
     SomeShare,
     Temperature,
