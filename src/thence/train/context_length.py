@@ -8,6 +8,7 @@ from thence import recipe as recipes
 from thence.errors import RecipeError
 from thence.models.lengths import context_of
 from thence.train.model import _options, _overridden, resolve
+from thence.train.random_start import made_config
 
 __all__ = ["context_of", "open_config"]
 
@@ -18,7 +19,7 @@ def open_config(settings: recipes.Model) -> Any:
 
     try:
         if settings.init is not None:
-            return AutoConfig.for_model(**settings.init)
+            return made_config(settings.init)
         config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from thence import recipe as recipes
-from thence.errors import RecipeError, UserError
+from thence.errors import RecipeError
 from thence.models.layers import check_model
 from thence.train.gguf import read_once
+from thence.train.places import find_place
+from thence.train.random_start import check_size, made_config
 
 log = logging.getLogger(__name__)
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")  # parts of the names of fields that make training random
@@ -55,7 +55,8 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     origin, options = resolve(settings.path or ""), _options(settings)
     try:
         if settings.init is not None:
-            config = _without_noise(AutoConfig.for_model(**settings.init))
+            config = _without_noise(made_config(settings.init))
+            check_size(config, dtype)
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
@@ -201,27 +202,12 @@ def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
 
 
 def resolve(path: str) -> str:
-    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself."""
-    if path.startswith("world:"):
-        name = path.removeprefix("world:").replace("/", "-")
-        folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
-        if not folder.is_dir():
-            known = sorted(p.parent.name.replace("-", "/", 1) for p in folder.parent.glob("*/config.json"))
-            raise RecipeError(
-                f"no base {path!r}", remedy=f"use one of {', '.join('world:' + k for k in known)}", field="model.path"
-            )
-        return str(folder)
-    if path.startswith("package:"):
-        package = path.removeprefix("package:")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"the package {package} is not installed",
-                remedy=f"pip install {package.replace('_', '-')}",
-                field="model.path",
-            )
-        return str(spec.submodule_search_locations[0])
-    return str(Path(path).expanduser())
+    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself.
+
+    Raises:
+        RecipeError: no such base, folder or package, and no name that the hub could have; or the hub cannot be reached.
+    """
+    return find_place(path) if path else ""
 
 
 def _options(settings: recipes.Model) -> dict[str, Any]:
