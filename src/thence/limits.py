@@ -199,7 +199,7 @@ def _range(bounds: Mapping[str, float]) -> str:
 
 
 def _said(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{int(number):,}" if number == int(number) and abs(number) < 1e15 else f"{number:g}"
 
 
 def shown(value: Any) -> str:

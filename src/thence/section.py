@@ -36,7 +36,7 @@ class Section(BaseModel):
     def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
         members = members_of(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and not {bool, Any} & set(members) and all(_is_plain(member) for member in members):
-            raise ValueError(f"true and false are no values of this field: it takes {takes(_whole(cls, info))}")
+            raise ValueError(f"{str(value).lower()} is no value of this field")
         if isinstance(value, list) and any(get_origin(member) is tuple for member in members):
             return tuple(value)
         if isinstance(value, Mapping) and any(get_origin(member) is dict for member in members):
@@ -46,10 +46,6 @@ class Section(BaseModel):
 
 def _is_plain(member: Any) -> bool:
     return member in (int, float, str) or get_origin(member) is Literal
-
-
-def _whole(kind: type[BaseModel], info: ValidationInfo) -> Any:
-    return whole_type(kind.model_fields[info.field_name or ""])
 
 
 class PlainValueError(ValueError):
@@ -180,6 +176,9 @@ def _problem(first: ErrorDetails) -> str:
 
 
 def _remedy(first: ErrorDetails, kind: Any, path: Sequence[int | str], more: str) -> str:
+    if "[key]" in first["loc"]:
+        keys = [get_args(member)[0] for member in members_of(_type_at(kind, path[:-1])) if get_origin(member) is dict]
+        return f"give the table {takes(keys[0]) if keys else 'another name'}"
     field = _field_at(kind, path)
     if field is None:
         return more or "correct the table"
@@ -208,6 +207,12 @@ def _field_at(kind: Any, path: Sequence[int | str]) -> tuple[str, str] | None:
             return None
         kind = found = inner
     return None if found is None else (about, takes(found))
+
+
+def _type_at(kind: Any, path: Sequence[int | str]) -> Any:
+    for part in path:
+        kind = next((whole_type(m.model_fields[part]) for m in members_of(kind) if part in m.model_fields), Any)
+    return kind
 
 
 def fields_of(kind: Any, path: Sequence[int | str]) -> list[str]:

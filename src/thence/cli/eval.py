@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thence.cli.arguments import Parser, of
-from thence.errors import UserError
+from thence.errors import RecipeError, UserError
 from thence.limits import Count, Processes, Rows, Seconds
 from thence.text_values import field_type, parse_value, read_value
 
@@ -178,7 +178,13 @@ def _settings(args: argparse.Namespace) -> Settings:
         from thence.evaluate.endpoint import server_address
 
         server_address(args.endpoint)  # a wrong one is said before data are read
-    suite = load_suite(args.suite, overrides)
+    try:
+        suite = load_suite(args.suite, overrides)
+    except RecipeError as error:
+        if error.field not in overrides:
+            raise
+        flag = f"--{error.field.replace('_', '-')}" if error.field in FIELDS else f"--set {error.field}"
+        raise RecipeError(error.problem, remedy=error.remedy, field=flag) from None
     model, stage = find_model(name, args.gguf_file) if name and backend != "endpoint" else (None, None)
     return Settings(
         model=name or "the only one served",

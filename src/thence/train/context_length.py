@@ -10,6 +10,7 @@ from thence.errors import RecipeError, UserError, first_line
 from thence.explain import is_of_system
 from thence.models.lengths import context_of
 from thence.train.model import _options, _overridden, check_configuration, resolve
+from thence.train.random_start import made_config
 
 __all__ = ["context_of", "open_config"]
 
@@ -20,7 +21,7 @@ def open_config(settings: recipes.Model) -> Any:
 
     try:
         if settings.init is not None:
-            return AutoConfig.for_model(**settings.init)
+            return made_config(settings.init)
         check_configuration(Path(resolve(settings.path or "")))
         config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
     except Exception as error:  # a model's code and files may raise anything

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from thence.files import read_json
 from thence.models.layers import check_model
 from thence.train.finite import broken_weights
 from thence.train.gguf import read_once
+from thence.train.places import find_place
+from thence.train.random_start import check_size, made_config
 from thence.train.written import check_written
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     origin, options = resolve(settings.path or ""), _options(settings)
     try:
         if settings.init is not None:
-            config = _without_noise(AutoConfig.for_model(**settings.init))
+            config = _without_noise(made_config(settings.init))
+            check_size(config, dtype)
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
@@ -245,32 +246,13 @@ def resolve(path: str) -> str:
     Every model is opened through here: one that thence wrote is refused where it is no longer as it was written.
 
     Raises:
-        RecipeError: no such base.
-        UserError: the package is not installed.
+        RecipeError: no such base, folder or package, and no name that the hub could have; or the hub cannot be reached.
         DamagedFile: a file of a model that thence wrote has changed or is gone.
     """
-    if path.startswith("world:"):
-        name = path.removeprefix("world:").replace("/", "-")
-        folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
-        if not folder.is_dir():
-            known = sorted(p.parent.name.replace("-", "/", 1) for p in folder.parent.glob("*/config.json"))
-            raise RecipeError(
-                f"no base {path!r}", remedy=f"use one of {', '.join('world:' + k for k in known)}", field="model.path"
-            )
-        return str(folder)
-    if path.startswith("package:"):
-        package = path.removeprefix("package:")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"the package {package} is not installed",
-                remedy=f"pip install {package.replace('_', '-')}",
-                field="model.path",
-            )
-        return str(spec.submodule_search_locations[0])
-    folder = Path(path).expanduser()
-    check_written(folder)
-    return str(folder)
+    place = find_place(path) if path else ""
+    if place and not path.startswith(("world:", "package:")):
+        check_written(Path(place))
+    return place
 
 
 def _options(settings: recipes.Model) -> dict[str, Any]:
