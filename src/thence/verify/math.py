@@ -222,7 +222,8 @@ def _far_apart(gold: Any, found: Any) -> bool:
         return any(_far_apart(one, other) for one, other in zip(*pairs, strict=False))
     if not (getattr(gold, "is_number", False) and getattr(found, "is_number", False)) or gold == found:
         return False
-    numbers: list[Any] = [gold.evalf(20), found.evalf(20)]
+    pair: list[Any] = [gold, found]
+    numbers = [number.evalf(20) for number in pair]
     sizes = [abs(number) for number in numbers]
     if not all(size.is_Float or size.is_Integer for size in sizes) or max(sizes) >= 0.5 or not max(sizes):
         return False
@@ -230,9 +231,10 @@ def _far_apart(gold: Any, found: Any) -> bool:
 
 
 def _ordered(values: Any) -> list[Any]:
+    """The members of a set, numbers by size."""
     from sympy import default_sort_key
 
-    return sorted(values.args, key=lambda value: default_sort_key(value.evalf()))
+    return sorted(values.args, key=lambda value: default_sort_key(value.evalf() if hasattr(value, "evalf") else value))
 
 
 def _parse(text: str) -> list[Any]:
