@@ -43,7 +43,7 @@ _TEXT = re.compile(r"\\text\{\(?([A-Za-z]+)\)?\}")
 def form_of(answer: str) -> Form:
     """The form of a gold answer."""
     text = re.sub(r"(?<!\\)\$", "", answer).strip().removesuffix(".")
-    text = re.sub(r",\\!\s*", ",", text)
+    text = re.sub(r",\\!\s*", ",", text).removeprefix("\\quad")
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
         return Form("integer", text, Fraction(text.replace(",", "")))
     if match := _E.fullmatch(text):
@@ -367,7 +367,11 @@ def _wrong_members(form: Form) -> list[tuple[str, str]]:
     def box(members: list[str]) -> str:
         return _box(opens + ", ".join(members) + closes)
 
-    changed = [f"{parts[0]}+7", *parts[1:]] if "(" not in parts[0] and "=" not in parts[0] else ["91", *parts[1:]]
+    changed = (
+        [f"{parts[0]}+7", *parts[1:]]
+        if "(" not in parts[0] and not re.search("=|infty", parts[0])
+        else ["91", *parts[1:]]
+    )
     found = [("digit", box(changed)), ("extra member", box([*parts, "97"])), ("missing member", box(parts[:-1]))]
     if form.kind == "tuple" and parts != parts[::-1]:
         found += [("order", box(parts[::-1]))]

@@ -74,14 +74,15 @@ def tidy(text: str) -> str:
     text = _THOUSANDS.sub(_joined, text)
     text = _E_NOTATION.sub(_digits, text)
     text = _NUMPY.sub(r"\\", text)
+    text = re.sub(r"(?<=\d)\.(?=/\d)", "", text)  # -1./3 as programs write it
+    text = re.sub(r"(?<!\\)\\[,;:]", " ", text)
     return _TEXT.sub(_spoken, text)
 
 
 def tidy_gold(answer: str) -> str:
     """A gold answer likewise, without the dollar signs of formulas (`\\$` stays)."""
     answer = re.sub(r"(?<!\\)\$", "", answer)
-    answer = re.sub(r"(?<=\d)\.(?=/)", "", answer)  # -1./3 as programs write it
-    return tidy(answer).strip()
+    return tidy(answer).strip().removesuffix(".")
 
 
 def _from_unicode(text: str) -> str:
