@@ -12,7 +12,7 @@ from typing import Literal
 
 from thence.data.think import THINK_TAGS
 from thence.verify.boxed import last_box
-from thence.verify.quantities import split_unit
+from thence.verify.quantities import quantity, split_unit
 
 MAX_CHARS = 1000
 """Longer texts are no final answer; nothing is objected to them."""
@@ -70,10 +70,11 @@ def find_claim(text: str) -> Claim | None:
     if not starts:
         return None
     start = starts[-1]
-    if formula := _FORMULA.match(text, start):
-        return _claim(text, start, *formula.span(formula.lastindex or 0), formula.end(), "answer")
     stop = _SENTENCE_END.search(text, start, start + MAX_CHARS)
     end = stop.start() if stop else min(len(text), start + MAX_CHARS)
+    formula = _FORMULA.search(text, start, start + MAX_CHARS)
+    if formula and formula.start() <= end and not re.search(r"\d", text[start : formula.start()]):
+        return _claim(text, formula.start(), *formula.span(formula.lastindex or 0), formula.end(), "answer")
     word = _WORD.search(text, start, end)
     end = min(end, word.start() if word else end)
     return _claim(text, start, start, end, None, "answer") if text[start:end].strip(" *_") else None
@@ -155,8 +156,23 @@ def objection(claim: Claim, gold: str) -> str:
         return "the response asks"
     if _COLON.search(text) and not _COLON.search(gold):
         return "the response gives a ratio or a time"
+    members = [] if quantity(gold) else _members(gold)
+    if len(set(members)) < len(members) > len(_members(text)):
+        return "a member is missing"
     following = re.match(r"\s*[A-Za-z]{1,20}\b", claim.after) if claim.mark != "box" else None
     return _other_unit(text + (following[0] if following else ""), gold)
+
+
+def _members(text: str) -> list[str]:
+    """What commas, `and` and `or` outside of brackets separate."""
+    members, depth = [""], 0
+    for sign in re.sub(r"(?:,\s*)?\b(?:and|or)\b", ",", text.replace("{,}", "")[:MAX_CHARS]):
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth:
+            members.append("")
+        elif not sign.isspace():
+            members[-1] += sign
+    return members
 
 
 def _other_unit(text: str, gold: str) -> str:
@@ -177,9 +193,9 @@ def denied(response: str, gold: str) -> bool:
 
 
 def stated(response: str) -> bool:
-    """Whether a response without a box marks a final answer with a digit in it: `#### 18`, "Answer: 4"."""
+    """Whether a response without a box marks a final answer that is no bare word or letter: `#### 18`, "Answer: 4"."""
     claim = find_claim(response)
-    return claim is not None and claim.mark in ("####", "answer") and re.search(r"\d", claim.text) is not None
+    return claim is not None and claim.mark in ("####", "answer") and re.search(r"[\d=\\]", claim.text) is not None
 
 
 _SIDES = re.compile(r"(?<![<>!:\\])=(?!=)")

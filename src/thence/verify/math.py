@@ -18,7 +18,7 @@ from thence.verify.boxed import BOX, alike, last_boxed
 from thence.verify.claims import Claim, claim_of, denied, find_claim, finished, names_a_value, objection, sides, stated
 from thence.verify.notation import tidy, tidy_gold
 from thence.verify.quantities import based, quantity, same, split_unit
-from thence.verify.verdict import Grade, right, unknown, wrong
+from thence.verify.verdict import Grade, Verdict, right, unknown, wrong
 
 Rule = Literal["plain", "after_think", "boxed"]
 
@@ -90,7 +90,7 @@ def grade_math(text: str, answer: str) -> Grade:
 
     gold_text, text = tidy_gold(answer), tidy(text)
     try:
-        gold = _parse(f"${gold_text}$")
+        gold = _parse_gold(gold_text)
     except MemoryError:
         return unknown("memory")
     except Exception:
@@ -105,13 +105,19 @@ def grade_math(text: str, answer: str) -> Grade:
             text = f"\\boxed{{{claim.text}}}" if quantity(claim.text) else claim.text
         if text.count(BOX) < 2 and (by_value := _by_value(claim, gold_text)) is not None:
             return by_value
+    elif claim is not None and re.match(r"\s*(?:[.!\n]|$)", claim.after):
+        by_value = _by_value(claim, gold_text)
+        if by_value is not None and by_value == right(by_value.extracted):
+            return by_value
     try:
         found = _parse(text)
     except Exception as error:
         return unknown(_name(error))
     grade = _compare(gold, found) if found else wrong(None, "no answer given")
-    if grade == wrong(grade.extracted, grade.reason) and claim is not None and (other := _readable(claim, gold_text)):
-        grade = _second(gold, other, grade)
+    # Several boxes are one set, as in the papers' code: the last one alone gets no second chance.
+    if grade.verdict is Verdict.WRONG and claim is not None and text.count(BOX) < 2:
+        other = _readable(claim, gold_text)
+        grade = _second(gold, other, grade) if other else grade
     if grade != right(grade.extracted):
         return grade
     claim = claim or claim_of(text, grade.extracted or "")
@@ -131,7 +137,11 @@ def _by_value(claim: Claim, gold_text: str) -> Grade | None:
         reason = "" if equal else "another base or digit"
         return right(extracted) if equal else wrong(extracted, reason)
     (given_text, given_unit), (gold_rest, gold_unit) = split_unit(claim.text), split_unit(gold_text)
-    given, wanted = quantity(given_text), quantity(gold_rest)
+    # Words of any kind may stand behind a number.
+    words = (
+        re.sub(r"(?<=.)\\(?:text|mbox|mathrm) ?\{[A-Za-z ]{1,40}\}$", "", given_text) if not given_unit else given_text
+    )
+    given, wanted = quantity(words), quantity(gold_rest)
     if given is None or wanted is None:
         return None
     kinds = {unit.kind for unit in (given_unit, gold_unit) if unit is not None}
@@ -148,12 +158,15 @@ def _by_value(claim: Claim, gold_text: str) -> Grade | None:
 def _readable(claim: Claim, gold_text: str) -> str | None:
     """Another writing of a claim that math-verify did not take: a value stated outside of formulas, `5 = x` turned."""
     text = claim.text
+    if alike(text, gold_text):
+        return gold_text
     parts = sides(text)
     if len(parts) == 2 and re.fullmatch(r"[A-Za-z]", parts[1]) and not sides(gold_text):
         text = parts[0]
     text = re.sub(r"^(?:\\(?:text|mbox|mathrm) ?\{[^{}]*\}\s*)+(?=.)", "", text)
     percent = re.fullmatch(r"(.{1,50}?)\s*\\?%", gold_text)
-    if percent and (wanted := quantity(percent[1])) and (given := quantity(text)) and same(wanted, given):
+    given = quantity(split_unit(text)[0])
+    if percent and given and (wanted := quantity(percent[1])) and same(wanted, given):
         return gold_text
     if text == claim.text and (claim.mark != "answer" or not re.search(r"\d|\\[a-z]", text)):
         return None
@@ -209,6 +222,23 @@ def _compare(gold: Sequence[Any], found: Sequence[Any]) -> Grade:
     return unknown(failure, extracted) if failure else wrong(extracted)
 
 
+def _parse_gold(text: str) -> list[Any]:
+    """The readings of a gold answer.
+
+    Of a formula that cannot be read whole, math-verify takes a number somewhere in it; its text is kept then. Of `N=n`, whose sides are one symbol to it, the right side is read.
+    """
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Eq
+
+    gold = _parse(f"${text}$")
+    if quantity(text) is None and not any(isinstance(item, str) for item in gold[:1]):
+        whole = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=0, raise_on_error=True)
+        gold = whole or gold
+    if len(parts := sides(text)) == 2 and any(isinstance(item, Eq) and item.lhs == item.rhs for item in gold):
+        return _parse(f"${parts[1]}$")
+    return gold
+
+
 def _far_apart(gold: Any, found: Any) -> bool:
     """Whether two values that are equal to some decimals are tiny and different, also inside of sets and tuples."""
     if isinstance(gold, str) or isinstance(found, str):
@@ -222,8 +252,8 @@ def _far_apart(gold: Any, found: Any) -> bool:
         return any(_far_apart(one, other) for one, other in zip(*pairs, strict=False))
     if not (getattr(gold, "is_number", False) and getattr(found, "is_number", False)) or gold == found:
         return False
-    both: list[Any] = [gold, found]
-    numbers = [side.evalf(20) for side in both]
+    pair: list[Any] = [gold, found]
+    numbers = [number.evalf(20) for number in pair]
     sizes = [abs(number) for number in numbers]
     if not all(size.is_Float or size.is_Integer for size in sizes) or max(sizes) >= 0.5 or not max(sizes):
         return False
@@ -231,9 +261,10 @@ def _far_apart(gold: Any, found: Any) -> bool:
 
 
 def _ordered(values: Any) -> list[Any]:
+    """The members of a set, numbers by size."""
     from sympy import default_sort_key
 
-    return sorted(values.args, key=lambda value: default_sort_key(value.evalf()))
+    return sorted(values.args, key=lambda value: default_sort_key(value.evalf() if hasattr(value, "evalf") else value))
 
 
 def _parse(text: str) -> list[Any]:

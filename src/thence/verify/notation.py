@@ -62,6 +62,7 @@ _THOUSANDS = re.compile(rf"(?<![\d.,])([1-9]\d{{0,2}})((?:{_SEPARATOR}\d{{3}}){{
 _E_NOTATION = re.compile(
     r"(?<![\w.\\^_])(?<![\^_]\{)(\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})[eE]([-+]?\d{1,3})(?![\w^]|\.\d)"
 )
+_NUMPY = re.compile(r"\bnp\.(?=(?:arc)?(?:sin|cos|tan)h?\(|(?:exp|log|sqrt)\()")
 _TEXT = re.compile(r"\\(?:text|mbox|textrm|textnormal|mathrm|textbf|mathbf) ?\{([^{}]{0,500})\}")
 _SPEAKS = re.compile(r"\b(?:or|and)\b|(?<![A-Za-z^\d])\d", re.IGNORECASE)
 
@@ -72,15 +73,16 @@ def tidy(text: str) -> str:
         text = _from_unicode(text)
     text = _THOUSANDS.sub(_joined, text)
     text = _E_NOTATION.sub(_digits, text)
+    text = _NUMPY.sub(r"\\", text)
+    text = re.sub(r"(?<=\d)\.(?=/\d)", "", text)  # -1./3 as programs write it
+    text = re.sub(r"(?<!\\)\\[,;:]", " ", text)
     return _TEXT.sub(_spoken, text)
 
 
 def tidy_gold(answer: str) -> str:
-    """A gold answer likewise, without the dollar signs of formulas (`\\$` stays) and NumPy's `np.`."""
+    """A gold answer likewise, without the dollar signs of formulas (`\\$` stays)."""
     answer = re.sub(r"(?<!\\)\$", "", answer)
-    answer = re.sub(r"\bnp\.(?=[a-z]+\()", r"\\", answer)
-    answer = re.sub(r"(?<=\d)\.(?=/)", "", answer)  # -1./3 as programs write it
-    return tidy(answer).strip()
+    return tidy(answer).strip().removesuffix(".")
 
 
 def _from_unicode(text: str) -> str:
