@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -28,6 +29,10 @@ def kind_of_file(path: Path) -> str | None:
         return KINDS.get(stat.S_IFMT(path.stat().st_mode))
     except ValueError as error:  # a NUL in the name
         raise FileNotFoundError(str(error)) from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise FileNotFoundError(error.strerror) from None
+        raise
 
 
 def read_given(path: Path, what: str, *, most: int, field: str | None = None) -> str:
@@ -42,7 +47,14 @@ def read_given(path: Path, what: str, *, most: int, field: str | None = None) ->
         FileNotFoundError: nothing is there.
         RecipeError: no regular file, too large, not readable, or not UTF-8.
     """
-    if (kind := kind_of_file(path)) is not None:
+    try:
+        kind = kind_of_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        problem = f"cannot be looked at: {error.strerror or error}"
+        raise RecipeError(problem, remedy="give a file that you may read", file=path, field=field) from None
+    if kind is not None:
         raise RecipeError(f"{kind} is no file, and {what} is one", remedy="give a file", file=path, field=field)
     try:
         with path.open("rb") as file:

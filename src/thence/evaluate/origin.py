@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from thence.errors import UserError
+from thence.names import as_name
 from thence.recipe import Model, load_recipe
 from thence.redaction import redacted
 from thence.train.run_marker import is_run
@@ -40,7 +41,7 @@ def short_name(name: str) -> str:
     """A name for a folder: the last parts of a path or hub name, without characters that paths do not like."""
     bare = redacted(name).removeprefix("package:").rstrip("/")
     kept = bare if ":" in bare and not bare.startswith("/") else "-".join(Path(bare).parts[-2:])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", kept).strip("-.") or "model"
+    return as_name(kept) if re.search(r"[A-Za-z0-9_]", kept) else "model"
 
 
 def _run_of(name: str) -> tuple[Path | None, str | None]:

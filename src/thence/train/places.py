@@ -16,6 +16,7 @@ from thence.errors import RecipeError, UserError
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d[\d_.]*(?:[eE][+-]?\d+)?|0x[0-9a-fA-F]+|nan|inf|true|false)")
 CONNECT_SECONDS = 5.0
+LONGEST_HUB_NAME = 96
 
 
 def find_place(path: str, field: str = "model.path") -> str:
@@ -42,7 +43,13 @@ def find_place(path: str, field: str = "model.path") -> str:
             file=place,
             field=field,
         )
-    if not path.strip() or place.is_absolute() or not _HUB_NAME.fullmatch(path) or _NUMBER.fullmatch(path):
+    if (
+        not path.strip()
+        or place.is_absolute()
+        or len(path) > 96
+        or not _HUB_NAME.fullmatch(path)
+        or _NUMBER.fullmatch(path)
+    ):
         raise RecipeError(
             f"there is no folder {path!r}, and no model on the hub has such a name",
             remedy="give a Hugging Face folder, a hub name (owner/name), world:chain/rich or package:NAME",
