@@ -159,7 +159,7 @@ def _by_value(claim: Claim, gold_text: str) -> Grade | None:
 def _readable(claim: Claim, gold_text: str) -> str | None:
     """Another writing of a claim that math-verify did not take: a value stated outside of formulas, `5 = x` turned."""
     text = claim.text
-    if alike(text, gold_text):
+    if claim.mark == "box" and alike(text, gold_text):
         return gold_text
     parts = sides(text)
     if len(parts) == 2 and re.fullmatch(r"[A-Za-z]", parts[1]) and not sides(gold_text):
