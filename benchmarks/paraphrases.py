@@ -110,7 +110,7 @@ def record_of(cases: Sequence[Case], grades: dict[str, list[Grade]]) -> dict[str
             for case, one in mine:
                 verdicts[one.verdict.value] += case.rows
                 ways[group][case.written.way][f"{name} {one.verdict.value}"] += 1
-                if (one.verdict.value == "right") is not is_right:
+                if one.verdict.value != ("right" if is_right else "wrong"):
                     entry = left.setdefault(
                         (case.gold, case.written.response),
                         {

@@ -134,7 +134,8 @@ def _by_value(claim: Claim, gold_text: str) -> Grade | None:
         if wanted is None and plain is None:
             return None
         equal = number == wanted if wanted is not None else plain is not None and number[0] == plain.value
-        reason = "" if equal else "another base or digit"
+        reason = objection(claim, gold_text) if equal else "another base or digit"
+        equal = equal and not reason
         return right(extracted) if equal else wrong(extracted, reason)
     (given_text, given_unit), (gold_rest, gold_unit) = split_unit(claim.text), split_unit(gold_text)
     # Words of any kind may stand behind a number.
@@ -158,7 +159,7 @@ def _by_value(claim: Claim, gold_text: str) -> Grade | None:
 def _readable(claim: Claim, gold_text: str) -> str | None:
     """Another writing of a claim that math-verify did not take: a value stated outside of formulas, `5 = x` turned."""
     text = claim.text
-    if alike(text, gold_text):
+    if claim.mark == "box" and alike(text, gold_text):
         return gold_text
     parts = sides(text)
     if len(parts) == 2 and re.fullmatch(r"[A-Za-z]", parts[1]) and not sides(gold_text):
@@ -225,8 +226,13 @@ def _compare(gold: Sequence[Any], found: Sequence[Any]) -> Grade:
 def _parse_gold(text: str) -> list[Any]:
     """The readings of a gold answer.
 
+<<<<<<< HEAD
     Of a formula that cannot be read whole, math-verify takes a number somewhere in it; its text is kept then. Of `N=n`,
     whose sides are one symbol to it, the right side is read.
+=======
+    Of a formula that cannot be read whole, math-verify takes a number somewhere in it; its text is kept then.
+    Of `N=n`, whose sides are one symbol to it, the right side is read.
+>>>>>>> grading
     """
     from math_verify import LatexExtractionConfig, parse
     from sympy import Eq
