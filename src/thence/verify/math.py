@@ -226,13 +226,8 @@ def _compare(gold: Sequence[Any], found: Sequence[Any]) -> Grade:
 def _parse_gold(text: str) -> list[Any]:
     """The readings of a gold answer.
 
-<<<<<<< HEAD
-    Of a formula that cannot be read whole, math-verify takes a number somewhere in it; its text is kept then. Of `N=n`,
-    whose sides are one symbol to it, the right side is read.
-=======
     Of a formula that cannot be read whole, math-verify takes a number somewhere in it; its text is kept then.
     Of `N=n`, whose sides are one symbol to it, the right side is read.
->>>>>>> grading
     """
     from math_verify import LatexExtractionConfig, parse
     from sympy import Eq
