@@ -37,6 +37,7 @@ def audit_command(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    _refuse_to_write_over(args)
     console = Console()
     live = sys.stdout.isatty() and not args.quiet
     report = (
@@ -131,9 +132,45 @@ def _teller(console: Console, live: bool):
     return tell
 
 
+def _refuse_to_write_over(args: argparse.Namespace) -> None:
+    """Raise UserError, before anything is audited, if a report would take the place of a file that is none."""
+    asked = [(kind, getattr(args, kind)) for kind in ("json", "html", "junit") if getattr(args, kind)]
+    for kind, path in asked:
+        if path.is_dir() or sum(other.absolute() == path.absolute() for _, other in asked) > 1:
+            problem = "this is a folder" if path.is_dir() else "two reports would be written into this file"
+        elif path.is_file() and path.stat().st_size and not _is_report(kind, path.read_bytes()):
+            problem = f"the file is there already, and is no {kind} report of an audit"
+        else:
+            continue
+        raise UserError(problem, remedy="give another file", file=path, field=f"--{kind}")
+
+
+def _is_report(kind: str, content: bytes) -> bool:
+    """Whether a file is what an earlier audit has written."""
+    if kind != "json":
+        return (b"thence audit</title>" if kind == "html" else b'<testsuites name="thence audit ') in content
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"thence", "verdict", "cases", "probe"} <= value.keys()
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a pipe or a device as it is."""
+    from thence.files import write_atomically
+
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_atomically(path, text)
+
+
 def _write(args: argparse.Namespace, report: Report) -> None:
     if args.json:
-        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        from thence.files import to_json
+
+        _put(args.json, to_json(report.to_dict(), indent=1) + "\n")
     if args.html:
         from thence.audit.page import write_page
 
@@ -141,4 +178,4 @@ def _write(args: argparse.Namespace, report: Report) -> None:
     if args.junit:
         from thence.audit.junit import junit_xml
 
-        args.junit.write_text(junit_xml(report), encoding="utf-8")
+        _put(args.junit, junit_xml(report))
