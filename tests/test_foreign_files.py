@@ -79,7 +79,7 @@ def test_an_audits_report_takes_the_place_of_an_earlier_one_alone(
     arguments = ["thence", "--quick", "--quiet", "--only", "micro 8 x 1", f"--{kind}", str(tmp_path / "report")]
     first = main(["audit", *arguments])
     assert first in (0, 1, 2) and (tmp_path / "report").stat().st_size
-    again = audit._parser().parse_args(arguments)
+    again = audit._parser().parse(arguments)
     audit._refuse_to_write_over(again)
 
 
