@@ -80,7 +80,7 @@ def reward(prompt, response, answer):
 """
 EVERY = 200  # of so many answers one is hostile
 TOWER = "The answer is $9^{9^{9^{9}}}$"  # one multiplication in C that no exception can interrupt
-BIG = r"\boxed{2^{2^{33}}}"  # a number of a gigabyte
+BIG = r"\boxed{(x+y+z+w)^{2000}}"  # a billion terms: fills the least memory that a pool takes before its time is up
 HOSTILE = {"math": (TOWER, BIG), "math-boxed": (TOWER.replace("$9", r"$\boxed{9").replace("}$", "}}$"), BIG)}
 ROUND = 50
 
@@ -91,7 +91,7 @@ def work_grading(folder: Path, progress: Progress) -> dict[str, Any]:
 
     own = folder / "own.py"
     own.write_text(OWN, encoding="utf-8")
-    limits = {"seconds": 5.0, "workers": 1, "memory_mb": 192}
+    limits = {"seconds": 10.0, "workers": 1, "memory_mb": 192}
     verdicts: Counter[str] = Counter()
     unexpected: Counter[str] = Counter()
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):
