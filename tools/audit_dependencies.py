@@ -112,14 +112,14 @@ def read_audit(text: str) -> list[str]:
     """The vulnerabilities of pip-audit's JSON.
 
     Raises:
-        NotAsked: it left packages out. It ends with 0 where it reaches no database, and says of each that it was skipped.
+        NotAsked: it left packages out. Where it reaches no database it says so of each package, and ends with 0.
     """
     try:
         packages = json.loads(text)["dependencies"]
     except (ValueError, LookupError, TypeError):
         raise NotAsked(f"pip-audit gave no list: {text.strip()[-200:]}") from None
     lines = [
-        f"{package['name']} {package['version']}: {flaw['id']}, fixed in {', '.join(flaw['fix_versions']) or 'no release'}"
+        f"{package['name']} {package['version']}: {flaw['id']}, fixed in {', '.join(flaw['fix_versions']) or 'nothing'}"
         for package in packages
         for flaw in package.get("vulns", [])
     ]

@@ -33,7 +33,7 @@ HEAD = """\
 # {what}
 """
 WHAT = {
-    "requirements.txt": "Everything that thence and its tests need. torch: the package index's builds, then the CPU build.",
+    "requirements.txt": "Everything that thence and its tests need. torch: the index's builds, then the CPU build.",
     "cuda.txt": "What torch from the package index needs besides, on Linux x86_64; its CPU build needs none of it.",
 }
 
