@@ -15,19 +15,22 @@ import audit_dependencies  # noqa: E402
 
 import lock  # noqa: E402
 
-FILES = [ROOT / "lock" / name for name in ("requirements.txt", "cuda.txt")]
+FILES = [ROOT / "lock" / name for name in audit_dependencies.FILES]
 
 
 def test_the_lock_is_that_of_the_constraints_with_hashes_for_every_package() -> None:
     pins = lock.read_pins((ROOT / "constraints.txt").read_text())
     assert len(pins) > 70
-    assert not audit_dependencies.stale(pins, lock.read_pins(FILES[0].read_text()))
+    rest, cpu, cuda = (lock.read_pins(file.read_text()) for file in FILES)
+    assert not audit_dependencies.stale(pins, rest | cpu)
+    assert cpu == {"torch": pins["torch"]} and cuda["torch"] == pins["torch"]
     assert not audit_dependencies.without_hashes(FILES)
 
 
-def test_a_package_is_in_one_of_the_files_only() -> None:
-    first, second = (set(lock.read_pins(file.read_text())) for file in FILES)
-    assert not first & second
+def test_pip_cannot_take_the_wrong_build_of_torch() -> None:
+    rest, cpu, cuda = (lock.read_hashes(file.read_text()) for file in FILES)
+    assert not set(rest) & {*cpu, *cuda}
+    assert not set(cpu["torch"]) & set(cuda["torch"])
 
 
 def test_a_lock_survives_being_written_and_read() -> None:

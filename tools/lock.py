@@ -1,12 +1,13 @@
-"""Writes the hashes of every dependency: lock/requirements.txt and lock/cuda.txt. `make lock` runs it.
+"""Writes the hashes of every dependency: the files of lock/. `make lock` runs it.
 
     python tools/lock.py
 
-`lock/requirements.txt` has every package of `constraints.txt`, in that version, and setuptools, which torch needs, with
-the sha256 of every file of the release on the package index, so that it serves other systems than the one it was made
-on. torch also has the hash of its CPU build (`torch==X+cpu`), which is not on that index; pip has to find it
-(`--find-links` or an index of its own). `lock/cuda.txt` has the further packages that torch from the package index needs
-on Linux, which its CPU build does not.
+`lock/requirements.txt` has every package of `constraints.txt` but torch, in that version, and setuptools, which torch
+needs, with the sha256 of every file of the release on the package index, so that it serves other systems than the one
+it was made on. torch comes from one of two more files: `lock/cpu.txt` has the hash of its CPU build (`torch==X+cpu`),
+which is not on that index, so that pip has to find it elsewhere (`--find-links`, or PyTorch's own index); `lock/cuda.txt`
+has the builds of the package index and the further packages that these need on Linux. They are two, since pip takes
+the package index's build wherever its hash is allowed.
 
 It needs the package index. uv, which reads the hashes from the index and downloads none of the files, is installed into
 a folder that is removed at the end.
@@ -35,8 +36,9 @@ HEAD = """\
 # {what}
 """
 WHAT = {
-    "requirements.txt": "Everything that thence and its tests need. torch: the index's builds, then the CPU build.",
-    "cuda.txt": "What torch from the package index needs besides, on Linux x86_64; its CPU build needs none of it.",
+    "requirements.txt": "Everything that thence and its tests need but torch, which cpu.txt or cuda.txt has.",
+    "cpu.txt": "torch's CPU build for Python 3.11 on Linux x86_64; pip has to find it (--find-links, PyTorch's index).",
+    "cuda.txt": "torch from the package index, and what it needs besides on Linux x86_64.",
 }
 
 
@@ -45,7 +47,7 @@ class NotLocked(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write both files. Returns 1, and leaves them as they are, where the index cannot be asked."""
+    """Write the files. Returns 1, and leaves them as they are, where the index cannot be asked."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
         arguments
     )
@@ -70,21 +72,21 @@ def locked(constraints: Path, folder: Path) -> dict[str, str]:
         everything = _run([*uv, str(constraints)])
     if missing := sorted(set(pins) - set(hashes)):
         raise NotLocked(f"no hashes of {', '.join(missing)}")
-    before = folder / "requirements.txt"
-    known = read_hashes(before.read_text()).get("torch", []) if before.exists() else []
-    same = before.exists() and read_pins(before.read_text()).get("torch") == pins["torch"]
-    hashes["torch"] += [h for h in cpu_build(pins["torch"], known if same else []) if h not in hashes["torch"]]
-    others, all_hashes = read_pins(everything), read_hashes(everything)
-    needed = {name: version for name, version in others.items() if not CUDA.match(name)}
-    cuda = {name: version for name, version in others.items() if CUDA.match(name)}
+    others, all_hashes = read_pins(everything), read_hashes(everything) | hashes
+    cuda = {name: version for name, version in others.items() if CUDA.match(name)} | {"torch": pins["torch"]}
+    rest = {name: version for name, version in (others | pins).items() if name not in cuda}
+    cpu = {"torch": cpu_build(pins["torch"], folder / "cpu.txt")}
+    if not cpu["torch"]:
+        raise NotLocked(f"pip finds no torch=={pins['torch']}+cpu, and lock/cpu.txt has no hash of it")
     return {
-        "requirements.txt": lock_text("requirements.txt", needed | pins, all_hashes | hashes),
+        "requirements.txt": lock_text("requirements.txt", rest, all_hashes),
+        "cpu.txt": lock_text("cpu.txt", {"torch": pins["torch"]}, cpu),
         "cuda.txt": lock_text("cuda.txt", cuda, all_hashes),
     }
 
 
-def cpu_build(version: str, known: Sequence[str]) -> list[str]:
-    """The hash of torch's CPU build where pip finds one, else those that are `known`."""
+def cpu_build(version: str, before: Path) -> list[str]:
+    """The hash of torch's CPU build where pip finds one, else the one of that version that stands in `before`."""
     wanted = f"torch=={version}+cpu"
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
     done = subprocess.run([*command, "--report", "-", wanted], capture_output=True, text=True)
@@ -92,8 +94,9 @@ def cpu_build(version: str, known: Sequence[str]) -> list[str]:
         installs = json.loads(done.stdout)["install"]
         return [install["download_info"]["archive_info"]["hashes"]["sha256"] for install in installs]
     except (ValueError, LookupError):
-        print(f"lock: pip finds no {wanted} here; its hash stays as it was, where there was one", file=sys.stderr)
-        return list(known)
+        print(f"lock: pip finds no {wanted} here; its hash stays as it was", file=sys.stderr)
+    text = before.read_text() if before.exists() else ""
+    return read_hashes(text).get("torch", []) if read_pins(text).get("torch") == version else []
 
 
 def name_of(text: str) -> str:
