@@ -5,9 +5,9 @@
 `lock/requirements.txt` has every package of `constraints.txt` but torch, in that version, and setuptools, which torch
 needs, with the sha256 of every file of the release on the package index, so that it serves other systems than the one
 it was made on. torch comes from one of two more files: `lock/cpu.txt` has the hash of its CPU build (`torch==X+cpu`),
-which is not on that index, so that pip has to find it elsewhere (`--find-links`, or PyTorch's own index); `lock/cuda.txt`
-has the builds of the package index and the further packages that these need on Linux. They are two, since pip takes
-the package index's build wherever its hash is allowed.
+which is not on that index, so that pip has to find it elsewhere (`--find-links`, or PyTorch's own index);
+`lock/cuda.txt` has the builds of the package index and the further packages that these need on Linux. They are two,
+since pip takes the package index's build wherever its hash is allowed.
 
 It needs the package index. uv, which reads the hashes from the index and downloads none of the files, is installed into
 a folder that is removed at the end.
