@@ -332,7 +332,7 @@ def test_files_that_were_moved_are_the_same_files_and_others_are_not(
         },
     )
     write_rows(tmp_path / "other.jsonl", [{"prompt": "1", "completion": "2", "answer": "2"}] * 8)
-    with pytest.raises(UserError, match=r"train\.jsonl"):
+    with pytest.raises(UserError, match=r"other\.jsonl: the file was not there when stage sft was begun"):
         run(changed(moved, {"data.source": [str(tmp_path / "other.jsonl")]}))
     run(moved)
     assert (Path(tables["folder"]) / "stages" / "eval" / "done.json").exists()

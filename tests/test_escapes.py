@@ -190,7 +190,9 @@ def run(tmp_path: Path) -> Path:
         '[model]\npath = "m\\u001b"\n'
     )
     write_jsonl(folder / "stages" / "eval" / "samples.jsonl", [SAMPLE])
-    (folder / "environment.json").write_text(json.dumps({"thence": "0", "started": "x", "command": HOSTILE, "platform": HOSTILE}))
+    (folder / "environment.json").write_text(
+        json.dumps({"thence": "0", "started": "x", "command": HOSTILE, "platform": HOSTILE})
+    )
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from thence.cli.arguments import Parser, of
 from thence.errors import UserError
-from thence.files import to_json
+from thence.files import to_json, write_atomically
 from thence.limits import Rate, Seconds, Seed
 from thence.terminal import make_console
 
@@ -44,6 +45,7 @@ def audit_command(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    _refuse_to_write_over(args)
     console = make_console()
     live = sys.stdout.isatty() and not args.quiet
     report = (
@@ -154,16 +156,48 @@ def _check_output(flag: str, path: Path | None) -> None:
         raise UserError(problem, remedy="make the folder, or give another file", file=path, field=flag)
 
 
+def _refuse_to_write_over(args: argparse.Namespace) -> None:
+    """Raise UserError, before anything is audited, if a report would take the place of a file that is none."""
+    asked = [(kind, getattr(args, kind)) for kind in ("json", "html", "junit") if getattr(args, kind)]
+    for kind, path in asked:
+        if path.is_dir() or sum(other.absolute() == path.absolute() for _, other in asked) > 1:
+            problem = "this is a folder" if path.is_dir() else "two reports would be written into this file"
+        elif path.is_file() and path.stat().st_size and not _is_report(kind, path.read_bytes()):
+            problem = f"the file is there already, and is no {kind} report of an audit"
+        else:
+            continue
+        raise UserError(problem, remedy="give another file", file=path, field=f"--{kind}")
+
+
+def _is_report(kind: str, content: bytes) -> bool:
+    """Whether a file is what an earlier audit has written."""
+    if kind != "json":
+        return (b"thence audit</title>" if kind == "html" else b'<testsuites name="thence audit ') in content
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"thence", "verdict", "cases", "probe"} <= value.keys()
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a pipe or a device as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", errors="replace")
+    else:
+        write_atomically(path, text)
+
+
 def _write(args: argparse.Namespace, report: Report) -> OSError | None:
     """Write the files that were asked for, all that can be written. Returns the first error."""
     from thence.audit.junit import junit_xml
     from thence.audit.page import write_page
 
     def as_json(path: Path) -> None:
-        path.write_text(to_json(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _put(path, to_json(report.to_dict(), indent=1) + "\n")
 
     def as_junit(path: Path) -> None:
-        path.write_text(junit_xml(report), encoding="utf-8", errors="replace")
+        _put(path, junit_xml(report))
 
     failed = None
     for path, write in (

@@ -82,8 +82,8 @@ def run(
             ranks.wait()
             if not folder.is_done(name):
                 run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
-            if leads and name != kept:  # killed before this line, the next start comes to it
-                remove_checkpoints(folder.stage(name) / "checkpoints")
+            if leads:  # killed before this line, the next start comes to it
+                remove_checkpoints(folder.stage(name) / "checkpoints", keep=int(name == kept))
             ranks.wait()
     return folder.path
 

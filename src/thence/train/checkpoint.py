@@ -123,14 +123,18 @@ def written_names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_file() and _NAMED.fullmatch(path.name)]
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints in a folder, and what a killed process left of one; the folder if it is empty then."""
+def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
+    """Remove the checkpoints in a folder but the ``keep`` newest, and what a killed process left of one.
+
+    The folder goes too if it is empty then.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
-    for path in folder.iterdir():
+    kept = checkpoints(folder)[-keep:] if keep else []
+    for path in list(folder.iterdir()):
         if path.name.startswith(WRITING) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # a folder of this name holds what this program writes alone
-        elif path.name.removeprefix(REPLACED).startswith("step-"):
+        elif path.name.removeprefix(REPLACED).startswith("step-") and path not in kept:
             discard(path)
     if not any(folder.iterdir()):
         folder.rmdir()
