@@ -8,6 +8,7 @@ from pathlib import Path
 from .case import Case, Prepare, edit, remove, swap, write
 
 RUN = "run recipe.toml"
+RL_ALONE = " --stages '[\"rl\"]'"
 
 
 def recipe_as(encoding: str) -> Prepare:
@@ -94,7 +95,12 @@ DATA = [
     Case("A line in Latin-1", RUN, edit("train.jsonl", lambda c: c.replace(b"3+3?", b"caf\xe9?")), base="data"),
     Case("Rows without a prompt", RUN, write("train.jsonl", rows({"text": "1+1=2"})), base="data"),
     Case("A prompt that is a number", RUN, write("train.jsonl", rows(ROW, {**ROW, "prompt": 3})), base="data"),
-    Case("RL on rows without answers", RUN, write("train.jsonl", rows({"prompt": "1+1?"})), base="data"),
+    Case(
+        "RL on rows without answers",
+        RUN + RL_ALONE + " --rl.reward exact",
+        write("train.jsonl", rows({"prompt": "1+1?"})),
+        base="data",
+    ),
     Case("A Parquet file that is none", f"{RUN} --data.source a.parquet", write("a.parquet", "PAR1"), base="data"),
     Case("Columns that are not there", f"{RUN} --data.columns prompt=question", base="data"),
     Case("Everything held out", f"{RUN} --sft.held-out 8", base="data"),

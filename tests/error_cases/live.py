@@ -64,7 +64,7 @@ def nobody(here: Path) -> Iterator[int]:
 TRAINING = [
     Case(
         "A learning rate at which training diverges",
-        f"{RUN} --stages sft --sft.lr 1e6 --sft.betas '[0.0, 0.0]' --sft.steps 9 --sft.schedule constant --sft.warmup 0",
+        f"{RUN} --stages sft --sft.lr 1e6 --sft.steps 40 --sft.schedule constant --sft.warmup 0",
         base="data",
         writes=True,
     ),
@@ -126,7 +126,7 @@ AUDITS = [
 ]
 
 SECRETS = [
-    Case("A password in an address", "check https://user:hunter2-a-password@host/m"),
+    Case("A password in an address", "check https://user:hunter2-a-password@host/m", code=1),
     Case("A key as a flag", f"{RUN} --api-key hunter2-a-password", base="data"),
     Case(
         "A variable for the key that is not set",

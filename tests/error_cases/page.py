@@ -138,6 +138,7 @@ RULES = (
     (r"\bpid \d+", "pid 4711"),
     (r"\bon host \S+", "on host machine"),
     (r"\b(loss|entropy|norm) +\d+\.\d+", r"\1 1.00"),
+    (r"the loss is \d+\.\d+", "the loss is 3.25"),
     (r"[\d,]+ tok/s", "1,000 tok/s"),
     (r"\bthence \d+\.\d+\.\d+", "thence 1.2.3"),
     (r"math-verify \d+\.\d+\.\d+", "math-verify 1.2.3"),
