@@ -25,7 +25,8 @@ class Case:
         prepare: puts what the command needs into the folder.
         code: expected exit code.
         base: the shared folder that is copied first: one of `shared.BASES`; empty: none.
-        writes: the command begins its work before it meets the fault, so it may write into a folder of its own.
+        writes: the command begins its work before it meets the fault, and may write into a folder of its own (that of
+            an evaluation is made before its model is opened or its server is asked).
         around: what goes on meanwhile (a server, a holder of a lock).
         process: run it in a process of its own, its standard output going to this file.
         remedy: the message says how to fix it.

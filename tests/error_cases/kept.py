@@ -58,7 +58,15 @@ MODELS = [
     Case("An empty folder in place of a model", "check m", lambda here: (here / "m").mkdir(), code=1),
     Case("An architecture that transformers lacks", "check m", other_architecture, code=1),
     Case(
-        "A model with NaN in its weights", "eval m --suite sums.jsonl --grader exact", not_a_number, base="evaluation"
+        "A model with NaN in its weights",
+        "eval m --suite sums.jsonl --grader exact",
+        not_a_number,
+        base="evaluation",
+        writes=True,
+        "eval m --suite sums.jsonl --grader exact",
+        not_a_number,
+        base="evaluation",
+        writes=True,
     ),
     Case("A GGUF file that is none", "check m.gguf", write("m.gguf", "GGML"), code=1),
     Case("Weights cut in half", "check run", edit(f"{MODEL}/model.safetensors", cut), code=1, base="run"),

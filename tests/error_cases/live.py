@@ -98,22 +98,36 @@ REWARDS = [
 ]
 
 SERVERS = [
-    Case("No server at this address", ASK, PROBLEMS, around=nobody),
+    Case("No server at this address", ASK, PROBLEMS, writes=True, around=nobody),
     Case("An address that is none", "eval --endpoint host:8000 --suite p.jsonl --grader exact", PROBLEMS),
-    Case("A key that the server refuses", ONE, PROBLEMS, around=serving(failed(401, "Incorrect API key provided"))),
+    Case(
+        "A key that the server refuses",
+        ONE,
+        PROBLEMS,
+        writes=True,
+        around=serving(failed(401, "Incorrect API key provided")),
+    ),
     Case(
         "A model that the server lacks",
         f"{ASK} --model-name huge",
         PROBLEMS,
+        writes=True,
         around=serving(failed(404, "The model `huge` does not exist")),
     ),
-    Case("An answer that is not JSON", ASK, PROBLEMS, around=serving((200, {}, "<html>Welcome</html>"))),
-    Case("An answer nested without end", ASK, PROBLEMS, around=serving((200, {}, "[" * 100_000))),
-    Case("A server that fails with escapes in its words", ASK, PROBLEMS, around=serving(failed(500, "\x1b[2Jgone"))),
+    Case("An answer that is not JSON", ASK, PROBLEMS, writes=True, around=serving((200, {}, "<html>Welcome</html>"))),
+    Case("An answer nested without end", ASK, PROBLEMS, writes=True, around=serving((200, {}, "[" * 100_000))),
+    Case(
+        "A server that fails with escapes in its words",
+        ASK,
+        PROBLEMS,
+        writes=True,
+        around=serving(failed(500, "\x1b[2Jgone")),
+    ),
     Case(
         "Every prompt is too long for the server",
         ASK,
         PROBLEMS,
+        writes=True,
         around=serving(failed(400, "This model's maximum context length is 64 tokens")),
     ),
 ]
@@ -132,6 +146,7 @@ SECRETS = [
         "A variable for the key that is not set",
         f"{ASK} --key-variable NO_SUCH_KEY",
         PROBLEMS,
+        writes=True,
         around=serving(failed(401)),
     ),
 ]
