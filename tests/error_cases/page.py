@@ -44,8 +44,9 @@ are replaced.
 python -m tests.error_cases    # writes this page; tests/test_error_cases.py says whether it is up to date
 ```
 
-A message names the file with its line, the field or flag, what is wrong, and after `remedy:` what to do. A refused
-command changes nothing; what was written before stays.
+A message names the file with its line, the field or flag, what is wrong, and after `remedy:` what to do. A command
+that is refused before it begins changes nothing. One that meets the fault on its way (a server, a step) has its own
+folder by then, and the same command resumes there. What was written before stays.
 
 | exit code | meaning |
 |---|---|
