@@ -274,6 +274,7 @@ def test_a_flag_for_a_number_refuses_everything_else(
         (["run", "quickstart", "–sft.lr", "2e-5"], "hyphen"),
         (["run", "quickstart", "sft.lr", "2e-5"], "--sft.lr"),
         (["run", "quickstart", "sft.lr=2e-5"], "--sft.lr"),
+        (["run", "mine.toml", "sft.lr=2e-5"], "--sft.lr"),
         (["run", "quickstart", "--dry-run=yes"], "stands alone"),
         (["run", "quickstart", "--dryrun"], "--dry-run"),
         (["run", "quickstart", "--restart", "--restart"], "twice"),

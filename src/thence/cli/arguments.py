@@ -159,7 +159,7 @@ def only(positional: Sequence[str], what: str, usage: str) -> str:
     if len(positional) == 1:
         return positional[0]
     named = [word.partition("=")[0] for word in positional if re.fullmatch(r"\w[\w-]*(\.[\w.-]+=?.*|=.*)", word)]
-    likely = [name for name in named[:1] if not name.endswith((".toml", ".jsonl", ".gguf"))]
+    likely = [name for name in named if not name.endswith((".toml", ".jsonl", ".gguf"))][:1]
     hint = f"did you mean --{likely[0]}? " if likely and len(positional) > 1 else ""
     given = f"not {len(positional)} ({', '.join(map(shown, positional))})" if positional else "and none was given"
     raise UserError(f"{what}, {given}", remedy=f"{hint}{usage}")

@@ -317,7 +317,7 @@ class Lines:
 
 def _read(path: Path, check: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
     found = read_lines(path, check)
-    say_bad_lines(path, found.bad, "it is left out; `thence eval` makes again what it held")
+    say_bad_lines(path, found.bad, "it is left out; `thence eval` samples again what it held")
     return found.values
 
 
