@@ -1,4 +1,4 @@
-"""200 bad inputs from a seed: no traceback, no nonsense accepted, nothing changed by a refusal; and that it can fail."""
+"""200 bad inputs from a seed: no traceback, no nonsense accepted, no change by a refusal; and that this can fail."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
 def test_200_bad_inputs_are_refused_or_survived(ground: Ground, tmp_path: Path) -> None:
     result = counted(campaign(QUICK, ground, tmp_path, range(200), seed=1))
     assert result["cases"] == 200
-    assert not result["failures"], "\n".join(f"{f['reproduce']}: {f['input']}: {f['wrong']}" for f in result["failures"])
+    assert not result["failures"], "\n".join(
+        f"{f['reproduce']}: {f['input']}: {f['wrong']}" for f in result["failures"]
+    )
 
 
 def test_a_case_is_the_same_again(ground: Ground, tmp_path: Path) -> None:

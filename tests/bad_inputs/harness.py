@@ -25,6 +25,7 @@ from typing import Any
 from thence.cli import main
 
 from .ground import Ground
+from .known import known_fault
 
 SECONDS = 60
 OF_THENCE = "this is a fault of thence"
@@ -181,7 +182,9 @@ def counted(done: Iterable[tuple[str, str, dict[str, Any] | None]]) -> dict[str,
         failures += [failed] if failed else []
     kinds = {name: {"cases": of.total(), "by_exit_code": dict(sorted(of.items()))} for name, of in codes.items()}
     total = sum(of.total() for of in codes.values())
-    return {"cases": total, "kinds": kinds, "failed": len(failures), "failures": failures}
+    known = Counter(failed["known"] for failed in failures if failed["known"])
+    new = len(failures) - known.total()
+    return {"cases": total, "kinds": kinds, "failed": new, "known_faults": dict(known), "failures": failures}
 
 
 def one(kinds: dict[str, Maker], kind: str, number: int, ground: Ground, work: Path, seed: int) -> Ended:
@@ -197,6 +200,7 @@ def failure(kind: str, number: int, seed: int, ended: Ended) -> dict[str, Any]:
         "command": ended.case.argv,
         "exit_code": ended.code,
         "wrong": ended.wrong,
+        "known": known_fault(ended.case.said, ended.wrong),
         "stderr": ended.err[-800:],
         "reproduce": f"python -m tests.bad_inputs --seed {seed} --only {kind}:{number}",
     }

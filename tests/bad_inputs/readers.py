@@ -21,13 +21,8 @@ SHAPES += [{"prompt": None, "completion": None, "answer": None}, {"prompt": [], 
 SHAPES += [{"messages": []}, {"messages": [3]}, {"messages": [{"role": "user"}]}, {"messages": {"role": "user"}}]
 SHAPES += [{"messages": [{"role": 3, "content": []}]}, {"prompt": {"a": {"b": 1}}, "completion": "x"}, {"": ""}]
 SHAPES += [{"prompt": "a", "completion": [[[[]]]]}, {"prompt": True, "completion": "b", "answer": "b"}]
-RAW = [
-    b'{"prompt": "a", "completion": "b"',
-    b"[" * 100_000,
-    b'{"prompt": "\\ud800", "completion": "b"}',
-    b"{]}",
-    b"NaN",
-]
+RAW = [b'{"prompt": "a", "completion": "b"', b"[" * 100_000, b'{"prompt": "\\ud800", "completion": "b"}']
+RAW += [b"{]}", b"NaN"]
 
 
 def bad_jsonl(ground: Ground, folder: Path, rng: Random) -> Case:
@@ -39,7 +34,8 @@ def bad_jsonl(ground: Ground, folder: Path, rng: Random) -> Case:
     else:
         odd = rng.choice([*RAW, *(json.dumps(shape).encode() for shape in SHAPES)])
         lines.insert(rng.randrange(len(lines) + 1), odd)
-        how, raw, nonsense = f"a line {odd[:50]!r}", b"\n".join(lines) + b"\n", True
+        nonsense = odd != b'{"prompt": "a"}'  # a prompt alone may stand among others: RL counts it as without an answer
+        how, raw = f"a line {odd[:50]!r}", b"\n".join(lines) + b"\n"
     name = rng.choice(["rows.jsonl", "rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"])
     (folder / name).write_bytes(raw)
     return Case(_reading(ground, folder, name, rng), f"{name}: {how}", nonsense)
