@@ -198,7 +198,7 @@ def test_help_ends_with_0_and_nonsense_with_2(arguments, capfd):
     assert main(arguments) == 0
     assert "usage" in capfd.readouterr().out
     assert main([arguments[0], "--no-such-flag"]) == 2
-    assert "remedy: see `thence" in capfd.readouterr().err
+    assert "--no-such-flag: no such flag" in capfd.readouterr().err
 
 
 def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[bytes]:
@@ -450,7 +450,8 @@ def test_a_machine_that_is_out_of_room_is_not_taken_for_a_bad_model(monkeypatch,
 
 def test_a_model_whose_weights_are_no_numbers_is_refused_as_such(tmp_path):
     for path in Path(resolve("world:chain/rich")).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+        if path.name != "manifest.json":  # nothing tells that thence wrote it
+            (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
     last = sorted(weights)[-1]
     weights[last].view(-1)[7] = float("nan")

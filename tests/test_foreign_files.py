@@ -31,9 +31,11 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_comparison_writes_over_nothing_of_others(name: str, comparison: Any, tmp_path: Path) -> None:
     write(tmp_path / "p" / name)
     before = content(tmp_path)
-    with pytest.raises(UserError, match="is no comparison of thence") as error:
+    with pytest.raises(UserError) as error:
         compare(comparison, watcher=Quiet())
-    assert name.split("/")[0] in str(error.value) and "give another --folder" in str(error.value)
+    # results that cannot be read may be a comparison's own, so that is said of them
+    said = "not valid JSON" if name == "results.json" else "is no comparison of thence"
+    assert name.split("/")[0] in str(error.value) and said in str(error.value)
     assert content(tmp_path) == before
     assert not (tmp_path / "p" / ".lock").exists()
 

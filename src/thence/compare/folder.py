@@ -16,6 +16,8 @@ WRITTEN = ("comparison.toml", RESULTS, "report.html", "report.json", "runs.csv",
 def check_folder(folder: Path) -> None:
     """Raise UserError if a comparison would write over something in this folder that is not its own.
 
+    DamagedFile where results are there and cannot be read.
+
     A folder is a comparison's by its marker, or by results that can be read (an older version, a checkout of kept
     results). In any other, nothing may stand under a name that a comparison writes; nothing is ever removed.
     """
@@ -42,8 +44,5 @@ def mark(folder: Path) -> None:
 def _has_results(folder: Path) -> bool:
     if not (folder / RESULTS).exists():  # an older version, killed before it wrote results
         return (folder / "comparison.toml").is_file() and (folder / "runs").is_dir() and (folder / ".lock").is_file()
-    try:
-        read_results(folder)
-    except UserError:
-        return False
+    read_results(folder)
     return True

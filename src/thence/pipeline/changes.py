@@ -71,13 +71,13 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rl": {
         **_OPTIMIZATION,
         **_all(FIXED, "data method options prompts rollouts mini_batch temperature top_p top_k max_tokens"),
-        **_all(FIXED, "engine unknown importance_bound"),
+        **_all(FIXED, "engine unknown importance_bound reward_right_from"),
         **_all(FREE, "reward_seconds rollout_rows vllm"),
         "steps": LENGTH,
         "reward": CONTENT,
     },
     "eval": {
-        **_all(REPEAT, "data splits temperatures samples top_p max_tokens reward reward_seconds"),
+        **_all(REPEAT, "data splits temperatures samples top_p max_tokens reward reward_seconds reward_right_from"),
         "rollout_rows": FREE,
     },
 }

@@ -62,8 +62,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
             results.append(_kept(kept))
             if context.leads:
                 found = results[-1]
-                level = found["accuracy"] if found["accuracy"] is not None else found["reward"]
-                context.watcher.step({"reward": level, "response_tokens": found["mean_tokens"]})
+                context.watcher.step({"reward": _level(found), "response_tokens": found["mean_tokens"]})
     if context.leads:
         write_over(folder / "result.json", to_json({"stage": context.name, "rows": results}, indent=1))
         samples = []
@@ -78,6 +77,13 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
 def _kept(part: Path) -> dict[str, Any]:
     """A measurement that was kept. Raises DamagedFile."""
     remedy = "put a whole copy of it back; or rename it, and the same command measures this part again"
-    return read_json(
-        part, remedy=remedy, shape=lambda row: sum(row[name] for name in ("accuracy", "mean_tokens", "samples"))
-    )
+
+    def shape(row: dict[str, Any]) -> None:
+        sum((_level(row), row["mean_tokens"], row["samples"]))
+
+    return read_json(part, remedy=remedy, shape=shape)
+
+
+def _level(row: dict[str, Any]) -> float:
+    """The accuracy of a measurement, or its mean reward where the reward gives degrees."""
+    return row["accuracy"] if row["accuracy"] is not None else row["reward"]

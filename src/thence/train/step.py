@@ -218,6 +218,6 @@ def _check(loss: float, logp: float, norm: float, seen: int, promised: int, opti
     # the loss of rows that weigh nothing is 0 whatever the model says of them
     told = "the model's log-probabilities are NaN" if math.isnan(logp) else f"the gradient norm is {norm}"
     raise StepRefused(
-        f"the step was not taken: the loss is {loss}, {told}",
-        remedy="resume with a lower learning rate, or look at the last batch; the last checkpoint stands",
+        f"the step was not taken: the loss is {loss:.6g}, {told}",
+        remedy="resume with a lower learning rate (--STAGE.lr): it begins at the last checkpoint, or at step 0 without one",
     )
