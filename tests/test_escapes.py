@@ -47,6 +47,21 @@ def test_clean_shows_what_a_terminal_would_obey_and_keeps_every_script():
 # --- the console ---
 
 
+@pytest.fixture(autouse=True)
+def not_into_the_report_of_the_test():
+    """A log line with half a character in it would end the processes that share the tests."""
+
+    def nothing(_: logging.LogRecord) -> bool:
+        return False
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(nothing)
+    yield
+    for handler in handlers:
+        handler.removeFilter(nothing)
+
+
 def drawn(*things, **options) -> str:
     out = io.StringIO()
     console = make_console(file=out, width=200, **options)
