@@ -360,3 +360,19 @@ def test_commands_refuse_and_write_nothing(argv: list[str], tmp_path: Path, monk
     said = capsys.readouterr()
     assert "remedy" in said.err + said.out
     assert "Traceback" not in said.err
+
+
+def test_a_list_of_stages_without_brackets_is_recognised():
+    with pytest.raises(RecipeError, match=r"""a list is written --stages '\["sft", "eval"\]'"""):
+        load_recipe({"model": {"path": "m"}}, {"stages": "sft,eval"})
+
+
+def test_the_path_of_a_model_takes_the_place_of_random_weights():
+    made = {"init": {"model_type": "llama"}, "tokenizer": "world:chain"}
+    assert load_recipe({"model": made}, {"model.path": "m"}).model.path == "m"
+
+
+@pytest.mark.parametrize("command", [["check"], ["eval", "--suite", "gsm8k"]])
+def test_an_address_is_no_model(command, capsys):
+    assert main([command[0], "https://huggingface.co/x", *command[1:]]) == 2
+    assert "download it, and give the path or the hub name" in capsys.readouterr().err

@@ -155,6 +155,10 @@ def _wrong_stages(stages: Sequence[str]) -> tuple[str, str] | None:
     for name in stages:
         if kind_of(name) not in KINDS:
             remedy = f"begin its name with one of {', '.join(KINDS)}, for example sft-short"
+            if all(kind_of(part) in KINDS for part in name.split(",")) and "," in name:
+                remedy = (
+                    "a list is written " + "--stages '[" + ", ".join(f'"{part}"' for part in name.split(",")) + "]'"
+                )
             return f"stage {shown(name)} has no kind", remedy
         if wrong := bad_name(name):
             return f"stage {shown(name)} cannot have a folder: {wrong}", RULE
@@ -205,6 +209,9 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     }
     if "stages" in values:
         tables = _with_stages(tables, values.pop("stages"))
+    if "model.path" in values and isinstance(model := tables.get("model"), Mapping):
+        # a model is named by its path or made at random: the flag for one takes the place of the other
+        tables = {**tables, "model": {key: value for key, value in model.items() if key != "init"}}
     stages = tables.get("stages", Recipe.model_fields["stages"].default)
     return lay_over(tables, values, stages if isinstance(stages, list) else ())
 

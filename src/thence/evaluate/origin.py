@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from thence.errors import UserError
 from thence.names import as_name
 from thence.recipe import Model, load_recipe
 from thence.redaction import redacted
+from thence.section import refusal
 from thence.train.run_marker import is_run
 
 BASE = "base"
@@ -34,7 +37,10 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
     if gguf_file is None and name.endswith(".gguf"):
         folder, _, gguf_file = name.rpartition("/")
         name = folder or "."
-    return Model(path=name, gguf_file=gguf_file), None
+    try:
+        return Model(path=name, gguf_file=gguf_file), None
+    except ValidationError as error:
+        raise refusal(error, Model, "model") from None
 
 
 def short_name(name: str) -> str:

@@ -154,7 +154,8 @@ def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = N
     """
     store = Store(folder)
     tasks = store.settings().tasks
-    store.environment(), store.problems()  # what cannot be read is said before anything is written
+    store.environment()  # what cannot be read is said before anything is written
+    store.problems()
     with store.held():
         for task in tasks.values():
             grade(store, task, grader or task.grader, again=True, watcher=watcher)

@@ -76,6 +76,12 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     except Exception as error:  # a model's code and files may raise anything
         if isinstance(error, UserError) or is_of_system(error):
             raise
+        if "weights_only" in str(error):  # torch goes on to advise how to run what is in the file
+            raise RecipeError(
+                f"cannot open {settings.path}: its files of weights hold more than tensors, which would be run",
+                remedy="give a model with safetensors files",
+                field="model.path",
+            ) from None
         raise RecipeError(
             f"cannot open {settings.path or settings.init}: {first_line(error)}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
