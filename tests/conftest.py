@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -47,3 +48,14 @@ def make_tiny_model(dtype: torch.dtype = torch.float64, kind: str = "llama", see
 def tiny_model() -> Callable[..., Any]:
     """``tiny_model(dtype, kind, seed)``: a fresh model every call (see :func:`make_tiny_model`)."""
     return make_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept_from_test_to_test() -> Iterator[None]:
+    """A worker of a comparison keeps rendered tables for its process's life; a test in the same process must not."""
+    yield
+    if "thence.pipeline.prompts" in sys.modules:
+        kept = sys.modules["thence.pipeline.prompts"].kept_prompts
+        kept.tables = 0
+        kept._held.clear()
+        kept._sizes.clear()

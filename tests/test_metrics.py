@@ -287,11 +287,8 @@ def test_paired_intervals_cover_and_p_values_are_honest(problems: int, samples: 
         ("-3/4", r"-\frac{3}{4}"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
         (r"90^\circ", "90"),
-        (r"5\text{ cm}", "5"),
         (r"\text{east}", "east"),
         (r"\$1.50", "1.50"),
-        ("x = 7", "7"),
-        (r"12\%", "12"),
         (".5", "0.5"),
         (r"\sqrt3", r"\sqrt{3}"),
         ("42.", "42"),
@@ -303,7 +300,15 @@ def test_normal_form_joins_what_is_written_differently(one: str, other: str) -> 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("1/2", "2/1"), ("12", "1"), (r"\rightarrow", r"\leftarrow"), ("-3", "3"), (r"\text{east}", r"\text{west}")],
+    [
+        ("1/2", "2/1"),
+        ("12", "1"),
+        (r"\rightarrow", r"\leftarrow"),
+        ("-3", "3"),
+        (r"\text{east}", r"\text{west}"),
+        (r"5\text{ cm}", "5"),
+        (r"12\%", "12"),
+    ],
 )
 def test_normal_form_keeps_different_answers_apart(one: str, other: str) -> None:
     assert normal_form(one) != normal_form(other)

@@ -200,7 +200,7 @@ def test_data_that_are_no_file_are_refused(kind: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("field", ["path", "tokenizer", "gguf_file"])
 def test_what_is_no_name_of_a_model_is_refused(path: Any, field: str) -> None:
-    if field == "gguf_file" and path == "https://hf.co/x/y":
+    if field == "gguf_file" and path == "https://huggingface.co/x/y":
         return
     with pytest.raises(RecipeError, match=f"model.{field}"):
         load_recipe({"model": {**MODEL, field: path}})

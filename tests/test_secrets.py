@@ -125,7 +125,7 @@ def test_thence_s_own_words_hold_no_secret():
     root = Path(__file__).parents[1]
     files = [
         *root.glob("*.md"),
-        *root.glob("docs/**/*.md"),
+        *(path for path in root.glob("docs/**/*.md") if path.name != "errors.md"),  # it shows planted ones
         *root.glob("src/**/*.toml"),
         *root.glob("studies/**/*.toml"),
     ]

@@ -44,7 +44,7 @@ RECIPES = [
     Case("A rate that is true", RUN, swap("recipe.toml", "lr = 0.001", "lr = true"), base="data"),
     Case("Steps in words", RUN, swap("recipe.toml", "steps = 1", 'steps = "ten"'), base="data"),
     Case("A number as a model", RUN, write("recipe.toml", "[model]\npath = 3\n")),
-    Case("A model twice", f"{RUN} --model.path world:chain/rich", base="data"),
+    Case("A model twice", RUN, swap("recipe.toml", "[model]", '[model]\npath = "world:chain/rich"'), base="data"),
     Case("No model", RUN, write("recipe.toml", '[data]\nsource = ["a.jsonl"]\n')),
     Case("A stage of no kind", RUN + """ --stages '["sft", "dpo"]'""", base="data"),
     Case("A method that is not there", f"{RUN} --rl.method grpoo", base="data"),

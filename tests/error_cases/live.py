@@ -140,7 +140,7 @@ AUDITS = [
 ]
 
 SECRETS = [
-    Case("A password in an address", "check https://user:hunter2-a-password@host/m", code=1),
+    Case("A password in an address", "check https://user:hunter2-a-password@host/m"),
     Case("A key as a flag", f"{RUN} --api-key hunter2-a-password", base="data"),
     Case(
         "A variable for the key that is not set",
