@@ -1,9 +1,9 @@
-"""A campaign of kills: commands are killed with SIGKILL and run again until they end, then compared with undisturbed ones.
+"""A campaign of kills: commands are killed with SIGKILL, run again until they end, and compared with undisturbed ones.
 
     python -m tests.chaos.campaign --kills 200 --out benchmarks/results/chaos-kills.json
 
-Half of the kills fall on a change of a file, one kind after the other (each temporary file, rename, flush, torn line that
-an undisturbed run was seen to make); the other half at random moments. What a killed command left is what the next one
+Half of the kills fall on a change of a file, one kind after the other (each temporary file, rename, flush, torn line
+that an undisturbed run was seen to make); the other half at random moments. What a killed command left is what the next one
 finds. A case holds if the last command exits with 0 and weights, metrics, samples and results are those of a command
 that nobody killed. Exit code 1 if any case does not.
 """
@@ -149,7 +149,7 @@ class Undisturbed:
 
 
 def survey(command: Command, place: Path) -> Undisturbed:
-    """Run the command once, undisturbed; keep its results and every kind of change that it makes. Raises RuntimeError."""
+    """Run the command once, undisturbed; keep its results and the kinds of changes that it makes. Raises RuntimeError."""
     log, record = place / "undisturbed.log", place / "kinds"
     folder = place / "undisturbed"
     began = time.monotonic()
@@ -237,7 +237,8 @@ def facts(cases: Sequence[Case], kinds: Mapping[str, Mapping[str, int]], seed: i
 
 def _told(kills: Sequence[Kill]) -> str:
     return "; ".join(
-        f"after {k.after} s" if k.after is not None else f"{k.kind} #{k.count}{' torn' if k.torn else ''}" for k in kills
+        f"after {k.after} s" if k.after is not None else f"{k.kind} #{k.count}{' torn' if k.torn else ''}"
+        for k in kills
     )
 
 

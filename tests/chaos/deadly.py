@@ -51,14 +51,14 @@ def arm(plan: Plan) -> None:
     fate = _Fate(plan)
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
-        if event == "open" and _writes(given) or event in CHANGES:
+        if (event == "open" and _writes(given)) or event in CHANGES:
             fate.change(event, given)
 
     flush = os.fsync
 
     def fsync(handle: Any) -> None:
         number = handle if isinstance(handle, int) else handle.fileno()
-        fate.change("fsync", (os.readlink(f"/proc/self/fd/{number}"),))
+        fate.change("fsync", (str(Path(f"/proc/self/fd/{number}").readlink()),))
         flush(handle)
 
     sys.addaudithook(hook)
@@ -102,9 +102,9 @@ def _path(given: tuple[Any, ...]) -> str | None:
     if not given or not isinstance(given[0], (str, bytes, os.PathLike)):
         return None
     path = os.fsdecode(given[0])
-    if not os.path.isabs(path) and len(given) > 1 and isinstance(given[-1], int) and given[-1] > 2:
+    if not Path(path).is_absolute() and len(given) > 1 and isinstance(given[-1], int) and given[-1] > 2:
         try:
-            path = os.path.join(os.readlink(f"/proc/self/fd/{given[-1]}"), path)  # noqa: PTH118
+            path = str(Path(f"/proc/self/fd/{given[-1]}").readlink() / path)
         except OSError:
             return None
     return os.path.abspath(path)  # noqa: PTH100

@@ -39,8 +39,10 @@ def differences(undisturbed: dict[str, Any], killed: dict[str, Any]) -> list[str
 
 
 def left_over(folder: Path) -> list[str]:
-    """Temporary files and checkpoints that a finished command should have removed."""
-    found = (p for p in folder.rglob("*") if p.name == "checkpoints" or (p.name.startswith(".") and is_temporary(p)))
+    """Temporary files that a finished command should have removed, and checkpoints beside the last one."""
+    checkpoints = [sorted(p.glob("step-*")) for p in folder.rglob("checkpoints")]
+    found = [p for steps in checkpoints for p in steps[:-1]]
+    found += [p for p in folder.rglob("*") if p.name.startswith(".") and is_temporary(p)]
     return sorted(str(path.relative_to(folder)) for path in found)
 
 

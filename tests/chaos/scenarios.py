@@ -94,8 +94,8 @@ def evaluation(inputs: Path, folder: Path) -> list[str]:
     rows = [{"question": f"{i}a+{i}?", "answer": str(2 * i)} for i in range(8)]
     sums = inputs / "sums.jsonl"
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return ["eval", "world:chain/rich", "--suite", str(sums), "--grader", "exact", "--samples", "4", "--max-tokens", "8",
-            "--rows", "4", "--chat-template", "none", "--temperature", "1", "--folder", str(folder)]  # fmt: skip
+    settings = "--grader exact --samples 4 --max-tokens 8 --rows 4 --chat-template none --temperature 1"
+    return ["eval", "world:chain/rich", "--suite", str(sums), *settings.split(), "--folder", str(folder)]
 
 
 def comparison(inputs: Path, folder: Path) -> list[str]:
@@ -119,7 +119,12 @@ def comparison(inputs: Path, folder: Path) -> list[str]:
         "sft": {"lr": 1e-2, "batch": 8, "epochs": 2, "data": {"limit": 16}, "checkpoint_every": 1},
         "rl": {k: v for k, v in RL.items() if k != "steps"} | {"reward": reward},
         "eval": {"max_tokens": 8, "samples": 2, "reward": reward, "data": {"split": "test", "limit": 5}},
-        "arms": {"base": {}, "sft": {"kind": "sft"}, "sft-then-rl": {"after": "sft", "kind": "rl"}, "rl": {"kind": "rl"}},
+        "arms": {
+            "base": {},
+            "sft": {"kind": "sft"},
+            "sft-then-rl": {"after": "sft", "kind": "rl"},
+            "rl": {"kind": "rl"},
+        },
     }
     recipe = inputs / "comparison.toml"
     recipe.write_text(to_toml(own), encoding="utf-8")
