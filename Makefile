@@ -12,7 +12,7 @@ STACKS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/audit-$(shell \
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check stacks vllm bases study evidence clean
+.PHONY: quickstart test test-quick check stacks vllm bases study evidence lock audit-dependencies trust clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
@@ -51,8 +51,7 @@ vllm:
 # (and runs/embedded-world) to make it all again.
 study: $(VENV)/installed
 	mkdir -p runs/embedded-world
-	[ -f runs/embedded-world/results.json ] || [ ! -f studies/embedded-world/results.json ] || \
-	  cp studies/embedded-world/results.json runs/embedded-world/
+	$(BIN)/python studies/embedded-world/judge.py --kept runs/embedded-world
 	$(BIN)/thence compare studies/embedded-world/study.toml
 	$(BIN)/python studies/embedded-world/judge.py
 
@@ -66,6 +65,19 @@ bases: $(VENV)/installed
 # Five seeds of the quickstart; writes docs/evidence/quickstart-seeds.json.
 evidence: $(VENV)/installed
 	$(BIN)/python benchmarks/quickstart_seeds.py
+
+# lock/: sha256 of every dependency, from constraints.txt. Needs the package index.
+lock:
+	$(PYTHON) tools/lock.py
+
+# The installed packages against lock/, and the locked ones against known vulnerabilities. Exit code 3: the database
+# could not be asked about all of them.
+audit-dependencies: $(VENV)/installed-dev
+	$(BIN)/python tools/audit_dependencies.py
+
+# docs/trust.md, from docs/trust.toml and the figures in benchmarks/results.
+trust:
+	$(PYTHON) tools/trust_page.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

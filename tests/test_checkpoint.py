@@ -11,7 +11,7 @@ from oracle import VARIANTS, make_batch, make_case
 
 from thence.errors import CheckpointError
 from thence.train import checkpoint
-from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
+from thence.train.checkpoint import load_weights, newest_checkpoint, remove_checkpoints, write_checkpoint
 from thence.train.step import StepSettings
 from thence.train.trainer import Trainer
 
@@ -197,3 +197,14 @@ def test_a_state_read_from_disk_is_taken_up_on_the_device_of_the_weights(tiny_mo
     found = elsewhere.optimizer("main").state
     assert {key for state in found.values() for key in state} == {"step", "exp_avg", "exp_avg_sq"}
     assert {value.device.type for state in found.values() for value in state.values()} == {"meta"}
+
+
+def test_of_the_checkpoints_of_a_finished_stage_the_newest_alone_is_kept(model, tmp_path):
+    """A process that is killed after its last checkpoint leaves the one before beside it."""
+    for step in (1, 2):
+        write(tmp_path, step, model, keep=2)
+    (tmp_path / ".writing-000003").mkdir()
+    remove_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+    remove_checkpoints(tmp_path)
+    assert not tmp_path.exists()

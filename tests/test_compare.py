@@ -25,6 +25,7 @@ from thence.errors import UserError
 from thence.toml import to_toml
 
 REWARD = "def share(prompt, response, answer):\n    return response.count('1') / max(1, len(response))\n"
+REWARD += "share.right_from = 1e-9\n"
 MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": len(VOCABULARY),

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thence.cli import main
-from thence.errors import DataError, UserError
+from thence.errors import UserError
 from thence.evaluate.backends import Generation, Request, room_for
 from thence.evaluate.problems import Problem, load_problems
 from thence.evaluate.run import evaluate, regrade
@@ -146,14 +146,20 @@ def test_a_line_cut_by_a_crash_is_sampled_again(tmp_path: Path, data: Path) -> N
     assert summarise(store).missing == 0
 
 
-def test_a_damaged_line_in_the_middle_is_an_error_with_its_place(tmp_path: Path, data: Path) -> None:
-    store = run(tmp_path / "e", settings_of(data), Counting())
+def test_a_damaged_line_is_named_set_aside_and_sampled_again(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(data)
+    store = run(tmp_path / "e", settings, Counting())
     path = store.folder / "samples" / "sums.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], lines[4][:20], *lines[5:]]) + "\n")
-    with pytest.raises(DataError) as caught:
-        store.samples("sums")
-    assert (caught.value.file, caught.value.line) == (str(path), 5)
+    assert len(store.samples("sums")) == 17 and summarise(store).missing == 1
+    assert f"{path}:5" in caplog.text
+    rest = Counting()
+    run(store.folder, settings, rest)
+    assert len(rest.asked) == 1 and summarise(store).missing == 0
+    assert path.with_name("sums.jsonl.damaged").read_text() == lines[4][:20] + "\n"
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"max_tokens": 9}, {"seed": 1}, {"template": "boxed"}])
@@ -235,6 +241,37 @@ def test_regrading_needs_no_model_and_keeps_both_grades(tmp_path: Path, data: Pa
     assert summarise(store).tasks[0].right == 18
     with pytest.raises(UserError, match="graded by math"):
         summarise(store, "math")
+
+
+def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_answers(
+    tmp_path: Path, data: Path
+) -> None:
+    from rich.console import Console
+
+    from thence.evaluate.export import write_exports
+    from thence.evaluate.show import results_view
+    from thence.report.evaluation import write_evaluation_page
+
+    own = tmp_path / "degrees.py"
+    own.write_text("def reward(prompt, response, answer):\n    return 2.5 if '+0' in prompt else None\n")
+    store = run(tmp_path / "e", settings_of(data, grader=f"{own}:reward"), Counting())
+    result = summarise(store)
+    (row,) = result.tasks
+    assert (row.avg, row.passed, row.majority) == (None, {}, None)
+    assert (row.right, row.wrong, row.graded, row.unknown) == (0, 0, 3, 15)
+    assert row.reward is not None and (row.reward.value, row.reward.problems) == (2.5, 1)
+    console = Console(width=200, record=True)
+    console.print(results_view(result))
+    table = console.export_text()
+    assert "Mean reward" in table and "2.5" in table and "Right answers" not in table
+    write_exports(store, result)
+    found = json.loads((store.folder / "results.json").read_text())
+    assert found["results"]["sums"]["mean_reward,none"] == 2.5
+    assert not any("exact_match" in key for key in found["results"]["sums"])
+    assert "mean reward" in write_evaluation_page(store, result).read_text()
+    again = run(tmp_path / "f", settings_of(data, "other", grader=f"{own}:reward"), Counting())
+    with pytest.raises(UserError, match=r"no shares of right answers[\s\S]*right_from"):
+        compare(store, again)
 
 
 def test_a_new_version_of_the_grader_replaces_old_grades(

@@ -1,16 +1,23 @@
 """The C kernels against torch."""
 
+import functools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from thence.kernels import attention
+from thence.kernels import attention, build, decode
 from thence.kernels.attention import packed_causal_attention
 from thence.kernels.build import load_library
+from thence.pipeline.numerics import numerics, say_other_numerics
 
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if load_library("attention.c", 8) is None:
+    if attention._library(8) is None:
         pytest.skip("no C compiler")
 
 
@@ -45,9 +52,150 @@ def test_without_a_compiler_the_result_is_the_same(monkeypatch):
 def test_a_broken_compiler_means_no_kernels_and_no_error(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert load_library.__wrapped__("decode.c", 16) is None
+    assert load_library.__wrapped__("decode.c", 16, lambda library: True) is None
 
 
 def test_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("THENCE_KERNELS", "off")
-    assert load_library.__wrapped__("decode.c", 8) is None
+    assert load_library.__wrapped__("decode.c", 8, lambda library: True) is None
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """Loads a kernel as a new process would, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_failed", {})
+
+    def load(test=lambda library: True, head_size=8):
+        return load_library.__wrapped__("attention.c", head_size, test)
+
+    load.cache = tmp_path / "thence"
+    return load
+
+
+def only_library(cache):
+    (library,) = cache.glob("*.so")
+    return library
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text"])
+def test_a_damaged_library_is_built_again(fresh, damage, caplog):
+    assert fresh() is not None
+    library = only_library(fresh.cache)
+    whole = library.read_bytes()
+    broken = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "flipped": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+        "text": b"not a library",
+    }[damage]
+    # a new file in its place: the bytes of a library that this process has mapped must not change under it
+    library.unlink()
+    library.write_bytes(broken)
+    assert fresh() is not None
+    assert only_library(fresh.cache).read_bytes() == whole
+    assert "is damaged; it is built again" in caplog.text
+
+
+def test_a_damaged_library_does_not_end_the_process(fresh, tmp_path):
+    assert fresh() is not None
+    library = only_library(fresh.cache)
+    content = library.read_bytes()
+    library.unlink()
+    library.write_bytes(content[: len(content) // 3])  # loading it would end the process with SIGBUS
+    code = "from thence.kernels.attention import _library; assert _library(8) is not None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, caplog):
+    asked = []
+
+    def wrong(library):
+        asked.append(library)
+        return False
+
+    assert fresh() is not None  # kept
+    assert fresh(wrong) is None
+    assert len(asked) == 2  # the kept one and a new one
+    assert not list(fresh.cache.glob("*.so"))
+    assert "its results are not torch's; running in plain torch" in caplog.text
+    assert build.kernel_facts() == "torch (attention.c: its results are not torch's)"
+
+
+@pytest.mark.parametrize(
+    ("source", "right", "wrong"),
+    [
+        ("attention.c", "sum[b][l] += x[b][c]", "sum[b][l] += 1.001f * x[b][c]"),
+        ("attention.c", "x holds the scale already */", "x holds it */\n to_value *= 1.001f;"),
+        ("attention.c", "slope[j] = row[j] *", "slope[j] = 1.001f * row[j] *"),
+        ("decode.c", "score[j] = query[0] * key[j]", "score[j] = 1.001f * query[0] * key[j]"),
+        ("decode.c", "sum += row[i] * row[i]", "sum += 1.001f * row[i] * row[i]"),
+        ("decode.c", "(1.0f + expf(-gate[i]))", "(1.001f + expf(-gate[i]))"),
+    ],
+)
+def test_the_self_test_sees_a_kernel_that_is_a_little_off(source, right, wrong, tmp_path, monkeypatch):
+    """As a compiler's fault or another processor would make it."""
+    for name in ("build.py", "trial.py", *build.SOURCES):
+        shutil.copy(Path(build.__file__).with_name(name), tmp_path / name)
+    code = (tmp_path / source).read_text()
+    assert code.count(right) == 1
+    (tmp_path / source).write_text(code.replace(right, wrong))
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_failed", {})
+    test = functools.partial((attention if source == "attention.c" else decode)._is_torchs, 8)
+    assert load_library.__wrapped__(source, 8, test) is None
+    assert build._failed == {source: "its results are not torch's"}
+
+
+def test_a_library_that_ends_its_process_is_not_used(fresh, tmp_path, monkeypatch):
+    for name in ("trial.py", "decode.c"):
+        shutil.copy(Path(build.__file__).with_name(name), tmp_path / name)
+    code = Path(build.__file__).with_name("attention.c").read_text()
+    start = "    const int64_t group = heads / kv;\n"
+    (tmp_path / "attention.c").write_text(code.replace(start, start + "    *(volatile int *)0 = 1;\n"))
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    assert fresh() is None
+    assert "it does not run here: exit status -11" in build._failed["attention.c"]
+
+
+@pytest.mark.parametrize("at", [0, 37, 99])
+def test_a_nan_does_not_vanish_in_a_kernel(at):
+    """The kernels are compiled for speed: a compiler may assume that there is no NaN."""
+    x = torch.randn(100, 2, 32, generator=torch.Generator().manual_seed(3))
+    x[at, 0, 5] = float("nan")
+    key = x.clone().requires_grad_()
+    out = packed_causal_attention(torch.ones(100, 2, 32), key, torch.ones(100, 2, 32), (100,), 1.0)
+    assert out[at:, 0].isnan().all()
+    assert not out[:at].isnan().any() and not out[:, 1].isnan().any()
+    (slope,) = torch.autograd.grad(out.sum(), key)
+    assert slope[:, 0].isnan().any()
+
+
+def test_without_a_home_or_a_place_to_keep_them_kernels_are_built_for_this_process(fresh, monkeypatch, tmp_path):
+    place = tmp_path / "file"
+    place.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "below"))
+    assert fresh() is not None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert fresh() is not None
+
+
+def test_a_compiler_may_be_named_with_arguments(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "cc -g0")
+    assert fresh() is not None
+    assert build.kernel_facts().startswith("C ")
+
+
+def test_what_numbers_follow_from_is_kept_and_a_resumed_run_says_what_differs(monkeypatch, caplog):
+    kept = numerics()
+    assert kept["kernels"].startswith("C ") and kept["threads"] == torch.get_num_threads()
+    say_other_numerics(kept, "the checkpoint of step 3")
+    say_other_numerics(None, "an older checkpoint")
+    assert not caplog.records
+    monkeypatch.setenv("THENCE_KERNELS", "off")
+    say_other_numerics(kept, "the checkpoint of step 3")
+    assert "the checkpoint of step 3 was made with other numerics (kernels C " in caplog.text
+    assert "-> torch (THENCE_KERNELS=off)" in caplog.text

@@ -78,14 +78,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no Python for vLLM": ({"rl.engine": "vllm", "rl.vllm": {"python": "/absent/python"}}, "no such Python"),
     "a Python without vLLM": ({"rl.engine": "vllm", "rl.vllm": {"python": "HERE"}}, "cannot import vLLM"),
     "no vLLM server": ({"rl.engine": "vllm", "rl.vllm": {"server": "127.0.0.1:9"}}, "no vLLM server listens"),
-    "a setting vLLM does not have": ({"rl.vllm": {"pyhton": "x"}}, "there is no such setting"),
+    "a setting vLLM does not have": ({"rl.vllm": {"pyhton": "x"}}, "unknown key"),
     "a budget under a schedule": ({"rl.tokens": 100, "rl.schedule": "cosine"}, "the budget of tokens may end it"),
     "everything held out": ({"sft.held_out": 8}, "leaves nothing of 8 examples"),
     "a chat template that is not there": ({"rl.data": {"template": "absent.jinja"}}, "absent.jinja"),
     "a method without room": ({"rl.method": "luffy", "rl.rollouts": 1}, "rl.rollouts"),
-    "a folder that is a file": ({"folder": "OCCUPIED"}, "not a folder that you may write to"),
+    "a folder that is a file": ({"folder": "OCCUPIED"}, "a folder is needed here"),
     "a temperature below zero": ({"eval.temperatures": [-1.0]}, "eval.temperatures"),
-    "a test set that is no name": ({"eval.splits": {"a/b": {}}}, "'a/b' cannot be kept"),
+    "a test set that is no name": ({"eval.splits": {"a/b": {}}}, "'a/b' cannot name a file"),
     "an explicit response too long": ({"rl.max_tokens": 64}, "exceed the model's context of 64"),
     "an evaluation's response too long": ({"eval.max_tokens": 999}, "exceed the model's context of 64"),
 }
@@ -308,7 +308,7 @@ def test_the_context_is_what_the_configuration_says(config: Any, context: int | 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """No reward counts as tried by a test before."""
-    monkeypatch.setattr(preflight_module, "_tried_rewards", set())
+    monkeypatch.setattr(preflight_module, "_tried_rewards", {})
     return lambda: None
 
 

@@ -73,8 +73,8 @@ def test_there_are_shipped_recipes_and_they_open_by_name_and_by_path() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"name": 'quo"te \\ back\nline \x00 \x7f ümlaut 🙂 #not a comment'},
-        {"sft": {"lr": 1e-30, "eps": 1e300, "betas": [0.0, 0.5], "options": {"a": {"b.c": [1, {"d e": True}]}}}},
+        {"description": 'quo"te \\ back\nline \x00 \x7f ümlaut 🙂 #not a comment'},
+        {"sft": {"lr": 1e-30, "eps": 1e-20, "betas": [0.0, 0.5], "options": {"a": {"b.c": [1, {"d e": True}]}}}},
         {"data": {"template": "{%- for m in messages -%}\n{{ m['content'] }}\t'''\"\"\"\n{%- endfor -%}\n"}},
         {"data": {"columns": {"question": "a key with blanks", "answer": "x"}, "limit": 3, "system": ""}},
         {"model": {"init": {"model_type": "llama", "rope": {"factor": 2.0, "names": []}}, "tokenizer": "there"}},
@@ -341,7 +341,7 @@ def test_a_broken_file_is_refused_with_its_line(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there_is_refused_with_the_likely_name(tmp_path: Path) -> None:
     assert "'quickstart'" in refused("quickstrat").remedy
     assert "thence recipes" in refused("quickstrat").remedy
-    assert "no recipe" in refused(tmp_path).problem
+    assert "a folder is no file" in refused(tmp_path).problem
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from test_data import CHATML, CHATML_THINK, make_tokenizer
 from thence.cli import main
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
-from thence.evaluate.backends import response_text
-from thence.evaluate.endpoint import _generation
+from thence.evaluate.backends import Generation, response_text
+from thence.evaluate.completion import outcome
 from thence.evaluate.measure import grade
+from thence.http_client import Answer
 from thence.pipeline.run import run
 from thence.verify.reward import load_reward
 
@@ -39,7 +40,10 @@ def test_think_tags_that_are_special_tokens_reach_the_reward_and_the_end_does_no
 
 def test_a_server_whose_template_opens_the_thinking_gets_the_tag_put_back() -> None:
     def text(content: str) -> str:
-        return _generation(json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})).text
+        body = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+        found = outcome(Answer(200, {}, body.encode()), hide=str, remedy=str, file="")
+        assert isinstance(found, Generation)
+        return found.text
 
     assert text("hm</think>4") == "<think>\nhm</think>4"
     assert text("<think>hm</think>4") == "<think>hm</think>4"

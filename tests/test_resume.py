@@ -276,8 +276,13 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     assert len(final_weights(undisturbed)) == 2
     assert final_weights(folder) == final_weights(undisturbed)
     assert untimed_metrics(folder) == untimed_metrics(undisturbed)
-    left = [path for path in folder.rglob("*") if path.name == "checkpoints" or path.name.startswith(".")]
-    assert not left
+    left = {path.relative_to(folder) for path in folder.rglob(".*")}
+    assert left == {Path(".thence-run.json"), Path(".lock")}
+    # the last training stage can be given more steps
+    assert [str(path.relative_to(folder)) for path in folder.glob("stages/*/checkpoints/*")] == [
+        f"stages/rl/checkpoints/step-{RL_STEPS:06d}"
+    ]
+    assert not (folder / "stages" / "sft" / "checkpoints").exists()
 
 
 @pytest.fixture(scope="module")

@@ -97,12 +97,13 @@ def test_after_think_grades_only_what_follows_the_first_closing_tag(pool: Gradin
     assert verdict(pool, r"so \boxed{4}</think>It is \boxed{5}.", "4", rule) is WRONG
     assert verdict(pool, r"<think>cut off at \boxed{4}", "4", rule) is WRONG
     assert verdict(pool, r"a</think>\boxed{4}</think>\boxed{5}", "4", rule) is RIGHT
-    assert verdict(pool, r"<think>cut off at \boxed{4}", "4", "plain") is RIGHT
+    assert verdict(pool, r"cut off at \boxed{4}", "4", "plain") is RIGHT  # no thinking that anybody can see
+    assert verdict(pool, r"<think>cut off at \boxed{4}", "4", "plain") is WRONG
 
 
 @given(st.text(), st.text(), st.text())
 def test_after_think_part(before: str, part: str, after: str) -> None:
-    assert graded_part(f"{before}<think>\n", "plain") == f"{before}<think>\n"
+    assert graded_part(f"{before}<think>\n{part}", "plain") == before
     if "</think>" not in before + part:
         assert graded_part(f"{before}</think>{part}</think>{after}", "after_think") == part
 
@@ -369,7 +370,7 @@ def test_an_own_function_gives_real_scores_and_none_is_unknown(own: Path) -> Non
     with load_reward(f"{own}:length") as grader:
         grades = grader.grade_many(["p"] * 3, ["aaaa", "a", "aaaa"], ["x", "x", None])
     assert [grade.score for grade in grades] == [0.5, -0.25, 0.0]
-    assert count(grades) == {"right": 1, "wrong": 1, "unknown": 1}
+    assert count(grades) == {"right": 0, "wrong": 0, "graded": 2, "unknown": 1}
 
 
 def test_an_own_function_by_module(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,8 @@ class Engine:
                 output = Some(token_ids=row.ids, logprobs=row.logps if params.logprobs is not None else None,
                               finish_reason="stop" if stopped else "length")
                 done.append(Some(finished=True, request_id=name, outputs=[output]))
+            elif MODE != "stuck":
+                done.append(Some(finished=False, request_id=name, outputs=[]))
         return done
 
 class LLM:
@@ -220,7 +222,7 @@ def script(tmp_path: Path) -> Callable[[str], VllmSettings]:
             "from wire import Wire\n"
             "sock = socket.socket(fileno=int(sys.argv[sys.argv.index('--fd') + 1]))\nwire = Wire(sock)\n"
             "ask, tell = (lambda: wire.receive(20)), wire.send\n"
-            "ready = {'protocol': 1, 'model': sys.argv[sys.argv.index('--model') + 1], 'stamp': [0, 'd'],\n"
+            "ready = {'protocol': 2, 'model': sys.argv[sys.argv.index('--model') + 1], 'stamp': [0, 'd'],\n"
             "         'dtype': 'float32', 'max_model_len': 64}\n" + textwrap.dedent(body)
         )
         file.chmod(0o755)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from thence.redaction import redacted
+
 
 class UserError(Exception):
     """Something the user can fix. The command line prints it without a traceback and exits with 2.
+
+    Passwords, tokens and keys are taken out of what it says, wherever it is then kept or printed.
 
     Args:
         problem: what is wrong, one sentence.
@@ -25,12 +29,12 @@ class UserError(Exception):
         line: int | None = None,
         field: str | None = None,
     ):
-        self.problem, self.remedy = problem, remedy
+        self.problem, self.remedy = redacted(problem), redacted(remedy)
         self.file, self.line, self.field = (None if file is None else str(file)), line, field
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        place = self.file or ""
+        place = redacted(self.file or "")
         if self.line is not None:
             place = f"{place}:{self.line}" if place else f"line {self.line}"
         if self.field is not None:
@@ -60,5 +64,5 @@ class StepRefused(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or the name of its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says in its first line, without secrets, or the name of its class where it says nothing."""
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])

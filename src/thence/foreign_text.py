@@ -6,11 +6,14 @@ and a mark of direction can turn a line around. HTML pages have their own guard,
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 KEPT = frozenset("\n\t")
 _OBEYED = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))  # control, format, surrogate, unassigned, separators
-_JOINERS = frozenset("\u200c\u200d\ufe0f")  # needed to write Persian, Hindi and emoji; they move no cursor
+_JOINERS = frozenset("\u200c\u200d")  # needed to write Persian, Hindi and emoji; they move no cursor
+_MARKS = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2")  # Arabic, with a glyph
+_TO_LOOK_AT = re.compile(r"[^ -~\n\t]")
 
 
 def clean(text: str) -> str:
@@ -19,7 +22,7 @@ def clean(text: str) -> str:
     Line ends and tabs stay; the printable text of every script stays. Lone surrogates cannot be encoded, so they are
     written out too. The result can always be printed as UTF-8.
     """
-    return "".join(_written(character) for character in text)
+    return _TO_LOOK_AT.sub(lambda found: _written(found[0]), text)
 
 
 def one_line(text: str, limit: int | None = None) -> str:
@@ -29,7 +32,7 @@ def one_line(text: str, limit: int | None = None) -> str:
 
 
 def _written(character: str) -> str:
-    if character in KEPT or character in _JOINERS or (" " <= character <= "~"):
+    if character in KEPT or character in _JOINERS or character in _MARKS:
         return character
     if unicodedata.category(character) not in _OBEYED:
         return character

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -13,7 +15,9 @@ from pathlib import Path
 
 from thence.errors import UserError
 
+log = logging.getLogger(__name__)
 LOCK = ".lock"
+UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without locks
 
 
 @contextmanager
@@ -31,27 +35,59 @@ def held(folder: Path, doing: str, *, wait: float = 0.0) -> Iterator[int]:
         UserError: another process holds it; its number, host and start are named.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = _open(folder / LOCK)
     try:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise UserError(
-                        f"another process {doing}{_holder(handle)}",
-                        remedy="wait for it or stop it, or give another folder",
-                        file=folder,
-                    ) from None
-                time.sleep(0.1)
+        _take(handle, folder, doing, wait)
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(handle, 0)
         os.pwrite(handle, (json.dumps(facts) + "\n").encode(), 0)
         yield handle
     finally:
         os.close(handle)
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(
+            "a link stands where the lock of this folder is kept", remedy="move it elsewhere", file=file
+        ) from None
+
+
+def refuse_if_held(folder: Path, doing: str, *, wait: float = 0.0) -> None:
+    """Raise the error of :func:`held` where another process holds the folder. Nothing is written or made."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        _take(handle, folder, doing, wait)
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: Path, doing: str, wait: float) -> None:
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"another process {doing}{_holder(handle)}",
+                    remedy="wait for it or stop it, or give another folder",
+                    file=folder,
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            log.warning("%s lies on a file system without locks: start no second process that writes there", folder)
+            return
 
 
 def _holder(handle: int) -> str:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import datetime
 import tomllib
-import types
 from collections.abc import Sequence
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
+
+from thence.limits import members_of, whole_type
 
 
 def parse_value(text: str) -> Any:
     """A text as a TOML value; what is none (a path, a name) stays text, and so does a date, which no field takes."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, ValueError):  # ValueError: an integer with too many digits
+        tables = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError):  # ValueError: an integer with too many digits
         return text
-    return text if isinstance(value, datetime.date | datetime.time) else value
+    value = tables["value"]
+    return text if len(tables) > 1 or isinstance(value, datetime.date | datetime.time) else value
 
 
 def read_value(text: str, kind: Any) -> Any:
     """A text as the value of a field.
 
     A field for text takes any text as it stands (``2024-01-01``, ``1e5``, ``true``); a TOML string is read as one.
-    Where a list of texts is wanted, a single text is a list of one.
+    Where a list is wanted, a single value is a list of one.
 
     Args:
         kind: the field's annotation; Any where it is not known.
@@ -35,18 +37,10 @@ def read_value(text: str, kind: Any) -> Any:
         return value
     if str in members:
         return value if isinstance(value, str) else text
-    if list[str] in members:
-        return [value if isinstance(value, str) else text]
+    lists = [get_args(member)[0] for member in members if get_origin(member) is list]
+    if lists and value != "":
+        return [value if isinstance(value, str) or str not in members_of(lists[0]) else text]
     return value
-
-
-def members_of(kind: Any) -> tuple[Any, ...]:
-    """The types that an annotation allows, None apart."""
-    if get_origin(kind) is Annotated:
-        return members_of(get_args(kind)[0])
-    if get_origin(kind) in (Union, types.UnionType):
-        return tuple(inner for part in get_args(kind) if part is not type(None) for inner in members_of(part))
-    return (kind,)
 
 
 def field_type(kind: Any, path: Sequence[str]) -> Any:
@@ -55,7 +49,7 @@ def field_type(kind: Any, path: Sequence[str]) -> Any:
         inner: Any = Any
         for member in members_of(kind):
             if isinstance(member, type) and issubclass(member, BaseModel) and part in member.model_fields:
-                inner = member.model_fields[part].annotation
+                inner = whole_type(member.model_fields[part])
             elif get_origin(member) is dict:
                 inner = get_args(member)[1]
         kind = inner
@@ -65,3 +59,8 @@ def field_type(kind: Any, path: Sequence[str]) -> Any:
 def is_mapping(kind: Any) -> bool:
     """Whether an annotation allows a mapping with keys of the user's own."""
     return any(get_origin(member) is dict for member in members_of(kind))
+
+
+def is_switch(kind: Any) -> bool:
+    """Whether a field is true or false and nothing else, so that its flag needs no value."""
+    return members_of(kind) == (bool,)

@@ -9,11 +9,14 @@ and score-against-flops.png.
     python studies/embedded-world/judge.py --seeds 0,1,2,3
 
 prints the verdicts of these seeds alone, from the results kept here, and writes nothing.
+
+    python studies/embedded-world/judge.py --kept FOLDER
+
+puts the results kept here into FOLDER, once they were read, where it has none of its own.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,6 +29,7 @@ from thence.compare.page import write_report
 from thence.compare.result import RESULTS, Comparison, Run, read_results, to_json
 from thence.compare.statistics import Difference, Statistics, statistics
 from thence.errors import UserError
+from thence.files import to_json as as_json
 from thence.files import write_atomically
 
 HERE = Path(__file__).parent
@@ -39,15 +43,19 @@ def main() -> None:
     if sys.argv[1:2] == ["--seeds"]:
         print_verdicts_of({int(seed) for seed in sys.argv[2].split(",")})
         return
+    if sys.argv[1:2] == ["--kept"]:
+        hand_over(Path(sys.argv[2]))
+        return
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/embedded-world")
     comparison = read_results(folder if (folder / RESULTS).exists() else HERE)
+    refuse_loss(comparison, folder)
     predictions = tomllib.loads((HERE / "predictions.toml").read_text(encoding="utf-8"))
     found = statistics(comparison)
     verdicts = judge(found, predictions)
     write_atomically(HERE / RESULTS, to_json(rounded(comparison)))
     write_report(HERE)
     (HERE / "report.json").unlink()  # what it holds is in results.json and summary.csv
-    write_atomically(HERE / "verdicts.json", json.dumps(verdicts, indent=1) + "\n")
+    write_atomically(HERE / "verdicts.json", as_json(verdicts, indent=1) + "\n")
     write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))
     write_atomically(HERE / "scores.md", scores(found))
     try:
@@ -55,6 +63,26 @@ def main() -> None:
     except ValueError as error:
         print(f"no figure yet: {error}", file=sys.stderr)
     print(as_markdown(verdicts, comparison))
+
+
+def hand_over(folder: Path) -> None:
+    """Copy the kept results into a folder without any. Raises UserError where they cannot be read."""
+    if (HERE / RESULTS).exists() and not (folder / RESULTS).exists():
+        read_results(HERE)
+        write_atomically(folder / RESULTS, (HERE / RESULTS).read_text(encoding="utf-8"))
+
+
+def refuse_loss(comparison: Comparison, folder: Path) -> None:
+    """Raise UserError where the results kept here cannot be read, or have runs that the new ones lack."""
+    if not (HERE / RESULTS).exists():
+        return
+    kept, new = ({(r.arm, r.base, r.seed) for r in c.runs} for c in (read_results(HERE), comparison))
+    if lost := sorted(kept - new):
+        raise UserError(
+            f"{len(lost)} runs that are kept here are not in the results of {folder}, the first {lost[0]}",
+            remedy="finish the comparison with `make study`, or rename the kept file",
+            file=HERE / RESULTS,
+        )
 
 
 def print_verdicts_of(seeds: set[int]) -> None:

@@ -282,7 +282,7 @@ def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> 
 def _own_configuration(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) and config.get("model_type") in FAMILIES else None
 

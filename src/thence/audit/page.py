@@ -30,6 +30,7 @@ from thence.audit.findings import CATALOGUE
 from thence.audit.heatmap import SHADES, heat_map, shade
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import CaseResult, KnownFault, Report, Role, StepResult
+from thence.files import finite
 from thence.report.samples import visible
 
 _LEGEND = (
@@ -97,7 +98,7 @@ def render_page(report: Report) -> str:
 
 def _embedded(data: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

@@ -21,6 +21,7 @@ from thence.audit.probe import Probe, write_probe
 from thence.audit.result import Case, CaseResult, Report
 from thence.audit.stack import Tell, make_report, working_folder
 from thence.errors import UserError
+from thence.redaction import redacted_command
 
 PLACEHOLDERS: Mapping[str, str] = {
     "model": "folder of the model and tokenizer to start from",
@@ -96,7 +97,7 @@ def audit_program(
     flags += [f"--lr {lr:g}"] if lr is not None else []
     flags += [f"--model-type {model_type}"] if model_type != "llama" else []
     flags += [f"--seed {seed}"] if seed else []
-    command = " ".join(["thence audit command", *flags, "--", shlex.join(program)])
+    command = " ".join(["thence audit command", *flags, "--", redacted_command(program)])
     return make_report(
         "command", results, {"program": program[0]}, command, probe, time.monotonic() - start, asked, reasons
     )

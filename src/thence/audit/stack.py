@@ -12,13 +12,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from thence import __version__
 from thence.audit.cases import cases_for
 from thence.audit.probe import Probe, write_probe
 from thence.audit.result import CaseResult, Report, Verdict
 from thence.audit.runner import Observation, load_adapter, run_cases, started_group
 from thence.audit.verdict import judge_all, not_told_apart, scale_law, settle
 from thence.errors import UserError
+from thence.files import to_json, write_atomically
+from thence.redaction import redacted
 
+MARKER = ".thence-audit.json"
 Tell = Callable[[CaseResult], None]
 
 
@@ -115,14 +119,13 @@ def make_report(
     imports: float = 0.0,
 ) -> Report:
     """The report of a judged matrix."""
-    from thence import __version__
 
-    cases = settle(cases, asked)
+    cases = settle([replace(case, reason=redacted(case.reason)) for case in cases], asked)
     verdict = judge_all(cases, versions, asked)
     return Report(
         target=target,
         versions=versions,
-        command=command,
+        command=redacted(command),
         cases=tuple(cases),
         verdict=_with_law(verdict, cases),
         not_told_apart=not_told_apart(cases, reasons),
@@ -144,11 +147,25 @@ def _with_law(verdict: Verdict, cases: Sequence[CaseResult]) -> Verdict:
     return verdict
 
 
+def _take(keep: Path) -> None:
+    """Make a folder the audit's own. Raises UserError where it holds things that are not of an audit."""
+    if keep.is_dir() and not (keep / MARKER).is_file() and (there := sorted(path.name for path in keep.iterdir())):
+        raise UserError(
+            f"the folder is of no audit and holds other things: {', '.join(there[:3])}",
+            remedy="give a new or empty folder",
+            file=keep,
+            field="--keep",
+        )
+    if keep.exists() and not keep.is_dir():
+        raise UserError("this is a file, not a folder", remedy="give a new or empty folder", file=keep, field="--keep")
+    write_atomically(keep / MARKER, to_json({"format": 1, "kind": "thence audit", "thence": __version__}))
+
+
 @contextlib.contextmanager
 def working_folder(keep: Path | None) -> Iterator[Path]:
     """A folder that is removed at the end, or the one that is to be kept."""
     if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
+        _take(keep)
         yield keep.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="thence-audit-") as name:

@@ -31,6 +31,7 @@ from thence.audit.figures import (
 )
 from thence.audit.result import CaseResult, Report, StepResult
 from thence.report.samples import visible
+from thence.terminal import make_console
 
 _BARS = (("▁", 0.3), ("▂", 0.6), ("▃", 1.0), ("▅", 1.5), ("▆", 2.5), ("▇", 5.0), ("█", math.inf))
 _IDEAL, _ZERO = "▄", "·"
@@ -50,15 +51,12 @@ def report_text(report: Report, *, colour: bool | None = None, width: int | None
     if colour is None:
         colour = sys.stdout.isatty()
     out = StringIO()
-    console = Console(
+    console = make_console(
         file=out,
         width=width or shutil.get_terminal_size((100, 24)).columns,
         force_terminal=colour,
         color_system="standard" if colour else None,
         no_color=not colour,
-        highlight=False,
-        emoji=False,
-        markup=False,
         legacy_windows=False,
     )
     versions = ", ".join(f"{_line(name)} {_line(version)}" for name, version in report.versions.items())

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from thence.cli.arguments import Done
 from thence.errors import UserError
+from thence.explain import TRACEBACK, explained, foreign_exit, keep_traceback, of_thence, traceback_text
+from thence.streams import OutputLost, give_up, guarded
 
 USAGE = """\
 thence: SFT, thence RL. Post-train language models to reason, correct by construction.
@@ -26,29 +34,122 @@ thence: SFT, thence RL. Post-train language models to reason, correct by constru
 `thence COMMAND --help` says more. RECIPE is the name of a shipped recipe or a TOML file."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``thence``. Returns the exit code: 0 done, 1 not done, 2 the request makes no sense."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    if arguments[0] in ("-V", "--version"):
-        from thence import __version__
+# commands whose work is lost to the reader when nobody reads on; the others end quietly, as `cat` does
+WORKING = ("run", "compare", "check", "eval", "audit")
 
-        print(f"thence {__version__}")
-        return 0
-    name, *rest = arguments
+
+class Terminated(KeyboardInterrupt):
+    """The system asked the process to end (SIGTERM)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``thence``. Returns the exit code: 0 done, 1 not done, 2 the request makes no sense.
+
+    Nothing but a command's own return gives 0: not an exit that foreign code asks for, nor output that nobody got.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with guarded(), _ended_by_sigterm():
+        try:
+            code = _answer(arguments)
+        except KeyboardInterrupt:  # a second one, while the first was being told
+            code = 130
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OutputLost as error:
+                code = _lost(error, arguments) if code == 0 or stream is sys.stdout else code
+    return code
+
+
+def _answer(arguments: list[str]) -> int:
+    name, *rest = arguments or [""]
     try:
+        if name in ("", "-h", "--help", "help"):
+            print(USAGE)
+            return 0 if arguments else 2
+        if name in ("-V", "--version"):
+            from thence import __version__
+
+            print(f"thence {__version__}")
+            return 0
         return _command(name)(rest)
-    except UserError as error:
-        print(f"thence: {error}", file=sys.stderr)
-        return 2
+    except Done:
+        return 0
+    except OutputLost as error:
+        return _lost(error, arguments)
+    except Terminated:
+        _tell(f"thence: ended by SIGTERM{_resumes(name)}")
+        return 143
     except KeyboardInterrupt:
-        print("\nthence: stopped; run the same command again to resume", file=sys.stderr)
+        _tell(f"\nthence: stopped{_resumes(name)}")
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except SystemExit as error:
+        _show_traceback(error)
+        _tell(f"thence: {foreign_exit(error)}")
         return 1
+    except UserError as error:
+        _show_traceback(error)
+        _tell(f"thence: {error}")
+        return 2
+    except Exception as error:
+        said = explained(error)
+        if said is not None:
+            _show_traceback(error)
+            _tell(f"thence: {said}")
+            return 1
+        kept = None if _show_traceback(error) else keep_traceback(error)
+        _tell(f"thence: {of_thence(error, kept)}")
+        return 1
+
+
+def _lost(error: OutputLost, arguments: Sequence[str]) -> int:
+    """Standard output or error is gone: say so where it can be said, and let Python end without a complaint."""
+    closed = error.errno == errno.EPIPE
+    for stream, own in ((sys.stdout, "standard output"), (sys.stderr, "standard error")):
+        if error.filename == own:
+            give_up(stream)
+    if not closed:
+        remedy = f"send it elsewhere{_resumes(arguments[0]) if arguments else ''}"
+        _tell(f"thence: {error.filename} cannot be written: {error.strerror}\n  remedy: {remedy}")
+    elif arguments and arguments[0] in WORKING:
+        _tell(f"thence: nobody reads {error.filename} any more: stopped{_resumes(arguments[0])}")
+    return 1
+
+
+def _tell(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OutputLost:  # there is nowhere left to say it; the exit code does
+        give_up(sys.stderr)
+
+
+def _show_traceback(error: BaseException) -> bool:
+    wanted = os.environ.get(TRACEBACK, "") not in ("", "0")
+    if wanted:
+        _tell(traceback_text(error))
+    return wanted
+
+
+def _resumes(name: str) -> str:
+    return "; run the same command again to resume" if name in ("run", "compare", "eval") else ""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, so that what is being written is cleaned up; in a program's main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the cleaning up short
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

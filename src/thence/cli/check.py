@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from thence.cli.arguments import only
 from thence.cli.flags import split_flags
 from thence.errors import UserError
 from thence.recipe import Data, Recipe, load_recipe, shipped_recipes
@@ -61,7 +62,7 @@ class Checked:
         grid = Table.grid(padding=(0, 1))
         grid.add_column(width=1)
         grid.add_column(width=PART_WIDTH)
-        grid.add_column()
+        grid.add_column(overflow="fold")  # a long path is not cut
         grid.add_row(Text(mark, f"bold {colour}"), Text(part, "bold"), said)
         self.console.print(grid)
         if state == "refused":
@@ -72,17 +73,19 @@ class Checked:
 
 def check_command(argv: Sequence[str]) -> int:
     """Print a verdict for each promise. Returns 1 where one does not hold."""
-    if "--help" in argv or "-h" in argv:
+    positional, on, overrides = split_flags(argv, (), {"--data": "--data.source"})
+    if on:
         print(HELP)
         return 0
-    arguments = ["--data.source" if argument == "--data" else argument for argument in argv]
-    positional, _, overrides = split_flags(arguments, ())
-    if len(positional) != 1:
-        raise UserError(f"thence check takes one model or recipe, not {len(positional)}", remedy=HELP.splitlines()[0])
-    from rich.console import Console
+    name = only(positional, "thence check takes one model or recipe", HELP.splitlines()[0])
+    sources = str(overrides.get("data.source", ""))
+    if "," in sources and not sources.startswith("["):
+        overrides["data.source"] = sources.split(",")
+    from rich.text import Text
 
-    console = Console()
-    name = positional[0]
+    from thence.terminal import make_console
+
+    console = make_console()
     is_recipe = name in shipped_recipes() or name.endswith(".toml")
     recipe = load_recipe(name, overrides) if is_recipe else _recipe_of(name, overrides)
     checked = Checked(console)
@@ -90,10 +93,12 @@ def check_command(argv: Sequence[str]) -> int:
         _check_recipe(checked, recipe)
     _check_model(checked, recipe, with_data=is_recipe or "data.source" in overrides)
     if checked.refused:
-        console.print(f"\n[bold red]{len(checked.refused)} do not hold:[/] {', '.join(checked.refused)}")
+        console.print(
+            Text.assemble((f"\n{len(checked.refused)} do not hold:", "bold red"), " ", ", ".join(checked.refused))
+        )
         return 1
     missing = f"; not verified: {', '.join(checked.unverified)}" if checked.unverified else ""
-    console.print(f"\n[bold green]all that was tried holds[/]{missing}")
+    console.print(Text.assemble(("\nall that was tried holds", "bold green"), missing))
     return 0
 
 
@@ -218,6 +223,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
     from thence.data.example import Example, Message
     from thence.data.show import checks, segments, shown
     from thence.pipeline.prompts import first_example
+    from thence.terminal import make_console
 
     data, tokenizer = _data(recipe), loaded.tokenizer
     example = Example(messages=(Message("user", "How much is 2 + 3?"),), demonstration="2 + 3 = 5", source="an example")
@@ -235,7 +241,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
     chosen, chat, row = held
     ends = end_token_ids(tokenizer, chat, loaded.model)
     title = "context dim, [bold green]trained green[/], special tokens reversed"
-    checked.console.print(Panel(shown(segments(row, tokenizer)), title=title, title_align="left"))
+    make_console(verbatim=True).print(Panel(shown(segments(row, tokenizer)), title=title, title_align="left"))
     for one in checks(chosen, row, tokenizer, chat, system=data.system, stop_ids=ends):
         state = {True: "ok", False: "refused", None: "unverified"}[one.ok]
         checked.line(one.name, state, one.reason, one.remedy)

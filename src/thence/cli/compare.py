@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from thence.cli.arguments import SWITCH, Option, only, read_flag, take_apart
 from thence.errors import UserError
+from thence.limits import Place, Processes, Seed, takes
 
 HELP = """\
 thence compare COMPARISON [--jobs N] [--only ARM,ARM] [--seeds 0,1] [--bases rich] [--folder F] [--dry-run] [--report]
@@ -24,16 +26,25 @@ thence compare COMPARISON [--jobs N] [--only ARM,ARM] [--seeds 0,1] [--bases ric
 
 Run the same command again after a crash or Ctrl-C: finished runs are never repeated, others go on from their last
 checkpoint. The report is FOLDER/report.html; the numbers are in results.json, report.json, runs.csv and summary.csv."""
-SWITCHES = ("--dry-run", "--report", "--list", "--fields", "--help", "-h")
-VALUES = ("--jobs", "--threads", "--only", "--seeds", "--bases", "--folder")
+SWITCHES = ("--dry-run", "--report", "--list", "--fields")
+VALUES = {
+    "--jobs": takes(Processes),
+    "--threads": takes(Processes),
+    "--only": "names of arms, with commas between",
+    "--seeds": "seeds, with commas between",
+    "--bases": "names of bases, with commas between",
+    "--folder": "a folder",
+}
+OPTIONS = {flag: SWITCH for flag in SWITCHES} | {flag: Option(words=words) for flag, words in VALUES.items()}
 
 
 def compare_command(argv: Sequence[str]) -> int:
     """Run a comparison, print its tables and the path of its report. Returns 1 where runs failed or are missing."""
-    positional, on, values = _parse(argv)
-    if on & {"--help", "-h"}:
+    found = take_apart(argv, OPTIONS)
+    if found.help:
         print(HELP)
         return 0
+    on, values = found.given, {flag: found.given[flag][0] for flag in VALUES if flag in found.given}
     if "--fields" in on:
         print(_fields())
         return 0
@@ -43,56 +54,56 @@ def compare_command(argv: Sequence[str]) -> int:
         for name in shipped_comparisons():
             print(f"{name:<16} {load_comparison(name).description}")
         return 0
-    if len(positional) != 1:
-        raise UserError(f"thence compare takes one comparison, not {len(positional)}", remedy="see --help")
-    recipe = load_comparison(positional[0])
+    name = only(found.positional, "thence compare takes one comparison", "`thence compare --list` lists them")
+    recipe = load_comparison(name)
     if "--folder" in values:
-        recipe = recipe.model_copy(update={"folder": values["--folder"]})
-    only, bases = _names(values, "--only", recipe.arms), _names(values, "--bases", recipe.bases)
-    seeds = [_number("--seeds", text) for text in _split(values.get("--seeds", ""))]
+        recipe = recipe.model_copy(update={"folder": read_flag("--folder", values["--folder"], Place)})
+    numbers = {flag: read_flag(flag, values[flag], Processes) for flag in ("--jobs", "--threads") if flag in values}
+    arms, bases = _names(values, "--only", recipe.arms), _names(values, "--bases", recipe.bases)
+    seeds = [read_flag("--seeds", text, Seed) for text in _split("--seeds", values.get("--seeds", ""))]
     if unknown := set(seeds) - set(recipe.seeds):
-        raise UserError(f"not among the comparison's seeds: {sorted(unknown)}", remedy=f"they are {recipe.seeds}")
+        raise UserError(
+            f"not among the comparison's seeds: {sorted(unknown)}", remedy=f"they are {recipe.seeds}", field="--seeds"
+        )
     _check(recipe)
     folder = recipe.path()
     if "--dry-run" in on:
-        return _dry_run(recipe, only, seeds, bases)
+        return _dry_run(recipe, arms, seeds, bases)
     if "--report" in on:
         return _report(recipe, folder, collect_again=True)
-    _run(recipe, values, only, seeds, bases)
+    _run(recipe, numbers, arms, seeds, bases)
     return _report(recipe, folder, collect_again=False)
 
 
-def _run(recipe, values, only, seeds, bases) -> None:
-    from rich.console import Console
-
+def _run(recipe, numbers, arms, seeds, bases) -> None:
     from thence.compare.engine import compare
     from thence.compare.live import LiveTable
+    from thence.terminal import make_console
 
-    jobs = _number("--jobs", values.get("--jobs", str(len(os.sched_getaffinity(0)))), least=1)
-    threads = _number("--threads", values.get("--threads", "1"), least=1)
-    with LiveTable(Console(), jobs) as watcher:
-        compare(recipe, jobs=jobs, threads=threads, only=only, seeds=seeds, bases=bases, watcher=watcher)
+    jobs, threads = numbers.get("--jobs", len(os.sched_getaffinity(0))), numbers.get("--threads", 1)
+    with LiveTable(make_console(), jobs) as watcher:
+        compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=seeds, bases=bases, watcher=watcher)
 
 
 def _report(recipe, folder: Path, collect_again: bool) -> int:
-    from rich.console import Console
-
     from thence.compare.page import write_report
-    from thence.compare.result import RESULTS, read_results, to_json
+    from thence.compare.result import read_results, write_results
     from thence.compare.statistics import statistics
     from thence.compare.text import print_comparison
-    from thence.files import write_atomically
+    from thence.terminal import make_console
 
     if collect_again:
         from thence.compare.collect import collect
+        from thence.compare.folder import check_folder
         from thence.compare.plan import Planner
 
         if not folder.is_dir():
             raise UserError("no comparison has been run here", remedy="run it without --report", file=folder)
-        write_atomically(folder / RESULTS, to_json(collect(Planner(recipe, folder.resolve()))))
+        check_folder(folder)
+        write_results(folder, collect(Planner(recipe, folder.resolve())))
     page = write_report(folder)
     results = read_results(folder)
-    console = Console()
+    console = make_console()
     print_comparison(statistics(results), console)
     for failure in results.failures:
         print(f"failed: {failure.arm} from {failure.base}, seed {failure.seed}: {failure.why}", file=sys.stderr)
@@ -100,12 +111,12 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
     return 1 if results.failures else 0
 
 
-def _dry_run(recipe, only, seeds, bases) -> int:
+def _dry_run(recipe, arms, seeds, bases) -> int:
     from thence.compare.live import title
     from thence.compare.plan import Planner
     from thence.compare.preflight import refuse_what_cannot_run
 
-    planner = Planner(recipe, recipe.path().resolve(), only, seeds, bases)
+    planner = Planner(recipe, recipe.path().resolve(), arms, seeds, bases)
     needs = list(planner.needs())
     refuse_what_cannot_run(planner, planner.to_run())
     done = 0
@@ -135,43 +146,20 @@ def _check(recipe) -> None:
                 raise UserError(error.problem, remedy=error.remedy, field=f"arms.{name}: {error.field}") from None
 
 
-def _parse(argv: Sequence[str]) -> tuple[list[str], set[str], dict[str, str]]:
-    positional: list[str] = []
-    on: set[str] = set()
-    values: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        if argument in SWITCHES:
-            on.add(argument)
-        elif name in VALUES:
-            if not equals and not rest:
-                raise UserError("the flag needs a value", remedy="see --help", field=name)
-            values[name] = value if equals else rest.pop(0)
-        elif argument.startswith("-"):
-            raise UserError("no such flag", remedy="see `thence compare --help`", field=argument)
-        else:
-            positional.append(argument)
-    return positional, on, values
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _split(flag: str, text: str) -> list[str]:
+    """The parts of a list with commas. Raises UserError where one is empty or there twice."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if "" in parts or len(set(parts)) < len(parts):
+        raise UserError(f"{text!r}: a part is empty or given twice", remedy="write A,B", field=flag)
+    return parts
 
 
 def _names(values, flag: str, known) -> list[str]:
-    names = _split(values.get(flag, ""))
+    names = _split(flag, values.get(flag, ""))
     for name in names:
         if name not in known:
             raise UserError(f"no {name!r} in the comparison", remedy=f"there are: {', '.join(known)}", field=flag)
     return names
-
-
-def _number(flag: str, text: str, least: int = 0) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise UserError(f"not a number from {least}: {text!r}", remedy="give a whole number", field=flag)
-    return int(text)
 
 
 def _fields() -> str:

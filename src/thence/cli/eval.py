@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thence.errors import UserError
+from thence.cli.arguments import Parser, of
+from thence.errors import RecipeError, UserError
+from thence.limits import Count, Processes, Rows, Seconds
 from thence.text_values import field_type, parse_value, read_value
 
 if TYPE_CHECKING:
@@ -29,13 +28,15 @@ thence eval MODEL --suite NAME [--data DIR] [--limit N] [--samples K] [--folder 
 EPILOG = """\
 MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
 package:NAME, or a GGUF file. NAME of a suite is one of `thence eval --list`, a TOML file, or a .jsonl or .parquet file.
-Run again after a crash or Ctrl-C: it resumes where it was. `thence sample FOLDER` shows what the model said."""
+Run again after a crash or Ctrl-C: it resumes where it was. `thence sample FOLDER` shows what the model said.
+Exit code 1: done, but a server did not answer some problems; they are counted apart, and the same command asks again.
+An endpoint's URL may hold user:password@, a query, and ${NAME} for an environment variable: none of it is kept."""
 FIELDS = ("samples", "temperature", "top_p", "max_tokens", "seed", "grader", "template", "system")
 
 
 def eval_command(argv: Sequence[str]) -> int:
     """Run, compare, regrade or list."""
-    args = _parser().parse_args(list(argv))
+    args = _parser().parse(argv)
     if args.list:
         return _list()
     if args.compare:
@@ -45,19 +46,19 @@ def eval_command(argv: Sequence[str]) -> int:
     return _evaluate(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="thence eval",
         usage=USAGE,
         epilog=EPILOG,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.may_be_empty = frozenset({"--system"})
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="what is measured")
     add("--suite", metavar="NAME", help="the benchmarks")
     add("--data", metavar="DIR", type=Path, help="folder (or file) with the benchmarks' data; default: the hub")
-    add("--limit", metavar="N", type=_count, help="only the first N problems of every task")
+    add("--limit", metavar="N", type=of(Count), help="only the first N problems of every task")
     add("--folder", metavar="OUT", type=Path, help="where everything is kept; default: evals/SUITE-MODEL")
     add("--set", metavar="[TASK.]FIELD=VALUE", action="append", default=[], help="any other field of the tasks")
     tasks = parser.add_argument_group("fields of all tasks (default: the suite's)")
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a variable of the chat template, for example enable_thinking=false",
     )
     backend.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside MODEL")
-    backend.add_argument("--rows", metavar="N", type=_count, help="responses sampled side by side (native; default 64)")
+    backend.add_argument("--rows", metavar="N", type=of(Rows), help="responses sampled side by side (native; 64)")
     backend.add_argument(
         "--vllm", metavar="FIELD=VALUE", action="append", default=[], help="a setting of vLLM, see docs/vllm.md"
     )
@@ -90,20 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     backend.add_argument("--model-name", metavar="NAME", help="the model's name on the server")
     backend.add_argument("--key-variable", metavar="NAME", default="OPENAI_API_KEY", help="holds the server's API key")
-    backend.add_argument("--concurrency", metavar="N", type=_count, default=8, help="requests under way (default 8)")
-    backend.add_argument("--timeout", metavar="S", type=float, default=600.0, help="seconds a response may take (600)")
+    backend.add_argument("--concurrency", metavar="N", type=of(Processes), default=8, help="requests under way (8)")
+    backend.add_argument("--timeout", metavar="S", type=of(Seconds), default=600.0, help="seconds for a response (600)")
     other = parser.add_argument_group("instead of measuring")
     other.add_argument("--compare", metavar=("A", "B"), nargs=2, help="two evaluations: paired differences, B minus A")
     other.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation again without generating")
     other.add_argument("--list", action="store_true", help="list the shipped suites")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return value
 
 
 def _list() -> int:
@@ -120,38 +114,50 @@ def _list() -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from thence.evaluate.problems import load_problems
     from thence.evaluate.run import evaluate
     from thence.evaluate.show import Terminal
+    from thence.terminal import logging_to, make_console
 
     settings = _settings(args)
     folder = args.folder or Path("evals") / _folder_name(settings)
     problems = {name: load_problems(task, args.data, args.limit) for name, task in settings.tasks.items()}
-    console = Console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = make_console()
     console.print(f"{settings.suite}: {sum(map(len, problems.values())):,} problems, into {folder}", highlight=False)
     try:
-        with _log_to(console), Terminal(console) as watcher:
+        with logging_to(console), Terminal(console) as watcher:
             store = evaluate(
                 settings,
                 problems,
                 folder,
                 _backend_maker(args, settings),
-                environment=_environment,
+                environment=lambda: _environment(args.endpoint),
                 watcher=watcher,
             )
     except KeyboardInterrupt:
         print(f"\nwhat was sampled is kept in {folder}", file=sys.stderr)
         raise
-    return _present(console, store)
+    return _present(console, store) or _notice(store)
+
+
+def _notice(store: Store) -> int:
+    """Say what was not answered. Returns 1 if anything was not."""
+    count = len({(task, problem) for task in store.settings().tasks for problem, _ in store.refusals(task)})
+    if count:
+        problems = "1 problem was" if count == 1 else f"{count:,} problems were"
+        print(
+            f"thence: {problems} not answered and counted apart; {store.folder / 'report.html'} says why. "
+            "The same command asks again.",
+            file=sys.stderr,
+        )
+    return 1 if count else 0
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     from thence.evaluate.origin import find_model
     from thence.evaluate.store import Settings
     from thence.evaluate.suites import load_suite
+    from thence.http_client import shown_address
 
     if not args.suite:
         raise UserError("which benchmarks?", remedy="give --suite NAME; see `thence eval --list`", field="--suite")
@@ -168,14 +174,24 @@ def _settings(args: argparse.Namespace) -> Settings:
     overrides |= dict(_assignment(text) for text in args.set)
     if args.tasks:
         overrides["tasks"] = args.tasks.split(",")
-    suite = load_suite(args.suite, overrides)
+    if args.endpoint:
+        from thence.evaluate.endpoint import server_address
+
+        server_address(args.endpoint)  # a wrong one is said before data are read
+    try:
+        suite = load_suite(args.suite, overrides)
+    except RecipeError as error:
+        if error.field not in overrides:
+            raise
+        flag = f"--{error.field.replace('_', '-')}" if error.field in FIELDS else f"--set {error.field}"
+        raise RecipeError(error.problem, remedy=error.remedy, field=flag) from None
     model, stage = find_model(name, args.gguf_file) if name and backend != "endpoint" else (None, None)
     return Settings(
         model=name or "the only one served",
         stage=stage,
         gguf_file=model.gguf_file if model else None,
         backend=backend,
-        endpoint=args.endpoint,
+        endpoint=shown_address(args.endpoint) if args.endpoint else None,
         chat_template=args.chat_template,
         template_variables=_variables(args),
         suite=suite.name,
@@ -200,7 +216,10 @@ def _variables(args: argparse.Namespace) -> dict[str, Any]:
 def _folder_name(settings: Settings) -> str:
     from thence.evaluate.origin import short_name
 
-    name = settings.endpoint if settings.model == "the only one served" else settings.model
+    name = settings.model
+    if settings.endpoint and name == "the only one served":
+        scheme, _, place = settings.endpoint.partition("?")[0].partition("://")
+        name = f"{scheme}://{place.rpartition('@')[2]}"
     stage = f"-{settings.stage}" if settings.stage and not settings.model.endswith(f":{settings.stage}") else ""
     return f"{settings.suite}-{short_name(name or '')}{stage}"
 
@@ -237,22 +256,26 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
     return make
 
 
-def _environment() -> dict[str, Any]:
+def _environment(endpoint: str | None) -> dict[str, Any]:
+    from thence.http_client import shown_address
     from thence.pipeline.folder import environment
+    from thence.redaction import redacted_command
 
     facts = environment("")
+    if endpoint:  # before the arguments are quoted, or a quote in a password would hide it from us
+        shown = [argument.replace(endpoint, shown_address(endpoint)) for argument in sys.argv[1:]]
+        facts["command"] = redacted_command([Path(sys.argv[0]).name, *shown])
     del facts["device"]  # the backend tells, if it knows
     return facts
 
 
 def _regrade(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from thence.evaluate.run import regrade
     from thence.evaluate.show import Terminal
+    from thence.terminal import logging_to, make_console
 
-    console = Console()
-    with _log_to(console), Terminal(console) as watcher:
+    console = make_console()
+    with logging_to(console), Terminal(console) as watcher:
         store = regrade(_existing(args.regrade).folder, args.grader, watcher)
     return _present(console, store, args.grader)
 
@@ -278,13 +301,12 @@ def _present(console: Console, store: Store, grader: str | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from thence.evaluate.show import comparison_view
     from thence.evaluate.summary import compare
+    from thence.terminal import make_console
 
     a, b = (_existing(name, args.suite) for name in args.compare)
-    Console().print(comparison_view(compare(a, b, args.grader)))
+    make_console().print(comparison_view(compare(a, b, args.grader)))
     return 0
 
 
@@ -301,19 +323,6 @@ def _existing(name: str, suite: str | None = None) -> Store:
             return Store(folder)
     hint = "" if suite else ", or name models and say --suite"
     raise UserError("no evaluation here", remedy=f"give the folder that `thence eval` printed{hint}", file=name)
-
-
-@contextmanager
-def _log_to(console: Console) -> Iterator[None]:
-    from rich.logging import RichHandler
-
-    logger, handler = logging.getLogger("thence"), RichHandler(console=console, show_path=False, show_time=False)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _quiet_libraries() -> None:

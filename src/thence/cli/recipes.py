@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from thence.cli.arguments import only, take_apart
+from thence.errors import UserError
 from thence.recipe import load_recipe, shipped_recipes
 
 
 def recipes_command(argv: Sequence[str]) -> int:
     """List the shipped recipes, or print one's file."""
+    found = take_apart(argv, {})
+    if found.help:
+        print("thence recipes [NAME]\n\nList the shipped recipes, or print one's file.")
+        return 0
     shipped = shipped_recipes()
-    if argv and argv[0] in shipped:
-        print(shipped[argv[0]].read_text(encoding="utf-8"), end="")
+    if found.positional:
+        name = only(found.positional, "thence recipes prints one recipe", "`thence recipes` lists them")
+        if name not in shipped:
+            raise UserError(f"no shipped recipe {name!r}", remedy=f"use one of {', '.join(shipped)}")
+        print(shipped[name].read_text(encoding="utf-8"), end="")
         return 0
     width = max(map(len, shipped))
     for name in shipped:

@@ -5,29 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from thence.cli.arguments import only, take_apart
 from thence.errors import UserError
+
+HELP = "thence report RUN\n\nWrite a run's report page again and print its table."
 
 
 def report_command(argv: Sequence[str]) -> int:
     """Write a run's report page again and print its table."""
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("thence report takes one run folder", remedy="thence report runs/quickstart-seed0")
-    from rich.console import Console
-
+    found = take_apart(argv, {})
+    if found.help:
+        print(HELP)
+        return 0
+    name = only(found.positional, "thence report takes one run folder", "thence report runs/quickstart-seed0")
     from thence.report.page import write_report
     from thence.report.table import results_table
+    from thence.terminal import make_console
 
-    folder = existing_run(argv[0])
+    folder = existing_run(name, to_write=True)
     page = write_report(folder)
-    console = Console()
+    console = make_console()
     console.print(results_table(folder))
     console.print(f"report: {page}", soft_wrap=True)
     return 0
 
 
-def existing_run(name: str) -> Path:
-    """A run folder by path or by its name under ``runs/``. Raises UserError."""
+def existing_run(name: str, *, to_write: bool = False) -> Path:
+    """A run folder by path or by its name under ``runs/``.
+
+    Args:
+        to_write: something will be written there: the folder must be known as a run, not only look like one.
+
+    Raises:
+        UserError: there is none.
+    """
+    from thence.train.run_marker import is_run
+
     for folder in (Path(name), Path("runs") / name):
-        if (folder / "recipe.toml").exists():
+        if is_run(folder) or (not to_write and (folder / "recipe.toml").exists()):
             return folder
     raise UserError(f"no run at {name}", remedy="give the folder that `thence run` printed", file=name)

@@ -2,67 +2,87 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thence.cli.arguments import only
 from thence.cli.flags import describe_fields, split_flags
 from thence.errors import UserError
+from thence.files import read_json
 from thence.recipe import Recipe, load_recipe
+from thence.redaction import redacted_values
 from thence.toml import to_toml
 
 HELP = """\
-thence run RECIPE [--table.field value ...] [--dry-run] [--restart]
+thence run RECIPE [--table.field value ...] [--dry-run] [--repeat STAGE] [--restart]
 
   RECIPE      a shipped recipe (`thence recipes`) or a TOML file
   --dry-run   try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop
-  --restart   throw away what an earlier run left in the folder
-  --fields    list every field of a recipe, with its default
+  --repeat    set this stage aside and run it again, with the settings of now; for several: --repeat a,b
+  --restart   remove what an earlier run wrote into the folder, and begin anew
+  --fields    list every field of a recipe, with its default, and what may change when a run is resumed
 
 Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad, --seed 1, --folder runs/mine.
 Tables: --data.columns question=problem,answer=solution, or the flag once for each.
 Run again after a crash or Ctrl-C: it resumes where it was.
 Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
-SWITCHES = ("--dry-run", "--restart", "--fields", "--help", "-h")
+SWITCHES = ("--dry-run", "--restart", "--fields")
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run a recipe and print its table and the path of its report."""
+    argv, repeat = _repeated(argv)
     positional, on, overrides = split_flags(argv, SWITCHES)
-    if on & {"--help", "-h"}:
+    if "--help" in on:
         print(HELP)
         return 0
     if "--fields" in on:
-        print(describe_fields())
+        from thence.pipeline.changes import describe_rules
+
+        print(f"{describe_fields()}\n\n{describe_rules()}")
         return 0
-    if len(positional) != 1:
-        raise UserError(
-            f"thence run takes one recipe, not {len(positional)}", remedy="`thence recipes` lists the shipped ones"
-        )
-    recipe = load_recipe(positional[0], overrides)
-    return dry_run(recipe) if "--dry-run" in on else execute(recipe, restart="--restart" in on)
+    name = only(positional, "thence run takes one recipe", "`thence recipes` lists the shipped ones")
+    recipe = load_recipe(name, overrides)
+    restart = "--restart" in on
+    if restart and repeat:
+        raise UserError("--restart and --repeat do not go together", remedy="give one of them", field="--repeat")
+    return dry_run(recipe, restart, repeat) if "--dry-run" in on else execute(recipe, restart, repeat)
 
 
-def dry_run(recipe: Recipe) -> int:
+def _repeated(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--repeat STAGE`` out of a command line. Raises UserError where it names no stage."""
+    rest: list[str] = []
+    stages: list[str] = []
+    given = iter(argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name != "--repeat":
+            rest.append(argument)
+            continue
+        named = [part.strip() for part in (value if equals else next(given, "")).split(",")]
+        if not all(named) or named[0].startswith("-"):
+            raise UserError("it names no stage", remedy="write --repeat STAGE, for example eval", field="--repeat")
+        stages += named
+    return rest, stages
+
+
+def dry_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
     """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
-    from rich.console import Console
-
     from thence.accounting.budget import plan
     from thence.accounting.show import plan_view
     from thence.pipeline.preflight import preflight, refuse
     from thence.pipeline.prompts import kept_prompts
+    from thence.terminal import make_console
 
-    console = Console()
-    print(to_toml(recipe.resolved()))  # not through rich: a recipe must not be wrapped
+    console = make_console()
+    print(to_toml(redacted_values(recipe.resolved())))  # not through rich: a recipe must not be wrapped
     _quiet_libraries()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     with kept_prompts.during_run():
-        findings = preflight(recipe, None, ranks)
+        findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat)
         wrong = [finding for finding in findings if finding.state == "refused"]
         try:
             console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
@@ -79,23 +99,17 @@ def dry_run(recipe: Recipe) -> int:
     return 0
 
 
-def execute(recipe: Recipe, restart: bool) -> int:
+def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     """Run, show progress, then print the results and the report's path."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     from thence.pipeline.progress import Terminal
     from thence.pipeline.run import run
+    from thence.terminal import logging_to, make_console
 
-    console = Console()
+    console = make_console()
     leads = int(os.environ.get("RANK", "0")) == 0
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.getLogger("thence").addHandler(handler)
-    logging.getLogger("thence").setLevel(logging.INFO if leads else logging.ERROR)
     _quiet_libraries()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with Terminal(console) as watcher:
-        folder = run(recipe, watcher=watcher, restart=restart)
+    with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
+        folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
         from thence.report.page import write_report
         from thence.report.table import results_table
@@ -114,7 +128,8 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
 
     path = recipe.model.path or ""
     file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None
-    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else None
+    remedy = "give a folder whose config.json is whole"
+    return read_json(file, remedy=remedy) if file is not None and file.exists() else None
 
 
 def _measured(recipe: Recipe) -> dict[str, Any]:

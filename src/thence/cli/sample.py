@@ -8,54 +8,49 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from thence.cli.flags import split_flags
+from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
-from thence.files import read_jsonl
+from thence.files import read_lines, say_bad_lines
+from thence.foreign_text import clean
+from thence.limits import Rows
+from thence.terminal import make_console
 
 HELP = """\
-thence sample FOLDER [--n 5] [--verdict right|wrong|unknown] [--stage NAME]
+thence sample FOLDER [--n 5] [--verdict right|wrong|graded|unknown] [--stage NAME]
                      [--task NAME] [--problem KEY] [--grader NAME]
 
 Print prompts with the model's responses and verdicts: of a run (--stage), or of an evaluation (--task; --problem with
 the first letters of a problem's key shows its samples; --grader letter shows the lenient letter rule)."""
-COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow"}
+COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
 OF_RUNS, OF_EVALUATIONS = ("--stage",), ("--task", "--problem", "--grader")
 OPTIONS = ("--n", "--verdict", *OF_RUNS, *OF_EVALUATIONS)
-VERDICTS = ("right", "wrong", "unknown", "ungraded")
+VERDICTS = ("right", "wrong", "graded", "unknown", "ungraded")
 
 
 def sample_command(argv: Sequence[str]) -> int:
     """Print kept samples of a run's stages or an evaluation's tasks."""
-    if "--help" in argv or "-h" in argv:
+    found = take_apart(argv, {option: Option() for option in OPTIONS})
+    if found.help:
         print(HELP)
         return 0
-    rest, chosen = list(argv), {}
-    for option in OPTIONS:
-        if option in rest:
-            at = rest.index(option)
-            if at + 1 == len(rest):
-                raise UserError(f"{option} needs a value", remedy=HELP.splitlines()[0])
-            chosen[option] = rest.pop(at + 1)
-            rest.pop(at)
-    positional, _, _ = split_flags(rest, ())
-    if len(positional) != 1 or not chosen.get("--n", "5").isdigit():
-        raise UserError("thence sample takes one run or evaluation", remedy=HELP.splitlines()[0])
+    chosen = {flag: values[0] for flag, values in found.given.items()}
+    name = only(found.positional, "thence sample takes one run or evaluation", HELP.splitlines()[0])
+    n = read_flag("--n", chosen.get("--n", "5"), Rows)
     if chosen.get("--verdict", "right") not in VERDICTS:
         raise UserError("no such verdict", remedy=f"give one of {', '.join(VERDICTS)}", field="--verdict")
-    evaluation = _evaluation(positional[0])
-    folder = evaluation or existing_run(positional[0])
+    evaluation = _evaluation(name)
+    folder = evaluation or existing_run(name)
     for option in OF_RUNS if evaluation else OF_EVALUATIONS:
         if option in chosen:
             kind = "an evaluation" if evaluation else "a run"
             raise UserError(f"{option} is not for {kind}", remedy="leave it out", file=folder, field=option)
-    console, shown = Console(), 0
-    for name, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
-        found = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
+    console, shown = make_console(verbatim=True), 0
+    for part, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
+        fitting = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
         # spread over the file, so that every split and temperature has its turn
-        n = int(chosen.get("--n", "5"))
-        for line in found[:: max(1, len(found) // max(1, n))][:n]:
-            _show(console, name, line)
+        for line in fitting[:: max(1, len(fitting) // n)][:n]:
+            _show(console, part, line)
             shown += 1
     if not shown:
         given = ", ".join(option for option in chosen if option != "--n") or "the filters"
@@ -73,7 +68,19 @@ def _run(folder: Path, wanted: str | None) -> Iterator[tuple[str, list[dict]]]:
             file=folder,
         )
     for stage in [wanted] if wanted is not None else found:
-        yield stage, read_jsonl(folder / "stages" / stage / "samples.jsonl")
+        path = folder / "stages" / stage / "samples.jsonl"
+        found = read_lines(path, _wrong_with)
+        say_bad_lines(path, found.bad, "it is left out")
+        yield stage, found.values
+
+
+def _wrong_with(line: dict) -> str | None:
+    """What a line of a stage's samples lacks to be shown; None: nothing."""
+    missing = [name for name in ("verdict", "tokens", "finish", "prompt", "response", "answer") if name not in line]
+    if missing:
+        return f"it lacks {missing[0]}"
+    texts = ("verdict", "finish", "prompt", "response")
+    return next((f"{name} is {type(line[name]).__name__}" for name in texts if not isinstance(line[name], str)), None)
 
 
 def _evaluation(name: str) -> Path | None:
@@ -100,6 +107,7 @@ def _evaluated(folder: Path, chosen: dict[str, str]) -> Iterator[tuple[str, list
             lines.append(
                 {
                     "verdict": grade.verdict if grade else "ungraded",
+                    "score": grade.score if grade else None,
                     "split": f"problem {sample.problem} sample {sample.sample}",
                     "tokens": "?" if sample.tokens is None else sample.tokens,
                     "finish": sample.finish,
@@ -116,19 +124,20 @@ def _evaluated(folder: Path, chosen: dict[str, str]) -> Iterator[tuple[str, list
 
 def _show(console: Console, stage: str, line: dict) -> None:
     verdict = line["verdict"]
+    degree = f"{verdict} {line['score']:.4g}" if verdict == "graded" and line.get("score") is not None else verdict
     head = Text.assemble(
-        (f" {verdict} ", f"bold white on {COLOURS.get(verdict, 'grey50')}"),
+        (f" {degree} ", f"bold white on {COLOURS.get(verdict, 'grey50')}"),
         (f"  {stage}", "bold"),
         f"  {line.get('split') or 'step ' + str(line['step'])}",
         f"  T={line['temperature']}" if line.get("temperature") is not None else "",
         f"  {line['tokens']} tokens" + (", cut" if line["finish"] == "length" else ""),
     )
     console.print(head)
-    console.print(Text("  prompt    ", "dim") + Text(line["prompt"]))
-    console.print(Text("  response  ", "dim") + Text(line["response"]))
+    console.print(Text("  prompt    ", "dim") + Text(clean(line["prompt"])))
+    console.print(Text("  response  ", "dim") + Text(clean(line["response"])))
     if line["answer"] is not None:
         found = f"   found {line['extracted']}" if line.get("extracted") is not None else ""
-        console.print(Text("  answer    ", "dim") + Text(line["answer"] + found))
+        console.print(Text("  answer    ", "dim") + Text(clean(line["answer"] + found)))
     if line.get("reason"):
-        console.print(Text("  reason    ", "dim") + Text(line["reason"]))
+        console.print(Text("  reason    ", "dim") + Text(clean(line["reason"])))
     console.print()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import reduce
 from operator import add
 
 from thence.compare.plan import Need, Planner
 from thence.compare.recipe import Base, ComparisonRecipe
-from thence.compare.result import NOTHING, Arm, Column, Comparison, Failure, Run, Try, read_results
-from thence.errors import UserError
+from thence.compare.result import NOTHING, RESULTS, Arm, Column, Comparison, Failure, Run, Try, read_results
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
 from thence.recipe import load_recipe
+from thence.redaction import redacted
 
 
 def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = False) -> Comparison:
@@ -29,10 +28,9 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     everything = Planner(recipe, planner.folder)
     needs = list(everything.needs())
     finished = [need for need in needs if need.arm and everything.summary(need)]
-    here = {**environment("cpu"), "bases": {name: origin_of(base) for name, base in recipe.bases.items()}}
-    if not ran:
-        with suppress(UserError):
-            here = {**read_results(planner.folder).environment, "bases": here["bases"]}
+    here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
+    if not ran and (planner.folder / RESULTS).exists():
+        here = {**read_results(planner.folder).environment, "bases": here["bases"]}
     test = recipe.test()
     splits = test.splits or {test.data.get("split", "test"): {}}
     return Comparison(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import selectors
@@ -10,20 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from thence.compare.collect import collect
+from thence.compare.folder import check_folder, mark
 from thence.compare.plan import Job, Need, Planner
 from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
-from thence.compare.result import RESULTS, Comparison, Failure, to_json
+from thence.compare.result import Comparison, Failure, write_results
 from thence.errors import UserError
-from thence.files import write_atomically
+from thence.files import write_over
+from thence.locks import held
+from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 
+LOCK_SECONDS = 5.0  # for workers of a comparison that was killed, which are just ending
 ATTEMPTS = 2  # of a job whose process died without a word
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """For glibc, others ignore it: the large tensors that come and go in every step keep their memory, which would else be
@@ -71,42 +74,26 @@ def compare(
 
     Raises:
         UserError: another process runs this comparison.
+        DamagedFile: its results, or what a run measured, cannot be read; nothing is written.
     """
     folder = recipe.path().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     planner = Planner(recipe, folder, only, seeds, bases)
     failures: list[Failure] = []
-    with _alone(folder) as lock:
+    # workers hold the lock too, so that none is still writing when the next comparison starts
+    with held(folder, "runs this comparison", wait=LOCK_SECONDS) as lock:
+        mark(folder)
         if ran := bool(left := planner.to_run()):
             refuse_what_cannot_run(planner, left)
-        write_atomically(folder / "comparison.toml", to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))
+        write_over(folder / "comparison.toml", to_toml(kept))
         try:
             for failure in _run_all(planner, jobs, threads, lock, watcher):
                 failures.append(failure)
         finally:
             results = collect(planner, failures, ran)
-            write_atomically(folder / RESULTS, to_json(results))
+            write_results(folder, results)
     return results
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """A lock on the folder that workers hold too, so that none is still writing when the next comparison starts."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        for _ in range(50):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)  # workers of a comparison that was killed are just ending
-        else:
-            raise UserError(
-                "another process runs this comparison", remedy="wait for it, or give another folder", file=folder
-            )
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watcher) -> Iterator[Failure]:
@@ -241,7 +228,7 @@ class Worker:
             return [json.loads(line) for line in lines]
         code = self.process.wait()
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{tail}"}]
+        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{redacted(tail)}"}]
 
     def restart(self) -> None:
         """A new process in place of one that died."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,7 @@ from thence.compare.outcome import outcome
 from thence.compare.result import Column, Run
 from thence.compare.statistics import Statistics
 from thence.compare.words import mean_spent, notes
-from thence.files import finite, to_csv
+from thence.files import to_csv, to_json
 
 _RUN = ("arm", "title", "base", "seed", "split", "temperature", "problems", "samples", "accuracy")
 _RUN += ("mean_tokens", "truncated", "unknown", "steps", "trained_tokens", "generated_tokens")
@@ -28,7 +27,7 @@ def runs_csv(statistics: Statistics) -> str:
     rows = []
     for run in comparison.runs:
         about = {"arm": run.arm, "title": titles.get(run.arm, ""), "base": run.base, "seed": run.seed}
-        about |= {"settings": json.dumps(dict(run.settings)), "folder": run.folder, **asdict(run.spent)}
+        about |= {"settings": to_json(dict(run.settings)), "folder": run.folder, **asdict(run.spent)}
         rows += [about | _measured(run, column) for column in comparison.columns if run.on(column)]
     return to_csv(_RUN, rows)
 
@@ -104,4 +103,4 @@ def report_json(statistics: Statistics) -> str:
         "failures": [asdict(f) for f in comparison.failures],
         "environment": dict(comparison.environment),
     }
-    return json.dumps(finite(content), indent=1, ensure_ascii=True) + "\n"
+    return to_json(content, indent=1) + "\n"

@@ -14,15 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage
-from thence.compare.result import read_results
+from thence.compare.result import RESULTS, read_results
 from thence.compare.summary import Summary, read_summary
-from thence.errors import UserError
+from thence.errors import DamagedFile, UserError
 from thence.pipeline.folder import RunFolder
 from thence.recipe import KINDS, apply_overrides, kind_of, load_recipe, read_tables
 
@@ -63,6 +62,9 @@ class Planner:
         only: arms to run, with those that they build on; empty: all.
         seeds: reported seeds to run; empty: all.
         bases: bases to run from; empty: all.
+
+    Raises:
+        DamagedFile: the results that the folder holds cannot be read; later, the summary of a run.
     """
 
     recipe: ComparisonRecipe
@@ -75,8 +77,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._kept: dict[str, Summary] = {}
-        """What ``results.json`` tells, by the runs' folders; nothing where it is missing or cannot be read."""
-        with suppress(UserError):
+        """What ``results.json`` tells, by the runs' folders; nothing where it is missing."""
+        if (self.folder / RESULTS).exists():
             kept = read_results(self.folder)
             self._kept = {r.folder: Summary(r.own, r.measured, r.curve) for r in (*kept.runs, *kept.tuning_runs)}
 
@@ -153,6 +155,8 @@ class Planner:
         """Whether a run has left its model in its folder."""
         try:
             job = self.job(need)
+        except DamagedFile:
+            raise
         except UserError:  # it can never start
             return False
         if job is None:
@@ -191,6 +195,8 @@ class Planner:
         if need not in self._summaries:
             try:
                 job = self.job(need)
+            except DamagedFile:
+                raise
             except UserError:  # it can never start
                 return None
             found = None

@@ -17,13 +17,18 @@ def refuse_what_cannot_run(planner: Planner, needs: Iterable[Need]) -> None:
     Raises:
         UserError: what cannot work, with the arm or base that it belongs to.
     """
-    from thence.pipeline.preflight import preflight, refuse
+    from thence.compare.summary import no_accuracy
+    from thence.pipeline.preflight import gives_degrees, preflight, refuse
     from thence.pipeline.prompts import kept_prompts
 
     with kept_prompts.during_run():
         for name, tables in _trials(planner, list(needs)):
             try:
-                refuse(preflight(build_recipe(tables), planner.folder / "preflight"))
+                found = preflight(build_recipe(tables), planner.folder / "preflight")
+                refuse(found)
+                for finding in found:
+                    if finding.part.startswith("eval") and gives_degrees(finding):
+                        raise no_accuracy(finding.reason.split(":")[0])
             except UserError as error:
                 where = f"{name}: {error.field}" if error.field else name
                 raise type(error)(

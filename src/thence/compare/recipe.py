@@ -14,28 +14,34 @@ An arm is one training stage after another arm's model, or after the base. Its s
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from thence.compare.sections import read_section
 from thence.errors import RecipeError, UserError
+from thence.given_files import folder_place
+from thence.limits import Flops, Name, Place, Seed, Signed, Source, Steps, Text, TokenBudget, shown
+from thence.names import same_file
 from thence.recipe import Eval, Recipe, Section, build_recipe
+from thence.section import validated
+from thence.toml import TomlFile, read_toml
 
 TUNING_SEED = 100
+MOST_TRIES = 1000
 
 
 class Base(Section):
     """A model that arms start from."""
 
-    path: str | None = None
+    path: Source | None = None
     """A folder, hub name or `world:chain/rich`; `{seed}` in it is the run's seed."""
-    recipe: str | None = None
+    recipe: Source | None = None
     """Instead: a recipe that pretrains it, once for every seed (which becomes the recipe's `seed` and `data.seed`)."""
 
     @model_validator(mode="after")
@@ -48,11 +54,11 @@ class Base(Section):
 class Budget(Section):
     """What an arm may spend from the base on, earlier arms included; it stops at the step nearest to it."""
 
-    flops: float | None = Field(default=None, gt=0)
+    flops: Flops | None = None
     """6N a trained token, 2N a generated one, with N parameters."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: TokenBudget | None = None
     """Trained tokens."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: Steps | None = None
     """Optimizer steps of SFT and rollout batches of RL."""
 
     @model_validator(mode="after")
@@ -79,7 +85,7 @@ class Budget(Section):
 class Tuning(Section):
     """How settings are chosen: on splits and seeds that are never reported."""
 
-    seeds: list[int] = [TUNING_SEED]
+    seeds: list[Seed] = Field(default=[TUNING_SEED], min_length=1)
     """Seeds of the tries; none of the reported ones."""
     eval: dict[str, Any] = {}
     """Laid over [eval] for the tries. The accuracy of a try is the mean over its columns and seeds."""
@@ -88,50 +94,52 @@ class Tuning(Section):
 class ArmTable(Section):
     """An arm."""
 
-    title: str = ""
+    title: Text = ""
     """What tables call it; default: its name."""
-    group: str = ""
+    group: Text = ""
     """Heading under which tables put it."""
-    after: str = ""
+    after: Text = ""
     """The arm whose model it starts from; empty: the base."""
     kind: Literal["sft", "rl", ""] = ""
     """Kind of its training stage; empty: nothing is trained, the base itself is measured."""
     settings: dict[str, Any] = {}
     """Laid over the shared table of its kind."""
-    like: str = ""
+    like: Text = ""
     """Another arm, whose tuned values it takes: what shows a fault alone, at the settings of the clean arm."""
     grid: dict[str, list[Any]] = {}
     """Fields and the values to try, all combinations."""
     budget: bool = True
     """Whether the comparison's budget ends it."""
-    paper: dict[str, float] = {}
+    paper: dict[str, Signed] = {}
     """What the paper reports for it, by base; shown beside."""
-    note: str = ""
+    note: Text = ""
     """One line for the reader."""
 
     def candidates(self) -> list[dict[str, Any]]:
-        """Every combination of the grid; one empty combination where there is no grid."""
+        """Every combination of the grid; one empty combination where there is no grid. Raises ValueError: too many."""
+        if (tries := prod(map(len, self.grid.values()))) > MOST_TRIES:
+            raise ValueError(f"{tries:,} combinations of values are more than anybody tries (at most {MOST_TRIES:,})")
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
 class ComparisonRecipe(Section):
     """A whole comparison."""
 
-    name: str = "comparison"
+    name: Name = "comparison"
     """Names the folder."""
-    description: str = ""
+    description: Text = ""
     """One line."""
-    folder: str | None = None
+    folder: Place | None = None
     """Default: runs/<name>."""
-    reference: str
+    reference: Text
     """The arm that paired differences are taken to."""
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Seeds that are reported."""
     budget: Budget | None = None
     """None: every arm goes to its own end."""
-    bases: dict[str, Base] = Field(min_length=1)
+    bases: dict[Name, Base] = Field(min_length=1)
     """Models to start from, by name."""
-    arms: dict[str, ArmTable] = Field(min_length=1)
+    arms: dict[Name, ArmTable] = Field(min_length=1)
     """What is compared, by name."""
     tuning: Tuning = Tuning()
     data: dict[str, Any] = {}
@@ -141,15 +149,16 @@ class ComparisonRecipe(Section):
     sft: dict[str, Any] = {}
     """As in a recipe, shared by all arms of the kind."""
     rl: dict[str, Any] = {}
-    """Likewise."""
+    """As in a recipe, shared by all arms of the kind."""
     eval: dict[str, Any] = {}
     """The test sets on which arms are reported; the first split at the first temperature is the headline."""
     sections: list[dict[str, Any]] = []
     """Tables and figures of the report; default: what fits the arms."""
 
     def path(self) -> Path:
-        """The comparison's folder."""
-        return Path(self.folder) if self.folder else Path("runs") / self.name
+        """The comparison's folder. Raises RecipeError where no folder can be."""
+        path = Path(self.folder) if self.folder else Path("runs") / self.name
+        return folder_place(path, "folder" if self.folder else "name")
 
     def lineage(self, arm: str) -> list[str]:
         """The arms from the base to this one."""
@@ -162,8 +171,8 @@ class ComparisonRecipe(Section):
         return {**(self.sft if table.kind == "sft" else self.rl), **table.settings, **chosen}
 
     def test(self) -> Eval:
-        """The resolved [eval]."""
-        return Eval.model_validate(self.eval)
+        """The resolved [eval]. Raises RecipeError."""
+        return validated(Eval, self.eval, "eval")
 
 
 def shipped_comparisons() -> dict[str, Path]:
@@ -182,35 +191,47 @@ def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
     Raises:
         RecipeError: an unknown key, a wrong type, or arms that cannot be run.
     """
-    if isinstance(origin, Mapping):
-        file, tables = None, dict(origin)
-    else:
-        path = shipped_comparisons().get(str(origin), Path(origin))
-        file, tables = str(path), _read(path, str(origin))
-    try:
-        recipe = ComparisonRecipe.model_validate(tables)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        problem = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        raise RecipeError(
-            problem, remedy="`thence compare --fields` lists all", file=file, field=field or None
-        ) from None
-    _check_names(recipe, file)
-    _check_stages(recipe, file)
+    file = None if isinstance(origin, Mapping) else _read(origin)
+    recipe = validated(
+        ComparisonRecipe, dict(origin) if isinstance(origin, Mapping) else file.tables if file else {}, file=file
+    )
+    path = str(file.path) if file else None
+    _check_folders(recipe, path)
+    _check_names(recipe, path)
+    _check_stages(recipe, path)
     for i, section in enumerate(recipe.sections):
         read_section(section, recipe.arms, recipe.bases, where=f"sections.{i}")
     return _with_absolute_paths(recipe)
 
 
-def _read(path: Path, asked: str) -> dict[str, Any]:
+def _read(origin: str | Path) -> TomlFile:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+        return read_toml(shipped_comparisons().get(str(origin), Path(origin)), "a comparison")
+    except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(shipped_comparisons())
-        raise RecipeError(f"no comparison {asked!r}", remedy=f"give a TOML file, or one of: {names}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", remedy="fix this line", file=path) from None
+        raise RecipeError(
+            f"no comparison {shown(str(origin))}", remedy=f"give a TOML file, or one of: {names}"
+        ) from None
+
+
+def _check_folders(recipe: ComparisonRecipe, file: str | None) -> None:
+    """Arms, bases and seeds have a folder each."""
+    for field, names in (("arms", recipe.arms), ("bases", recipe.bases)):
+        if twice := same_file(names):
+            raise RecipeError(
+                f"{' and '.join(map(repr, twice))} would share a folder",
+                remedy="give each its own name; capitals alone do not tell two apart",
+                file=file,
+                field=field,
+            )
+    for field, seeds in (("seeds", recipe.seeds), ("tuning.seeds", recipe.tuning.seeds)):
+        if len(set(seeds)) < len(seeds):
+            raise RecipeError(
+                f"a seed is given twice: {seeds}",
+                remedy="a run counts once: give each seed once",
+                file=file,
+                field=field,
+            )
 
 
 def _check_names(recipe: ComparisonRecipe, file: str | None) -> None:
@@ -237,6 +258,10 @@ def _check_names(recipe: ComparisonRecipe, file: str | None) -> None:
             raise refuse("an arm that trains has a kind: sft or rl", f"arms.{name}.kind")
         if any(not values for values in arm.grid.values()):
             raise refuse("nothing to try", f"arms.{name}.grid")
+        try:
+            arm.candidates()
+        except ValueError as error:
+            raise RecipeError(str(error), remedy="give fewer values", file=file, field=f"arms.{name}.grid") from None
     if set(recipe.seeds) & set(recipe.tuning.seeds) and any(arm.grid for arm in recipe.arms.values()):
         raise RecipeError(
             "a seed is tuned on and reported", remedy="give tuning its own seeds", file=file, field="tuning.seeds"

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thence.errors import UserError
+from pydantic import TypeAdapter
 
+from thence.errors import UserError
+from thence.files import finite, fitted, keep_damaged, read_json, write_atomically
+from thence.redaction import redacted_values
+
+log = logging.getLogger(__name__)
 RESULTS = "results.json"
+SUMMARY = "summary.json"
+"""What a finished run keeps in its own folder, see :mod:`thence.compare.summary`."""
 
 
 @dataclass(frozen=True)
@@ -203,22 +212,32 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The records as JSON, a line a run; :func:`from_json` reads them back."""
+    """The records as JSON without secrets, a line a run; :func:`from_json` reads them back."""
     fields = []
     for name, value in asdict(comparison).items():
-        rows = isinstance(value, tuple) and any(isinstance(row, dict) for row in value)
+        value = redacted_values(value)
+        rows = isinstance(value, list) and any(isinstance(row, dict) for row in value)
         text = "[\n" + ",\n".join(map(_compact, value)) + "\n]" if rows else _compact(value)
         fields.append(f'"{name}": {text}')
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
 
 
 def from_json(text: str) -> Comparison:
     """Read what :func:`to_json` wrote. Raises KeyError, TypeError or ValueError where it is something else."""
-    plain = json.loads(text)
+    return comparison_of(json.loads(text))
+
+
+def comparison_of(plain: Mapping[str, Any]) -> Comparison:
+    """The records of a decoded ``results.json``.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is something else.
+    """
+    _shape().validate_python(plain)
 
     def column(value: Mapping[str, Any]) -> Column:
         return Column(**value)
@@ -253,14 +272,44 @@ def read_results(folder: Path) -> Comparison:
     """The results that a comparison wrote into its folder.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are none.
+        DamagedFile: they cannot be read.
     """
     path = folder / RESULTS
+    remedy = (
+        "put a whole copy of it back (git checkout, a backup); or rename it, and what finished runs measured is read "
+        "from their own folders: runs whose folders are not there are then run again"
+    )
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        plain = read_json(path, remedy=remedy)
     except FileNotFoundError:
         raise UserError("no comparison has left its results here", remedy="run `thence compare`", file=path) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the results cannot be read: {error}", remedy="run `thence compare` again", file=path
-        ) from None
+    found: list[Comparison] = []
+    fitted(path, plain, lambda value: found.append(comparison_of(value)), remedy)
+    return found[0]
+
+
+def write_results(folder: Path, comparison: Comparison) -> None:
+    """Write ``results.json`` in place of an earlier one.
+
+    An earlier one that tells of runs that are neither in the new one nor in a folder of their own is kept beside it.
+
+    Raises:
+        DamagedFile: the earlier one cannot be read; it stays as it is.
+    """
+    path = folder / RESULTS
+    if path.exists():
+        before, there = read_results(folder), {run.folder for run in (*comparison.runs, *comparison.tuning_runs)}
+        gone = {run.folder for run in (*before.runs, *before.tuning_runs)} - there
+        if lost := [name for name in sorted(gone) if not (folder / name / SUMMARY).is_file()]:
+            kept = keep_damaged(path, "before")
+            log.warning(
+                "%d runs of %s are no part of this comparison any more, the first %s: the file is kept as %s",
+                *(len(lost), path, lost[0], kept.name),
+            )
+    write_atomically(path, to_json(comparison))
+
+
+@cache
+def _shape() -> TypeAdapter[Comparison]:
+    return TypeAdapter(Comparison)

@@ -15,11 +15,12 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, Strict
 
 from thence.compare.result import Arm, Column, Comparison
 from thence.errors import RecipeError
-from thence.recipe import Section
+from thence.limits import Count, Seed, Signed, Text
+from thence.section import Section, validated
 
 
 class Paper(Section):
@@ -29,7 +30,7 @@ class Paper(Section):
     """Where they stand, for example `arXiv 2604.23747, Table 2`."""
     columns: list[str] = Field(min_length=1)
     """Headings, unit included where it is not per cent."""
-    rows: dict[str, list[float | str]] = Field(min_length=1)
+    rows: dict[str, list[Signed | Text]] = Field(min_length=1)
     """One value for each column, by arm (its title is shown) or by any other label; "" where there is none."""
 
 
@@ -87,7 +88,7 @@ class Short(_Scored):
     """Pairs of a short and a long arm: what the rest of training bought."""
 
     kind: Literal["short"]
-    pairs: list[tuple[str, str]] = Field(min_length=1)
+    pairs: list[Annotated[tuple[str, str], Strict(False)]] = Field(min_length=1)
     """Pairs of arms, the short one first."""
 
 
@@ -106,7 +107,7 @@ class Curves(_Shown):
 
     quantities: list[Literal["loss", "grad_norm", "reward", "response_tokens", "entropy"]] = []
     """Which; empty: those of the kind of section."""
-    smooth: int = Field(default=1, ge=1)
+    smooth: Count = 1
     """Steps averaged for a point; 1: as measured."""
 
 
@@ -114,7 +115,7 @@ class Training(Curves):
     """Loss and gradient norm of named arms over steps, one seed: what a bug looks like from outside."""
 
     kind: Literal["training"]
-    seed: int | None = None
+    seed: Seed | None = None
     """Which seed; empty: the first that each arm has."""
 
 
@@ -146,8 +147,6 @@ KINDS: Mapping[str, type[AnySection]] = {
 LINES = 8
 """Lines that a figure of training holds at most where the recipe does not choose them."""
 
-_ADAPTER: TypeAdapter[AnySection] = TypeAdapter(Annotated[AnySection, Field(discriminator="kind")])
-
 
 def read_section(
     plain: Mapping[str, Any], arms: Iterable[str] = (), bases: Iterable[str] = (), where: str = "sections"
@@ -169,18 +168,7 @@ def read_section(
             remedy=f"kinds are: {', '.join(KINDS)}",
             field=f"{where}.kind",
         )
-    try:
-        section = _ADAPTER.validate_python(dict(plain))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"][1:]]
-        near = difflib.get_close_matches(path[-1], kind.model_fields, n=1) if path else []
-        hint = f"did you mean {near[0]!r}? " if near and first["type"] == "extra_forbidden" else ""
-        raise RecipeError(
-            first["msg"].removeprefix("Value error, "),
-            remedy=f"{hint}fields of {plain['kind']} are: {', '.join(kind.model_fields)}",
-            field=".".join([where, *path]),
-        ) from None
+    section = validated(kind, plain, where, remedy=f"fields of {plain['kind']} are: {', '.join(kind.model_fields)}")
     _known(_arms_named(section), list(arms), "arm", where)
     _known(section.bases, list(bases), "base", where)
     if section.paper is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thence.compare.result import NOTHING, Column, Measured, Spent
-from thence.files import read_jsonl, write_atomically
+from pydantic import TypeAdapter
 
-SUMMARY = "summary.json"
+from thence.compare.result import NOTHING, SUMMARY, Column, Measured, Spent
+from thence.errors import DamagedFile, UserError
+from thence.files import fitted, read_json, read_lines, say_bad_lines, to_json, write_atomically
+from thence.pipeline.folder import wrong_with_line
+
+OF_A_SAMPLE = ("split", "temperature", "index", "verdict")
 CURVE = ("step", "loss", "grad_norm", "reward", "entropy", "response_tokens", "truncated", "flops", "lr")
 
 
@@ -25,30 +29,104 @@ class Summary:
 
 
 def summarise(folder: Path) -> Summary:
-    """Make the summary of a run whose stages are done, and keep it in its folder."""
-    lines = read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    result = json.loads((folder / "stages" / "eval" / "result.json").read_text(encoding="utf-8"))
-    samples = read_jsonl(folder / "stages" / "eval" / "samples.jsonl")
+    """Make the summary of a run whose stages are done, and keep it in its folder.
+
+    Raises:
+        DamagedFile: its lines or results cannot be read, or some are missing, so that the numbers would be wrong.
+    """
+    lines, eval_folder = _steps(folder / "metrics.jsonl"), folder / "stages" / "eval"
+    remedy = f"put a whole copy back, or rename {eval_folder}: the same command then evaluates that model again"
+    samples = _rows(eval_folder / "samples.jsonl", remedy)
+    for sample in samples:
+        fitted(eval_folder / "samples.jsonl", sample, lambda s: [s[k] for k in OF_A_SAMPLE], remedy)
+    path, measured = eval_folder / "result.json", []
+    try:
+        result = read_json(path, remedy=remedy)
+    except FileNotFoundError:
+        raise DamagedFile("is not there, though its stage is done", remedy=remedy, file=path) from None
+    if not samples:
+        raise DamagedFile("it lacks samples", remedy=remedy, file=eval_folder / "samples.jsonl")
+    fitted(path, result, lambda plain: measured.extend(_measured(row, samples) for row in plain["rows"]), remedy)
+    if any(len(m.right) != row["problems"] for m, row in zip(measured, result["rows"], strict=True)):
+        raise DamagedFile("it lacks samples", remedy=remedy, file=eval_folder / "samples.jsonl")
     summary = Summary(
         own=_spent(lines),
-        measured=tuple(_measured(row, samples) for row in result["rows"]),
+        measured=tuple(measured),
         curve={key: tuple(line.get(key) for line in lines) for key in CURVE if any(key in line for line in lines)},
     )
-    write_atomically(folder / SUMMARY, json.dumps(asdict(summary)) + "\n")
+    write_atomically(folder / SUMMARY, to_json(asdict(summary)) + "\n")
     return summary
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """The summary of a run; None where it is not done."""
+    """The summary of a run; None where it is not done. Raises DamagedFile where it cannot be read."""
+    path = folder / SUMMARY
+    remedy = "put a whole copy back, or rename it: `thence compare` then makes it again from the run's other files"
     try:
-        plain = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        plain = read_json(path, remedy=remedy)
     except FileNotFoundError:
         return None
-    measured = tuple(
-        Measured(**{**each, "column": Column(**each["column"]), "right": tuple(each["right"])})
-        for each in plain["measured"]
+    found: list[Summary] = []
+
+    def shape(value: dict[str, Any]) -> None:
+        _shape().validate_python(value)
+        measured = tuple(
+            Measured(**{**each, "column": Column(**each["column"]), "right": tuple(each["right"])})
+            for each in value["measured"]
+        )
+        curve = {key: tuple(values) for key, values in value["curve"].items()}
+        found.append(Summary(Spent(**value["own"]), measured, curve))
+
+    fitted(path, plain, shape, remedy)
+    return found[0]
+
+
+@cache
+def _shape() -> TypeAdapter[Summary]:
+    return TypeAdapter(Summary)
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The measured steps of a run, in order, one a step number; the later line of two counts."""
+    remedy = f"put a whole copy back, or rename {path.parent}: the run is then made again"
+    steps: dict[int, dict[str, Any]] = {}
+
+    def shape(line: dict[str, Any]) -> None:
+        steps[int(line["step"])] = line
+        sum(line[key] for key in ("trained_tokens", "flops", "seconds"))
+
+    for line in _rows(path, remedy):
+        fitted(path, line, shape, remedy)
+    taken = max([max(steps, default=0), *map(_steps_of_stage, path.parent.glob("stages/*/done.json"))])
+    missing = sorted(set(range(1, taken + 1)) - set(steps))
+    if missing:
+        raise DamagedFile(f"step {missing[0]} is missing, so its cost is not known", remedy=remedy, file=path)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _steps_of_stage(path: Path) -> int:
+    remedy = f"put a whole copy back, or rename {path.parent.parent.parent}: the run is then made again"
+    return int(
+        read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("steps", 0), int)).get("steps", 0)
     )
-    return Summary(Spent(**plain["own"]), measured, {key: tuple(values) for key, values in plain["curve"].items()})
+
+
+def _rows(path: Path, remedy: str) -> list[dict[str, Any]]:
+    found = read_lines(path, wrong_with_line)
+    if found.bad:
+        say_bad_lines(path, found.bad, "the run's numbers would be wrong without it")
+        raise DamagedFile(f"a damaged line: {found.bad[0].why}", remedy=remedy, file=path, line=found.bad[0].number)
+    return found.values
+
+
+def no_accuracy(what: str) -> UserError:
+    """The error of a comparison whose evaluation gives degrees, of which it can make no accuracy."""
+    return UserError(
+        f"the reward of [eval] gives degrees and states no threshold ({what}): a comparison is one of accuracies",
+        remedy="state from which score a response is right: reward_right_from in [eval], or the function's attribute "
+        "right_from; then compare into another folder",
+        field="eval.reward",
+    )
 
 
 def _spent(lines: Sequence[Mapping[str, Any]]) -> Spent:
@@ -66,6 +144,8 @@ def _spent(lines: Sequence[Mapping[str, Any]]) -> Spent:
 
 
 def _measured(row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Measured:
+    if row.get("graded"):
+        raise no_accuracy(f"{row['graded']} responses of {row['split']} at temperature {row['temperature']:g}")
     right: dict[int, int] = {}
     for sample in samples:
         if sample["split"] == row["split"] and sample["temperature"] == row["temperature"]:

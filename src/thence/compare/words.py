@@ -8,6 +8,7 @@ from typing import Any
 
 from thence.compare.result import Arm, Column, Comparison, Run, Spent
 from thence.compare.statistics import LEVEL, Difference, Estimate, Statistics
+from thence.report.samples import visible
 
 STAR = "*"
 _SLACK = 0.05
@@ -20,7 +21,8 @@ _UNITS: Mapping[str, Callable[[Spent], float]] = {
 
 def label(arm: Arm) -> str:
     """What tables call an arm; a method whose source leaves something open says so wherever it stands."""
-    return f"{arm.title or arm.name} (reconstruction)" if arm.reconstruction else arm.title or arm.name
+    said = visible(arm.title or arm.name)
+    return f"{said} (reconstruction)" if arm.reconstruction else said
 
 
 def column_label(column: Column) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from thence.streams import guarded
+
 PROGRESS_EVERY = 1.0  # seconds
 TABLES_KEPT = 8  # data tables whose prompts are rendered once for all jobs
 
@@ -53,8 +55,9 @@ def main() -> None:
     os.dup2(2, 1)
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
-    while True:
-        _work(jobs.get(), Teller(out))
+    with guarded():
+        while True:
+            _work(jobs.get(), Teller(out))
 
 
 def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
@@ -66,19 +69,22 @@ def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
 def _work(tables: dict[str, Any], teller: Teller) -> None:
     from thence.compare.summary import summarise
     from thence.errors import UserError
+    from thence.explain import foreign_exit, told
     from thence.pipeline.prompts import kept_prompts
     from thence.pipeline.run import run
 
     kept_prompts.tables = TABLES_KEPT
     try:
-        folder = run(tables, watcher=teller)
+        folder = run(tables, watcher=teller, keep_last=False)
         if "eval" in tables["stages"]:
             summarise(Path(folder))
-    except UserError as error:
-        teller.tell(failed=str(error))
-    except Exception as error:
+    except SystemExit as error:
         traceback.print_exc()
-        teller.tell(failed=f"{type(error).__name__}: {error}")
+        teller.tell(failed=str(foreign_exit(error)))
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()  # into the worker's log
+        teller.tell(failed=told(error))
     else:
         teller.tell(done=True)
 

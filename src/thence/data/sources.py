@@ -12,6 +12,7 @@ from typing import Any
 
 from thence.data.problems import RowProblem
 from thence.errors import DataError, UserError
+from thence.given_files import kind_of_file
 
 NumberedRow = tuple[int, dict[str, Any] | RowProblem]
 
@@ -60,12 +61,25 @@ def open_table(name: str, *, split: str, wanted: Collection[str]) -> Table:
         )
     if not path.exists() and (known or name.startswith(("/", "./", "../", "~"))):
         raise UserError("no such file", remedy="check the path; relative paths start at the current folder", file=path)
+    if (kind := _kind(path)) not in (None, "a folder"):
+        raise UserError(f"{kind} is no data file", remedy="write the rows to a file, and give that", file=path)
+    if path.is_dir() and known:
+        raise UserError(
+            "a folder that is named like a file", remedy="give the file in it, or rename the folder", file=path
+        )
     if path.is_file():
         group = path.name[: path.name.index(".", 1)] if "." in path.name[1:] else path.name
         if lowered.endswith(PARQUET_SUFFIXES):
             return _parquet_table(path, group, wanted)
         return Table(str(path), group, None, _json_rows(path))
     return _hub_table(name, path, split, wanted)
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        return kind_of_file(path)
+    except OSError:  # nothing there, or a name that no file can have: a name on the hub, perhaps
+        return None
 
 
 def _json_rows(path: Path) -> Iterator[NumberedRow]:

@@ -9,15 +9,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thence.data.bounded import TookTooLong, bounded
 from thence.data.example import Message
 from thence.data.problems import RowProblem
-from thence.errors import UserError
+from thence.errors import RecipeError, UserError
+from thence.given_files import read_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Words no template writes by itself; plain letters, so that no template strips or escapes them.
 _USER_PROBE, _ASSISTANT_PROBE = "quxquestion", "quxresponse"
+LONGEST_RENDERING = 10.0
+"""Seconds that a template may take for one row; real ones take milliseconds."""
+MOST_MEMORY = 2 * 2**30
+"""Bytes that rendering one row may add."""
+MOST_CHARACTERS = 50_000_000
+"""Of one rendered row; the longest contexts hold a tenth of it."""
+MOST_BYTES = 4 * 2**20
+"""Of a file with a template."""
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now")
 """Names that a template gets from elsewhere, so that no recipe may set them."""
 
@@ -88,20 +98,25 @@ def render_text(
 
     Raises:
         RowProblem: the template refuses these messages (it knows no system turn, say) or fails on them.
-        UserError: the template is not valid Jinja.
+        UserError: the template is not valid Jinja, or takes more time or memory than any row needs.
     """
     import jinja2
 
     try:
-        text = tokenizer.apply_chat_template(
-            [message.plain() for message in messages],
-            tools=[json.loads(tool) for tool in tools] or None,
-            chat_template=jinja,
-            tokenize=False,
-            add_generation_prompt=generate,
-            continue_final_message=False,
-            **(variables or {}),
-        )
+        with bounded(LONGEST_RENDERING, MOST_MEMORY):
+            text = tokenizer.apply_chat_template(
+                [message.plain() for message in messages],
+                tools=[json.loads(tool) for tool in tools] or None,
+                chat_template=jinja,
+                tokenize=False,
+                add_generation_prompt=generate,
+                continue_final_message=False,
+                **(variables or {}),
+            )
+    except TookTooLong:
+        raise _endless(f"did not end within {LONGEST_RENDERING:g} s on one row") from None
+    except MemoryError:
+        raise _endless(f"asked for more than {MOST_MEMORY / 2**30:g} GiB of memory for one row") from None
     except jinja2.TemplateSyntaxError as error:
         raise _not_jinja(error) from error
     except Exception as error:  # a template may do anything: add text to a number, look for a key that is not there
@@ -112,7 +127,17 @@ def render_text(
             f"the chat template {problem}",
             "change the row's turns, the system text (--data.system '' removes it) or --data.template",
         ) from error
+    if len(text) > MOST_CHARACTERS:
+        raise _endless(f"made {len(text):,} characters of one row")
     return str(text)
+
+
+def _endless(problem: str) -> UserError:
+    return UserError(
+        f"the chat template {problem}",
+        remedy="correct its loops, or give another one with data.template",
+        field="data.template",
+    )
 
 
 @lru_cache(maxsize=64)
@@ -216,8 +241,10 @@ def _template_text(template: str) -> str:
         return template
     path = Path(template).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_given(path, "a chat template", most=MOST_BYTES, field="data.template")
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(
             f"the chat template cannot be read: {error}",
             remedy="give own, none, the path of a Jinja file, or Jinja text with {{ ... }}",

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thence.evaluate.student import quantile
+
 Z95 = 1.959963984540054
 
 
@@ -55,3 +57,34 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+@dataclass(frozen=True)
+class MeanReward:
+    """A mean reward with its uncertainty.
+
+    Args:
+        mean: mean over problems of the mean score of their responses.
+        low, high: 95% interval; None for one problem, which tells nothing of others.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_reward(mean_per_problem: Sequence[float]) -> MeanReward | None:
+    """The mean of rewards with a 95% interval clustered by problem, by Student's t; None of no problems.
+
+    Args:
+        mean_per_problem: mean score of each problem's responses, on any scale.
+    """
+    n = len(mean_per_problem)
+    if n == 0:
+        return None
+    mean = math.fsum(mean_per_problem) / n
+    if n == 1:
+        return MeanReward(mean, None, None)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in mean_per_problem) / (n - 1) / n)
+    half = quantile(0.95, n - 1) * error
+    return MeanReward(mean, mean - half, mean + half)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from thence.data.chat import Rendered, chat_format, end_token_ids, render
 from thence.data.example import Example, Message
@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from thence.evaluate.problems import Problem
     from thence.evaluate.suites import Task
 
-__all__ = ["Backend", "Generation", "Prompts", "Request", "response_text", "room_for"]
+__all__ = ["Backend", "Generation", "Prompts", "Refused", "Request", "response_text", "room_for"]
 
 ROOM_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to be generated: the sample of that number (from 0) of a problem, by its own seed (63 bits)."""
+    """One response to be generated: the sample of that number (from 0) of a problem, by its own seed (63 bits).
+
+    `refused_before`: an earlier start of the evaluation got no response to it.
+    """
 
     problem: Problem
     sample: int
     seed: int
+    refused_before: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class Generation:
         text: as it was generated, without the token that ended it, after the think tag that the prompt had opened;
             other special tokens are kept.
         tokens: its length with the end token; None where a server does not tell.
-        finish: "stop": it ended by itself; "length": it was cut; servers have other words for other ends.
+        finish: "stop": it ended by itself; "length": it was cut; servers have other words for other ends, and some do
+            not tell.
         room: most tokens that the model's context left for it, where that was fewer than the task's `max_tokens`.
     """
 
@@ -44,6 +49,23 @@ class Generation:
     tokens: int | None
     finish: str
     room: int | None = None
+
+
+RefusedKind = Literal["too long", "filtered", "refused", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No response to one request, where the fault is the request's and not everybody's: others may be answered.
+
+    Attributes:
+        kind: "too long" for the model's context; "filtered" by a content filter; "refused" for another reason;
+            "failed": the server tried and failed, several times.
+        reason: what the server said, one line.
+    """
+
+    kind: RefusedKind
+    reason: str
 
 
 class Backend(Protocol):
@@ -54,7 +76,7 @@ class Backend(Protocol):
         """native, endpoint or vllm."""
         ...
 
-    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
+    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
         """Every request with its response, in the order in which they end. Raises UserError when it cannot go on."""
         ...
 

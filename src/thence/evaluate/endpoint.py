@@ -1,27 +1,34 @@
-"""Evaluation of a model behind an OpenAI-compatible server: chat completions over HTTP, standard library only."""
+"""Evaluation of a model behind an OpenAI-compatible server: chat completions over HTTP."""
 
 from __future__ import annotations
 
-import http.client
 import json
+import logging
+import math
 import os
 import queue
 import threading
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from thence.data.think import put_back
 from thence.errors import UserError
-from thence.evaluate.backends import Generation, Request
+from thence.evaluate.backends import Generation, Refused, Request
+from thence.evaluate.completion import Trouble, message, objection, outcome
+from thence.foreign_text import one_line
+from thence.http_client import Address, Answer, NoAnswer, read_address, send
 
 if TYPE_CHECKING:
     from thence.evaluate.suites import Task
 
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+log = logging.getLogger(__name__)
 SEED_RANGE = 2**31  # servers differ in how many bits they take
 LONGEST_WAIT = 60.0
+DEAR_TRIES = 2  # of requests that take the whole time allowed, or more room than allowed
+FAILED_IN_ROW = 3  # requests, each tried several times; then it is the server and not the request
+MOST_AT_ONCE = 1024
+LONGEST_NAME = 1000
+LISTED = 100  # models of a server that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +36,24 @@ class EndpointSettings:
     """How a server is spoken to.
 
     Args:
-        url: its address: `http://host:port`, with or without `/v1` or `/v1/chat/completions`.
+        url: its address: `http://host:port`, with or without `/v1` or `/v1/chat/completions`. It may hold
+            `user:password@`, a query, and `${NAME}` for an environment variable; none of these is kept or printed.
         model: the name of the model there; None: the only one it serves.
         key_variable: the environment variable that holds the API key; no key is sent where it is not set, and it is
             never written anywhere.
         concurrency: requests under way at one time.
-        seconds: longest wait for a response.
-        tries: how often one request is sent before the evaluation stops.
+        seconds: longest time of a request, from connecting to the last byte of its answer.
+        tries: how often one request is sent before it counts as failed.
         pause: seconds before the second try; doubled before each further one, at most 60.
     """
 
-    url: str
+    url: str = field(repr=False)
     model: str | None = None
     key_variable: str = "OPENAI_API_KEY"
     concurrency: int = 8
     seconds: float = 600.0
     tries: int = 6
     pause: float = 1.0
-
-
-class _Trouble(Exception):
-    """A try that failed in a way that may pass. `wait` is what the server asked for, in seconds."""
-
-    def __init__(self, problem: str, wait: float | None = None):
-        super().__init__(problem)
-        self.wait = wait
 
 
 class EndpointBackend:
@@ -67,33 +67,42 @@ class EndpointBackend:
 
     def __init__(self, settings: EndpointSettings, variables: Mapping[str, Any] | None = None):
         self.variables = dict(variables or {})
-        if settings.concurrency < 1 or settings.tries < 1:
-            raise UserError("no request would be sent", remedy="set concurrency and tries to 1 or more")
+        if not (1 <= settings.concurrency <= MOST_AT_ONCE) or settings.tries < 1:
+            remedy = f"set concurrency to 1 to {MOST_AT_ONCE}, and tries to 1 or more"
+            raise UserError("so many requests cannot be sent", remedy=remedy, field="--concurrency")
+        if not (math.isfinite(settings.seconds) and settings.seconds > 0):
+            remedy = "give a number of seconds above 0"
+            raise UserError(f"a time limit of {settings.seconds} s", remedy=remedy, field="--timeout")
         self.settings = settings
-        self.base = _base(settings.url)
-        self._key = os.environ.get(settings.key_variable, "")
-        self._stop = threading.Event()
-        self._limit_name = "max_tokens"
+        self.base = server_address(settings.url)
+        self._key = _key(settings.key_variable)
+        self._stop, self._lock, self._reading = threading.Event(), threading.Lock(), threading.Lock()
+        self._answered, self._failed = 0, 0
+        self._without: frozenset[str] = frozenset()
         self._served = self._models()
         self.model = settings.model or self._only_model()
         if self._served and self.model not in self._served:
             raise UserError(
-                f"no model {self.model!r} on this server",
-                remedy=f"--model-name is one of: {', '.join(self._served[:20])}",
-                file=settings.url,
+                f"no model {one_line(self.model, 200)!r} on this server",
+                remedy=f"--model-name is one of: {self._listed()}",
+                file=self.base.shown,
             )
 
-    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
+    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
         """See `Backend`. Several requests are under way at a time; each failing one is tried again.
 
+        The shortest prompt is asked first: what it is refused for, all are refused for.
+
         Raises:
-            UserError: the server refuses a request, or a request failed `tries` times. What was yielded stands.
+            UserError: the server refuses everything; or several requests in a row failed, each of them `tries`
+                times. What was yielded stands.
         """
         self._stop.clear()
+        self._failed = 0
         waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        for request in requests:
+        for request in _in_order(requests):
             waiting.put(request)
-        done: queue.SimpleQueue[tuple[Request, Generation] | BaseException] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[Request, Generation | Refused] | BaseException] = queue.SimpleQueue()
         threads = [
             threading.Thread(target=self._work, args=(waiting, done, task), daemon=True)
             for _ in range(min(self.settings.concurrency, len(requests)))
@@ -118,14 +127,19 @@ class EndpointBackend:
 
     def facts(self) -> dict[str, Any]:
         """See `Backend`. What a server does not tell (weights, dtype, chat template) is not there."""
+        seeds = f"sent as the request's seed, modulo {SEED_RANGE}; whether it is heeded is up to the server"
+        if "seed" in self._without:
+            seeds = "refused by the server, so not sent: the same command gives other responses"
+        dropped = {"not_sent": sorted(self._without)} if self._without else {}
         return {
             "backend": self.name,
             "model": self.model,
-            "endpoint": self.base,
-            "served_models": self._served,
+            "endpoint": self.base.shown,
+            "served_models": [one_line(name, 200) for name in self._served[:LISTED]],
             "concurrency": self.settings.concurrency,
             "template_variables": self.variables,
-            "seeds": f"sent as the request's seed, modulo {SEED_RANGE}; whether it is heeded is up to the server",
+            "seeds": seeds,
+            **dropped,
         }
 
     def close(self) -> None:
@@ -144,25 +158,61 @@ class EndpointBackend:
                 done.put(error)
                 return
 
-    def _ask(self, request: Request, task: Task) -> Generation:
-        problem = ""
-        for attempt in range(self.settings.tries):
-            if attempt and self._stop.is_set():
-                break
+    def _ask(self, request: Request, task: Task) -> Generation | Refused:
+        tries, attempt, in_vain, problem, everywhere = self.settings.tries, 0, 0, "", False
+        begun = before = self._answered
+        while in_vain < tries and not (attempt and self._stop.is_set()):
             try:
-                return self._once(request, task)
-            except _Trouble as trouble:
-                problem = str(trouble)
-                pause = trouble.wait if trouble.wait is not None else self.settings.pause * 2**attempt
-                if attempt + 1 < self.settings.tries:
+                found = self._once(request, task)
+            except Trouble as trouble:
+                problem, everywhere = str(trouble), trouble.everywhere
+                tries = min(tries, DEAR_TRIES) if trouble.dear else tries
+                pause = trouble.wait if trouble.wait is not None else self.settings.pause * 2 ** min(attempt, 10)
+                # Its turn at a busy server comes, as long as others are answered.
+                in_vain = 0 if everywhere and self._answered > before else in_vain + 1
+                attempt, before = attempt + 1, self._answered
+                if in_vain < tries:
                     self._stop.wait(min(pause, LONGEST_WAIT))
-        raise UserError(
-            f"the server failed {self.settings.tries} times in a row: {problem}",
-            remedy="look at the server; what was sampled is kept, and the same command goes on with the rest",
-            file=self.base,
-        )
+            else:
+                with self._lock:
+                    self._answered, self._failed = self._answered + 1, 0
+                return found
+        said = f"the server failed {in_vain} times in a row: {problem}"
+        with self._lock:
+            self._failed += 1
+            others_are_answered = self._answered > begun or request.refused_before
+            if not everywhere and (others_are_answered or self._failed < FAILED_IN_ROW):
+                return Refused("failed", said)
+        remedy = "look at the server; what was sampled is kept, and the same command resumes with the rest"
+        raise UserError(said, remedy=remedy, file=self.base.shown)
 
-    def _once(self, request: Request, task: Task) -> Generation:
+    def _once(self, request: Request, task: Task) -> Generation | Refused:
+        """One try. Raises Trouble, UserError.
+
+        A server that objects to something that can be left out gets the same request without it.
+        """
+        body, without = self._body(request, task), self._without
+        while True:
+            answer = self._send("POST", "/completions" if request.problem.plain else "/chat/completions", body(without))
+            objected = objection(answer, body(without), _droppable(task))
+            if objected is None:
+                break
+            without |= {objected}
+        with self._reading:  # JSON takes many times its length: one answer at a time
+            found = outcome(answer, hide=self._hide, remedy=self._remedy, file=self.base.shown)
+        if isinstance(found, Generation) and without - self._without:
+            self._remember(without)
+        return found
+
+    def _remember(self, without: frozenset[str]) -> None:
+        """What the server does not take, now that it has answered without."""
+        with self._lock:
+            new, self._without = without - self._without, self._without | without
+        for name in sorted(new - {"max_tokens"}):
+            more = ": the same command gives other responses" if name == "seed" else ""
+            log.warning("the server refuses %r: requests are sent without%s", name, more)
+
+    def _body(self, request: Request, task: Task) -> Any:
         messages, plain = request.problem.messages, request.problem.plain
         asked: dict[str, Any] = (
             {"prompt": "\n\n".join(content for _, content in messages)}
@@ -171,69 +221,111 @@ class EndpointBackend:
         )
         if self.variables and not plain:
             asked["chat_template_kwargs"] = self.variables  # the name that vLLM and SGLang give it
-        body = {
+        whole = {
             "model": self.model,
             **asked,
             "temperature": task.temperature,
             "top_p": task.top_p,
-            self._limit_name: task.max_tokens,
+            "max_tokens": task.max_tokens,
             "seed": request.seed % SEED_RANGE,
             "n": 1,
             "stream": False,
         }
-        status, headers, text = self._send("POST", "/completions" if plain else "/chat/completions", body)
-        if status == 400 and "max_completion_tokens" in text and "max_tokens" in body:
-            self._limit_name = "max_completion_tokens"  # the newer name, which some servers insist on
-            return self._once(request, task)
-        if status in RETRIED:
-            raise _Trouble(f"HTTP {status}: {_message(text)}", _asked_wait(headers))
-        if status != 200:
-            raise UserError(f"HTTP {status}: {_message(text)}", remedy=_remedy(status, self.settings), file=self.base)
-        return _generation(text)
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, str], str]:
-        """One request. Raises _Trouble where no whole answer came."""
-        parts = urllib.parse.urlsplit(self.base)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=self.settings.seconds)
+        def body(without: frozenset[str]) -> dict[str, Any]:
+            # The newer name, which some servers insist on.
+            names = {name: "max_completion_tokens" if name == "max_tokens" else "" for name in without}
+            return {names.get(name, name): value for name, value in whole.items() if names.get(name, name)}
+
+        return body
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
+        """One request. Raises Trouble where no whole answer came."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        address = replace(self.base, path=self.base.path + path)
+        content = None if body is None else json.dumps(body).encode("ascii")
         try:
-            connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read().decode("utf-8", "replace")
-            return answer.status, {key.lower(): value for key, value in answer.getheaders()}, text
-        except TimeoutError:
-            raise _Trouble(f"no answer within {self.settings.seconds:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Trouble(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
-        finally:
-            connection.close()
+            return send(method, address, headers=headers, body=content, seconds=self.settings.seconds)
+        except NoAnswer as failed:
+            dear = failed.kind in ("late", "large")
+            raise Trouble(self._hide(str(failed)), everywhere=failed.kind == "unreachable", dear=dear) from None
 
     def _models(self) -> list[str]:
         """The names that the server lists; empty where it has no list."""
         try:
-            status, _, text = self._send("GET", "/models")
-        except _Trouble as trouble:
+            answer = self._send("GET", "/models")
+        except Trouble as trouble:
             raise UserError(
                 f"the server does not answer: {trouble}",
-                remedy=f"check the address, and that the server is up: curl {self.base}/models",
-                file=self.settings.url,
+                remedy=f"check the address, and that the server is up: curl {self.base.shown}",
+                file=self.base.shown,
             ) from None
-        if status in (401, 403):
-            remedy = _remedy(status, self.settings)
-            raise UserError(f"HTTP {status}: {_message(text)}", remedy=remedy, file=self.base)
+        if answer.status in (401, 403):
+            said = f"HTTP {answer.status}: {message(answer, self._hide)}"
+            raise UserError(said, remedy=self._remedy(answer.status), file=self.base.shown)
         try:
-            return [str(row["id"]) for row in json.loads(text)["data"]] if status == 200 else []
-        except (ValueError, KeyError, TypeError):
+            names = [str(row["id"]) for row in answer.value()["data"]] if answer.status == 200 else []
+            return [name for name in names if len(name) <= LONGEST_NAME]
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def _only_model(self) -> str:
         if len(self._served) == 1:
             return self._served[0]
-        listed = f"the server lists: {', '.join(self._served[:20])}" if self._served else "the server lists none"
-        raise UserError("which model?", remedy=f"give --model-name NAME ({listed})", file=self.settings.url)
+        listed = f"the server lists: {self._listed()}" if self._served else "the server lists none"
+        raise UserError("which model?", remedy=f"give --model-name NAME ({listed})", file=self.base.shown)
+
+    def _listed(self) -> str:
+        return ", ".join(one_line(name, 200) for name in self._served[:20])
+
+    def _hide(self, text: str) -> str:
+        return self.base.hide(text, self._key)
+
+    def _remedy(self, status: int) -> str:
+        if status in (401, 403):
+            variable = self.settings.key_variable
+            return f"put the API key into the environment variable {variable}, or name another: --key-variable"
+        if status == 404:
+            return "check the address (it ends in /v1 with most servers) and --model-name"
+        if 300 <= status < 400:
+            return "give --endpoint the address that the server itself answers at"
+        return "change what the server objects to, for example --max-tokens; what was sampled is kept"
+
+
+def server_address(url: str) -> Address:
+    """The address up to and with `/v1`. Raises UserError."""
+    address = read_address(url, flag="--endpoint")
+    path = address.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    return replace(address, path=path or "/v1")
+
+
+def _in_order(requests: Sequence[Request]) -> list[Request]:
+    """The shortest prompt first, and last what was refused before."""
+    if not requests:
+        return []
+    place = min(range(len(requests)), key=lambda i: (requests[i].refused_before, len(requests[i].problem.text), i))
+    rest = [request for i, request in enumerate(requests) if i != place]
+    return [requests[place], *sorted(rest, key=lambda request: request.refused_before)]
+
+
+def _droppable(task: Task) -> list[str]:
+    """What may be left out of a request: seeds, which are an offer, and what says no more than leaving it out does."""
+    defaults = [name for name in ("top_p", "temperature") if getattr(task, name) == 1.0]
+    return ["seed", "stream", "n", *defaults]
+
+
+def _key(variable: str) -> str:
+    """The API key. Raises UserError where no header can hold it."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(
+            f"the API key in the environment variable {variable} has characters that no key has",
+            remedy="set it again, without quotes, spaces and line ends inside",
+            field="--key-variable",
+        )
+    return key
 
 
 def _next(done: queue.SimpleQueue) -> Any:
@@ -241,57 +333,3 @@ def _next(done: queue.SimpleQueue) -> Any:
         return done.get_nowait()
     except queue.Empty:
         return None
-
-
-def _base(url: str) -> str:
-    """The address up to and with `/v1`. Raises UserError."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"no address: {url!r}", remedy="write --endpoint http://host:port/v1", field="--endpoint")
-    path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path or "/v1", "", ""))
-
-
-def _generation(text: str) -> Generation:
-    """The response in a server's answer. Raises _Trouble where it is not there: proxies cut and replace answers."""
-    try:
-        answer = json.loads(text)
-        choice = answer["choices"][0]
-        message = choice["message"] if "message" in choice else {"content": choice["text"]}
-        content = message.get("content") or ""
-        thinking = message.get("reasoning_content") or message.get("reasoning") or ""
-        finish = choice["finish_reason"]
-        if not isinstance(content, str) or not isinstance(finish, str) or not isinstance(thinking, str):
-            raise TypeError("content and finish_reason are texts")
-        tokens = (answer.get("usage") or {}).get("completion_tokens")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _Trouble(f"not a chat completion ({type(error).__name__}: {error}): {text[:200]!r}") from None
-    # A server that takes the thinking out of the response is put right: graders look for the tags. So is one whose
-    # template has opened the thinking, which no response then repeats.
-    whole = f"<think>\n{thinking}\n</think>\n{content}" if thinking else put_back(content)
-    return Generation(whole, tokens if isinstance(tokens, int) else None, finish)
-
-
-def _message(text: str) -> str:
-    """What the server says is wrong, in one line."""
-    try:
-        error = json.loads(text)["error"]
-        text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(str(text).split())[:300] or "(nothing said)"
-
-
-def _asked_wait(headers: dict[str, str]) -> float | None:
-    try:
-        return max(0.0, float(headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None
-
-
-def _remedy(status: int, settings: EndpointSettings) -> str:
-    if status in (401, 403):
-        return f"put the API key into the environment variable {settings.key_variable}, or name another: --key-variable"
-    if status == 404:
-        return "check the address (it ends in /v1 with most servers) and --model-name"
-    return "change what the server objects to, for example --max-tokens; what was sampled is kept"

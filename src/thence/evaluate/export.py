@@ -8,7 +8,6 @@ for (intervals, verdicts, versions of graders) stands under the key `thence`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -20,10 +19,12 @@ from typing import Any
 from thence.evaluate.metrics import Score
 from thence.evaluate.store import Sample, Store
 from thence.evaluate.summary import Result, TaskResult
-from thence.files import finite, to_csv, write_atomically
+from thence.files import finite, to_csv, to_json, write_over
 
 METRIC = "exact_match"
 LENIENT = "exact_match_lenient"
+REWARD = "mean_reward"
+"""In place of the others where the grader gives degrees and states no threshold."""
 
 
 def write_exports(store: Store, result: Result) -> list[Path]:
@@ -33,20 +34,20 @@ def write_exports(store: Store, result: Result) -> list[Path]:
     """
     started = _started(result)
     date = started.strftime("%Y-%m-%dT%H-%M-%S.%f")
-    text = json.dumps(finite(harness_results(store, result)), indent=2) + "\n"
+    text = to_json(harness_results(store, result), indent=2) + "\n"
     files = {f"results_{date}.json": text, "results.json": text, "results.csv": results_csv(result)}
     for row in result.tasks:
-        lines = (json.dumps(line) + "\n" for line in harness_samples(store, row))
+        lines = (to_json(line) + "\n" for line in harness_samples(store, row))
         files[f"samples_{row.task.name}_{date}.jsonl"] = "".join(lines)
     for name, content in files.items():
-        write_atomically(store.folder / name, content)
+        write_over(store.folder / name, content)
     return [store.folder / name for name in files]
 
 
 def harness_results(store: Store, result: Result) -> dict[str, Any]:
     """What lm-evaluation-harness writes into `results_<date>.json`, and more under `thence`."""
     settings, environment = result.settings, result.environment
-    measured = [row for row in result.tasks if row.avg is not None]
+    measured = [row for row in result.tasks if row.avg is not None or row.reward is not None or row.not_answered]
     groups = {f"{settings.suite}_{group.name}": group for group in result.groups}
     grouped = {name: _metrics(name, name, {METRIC: group.score}) for name, group in groups.items()}
     metrics = {
@@ -103,7 +104,10 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
         first = samples[0]
         doc = {"question": first.question, "answer": first.answer, "key": key, "source": first.source}
         found = [grades[sample.place].extracted or "" for sample in samples]
-        prompt = json.dumps([{"role": role, "content": content} for role, content in first.prompt])
+        known = [g.score for g in (grades[sample.place] for sample in samples) if g.verdict != "unknown"]
+        metric = METRIC if row.reward is None else REWARD
+        level = row.shares[key] if row.reward is None else math.fsum(known) / len(known) if known else None
+        prompt = to_json([{"role": role, "content": content} for role, content in first.prompt])
         yield {
             "doc_id": number,
             "doc": doc | ({"options": list(first.options)} if first.options else {}),
@@ -112,18 +116,22 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
             "resps": [[sample.text for sample in samples]],
             "filtered_resps": found if len(found) == 1 else [found],
             "filter": "none",
-            "metrics": [METRIC],
-            "doc_hash": _sha(json.dumps(doc)),
+            "metrics": [metric],
+            "doc_hash": _sha(to_json(doc)),
             "prompt_hash": _sha(prompt),
             "target_hash": _sha(first.answer),
-            METRIC: row.shares[key],
+            metric: level,
             "verdicts": [grades[sample.place].verdict for sample in samples],
         }
 
 
 def results_csv(result: Result) -> str:
     """A line a task. Shares are between 0 and 1."""
-    lines = [_csv_line(result, row) for row in result.tasks if row.avg is not None]
+    lines = [
+        _csv_line(result, row)
+        for row in result.tasks
+        if row.avg is not None or row.reward is not None or row.not_answered
+    ]
     return to_csv(list(dict.fromkeys(name for line in lines for name in line)) or ["model"], lines)
 
 
@@ -139,9 +147,10 @@ def _csv_line(result: Result, row: TaskResult) -> dict[str, Any]:
         "samples": task.samples,
     }
     line |= _columns("avg", row.avg) | _columns("pass", row.passed.get(task.samples)) | _columns("maj", row.majority)
-    line |= _columns("lenient", row.lenient)
-    for name in ("right", "wrong", "unknown", "truncated", "missing", "mean_tokens"):
+    line |= _columns("lenient", row.lenient) | _columns("reward", row.reward)
+    for name in ("right", "wrong", "graded", "unknown", "truncated", "missing"):
         line[name] = getattr(row, name)
+    line |= {"not_answered": len(row.not_answered), "mean_tokens": row.mean_tokens}
     for name in ("temperature", "top_p", "max_tokens", "seed"):
         line[name] = getattr(task, name)
     return line | {"grader": row.grader, "versions": "; ".join(row.versions)}
@@ -150,17 +159,19 @@ def _csv_line(result: Result, row: TaskResult) -> dict[str, Any]:
 def _columns(name: str, score: Score | None) -> dict[str, Any]:
     if score is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    return {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+    return {name: score.value, f"{name}_low": finite(score.low), f"{name}_high": finite(score.high)}
 
 
 def _scores(row: TaskResult) -> dict[str, Score]:
+    if row.reward is not None:
+        return {REWARD: row.reward}
     found = {METRIC: row.avg} | {f"pass@{k}": score for k, score in row.passed.items() if k > 1}
     found |= {f"maj@{row.task.samples}": row.majority, LENIENT: row.lenient}
     return {name: score for name, score in found.items() if score is not None}
 
 
 def _metrics(name: str, alias: str, scores: dict[str, Score]) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": name, "alias": alias, "sample_len": scores[METRIC].problems}
+    found: dict[str, Any] = {"name": name, "alias": alias, "sample_len": next(iter(scores.values())).problems}
     for name, score in scores.items():
         error = score.standard_error
         found[f"{name},none"] = score.value
@@ -209,6 +220,7 @@ def _own(store: Store, result: Result) -> dict[str, Any]:
         "tasks": rows,
         "groups": groups,
         "missing": result.missing,
+        "not_answered": result.not_answered,
         "regrade": f"thence eval --regrade {store.folder}",
     }
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from thence.data.order import stable_seed
 from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
-from thence.evaluate.accuracy import accuracy
+from thence.evaluate.accuracy import accuracy, mean_reward
 from thence.rollout.native import Response, Sampling, sample
 from thence.train.parallel import Ranks
-from thence.verify.reward import Grader
+from thence.verify.grader import Grader
 
 
 class Engine(Protocol):
@@ -32,24 +32,30 @@ class Measurement:
         split: name of the test set.
         temperature: of sampling.
         problems, samples: how many problems, and samples for each.
-        accuracy, low, high: avg@samples and its 95% interval.
+        accuracy, low, high: avg@samples and its 95% interval; None where a score is a degree without a threshold.
         right, wrong, unknown: verdicts over all samples; unknown is counted as not right.
         mean_tokens: mean length of a response.
         truncated: responses without an end token.
+        graded: scores that are a degree and neither right nor wrong.
+        reward, reward_low, reward_high: mean score of the responses that have one and its 95% interval; None: none has.
     """
 
     split: str
     temperature: float
     problems: int
     samples: int
-    accuracy: float
-    low: float
-    high: float
+    accuracy: float | None
+    low: float | None
+    high: float | None
     right: int
     wrong: int
     unknown: int
     mean_tokens: float
     truncated: int
+    graded: int = 0
+    reward: float | None = None
+    reward_low: float | None = None
+    reward_high: float | None = None
 
 
 def respond(
@@ -130,27 +136,34 @@ def measure(
     seed_parts: tuple[object, ...],
     ranks: Ranks,
 ) -> tuple[Measurement, list[Trajectory]]:
-    """Accuracy on a test set, and all responses. Ranks share the problems; every rank gets the whole result."""
+    """Accuracy or mean reward on a test set, and all responses. Ranks share the problems; each gets it all."""
     mine = prompts[ranks.rank :: ranks.world]
     parts = ranks.gather(respond(model, tokenizer, grader, mine, samples, sampling, seed_parts))
     place = {prompt.index: i for i, prompt in enumerate(prompts)}
     trajectories = sorted((t for part in parts for t in part), key=lambda t: place[t.prompt.index])
     groups = [trajectories[i : i + samples] for i in range(0, len(trajectories), samples)]
-    result = accuracy([sum(t.verdict == "right" for t in group) / samples for group in groups])
     verdicts = [t.verdict for t in trajectories]
+    graded = verdicts.count("graded")
+    result = None if graded else accuracy([sum(t.verdict == "right" for t in g) / samples for g in groups])
+    scores = [[t.score for t in g if t.score is not None and t.verdict != "unknown"] for g in groups]
+    level = mean_reward([sum(known) / len(known) for known in scores if known])
     row = Measurement(
         split=split,
         temperature=sampling.temperature,
-        problems=result.problems,
+        problems=len(groups),
         samples=samples,
-        accuracy=result.accuracy,
-        low=result.low,
-        high=result.high,
+        accuracy=None if result is None else result.accuracy,
+        low=None if result is None else result.low,
+        high=None if result is None else result.high,
         right=verdicts.count("right"),
         wrong=verdicts.count("wrong"),
         unknown=verdicts.count("unknown"),
         mean_tokens=sum(len(t.response_ids) for t in trajectories) / len(trajectories),
         truncated=sum(t.finish == "length" for t in trajectories),
+        graded=graded,
+        reward=None if level is None else level.mean,
+        reward_low=None if level is None else level.low,
+        reward_high=None if level is None else level.high,
     )
     return row, trajectories
 

@@ -126,6 +126,23 @@ def mean_score(scores: Sequence[Score]) -> Score:
     )
 
 
+def mean_reward_of(scores_per_problem: Sequence[Sequence[float]], samples: int) -> Score:
+    """The mean over problems of the mean score of their responses, on any scale, with Student's t interval.
+
+    The interval of one problem is the whole line: it tells nothing about others.
+
+    Args:
+        scores_per_problem: scores of the responses that have one; a problem without any is left out.
+        samples: how many responses a problem has.
+    """
+    means = [math.fsum(scores) / len(scores) for scores in scores_per_problem if scores]
+    if not means:
+        raise ValueError("a mean of no rewards")
+    mean, error = _mean_and_error(means)
+    half = quantile(CONFIDENCE, len(means) - 1) * error if len(means) > 1 else math.inf
+    return Score(mean, error, mean - half, mean + half, len(means), samples)
+
+
 def paired(right_a: Mapping[str, float], right_b: Mapping[str, float]) -> Paired:
     """Compare two models on the same problems: share of right samples by problem key, A minus B.
 

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 from thence.errors import UserError
+from thence.names import as_name
 from thence.recipe import Model, load_recipe
+from thence.redaction import redacted
+from thence.train.run_marker import is_run
 
 BASE = "base"
 
@@ -36,15 +39,16 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
 
 def short_name(name: str) -> str:
     """A name for a folder: the last parts of a path or hub name, without characters that paths do not like."""
-    bare = name.removeprefix("package:").rstrip("/")
+    bare = redacted(name).removeprefix("package:").rstrip("/")
     kept = bare if ":" in bare and not bare.startswith("/") else "-".join(Path(bare).parts[-2:])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", kept).strip("-.") or "model"
+    return as_name(kept) if re.search(r"[A-Za-z0-9_]", kept) else "model"
 
 
 def _run_of(name: str) -> tuple[Path | None, str | None]:
     for whole, stage in ((name, None), tuple(name.rsplit(":", 1)) if ":" in name else (name, None)):
         for folder in (Path(whole).expanduser(), Path("runs") / whole):
-            if (folder / "recipe.toml").is_file():
+            # a model's own folder may hold a recipe of other programs
+            if is_run(folder) or ((folder / "recipe.toml").is_file() and not (folder / "config.json").is_file()):
                 return folder, stage
     return None, None
 

@@ -163,11 +163,13 @@ def _of_table(task: Task, table: Table) -> Iterator[Problem]:
             if from_file and any(str(row.get(column)) != value for column, value in task.filter.items()):
                 continue
             values = _fields(row, renames)
+            if not columns:
+                raise RowProblem("", "the row has no fields", "give it a question and an answer")
             parsed = _choice_row(task, values) if choice else _row(layout, values, source, worked)
         except RowProblem as problem:
             remedy = f"fix the row, or name its column in `columns` of task {task.name}"
             file, line = table.name, number
-            raise DataError(problem.problem, remedy=remedy, file=file, line=line, field=problem.field) from None
+            raise DataError(problem.problem, remedy=remedy, file=file, line=line, field=problem.field or None) from None
         yield _shown(task, parsed, source)
 
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from thence import __version__
 from thence.data.order import stable_seed
 from thence.errors import UserError
-from thence.evaluate.backends import Backend, Generation, Request
+from thence.evaluate.backends import Backend, Generation, Refused, Request
 from thence.evaluate.choices import grade_letter
 from thence.evaluate.problems import Problem
+from thence.evaluate.refusals import ENOUGH, Refusal, nothing_answered
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.verify.loading import function_file
+from thence.verify.math import RULES_VERSION
 from thence.verify.reward import load_reward
 from thence.verify.verdict import Grade
 
+log = logging.getLogger(__name__)
 GRADED_AT_ONCE = 256
+NAMED = 3  # refusals of a task that are logged one by one
 
 
 class Watcher(Protocol):
@@ -38,6 +44,10 @@ class Watcher(Protocol):
         """One more sample is kept."""
         ...
 
+    def refused(self, refused: Refused) -> None:
+        """One more request got no response, and that is kept."""
+        ...
+
     def grading(self, task: str, total: int) -> None:
         """So many samples of a task are about to be graded."""
         ...
@@ -53,6 +63,9 @@ class Silent:
         pass
 
     def sampled(self, generation: Generation) -> None:
+        pass
+
+    def refused(self, refused: Refused) -> None:
         pass
 
     def grading(self, task: str, total: int) -> None:
@@ -79,13 +92,15 @@ def evaluate(
         watcher: is told of progress; nobody when absent.
 
     Returns:
-        The store, with every sample and its grade.
+        The store, with every sample and its grade, and with what could not be asked and why; that is asked again when
+        the evaluation is run again.
 
     Raises:
-        UserError: other settings, problems or weights than in the folder; a backend or grader that gives up. What was
-            sampled and graded before stands.
+        UserError: other settings, problems or weights than in the folder; a backend or grader that gives up; not one
+            request is answered. What was sampled and graded before stands.
     """
     store, watcher = Store(folder), watcher or Silent()
+    store.check(settings)  # before anything is written, the lock included
     with store.held():
         store.begin(settings)
         missing = {name: _missing(store, task, problems[name]) for name, task in settings.tasks.items()}
@@ -94,10 +109,19 @@ def evaluate(
         if any(missing.values()):
             backend = make_backend()
             try:
-                store.record_start({**environment(), **backend.facts()})
-                for name, task in settings.tasks.items():
-                    _sample(store, task, backend, missing[name], len(problems[name]) * task.samples, watcher)
-                    grade(store, task, task.grader, watcher=watcher)
+                facts = backend.facts()
+                store.record_start({**environment(), **facts})
+                refusing = _Refusing(store, any(store.samples(name) for name in settings.tasks))
+                try:
+                    for name, task in settings.tasks.items():
+                        total = len(problems[name]) * task.samples
+                        _sample(store, task, backend, missing[name], total, watcher, refusing)
+                        grade(store, task, task.grader, watcher=watcher)
+                    refusing.end()
+                finally:
+                    found = backend.facts()  # a server shows only when asked what it does not take
+                    if found != facts:
+                        store.amend_start({key: value for key, value in found.items() if facts.get(key) != value})
             finally:
                 backend.close()
         for task in settings.tasks.values():
@@ -116,6 +140,7 @@ def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = N
     """
     store = Store(folder)
     tasks = store.settings().tasks
+    store.environment(), store.problems()  # what cannot be read is said before anything is written
     with store.held():
         for task in tasks.values():
             grade(store, task, grader or task.grader, again=True, watcher=watcher)
@@ -132,7 +157,10 @@ def grade(store: Store, task: Task, grader: str, *, again: bool = False, watcher
     todo = [sample for sample in samples if sample.place not in have]
     if todo:
         (watcher or Silent()).grading(task.name, len(todo))
-        with load_reward(grader) as checker, store.write_grades(task.name) as lines:
+        with (
+            load_reward(grader, seconds=task.grader_seconds, setting="grader_seconds") as checker,
+            store.write_grades(task.name) as lines,
+        ):
             for start in range(0, len(todo), GRADED_AT_ONCE):
                 part = todo[start : start + GRADED_AT_ONCE]
                 texts = [sample.text for sample in part]
@@ -157,15 +185,12 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
 
 def grader_version(grader: str) -> str:
     """What a grade by this grader depends on: the checker's version, or the text of an own function's file."""
-    place, colon, _ = grader.rpartition(":")
-    if not colon:
-        math = "" if grader in ("exact", LETTER) else f", math-verify {importlib.metadata.version('math-verify')}"
-        return f"thence {__version__}{math}"
-    try:
-        found = None if place.endswith(".py") else importlib.util.find_spec(place)
-    except ImportError:
-        found = None
-    file = Path(place) if place.endswith(".py") else Path(found.origin) if found and found.origin else None
+    if ":" not in grader:
+        if grader in ("exact", LETTER):
+            return f"thence {__version__}"
+        checker = importlib.metadata.version("math-verify")
+        return f"thence {__version__}, rules {RULES_VERSION}, math-verify {checker}"
+    file = function_file(grader)
     if file is None or not file.is_file():
         raise UserError(f"grader {grader} is not there", remedy="check the path or module", field="grader")
     return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
@@ -178,7 +203,7 @@ def _missing(store: Store, task: Task, problems: Sequence[Problem]) -> list[Requ
         UserError: the store holds samples of other problems, or of the same with other prompts or answers.
     """
     by_key = {problem.key: problem for problem in problems}
-    have = set()
+    have, refused = set(), store.refusals(task.name)
     for sample in store.samples(task.name):
         problem = by_key.get(sample.problem)
         if problem is None or problem.messages != sample.prompt or problem.answer != sample.answer:
@@ -190,15 +215,57 @@ def _missing(store: Store, task: Task, problems: Sequence[Problem]) -> list[Requ
             )
         have.add(sample.place)
     return [
-        Request(problem, number, stable_seed(task.seed, task.name, problem.key, number))
+        Request(
+            *(problem, number, stable_seed(task.seed, task.name, problem.key, number)),
+            refused_before=(problem.key, number) in refused,
+        )
         for problem in problems
         for number in range(task.samples)
         if (problem.key, number) not in have
     ]
 
 
+class _Refusing:
+    """Keeps refusals, and stops an evaluation of which nothing is answered.
+
+    `answered`: whether there are samples of an earlier start.
+    """
+
+    def __init__(self, store: Store, answered: bool):
+        self.store, self.before, self.now = store, answered, False
+        self.reasons: list[tuple[str, str]] = []
+        self.problems: set[str] = set()
+        self.named: dict[str, int] = {}
+
+    def add(self, task: str, request: Request, refused: Refused) -> None:
+        """Keep one. Raises UserError when enough problems were refused and nothing is answered."""
+        problem, now = request.problem, datetime.now(UTC).isoformat(timespec="seconds")
+        line = Refusal(problem.key, request.sample, problem.text, refused.kind, refused.reason, now)
+        with self.store.write_refusals(task) as lines:
+            lines.add(line)
+        self.reasons.append((refused.kind, refused.reason))
+        if not (self.before and request.refused_before):  # that the same are refused again is no news
+            self.problems.add(problem.key)
+        self.named[task] = self.named.get(task, 0) + 1
+        if self.named[task] <= NAMED:
+            log.warning("%s: problem %s is not answered (%s): %s", task, problem.key, refused.kind, refused.reason)
+        if not self.now and len(self.problems) >= ENOUGH:
+            raise nothing_answered(self.reasons, self.store.folder)
+
+    def end(self) -> None:
+        """Raises UserError when requests were refused and there is no sample at all."""
+        if self.reasons and not (self.now or self.before):
+            raise nothing_answered(self.reasons, self.store.folder)
+
+
 def _sample(
-    store: Store, task: Task, backend: Backend, requests: Sequence[Request], total: int, watcher: Watcher
+    store: Store,
+    task: Task,
+    backend: Backend,
+    requests: Sequence[Request],
+    total: int,
+    watcher: Watcher,
+    refusing: _Refusing,
 ) -> None:
     watcher.sampling(task.name, total, total - len(requests))
     if not requests:
@@ -206,6 +273,11 @@ def _sample(
     with store.write_samples(task.name) as lines:
         for request, generation in backend.generate(requests, task):
             problem = request.problem
+            if isinstance(generation, Refused):
+                refusing.add(task.name, request, generation)
+                watcher.refused(generation)
+                continue
+            refusing.now = True
             lines.add(
                 Sample(
                     problem=problem.key,

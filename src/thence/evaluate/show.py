@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import Counter
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -12,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from thence.evaluate.backends import Generation
+from thence.evaluate.backends import Generation, Refused
 from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
+from thence.foreign_text import one_line
 
 
 class Terminal:
@@ -29,8 +32,8 @@ class Terminal:
         self.name, self.total, self.done, self.missing = "", 0, 0, 0
         self.made = self.tokens = self.printed = 0
         self.started = self.last = time.monotonic()
-        columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
-        self.bar = Progress(*columns, TextColumn("{task.fields[facts]}"), console=console)
+        columns = [TextColumn("{task.description:<16}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()]
+        self.bar = Progress(*columns, TextColumn("{task.fields[facts]}", markup=False), console=console)
         self.task: TaskID | None = None
         self._closed = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
@@ -72,6 +75,13 @@ class Terminal:
         elif self.done == self.total:
             self._line()
 
+    def refused(self, refused: Refused) -> None:
+        self.done, self.missing = self.done + 1, max(0, self.missing - 1)
+        if self.console.is_terminal and self.task is not None:
+            self.bar.update(self.task, completed=self.done, facts=self._facts())
+        elif self.done == self.total:
+            self._line()
+
     def grading(self, task: str, total: int) -> None:
         if not self.console.is_terminal:
             self.console.print(f"{task}: grading {total:,} samples", highlight=False)
@@ -88,7 +98,7 @@ class Terminal:
     def _facts(self) -> str:
         seconds = max(self.last - self.started, 1e-9)
         speed = f"{self.tokens / seconds:,.0f} tok/s  {self.tokens / self.made:,.0f} tok each  " if self.tokens else ""
-        return f"{speed}{duration(seconds / self.made * max(0, self.missing - self.made))} left"
+        return f"{speed}{duration(seconds / max(1, self.made) * max(0, self.missing - self.made))} left"
 
 
 def duration(seconds: float) -> str:
@@ -104,14 +114,22 @@ def results_view(result: Result) -> Group:
     several = any(row.task.samples > 1 for row in rows)
     lenient = any(row.lenient is not None for row in rows)
     optional = (["pass@k", "maj@k"] if several else []) + (["lenient"] if lenient else [])
-    names = ["n", "k", "avg@k", "interval", *optional, "unknown", "cut", "tokens"]
-    table = _table("Right answers, % (95% interval over problems)", names)
+    unanswered = result.not_answered > 0
+    names = ["n", *(["unanswered"] if unanswered else []), "k", "avg@k", "interval", *optional, "unknown", "cut"]
+    names.append("tokens")
+    degrees = [row for row in rows if row.reward is not None]
+    all_graded = bool(degrees) and len(degrees) == len(rows)
+    title = "Mean reward" if all_graded else "Right answers, %"
+    if degrees:
+        names[names.index("avg@k")] = "reward" if all_graded else "avg@k, or reward *"
+    table = _table(f"{title} (95% interval over problems)", names)
     for row in rows:
-        table.add_row(*_cells(row, several, lenient))
+        table.add_row(*_cells(row, several, lenient, unanswered, mark="" if all_graded else " *"))
     for group in result.groups:
         table.add_section()
         mean = Text(percent(group.score), style="bold")
-        table.add_row(f"{group.name} mean of {len(group.tasks)}", "", "", mean, ends(group.score))
+        before = [""] * (3 if unanswered else 2)
+        table.add_row(f"{group.name} mean of {len(group.tasks)}", *before, mean, ends(group.score))
     return Group(table, *(Text(line, style="dim") for line in notes(result)))
 
 
@@ -128,10 +146,38 @@ def notes(result: Result) -> list[str]:
         lines.append(f"only the first {settings.limit} problems of every task")
     if result.missing:
         lines.append(f"unfinished: {result.missing:,} samples are missing; problems without all samples are left out")
+    lines += _not_answered(result)
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
+    if degrees := [row.task.name for row in rows if row.graded]:
+        lines.append(
+            f"mean reward, of any scale: {', '.join(degrees)}; the grader gives degrees and states no score from which "
+            "a response is right (right_from), so there is no share of right answers"
+        )
     if short := sum(row.short for row in rows):
         lines.append(f"the model's context left less than the limit of tokens for {short:,} responses")
+    return lines
+
+
+def _not_answered(result: Result) -> list[str]:
+    """What was left out, and what ended in a way that is not the model's."""
+    lines = []
+    for row in result.tasks:
+        if row.not_answered:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(row.not_answered_kinds.items()))
+            key, reason = next(iter(row.not_answered.items()))
+            lines.append(
+                f"{row.task.name}: {len(row.not_answered):,} of {row.expected:,} problems were not answered ({kinds}), "
+                f"and the numbers are over the others; for example {key}: {one_line(reason)}"
+            )
+    if lines:
+        lines.append("run the same command again to ask them again")
+    ends = Counter({name: 0 for row in result.tasks for name in row.other_ends})
+    for row in result.tasks:
+        ends.update(row.other_ends)
+    if ends:
+        found = ", ".join(f"{one_line(name, 40)} {count:,}" for name, count in sorted(ends.items()))
+        lines.append(f"responses that did not end with stop or length, as the server calls it: {found}")
     return lines
 
 
@@ -145,10 +191,14 @@ def _table(title: str, names: list[str]) -> Table:
     return table
 
 
-def _cells(row: TaskResult, several: bool, lenient: bool) -> list[str]:
+def _cells(row: TaskResult, several: bool, lenient: bool, unanswered: bool, mark: str) -> list[str]:
     k = row.task.samples
     problems = f"{len(row.shares):,}" + (f" of {row.expected:,}" if len(row.shares) != row.expected else "")
-    cells = [row.task.name, problems, str(k), percent(row.avg), ends(row.avg)]
+    cells = [row.task.name, problems, *([f"{len(row.not_answered):,}"] if unanswered else [])]
+    level = [percent(row.avg), ends(row.avg)]
+    if row.reward is not None:
+        level = [f"{degree(row.reward)}{mark}", degree_ends(row.reward)]
+    cells += [str(k), *level]
     if several:
         cells += [percent(row.passed.get(k)) if k > 1 else "–", percent(row.majority)]
     if lenient:
@@ -165,6 +215,16 @@ def percent(score: Score | None) -> str:
 def ends(score: Score | None) -> str:
     """The ends of its interval in per cent. Near 0 and 100 they are not at the same distance: no ± would be true."""
     return "–" if score is None else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+
+
+def degree(score: Score) -> str:
+    """A mean reward, on its own scale."""
+    return f"{score.value:.4g}"
+
+
+def degree_ends(score: Score) -> str:
+    """The ends of its interval; none for a single problem."""
+    return "–" if math.isinf(score.high) else f"{score.low:.4g} to {score.high:.4g}"
 
 
 def comparison_view(comparison: Comparison) -> Group:

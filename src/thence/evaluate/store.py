@@ -1,32 +1,48 @@
 """The folder of an evaluation: what was asked for, every sample and every grade, kept through crashes.
 
 Layout: ``evaluation.toml`` (the settings), ``environment.json``, ``problems.json`` (their keys),
-``samples/<task>.jsonl`` and ``grades/<task>.jsonl`` (append-only, one line each), and what is written from them.
+``samples/<task>.jsonl``, ``grades/<task>.jsonl`` and ``refused/<task>.jsonl`` (append-only, one line each), and what is
+written from them.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import logging
 import os
 import time
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from thence.errors import DataError, UserError
+from thence.errors import DamagedFile, UserError, first_line
 from thence.evaluate.problems import Problem
+from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
+from thence.evaluate.store_lines import is_texts, wrong_with_grade, wrong_with_refusal, wrong_with_sample
 from thence.evaluate.suites import Task
-from thence.files import write_atomically
-from thence.recipe import Section
+from thence.files import (
+    fitted,
+    is_environment,
+    keep_damaged,
+    read_json,
+    read_lines,
+    read_toml,
+    repair_lines,
+    say_bad_lines,
+    to_json,
+    write_atomically,
+)
+from thence.http_client import shown_address, shown_addresses
+from thence.limits import Count, Name
+from thence.locks import LOCK, held
+from thence.section import Section
 from thence.toml import to_toml
 
+log = logging.getLogger(__name__)
 SETTINGS = "evaluation.toml"
 LETTER = "letter"
 """Name under which grades by the lenient letter rule are kept."""
@@ -45,22 +61,22 @@ class Settings(Section):
     backend: Literal["native", "endpoint", "vllm"] = "native"
     """What generates."""
     endpoint: str | None = None
-    """Address of the server."""
+    """Address of the server, without user, password and the values of its query."""
     chat_template: str = "own"
     """own, none or a Jinja file; a server applies its own."""
     template_variables: dict[str, Any] = Field(default={})
     """Values of the chat template's variables."""
-    suite: str
+    suite: Name
     """Name of the suite."""
     data: str | None = None
     """Folder in which files of the tasks were looked for."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first so many problems of every task."""
-    tasks: dict[str, Task]
+    tasks: dict[Name, Task]
     """The tasks, resolved."""
 
 
-FREE = ("data", "files", "title")  # problems are known by their text, wherever it was read
+FREE = ("data", "files", "title", "grader_seconds")  # problems are known by their text, wherever it was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,30 +153,44 @@ class Store:
 
         Raises:
             UserError: the folder holds an evaluation with other settings, or something else.
+            DamagedFile: its settings or environment cannot be read; nothing is written.
         """
-        if self.exists:
-            _check_same(self.settings(), settings, self.folder / SETTINGS)
-        elif self.folder.is_dir() and any(path.name != ".lock" for path in self.folder.iterdir()):
-            raise UserError("the folder holds no evaluation", remedy="give another --folder", file=self.folder)
+        self.check(settings)
         write_atomically(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
 
+    def check(self, settings: Settings) -> None:
+        """Raise the error of :meth:`begin`, and write nothing."""
+        if self.exists:
+            _check_same(self.settings(), settings, self.folder / SETTINGS)
+            self.environment()
+        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
+            raise UserError("the folder holds no evaluation", remedy="give another --folder", file=self.folder)
+
     def settings(self) -> Settings:
-        """The settings. Raises UserError where they cannot be read."""
+        """The settings. Raises UserError where there are none, DamagedFile where they cannot be read."""
         path = self.folder / SETTINGS
+        remedy = "put a whole copy of it back, or evaluate into another --folder; the samples here stay as they are"
         try:
-            return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            plain, found = read_toml(path, remedy=remedy), []
+            fitted(path, plain, lambda value: found.append(Settings.model_validate(value)), remedy)
+            return found[0]
         except FileNotFoundError:
             raise UserError(
                 "no evaluation here", remedy="give the folder that `thence eval` printed", file=self.folder
             ) from None
-        except (tomllib.TOMLDecodeError, ValidationError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"cannot be read: {first}", remedy="evaluate into another --folder", file=path) from error
 
     def environment(self) -> dict[str, Any]:
-        """What was known of machine, versions and model at the first start; empty before it."""
+        """What was known of machine, versions and model at the first start; empty before it. Raises DamagedFile."""
         path = self.folder / "environment.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.exists():
+            return {}
+        remedy = (
+            "put a whole copy of it back; or rename it, and a new one is written, which does not know the weights that "
+            "the samples here were made with"
+        )
+        found = read_json(path, remedy=remedy, shape=is_environment)
+        hidden = {"endpoint": shown_address, "command": shown_addresses}  # older versions kept passwords
+        return {key: hidden[key](value) if key in hidden and value else value for key, value in found.items()}
 
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Keep the facts of a start; those of later starts stand beside the first one's.
@@ -181,26 +211,34 @@ class Store:
             whole = {**first, "later_starts": [*first.get("later_starts", []), changed]}
         else:
             whole = dict(facts)
-        write_atomically(self.folder / "environment.json", json.dumps(whole, indent=1) + "\n")
+        write_atomically(self.folder / "environment.json", to_json(whole, indent=1) + "\n")
 
     def write_problems(self, keys: Mapping[str, Sequence[str]]) -> None:
-        """Keep the keys of every task's problems, so that it is known what is missing."""
-        write_atomically(self.folder / "problems.json", json.dumps(keys, indent=1) + "\n")
+        """Keep the keys of every task's problems, so that it is known what is missing; a damaged file is kept too."""
+        path = self.folder / "problems.json"
+        try:
+            self.problems()
+        except DamagedFile as error:
+            log.warning("%s; it is kept as %s and written anew", first_line(error), keep_damaged(path).name)
+        write_atomically(path, to_json(keys, indent=1) + "\n")
 
     def problems(self) -> dict[str, list[str]]:
-        """The keys of every task's problems; empty before the first start."""
+        """The keys of every task's problems; empty before the first start. Raises DamagedFile."""
         path = self.folder / "problems.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.exists():
+            return {}
+        remedy = "run the `thence eval` command of this folder again: it is then written anew, and this one kept beside"
+        return read_json(path, remedy=remedy, shape=lambda keys: bool(keys) and all(map(is_texts, keys.values())))
 
     def samples(self, task: str) -> list[Sample]:
-        """All samples of a task, in the order in which they ended. Raises DataError at a damaged line."""
+        """All samples of a task, in the order in which they ended; damaged lines are named in the log and left out."""
         path = self.folder / "samples" / f"{task}.jsonl"
-        return [_from_line(Sample, line, path, number) for number, line in enumerate(read_lines(path), start=1)]
+        return [_sample(line) for line in _read(path, wrong_with_sample)]
 
     def grades(self, task: str) -> list[GradeLine]:
-        """All grades of a task, in the order in which they were given. Raises DataError at a damaged line."""
+        """All grades of a task, in the order in which they were given; damaged lines are named and left out."""
         path = self.folder / "grades" / f"{task}.jsonl"
-        return [_from_line(GradeLine, line, path, number) for number, line in enumerate(read_lines(path), start=1)]
+        return [_known(GradeLine, line) for line in _read(path, wrong_with_grade)]
 
     def graded(self, task: str, grader: str, version: str | None = None) -> dict[tuple[str, int], GradeLine]:
         """The last grade that a grader (of this version, if one is named) gave to each response."""
@@ -210,39 +248,46 @@ class Store:
             if grade.grader == grader and version in (None, grade.version)
         }
 
+    def amend_start(self, changes: Mapping[str, Any]) -> None:
+        """Keep facts of this start that have shown only while it sampled, in the place of what was recorded."""
+        whole = self.environment()
+        later = whole.get("later_starts")
+        (later[-1] if later else whole).update(changes)
+        write_atomically(self.folder / "environment.json", to_json(whole, indent=1) + "\n")
+
+    def refusals(self, task: str) -> dict[tuple[str, int], Refusal]:
+        """The last refusal of each request of a task that has no sample."""
+        return read_refusals(self.folder, task, {sample.place for sample in self.samples(task)})
+
+    def write_refusals(self, task: str) -> Lines:
+        """Where refusals of a task are added; a context manager."""
+        return Lines(refusals_path(self.folder, task), wrong_with_refusal)
+
     def write_samples(self, task: str) -> Lines:
         """Where samples of a task are added; a context manager."""
-        return Lines(self.folder / "samples" / f"{task}.jsonl")
+        return Lines(self.folder / "samples" / f"{task}.jsonl", wrong_with_sample)
 
     def write_grades(self, task: str) -> Lines:
         """Where grades of a task are added; a context manager."""
-        return Lines(self.folder / "grades" / f"{task}.jsonl")
+        return Lines(self.folder / "grades" / f"{task}.jsonl", wrong_with_grade)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder, so that no other process adds to it. Raises UserError where one does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    "another process is adding to this evaluation",
-                    remedy="wait for it, or give another --folder",
-                    file=self.folder,
-                ) from None
+        with held(self.folder, "is adding to this evaluation"):
             yield
 
 
 class Lines:
     """Lines added to a JSONL file. Each is handed to the system at once: killing the process loses none.
 
-    They are forced to the disk every two seconds and at the end. A last line that a crash has cut is removed first.
+    They are forced to the disk every two seconds and at the end. A last line that a crash has cut is removed first, and
+    damaged lines are set aside in ``NAME.damaged``: what they held is missing, and made again.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, check: Callable[[dict[str, Any]], str | None]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_last_line(path)
+        repair_lines(path, check)
         self._file = path.open("ab")
         self._synced = time.monotonic()
 
@@ -255,11 +300,11 @@ class Lines:
         self._sync()
         self._file.close()
 
-    def add(self, row: Sample | GradeLine) -> None:
+    def add(self, row: Sample | GradeLine | Refusal) -> None:
         """Append one line."""
         defaults = {field.name: field.default for field in fields(row)}
         plain = {key: value for key, value in asdict(row).items() if value != defaults[key]}
-        self._file.write(json.dumps(plain).encode() + b"\n")
+        self._file.write(to_json(plain).encode() + b"\n")
         self._file.flush()
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             self._sync()
@@ -270,67 +315,28 @@ class Lines:
         self._synced = time.monotonic()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that a crash has cut is left out; no file is an empty one.
-
-    Raises:
-        DataError: a line before the last one cannot be read.
-    """
-    if not path.is_file():
-        return
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            yield row
-        elif number < len(lines):
-            raise DataError(
-                "this line is damaged", remedy="remove it: what it held is generated again", file=path, line=number
-            )
+def _read(path: Path, check: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
+    found = read_lines(path, check)
+    say_bad_lines(path, found.bad, "it is left out; `thence eval` samples again what it held")
+    return found.values
 
 
-def _cut_last_line(path: Path) -> None:
-    """Remove a last line that has no end or is no JSON."""
-    if not path.is_file():
-        return
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    last = whole.rpartition(b"\n")[2]
-    keep = len(whole) + 1 if whole else 0
-    if whole:
-        try:
-            json.loads(last)
-        except ValueError:
-            keep = len(whole) - len(last)
-    if keep != path.stat().st_size:
-        with path.open("r+b") as file:
-            file.truncate(keep)
+def _sample(line: dict[str, Any]) -> Sample:
+    prompt = tuple((role, content) for role, content in line["prompt"])
+    return _known(Sample, {**line, "prompt": prompt, "options": tuple(line.get("options", ()))})
 
 
-def _from_line(kind: type, line: dict[str, Any], path: Path, number: int) -> Any:
+def _known(kind: type, line: dict[str, Any]) -> Any:
     names = {field.name for field in fields(kind)}
-    try:
-        row = {key: value for key, value in line.items() if key in names}
-        if kind is Sample:
-            row["prompt"] = tuple((role, content) for role, content in row["prompt"])
-            row["options"] = tuple(row.get("options", ()))
-        return kind(**row)
-    except (TypeError, ValueError, KeyError) as error:
-        raise DataError(
-            f"not a line of an evaluation: {error}",
-            remedy="remove it: what it held is generated again",
-            file=path,
-            line=number,
-        ) from error
+    return kind(**{key: value for key, value in line.items() if key in names})
 
 
 def _check_same(kept: Settings, asked: Settings, file: Path) -> None:
     before, now = _flat(kept.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
     for path in sorted({*before, *now}):
         old, new, name = before.get(path), now.get(path), ".".join(path)
+        if path == ("endpoint",) and old and new:  # with another password it is the same server
+            old, new = shown_address(old), shown_address(new)
         if old == new or path[-1] in FREE:
             continue
         may_grow = path == ("limit",) or (path[0] == "tasks" and path[2:] == ("samples",))

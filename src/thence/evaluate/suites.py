@@ -7,19 +7,31 @@ ones lie in the folder `suites`. Nothing here imports torch or reads data.
 from __future__ import annotations
 
 import difflib
-import re
-import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, Strict, ValidationError, model_validator
 
 from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.errors import RecipeError, UserError
-from thence.recipe import Section
+from thence.limits import (
+    Name,
+    Place,
+    Rows,
+    Seconds,
+    Seed,
+    SomeShare,
+    Temperature,
+    Text,
+    Tokens,
+    Written,
+)  # fmt: skip
+from thence.names import as_name, same_file
+from thence.section import Section, refusal
 from thence.text_values import field_type, read_value
+from thence.toml import TomlFile, read_toml
 
 WORLD = "world:chain"
 OWN = "own"
@@ -37,49 +49,51 @@ PLAIN = frozenset({"steps"})
 class Task(Section):
     """One benchmark of a suite. The defaults of sampling are those of section 4 of arXiv 2604.23747."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Annotated[Name, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Short name, for tables and file names."""
-    title: str = ""
+    title: Text = ""
     """Name for readers; default: `name`."""
-    group: str = ""
+    group: Text = ""
     """Tasks of a group are averaged: ID (in distribution), OOD (out of distribution) or any other word."""
-    source: str = ""
+    source: Text = ""
     """Hugging Face data set, `owner/name` or `owner/name:config`, for when no file is found; or `world:chain`."""
-    split: str = "test"
+    split: Place = "test"
     """Split of `source`."""
-    files: tuple[str, ...] = ()
+    files: tuple[Place, ...] = ()
     """Names looked for in the folder given as --data, in this order. In an own suite also beside its TOML file."""
-    columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    columns: dict[str, Text | Annotated[tuple[Text, ...], Strict(False)]] = Field(default_factory=dict)
     """Renames: field = column. Fields are those of data sets, and `options` (a list, or several columns) and
     `answer_index`. A rename whose column a file lacks is not applied to it."""
-    filter: dict[str, str] = Field(default_factory=dict)
+    filter: dict[str, Written] = Field(default_factory=dict)
     """Of `files`, only rows with these values: column = value."""
-    template: str = OWN
+    template: Text = OWN
     """own: the data set's messages, or its question. Else a name (question, boxed, letter, steps) or a text with
     {question}, and perhaps {options}, that takes the place of the whole conversation."""
     plain: bool = False
     """The text of `template` is given to the model as it is, without a chat template."""
-    system: str | None = None
+    system: Text | None = None
     """System message put before every prompt that has none; an empty text removes the data set's own."""
-    problems: int | None = Field(default=None, ge=1)
+    problems: Rows | None = None
     """How many problems `world:chain` makes."""
     choices: bool = False
     """Multiple choice: the lenient letter rule is a second column."""
     shuffle_options: bool = False
     """Put the options into a random order that follows from `data_seed` and the problem."""
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Seed of that order and of the problems of `world:chain`; another sampling seed does not change the problems."""
-    samples: int = Field(default=1, ge=1)
+    samples: Rows = 1
     """Responses for each problem: the score is avg@samples."""
-    temperature: float = Field(default=0.6, ge=0)
+    temperature: Temperature = 0.6
     """Of sampling; 0 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: SomeShare = 1.0
     """Nucleus sampling; 1: off."""
-    max_tokens: int = Field(default=8192, ge=1)
+    max_tokens: Tokens = 8192
     """Longest response."""
-    grader: str = "math"
+    grader: Place = "math"
     """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
-    seed: int = 0
+    grader_seconds: Seconds = 10.0
+    """Time limit of one answer check, or of one call of an own function."""
+    seed: Seed = 0
     """Every random number of sampling follows from it."""
 
     @model_validator(mode="after")
@@ -111,9 +125,9 @@ class Task(Section):
 class Suite(Section):
     """A named list of tasks."""
 
-    name: str
+    name: Name
     """Name for folders and tables."""
-    description: str = ""
+    description: Text = ""
     """One line, shown by `thence eval --list`."""
     tasks: tuple[Task, ...] = Field(min_length=1)
     """The benchmarks, in the order of the table."""
@@ -121,8 +135,10 @@ class Suite(Section):
     @model_validator(mode="after")
     def _names_differ(self) -> Suite:
         names = [task.name for task in self.tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two tasks are called {', '.join(twice)}")
+        if same := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks are called {', '.join(same)}")
+        if twice := same_file(names):
+            raise ValueError(f"two tasks would share a file: {' and '.join(twice)}")
         return self
 
 
@@ -146,27 +162,35 @@ def load_suite(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
     shipped = shipped_suites()
     path = shipped.get(name_or_file, Path(name_or_file).expanduser())
     lowered = path.name.lower()
-    if lowered.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES):
-        tables = _of_data_file(path)
-    else:
-        tables = _read(name_or_file, path, shipped)
-    tables["tasks"] = _with_overrides(_tasks(tables, path), overrides or {}, path)
+    of_data = lowered.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
+    file = TomlFile(path, _of_data_file(path), "") if of_data else _read(name_or_file, path, shipped)
+    tables = dict(file.tables)
+    given = overrides or {}
+    tables["tasks"] = _with_overrides(_tasks(tables, path), given, path)
     tables.pop("defaults", None)
-    return _suite(tables, path)
+    try:
+        return _suite(tables, file)
+    except RecipeError as error:
+        task, _, field = (error.field or "").removeprefix("tasks.").partition(".")
+        plain = {name.replace("-", "_"): name for name in given}
+        set_by = plain.get(f"{task}.{field}") or plain.get(field)
+        if set_by is None:
+            raise
+        raise RecipeError(error.problem, remedy=error.remedy, field=set_by) from None  # not from the file
 
 
 def _of_data_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError("no such file", remedy="check the path; relative paths start at the current folder", file=path)
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.partition(".")[0]).strip("-_") or "own"
+    name = as_name(path.name.partition(".")[0].replace(".", "-") or "own")
     task = {"name": name, "files": [str(path.resolve())]}
     return {"name": name, "description": f"the problems of {path}", "tasks": [task]}
 
 
-def _read(name: str, path: Path, shipped: Mapping[str, Path]) -> dict[str, Any]:
+def _read(name: str, path: Path, shipped: Mapping[str, Path]) -> TomlFile:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+        return read_toml(path, "a suite", field="--suite")
+    except (FileNotFoundError, NotADirectoryError):
         near = difflib.get_close_matches(name, shipped, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(
@@ -174,10 +198,6 @@ def _read(name: str, path: Path, shipped: Mapping[str, Path]) -> dict[str, Any]:
             remedy=f"{hint}give one of {', '.join(shipped)}, an own TOML file, or a .jsonl or .parquet file",
             field="--suite",
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        at = re.search(r"line (\d+)", str(error))
-        line = int(at.group(1)) if at else None
-        raise RecipeError(f"not valid TOML: {error}", remedy="fix this line", file=path, line=line) from None
 
 
 def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -190,6 +210,8 @@ def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     merged = [{**defaults, **task} for task in tasks]
     for task in merged:
         files = task.get("files", ())
+        if not isinstance(files, list | tuple):
+            continue  # which the schema says
         beside = {name: path.resolve().parent / name for name in files if isinstance(name, str)}
         task["files"] = [str(beside[name]) if name in beside and beside[name].is_file() else name for name in files]
     return merged
@@ -229,26 +251,9 @@ def _check_task(name: str, names: list[str], path: Path, field: str) -> None:
         raise RecipeError(f"no task {name!r}", remedy=f"{hint}tasks are: {', '.join(names)}", file=path, field=field)
 
 
-def _suite(tables: Mapping[str, Any], path: Path) -> Suite:
+def _suite(tables: Mapping[str, Any], file: TomlFile) -> Suite:
+    named = dict(enumerate(str(task.get("name", place + 1)) for place, task in enumerate(tables["tasks"])))
     try:
-        return Suite.model_validate({"name": path.stem, **tables})
+        return Suite.model_validate({"name": as_name(file.path.stem), **tables})
     except ValidationError as error:
-        first = error.errors()[0]
-        place, kind, known = [], Suite, list(Suite.model_fields)
-        for part in first["loc"]:
-            if isinstance(part, int):
-                part, kind, known = str(tables["tasks"][part].get("name", part + 1)), Task, list(Task.model_fields)
-            place.append(str(part))
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(place[-1], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"fields are: {', '.join(known)}"
-            raise RecipeError("unknown key", remedy=hint, file=path, field=".".join(place)) from None
-        shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
-        described = kind.model_fields.get(place[-1]) if place else None
-        remedy = f"{place[-1]}: {described.description}" if described and described.description else "fix the suite"
-        raise RecipeError(
-            first["msg"].removeprefix("Value error, ") + shown,
-            remedy=" ".join(remedy.split()),
-            file=path,
-            field=".".join(place) or None,
-        ) from None
+        raise refusal(error, Suite, file=file, names=named) from None

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from thence.errors import UserError
-from thence.evaluate.metrics import Paired, Score, avg_at_k, maj_at_k, mean_score, paired, pass_at_k
+from thence.evaluate.metrics import Paired, Score, avg_at_k, maj_at_k, mean_reward_of, mean_score, paired, pass_at_k
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.files import to_json
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,22 @@ class TaskResult:
         grader, versions: what graded, and in which versions.
         expected: problems that the task has (under the evaluation's limit).
         missing: samples that are not there yet or have no grade. Only problems with all samples are counted.
+        not_answered: why a problem is not counted because requests for it got no response, by its key.
+        not_answered_kinds: how many of them, by kind of refusal.
         avg: avg@k, k = samples a problem; None where no problem is complete.
         passed: k to pass@k, for k = 1, 2, 4, ... and all samples.
         majority: maj@k over all samples.
         lenient: avg@k where any way to name the right letter counts; None where the task has no letters.
         right, wrong, unknown: verdicts over all samples counted. Unknown is counted as not right.
+        graded: scores that are a degree without a threshold. Where there are any, nothing that needs right and wrong
+            is defined: `avg`, `passed` and `majority` are empty, and `reward` takes their place.
+        reward: mean score of the samples that have one; None where right and wrong are known, or no sample has one.
         truncated: responses cut by the limit of tokens or by the context.
         short: responses for which the context left less than `max_tokens`.
         mean_tokens: mean length of a response; None where the server did not tell.
         shares: share of right samples of each problem counted, by its key.
         prompts: a digest of the prompts of the problems counted.
+        other_ends: responses counted that ended neither by themselves nor by a limit, by what the server called it.
     """
 
     task: Task
@@ -55,6 +61,11 @@ class TaskResult:
     mean_tokens: float | None
     shares: dict[str, float]
     prompts: str
+    not_answered: dict[str, str] = field(default_factory=dict)
+    not_answered_kinds: dict[str, int] = field(default_factory=dict)
+    other_ends: dict[str, int] = field(default_factory=dict)
+    graded: int = 0
+    reward: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,11 @@ class Result:
     def missing(self) -> int:
         """Samples that are not there yet or have no grade."""
         return sum(row.missing for row in self.tasks)
+
+    @property
+    def not_answered(self) -> int:
+        """Problems left out because requests for them got no response."""
+        return sum(len(row.not_answered) for row in self.tasks)
 
 
 def summarise(store: Store, grader: str | None = None) -> Result:
@@ -118,7 +134,13 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         if sample.place in grades:
             by_problem[sample.problem][sample.sample] = sample, grades[sample.place]
     keys = list(by_problem) if keys is None else keys
-    k = task.samples
+    k, wanted = task.samples, set(keys)
+    refused = {
+        place: refusal
+        for place, refusal in store.refusals(task.name).items()
+        if place[0] in wanted and place[1] < task.samples
+    }
+    not_answered = {refusal.problem: refusal for refusal in refused.values()}
     complete = {
         key: [by_problem[key][i] for i in range(k)]
         for key in keys
@@ -128,16 +150,18 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
     verdicts = [grade.verdict for _, grade in counted]
     right = [sum(grade.verdict == "right" for _, grade in pairs) for pairs in complete.values()]
     answers = [[(grade.extracted, grade.verdict == "right") for _, grade in pairs] for pairs in complete.values()]
+    graded = verdicts.count("graded")
+    scores = [[grade.score for _, grade in pairs if grade.verdict != "unknown"] for pairs in complete.values()]
     told = [sample.tokens for sample, _ in counted if sample.tokens is not None]
     return TaskResult(
         task=task,
         grader=grader,
         versions=tuple(sorted({grade.version for _, grade in counted})),
         expected=len(keys),
-        missing=len(keys) * k - sum(len(by_problem[key]) for key in keys if key in by_problem),
-        avg=avg_at_k(right, k) if right else None,
-        passed={n: pass_at_k(right, k, n) for n in _powers(k)} if right else {},
-        majority=maj_at_k(answers, k) if right and k > 1 else None,
+        missing=len(keys) * k - len(refused) - sum(len(by_problem[key]) for key in keys if key in by_problem),
+        avg=avg_at_k(right, k) if right and not graded else None,
+        passed={n: pass_at_k(right, k, n) for n in _powers(k)} if right and not graded else {},
+        majority=maj_at_k(answers, k) if right and k > 1 and not graded else None,
         lenient=_lenient(store, task, list(complete)),
         right=verdicts.count("right"),
         wrong=verdicts.count("wrong"),
@@ -147,6 +171,11 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         mean_tokens=fmean(told) if told else None,
         shares={key: n / k for key, n in zip(complete, right, strict=True)},
         prompts=_digest({key: pairs[0][0].prompt for key, pairs in complete.items()}),
+        not_answered={key: refusal.reason for key, refusal in not_answered.items()},
+        not_answered_kinds=dict(Counter(refusal.kind for refusal in not_answered.values())),
+        other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", "length"))),
+        graded=graded,
+        reward=mean_reward_of(scores, k) if graded else None,
     )
 
 
@@ -161,7 +190,7 @@ def _lenient(store: Store, task: Task, keys: Sequence[str]) -> Score | None:
 
 
 def _digest(prompts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(sorted(prompts.items())).encode()).hexdigest()[:16]
 
 
 def _powers(k: int) -> list[int]:
@@ -234,14 +263,29 @@ def compare(a: Store, b: Store, grader: str | None = None) -> Comparison:
 
 def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store]) -> Difference:
     for row, store in zip((one, other), stores, strict=True):
+        if row.graded:
+            raise UserError(
+                f"{row.task.name} is graded by {row.grader} with degrees: it has no shares of right answers to compare",
+                remedy="let the function state from which score a response is right (its attribute right_from), and "
+                f"grade the samples again: thence eval --regrade {store.folder} --grader {row.grader}",
+                file=store.folder,
+            )
         if row.avg is None or row.missing:
             raise UserError(
                 f"{row.task.name} is not finished: {row.missing} samples are missing",
                 remedy="finish it: run its `thence eval` command again",
                 file=store.folder,
             )
-    assert one.avg is not None and other.avg is not None
-    return Difference(one.task, one.avg.value, other.avg.value, paired(other.shares, one.shares))
+    # A problem that one of them could not be asked says nothing about their difference.
+    left_out = {*one.not_answered, *other.not_answered}
+    first, second = ({k: v for k, v in row.shares.items() if k not in left_out} for row in (one, other))
+    if not first or not second:
+        raise UserError(
+            f"{one.task.name}: no problem that both were asked",
+            remedy="run the two `thence eval` commands again: what was not answered is asked again",
+            file=stores[1].folder,
+        )
+    return Difference(one.task, fmean(first.values()), fmean(second.values()), paired(second, first))
 
 
 def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
@@ -249,6 +293,8 @@ def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
     ours, theirs = one.task.model_dump(mode="json"), other.task.model_dump(mode="json")
     ignored = ("files", "source", "title", "seed", "samples")
     found = [(key, ours[key], theirs[key]) for key in ours if key not in ignored and ours[key] != theirs[key]]
+    if one.not_answered.keys() != other.not_answered.keys():
+        found.append(("problems not answered, left out of both", len(one.not_answered), len(other.not_answered)))
     if one.prompts != other.prompts and one.shares.keys() == other.shares.keys():
         found.append(("prompts", one.prompts, other.prompts))
     if one.grader == other.grader and one.versions != other.versions:

@@ -4,7 +4,7 @@
  * computed at once against transposed keys, so that sums run along vectors. Compiled for one head size (HEAD).
  *
  * q, out (T, heads, HEAD); k, v (T, kv, HEAD); logsum (T, heads): log of each query's softmax denominator;
- * starts (rows + 1): where each row begins along T, and T itself.
+ * starts (rows + 1): where each row begins along T, and T itself. Both functions return 0, or 1 where memory ran out.
  */
 #include <float.h>
 #include <math.h>
@@ -52,16 +52,23 @@ static void load(const float *x, int64_t stride, int64_t first, int64_t length, 
         for (int c = 0; c < HEAD; c++) out[b][c] = first + b < length ? scale * x[(first + b) * stride + c] : 0.0f;
 }
 
-void attention_forward(const float *q, const float *k, const float *v, const int64_t *starts, float *out,
+int attention_forward(const float *q, const float *k, const float *v, const int64_t *starts, float *out,
                        float *logsum, int64_t rows, int64_t heads, int64_t kv, float scale) {
     const int64_t group = heads / kv;
+    int failed = 0;
 #pragma omp parallel for schedule(dynamic) collapse(2)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0; g < kv; g++) {
             const int64_t start = starts[r], length = starts[r + 1] - start, width = ROUND(length + BLOCK);
             const float *keys = k + (start * kv + g) * HEAD, *values = v + (start * kv + g) * HEAD;
-            float *kt = malloc(sizeof(float) * (HEAD + BLOCK) * width), *p = kt + HEAD * width;
+            float *kt = malloc(sizeof(float) * (HEAD + BLOCK) * width), *p;
             float x[BLOCK][HEAD], o[BLOCK][HEAD];
+            if (kt == NULL) {
+#pragma omp atomic write
+                failed = 1;
+                continue;
+            }
+            p = kt + HEAD * width;
             transpose(keys, kv * HEAD, length, width, kt);
             for (int64_t h = g * group; h < (g + 1) * group; h++)
                 for (int64_t i = 0; i < length; i += BLOCK) {
@@ -85,12 +92,14 @@ void attention_forward(const float *q, const float *k, const float *v, const int
                 }
             free(kt);
         }
+    return failed;
 }
 
-void attention_backward(const float *q, const float *k, const float *v, const int64_t *starts, const float *out,
+int attention_backward(const float *q, const float *k, const float *v, const int64_t *starts, const float *out,
                         const float *logsum, const float *grad, float *dq, float *dk, float *dv, int64_t rows,
                         int64_t heads, int64_t kv, float scale) {
     const int64_t group = heads / kv;
+    int failed = 0;
 #pragma omp parallel for schedule(dynamic) collapse(2)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0; g < kv; g++) {
@@ -98,9 +107,14 @@ void attention_backward(const float *q, const float *k, const float *v, const in
             const int64_t step = kv * HEAD, wide = heads * HEAD;
             const float *keys = k + (start * kv + g) * HEAD, *values = v + (start * kv + g) * HEAD;
             float *dkeys = dk + (start * kv + g) * HEAD, *dvalues = dv + (start * kv + g) * HEAD;
-            float *kt = malloc(sizeof(float) * 2 * (HEAD + BLOCK) * width), *vt = kt + HEAD * width;
-            float *p = vt + HEAD * width, *ds = p + BLOCK * width;
+            float *kt = malloc(sizeof(float) * 2 * (HEAD + BLOCK) * width), *vt, *p, *ds;
             float x[BLOCK][HEAD], go[BLOCK][HEAD], d[BLOCK][HEAD];
+            if (kt == NULL) {
+#pragma omp atomic write
+                failed = 1;
+                continue;
+            }
+            vt = kt + HEAD * width, p = vt + HEAD * width, ds = p + BLOCK * width;
             transpose(keys, step, length, width, kt);
             transpose(values, step, length, width, vt);
             for (int64_t j = 0; j < length; j++)
@@ -141,4 +155,5 @@ void attention_backward(const float *q, const float *k, const float *v, const in
                 }
             free(kt);
         }
+    return failed;
 }

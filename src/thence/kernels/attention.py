@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from thence.kernels.build import load_library
+from thence.kernels.numbers import plain_numbers
 
 
 def packed_causal_attention(
@@ -92,9 +93,7 @@ class _Packed(torch.autograd.Function):
         assert library is not None
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         starts = torch.tensor([0, *itertools.accumulate(lengths)])
-        out, logsum = torch.empty_like(query), torch.empty(query.shape[:2])
-        places = (x.data_ptr() for x in (query, key, value, starts, out, logsum))
-        library.attention_forward(*places, len(lengths), query.shape[1], key.shape[1], scale)
+        out, logsum = _forward(library, query, key, value, starts, scale)
         ctx.save_for_backward(query, key, value, starts, out, logsum)
         ctx.scale = scale
         return out
@@ -102,21 +101,59 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         query, key, value, starts, out, logsum = ctx.saved_tensors
-        grad = grad_outputs[0].contiguous()
-        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        places = (x.data_ptr() for x in (query, key, value, starts, out, logsum, grad, dq, dk, dv))
         library = _library(query.shape[2])
         assert library is not None
-        library.attention_backward(*places, len(starts) - 1, query.shape[1], key.shape[1], ctx.scale)
-        return dq, dk, dv, None, None
+        saved = (query, key, value, starts, out, logsum, grad_outputs[0].contiguous())
+        return *_backward(library, saved, ctx.scale), None, None
+
+
+def _forward(
+    library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithm of each query's denominator. Raises MemoryError."""
+    out, logsum = torch.empty_like(query), torch.empty(query.shape[:2])
+    places = (x.data_ptr() for x in (query, key, value, starts, out, logsum))
+    if library.attention_forward(*places, len(starts) - 1, query.shape[1], key.shape[1], scale):
+        raise MemoryError("no memory for the attention of packed rows")
+    return out, logsum
+
+
+def _backward(library: ctypes.CDLL, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. Raises MemoryError."""
+    query, key, value, starts = saved[:4]
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    places = (x.data_ptr() for x in (*saved, dq, dk, dv))
+    if library.attention_backward(*places, len(starts) - 1, query.shape[1], key.shape[1], scale):
+        raise MemoryError("no memory for the gradient of the attention of packed rows")
+    return dq, dk, dv
 
 
 @functools.cache
 def _library(head_size: int) -> ctypes.CDLL | None:
-    library = load_library("attention.c", head_size)
-    if library is not None:
-        pointer, sizes = ctypes.c_void_p, [ctypes.c_int64] * 3 + [ctypes.c_float]
-        library.attention_forward.argtypes = [pointer] * 6 + sizes
-        library.attention_backward.argtypes = [pointer] * 10 + sizes
-        library.attention_forward.restype = library.attention_backward.restype = None
-    return library
+    return load_library("attention.c", head_size, functools.partial(_is_torchs, head_size))
+
+
+def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:
+    """Whether results and gradients of a few short rows are torch's, and a NaN does not vanish."""
+    pointer, sizes = ctypes.c_void_p, [ctypes.c_int64] * 3 + [ctypes.c_float]
+    library.attention_forward.argtypes = [pointer] * 6 + sizes
+    library.attention_backward.argtypes = [pointer] * 10 + sizes
+    library.attention_forward.restype = library.attention_backward.restype = ctypes.c_int
+    lengths, heads, kv, scale = (5, 1, 9), 4, 2, head_size**-0.5
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    with torch.enable_grad():
+        shapes = enumerate((heads, kv, kv))
+        inputs = [plain_numbers(sum(lengths), n, head_size, place=i).requires_grad_() for i, n in shapes]
+        rows = zip(*(([part.transpose(0, 1)[None] for part in x.split(lengths)]) for x in inputs), strict=True)
+        exact = torch.cat([_row(q, k, v, scale, None) for q, k, v in rows], 2)[0].transpose(0, 1)
+        upstream = plain_numbers(sum(lengths), heads, head_size, place=9)
+        slopes = torch.autograd.grad(exact, inputs, upstream)
+    query, key, value = (x.detach() for x in inputs)
+    out, logsum = _forward(library, query, key, value, starts, scale)
+    ours = _backward(library, (query, key, value, starts, out, logsum, upstream), scale)
+    pairs = zip((out, *ours), (exact.detach(), *slopes), strict=True)
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs):
+        return False
+    key = key.clone()
+    key[-1] = float("nan")
+    return bool(_forward(library, query, key, value, starts, scale)[0][-1].isnan().all())

@@ -7,6 +7,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #define HALF (HEAD / 2)
 
@@ -22,18 +23,24 @@ static void turn(const float *x, const float *cosine, const float *sine, float s
  *
  * qkv (rows, heads + 2 kv, HEAD); keys (rows, kv, HEAD, capacity); values (rows, kv, capacity, HEAD);
  * cosines, sines (positions, HALF); first (rows): the first column that is no padding; column: where the token goes;
- * out (rows, heads, HEAD).
+ * out (rows, heads, HEAD). Returns 0, or 1 where memory ran out: scores of long rows do not fit on a thread's stack.
  */
-void attend(const float *qkv, float *keys, float *values, const float *cosines, const float *sines,
+int attend(const float *qkv, float *keys, float *values, const float *cosines, const float *sines,
             const int64_t *first, float *out, int64_t rows, int64_t heads, int64_t kv, int64_t capacity,
             int64_t column, float scale) {
     const int64_t group = heads / kv;
+    int failed = 0;
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const int64_t begin = first[r], length = column + 1 - begin;
         const float *cosine = cosines + (column - begin) * HALF, *sine = sines + (column - begin) * HALF;
         const float *row = qkv + r * (heads + 2 * kv) * HEAD;
-        float query[HEAD], turned[HEAD], score[length];
+        float query[HEAD], turned[HEAD], *score = malloc(sizeof(float) * length);
+        if (score == NULL) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
         for (int64_t h = 0; h < kv; h++) {
             float *key = keys + (r * kv + h) * HEAD * capacity + column;
             float *value = values + ((r * kv + h) * capacity + column) * HEAD;
@@ -61,7 +68,9 @@ void attend(const float *qkv, float *keys, float *values, const float *cosines, 
                 for (int i = 0; i < HEAD; i++) sum[i] += score[j] * value[j * HEAD + i];
             for (int i = 0; i < HEAD; i++) out[(r * heads + h) * HEAD + i] = sum[i] / total;
         }
+        free(score);
     }
+    return failed;
 }
 
 /* Root-mean-square norm without weights: x, out (rows, width). */

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm, silu
 
 from thence.kernels.build import load_library
+from thence.kernels.numbers import plain_numbers
 
 
 class DecodeKernels:
@@ -19,8 +22,8 @@ class DecodeKernels:
         self._attend.argtypes = [pointer] * 7 + [number] * 5 + [ctypes.c_float]
         self._rms_norm.argtypes = [pointer] * 2 + [number] * 2 + [ctypes.c_float]
         self._swiglu.argtypes = [pointer] * 2 + [number] * 2
-        for function in (self._attend, self._rms_norm, self._swiglu):
-            function.restype = None
+        self._attend.restype = ctypes.c_int
+        self._rms_norm.restype = self._swiglu.restype = None
 
     def attend(
         self, qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, first: Tensor, column: int
@@ -37,12 +40,16 @@ class DecodeKernels:
 
         Returns:
             (rows, heads * head size).
+
+        Raises:
+            MemoryError: no room for a row's scores.
         """
         rows, kv, head_size, capacity = keys.shape
         heads = qkv.shape[1] // head_size - 2 * kv
         out = torch.empty(rows, heads * head_size)
         places = (t.data_ptr() for t in (qkv, keys, values, cos, sin, first, out))
-        self._attend(*places, rows, heads, kv, capacity, column, head_size**-0.5)
+        if self._attend(*places, rows, heads, kv, capacity, column, head_size**-0.5):
+            raise MemoryError("no memory for the scores of a decoding step")
         return out
 
     def rms_norm(self, x: Tensor, eps: float) -> Tensor:
@@ -61,5 +68,49 @@ class DecodeKernels:
 
 def decode_kernels(head_size: int) -> DecodeKernels | None:
     """The kernels for a head size, or None where they cannot be built."""
-    library = load_library("decode.c", head_size)
+    library = load_library("decode.c", head_size, functools.partial(_is_torchs, head_size))
     return None if library is None else DecodeKernels(library)
+
+
+def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:
+    """Whether a decoding step's attention, norm and gate are torch's, and a NaN does not vanish."""
+    kernels = DecodeKernels(library)
+    x, gates = plain_numbers(3, 37), plain_numbers(3, 50, place=1)
+    up = gates[:, 25:]
+    if not torch.allclose(kernels.rms_norm(x, 1e-6), rms_norm(x, x.shape[-1:], eps=1e-6), rtol=1e-4, atol=1e-5):
+        return False
+    if not torch.allclose(kernels.swiglu(gates), silu(gates[:, :25]) * up, rtol=1e-4, atol=1e-5):
+        return False
+    heads, kv, capacity, column = 4, 2, 6, 4
+    qkv = plain_numbers(2, (heads + 2 * kv) * head_size, place=2)
+    first = torch.tensor([0, 2])
+    angles = plain_numbers(capacity, head_size // 2, place=3)
+    past_k, past_v = (
+        plain_numbers(2, kv, capacity, head_size, place=4),
+        plain_numbers(2, kv, capacity, head_size, place=5),
+    )
+    keys, values = past_k.transpose(2, 3).contiguous(), past_v.clone()
+    out = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), first, column)
+
+    heads_of_row = qkv.reshape(2, heads + 2 * kv, head_size)
+    turned = torch.stack([_turned(heads_of_row[r], angles[column - int(first[r])]) for r in range(2)])
+    past_k[:, :, column], past_v[:, :, column] = turned[:, heads : heads + kv], heads_of_row[:, heads + kv :]
+    for r in range(2):
+        seen = slice(int(first[r]), column + 1)
+        k, v = (p[r, :, seen].repeat_interleave(heads // kv, 0) for p in (past_k, past_v))
+        share = (k @ turned[r, :heads, :, None]).squeeze(-1).mul(head_size**-0.5).softmax(-1)
+        exact = (share[:, None] @ v).reshape(-1)
+        if not torch.allclose(out[r], exact, rtol=1e-4, atol=1e-5):
+            return False
+    keys[:, :, :, column - 1] = float("nan")
+    spoiled = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), first, column)
+    x[1, 3] = gates[1, 3] = float("nan")
+    return bool(
+        spoiled.isnan().all() and kernels.rms_norm(x, 1e-6)[1].isnan().all() and kernels.swiglu(gates)[1, 3].isnan()
+    )
+
+
+def _turned(x: Tensor, angle: Tensor) -> Tensor:
+    """Heads (n, head size) turned by a position's angles (head size / 2)."""
+    left, right = x.chunk(2, -1)
+    return torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)

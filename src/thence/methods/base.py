@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
 from thence.objective import Row, Term, trained_tokens
+from thence.section import Section
 
 T = TypeVar("T")
 
 
-class Options(BaseModel):
+class Options(Section):
     """Settings of a method: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Sampler(Protocol):

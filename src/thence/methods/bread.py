@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.limits import Coefficient, PartShare, SomeShare
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.dapo import is_informative
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
@@ -43,17 +44,17 @@ class BreadOptions(MixedOptions):
 
     std: bool = True
     """Divide advantages by the group's standard deviation."""
-    entropy: float = Field(default=0.0, ge=0)
+    entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus, a mean over all response tokens."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
-    episodes: int = Field(default=10, ge=2)
+    episodes: int = Field(default=10, ge=2, le=10**6)
     """Parts of a demonstration."""
-    least: float = Field(default=0.25, gt=0, le=1)
+    least: SomeShare = 0.25
     """Smallest share of successes that ends the search."""
-    most: float = Field(default=0.75, ge=0, lt=1)
+    most: PartShare = 0.75
     """Largest share of successes that ends the search."""
 
     @model_validator(mode="after")

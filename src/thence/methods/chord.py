@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.limits import Coefficient, Natural, Share
 from thence.methods.base import Method, Sampler, TokenFacts, in_turn
 from thence.methods.dapo import groups_of
 from thence.methods.mixed import (
@@ -51,32 +52,32 @@ class ChordOptions(MixedOptions):
 
     std: bool = True
     """Divide advantages by the group's standard deviation."""
-    entropy: float = Field(default=0.0, ge=0)
+    entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus, a mean over all response tokens."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     expert_share: float = Field(default=0.2, gt=0, lt=1)
     """Expert rows among all rows."""
-    peak: float = Field(default=0.9, ge=0, le=1)
+    peak: Share = 0.9
     """Largest mu."""
-    valley: float = Field(default=0.05, ge=0, le=1)
+    valley: Share = 0.05
     """Last mu."""
-    warmup: int = Field(default=0, ge=0)
+    warmup: Natural = 0
     """Rollout batches in which mu rises to its peak."""
-    decay: int = Field(default=200, ge=0)
+    decay: Natural = 200
     """Rollout batches in which mu falls to its valley."""
 
 
 class ChordPhiOptions(ChordOptions):
     """Settings of CHORD-phi."""
 
-    peak: float = Field(default=0.1, ge=0, le=1)
+    peak: Share = 0.1
     """Largest mu."""
-    valley: float = Field(default=0.1, ge=0, le=1)
+    valley: Share = 0.1
     """Last mu."""
-    decay: int = Field(default=0, ge=0)
+    decay: Natural = 0
     """Rollout batches in which mu falls to its valley."""
     token_weight: Literal["p(1-p)", "p"] = "p(1-p)"
     """phi: the weight of an expert token by its probability p."""

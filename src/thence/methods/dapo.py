@@ -17,10 +17,11 @@ import logging
 import math
 from collections.abc import Sequence
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
+from thence.limits import Ceiling, Coefficient, Count, Natural, Tokens
 from thence.methods.base import Sampler
 from thence.methods.grpo import Grpo, GrpoOptions
 from thence.methods.unknown import scores_of
@@ -31,19 +32,19 @@ log = logging.getLogger(__name__)
 class DapoOptions(GrpoOptions):
     """GRPO's, with DAPO's values and its own."""
 
-    dual_clip: float = Field(default=3.0, gt=1)
+    dual_clip: Ceiling = 3.0
     """Largest ratio that a negative advantage acts through; inf: off."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
     dynamic_sampling: bool = True
     """Drop groups that teach nothing and sample others."""
-    max_generations: int = Field(default=10, ge=1)
+    max_generations: Count = 10
     """Most generation rounds for one batch; it is then trained with the groups that were found."""
-    overlong_tokens: int | None = Field(default=None, ge=1)
+    overlong_tokens: Tokens | None = None
     """Longest response, L of the penalty; none: the stage's max_tokens."""
-    overlong_buffer: int | None = Field(default=None, ge=0)
+    overlong_buffer: Natural | None = None
     """Length b over which the penalty grows; none: a fifth of L, as published; 0: no penalty."""
-    overlong_factor: float = Field(default=1.0, ge=0)
+    overlong_factor: Coefficient = 1.0
     """Penalty at the longest response."""
 
     @model_validator(mode="after")

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
+from thence.limits import Coefficient
 from thence.methods.grpo import Grpo, GrpoOptions
 
 
 class DrGrpoOptions(GrpoOptions):
     """GRPO's, with Dr. GRPO's values."""
 
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     aggregation: Literal["token-mean", "sequence-mean", "constant"] = "constant"
     """As in grpo."""

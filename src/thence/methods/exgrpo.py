@@ -27,10 +27,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import UserError
+from thence.limits import Share, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.objective import Ratio, ShapeRatio, Term
@@ -39,15 +40,15 @@ from thence.objective import Ratio, ShapeRatio, Term
 class ExGrpoOptions(MixedOptions):
     """Settings of ExGRPO."""
 
-    replay: float = Field(default=0.5, ge=0, le=1)
+    replay: Share = 0.5
     """Share of prompts from the pool, if it holds so many."""
-    start: float = Field(default=0.35, ge=0, le=1)
+    start: Share = 0.35
     """Replay begins after the first rollout batch with a higher share of right responses."""
-    gamma: float = Field(default=0.1, gt=0)
+    gamma: SomeCoefficient = 0.1
     """Of the shaped ratio of replayed tokens."""
     buckets: Literal["counts", "fractions"] = "counts"
     """What the normal distribution over buckets is of: successes, or successes over group size."""
-    sigma: float = Field(default=1.0, gt=0)
+    sigma: SomeCoefficient = 1.0
     """Its standard deviation."""
 
 
@@ -145,6 +146,13 @@ class ExGrpo(Method):
             self.learn(learned)
         found = [t for _, group in groups for t in group]
         sampled = [t for t in found if t.origin == "rollout" and t.score is not None]
+        if any(t.verdict == "graded" for t in sampled):
+            raise UserError(
+                "exgrpo replays right responses, but the reward gives degrees and does not say what is right",
+                remedy="state from which score a response is right: reward_right_from, or the function's attribute "
+                "right_from",
+                field="reward",
+            )
         right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
         self.started = self.started or right > self.options.start * total
         return found

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Ceiling, Coefficient, Signed, Tokens
 from thence.methods.base import Method, Options, TokenFacts, group_numbers, reward_of
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 
@@ -25,11 +25,11 @@ from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_
 class GrpoOptions(Options):
     """Settings of the GRPO family."""
 
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.28, ge=0)
+    clip_high: Coefficient = 0.28
     """Clip range of the ratio above one."""
-    dual_clip: float = Field(default=math.inf, gt=1)
+    dual_clip: Ceiling = math.inf
     """Largest ratio that a negative advantage acts through; inf: off."""
     std: bool = False
     """Divide advantages by the group's standard deviation."""
@@ -38,13 +38,13 @@ class GrpoOptions(Options):
     aggregation: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
     """token-mean: over all tokens of the step. sequence-mean: of each response, then over responses. constant: the
     sum divided by responses times `constant_tokens` (Dr. GRPO)."""
-    constant_tokens: int = Field(default=8192, ge=1)
+    constant_tokens: Tokens = 8192
     """The constant length of aggregation = "constant"."""
-    kl: float = Field(default=0.0, ge=0)
+    kl: Coefficient = 0.0
     """Coefficient of the KL to the model that the stage started from."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """k3 is GRPO's; k1 has no gradient in expectation."""
-    entropy: float = 0.0
+    entropy: Signed = 0.0
     """Coefficient of the entropy bonus."""
 
 

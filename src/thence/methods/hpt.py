@@ -24,10 +24,10 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient, PartShare, Rows
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -45,16 +45,16 @@ from thence.objective.surrogates import Surrogate
 class GatedOptions(MixedOptions):
     """Settings of methods that choose between rollouts and demonstration for each prompt."""
 
-    paper_prompts: int = Field(default=64, ge=1)
+    paper_prompts: Rows = 64
     """B of normaliser = "paper": prompts in an optimizer step. It scales both parts alike."""
 
 
 class HptOptions(GatedOptions):
     """Settings of HPT."""
 
-    gate: float = Field(default=0.0, ge=0, lt=1)
+    gate: PartShare = 0.0
     """The demonstration is trained where the mean score is at most this: 0 for Qwen models, 0.25 for Llama."""
-    coefficient: float = Field(default=1.0, ge=0)
+    coefficient: Coefficient = 1.0
     """Of the likelihood of demonstrations; 0.3 for Qwen2.5-Math-1.5B."""
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient, PartShare, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -36,15 +36,15 @@ class LuffyOptions(MixedOptions):
 
     shaping: Literal["shape", "probability", "logp"] = "shape"
     """How expert tokens act. shape: pi / (pi + gamma). probability: pi. logp: log pi."""
-    gamma: float = Field(default=0.1, gt=0)
+    gamma: SomeCoefficient = 0.1
     """Of the shaping; the paper tried 0.05 to 0.5."""
-    demonstration_weight: float = Field(default=1.0, ge=0)
+    demonstration_weight: Coefficient = 1.0
     """Factor on the expert tokens' term; 1 in the released run."""
     clip: bool = False
     """Clip the own tokens' ratio to 1 - clip_range ... max(clip_upper, 1 + clip_range); off in the released run."""
-    clip_range: float = Field(default=0.2, ge=0, lt=1)
+    clip_range: PartShare = 0.2
     """Clip range of the ratio below one, and above it unless `clip_upper` is larger."""
-    clip_upper: float = Field(default=1.0, ge=0)
+    clip_upper: Coefficient = 1.0
     """Upper bound of the ratio where it is larger than 1 + clip_range."""
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
+from thence.limits import Coefficient, Processes, Tokens
 from thence.methods.base import Options, Sampler, group_numbers, reward_of
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 
@@ -27,11 +27,11 @@ class MixedOptions(Options):
     normaliser: Literal["clean", "code", "paper"] = "clean"
     """clean: all terms over all response tokens of the step. code: policy terms over `code_ranks` x `code_tokens`,
     likelihood terms over their own tokens. paper: the printed formula of the method."""
-    code_tokens: int = Field(default=8192, ge=1)
+    code_tokens: Tokens = 8192
     """Longest response in the released trainers' divisor."""
-    code_ranks: int = Field(default=8, ge=1)
+    code_ranks: Processes = 8
     """Ranks in the released trainers' divisor."""
-    entropy: float = Field(default=0.001, ge=0)
+    entropy: Coefficient = 0.001
     """Coefficient of the entropy bonus, a mean over all response tokens."""
     std: bool = False
     """Divide advantages by the group's standard deviation."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import PartShare
 from thence.methods.base import Method, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.objective import Clip, Ratio, Surrogate, Term
@@ -25,7 +25,7 @@ class OnPolicyOptions(MixedOptions):
 
     clip: bool = True
     """Clip the ratio; false is the paper's ablation without."""
-    clip_range: float = Field(default=0.2, ge=0, lt=1)
+    clip_range: PartShare = 0.2
     """Clip range of the ratio, below and above one."""
 
 

@@ -29,10 +29,11 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.limits import Ceiling, Coefficient, Natural, Share, Steps
 from thence.methods.base import Method, Sampler, TokenFacts, group_numbers, reward_of
 from thence.methods.mixed import MixedOptions, advantages, policy_normaliser, rows_of_weights
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
@@ -43,28 +44,28 @@ class PrefixRftOptions(MixedOptions):
 
     estimator: Literal["dr_grpo", "dr_grpo_prefix"] = "dr_grpo"
     """dr_grpo: one group of all n. dr_grpo_prefix: see above."""
-    keep_ratio: float = Field(default=0.2, ge=0, le=1)
+    keep_ratio: Share = 0.2
     """Share of prefix tokens that are trained, those of the highest entropy; 1: no mask."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
-    dual_clip: float = Field(default=3.0, gt=1)
+    dual_clip: Ceiling = 3.0
     """Largest ratio that a negative advantage acts through; inf: off."""
     prefix_surrogate: Literal["clip", "ratio", "logp"] = "clip"
     """Of prefix tokens. clip: as the others. ratio: the repository's enable_clip = False. logp: its
     replace_old_log_prob = True, a ratio that is always one, with the same gradient."""
     entropy_mode: Literal["response_only", "all"] = "response_only"
     """Tokens with the entropy bonus, a mean over them: without the prefix, or all."""
-    high: float = Field(default=0.95, ge=0, le=1)
+    high: Share = 0.95
     """Largest fraction of the demonstration."""
-    low_first: float = Field(default=0.95, ge=0, le=1)
+    low_first: Share = 0.95
     """Smallest fraction in the first rollout batch."""
-    low_last: float = Field(default=0.05, ge=0, le=1)
+    low_last: Share = 0.05
     """Smallest fraction at the end of the schedule."""
-    schedule_steps: int | None = Field(default=None, ge=1)
+    schedule_steps: Steps | None = None
     """Rollout batches of the cosine schedule; none: the stage's. Published: 500, the whole run."""
-    min_prefix: int = Field(default=1, ge=0)
+    min_prefix: Natural = 1
     """Shortest prefix, in tokens. The published value is not known."""
 
     @model_validator(mode="after")

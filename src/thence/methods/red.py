@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient, PartShare
 from thence.methods.base import Method, Sampler, TokenFacts, reward_of
 from thence.methods.mixed import (
     MixedOptions,
@@ -44,15 +45,15 @@ class RedOptions(MixedOptions):
 
     std: bool = True
     """Divide advantages by the group's standard deviation."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
-    coefficient: float = Field(default=0.1, ge=0)
+    coefficient: Coefficient = 0.1
     """Of the demonstrations' likelihood, before the two factors."""
-    largest: float = Field(default=5.0, ge=1)
+    largest: float = Field(default=5.0, ge=1, le=1e6)
     """G: the largest value of each of the two factors."""
-    smoothing: float = Field(default=0.99, ge=0, lt=1)
+    smoothing: PartShare = 0.99
     """Decay of the moving averages of both entropies; 0: none."""
 
 

@@ -32,6 +32,7 @@ from thence.methods.superrl import SuperRl
 from thence.methods.uft import Uft
 from thence.recipe import Rl, kind_of
 from thence.recipe import Sft as SftStage
+from thence.section import refusal
 
 OWN: tuple[type[Method], ...] = (
     Sft, Grpo, DrGrpo, Dapo,
@@ -95,10 +96,6 @@ def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = 
     try:
         return known[name](options)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            f"{first['msg'].removeprefix('Value error, ')} (method {name})",
-            remedy=f"its options are: {', '.join(known[name].Options.model_fields)}",
-            field=f"{where}.options.{option}" if option else f"{where}.options",
+        raise refusal(
+            error, known[name].Options, f"{where}.options", remedy=f"see `thence methods {name}` (method {name})"
         ) from None

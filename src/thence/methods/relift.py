@@ -23,10 +23,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.methods.unknown import all_failed
@@ -36,15 +36,15 @@ from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
 class ReliftOptions(MixedOptions):
     """Settings of ReLIFT."""
 
-    clip: float | None = Field(default=None, gt=0)
+    clip: SomeCoefficient | None = None
     """Clip range of the ratio in RL steps; none: no clip, as the released script. The paper prints 0.2."""
-    sft_batch: int = Field(default=128, ge=1)
+    sft_batch: Rows = 128
     """Demonstrations of an SFT step over all ranks, and how many the buffer must hold for one."""
-    sft_lr: float | None = Field(default=None, gt=0)
+    sft_lr: Rate | None = None
     """Learning rate of SFT steps; none: the stage's. Published: 1e-6, the same."""
-    sft_clip_norm: float = Field(default=1.0, ge=0)
+    sft_clip_norm: Norm = 1.0
     """Largest gradient norm of SFT steps; 0: no clipping."""
-    sft_entropy: float = Field(default=0.001, ge=0)
+    sft_entropy: Coefficient = 0.001
     """Coefficient alpha of the entropy bonus in SFT steps: 0.001 in the script, 1e-4 best in the paper."""
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -34,7 +34,7 @@ from thence.objective import Logp, Ratio, Term
 class RlSftLossOptions(MixedOptions):
     """Settings of RL with SFT loss."""
 
-    coefficient: float = Field(default=1.0, ge=0)
+    coefficient: Coefficient = 1.0
     """Of the demonstrations' likelihood term."""
 
 

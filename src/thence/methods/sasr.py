@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient, Rate, Steps
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -39,23 +39,23 @@ from thence.objective import Clip, Logp, NegativeKl, Normaliser, Term
 class SasrOptions(MixedOptions):
     """Settings of SASR."""
 
-    warmup_steps: int = Field(default=20, ge=1)
+    warmup_steps: Steps = 20
     """SFT steps before the first coin. The published number is not known; this one was chosen here."""
-    gamma: float = Field(default=1.0, ge=0)
+    gamma: Coefficient = 1.0
     """Weight of the warm-up's gradient norm; larger: fewer SFT steps. Not known; 1 makes the first coin a fair one."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
-    kl: float = Field(default=0.0, ge=0)
+    kl: Coefficient = 0.0
     """Coefficient of the KL to the model that the stage started from."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """k3 is GRPO's; k1 has no gradient in expectation."""
-    entropy: float = Field(default=0.0, ge=0)
+    entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus in GRPO steps."""
-    sft_lr: float | None = Field(default=None, gt=0)
+    sft_lr: Rate | None = None
     """Learning rate of SFT steps; none: the stage's."""
 
 

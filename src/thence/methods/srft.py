@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts, reward_of
 from thence.methods.mixed import (
     MixedOptions,
@@ -53,15 +53,15 @@ class SrftOptions(MixedOptions):
     """H is the mean over a response, of the token alone, or the mean over all responses of the optimizer step."""
     demonstration: Literal["shape", "probability"] = "shape"
     """Expert tokens under their advantage. shape: pi / (pi + gamma), the codes. probability: pi, the paper."""
-    gamma: float = Field(default=0.1, gt=0)
+    gamma: SomeCoefficient = 0.1
     """Of the shaping."""
     own: Literal["logp", "probability", "ratio"] = "logp"
     """Own tokens: log pi (paper, default of the codes; log pi - log pi_old has the same gradient), pi or the ratio."""
-    sft_weight: float = Field(default=0.5, ge=0)
+    sft_weight: Coefficient = 0.5
     """Constant of the expert's log-likelihood."""
-    right_weight: float = Field(default=0.1, ge=0)
+    right_weight: Coefficient = 0.1
     """Constant of right own responses."""
-    wrong_weight: float = Field(default=1.0, ge=0)
+    wrong_weight: Coefficient = 1.0
     """Constant of wrong own responses."""
 
 

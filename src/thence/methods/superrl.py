@@ -21,9 +21,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
-
 from thence.data.trajectory import Trajectory
+from thence.limits import Coefficient
 from thence.methods.hpt import Gated, GatedOptions
 from thence.methods.mixed import advantages
 from thence.methods.unknown import all_failed
@@ -36,13 +35,13 @@ class SuperRlOptions(GatedOptions):
 
     gate: Literal["hard", "advantage"] = "hard"
     """What a rollout must have for its prompt to be learned from rewards: a reward or an advantage above zero."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
-    entropy: float = Field(default=0.0, ge=0)
+    entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus, a mean over all response tokens."""
 
 

@@ -30,10 +30,10 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
+from thence.limits import Coefficient, Count, Share, Steps
 from thence.methods.base import Method, Options, Sampler, TokenFacts
 from thence.methods.mixed import advantages, rows_of_weights
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
@@ -47,28 +47,28 @@ class UftOptions(Options):
 
     hints: Literal["uft", "r3", "stage"] = "uft"
     """How many slices a hint has: see above."""
-    slices: int = Field(default=5, ge=1)
+    slices: Count = 5
     """Parts of a demonstration."""
-    hint_steps: int = Field(default=300, ge=1)
+    hint_steps: Steps = 300
     """Rollout batches with hints."""
-    p_first: float = Field(default=0.95, ge=0, le=1)
+    p_first: Share = 0.95
     """Probability of each slice in the first rollout batch (uft)."""
-    p_last: float = Field(default=0.05, ge=0, le=1)
+    p_last: Share = 0.05
     """Probability of each slice after `hint_steps` (uft)."""
-    hint_weight: float | None = Field(default=None, ge=0)
+    hint_weight: Coefficient | None = None
     """Coefficient of the hint tokens' likelihood, a mean over them; none: 0.001, and 0 with r3."""
     normaliser: Literal["clean", "code", "paper"] = "clean"
     """clean: policy, KL and entropy over all response tokens of the step, hint tokens included. code, paper: over the
     tokens that the policy wrote. The hint's term is in each a mean over the hint tokens."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
-    kl: float = Field(default=0.001, ge=0)
+    kl: Coefficient = 0.001
     """Coefficient of the KL (k3) to the model that the stage started from; 0: no reference model is held."""
-    entropy: float = Field(default=0.001, ge=0)
+    entropy: Coefficient = 0.001
     """Coefficient of the entropy bonus on the tokens that the policy wrote."""
 
 

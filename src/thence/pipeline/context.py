@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch
 
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
-from thence.errors import RecipeError
+from thence.errors import CheckpointError, RecipeError, StepRefused, UserError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
+from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import Watcher
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
+from thence.train.finite import broken, broken_weights
 from thence.train.model import compute_dtype
 from thence.train.parallel import Ranks
 from thence.train.schedule import learning_rate
@@ -176,14 +178,36 @@ class Checkpoints:
     def __init__(self, context: Context, trainer: Trainer, every: int, last: int):
         self.context, self.trainer, self.every, self.last = context, trainer, every, last
         self.folder = context.folder.stage(context.name) / "checkpoints"
+        self.good = 0  # the step of the last checkpoint
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Load the newest checkpoint into model and trainer. Returns the steps done and the stage's own state."""
+        """Load the newest checkpoint into model and trainer. Returns the steps done and the stage's own state.
+
+        Raises:
+            CheckpointError: it does not fit, or holds weights that are not finite.
+        """
         found = newest_checkpoint(self.folder)
         if found is not None:
+            if self.context.leads:
+                say_other_numerics(found.plain.get("numerics"), f"the checkpoint of step {found.step}")
             load_weights(self.context.model, found.folder)
+            if what := broken_weights([*self.context.model.named_parameters(), *found.tensors.items()]):
+                raise CheckpointError(
+                    f"the checkpoint of step {found.step} is not finite: {what}; training had diverged",
+                    remedy=f"rename {self.folder}, and stage {self.context.name} begins again from the model before, "
+                    f"with a lower learning rate (--{self.context.name}.lr)",
+                    file=found.folder,
+                )
+            self.good = found.step
             self.trainer.restore(found.plain["trainer"], found.tensors)
         step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
+        if step > self.last:
+            raise UserError(
+                f"stage {self.context.name} has taken {step} steps, and is to end after {self.last}",
+                remedy=f"give it {step} steps or more, or another --folder for a shorter run",
+                file=self.context.folder.path,
+                field=f"{self.context.name}.steps",
+            )
         if self.context.leads:
             self.context.folder.rewind(self.context.name, step)
         return step, own
@@ -193,18 +217,46 @@ class Checkpoints:
 
         Args:
             own: gives the stage's own state, on every rank.
+
+        Raises:
+            StepRefused: the weights or the optimizer's moments are not finite; the checkpoint before stands.
         """
         if step % self.every and step != self.last and not last:
             return
         state = own()
+        plain, tensors = self.trainer.state()
+        refuse_what_is_broken(self.context, f"after step {step}", self.good, tensors)
+        self.good = step
         if self.context.leads:
-            plain, tensors = self.trainer.state()
             write_checkpoint(
                 self.folder,
                 step,
                 self.context.model,
                 self.context.tokenizer,
-                {"trainer": plain, "stage": state},
+                {"trainer": plain, "stage": state, "numerics": numerics()},
                 tensors,
             )
         self.context.ranks.wait()
+
+
+def refuse_what_is_broken(
+    context: Context, when: str, good: int | None = None, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Raise StepRefused where the context's model is not finite any more.
+
+    Args:
+        when: at which moment of the stage, for the message.
+        good: the step of the last checkpoint; 0: there is none.
+        tensors: of the optimizer, to be looked at too.
+    """
+    what = broken(context.model, tensors)
+    if what is None:
+        return
+    rate = getattr(context.recipe.stage(context.name), "lr", None)
+    begins = f"it goes on after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
+    raise StepRefused(
+        f"training diverged: {when} of stage {context.name} the model is not finite ({what}), so it is not kept",
+        remedy=f"resume with a learning rate below {rate:g} (the same command with --{context.name}.lr): {begins}",
+        file=context.folder.path,
+        field=f"{context.name}.lr",
+    )

@@ -1,25 +1,21 @@
-"""The stage that measures accuracy."""
+"""The stage that measures accuracy, or the mean reward where a reward gives degrees."""
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 from thence.evaluate.measure import measure, measurement_record, sample_record
-from thence.files import write_atomically, write_jsonl
+from thence.files import read_json, read_lines, set_aside, to_json, write_atomically, write_jsonl, write_over
 from thence.models.lengths import context_of
 from thence.pipeline.context import Context
+from thence.pipeline.folder import wrong_with_line
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
+from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval
 from thence.rollout.native import Sampling
-from thence.verify.reward import load_reward
-
-
-def test_sets(stage: Eval) -> dict[str, dict[str, Any]]:
-    """The named test sets of a stage, each as overrides of [data]."""
-    own = {"split": "test", **stage.data}
-    return {name: {**own, **table} for name, table in (stage.splits or {own["split"]: {}}).items()}
 
 
 def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
@@ -33,7 +29,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
     results, limit = [], context_of(context.model.config)
     if context.leads:
         context.watcher.stage(context.name, len(parts), 0)
-    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader:
+    with stage_reward(stage) as grader:
         for split, temperature in parts:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
@@ -61,17 +57,33 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
                     where = {"stage": context.name, "step": 0, "split": split, "temperature": temperature}
                     records = [sample_record(t, **where) for t in trajectories]
                     write_jsonl(kept.with_suffix(".jsonl"), records)
-                    write_atomically(kept, json.dumps(measurement_record(row)))
+                    write_atomically(kept, to_json(measurement_record(row)))
                 context.ranks.wait()
-            results.append(json.loads(kept.read_text(encoding="utf-8")))
+            results.append(_kept(kept))
             if context.leads:
-                context.watcher.step({"reward": results[-1]["accuracy"], "response_tokens": results[-1]["mean_tokens"]})
+                found = results[-1]
+                context.watcher.step({"reward": _level(found), "response_tokens": found["mean_tokens"]})
     if context.leads:
-        write_atomically(folder / "result.json", json.dumps({"stage": context.name, "rows": results}, indent=1))
-        samples = [
-            json.loads(line)
-            for path in sorted((folder / "parts").glob("*.jsonl"))
-            for line in path.read_text(encoding="utf-8").splitlines()
-        ]
+        write_over(folder / "result.json", to_json({"stage": context.name, "rows": results}, indent=1))
+        samples = []
+        for path in sorted((folder / "parts").glob("*.jsonl")):
+            found = read_lines(path, wrong_with_line)
+            set_aside(path, found.bad)
+            samples += found.values
         write_jsonl(folder / "samples.jsonl", samples)
     return {"measurements": len(results)}
+
+
+def _kept(part: Path) -> dict[str, Any]:
+    """A measurement that was kept. Raises DamagedFile."""
+    remedy = "put a whole copy of it back; or rename it, and the same command measures this part again"
+
+    def shape(row: dict[str, Any]) -> None:
+        sum((_level(row), row["mean_tokens"], row["samples"]))
+
+    return read_json(part, remedy=remedy, shape=shape)
+
+
+def _level(row: dict[str, Any]) -> float:
+    """The accuracy of a measurement, or its mean reward where the reward gives degrees."""
+    return row["accuracy"] if row["accuracy"] is not None else row["reward"]

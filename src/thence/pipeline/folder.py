@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from thence import __version__
 from thence.errors import UserError
-from thence.files import read_jsonl, write_atomically, write_jsonl
-from thence.recipe import Recipe, load_recipe
-from thence.toml import to_toml
+from thence.files import is_environment, read_json, read_jsonl, repair_lines, to_json, write_atomically, write_jsonl
+from thence.locks import LOCK, held, refuse_if_held
+from thence.pipeline.changes import Plan, State, judge, say_onward
+from thence.pipeline.numerics import numerics
+from thence.pipeline.owned import (
+    CHANGES,
+    RECIPE,
+    SET_ASIDE,
+    clear,
+    kept_values,
+    new_marker,
+    read_marker,
+    recipe_is_own,
+    recipe_of,
+    recipe_text,
+    refuse_foreign,
+    survey,
+    write_where_other,
+)
+from thence.recipe import Recipe, kind_of, load_recipe
+from thence.redaction import redacted_command
+from thence.train.checkpoint import checkpoints
+
+log = logging.getLogger(__name__)
+DOING = "runs this recipe"
+LOCK_SECONDS = 2.0  # for a process that is just ending
 
 
 class RunFolder:
     """Paths and files of one run.
 
-    Layout: ``recipe.toml`` (resolved), ``environment.json``, ``ground.json`` (the model's files), ``metrics.jsonl``
-    (one line a step), ``report.html``, and for each stage ``stages/<name>/`` with ``ground.json`` (what it reads) and
-    ``checkpoints/`` while it runs, then ``model/`` (Hugging Face layout) or ``result.json``, ``samples.jsonl`` and,
-    last of all, ``done.json``.
+    Layout: ``.thence-run.json`` (the marker), ``.lock``, ``recipe.toml`` (resolved), ``changes.jsonl`` (what of it has
+    changed since), ``environment.json``, ``ground.json`` (the model's files), ``metrics.jsonl`` (one line a step),
+    ``report.html``, and for each stage ``stages/<name>/`` with ``ground.json`` (what it reads) and ``checkpoints/``
+    while it runs, then ``model/`` (Hugging Face layout) or ``result.json``, ``samples.jsonl`` and, last of all,
+    ``done.json``. The last checkpoint of the last training stage stays, so that it can be given more steps. What a
+    repeated or continued stage had left is in ``set-aside/<name>-<number>/``.
     """
 
     def __init__(self, path: Path):
@@ -38,36 +62,111 @@ class RunFolder:
         """The folder of one stage."""
         return self.path / "stages" / name
 
-    def open(self, recipe: Recipe, device: str, methods: Mapping[str, str] | None = None, ranks: int = 1) -> None:
-        """Make the folder, or take up the run that stands in it.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run, so that no other process writes into it. Raises UserError where one does, and says which."""
+        with held(self.path, DOING, wait=LOCK_SECONDS):
+            yield
+
+    def refuse_if_held(self) -> None:
+        """Raise UserError if another process runs this run now; nothing is written."""
+        refuse_if_held(self.path, DOING, wait=LOCK_SECONDS)
+
+    def open(
+        self,
+        recipe: Recipe,
+        device: str,
+        methods: Mapping[str, str] | None = None,
+        ranks: int = 1,
+        *,
+        restart: bool = False,
+        repeat: Sequence[str] = (),
+    ) -> Plan:
+        """Make the folder, or take up the run that stands in it, with the changes that its recipe has.
 
         Args:
             methods: what each stage's method is called in reports.
             ranks: processes that share each step.
+            restart: remove what thence wrote of the run before.
+            repeat: stages to set aside and run again.
+
+        Returns:
+            What became of the stages that were there.
 
         Raises:
-            UserError: the folder holds a run of another recipe.
+            UserError: as :meth:`check`.
         """
-        self.check(recipe)
-        if not (self.path / "recipe.toml").exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "recipe.toml", to_toml(recipe.resolved()))
+        plan = self.check(recipe, restart, repeat)
+        marker = read_marker(self.path) if self.path.is_dir() else None
+        if marker is not None and (restart or marker.restarting):
+            clear(self.path, marker)
+            marker = None
+        for name in plan.repeat:
+            self.set_aside(name, "it is repeated")
+        for name in plan.extend:
+            self._reopen(name)
+        if marker is not None:
+            self._record_changes(plan, recipe)
+        (new_marker(recipe) if marker is None else marker.with_recipe(recipe)).write(self.path)
+        if marker is None or marker.recipe_digests or not (self.path / RECIPE).exists():
+            write_where_other(self.path / RECIPE, recipe_text(recipe))
         self._record_start(environment(device, ranks) | ({"methods": dict(methods)} if methods else {}))
+        return plan
 
-    def check(self, recipe: Recipe, restart: bool = False) -> None:
-        """Raise UserError if the run cannot be written here: it is of another recipe, or the folder is not writable.
+    def check(self, recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> Plan:
+        """What becomes of the run that stands in the folder. Nothing is written.
 
         Args:
-            restart: the run that stands in it will be thrown away, whatever its settings.
+            restart: what thence wrote of it will be removed, whatever its settings.
+            repeat: stages to be run again.
+
+        Raises:
+            UserError: the folder is not writable, or not thence's; it holds other things, or a link in the place of a
+                file; the run has settings that may not change.
         """
-        kept = self.path / "recipe.toml"
-        # compare as recipes: the text of an older version may differ where the settings do not
-        if not restart and kept.exists() and not load_recipe(kept).same_as(recipe):
+        self._check_writable()
+        if not self.path.is_dir():
+            return Plan()
+        marker = read_marker(self.path)
+        if marker is None:
+            refuse_foreign(self.path, tuple(p for p in sorted(self.path.iterdir()) if p.name != LOCK), None)
+            return Plan()
+        found = survey(self.path, marker)
+        if found.links:
             raise UserError(
-                f"{self.path} holds a run with other settings",
-                remedy="give another --folder (or --name), or --restart to begin anew and lose that run",
-                file=kept,
+                "a link stands where the run keeps a file or folder of its own",
+                remedy="put what it points to in its place: thence follows no link out of the folder of a run",
+                file=found.links[0],
             )
+        if restart or marker.restarting:
+            refuse_foreign(self.path, found.foreign, marker)
+            return Plan()
+        self.first_start()
+        if unknown := [name for name in repeat if name not in recipe.stages]:
+            raise UserError(
+                f"there is no stage {unknown[0]!r} to repeat",
+                remedy=f"give one of: {', '.join(recipe.stages)}",
+                field="--repeat",
+            )
+        if marker.recipe_digests and not recipe_is_own(self.path, marker):
+            raise UserError(
+                "thence keeps the settings of the run here, and this file is not as thence wrote it",
+                remedy="move it elsewhere: thence writes its own again; if you have edited it, give the moved one as "
+                f"RECIPE with --folder {self.path}",
+                file=self.path / RECIPE,
+            )
+        before = recipe_of(self.path, marker)
+        return judge(
+            before, load_recipe(kept_values(recipe)), self.states(before), self._steps(before), self.path, repeat
+        )
+
+    @property
+    def restarting(self) -> bool:
+        """Whether a --restart was killed while it removed the run before; the next start completes it."""
+        marker = read_marker(self.path) if self.path.is_dir() else None
+        return marker is not None and marker.restarting
+
+    def _check_writable(self) -> None:
         place = self.path.absolute()
         while not place.exists() and place != place.parent:
             place = place.parent
@@ -78,65 +177,157 @@ class RunFolder:
                 field="folder",
             )
 
-    def remove(self) -> None:
-        """Throw the run away. Raises UserError where the folder holds something that is no run."""
-        if not self.path.exists():
+    def states(self, recipe: Recipe) -> dict[str, State]:
+        """How far every stage of the recipe that the run has is."""
+        last = last_trained(recipe)
+        found: dict[str, State] = {}
+        for name in recipe.stages:
+            place = self.stage(name)
+            if self.is_done(name):
+                found[name] = "kept" if name == last and checkpoints(place / "checkpoints") else "done"
+            else:
+                found[name] = "begun" if place.is_dir() and any(place.iterdir()) else "new"
+        return found
+
+    def _steps(self, recipe: Recipe) -> dict[str, int]:
+        names = {name: checkpoints(self.stage(name) / "checkpoints") for name in recipe.stages}
+        numbers = {name: found[-1].name.removeprefix("step-") for name, found in names.items() if found}
+        return {name: int(number) for name, number in numbers.items() if number.isdigit()}
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Move what a stage has left out of the way, with its lines of metrics. Nothing is removed."""
+        place = self.stage(name)
+        if not place.is_dir():
             return
-        if any(self.path.iterdir()) and not (self.path / "recipe.toml").exists():
-            raise UserError("the folder holds no run", remedy="give another --folder, or empty it", file=self.path)
-        shutil.rmtree(self.path)
+        lines = (
+            [line for line in read_jsonl(self.metrics) if line.get("stage") == name] if self.metrics.exists() else []
+        )
+        if lines:
+            write_jsonl(place / "metrics.jsonl", lines)
+        aside = self._aside(name)
+        place.rename(aside)
+        log.warning("stage %s: %s; what it had left is in %s", name, why, aside)
+
+    def _reopen(self, name: str) -> None:
+        """Make a stage that is done one that goes on from its last checkpoint; the model that it left is set aside."""
+        aside = self._aside(name)
+        aside.mkdir()
+        (self.stage(name) / "done.json").rename(aside / "done.json")
+        (self.stage(name) / "model").rename(aside / "model")
+        log.warning("stage %s is continued from its last checkpoint; the model that it had left is in %s", name, aside)
+
+    def _aside(self, name: str) -> Path:
+        place, number = self.path / SET_ASIDE, 1
+        while (place / f"{name}-{number}").exists():
+            number += 1
+        place.mkdir(exist_ok=True)
+        return place / f"{name}-{number}"
+
+    def _record_changes(self, plan: Plan, recipe: Recipe) -> None:
+        """Add what has changed to the history of the run, and to the log where a stage has begun."""
+        steps, states = self._steps(recipe), self.states(recipe)
+        for change in plan.changes:
+            follows = say_onward(change, recipe)
+            after = steps.get(change.stage or "", 0)
+            self._append(
+                CHANGES,
+                {
+                    "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "thence": __version__,
+                    "field": change.field,
+                    "before": change.before,
+                    "now": change.now,
+                    "after_step": after if change.stage and states.get(change.stage) != "new" else None,
+                    "follows": follows,
+                },
+            )
+            if change.rule.key in ("onward", "length") and after:
+                log.warning("%s, after step %d: %s", change, after, follows)
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(to_json(line) + "\n")
 
     def _record_start(self, facts: dict[str, Any]) -> None:
         """Keep the environment of the first start, and of later ones beside it."""
-        path = self.path / "environment.json"
-        if path.exists():
-            first = json.loads(path.read_text(encoding="utf-8"))
+        if first := self.first_start():
             facts = {**first, "later_starts": [*first.get("later_starts", []), facts]}
-        write_atomically(path, json.dumps(facts, indent=1))
+        write_atomically(self.path / "environment.json", to_json(facts, indent=1))
+
+    def first_start(self) -> dict[str, Any]:
+        """The environment of the first start; nothing before it. Raises DamagedFile."""
+        file = self.path / "environment.json"
+        if not file.exists():
+            return {}
+        remedy = (
+            "put a whole copy of it back; or rename it, and the run is resumed with a new one, which does not know the "
+            "first start"
+        )
+        return read_json(file, remedy=remedy, shape=is_environment)
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage is complete."""
-        return (self.stage(stage) / "done.json").exists()
+        """Whether the stage is complete. Raises DamagedFile where it cannot be told."""
+        return (self.stage(stage) / "done.json").exists() and self.facts(stage) is not None
 
     def finish(self, stage: str, facts: Mapping[str, Any]) -> None:
         """Mark the stage complete."""
-        write_atomically(self.stage(stage) / "done.json", json.dumps(facts))
+        write_atomically(self.stage(stage) / "done.json", to_json(facts))
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """What a complete stage left in ``done.json``; nothing of one that is not."""
+        """What a complete stage left in ``done.json``; nothing of one that is not. Raises DamagedFile."""
         file = self.stage(stage) / "done.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not file.exists():
+            return {}
+        remedy = f"put a whole copy of it back; or rename it, and the same command runs stage {stage} again"
+        return read_json(file, remedy=remedy, shape=_is_facts)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash."""
+        """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash.
+
+        Lines that cannot be read are set aside in ``NAME.damaged`` and named in the log.
+        """
         for path in (self.metrics, self.stage(stage) / "samples.jsonl"):
             if path.exists():
+                repair_lines(path, wrong_with_line)
                 kept = [line for line in read_jsonl(path) if line["stage"] != stage or line["step"] <= step]
                 write_jsonl(path, kept)
 
 
+def wrong_with_line(line: Mapping[str, Any]) -> str | None:
+    """What a line of ``metrics.jsonl`` or of a stage's ``samples.jsonl`` lacks; None: nothing."""
+    for name, kind in (("stage", str), ("step", int)):
+        if name not in line:
+            return f"it lacks {name}"
+        if not isinstance(line[name], kind) or isinstance(line[name], bool):
+            return f"{name} is {type(line[name]).__name__}"
+    return None
+
+
+def _is_facts(facts: Mapping[str, Any]) -> bool:
+    """Whether a value is what a stage leaves in ``done.json``: at least one count."""
+    counts = [facts[name] for name in ("steps", "measurements") if name in facts]
+    return bool(counts) and all(isinstance(n, int) for n in counts) and isinstance(facts.get("model", ""), str | None)
+
+
 def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
     """What a number of this run depends on besides its recipe, and the files that it reads."""
-    import torch
     import transformers
 
     return {
         "thence": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        **numerics(),
         "device": device,
         **({"ranks": ranks} if ranks is not None else {}),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -158,12 +349,6 @@ def git_commit() -> str | None:
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def last_trained(recipe: Recipe) -> str | None:
+    """The last stage that trains; None where none does."""
+    return next((name for name in reversed(recipe.stages) if kind_of(name) != "eval"), None)

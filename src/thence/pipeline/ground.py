@@ -8,23 +8,24 @@ also true of what a finished stage has read. What may differ in the last bits on
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import logging
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
-from thence.files import write_atomically
-from thence.pipeline.eval_stage import test_sets
+from thence.files import read_json, to_json, write_atomically
 from thence.pipeline.folder import RunFolder, environment
-from thence.recipe import Eval, Model, Recipe
-from thence.train.checkpoint import MANIFEST, is_whole
+from thence.pipeline.owned import RECIPE
+from thence.pipeline.test_sets import test_sets
+from thence.recipe import Eval, Model, Recipe, kind_of
+from thence.train.checkpoint import MANIFEST
 from thence.train.model import resolve
+from thence.train.written import check_written
+from thence.verify.loading import function_file
 
 log = logging.getLogger(__name__)
 FILE = "ground.json"
@@ -35,7 +36,10 @@ OF_A_TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.jinja"),
     *("chat_template*", "*.tiktoken"),
 )
-ENVIRONMENT = ("thence", "git_commit", "torch", "transformers", "threads", "device", "ranks")
+ENVIRONMENT = (
+    *("thence", "git_commit", "torch", "transformers", "cpu", "instructions", "threads", "kernels"),
+    *("device", "ranks"),
+)
 
 State = dict[str, Any]
 """What is kept of a file: ``digest``, ``bytes`` and ``modified``."""
@@ -109,12 +113,17 @@ class Ground:
     def __init__(self, recipe: Recipe, folder: RunFolder):
         self.recipe, self.folder = recipe, folder
 
-    def check(self) -> None:
+    def check(self, again: Collection[str] = ()) -> None:
         """Compare what every begun stage has read with what is there now. Raises UserError where it differs.
 
-        A file of a finished stage that is gone is nothing to worry about; it is said in the log.
+        A file of a finished stage that is gone is nothing to worry about; it is said in the log. A file that lies
+        elsewhere, with the same content, is the same file.
+
+        Args:
+            again: stages that are done and will be run all the same: what they had read does not matter any more.
         """
         begun = [name for name in self.recipe.stages if self._kept(self.folder.stage(name)) is not None]
+        begun = [name for name in begun if name not in again]
         kept = self._kept(self.folder.path)
         if kept is not None and begun:
             left = any(not self.folder.is_done(name) for name in self.recipe.stages)
@@ -122,13 +131,13 @@ class Ground:
         for name in begun:
             before, done = self._kept(self.folder.stage(name)), self.folder.is_done(name)
             assert before is not None
-            again = self.folder.stage(name) if isinstance(self.recipe.stage(name), Eval) else None
+            only = name if isinstance(self.recipe.stage(name), Eval) else None
             then, now = before["files"], ground_of(self.recipe, name)
             if before.get("reward_failed") and not done:
                 reward = _reward_file(getattr(self.recipe.stage(name), "reward", ""))
                 then, now = ({k: v for k, v in files.items() if k not in reward} for files in (then, now))
-            self._compare(then, now, f"stage {name}", done, again)
-        self._check_start()
+            self._compare(then, now, f"stage {name}", done, only)
+        self._check_start(again)
 
     def begin(self, name: str, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Write down the ground of a stage that begins. One that was begun before must have the same rows.
@@ -144,10 +153,11 @@ class Ground:
         if kept is None:
             if self._kept(self.folder.path) is None:
                 self._write(self.folder.path, {"files": model_ground(self.recipe.model)})
-            self._write(self.folder.stage(name), {"files": ground_of(self.recipe, name), "rows": rows})
+            facts = {"files": ground_of(self.recipe, name), "rows": rows, "start": self._start(name)}
+            self._write(self.folder.stage(name), facts)
             return
+        now = ground_of(self.recipe, name)
         if kept.pop("reward_failed", False):
-            now = ground_of(self.recipe, name)
             if now != kept["files"]:
                 log.warning("stage %s is resumed with another reward function, since the one before failed", name)
             self._write(self.folder.stage(name), {**kept, "files": now})
@@ -156,9 +166,27 @@ class Ground:
                 raise UserError(
                     f"the rows of {table} are not those that stage {name} began with: as rendered they had the digest "
                     f"{kept['rows'][table]}, now {digest}; the data set, the tokenizer or thence has changed",
-                    remedy=_remedy(None),
+                    remedy=self._remedy(None),
                     file=self.folder.stage(name),
                 )
+        if kept["files"] != now:  # they have been moved
+            self._write(self.folder.stage(name), {**kept, "files": now})
+
+    def set_outdated_aside(self, name: str) -> None:
+        """Set a stage aside that has begun from another model than the one that the stage before it has left now."""
+        kept = self._kept(self.folder.stage(name))
+        if kept is not None and "start" in kept and kept["start"] != self._start(name):
+            self.folder.set_aside(name, "the model that it started from has been made again, and is another one")
+
+    def _before(self, name: str) -> str | None:
+        """The stage whose model a stage starts from; None: the recipe's model."""
+        before = self.recipe.stages[: self.recipe.stages.index(name)]
+        return next((other for other in reversed(before) if kind_of(other) != "eval"), None)
+
+    def _start(self, name: str) -> str | None:
+        """What the model is known by that a stage starts from; None: it is the recipe's."""
+        before = self._before(name)
+        return None if before is None else self.folder.facts(before).get("model")
 
     def reward_failed(self, name: str) -> None:
         """Note that a stage ended because its reward function failed: it may be fixed, and the stage resumed."""
@@ -166,24 +194,19 @@ class Ground:
         if kept is not None:
             self._write(self.folder.stage(name), {**kept, "reward_failed": True})
 
-    def _check_start(self) -> None:
+    def _check_start(self, again: Collection[str]) -> None:
         """Whether the model that the next stage starts from is the one that the stage before it left."""
-        stages = self.recipe.stages
-        following = next((i for i, name in enumerate(stages) if not self.folder.is_done(name)), 0)
-        trained = [name for name in stages[:following] if not isinstance(self.recipe.stage(name), Eval)]
-        if not trained:
-            return
-        model, kept = self.folder.stage(trained[-1]) / "model", self.folder.facts(trained[-1]).get("model")
-        if not is_whole(model) or kept not in (None, published(model)):
-            raise UserError(
-                f"the model that stage {trained[-1]} left is not what it was: a file was replaced, changed or removed",
-                remedy=_remedy(None),
-                file=model,
-            )
+        following = next((n for n in self.recipe.stages if n in again or not self.folder.is_done(n)), None)
+        before = None if following is None else self._before(following)
+        if before is not None and before not in again:
+            check_written(self.folder.stage(before) / "model")
 
     def _compare(
-        self, before: Mapping[str, State], now: Mapping[str, State], owner: str, done: bool, again: Path | None
+        self, before: Mapping[str, State], now: Mapping[str, State], owner: str, done: bool, only: str | None
     ) -> None:
+        of_model = only is None and owner == "the run"  # the names of a model's files matter, those of data do not
+        if _contents(before, of_model) == _contents(now, of_model):
+            return  # the same files, here or elsewhere
         for file, state in before.items():
             found = now.get(file)
             if found is None and done:
@@ -192,34 +215,48 @@ class Ground:
                 has = "has read" if done else "was begun with"
                 raise UserError(
                     f"the file is not the one that {owner} {has}: then {_said(state)}, now {_said(found)}",
-                    remedy=_remedy(again),
+                    remedy=self._remedy(only),
                     file=file,
                 )
         for file in now.keys() - before.keys():
             raise UserError(
                 f"the file was not there when {owner} was begun: now {_said(now[file])}",
-                remedy=_remedy(again),
+                remedy=self._remedy(only),
                 file=file,
             )
 
+    def _remedy(self, only: str | None) -> str:
+        place = self.folder.path
+        command = f"thence run {place / RECIPE} --folder {place} --repeat {only}"
+        repeated = f"to repeat this evaluation alone: {command}; or " if only is not None else ""
+        return f"put the file back; {repeated}give another --folder, or --restart to begin anew and lose that run"
+
     def _kept(self, place: Path) -> dict[str, Any] | None:
         file = place / FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        remedy = (
+            "put a whole copy of it back; or rename it, and the run is resumed without comparing the files that this "
+            "part of it was begun with"
+        )
+        return read_json(file, remedy=remedy, shape=_is_ground) if file.exists() else None
 
     def _write(self, place: Path, facts: Mapping[str, Any]) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        write_atomically(place / FILE, json.dumps(facts, indent=1))
+        write_atomically(place / FILE, to_json(facts, indent=1))
 
 
 def say_what_differs(folder: RunFolder, device: str, ranks: int) -> None:
     """Log what of versions, threads and ranks differs from the run's first start: its last bits may follow from it."""
-    file = folder.path / "environment.json"
-    if not file.is_file():
-        return
-    before, now = json.loads(file.read_text(encoding="utf-8")), environment(device, ranks)
+    before, now = folder.first_start(), environment(device, ranks)
     changed = [f"{key} {before[key]} -> {now[key]}" for key in ENVIRONMENT if key in before and before[key] != now[key]]
     if changed:
         log.warning("the run began with another environment (%s); numbers may differ slightly", ", ".join(changed))
+
+
+def _is_ground(facts: Mapping[str, Any]) -> bool:
+    """Whether a value is what :meth:`Ground.begin` writes."""
+    states = facts["files"].values()
+    known = all(isinstance(s["digest"], str) and isinstance(s["bytes"], int) and s["modified"] for s in states)
+    return known and isinstance(facts.get("rows", {}), dict)
 
 
 def _states(names: Iterable[str]) -> dict[str, State]:
@@ -233,14 +270,8 @@ def _states(names: Iterable[str]) -> dict[str, State]:
 
 def _reward_file(reward: str) -> list[str]:
     """The file of a reward function of the user's own."""
-    place, colon, _ = reward.rpartition(":")
-    if not colon or place.endswith(".py"):
-        return [place] if colon else []
-    try:
-        spec = importlib.util.find_spec(place)
-    except (ImportError, ValueError):
-        return []
-    return [spec.origin] if spec is not None and spec.origin and Path(spec.origin).is_file() else []
+    file = function_file(reward)
+    return [] if file is None else [str(file)]
 
 
 def _said(state: State | None) -> str:
@@ -249,6 +280,6 @@ def _said(state: State | None) -> str:
     return f"{state['bytes']:,} bytes, digest {state['digest']}, changed {state['modified']}"
 
 
-def _remedy(again: Path | None) -> str:
-    only = f"; to repeat this evaluation alone, remove {again}" if again is not None else ""
-    return f"put the file back, give another --folder, or --restart to begin anew and lose that run{only}"
+def _contents(files: Mapping[str, State], named: bool) -> list[tuple[str, str, int]]:
+    """What files hold, whatever folder they lie in, with their names in it or without."""
+    return sorted((Path(file).name if named else "", state["digest"], state["bytes"]) for file, state in files.items())

@@ -19,25 +19,32 @@ from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.data.trajectory import Prompt
 from thence.errors import RecipeError, UserError
 from thence.methods.registry import stage_method
+from thence.pipeline.changes import Plan
 from thence.pipeline.context import step_of
-from thence.pipeline.eval_stage import test_sets
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
 from thence.pipeline.prompts import check_answers, check_trained, load_prompts, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
+from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
+from thence.pipeline.test_sets import test_sets
 from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
 from thence.train.context_length import context_of, open_config
 from thence.train.model import load_tokenizer, resolve
-from thence.verify.reward import MATH_RULES, load_reward
+from thence.verify.reward import is_own
+from thence.verify.verdict import Verdict
 
 VLLM_SECONDS = 60.0
 _OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
-_tried_rewards: set[tuple[str, float]] = set()  # of this process, which may make many runs
+DEGREES = (
+    "a score of {:g} and no threshold, so results are a mean reward: for an accuracy state from which score a response "
+    "is right: reward_right_from, or the function's attribute right_from"
+)
+_tried_rewards: dict[tuple[str, float, float, float | None], str] = {}  # of this process, which may make many runs
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class Finding:
     reason: str = ""
     remedy: str = ""
     error: UserError | None = None
+
+
+def gives_degrees(finding: Finding) -> bool:
+    """Whether a reward was found to give degrees without a threshold: there will be no accuracy."""
+    return finding.state == "ok" and "and no threshold, so results are" in finding.reason
 
 
 class NotAtHand(Exception):
@@ -81,6 +93,7 @@ class Preflight:
     ranks: int = 1
     leads: bool = True
     restart: bool = False
+    plan: Plan = field(default_factory=Plan)
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
@@ -98,7 +111,13 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, folder: Path | None = None, ranks: int = 1, *, leads: bool = True, restart: bool = False
+    recipe: Recipe,
+    folder: Path | None = None,
+    ranks: int = 1,
+    *,
+    leads: bool = True,
+    restart: bool = False,
+    repeat: Sequence[str] = (),
 ) -> list[Finding]:
     """Try all that a recipe names, for the stages that are not done in the folder.
 
@@ -107,15 +126,19 @@ def preflight(
         ranks: processes that will share each step.
         leads: False for all but the first of them; they leave out what is enough to try once.
         restart: the run that stands in the folder will be thrown away: no stage is done.
+        repeat: stages that will be run again.
 
     Returns:
         One finding for each thing that was tried, in the order of the stages.
     """
     trial = Preflight(recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart)
-    trial.attempt("run folder", lambda: trial.folder.check(recipe, restart))
+    trial.attempt("run folder", lambda: _open_folder(trial, repeat))
+    restart = trial.restart
     if leads and not restart and trial.findings[0].state == "ok":
-        trial.attempt("files that the run was begun with", lambda: Ground(recipe, trial.folder).check())
-    left = [name for name in recipe.stages if restart or not trial.folder.is_done(name)]
+        ground = Ground(recipe, trial.folder)
+        trial.attempt("files that the run was begun with", lambda: ground.check(trial.plan.again))
+    again = trial.plan.again
+    left = [name for name in recipe.stages if restart or name in again or not trial.folder.is_done(name)]
     for name in left:
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
     if left:
@@ -127,6 +150,11 @@ def preflight(
         _try_stage(trial, name)
         stages = trial.findings + stages
     return first + stages
+
+
+def _open_folder(trial: Preflight, repeat: Sequence[str]) -> None:
+    trial.plan = trial.folder.check(trial.recipe, trial.restart, repeat)
+    trial.restart = trial.restart or trial.folder.restarting
 
 
 def refuse(findings: Sequence[Finding]) -> None:
@@ -307,11 +335,12 @@ def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt
 def _try_reward(trial: Preflight, stage: Rl | Eval, prompts: Sequence[Prompt]) -> str:
     """Load a reward and let it grade one response: the demonstration of the first prompt, or its answer."""
     file = Path(stage.reward.rpartition(":")[0])
-    key = (stage.reward, file.stat().st_mtime if file.is_file() else 0.0)
+    changed = file.stat().st_mtime if file.is_file() else 0.0
+    key = (stage.reward, changed, stage.reward_seconds, stage.reward_right_from)
     if key in _tried_rewards:
-        return ""
-    own = stage.reward not in ("exact", *MATH_RULES)
-    with load_reward(stage.reward, seconds=stage.reward_seconds, workers=1) as grader:
+        return _tried_rewards[key]
+    own = is_own(stage.reward)
+    with stage_reward(stage, workers=1, slow_in_a_row=1) as grader:
         if own and not prompts:
             return "loaded, not called: there is no prompt to call it with"
         first = prompts[0] if prompts else Prompt(0, (), answer="1")
@@ -320,9 +349,10 @@ def _try_reward(trial: Preflight, stage: Rl | Eval, prompts: Sequence[Prompt]) -
         text = f"The answer is {first.answer}."
         if decode is not None and shown:
             text = decode(shown, skip_special_tokens=True)
-        grader.grade_many([first.text], [text], [first.answer])
-    _tried_rewards.add(key)
-    return ""
+        found = grader.grade_many([first.text], [text], [first.answer])[0]
+    degrees = found.verdict is Verdict.GRADED
+    _tried_rewards[key] = DEGREES.format(found.score) if degrees else ""
+    return _tried_rewards[key]
 
 
 def _try_vllm(settings: VllmSettings, name: str) -> None:

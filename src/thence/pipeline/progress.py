@@ -57,9 +57,13 @@ class Terminal:
         self.console, self.seconds = console, seconds
         self.total = self.done = 0
         self.name, self.last = "", 0.0
-        columns = [TextColumn("{task.description:<10}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+        columns = [TextColumn("{task.description:<10}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()]
         self.bar = Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=console, transient=False
+            *columns,
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+            console=console,
+            transient=False,
         )
         self.task: TaskID | None = None
 

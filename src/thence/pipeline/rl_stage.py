@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.evaluate.measure import sample_record
+from thence.files import to_json
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out, scores_of
@@ -30,6 +30,7 @@ from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, mak
 from thence.pipeline.dealing import mini_batches, resume_position, same_or_each
 from thence.pipeline.lessons import Lessons, Watch, each_of
 from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
@@ -40,7 +41,6 @@ from thence.train.model import save_model
 from thence.train.parallel import Ranks
 from thence.train.step import StepReport, policy_statistics
 from thence.train.trainer import Trainer
-from thence.verify.reward import load_reward
 
 SAMPLES_KEPT = 8  # responses of a step that are written for the reader
 
@@ -58,9 +58,9 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     trainer = make_trainer(context, stage, stage.steps * minis)
     checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, stage.steps)
     done, own = checkpoints.resume()
-    with load_reward(stage.reward, seconds=stage.reward_seconds) as grader, engine_of(context, stage) as engine:
+    with stage_reward(stage) as grader, engine_of(context, stage) as engine:
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
-        ended = own.get("ended", False)
+        ended = own.get("ended", False) and (budget is None or own.get("amount", budget.amount) >= budget.amount)
         if budget is not None:
             budget.spent = own.get("spent", 0.0)
         if own:
@@ -75,6 +75,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
             watch.look(done, line)
             ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
             state = {"spent": budget.spent if budget is not None else 0.0, "ended": ended}
+            state |= {"amount": budget.amount} if budget is not None else {}
             context.log({"stage": context.name, "kind": "rl", "step": done, **line})
             checkpoints.after(
                 done,
@@ -316,6 +317,7 @@ def metrics(
 
     Rewards, lengths and verdicts are those of every response that was sampled, trained or not. The mean reward is over
     the responses that have one; for the accuracy, one that nobody can judge counts as not right, as in evaluation.
+    There is no accuracy (None) where a score is a degree without a threshold.
     """
     seen = sampler.seen
     taken = [report for report in (*reports, *side) if report.rows] or [*reports, *side]
@@ -333,11 +335,12 @@ def metrics(
             mismatch.kl_sum,
             mismatch.tokens,
             len(scores),
+            sum(t.verdict == "graded" for t in seen),
         ],
         dtype=torch.float64,
     )
     summed = context.ranks.sum_floats(sums).tolist()
-    count, total, squares, right, unknown, truncated, sampled, kl, compared, known = summed
+    count, total, squares, right, unknown, truncated, sampled, kl, compared, known, graded = summed
     n, scored = max(count, 1), max(known, 1)
     tokens = sum(report.tokens for report in taken)
     trained = sum(report.trained_tokens for report in taken)
@@ -349,7 +352,7 @@ def metrics(
         "clip_share": _mean([r.clip_share for r in main]),
         "reward": total / scored,
         "reward_std": max(0.0, squares / scored - (total / scored) ** 2) ** 0.5,
-        "accuracy": right / n,
+        "accuracy": None if graded else right / n,
         "unknown": int(unknown),
         "unknown_share": unknown / n,
         "truncated": truncated / n,
@@ -378,7 +381,7 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for trajectory in trajectories[:SAMPLES_KEPT]:
-            file.write(json.dumps(sample_record(trajectory, stage=context.name, step=step)) + "\n")
+            file.write(to_json(sample_record(trajectory, stage=context.name, step=step)) + "\n")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.context import Context
-from thence.pipeline.eval_stage import run_eval, test_sets
-from thence.pipeline.folder import RunFolder
+from thence.pipeline.context import Context, refuse_what_is_broken
+from thence.pipeline.eval_stage import run_eval
+from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import Silent, Watcher
@@ -22,8 +23,9 @@ from thence.pipeline.promises import hold
 from thence.pipeline.prompts import kept_prompts, load_prompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
+from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
-from thence.train.checkpoint import publish
+from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.model import Loaded, load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
 
@@ -34,14 +36,22 @@ def run(
     *,
     watcher: Watcher | None = None,
     restart: bool = False,
+    repeat: Sequence[str] = (),
+    keep_last: bool = True,
 ) -> Path:
     """Run a recipe, or resume it where it was. All that it names is tried before its first step.
+
+    Only one process writes into a run folder at a time. A setting that may change when a run is resumed, and what
+    follows, is told by :mod:`thence.pipeline.changes`.
 
     Args:
         recipe: a recipe, or what :func:`thence.recipe.load_recipe` takes.
         overrides: dotted names to values, laid over it.
         watcher: is told of progress; nobody when absent.
-        restart: throw away what an earlier run left in the folder.
+        restart: remove what thence wrote of an earlier run in the folder.
+        repeat: stages that are done or begun, to be set aside and run again. A stage after one of them stays as it is
+            where it starts from the same bits, and is repeated where it does not.
+        keep_last: keep the last checkpoint of the last training stage, from which it can be given more steps.
 
     Returns:
         The run folder.
@@ -52,20 +62,28 @@ def run(
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
     folder = RunFolder(resolved.run_folder())
-    with kept_prompts.during_run():
-        refuse(preflight(resolved, folder.path, ranks.world, leads=ranks.rank == 0, restart=restart))
+    leads = ranks.rank == 0
+    with kept_prompts.during_run(), ExitStack() as held:
+        if leads:
+            folder.refuse_if_held()
+        refuse(preflight(resolved, folder.path, ranks.world, leads=leads, restart=restart, repeat=repeat))
         ranks.wait()
-        if ranks.rank == 0:
-            if restart:
-                folder.remove()
-            say_what_differs(folder, str(device), ranks.world)
-            folder.open(resolved, str(device), method_labels(resolved), ranks.world)
+        if leads:
+            held.enter_context(folder.held())
+            if not restart:
+                say_what_differs(folder, str(device), ranks.world)
+            labels = method_labels(resolved)
+            folder.open(resolved, str(device), labels, ranks.world, restart=restart, repeat=repeat)
         ranks.wait()
+        kept = last_trained(resolved) if keep_last else None
         for i, name in enumerate(resolved.stages):
+            if leads:
+                Ground(resolved, folder).set_outdated_aside(name)
+            ranks.wait()
             if not folder.is_done(name):
                 run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
-            elif ranks.rank == 0:  # killed between the last two lines of `run_stage`
-                shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
+            if leads:  # killed before this line, the next start comes to it
+                remove_checkpoints(folder.stage(name) / "checkpoints", keep=int(name == kept))
             ranks.wait()
     return folder.path
 
@@ -108,7 +126,6 @@ def run_stage(
             publish_model(context, stage)
             facts = {**facts, "model": published(folder.stage(name) / "model")}
         folder.finish(name, facts)
-        shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
 
 
 def run_kind(context: Context, stage: Sft | Rl | Eval) -> dict[str, Any]:
@@ -125,15 +142,21 @@ def rendered(recipe: Recipe, stage: Sft | Rl | Eval, tokenizer: Any) -> dict[str
 
 
 def publish_model(context: Context, stage: Sft | Rl) -> None:
-    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop."""
+    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop.
+
+    Raises:
+        StepRefused: the model is not finite.
+    """
+    refuse_what_is_broken(context, "at the end")
     folder = context.folder.stage(context.name)
     temporary = folder / ".model-writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    stops = context.stop_ids(context.recipe.stage_data(stage.data))
-    context.model.generation_config.eos_token_id = list(stops)
-    save_model(context.model, context.tokenizer, temporary)
-    publish(temporary, folder / "model")
+    with removed_on_failure(temporary):
+        temporary.mkdir(parents=True)
+        stops = context.stop_ids(context.recipe.stage_data(stage.data))
+        context.model.generation_config.eos_token_id = list(stops)
+        save_model(context.model, context.tokenizer, temporary)
+        publish(temporary, folder / "model")
 
 
 def _model_before(recipe: Recipe, folder: RunFolder, position: int, device: torch.device) -> Loaded:

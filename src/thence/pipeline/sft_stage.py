@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from thence.methods.base import Method, make_rows
 from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
 from thence.objective import Batch, Row
-from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer
+from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer, refuse_what_is_broken
 from thence.pipeline.prompts import check_trained, load_prompts
 from thence.pipeline.room import check_rows
 from thence.recipe import Sft
@@ -66,7 +67,10 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
         if report.skipped:
             line["skipped_steps"] = 1
         if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
-            line["held_out_loss"] = held_out_loss(trainer, held_out, method, stage.train_on)
+            line["held_out_loss"] = missed = held_out_loss(trainer, held_out, method, stage.train_on)
+            if not math.isfinite(missed):
+                refuse_what_is_broken(context, f"after step {step + 1}", checkpoints.good)
+                log.warning("step %d: the held-out loss is %s; a token of these examples cannot come", step + 1, missed)
         context.log(line)
         checkpoints.after(step + 1, dict)
     return {"steps": steps, "examples": len(trained)}

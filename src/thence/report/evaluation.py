@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from thence.evaluate.metrics import Score
-from thence.evaluate.show import ends, notes, percent
+from thence.evaluate.show import degree, degree_ends, ends, notes, percent
 from thence.evaluate.store import GradeLine, Sample, Store
 from thence.evaluate.summary import Result, TaskResult
 from thence.files import write_atomically
+from thence.redaction import redacted, redacted_values
 from thence.report.samples import VERDICTS, shown, visible
 from thence.toml import to_toml
 
@@ -52,17 +53,19 @@ def write_evaluation_page(store: Store, result: Result) -> Path:
         rows=[_row(row) for row in result.tasks],
         groups=[{"name": visible(group.name), "avg": _score(group.score)} for group in result.groups],
         several=any(row.task.samples > 1 for row in result.tasks),
+        degrees=any(row.graded for row in result.tasks),
         lenient=any(row.lenient is not None for row in result.tasks),
+        unanswered=[one for row in result.tasks for one in _unanswered(store, row)],
         chart=[_bar(row.task.title or row.task.name, row.avg) for row in result.tasks if row.avg is not None]
         + [_bar(f"{group.name} mean", group.score) for group in result.groups],
         samples=[(visible(row.task.title or row.task.name), list(_picked(store, row))) for row in result.tasks],
-        command=visible(str(result.environment.get("command") or "")),
+        command=visible(redacted(str(result.environment.get("command") or ""))),
         environment=[
             (label, visible(str(result.environment[key])))
             for key, label in _LABELS.items()
             if result.environment.get(key) not in (None, "")
         ],
-        settings=visible(to_toml(settings.model_dump(mode="json", exclude_none=True))),
+        settings=visible(to_toml(redacted_values(settings.model_dump(mode="json", exclude_none=True)))),
     )
     page = store.folder / "report.html"
     write_atomically(page, text)
@@ -82,13 +85,15 @@ def _row(row: TaskResult) -> dict[str, Any]:
         "name": visible(row.task.title or row.task.name),
         "group": visible(row.task.group),
         "problems": problems,
+        "unanswered": f"{len(row.not_answered):,}",
         "k": k,
-        "avg": _score(row.avg),
+        "avg": _score(row.avg) if row.reward is None else _degree(row.reward),
         "passed": _score(row.passed.get(k) if k > 1 else None),
         "majority": _score(row.majority),
         "lenient": _score(row.lenient),
         "right": f"{row.right:,}",
         "wrong": f"{row.wrong:,}",
+        "graded": f"{row.graded:,}",
         "unknown": f"{row.unknown:,}",
         "truncated": f"{row.truncated:,}",
         "short": f"{row.short:,}",
@@ -96,10 +101,22 @@ def _row(row: TaskResult) -> dict[str, Any]:
     }
 
 
+def _unanswered(store: Store, row: TaskResult) -> Iterator[dict[str, str]]:
+    questions = {refusal.problem: refusal.question for refusal in store.refusals(row.task.name).values()}
+    for key, reason in row.not_answered.items():
+        where = f"{row.task.title or row.task.name}, problem {key[:8]}"
+        yield {"where": visible(where), "question": shown(questions[key]), "reason": shown(reason)}
+
+
 def _score(score: Score | None) -> dict[str, str]:
     if score is None:
         return {"value": "–", "interval": ""}
     return {"value": percent(score), "interval": ends(score)}
+
+
+def _degree(score: Score) -> dict[str, str]:
+    ends = "" if degree_ends(score) == "–" else degree_ends(score)
+    return {"value": degree(score), "interval": f"{ends} mean reward".strip()}
 
 
 def _bar(name: str, score: Score) -> dict[str, Any]:
@@ -126,6 +143,7 @@ def _picked(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
             tokens = "" if sample.tokens is None else f"{sample.tokens:,} tokens"
             yield {
                 "verdict": verdict,
+                "score": f"{grade.score:.4g}" if verdict == "graded" else "",
                 "where": visible(f"problem {sample.problem[:8]}, sample {sample.sample}"),
                 "tokens": visible(", ".join(filter(None, [tokens, "cut off" if sample.finish == "length" else ""]))),
                 "prompt": shown("\n\n".join(f"[{role}] {content}" for role, content in sample.prompt)),

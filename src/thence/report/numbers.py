@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from thence.files import finite, to_csv
+from thence.files import to_csv, to_json
 from thence.report.outcome import outcome
 from thence.report.run_files import Cell, RunFiles, Training
 
@@ -25,7 +24,7 @@ def report_json(run: RunFiles) -> str:
         "pending": run.pending,
         "notes": list(run.notes),
     }
-    return json.dumps(finite(content), indent=1, ensure_ascii=True) + "\n"
+    return to_json(content, indent=1) + "\n"
 
 
 def report_csv(run: RunFiles) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from thence.redaction import redacted, redacted_values
 from thence.report.curves import curves
 from thence.report.numbers import report_csv, report_json, totals
-from thence.report.outcome import half_width, outcome
+from thence.report.outcome import outcome
 from thence.report.run_files import Cell, RunFiles, Training, read_run
 from thence.report.samples import pick_samples, visible
 from thence.toml import to_toml
@@ -38,7 +40,7 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         UserError: there is no such folder.
     """
-    run = read_run(run_folder)
+    run = _without_secrets(read_run(run_folder))
     page = run_folder / "report.html"
     for path, text in (
         (run_folder / "report.json", report_json(run)),
@@ -47,6 +49,17 @@ def write_report(run_folder: Path) -> Path:
     ):
         _replace(path, text)
     return page
+
+
+def _without_secrets(run: RunFiles) -> RunFiles:
+    """A run as its page may show it: an older version kept recipe and command as they were."""
+    return replace(
+        run,
+        recipe=redacted_values(run.recipe),
+        recipe_text=redacted(run.recipe_text),
+        environment=redacted_values(run.environment),
+        notes=tuple(redacted(note) for note in run.notes),
+    )
 
 
 def _render(run: RunFiles) -> str:
@@ -62,8 +75,11 @@ def _render(run: RunFiles) -> str:
         pending=[visible(stage) for stage in run.pending],
         notes=[visible(note) for note in run.notes],
         columns=[(visible(split), f"{temperature:g}") for split, temperature in run.columns],
+        unit=_unit(run),
+        by_reward=[run.by_reward(column) for column in run.columns],
         rows=[(visible(subject), [_cell(run, subject, column) for column in run.columns]) for subject in run.subjects],
-        details=[_detail(cell) for cell in run.cells],
+        details=[_detail(run, cell) for cell in run.cells],
+        degrees=any(cell.graded for cell in run.cells),
         stages=[_stage(training, _labels(run)) for training in run.training],
         samples={visible(stage): kept for stage, kept in pick_samples(run.folder, run.stages).items()},
         recipe=visible(run.recipe_text or to_toml(run.recipe)),
@@ -74,20 +90,26 @@ def _render(run: RunFiles) -> str:
 
 def _cell(run: RunFiles, subject: str, column: tuple[str, float]) -> dict[str, Any] | None:
     cell = run.cell(subject, column)
-    return None if cell is None else _detail(cell)
+    return None if cell is None else _detail(run, cell)
 
 
-def _detail(cell: Cell) -> dict[str, Any]:
-    half = half_width(cell)
-    interval = None if cell.low is None or cell.high is None else f"{100 * cell.low:.1f} to {100 * cell.high:.1f}"
+def _unit(run: RunFiles) -> str:
+    by_reward = {run.by_reward(column) for column in run.columns}
+    return {True: "Mean reward", False: "Accuracy, %"}[by_reward.pop()] if len(by_reward) == 1 else "Accuracy, %"
+
+
+def _detail(run: RunFiles, cell: Cell) -> dict[str, Any]:
+    level = run.level(cell)
     return {
         "subject": visible(cell.subject),
         "stage": visible(cell.stage),
         "split": visible(cell.split),
         "temperature": f"{cell.temperature:g}",
-        "accuracy": f"{100 * cell.accuracy:.1f}",
-        "half": None if half is None else f"{half:.1f}",
-        "interval": interval,
+        "level": level.shown,
+        "half": level.half,
+        "interval": level.interval,
+        "graded": _count(cell.graded),
+        "reward": "–" if cell.reward is None else f"{cell.reward:.3f}",
         "n": _count(cell.problems) + (f" × {cell.samples:,}" if (cell.samples or 1) > 1 else ""),
         "right": _count(cell.right),
         "wrong": _count(cell.wrong),

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.errors import UserError
+from thence.errors import DamagedFile, UserError, first_line
+from thence.files import damaged_lines, read_json, read_lines, read_toml
 from thence.recipe import KINDS, kind_of
 
-_COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated")
+_COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated", "graded")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Accuracy of one model on one split at one temperature; shares are between 0 and 1."""
+    """What one model reached on one split at one temperature; shares are between 0 and 1.
+
+    ``accuracy`` is None where the reward gives degrees and states no threshold; ``reward`` is the mean score then.
+    """
 
     subject: str
     stage: str
     split: str
     temperature: float
-    accuracy: float
+    accuracy: float | None
     low: float | None
     high: float | None
     problems: int | None
@@ -35,11 +37,44 @@ class Cell:
     truncated: int | None
     """Responses that reached the limit of tokens."""
     mean_tokens: float | None
+    graded: int | None = None
+    """Scores that are neither right nor wrong."""
+    reward: float | None = None
+    reward_low: float | None = None
+    reward_high: float | None = None
 
     @property
     def column(self) -> tuple[str, float]:
         """Where the cell stands in the table."""
         return self.split, self.temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An accuracy, or a mean reward (``by_reward``), with its 95% interval."""
+
+    by_reward: bool
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def shown(self) -> str:
+        """The value: an accuracy in per cent, a mean reward as it is."""
+        return "–" if self.value is None else self._shown(self.value)
+
+    @property
+    def half(self) -> str | None:
+        """Half of the interval, in the same unit."""
+        return None if self.low is None or self.high is None else self._shown((self.high - self.low) / 2)
+
+    @property
+    def interval(self) -> str | None:
+        """Both ends of the interval."""
+        return None if self.low is None or self.high is None else f"{self._shown(self.low)} to {self._shown(self.high)}"
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.3f}" if self.by_reward else f"{100 * value:.1f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +125,16 @@ class RunFiles:
         found = [cell for cell in self.cells if cell.subject == subject and cell.column == column]
         return found[-1] if found else None
 
+    def by_reward(self, column: tuple[str, float]) -> bool:
+        """Whether a column shows mean rewards: a cell of it has no accuracy."""
+        return any(cell.accuracy is None for cell in self.cells if cell.column == column)
+
+    def level(self, cell: Cell) -> Level:
+        """What the table shows for a cell, the same measure in a whole column."""
+        if self.by_reward(cell.column):
+            return Level(True, cell.reward, cell.reward_low, cell.reward_high)
+        return Level(False, cell.accuracy, cell.low, cell.high)
+
     @property
     def pending(self) -> list[str]:
         """Stages of the recipe that have left nothing yet."""
@@ -107,15 +152,17 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"no run folder {str(folder)!r}", remedy="give the folder that a run wrote", file=folder)
     notes: list[str] = []
     text = _text(folder / "recipe.toml")
+    recipe: dict[str, Any] = {}
     try:
-        recipe = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        recipe = {}
-        notes.append(f"recipe.toml cannot be read: {error}")
-    lines, cut = read_lines(folder / "metrics.jsonl")
-    if cut:
-        notes.append(f"metrics.jsonl: {cut} unreadable line{'s' if cut > 1 else ''} left out")
-    stages = [name for name in recipe.get("stages", []) if isinstance(name, str)]
+        recipe = read_toml(folder / "recipe.toml", remedy="") if (folder / "recipe.toml").exists() else {}
+    except DamagedFile as error:
+        notes.append(f"recipe.toml cannot be read: {error.problem}")
+    named = recipe.get("stages", [])
+    stages = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    lines = _lines(folder / "metrics.jsonl", notes)
+    notes += [
+        _said(change) for change in read_lines(folder / "changes.jsonl").values if change.get("field") != "folder"
+    ]
     found = sorted(path.name for path in (folder / "stages").glob("*") if path.is_dir())
     stages += [name for name in found if name not in stages]
     return RunFiles(
@@ -130,31 +177,24 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Objects of a JSON Lines file, and how many lines could not be read (a crash cuts the last one off)."""
-    rows, bad = [], 0
-    for row in stream_lines(path):
-        if row is None:
-            bad += 1
-        else:
-            rows.append(row)
-    return rows, bad
+def _said(change: Mapping[str, Any]) -> str:
+    """A line of the history of a run's settings."""
+    after = f" after step {change['after_step']}" if change.get("after_step") else ""
+    return f"{change.get('field')} was {change.get('before')!r}, and is {change.get('now')!r}{after}"
 
 
-def stream_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Objects of a JSON Lines file one by one; None for a line that cannot be read."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                yield None
-                continue
-            yield row if isinstance(row, dict) else None
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The readable lines of a file; notes say which could not be read, or were set aside when the run was resumed."""
+    found = read_lines(path)
+    if cut := len(found.bad) + bool(found.torn):
+        where = f" (line {found.bad[0].number}: {found.bad[0].why})" if found.bad else ""
+        notes.append(f"{path.name}: {cut} unreadable line{'s' if cut > 1 else ''} left out{where}")
+    aside = damaged_lines(path)
+    if aside.is_file():
+        with aside.open("rb") as file:
+            count = sum(1 for _ in file)
+        notes.append(f"{path.name}: {count} damaged line{'s' if count > 1 else ''} set aside in {aside.name}")
+    return found.values
 
 
 def number(value: Any) -> float | None:
@@ -192,9 +232,12 @@ def _cells(folder: Path, stages: list[str], notes: list[str]) -> Iterator[Cell]:
         path = folder / "stages" / stage / "result.json"
         if not path.is_file():
             continue
-        for row in _json(path, notes).get("rows") or []:
+        rows = _json(path, notes).get("rows") or []
+        for row in rows if isinstance(rows, list) else [rows]:
             accuracy = number(row.get("accuracy")) if isinstance(row, dict) else None
-            if accuracy is None:
+            reward = number(row.get("reward")) if isinstance(row, dict) else None
+            degrees = isinstance(row, dict) and bool(number(row.get("graded")))
+            if accuracy is None and not degrees:
                 notes.append(f"{stage}: a row of result.json has no accuracy")
                 continue
             counts = {key: number(row.get(key)) for key in _COUNTS}
@@ -207,6 +250,9 @@ def _cells(folder: Path, stages: list[str], notes: list[str]) -> Iterator[Cell]:
                 low=number(row.get("low")),
                 high=number(row.get("high")),
                 mean_tokens=number(row.get("mean_tokens")),
+                reward=reward,
+                reward_low=number(row.get("reward_low")),
+                reward_high=number(row.get("reward_high")),
                 **{key: None if value is None else int(value) for key, value in counts.items()},
             )
 
@@ -215,13 +261,10 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
-        return content
-    notes.append(f"{path.name} cannot be read")
-    return {}
+        return read_json(path, remedy="put a whole copy of it back")
+    except DamagedFile as error:
+        notes.append(f"{path.parent.name}/{path.name} cannot be read: {first_line(error).removeprefix(f'{path}')}")
+        return {}
 
 
 def _text(path: Path) -> str:

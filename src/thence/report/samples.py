@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.report.run_files import stream_lines
+from thence.files import stream_lines
+from thence.foreign_text import clean
 
-VERDICTS = ("right", "wrong", "unknown")
+VERDICTS = ("right", "wrong", "graded", "unknown")
 _HEAD, _TAIL = 2500, 1000
 """Characters shown of a long text: its beginning and its end."""
 _FINISH = {"stop": "stopped by itself", "length": "cut off at the limit"}
@@ -29,6 +30,7 @@ class Sample:
     reason: str
     where: str
     tokens: str
+    score: str = ""
 
 
 def pick_samples(folder: Path, stages: tuple[str, ...], each: int = 3) -> dict[str, list[Sample]]:
@@ -36,11 +38,12 @@ def pick_samples(folder: Path, stages: tuple[str, ...], each: int = 3) -> dict[s
     picked = {}
     for stage in stages:
         kept: dict[str, list[Sample]] = {verdict: [] for verdict in VERDICTS}
-        for count, row in enumerate(stream_lines(folder / "stages" / stage / "samples.jsonl")):
+        for count, line in enumerate(stream_lines(folder / "stages" / stage / "samples.jsonl")):
             if count >= _SEARCHED or all(len(samples) >= each for samples in kept.values()):
                 break
-            verdict = row.get("verdict") if row else None
-            if row and verdict in kept and len(kept[verdict]) < each:
+            row = line[1] if isinstance(line, tuple) else {}
+            verdict = row.get("verdict")
+            if isinstance(verdict, str) and verdict in kept and len(kept[verdict]) < each:
                 kept[verdict].append(_sample(row, verdict))
         samples = [sample for verdict in VERDICTS for sample in kept[verdict]]
         if samples:
@@ -51,8 +54,8 @@ def pick_samples(folder: Path, stages: tuple[str, ...], each: int = 3) -> dict[s
 def visible(text: str) -> str:
     """Text without characters that a page cannot hold or that change how it is read.
 
-    Control characters become their pictures (U+2400 and up), marks of writing direction their code points in brackets,
-    and lone surrogates the replacement character.
+    Control characters become their pictures (U+2400 and up), marks of writing direction and all else that has no glyph
+    their code points in brackets, and lone surrogates the replacement character.
     """
     shown = []
     for char in text:
@@ -65,14 +68,11 @@ def visible(text: str) -> str:
             shown.append("\u2421")
         elif 0xD800 <= code <= 0xDFFF or 0x80 <= code < 0xA0:
             shown.append("\ufffd")
-        elif code in _DIRECTION:
+        elif code > 0x9F and clean(char) != char:
             shown.append(f"[U+{code:04X}]")
         else:
             shown.append(char)
     return "".join(shown)
-
-
-_DIRECTION = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def _sample(row: Mapping[str, Any], verdict: str) -> Sample:
@@ -89,6 +89,7 @@ def _sample(row: Mapping[str, Any], verdict: str) -> Sample:
         extracted=shown(row.get("extracted")),
         reason=shown(row.get("reason")),
         where=visible(", ".join(where)),
+        score=f"{row['score']:.4g}" if verdict == "graded" and isinstance(row.get("score"), (int, float)) else "",
         tokens=visible(f"{row['tokens']} tokens{finish}") if row.get("tokens") is not None else "",
     )
 

@@ -85,7 +85,7 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
         The responses in the order of the prompts.
 
     Raises:
-        UserError: the model cannot be sampled from (:func:`~thence.rollout.choice.choice_of`).
+        UserError: the model cannot be sampled from (:func:`~thence.rollout.choice.choice_of`), or its logits are NaN.
     """
     found = dict(stream(model, prompts, seeds, sampling))
     return [found[i] for i in range(len(prompts))]
@@ -142,6 +142,11 @@ def _sample_wave(
             logits_BV, uniform_BC[:, t % DRAW_BLOCK], sampling.temperature, sampling.top_p, sampling.top_k
         )
         token_NT[row_B, t], logp_NT[row_B, t] = token_B, logp_B
+        if torch.isnan(logp_B[~stopped_N[row_B]]).any():
+            raise UserError(
+                f"the model cannot be sampled from: at token {t + 1} of a response its logits are not finite",
+                remedy="its weights or activations overflowed: train with a lower learning rate, or give another model",
+            )
         if len(stop_S):
             ends_B = torch.isin(token_B, stop_S) & ~stopped_N[row_B]
             ended = row_B[ends_B]

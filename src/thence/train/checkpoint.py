@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thence.errors import CheckpointError
+from thence.files import to_json
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-REPLACED = ".replaced-"
+REPLACED, WRITING = ".replaced-", ".writing-"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAMED = re.compile(
+    r"model.*\.safetensors|optimizer\.safetensors|.*\.(json|jinja|py|model|tiktoken)|(vocab|merges|special_tokens).*"
+)
+"""What the files of a model and a checkpoint are called, for a folder whose manifest cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -50,63 +60,156 @@ def write_checkpoint(
     Killed at any moment, the folder holds the earlier checkpoint, the new one, or both; never a part of one.
     """
     final = folder / f"step-{step:06d}"
-    temporary = folder / f".writing-{step:06d}"
+    temporary = folder / f"{WRITING}{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, save_original_format=False)
-    tokenizer.save_pretrained(temporary)
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(contiguous, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **plain}), encoding="utf-8")
-    publish(temporary, final)
+    with removed_on_failure(temporary):
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, save_original_format=False)
+        tokenizer.save_pretrained(temporary)
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(contiguous, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(to_json({"step": step, **plain}), encoding="utf-8")
+        publish(temporary, final)
     # a checkpoint of a later step can only be a damaged one that resuming passed over
     older = [path for path in checkpoints(folder) if path < final]
     later = [path for path in checkpoints(folder) if path > final]
     for superseded in [*older[: len(older) - (keep - 1)], *later]:
-        shutil.rmtree(superseded)
+        discard(superseded)
     return final
+
+
+@contextmanager
+def removed_on_failure(temporary: Path) -> Iterator[None]:
+    """Remove a folder that could not be finished: on a full disk its space is needed."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Write a manifest of checksums, flush everything to disk and rename the folder into place."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _sha256(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (temporary / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, temporary]:
         _flush(path)
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
+    discard(replaced)
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
     _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    discard(replaced)
+
+
+def discard(folder: Path) -> None:
+    """Remove a model or checkpoint: the files that were written into it, and the folder if nothing else is there."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for name in written_names(folder):
+        (folder / name).unlink(missing_ok=True)
+    for place in [*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder]:
+        if not any(place.iterdir()):
+            place.rmdir()
+
+
+def written_names(folder: Path) -> list[str]:
+    """The files of a model or checkpoint, by its manifest; by what they are called where that cannot be read."""
+    manifest = manifest_of(folder)
+    if manifest is not None:
+        return [MANIFEST, *manifest]
+    return [path.name for path in folder.iterdir() if path.is_file() and _NAMED.fullmatch(path.name)]
+
+
+def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
+    """Remove the checkpoints in a folder but the ``keep`` newest, and what a killed process left of one.
+
+    The folder goes too if it is empty then.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    kept = checkpoints(folder)[-keep:] if keep else []
+    for path in list(folder.iterdir()):
+        if path.name.startswith(WRITING) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # a folder of this name holds what this program writes alone
+        elif path.name.removeprefix(REPLACED).startswith("step-") and path not in kept:
+            discard(path)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(
+        path
+        for path in folder.glob("step-*")
+        if path.is_dir() and not path.is_symlink() and any((path / name).exists() for name in (MANIFEST, "state.json"))
+    )
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold; a damaged one is passed over."""
+    """The newest checkpoint whose checksums hold; a damaged one is passed over, which the log says."""
     for replaced in folder.glob(f"{REPLACED}*"):  # killed between the two renames of `publish`
         if not (place := replaced.with_name(replaced.name.removeprefix(REPLACED))).exists():
             replaced.rename(place)
+    passed_over: list[tuple[Path, Path]] = []
+    found = None
     for path in reversed(checkpoints(folder)):
-        if is_whole(path):
+        if (damaged := damaged_file(path)) is None:
             plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(path, plain.pop("step"), plain, load_file(path / "optimizer.safetensors"))
-    return None
+            found = Checkpoint(path, plain.pop("step"), plain, load_file(path / "optimizer.safetensors"))
+            break
+        passed_over.append((path, damaged))
+    follows = f"that of step {found.step} is taken" if found is not None else "there is none before it: from step 0"
+    for path, damaged in passed_over:
+        step = int(path.name.removeprefix("step-")) if path.name.removeprefix("step-").isdigit() else path.name
+        log.warning("the checkpoint of step %s is damaged (%s is not as it was written); %s", step, damaged, follows)
+    return found
 
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest names is there with its checksum."""
+    return damaged_file(folder) is None
+
+
+def damaged_file(folder: Path) -> Path | None:
+    """The first file that is not as the manifest says, the manifest itself if it cannot be read; None: all are."""
+    manifest = manifest_of(folder)
+    if manifest is None:
+        return folder / MANIFEST
+    return next((folder / name for name, digest in manifest.items() if _digest_of(folder / name) != digest), None)
+
+
+def manifest_of(folder: Path) -> dict[str, str] | None:
+    """The files of a model or checkpoint with their checksums; None where there is no manifest that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest) and all(_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        manifest = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or not manifest:
+        return None
+    for name, digest in manifest.items():
+        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            return None
+    return manifest
+
+
+def _digest_of(path: Path) -> str | None:
+    """A file's checksum; of one that has not changed since it was last asked for, what it was then."""
+    try:
+        state = path.stat()
+        key = (str(path.absolute()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        if key not in _known:
+            _known[key] = _sha256(path)
+        return _known[key]
+    except OSError:
+        return None
+
+
+_known: dict[tuple[str, int, int, int, int], str] = {}
 
 
 def load_weights(model: Any, folder: Path) -> None:

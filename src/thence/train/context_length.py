@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from thence import recipe as recipes
-from thence.errors import RecipeError
+from thence.errors import RecipeError, UserError, first_line
+from thence.explain import is_of_system
 from thence.models.lengths import context_of
-from thence.train.model import _options, _overridden, resolve
+from thence.train.model import _options, _overridden, check_configuration, resolve
+from thence.train.random_start import made_config
 
 __all__ = ["context_of", "open_config"]
 
@@ -18,11 +21,14 @@ def open_config(settings: recipes.Model) -> Any:
 
     try:
         if settings.init is not None:
-            return AutoConfig.for_model(**settings.init)
+            return made_config(settings.init)
+        check_configuration(Path(resolve(settings.path or "")))
         config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a model's code and files may raise anything
+        if isinstance(error, UserError) or is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
+            f"cannot open {settings.path or settings.init}: {first_line(error)}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
             field="model.path",
         ) from error

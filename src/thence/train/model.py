@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from thence import recipe as recipes
-from thence.errors import RecipeError, UserError
+from thence.errors import RecipeError, UserError, first_line
+from thence.explain import is_of_system
+from thence.files import read_json
 from thence.models.layers import check_model
+from thence.train.finite import broken_weights
 from thence.train.gguf import read_once
+from thence.train.places import find_place
+from thence.train.random_start import check_size, made_config
+from thence.train.written import check_written
 
 log = logging.getLogger(__name__)
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")  # parts of the names of fields that make training random
@@ -51,11 +55,13 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     if settings.trust_remote_code:
         log.warning("running Python code shipped by %s (trust_remote_code = true)", settings.path)
     dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
+    check_configuration(Path(resolve(settings.path)) if settings.path else None)
     tokenizer = load_tokenizer(settings)
     origin, options = resolve(settings.path or ""), _options(settings)
     try:
         if settings.init is not None:
-            config = _without_noise(AutoConfig.for_model(**settings.init))
+            config = _without_noise(made_config(settings.init))
+            check_size(config, dtype)
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
@@ -64,10 +70,14 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             loading: Any = {"output_loading_info": True, **options, **_unpacked(settings)}
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
             model, said = opened
+            check_finite(model, origin)
             check_weights(model, Path(origin), said)
-    except (OSError, ValueError, KeyError) as error:
+            check_generation_file(Path(origin))
+    except Exception as error:  # a model's code and files may raise anything
+        if isinstance(error, UserError) or is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open {settings.path or settings.init}: {str(error).strip().splitlines()[0]}",
+            f"cannot open {settings.path or settings.init}: {first_line(error)}",
             remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
             field="model.path",
         ) from error
@@ -88,9 +98,11 @@ def load_tokenizer(settings: recipes.Model) -> Any:
     name = settings.tokenizer or settings.path or ""
     try:
         return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises bare exceptions
+        if isinstance(error, UserError) or is_of_system(error):
+            raise
         raise RecipeError(
-            f"cannot open the tokenizer {name}: {str(error).strip().splitlines()[0]}",
+            f"cannot open the tokenizer {name}: {first_line(error)}",
             remedy="give a folder with tokenizer.json, or a reachable hub name",
             field="model.tokenizer" if settings.tokenizer else "model.path",
         ) from error
@@ -100,6 +112,24 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_configuration(folder: Path | None) -> None:
+    """Raise DamagedFile where a folder's ``config.json`` cannot be read; transformers would not say where."""
+    file = None if folder is None else folder / "config.json"
+    if file is not None and file.is_file():
+        read_json(file, remedy="put a whole copy of it back, or give another model")
+
+
+def check_finite(model: Any, origin: str) -> None:
+    """Raise RecipeError where a weight of the model is NaN or infinite."""
+    if what := broken_weights(model.named_parameters()):
+        raise RecipeError(
+            f"the weights of {origin} are not finite: {what}",
+            remedy="give a model whose weights are numbers; one that a run trained until it diverged is trained again "
+            "with a lower learning rate",
+            field="model.path",
+        )
 
 
 def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
@@ -143,6 +173,16 @@ def check_weights(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
                         file=file,
                         field="model.path",
                     )
+
+
+def check_generation_file(folder: Path) -> None:
+    """Make sure that a generation config that is there can be read: transformers passes over one that cannot.
+
+    Raises:
+        DamagedFile: it is not a JSON object; the end tokens that it names would be forgotten.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        read_json(folder / "generation_config.json", remedy="put back a whole copy of it; it names the end tokens")
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -201,27 +241,18 @@ def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
 
 
 def resolve(path: str) -> str:
-    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself."""
-    if path.startswith("world:"):
-        name = path.removeprefix("world:").replace("/", "-")
-        folder = Path(str(resources.files("thence.data.worlds"))) / "bases" / name
-        if not folder.is_dir():
-            known = sorted(p.parent.name.replace("-", "/", 1) for p in folder.parent.glob("*/config.json"))
-            raise RecipeError(
-                f"no base {path!r}", remedy=f"use one of {', '.join('world:' + k for k in known)}", field="model.path"
-            )
-        return str(folder)
-    if path.startswith("package:"):
-        package = path.removeprefix("package:")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"the package {package} is not installed",
-                remedy=f"pip install {package.replace('_', '-')}",
-                field="model.path",
-            )
-        return str(spec.submodule_search_locations[0])
-    return str(Path(path).expanduser())
+    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself.
+
+    Every model is opened through here: one that thence wrote is refused where it is no longer as it was written.
+
+    Raises:
+        RecipeError: no such base, folder or package, and no name that the hub could have; or the hub cannot be reached.
+        DamagedFile: a file of a model that thence wrote has changed or is gone.
+    """
+    place = find_place(path) if path else ""
+    if place and not path.startswith(("world:", "package:")):
+        check_written(Path(place))
+    return place
 
 
 def _options(settings: recipes.Model) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def train_step(
         observe: called for every micro-batch with the indices of its rows and the statistics of their trained tokens.
 
     Raises:
-        StepRefused: the loss or the gradient norm is not finite, or the tokens that went through the model are not
-            those that were counted. The parameters are then as they were.
+        StepRefused: the loss, a log-probability or the gradient norm is not finite, or the tokens that went through the
+            model are not those that were counted. The parameters are then as they were.
     """
     start = time.perf_counter()
     counts = ranks.sum_counts(local_counts(batch))
@@ -102,7 +102,7 @@ def train_step(
     totals = ranks.sum_floats(torch.cat([loss.detach().double().cpu()[None], sums, seen]))
     loss_value, promised = totals[0].item(), counts[0]
     norm = global_norm(parameters)
-    _check(loss_value, norm, int(totals[5]), promised, optimizer)
+    _check(loss_value, totals[2].item(), norm, int(totals[5]), promised, optimizer)
     skipped = 0 < settings.skip_norm < norm
     if settings.clip_norm and norm > settings.clip_norm:
         for gradient in gradients_of(parameters):
@@ -205,9 +205,9 @@ def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _check(loss: float, norm: float, seen: int, promised: int, optimizer: torch.optim.Optimizer) -> None:
+def _check(loss: float, logp: float, norm: float, seen: int, promised: int, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that would harm the model; the gradient is thrown away and the parameters stay."""
-    if math.isfinite(loss) and math.isfinite(norm) and seen == promised:
+    if math.isfinite(loss) and not math.isnan(logp) and math.isfinite(norm) and seen == promised:
         return
     optimizer.zero_grad(set_to_none=True)
     if seen != promised:
@@ -215,7 +215,9 @@ def _check(loss: float, norm: float, seen: int, promised: int, optimizer: torch.
             f"{promised} trained tokens were counted but {seen} went through the model",
             remedy="this is a fault of thence: please report it with the recipe",
         )
+    # the loss of rows that weigh nothing is 0 whatever the model says of them
+    told = "the model's log-probabilities are NaN" if math.isnan(logp) else f"the gradient norm is {norm}"
     raise StepRefused(
-        f"the loss is {loss} and the gradient norm {norm}",
-        remedy="lower the learning rate or look at the last batch; the run goes on from the last checkpoint",
+        f"the step was not taken: the loss is {loss:.6g}, {told}",
+        remedy="resume with a lower learning rate (--STAGE.lr), from the last checkpoint, or from step 0 without one",
     )

@@ -1,8 +1,10 @@
-"""Answer checking with three verdicts. Nothing here imports torch, and math-verify only inside worker processes."""
+"""Answer checking: right, wrong, graded or unknown. Nothing here imports torch, and only workers import math-verify."""
 
 from thence.verify.exact import grade_exact
+from thence.verify.grader import Grader
+from thence.verify.loading import RewardFunction, load_function
 from thence.verify.pool import GradeRequest, GradingPool
-from thence.verify.reward import Grader, RewardFunction, load_function, load_reward
+from thence.verify.reward import load_reward
 from thence.verify.verdict import Grade, Verdict, count
 
 __all__ = [

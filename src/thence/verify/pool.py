@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from thence.errors import UserError
-from thence.verify.math import Rule, grade_by_text, graded_part
+from thence.verify.boxed import BOX
+from thence.verify.math import Rule, grade_by_text, graded_part, unboxed_part, without_reward
 from thence.verify.process import WorkerProcess
 from thence.verify.verdict import Grade, from_plain, unknown, wrong
 
@@ -190,15 +191,18 @@ class _Job:
         self.grades: list[Grade | None] = [None] * len(items)
         self.texts: dict[int, tuple[str, str]] = {}
         self.cut: set[int] = set()
+        self.unboxed: set[int] = set()
         for index, item in enumerate(items):
             part = graded_part(item.response, item.rule)
             if item.answer is None:
                 self.grades[index] = unknown("no gold answer")
-            elif part is None:
+            elif part is None and (part := unboxed_part(item.response, item.rule)) is None:
                 self.grades[index] = wrong(None, "no answer given")
-            elif alike := grade_by_text(part, item.answer, item.rule):
-                self.grades[index] = alike
+            elif by_text := grade_by_text(item.response, part, item.answer, item.rule):
+                self.grades[index] = by_text
             else:
+                if item.rule == "boxed" and BOX not in part:
+                    self.unboxed.add(index)
                 self.texts[index] = part[-MAX_CHARS:], item.answer
                 if len(part) > MAX_CHARS:
                     self.cut.add(index)
@@ -212,6 +216,8 @@ class _Job:
         return [self._noted(index, grade) for index, grade in enumerate(self.grades) if grade is not None]
 
     def _noted(self, index: int, grade: Grade) -> Grade:
+        if index in self.unboxed:
+            grade = without_reward(grade)
         if index not in self.cut:
             return grade
         note = f"only the last {MAX_CHARS} characters were graded"

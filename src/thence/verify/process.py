@@ -1,4 +1,4 @@
-"""The parent's side of one worker process: start it, send it a text, collect its grade, end it."""
+"""The parent's side of a process that checks answers: start it, send it a text, collect its grade, end it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,23 @@ ALARM_MARGIN = 2.0  # the worker's own alarm comes after the parent's limit, whi
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TMPDIR")
 
 
-class WorkerProcess:
-    """One process that grades one text at a time. Reading and writing never block."""
+class ChildProcess:
+    """A process that is sent messages and sends messages back. Reading and writing never block.
 
-    def __init__(self, seconds: float, memory_mb: int):
-        command = [sys.executable, "-P", "-m", "thence.verify.worker", str(memory_mb), str(seconds + ALARM_MARGIN)]
-        # A session of its own: Ctrl-C at the terminal is the parent's to handle, which then ends the worker.
+    Args:
+        command, environment: what to start, and its environment.
+        stderr: where its standard error goes; None: where this process's goes.
+        seconds: time that it has to say that it is ready.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], stderr: int | None, seconds: float):
+        # A session of its own: Ctrl-C at the terminal is the parent's to handle, which then ends the child.
         self._popen = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_environment(),
+            stderr=stderr,
+            env=environment,
             start_new_session=True,
             bufsize=0,
         )
@@ -38,35 +45,26 @@ class WorkerProcess:
         os.set_blocking(self.input, False)
         os.set_blocking(self.output, False)
         self.pid = self._popen.pid
-        self.ready = False
-        self.task: int | None = None
-        self.deadline = time.monotonic() + START_SECONDS
-        self._seconds = seconds
+        self.deadline = time.monotonic() + seconds
         self._inbox = Inbox()
         self._unsent = memoryview(b"")
 
     @property
-    def idle(self) -> bool:
-        """Whether it can take a text now."""
-        return self.ready and self.task is None
-
-    @property
     def sending(self) -> bool:
-        """Whether part of the text is still to be written."""
+        """Whether part of a message is still to be written."""
         return len(self._unsent) > 0
 
     def dead(self) -> bool:
         """Whether the process has ended."""
         return self._popen.poll() is not None
 
-    def begin(self, task: int, text: str, answer: str) -> None:
-        """Start on a text; its time runs from now. `task` is the caller's name for it."""
-        self.task = task
-        self.deadline = time.monotonic() + self._seconds
-        self._unsent = memoryview(pack({"text": text, "answer": answer}))
+    def send(self, message: dict[str, Any], seconds: float) -> None:
+        """Begin to send a message; the time for its answer runs from now. `write` does the sending."""
+        self.deadline = time.monotonic() + seconds
+        self._unsent = memoryview(pack(message))
 
     def write(self) -> None:
-        """Write as much of the text as the pipe takes. A process that is gone shows when its output is read."""
+        """Write as much of the message as the pipe takes. A process that is gone shows when its output is read."""
         try:
             self._unsent = self._unsent[os.write(self.input, self._unsent) :]
         except BlockingIOError:
@@ -84,10 +82,22 @@ class WorkerProcess:
             raise EOFError
         return self._inbox.feed(piece)
 
-    def ending(self) -> str:
-        """How the process ended, for people: a signal's name or an exit code. Waits for it."""
-        code = self._popen.wait()
+    def ending(self, seconds: float | None = None) -> str:
+        """How the process ended, for people: a signal's name or an exit code. Waits for it.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended after so many seconds.
+        """
+        code = self._popen.wait(seconds)
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def leave(self, seconds: float) -> None:
+        """Close its input, which ends it, and wait so long for it; then end it at once."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+        self.kill()
 
     def kill(self) -> None:
         """End the process at once and close its pipes. Harmless when it has ended already."""
@@ -96,6 +106,27 @@ class WorkerProcess:
         for pipe in (self._popen.stdin, self._popen.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+class WorkerProcess(ChildProcess):
+    """One process that grades one text at a time."""
+
+    def __init__(self, seconds: float, memory_mb: int):
+        command = [sys.executable, "-P", "-m", "thence.verify.worker", str(memory_mb), str(seconds + ALARM_MARGIN)]
+        super().__init__(command, _environment(), subprocess.DEVNULL, START_SECONDS)
+        self.ready = False
+        self.task: int | None = None
+        self._seconds = seconds
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can take a text now."""
+        return self.ready and self.task is None
+
+    def begin(self, task: int, text: str, answer: str) -> None:
+        """Start on a text; its time runs from now. `task` is the caller's name for it."""
+        self.task = task
+        self.send({"text": text, "answer": answer}, self._seconds)
 
 
 def _environment() -> dict[str, str]:

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import math
-import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from collections.abc import Sequence
 
 from thence.errors import UserError
 from thence.verify.exact import grade_exact
+from thence.verify.grader import Grader
+from thence.verify.loading import BUILT_IN
 from thence.verify.math import Rule
+from thence.verify.own_function import SLOW_IN_A_ROW, FunctionGrader
 from thence.verify.pool import GradeRequest, GradingPool
-from thence.verify.verdict import Grade, Verdict, unknown
+from thence.verify.verdict import Grade
 
-RewardFunction = Callable[[str, str, str | None], float | None]
-"""`def reward(prompt, response, answer)`: a finite number, or None where it cannot tell."""
+__all__ = ["MATH_RULES", "ExactGrader", "FunctionGrader", "Grader", "MathGrader", "is_own", "load_reward"]
 
-SIGNATURE = "def reward(prompt: str, response: str, answer: str | None) -> float | None"
 MATH_RULES: dict[str, Rule] = {"math": "plain", "math-after-think": "after_think", "math-boxed": "boxed"}
 """Reward versions 4, 3 and 6 of the LUFFY and HPT code, in this order: see `thence.verify.math.graded_part`."""
-
-
-class Grader(ABC):
-    """Grades responses. A context manager; `close` ends whatever processes it holds."""
-
-    @abstractmethod
-    def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[Grade]:
-        """One grade for each response, in order. The three sequences are of one length (else ValueError)."""
-
-    def close(self) -> None:
-        """Give up processes. May be called twice."""
-        return
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class ExactGrader(Grader):
@@ -74,130 +46,44 @@ class MathGrader(Grader):
         self._pool.close()
 
 
-class FunctionGrader(Grader):
-    """An own reward function, called in this process. Its number is the score; a verdict is RIGHT above zero."""
-
-    def __init__(self, function: RewardFunction, name: str):
-        self._function, self._name = function, name
-
-    def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[Grade]:
-        rows = enumerate(zip(prompts, responses, answers, strict=True), start=1)
-        return [self._grade(row, *fields) for row, fields in rows]
-
-    def _grade(self, row: int, prompt: str, response: str, answer: str | None) -> Grade:
-        where = f"response {row} of the batch (prompt {_short(repr(prompt))})"
-        try:
-            value = self._function(prompt, response, answer)
-        except Exception as error:
-            raise UserError(
-                f"reward function {self._name} raised {type(error).__name__} on {where}: {error}",
-                remedy="fix it, or let it return None where it cannot tell",
-            ) from error
-        if value is None:
-            return unknown("the reward function returned None")
-        score = _number(value)
-        if score is None:
-            raise UserError(
-                f"reward function {self._name} returned {_short(repr(value))} on {where}",
-                remedy="let it return a finite number, or None where it cannot tell",
-            )
-        return Grade(Verdict.RIGHT if score > 0 else Verdict.WRONG, score)
+def is_own(spec: str) -> bool:
+    """Whether a reward is a function of the user's own, and not one of this package."""
+    return spec not in BUILT_IN
 
 
-def load_reward(spec: str, *, seconds: float = 10.0, workers: int | None = None, memory_mb: int = 1024) -> Grader:
+def load_reward(
+    spec: str,
+    *,
+    seconds: float = 10.0,
+    workers: int | None = None,
+    memory_mb: int = 1024,
+    right_from: float | None = None,
+    slow_in_a_row: int = SLOW_IN_A_ROW,
+    setting: str = "reward_seconds",
+) -> Grader:
     """The grader that a recipe's `reward` names.
 
     Args:
         spec: `exact`, `math`, `math-after-think`, `math-boxed`, or an own function: `package.module:function` or
             `path/to/file.py:function`, with the signature `reward(prompt, response, answer) -> float | None`.
-        seconds, workers, memory_mb: limits of `GradingPool`; own functions run in this process, without limits.
+        seconds: wall-clock limit of one response.
+        workers, memory_mb: limits of `GradingPool`; an own function has one process and no limit of memory.
+        right_from: the score from which an own function means right; default: what it states itself.
+        slow_in_a_row: so many responses in a row for which an own function takes too long are an error.
+        setting: what the time limit is called where it is set, for messages.
 
     Raises:
-        UserError: an unknown name, or a function that cannot be loaded or called with three values.
+        UserError: an unknown name, a function that cannot be loaded or called with three values, or `right_from` for
+            a grader that knows by itself what is right.
     """
+    if is_own(spec):
+        return FunctionGrader(spec, seconds, right_from, slow_in_a_row, setting)
+    if right_from is not None:
+        raise UserError(
+            f"reward {spec} says by itself which responses are right",
+            remedy="leave reward_right_from out; it is for a reward function of your own",
+            field="reward_right_from",
+        )
     if spec == "exact":
         return ExactGrader()
-    if spec in MATH_RULES:
-        return MathGrader(MATH_RULES[spec], GradingPool(workers, seconds, memory_mb))
-    return FunctionGrader(load_function(spec), spec)
-
-
-def load_function(spec: str) -> RewardFunction:
-    """The own reward function at `package.module:function` or `path/to/file.py:function`.
-
-    Raises:
-        UserError: what is wrong with it, and how to fix that.
-    """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise UserError(
-            f"no reward is called {spec!r}",
-            remedy=f"use exact, {', '.join(MATH_RULES)}, package.module:function or path/to/file.py:function",
-            field="reward",
-        )
-    module = _load_file(Path(place), spec) if place.endswith(".py") else _load_module(place, spec)
-    function = getattr(module, name, None)
-    if not callable(function):
-        problem = f"{place} has no {name!r}" if function is None else f"{name!r} in {place} is not a function"
-        raise UserError(f"reward {spec}: {problem}", remedy=f"write there: {SIGNATURE}", field="reward")
-    _check_signature(function, spec)
-    return cast(RewardFunction, function)
-
-
-def _load_file(file: Path, spec: str) -> ModuleType:
-    if not file.is_file():
-        remedy = f"give the path from {Path.cwd()} or from the root"
-        raise UserError(f"reward {spec}: there is no file {file}", remedy=remedy, field="reward")
-    name = f"thence_reward_{file.stem}"
-    found = importlib.util.spec_from_file_location(name, file)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickling look their module up by name
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        raise _import_error(spec, error, f"fix {file}: it has to run by itself") from error
-    return module
-
-
-def _load_module(name: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        file = Path(*name.split(".")).with_suffix(".py")
-        remedy = f"write {file}:{spec.rpartition(':')[2]}" if file.is_file() else f"install or fix the module {name}"
-        raise _import_error(spec, error, remedy) from error
-
-
-def _import_error(spec: str, error: Exception, remedy: str) -> UserError:
-    problem = f"reward {spec} cannot be imported: {type(error).__name__}: {error}"
-    return UserError(problem, remedy=remedy, field="reward")
-
-
-def _check_signature(function: Callable[..., Any], spec: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # functions written in C may have none to look at
-        return
-    try:
-        signature.bind("prompt", "response", "answer")
-    except TypeError as error:
-        problem = f"reward {spec} cannot be called with a prompt, a response and an answer: {error}"
-        raise UserError(problem, remedy=f"give it the signature: {SIGNATURE}", field="reward") from error
-
-
-def _number(value: Any) -> float | None:
-    """A finite number as a float (also a NumPy or torch scalar), else None."""
-    if isinstance(value, (str, bytes)):
-        return None
-    try:
-        score = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return score if math.isfinite(score) else None
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+    return MathGrader(MATH_RULES[spec], GradingPool(workers, seconds, memory_mb))

@@ -1,4 +1,4 @@
-"""What a grader says about one response: right, wrong or unknown, the number training uses, and why."""
+"""What a grader says about one response: right, wrong, graded or unknown, the number training uses, and why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any
 
 
 class Verdict(Enum):
-    """UNKNOWN means that nobody can tell (time limit, no gold answer ...). It is never counted as WRONG."""
+    """UNKNOWN means that nobody can tell (time limit, no gold answer ...). It is never counted as WRONG.
+
+    GRADED means that the score is a degree and its reward function states no score from which a response is right:
+    there is a mean reward then, and no accuracy.
+    """
 
     RIGHT = "right"
     WRONG = "wrong"
     UNKNOWN = "unknown"
+    GRADED = "graded"
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,9 @@ class Grade:
     """The grade of one response.
 
     Args:
-        verdict: right, wrong or unknown.
+        verdict: right, wrong, graded or unknown.
         score: what training uses; 1.0 for RIGHT and 0.0 else, except for own reward functions, which may return any
-            finite number. Always 0.0 for UNKNOWN.
+            number between -1e6 and 1e6. Always 0.0 for UNKNOWN.
         extracted: the text that was taken for the final answer, if one was found.
         reason: why a verdict is UNKNOWN or WRONG without comparison, and anything else worth knowing; else empty.
     """
@@ -56,9 +61,9 @@ def reward(grade: Grade) -> float:
 
 
 def count(grades: Iterable[Grade]) -> dict[str, int]:
-    """How many grades of each verdict; the keys `right`, `wrong` and `unknown` are always there."""
+    """How many grades of each verdict. `right`, `wrong` and `unknown` are always there, `graded` only if there are."""
     found = Counter(grade.verdict for grade in grades)
-    return {verdict.value: found[verdict] for verdict in Verdict}
+    return {v.value: found[v] for v in Verdict if v is not Verdict.GRADED or found[v]}
 
 
 def to_plain(grade: Grade) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Then it asks for one thing at a time:
 
     load      path, version, digest, probe      -> loaded, stamp, seconds, probe_logps
     generate  id, prompts, rows, sampling       -> done, stamp, token_ids, logps, finish for every row as it ends;
-                                                   alive now and then; at last end
+                                                   alive (steps of rows so far) now and then; at last end
     cancel    id                                   (while it generates) -> end
     stop
 
@@ -42,6 +42,8 @@ QUEUED = 2  # requests held by vLLM for every row it samples side by side
 ALIVE_SECONDS = 1.0
 POLL_SECONDS = 1.0
 GREETING_SECONDS = 10.0
+SEND_SECONDS = 1800.0  # a client that reads nothing for so long is dropped
+FAREWELL_SECONDS = 5.0
 
 # Python puts the folder of a script first in its path. What is installed shall be found before it.
 sys.path.append(sys.path.pop(0))
@@ -65,6 +67,10 @@ class Client:
         self.asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.cancelled: Any = None
         self.gone = False
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message. Raises OSError where the client is gone or does not read."""
+        self.wire.send(message, SEND_SECONDS)
 
     def read(self, alive: Callable[[], bool]) -> None:
         """Read until the conversation ends or `alive` says no."""
@@ -176,7 +182,7 @@ class Engine:
         waiting = deque(enumerate(request["rows"]))
         held: dict[str, int] = {}
         told = time.monotonic()
-        tokens = 0
+        steps = 0
         try:
             while waiting or held:
                 if client.gone or client.cancelled == request["id"]:
@@ -186,17 +192,17 @@ class Engine:
                     held[f"{request['id']}-{number}"] = number
                     self._add(f"{request['id']}-{number}", request, row)
                 for output in self._engine.step():
+                    steps += 1
                     if output.finished:
                         number = held.pop(output.request_id)
-                        tokens += len(output.outputs[0].token_ids)
-                        client.wire.send({"done": number, "stamp": self.stamp, **_as_plain(output.outputs[0])})
+                        client.tell({"done": number, "stamp": self.stamp, **_as_plain(output.outputs[0])})
                 if time.monotonic() - told > ALIVE_SECONDS:
                     told = time.monotonic()
-                    client.wire.send({"alive": tokens})
+                    client.tell({"alive": steps})
         finally:
             if held:
                 self._engine.abort_request(list(held))
-        client.wire.send({"end": request["id"], "stamp": self.stamp})
+        client.tell({"end": request["id"], "stamp": self.stamp})
 
     def _add(self, name: str, request: dict[str, Any], row: list[int]) -> None:
         prompt, seed, max_tokens = row
@@ -267,14 +273,14 @@ def converse(engine: Engine, client: Client) -> None:
     try:
         while (request := client.asked.get()) is not None and request.get("op") != "stop":
             if request["op"] == "hello":
-                client.wire.send({"ready": engine.facts()})
+                client.tell({"ready": engine.facts()})
             elif request["op"] == "load":
-                client.wire.send(engine.load(request))
+                client.tell(engine.load(request))
             elif request["op"] == "generate":
                 engine.generate(request, client)
             else:
                 raise ValueError(f"unknown request {request['op']!r}")
-    except ConnectionError:
+    except (ConnectionError, TimeoutError):
         pass
     except Exception as error:
         tell_failure(client.wire, error)
@@ -284,7 +290,7 @@ def tell_failure(wire: Wire, error: BaseException) -> None:
     """Write the traceback to the log, and tell the client, who may be gone."""
     traceback.print_exception(error)
     with contextlib.suppress(OSError):
-        wire.send({"failed": f"{type(error).__name__}: {error}"})
+        wire.send({"failed": f"{type(error).__name__}: {error}"[:100_000]}, FAREWELL_SECONDS)
 
 
 def serve_parent(options: argparse.Namespace) -> int:

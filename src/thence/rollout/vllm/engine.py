@@ -14,11 +14,12 @@ import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any
 
 from thence.errors import UserError
 from thence.rollout.native import Response, Sampling
 from thence.rollout.vllm.link import Link, connect, start
+from thence.rollout.vllm.replies import checked_probe, checked_ready, checked_response
 from thence.rollout.vllm.settings import VllmSettings, shared_token
 from thence.rollout.vllm.weights import (
     TOLERANCE,
@@ -122,6 +123,8 @@ class VllmEngine:
         number = self._asked
         self._link.ask(self._request(number, prompts, seeds, sampling, limits, logps), SEND_SECONDS)
         left, ended = set(range(len(prompts))), False
+        most = [sampling.max_tokens] * len(prompts) if limits is None else limits
+        steps, moved = -1, time.monotonic()
         try:
             while True:
                 message = self._link.answer(self.settings.silence_seconds, "sampling")
@@ -129,9 +132,14 @@ class VllmEngine:
                     ended = True
                     break
                 if "done" in message:
-                    response = self._response(message, logps)
-                    left.remove(message["done"])
-                    yield message["done"], response
+                    number, response = self._response(message, logps, left, most)
+                    left.remove(number)
+                    yield number, response
+                    moved = time.monotonic()
+                elif message.get("alive") != steps:
+                    steps, moved = message.get("alive"), time.monotonic()
+                elif time.monotonic() - moved > self.settings.silence_seconds:
+                    raise self._link.failed(f"vLLM made no token for {self.settings.silence_seconds:g} s")
         finally:
             if not ended:
                 self._cancel(number)
@@ -164,9 +172,13 @@ class VllmEngine:
             reply = self._link.answer(self.settings.silence_seconds, "taking weights")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        if reply.get("stamp") != [version, digest]:
-            raise self._link.failed(f"vLLM says it has weights {reply.get('stamp')}, sent were {[version, digest]}")
-        ours, theirs = probe_logps(model, ids), reply["probe_logps"]
+        try:
+            theirs = checked_probe(reply, len(ids) - 1)
+        except ValueError as error:
+            raise self._link.not_understood(error) from None
+        if reply["stamp"] != [version, digest]:
+            raise self._link.failed(f"vLLM says it has weights {reply['stamp']}, sent were {[version, digest]}")
+        ours = probe_logps(model, ids)
         difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         tolerance = TOLERANCE[self._about["dtype"]]
         if not difference <= tolerance:
@@ -214,6 +226,10 @@ class VllmEngine:
         """What vLLM says about itself, if it is what was asked for."""
         if not isinstance(about, dict) or about.get("protocol") != PROTOCOL:
             raise self._link.failed(f"{self._link.name} is not of this version of thence")
+        try:
+            about = checked_ready(about)
+        except ValueError as error:
+            raise self._link.not_understood(error) from None
         if about["dtype"] != self.settings.dtype:
             problem = f"{self._link.name} computes in {about['dtype']}, asked for was {self.settings.dtype}"
             raise UserError(problem, remedy="set vllm.dtype or restart the server", field="vllm.dtype")
@@ -265,18 +281,23 @@ class VllmEngine:
             },
         }
 
-    def _response(self, message: dict[str, Any], logps: bool) -> Response:
+    def _response(
+        self, message: dict[str, Any], logps: bool, left: set[int], limits: Sequence[int]
+    ) -> tuple[int, Response]:
+        try:
+            number, response = checked_response(message, left, limits)
+        except ValueError as error:
+            raise self._link.not_understood(error) from None
         if message["stamp"] != [self.version, self._digest]:
             raise self._link.failed(
                 f"a response was sampled with weights {message['stamp']}, not with {[self.version, self._digest]}",
                 "other weights",
             )
-        response = Response(message["token_ids"], message["logps"], cast(Literal["stop", "length"], message["finish"]))
         if response.finish not in ("stop", "length"):
             raise self._link.failed(f"vLLM ended a response for another reason: {response.finish}")
         if logps and (len(response.logps) != len(response.token_ids) or not all(map(math.isfinite, response.logps))):
             raise self._link.failed("vLLM gave a response without a finite log-probability for every token")
-        return response
+        return number, response
 
     def _cancel(self, number: int) -> None:
         """Stop sampling and read what was already on its way, so that the next request gets its own answers."""
@@ -284,7 +305,8 @@ class VllmEngine:
             return
         try:
             self._link.ask({"op": "cancel", "id": number}, CANCEL_SECONDS)
-            while "end" not in self._link.answer(CANCEL_SECONDS, "stopping"):
+            deadline = time.monotonic() + CANCEL_SECONDS
+            while "end" not in self._link.answer(max(0.0, deadline - time.monotonic()), "stopping"):
                 pass
         except UserError as error:
             log.warning("vLLM was ended: %s", error.problem)

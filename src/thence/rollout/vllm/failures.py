@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 
 from thence.errors import UserError
+from thence.foreign_text import one_line
+from thence.redaction import redacted
 from thence.rollout.vllm.settings import CHILD, INSTALL, PYTHON_VARIABLE
 
 TAIL_LINES = 12
@@ -25,6 +27,7 @@ _KNOWN = (
     (r"No module named 'vllm'|ImportError", f"{INSTALL}: vllm.python or {PYTHON_VARIABLE}"),
     (r"max_model_len .* is greater than|derived max_model_len", "lower vllm.max_model_len to what the model allows"),
     (r"rchitectures? .* (is|are) not supported|not supported for now", "use the native sampler for this model"),
+    (r"a message of .* can be sent", "ask for fewer prompts, or shorter ones, at a time"),
     (r"wrong token", "give thence and the server the same token"),
     (r"\bbusy:", "wait until the server's other client is done, or start another server on another port"),
     (r"other weights", "push weights before sampling, and let no other run use the same server"),
@@ -41,7 +44,7 @@ def failure(problem: str, *, log: Path | None, detail: str = "", code: int | Non
         code: how the process ended, negative for a signal; None: it has not.
     """
     ending = "" if code is None else f" ({_ending(code)})"
-    first = detail.strip().splitlines()[0][:400] if detail.strip() else ""
+    first = one_line(redacted(detail.strip().splitlines()[0]), 400) if detail.strip() else ""
     tail = _tail(log)
     shown = f"\n  end of its log:\n{tail}" if tail else ""
     return UserError(
@@ -72,4 +75,6 @@ def _tail(log: Path | None) -> str:
             lines = file.read().decode("utf-8", "replace").replace("\r", "\n").splitlines()
     except OSError:
         return ""
-    return "\n".join("    " + line[:300] for line in [line for line in lines if line.strip()][-TAIL_LINES:])
+    return "\n".join(
+        "    " + one_line(redacted(line), 300) for line in [line for line in lines if line.strip()][-TAIL_LINES:]
+    )

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import UserError
+from thence.foreign_text import one_line
 from thence.rollout.vllm.failures import failure
 from thence.rollout.vllm.settings import CHILD, VllmSettings, shared_token
 from thence.rollout.vllm.wire import TOKEN_VARIABLE, Wire
 
 STOP_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
+LARGEST_REPLY = 64 * 2**20  # bytes; a response of a million tokens has 30 MB, and other servers' greetings look longer
 # They belong to this Python, and would lead the other one astray.
 _OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
@@ -54,16 +56,18 @@ class Link:
             raise self.failed(f"{self.name} did not read a request within {seconds:g} s") from None
         except OSError:
             raise self.failed(f"{self.name} ended unexpectedly", ended=True) from None
+        except ValueError as error:
+            raise self.failed(f"{self.name} cannot be asked", str(error)) from None
 
     def answer(self, seconds: float, doing: str) -> dict[str, Any]:
         """The next message. Raises UserError: too late, none any more, no message, or one that says it failed."""
         wire = self._opened()
         try:
-            message = wire.receive(seconds)
+            message = wire.receive(seconds, LARGEST_REPLY)
         except TimeoutError:
             raise self.failed(f"{self.name} said nothing for {seconds:g} s while {doing}") from None
         except ValueError as error:
-            raise self.failed(f"{self.name} does not speak thence's protocol ({error})") from None
+            raise self.not_understood(error) from None
         except OSError:
             message = None
         if message is None:
@@ -71,6 +75,10 @@ class Link:
         if "failed" in message:
             raise self.failed(f"{self.name} failed while {doing}", str(message["failed"]))
         return message
+
+    def not_understood(self, error: ValueError) -> UserError:
+        """End the conversation; the error to raise about a message that is none."""
+        return self.failed(f"{self.name} does not speak thence's protocol ({one_line(str(error), 200)})")
 
     def failed(self, problem: str, detail: str = "", ended: bool = False) -> UserError:
         """End the conversation; the error to raise. `ended`: the other side has, and its exit code is worth a wait."""
@@ -97,7 +105,8 @@ class Link:
         # It leads a group of its own: what vLLM has started ends with it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(popen.pid, signal.SIGKILL)
-        popen.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a disk cannot be killed
+            popen.wait(STOP_SECONDS)
 
     def _opened(self) -> Wire:
         if self._wire is None:

@@ -9,13 +9,14 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from thence.errors import RecipeError, UserError
-from thence.recipe import Section
+from thence.errors import UserError
+from thence.limits import Gigabytes, Processes, Rows, Seconds, Text, Written
 from thence.rollout.vllm.wire import TOKEN_VARIABLE
+from thence.section import Section, validated
 
 PYTHON_VARIABLE = "THENCE_VLLM_PYTHON"
 CHILD = Path(__file__).with_name("child.py")
@@ -25,31 +26,31 @@ INSTALL = "install vLLM in an environment of its own (docs/vllm.md) and name its
 class VllmSettings(Section):
     """Where vLLM runs and what it may use."""
 
-    python: str = ""
+    python: Text = ""
     """Python of the environment in which vLLM is installed; default: THENCE_VLLM_PYTHON, else this one."""
-    server: str = ""
+    server: Text = ""
     """Instead of starting vLLM: `127.0.0.1:PORT`, where the user has started child.py, on this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and arithmetic; float32 is what the trainer's log-probabilities agree with."""
-    max_model_len: int | None = Field(default=None, ge=8)
+    max_model_len: Annotated[int, Field(ge=8, le=10**7)] | None = None
     """Longest prompt and response together, in tokens; default: what the model was made for."""
-    max_rows: int = Field(default=64, ge=1)
+    max_rows: Rows = 64
     """Most responses sampled side by side."""
-    kv_cache_gb: float = Field(default=2.0, ge=0)
+    kv_cache_gb: Gigabytes = 2.0
     """Memory for keys and values; 0 leaves it to vLLM, which takes most of what there is."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Processes | None = None
     """Threads of vLLM on a CPU; default: what OMP_NUM_THREADS says, else all cores."""
     compile: bool = False
     """Let vLLM compile the model: a slower start, faster sampling."""
     prefix_caching: bool = True
     """Read a prompt once for all its responses."""
-    start_seconds: float = Field(default=600.0, gt=0)
+    start_seconds: Seconds = 600.0
     """Longest time until the model is loaded."""
-    silence_seconds: float = Field(default=300.0, gt=0)
+    silence_seconds: Seconds = 300.0
     """Longest time without a word from vLLM while it samples or takes weights."""
-    log: str = ""
+    log: Text = ""
     """File for what vLLM prints; default: a temporary one, whose end is shown when something fails."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[str, Written] = Field(default_factory=dict)
     """Further environment variables of the process."""
 
     @model_validator(mode="after")
@@ -63,7 +64,11 @@ class VllmSettings(Section):
         host, _, port = self.server.rpartition(":")
         try:
             host = host or "127.0.0.1"
-            if not port.isdigit() or not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+            if (
+                not (port.isascii() and port.isdecimal())
+                or not 0 < int(port) < 65_536
+                or not (host == "localhost" or ipaddress.ip_address(host).is_loopback)
+            ):
                 raise ValueError
         except ValueError:
             raise ValueError(
@@ -112,16 +117,7 @@ def vllm_settings(table: Mapping[str, Any], where: str) -> VllmSettings:
     Raises:
         RecipeError: a setting that there is not, or a value that it cannot have.
     """
-    try:
-        return VllmSettings.model_validate(table)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].split(", ", 1)[-1],
-            remedy=f"settings of vLLM are: {', '.join(VllmSettings.model_fields)}",
-            field=f"{where}.{field}" if field else where,
-        ) from None
+    return validated(VllmSettings, table, where)
 
 
 def shared_token() -> str:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROTOCOL = 1
+PROTOCOL = 2
 TOKEN_VARIABLE = "THENCE_VLLM_TOKEN"
 LARGEST = 1 << 30  # bytes of a message; a longer one is something else than a message
 _LENGTH = struct.Struct(">I")
@@ -29,8 +29,15 @@ class Wire:
         self._sock, self._bytes = sock, bytearray()
 
     def send(self, message: dict[str, Any], seconds: float | None = None) -> None:
-        """Raises OSError (TimeoutError where the other side takes longer to read it)."""
+        """Send a message.
+
+        Raises:
+            OSError: the connection broke (TimeoutError where the other side takes longer to read it).
+            ValueError: it is longer than a message may be.
+        """
         body = json.dumps(message).encode("ascii")
+        if len(body) > LARGEST:
+            raise ValueError(f"a message of {len(body):,} bytes, at most {LARGEST:,} can be sent")
         self._sock.settimeout(seconds)
         self._sock.sendall(_LENGTH.pack(len(body)) + body)
 
@@ -38,7 +45,7 @@ class Wire:
         """The next message; None at the end of the conversation.
 
         Raises:
-            TimeoutError: none came in time; what has come of it is kept.
+            TimeoutError: no whole one came in time, however it trickles; what has come of it is kept.
             ValueError: what came is no message.
             OSError: the connection broke.
         """
@@ -63,7 +70,10 @@ class Wire:
         end = _LENGTH.size + length
         if len(self._bytes) < end:
             return None
-        message = json.loads(self._bytes[_LENGTH.size : end])
+        try:
+            message = json.loads(self._bytes[_LENGTH.size : end])
+        except RecursionError:
+            raise ValueError("a message that is nested too deeply") from None
         del self._bytes[:end]
         if not isinstance(message, dict):
             raise ValueError(f"a message that is no table: {str(message)[:40]}")

@@ -1,0 +1,47 @@
+"""Call every function of a fresh library once, in a process that may die of it: `python trial.py LIBRARY SOURCE HEAD`.
+
+Standard library only, so that it starts at once. Whether the results are right is asked later, against torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+ROWS, TOKENS = 2, 9
+
+
+def floats(count: int) -> ctypes.Array:
+    """A buffer of small numbers."""
+    return (ctypes.c_float * count)(*(0.01 * (i % 7) for i in range(count)))
+
+
+def integers(*values: int) -> ctypes.Array:
+    """A buffer of 64-bit integers."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def main(path: str, source: str, head: int) -> None:
+    """Two rows, two heads, one key-value head."""
+    library = ctypes.CDLL(path)
+    number, scale = ctypes.c_int64, ctypes.c_float(0.3)
+    if source == "attention.c":
+        total = ROWS * TOKENS
+        wide, narrow, logsum = total * 2 * head, total * head, floats(total * 2)
+        q, k, v, out, starts = floats(wide), floats(narrow), floats(narrow), floats(wide), integers(0, TOKENS, total)
+        sizes = (number(ROWS), number(2), number(1), scale)
+        library.attention_forward(q, k, v, starts, out, logsum, *sizes)
+        slopes = floats(wide), floats(narrow), floats(narrow)
+        library.attention_backward(q, k, v, starts, out, logsum, floats(wide), *slopes, *sizes)
+    else:
+        cache = [floats(ROWS * head * TOKENS) for _ in range(2)]
+        angles = [floats(TOKENS * head) for _ in range(2)]
+        out = floats(ROWS * 2 * head)
+        sizes = (number(ROWS), number(2), number(1), number(TOKENS), number(TOKENS - 1), scale)
+        library.attend(floats(ROWS * 4 * head), *cache, *angles, integers(0, 3), out, *sizes)
+        library.rms_norm(floats(ROWS * head), out, number(ROWS), number(head), ctypes.c_float(1e-6))
+        library.swiglu(floats(ROWS * 2 * head), out, number(ROWS), number(head))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

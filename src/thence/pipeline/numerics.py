@@ -1,0 +1,54 @@
+"""What the last bits of a number depend on besides recipe and data: kept with runs and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from thence.kernels.build import kernel_facts
+
+log = logging.getLogger(__name__)
+
+
+def numerics() -> dict[str, Any]:
+    """Processor, its instructions, threads, torch, and the C kernels with their compiler, as they are here and now."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "kernels": kernel_facts(),
+    }
+
+
+def say_other_numerics(kept: Mapping[str, Any] | None, whose: str) -> None:
+    """Log what is not as it was: the same steps may then end with other last bits.
+
+    Args:
+        kept: what :func:`numerics` gave; None says nothing.
+        whose: what was made under it, for example ``the checkpoint of step 20``.
+    """
+    if kept is None:
+        return
+    now = numerics()
+    changed = [f"{key} {kept[key]} -> {now[key]}" for key in now if key in kept and kept[key] != now[key]]
+    if changed:
+        log.warning(
+            "%s was made with other numerics (%s); last bits may differ from here on", whose, ", ".join(changed)
+        )
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

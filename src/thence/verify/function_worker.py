@@ -1,0 +1,122 @@
+"""The process in which a reward function of the user's own runs. `thence.verify.own_function` starts it.
+
+It loads the function once and then answers one request after the other: {"prompt", "response", "answer"} in, and
+{"score"}, {"raised"} or {"returned"} out, over pipes that the function cannot reach: what it prints goes to standard
+error, and what it reads from standard input is empty. Nothing that it does, `sys.exit` included, ends the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from thence.errors import UserError
+from thence.foreign_text import one_line
+from thence.verify.loading import load_function, place_of, said, stated_threshold
+from thence.verify.protocol import pack, read
+
+SHOWN = 60  # characters of a value that is no number
+_SET_PDEATHSIG = 1
+
+
+def main(spec: str, parent: int, started_by_main_thread: bool) -> None:
+    """Serve until the parent closes the pipe.
+
+    Args:
+        spec: of the function.
+        parent: process number of the parent, with which this process ends.
+        started_by_main_thread: whether the thread that started this process lives as long as the parent.
+    """
+    _end_with(parent, started_by_main_thread)
+    requests, replies = _own_pipes()
+    try:
+        function = load_function(spec)
+        stated, right_from = stated_threshold(function, spec)
+    except UserError as error:
+        facts = {"problem": error.problem, "remedy": error.remedy, "file": error.file, "line": error.line}
+        replies.write(pack({"refused": facts | {"field": error.field}}))
+        return
+    file = _file_of(function)
+    replies.write(pack({"ready": True, "stated": stated, "right_from": right_from}))
+    while (request := read(requests)) is not None:
+        replies.write(pack(_call(function, request, file)))
+
+
+def _call(function: Callable[..., Any], request: dict[str, Any], file: str | None) -> dict[str, Any]:
+    try:
+        value = function(request["prompt"], request["response"], request["answer"])
+    except BaseException as error:
+        found, line = place_of(error, file)
+        return {"raised": said(error), "file": found, "line": line}
+    if value is None:
+        return {"score": None}
+    score = as_number(value)
+    return {"returned": _shown(value)} if score is None else {"score": score}
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number as a float (True and False, NumPy and torch scalars too); None for anything else."""
+    if isinstance(value, (str, bytes, bytearray, memoryview)):
+        return None
+    try:
+        score = float(value)
+    except Exception:  # of whatever class `value` is: it is no number
+        return None
+    return score if math.isfinite(score) else None
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"a value that cannot be shown ({type(error).__name__})"
+    kind = type(value).__name__
+    if inspect.isawaitable(value):
+        return f"a {kind}, which has to be awaited"
+    short = one_line(text, SHOWN)
+    return short if isinstance(value, (str, bytes, int, float, list, tuple, dict)) else f"{short} ({kind})"
+
+
+def _file_of(function: Callable[..., Any]) -> str | None:
+    """The file in which a function was written."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is not None:
+        return code.co_filename
+    module = sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
+    return getattr(module, "__file__", None)
+
+
+def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Keep the two pipes out of the function's reach: it reads nothing and prints to standard error."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _end_with(parent: int, started_by_main_thread: bool) -> None:
+    """End with the parent, whatever way it ends, in the middle of a call too."""
+    told = False
+    if started_by_main_thread and sys.platform == "linux":  # the signal comes when the thread that started us ends
+        told = ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGKILL) == 0
+    if os.getppid() != parent:
+        os._exit(1)
+    if not told:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

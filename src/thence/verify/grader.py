@@ -1,0 +1,28 @@
+"""What every grader is: it gives one grade for each response."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from thence.verify.verdict import Grade
+
+
+class Grader(ABC):
+    """Grades responses. A context manager; `close` ends whatever processes it holds."""
+
+    @abstractmethod
+    def grade_many(
+        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[Grade]:
+        """One grade for each response, in order. The three sequences are of one length (else ValueError)."""
+
+    def close(self) -> None:
+        """Give up processes. May be called twice."""
+        return
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,87 @@
+"""What the cases are made from: a tiny tokenizer, data, a finished run, an evaluation and a comparison."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thence.cli import main
+from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
+from thence.toml import to_toml
+
+ROWS = [{"prompt": f"{i}+{i}?", "completion": f"{i}+{i}={2 * i}#{2 * i}", "answer": str(2 * i)} for i in range(8)]
+SIZES = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+REWARD = "def share(prompt, response, answer):\n    return float(len(response) % 2)\nshare.right_from = 0.5\n"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Where the whole, undamaged things lie; cases copy them."""
+
+    folder: Path
+    tables: dict[str, Any]
+    comparison: dict[str, Any]
+
+    def path(self, name: str) -> Path:
+        """A file or folder of the ground."""
+        return self.folder / name
+
+
+def make_ground(folder: Path, with_comparison: bool = True) -> Ground:
+    """Run one tiny run, one evaluation and, where asked for, one comparison to their ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(folder / "tokenizer")
+    _write(folder / "train.jsonl", ROWS)
+    _write(folder / "test.jsonl", ROWS[:3])
+    (folder / "own.py").write_text(REWARD)
+    tables = _tables(folder)
+    (folder / "recipe.toml").write_text(to_toml(tables))
+    comparison = _comparison(folder)
+    (folder / "comparison.toml").write_text(to_toml(comparison))
+    ends = [main(["run", str(folder / "recipe.toml")]), main([*evaluation_of(folder, folder / "eval")])]
+    if with_comparison:
+        ends.append(main(["compare", str(folder / "comparison.toml"), "--jobs", "1"]))
+    if any(ends):
+        raise RuntimeError(f"the ground could not be made: exit codes {ends}")
+    return Ground(folder, tables, comparison)
+
+
+def evaluation_of(ground: Path, folder: Path) -> list[str]:
+    """The command of the evaluation."""
+    model, suite = str(ground / "run" / "stages" / "sft" / "model"), str(ground / "test.jsonl")
+    return ["eval", model, "--suite", suite, "--max-tokens", "8", "--grader", "exact", "--folder", str(folder)]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _tables(folder: Path) -> dict[str, Any]:
+    return {
+        "folder": str(folder / "run"),
+        "stages": ["sft", "rl", "eval"],
+        "model": {"init": {"model_type": "llama", **SIZES}, "tokenizer": str(folder / "tokenizer")},
+        "data": {"source": [str(folder / "train.jsonl")]},
+        "sft": {"batch": 4, "steps": 1, "lr": 1e-3},
+        "rl": {"steps": 1, "prompts": 2, "rollouts": 2, "max_tokens": 8, "reward": f"{folder / 'own.py'}:share"},
+        "eval": {"max_tokens": 8, "reward": "exact", "data": {"source": [str(folder / "test.jsonl")]}},
+    }
+
+
+def _comparison(folder: Path) -> dict[str, Any]:
+    test = {"source": [str(folder / "test.jsonl")]}
+    return {
+        "name": "tiny",
+        "folder": str(folder / "comparison"),
+        "reference": "sft",
+        "seeds": [0],
+        "budget": {"steps": 1},
+        "bases": {"small": {"path": str(folder / "run" / "stages" / "sft" / "model")}},
+        "data": {"source": [str(folder / "train.jsonl")]},
+        "sft": {"lr": 1e-2, "batch": 4, "steps": 1},
+        "eval": {"max_tokens": 8, "reward": "exact", "data": test},
+        "arms": {"base": {}, "sft": {"kind": "sft"}},
+    }

@@ -1,0 +1,534 @@
+"""Every exception becomes a message with a remedy and an exit code; nothing ends with 0 unless the work was done."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import thence.cli
+from thence.cli import main
+from thence.compare import worker
+from thence.data.example import Message
+from thence.data.template import render_text
+from thence.errors import RecipeError, UserError
+from thence.explain import AGAIN, explained, foreign_exit, told
+from thence.files import write_atomically
+from thence.recipe import Model
+from thence.train.checkpoint import checkpoints, newest_checkpoint, write_checkpoint
+from thence.train.model import load_model, load_tokenizer, resolve
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+# --- exceptions ---
+
+
+def raised(act) -> BaseException:
+    with pytest.raises(BaseException) as caught:
+        act()
+    return caught.value
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EPERM, "not permitted"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.EMFILE, "open files"),
+        (errno.ENFILE, "open files"),
+        (errno.ENOENT, "no such file"),
+        (errno.EIO, "failed to read or write"),
+        (errno.EISDIR, "a folder, where a file"),
+        (errno.ENOTDIR, "a file, where a folder"),
+        (errno.ELOOP, "circle"),
+        (errno.ESTALE, "network drive"),
+        (errno.ENOMEM, "out of memory"),
+        (errno.EFBIG, "so large"),
+        (errno.EADDRINUSE, "port is in use"),
+        (errno.EPIPE, "connection broke off"),
+        (errno.EDOM, os.strerror(errno.EDOM)),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_and_a_remedy(number, words):
+    said = explained(OSError(number, os.strerror(number), "some/file"))
+    assert said is not None
+    assert words in said.problem
+    assert said.file == "some/file"
+    assert said.remedy
+
+
+def test_a_write_that_fails_names_its_file_though_the_system_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", no_space)
+    said = explained(raised(lambda: write_atomically(tmp_path / "numbers.json", "{}")))
+    assert said is not None
+    assert "numbers.json" in (said.file or "")
+    assert "disk is full" in said.problem
+    assert list(tmp_path.iterdir()) == [], "the space of what could not be finished is given back"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), "out of mem"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU is out of memory"),
+        (UnicodeDecodeError("utf-8", b"a\nb\xff", 3, 4, "invalid start byte"), "not UTF-8 text: byte 0xff"),
+        (json.JSONDecodeError("Expecting value", "{\n?", 2), "not valid JSON"),
+        (zipfile.BadZipFile("not a zip file"), "damaged"),
+        (EOFError("ran out of input"), "damaged"),
+        (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn"), "flash_attn cannot be imported"),
+        (ValueError("embedded null byte"), "NUL"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (ConnectionResetError("reset by peer"), "connection broke off"),
+        (Exception("Error while serializing: No space left on device (os error 28)"), "the disk is full"),
+        (RuntimeError("unable to write: No space left on device"), "the disk is full"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_of_libraries_are_explained(error, words):
+    said = explained(error)
+    assert said is not None
+    assert words in str(said)
+    assert said.remedy
+
+
+def test_only_what_nobody_foresaw_is_left():
+    for error in (KeyError("x"), TypeError("bad operand"), AssertionError(), RuntimeError("shapes do not match")):
+        assert explained(error) is None
+    assert explained(UserError("a", remedy="b")) is not None
+    assert told(KeyError("x")) == "KeyError: 'x'"
+    assert "remedy" in told(MemoryError())
+
+
+def test_the_line_of_a_decoding_error_is_counted():
+    said = explained(raised(lambda: b"a\nb\nc\xff".decode()))
+    assert said is not None
+    assert said.line == 3
+
+
+# --- the command line ---
+
+
+def command(monkeypatch, act) -> None:
+    monkeypatch.setattr(thence.cli, "_command", lambda _: act)
+
+
+def raising(error):
+    def act(_):
+        raise error
+
+    return act
+
+
+def test_a_fault_of_ours_says_so_and_keeps_the_traceback(monkeypatch, capfd, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    command(monkeypatch, raising(KeyError("abc token=Zq7hunter2Zq7")))
+    assert main(["run", "x"]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "a fault of thence" in said
+    assert "THENCE_TRACEBACK=1" in said
+    kept = Path(re.search(r"traceback is in (\S+?);?\n", said)[1])  # type: ignore[index]
+    assert "KeyError" in kept.read_text()
+    assert "Zq7" not in said + kept.read_text()
+    assert kept.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("error", [KeyError("abc"), OSError(errno.EIO, "x", "f"), UserError("p", remedy="r")], ids=repr)
+def test_the_traceback_is_shown_to_who_asks(error, monkeypatch, capfd):
+    monkeypatch.setenv("THENCE_TRACEBACK", "1")
+    command(monkeypatch, raising(error))
+    assert main(["run", "x"]) == (2 if isinstance(error, UserError) else 1)
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("p", remedy="r"), 2, "thence: p\n  remedy: r"),
+        (OSError(errno.ENOSPC, "No space left", "runs/a"), 1, "thence: runs/a: the disk is full"),
+        (MemoryError(), 1, "out of memory"),
+        (KeyboardInterrupt(), 130, "run the same command again to resume"),
+        (SystemExit(0), 1, "called sys.exit(0)"),
+        (SystemExit(None), 1, "called sys.exit()"),
+        (SystemExit("bye"), 1, "called sys.exit('bye')"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "a connection broke off"),
+    ],
+    ids=repr,
+)
+def test_every_end_has_its_code_and_its_words(error, code, words, monkeypatch, capfd):
+    command(monkeypatch, raising(error))
+    assert main(["run", "x"]) == code
+    said = capfd.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_foreign_code_that_exits_is_named():
+    scope = {}
+    exec(compile("import sys\ndef reward(): sys.exit(0)", "their_reward.py", "exec"), scope)
+    said = foreign_exit(raised(scope["reward"]))  # type: ignore[arg-type]
+    assert said.problem.startswith("their_reward.py:2 called sys.exit(0)")
+    assert said.remedy.endswith(AGAIN)
+
+
+@pytest.mark.parametrize("arguments", [["eval", "--help"], ["audit", "--help"], ["doctor", "--help"]])
+def test_help_ends_with_0_and_nonsense_with_2(arguments, capfd):
+    assert main(arguments) == 0
+    assert "usage" in capfd.readouterr().out
+    assert main([arguments[0], "--no-such-flag"]) == 2
+    assert "--no-such-flag: no such flag" in capfd.readouterr().err
+
+
+def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[bytes]:
+    whole = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    return subprocess.run(whole, env=ENVIRONMENT, timeout=120, **{"capture_output": True, **options})
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    line = line.replace("thence", f"{sys.executable} -m thence")
+    whole = ["bash", "-c", f"set -o pipefail; {line}"]
+    return subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "line", ["thence recipes > /dev/full", "thence methods > /dev/full", "thence --help > /dev/full"]
+)
+def test_output_to_a_full_disk_is_not_done(line):
+    done = shell(line)
+    assert done.returncode == 1
+    assert "standard output cannot be written: No space left on device" in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_ends_a_list_quietly_and_work_with_a_word():
+    done = shell("(sleep 1; thence methods) | true")
+    assert done.returncode == 1
+    assert done.stderr == ""
+    code = """
+        import sys, thence.cli as c
+        def act(rest):
+            for _ in range(100000): print("step")
+            return 0
+        c._command = lambda name: act
+        sys.exit(c.main(["run", "x"]))
+    """
+    read, write = os.pipe()
+    os.close(read)
+    done = python(code, stdout=write, stderr=subprocess.PIPE, capture_output=False)
+    os.close(write)
+    assert done.returncode == 1
+    assert b"nobody reads standard output any more: stopped; run the same command again" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_table_drawn_into_a_closed_pipe_is_no_foreign_exit():
+    done = shell("thence doctor | true")
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("line", ["thence nosuch 2> /dev/full", "thence nosuch 2>&-", "thence nosuch >&- 2>&-"])
+def test_where_nothing_can_be_said_the_code_says_it(line):
+    assert shell(line).returncode == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_with_their_codes_and_clean_up(number, code, tmp_path):
+    waiting = """
+        import sys, time, pathlib, thence.cli as c
+        def act(rest):
+            try:
+                pathlib.Path(sys.argv[1]).touch()
+                time.sleep(60)
+            finally:
+                print("cleaned up")
+        c._command = lambda name: act
+        sys.exit(c.main(["run", "x"]))
+    """
+    there = tmp_path / "there"
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(waiting), str(there)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        while not there.exists():
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert b"cleaned up" in out
+    assert b"run the same command again to resume" in err
+    assert b"Traceback" not in err
+
+
+def test_memory_that_the_system_refuses_is_no_traceback():
+    code = """
+        import resource, sys, thence.cli as c
+        def act(rest):
+            import torch
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+            torch.ones(2**30) if sys.argv[1] == "torch" else bytearray(2**32)
+            return 0
+        c._command = lambda name: act
+        sys.exit(c.main(["run", "x"]))
+    """
+    for way in ("torch", "python"):
+        done = python(code, way)
+        assert done.returncode == 1
+        assert b"out of memory" in done.stderr
+        assert b"micro-batch-tokens" in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+# --- what is written ---
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_costs_no_other(tiny_model, tmp_path, monkeypatch):
+    class NoTokenizer:
+        def save_pretrained(self, folder):
+            pass
+
+    model = tiny_model(torch.float32)
+    write_checkpoint(tmp_path, 1, model, NoTokenizer(), {}, {"m": torch.ones(2)})
+    for name in ("save_file", "_flush"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"thence.train.checkpoint.{name}", no_space)
+            error = raised(lambda: write_checkpoint(tmp_path, 2, model, NoTokenizer(), {}, {"m": torch.ones(2)}))
+        said = explained(error)
+        assert said is not None
+        assert "the disk is full" in said.problem
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+        found = newest_checkpoint(tmp_path)
+        assert found is not None
+        assert found.step == 1
+    assert checkpoints(tmp_path)
+
+
+RECIPE = """
+name = "small"
+stages = ["sft"]
+[model]
+path = "world:chain/rich"
+[data]
+limit = 8
+[sft]
+lr = 1e-4
+batch = 4
+epochs = 1
+checkpoint_every = 1
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_a_limit_of_the_disk_says_so_and_is_resumed(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    run = [sys.executable, "-m", "thence", "run", "recipe.toml", "--folder", "r"]
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))
+
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "timeout": 170}
+    done = subprocess.run(run, preexec_fn=limited, **options)
+    assert done.returncode in (1, 2)
+    assert b"Traceback" not in done.stderr
+    assert b"remedy" in done.stderr
+    assert b"fault of thence" not in done.stderr
+    assert not list((tmp_path / "r").rglob(".writing-*"))
+    assert subprocess.run(run, **options).returncode == 0
+    assert (tmp_path / "r" / "stages" / "sft" / "done.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "quickstart", "--folder", "FILE"],
+        ["run", "quickstart", "--folder", "FILE/x"],
+        ["eval", "world:chain/rich", "--suite", "ROWS", "--grader", "math", "--folder", "FILE"],
+        ["eval", "world:chain/rich", "--suite", "ROWS", "--grader", "math", "--folder", "FILE/x"],
+        ["compare", "quick", "--folder", "FILE"],
+        ["compare", "quick", "--folder", "FILE/x", "--report"],
+        ["report", "FILE"],
+        ["sample", "FILE"],
+        ["audit", "FILE"],
+        ["doctor", "--python", "FILE"],
+        ["doctor", "--python", "FOLDER"],
+        ["check", "FILE"],
+        ["check", "FOLDER"],
+        ["run", "FOLDER"],
+        ["eval", "m", "--suite", "FOLDER"],
+        ["run", "LONG"],
+        ["eval", "LONG", "--suite", "LONG"],
+        ["report", "LONG"],
+        ["check", "LONG"],
+        ["run", "quickstart", "--folder", "LONG"],
+        ["compare", "LONG"],
+        ["report", "a\0b"],
+        ["sample", "a\0b"],
+        ["run", "a\0b"],
+        ["compare", "a\0b"],
+        ["eval", "a\0b", "--suite", "embedded"],
+        ["run", "quickstart", "--folder", "a\0b"],
+    ],
+    ids=lambda arguments: " ".join(arguments).replace("\0", "NUL"),
+)
+def test_a_path_that_cannot_be_is_refused_with_a_remedy(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    names = {"FILE": "file", "FOLDER": "folder", "LONG": "x" * 5000, "ROWS": "rows.jsonl"}
+    for name, path in names.items():
+        arguments = [word.replace(name, path) for word in arguments]
+    assert main(arguments) in (1, 2)
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err
+    assert "fault of thence" not in said.err
+    assert "remedy:" in said.err + said.out
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"\x80" * 3000),
+        ("model.safetensors", b""),
+        ("config.json", b"[1, 2]"),
+        ("config.json", b"\xff\xfe{"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}'),
+        ("tokenizer.json", b'{"a":'),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer_config.json", b"3"),
+        ("generation_config.json", b'{"eos_token_id": '),
+        ("generation_config.json", b"\xff"),
+        ("generation_config.json", b"[]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value)[:20],
+)
+def test_a_damaged_file_of_a_model_is_refused(file, content, tmp_path):
+    for path in Path(resolve("world:chain/rich")).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).write_bytes(content)
+    error = raised(lambda: load_model(Model(path=str(tmp_path)), torch.device("cpu")))
+    assert isinstance(error, UserError)
+    assert error.remedy
+
+
+def test_a_machine_that_is_out_of_room_is_not_taken_for_a_bad_model(monkeypatch, tmp_path):
+    for error in (MemoryError(), OSError(errno.EMFILE, "Too many open files")):
+        monkeypatch.setattr(
+            "transformers.AutoConfig.from_pretrained", lambda *_, e=error, **__: (_ for _ in ()).throw(e)
+        )
+        found = raised(lambda: load_model(Model(path="world:chain/rich"), torch.device("cpu")))
+        assert not isinstance(found, RecipeError)
+        assert explained(found) is not None
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused_as_such(tmp_path):
+    for path in Path(resolve("world:chain/rich")).iterdir():
+        if path.name != "manifest.json":  # nothing tells that thence wrote it
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    last = sorted(weights)[-1]
+    weights[last].view(-1)[7] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    error = raised(lambda: load_model(Model(path=str(tmp_path)), torch.device("cpu")))
+    assert isinstance(error, RecipeError)
+    assert f"{last} holds NaN" in error.problem
+
+
+def test_a_chat_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("thence.data.template.LONGEST_RENDERING", 0.3)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+    tokenizer = load_tokenizer(Model(path="world:chain/rich"))
+    start = time.monotonic()
+    error = raised(lambda: render_text(tokenizer, loop, [Message("user", "hello")]))
+    assert time.monotonic() - start < 5
+    assert isinstance(error, UserError)
+    assert error.field == "data.template"
+    assert "did not end within 0.3 s" in error.problem
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert render_text(tokenizer, "{{ messages[0].content }}", [Message("user", "hello")]) == "hello"
+
+
+# --- processes of ours ---
+
+
+def test_ranks_that_fail_end_torchrun_with_a_message():
+    whole = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "thence", "run", "nosuch"]
+    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "thence: no recipe 'nosuch'" in done.stderr
+
+
+def test_a_rank_whose_neighbour_died_says_so():
+    for text in (
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        "NCCL error: remote",
+    ):
+        said = explained(RuntimeError(text))
+        assert said is not None
+        assert "lost each other" in said.problem
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (SystemExit(0), "called sys.exit(0)"),
+        (OSError(errno.ENOSPC, "x", "f"), "f: the disk is full"),
+        (MemoryError(), "out of memory"),
+        (KeyError("k"), "KeyError: 'k'"),
+        (UserError("p", remedy="r"), "p\n  remedy: r"),
+    ],
+    ids=repr,
+)
+def test_a_worker_of_a_comparison_explains_its_end(error, words, monkeypatch, capfd):
+    class Told:
+        last: dict | None = None
+
+        def tell(self, **message):
+            self.last = message
+
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr("thence.pipeline.run.run", run)
+    told_by = Told()
+    worker._work({"stages": []}, told_by)  # type: ignore[arg-type]
+    assert words in (told_by.last or {})["failed"]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--html", "--junit"])
+@pytest.mark.parametrize("place", ["nowhere/a", "folder"])
+def test_an_audit_whose_files_cannot_be_written_is_refused_before_it_runs(flag, place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    begun = []
+    monkeypatch.setattr("thence.audit.stack.audit_stack", lambda *_, **__: begun.append(1))
+    assert main(["audit", "thence", flag, place]) == 2
+    assert f"{place}: {flag}" in capfd.readouterr().err
+    assert not begun
