@@ -192,6 +192,8 @@ def try_case(command: Command, calm: Undisturbed, kills: list[Kill], place: Path
     log.write_bytes(b"")
     for kill in kills:
         case.deaths.append(command.attempt(folder, kill, log))
+        if case.deaths[-1] == 0:  # what was left to do never came to that point: the command has ended
+            break
     case.exit_code = command.attempt(folder, None, log)
     if case.exit_code == 0:
         case.differences = differences(calm.results, results_of(folder))
@@ -204,21 +206,25 @@ def try_case(command: Command, calm: Undisturbed, kills: list[Kill], place: Path
 def campaign(names: Sequence[str], kills: int, seed: int, place: Path) -> dict[str, Any]:
     """Kill every scenario its share of times. Returns the facts of all cases, for JSON."""
     rng = random.Random(seed)
-    shares = [SCENARIOS[name].share for name in names]
     cases: list[Case] = []
     kinds: dict[str, dict[str, int]] = {}
     began = time.monotonic()
-    for name, share in zip(names, shares, strict=True):
+    for name in names:
         own = place / name
         own.mkdir(parents=True, exist_ok=True)
         command = Command(SCENARIOS[name], own / "inputs")
         calm = survey(command, own)
         kinds[name] = dict(sorted(calm.kinds.items()))
-        for planned in choose(SCENARIOS[name], calm, max(1, round(kills * share / sum(shares))), rng):
+        for planned in choose(SCENARIOS[name], calm, kills_of(name, names, kills), rng):
             case = try_case(command, calm, planned, own)
             cases.append(case)
             print(f"{'ok  ' if case.holds else 'FAIL'} {name} {case.deaths} {_told(planned)}", flush=True)
     return facts(cases, kinds, seed, time.monotonic() - began)
+
+
+def kills_of(name: str, names: Sequence[str], kills: int) -> int:
+    """A scenario's share of the kills, at least one."""
+    return max(1, round(kills * SCENARIOS[name].share / sum(SCENARIOS[other].share for other in names)))
 
 
 def facts(cases: Sequence[Case], kinds: Mapping[str, Mapping[str, int]], seed: int, seconds: float) -> dict[str, Any]:
