@@ -7,17 +7,7 @@ from __future__ import annotations
 
 import re
 
-KNOWN = {
-    "thence eval on a table whose only row is an empty object: KeyError in data/layouts.py": re.compile(
-        r"rows\.jsonl?: (object|a line b'\{\}'): blamed on thence"
-    ),
-    "a regrade that is refused for another damaged file has already rewritten the grades": re.compile(
-        r"eval --regrade: .*: refused, but changed on disk: (eval/)?grades/[^,]*"
-    ),
-    "an evaluation whose model is refused leaves its new folder behind": re.compile(
-        r"eval: run/stages/.*: refused, but changed on disk: eval/evaluation\.toml is new, eval/problems\.json is new"
-    ),
-}
+KNOWN: dict[str, re.Pattern[str]] = {}
 
 
 def known_fault(said: str, wrong: list[str]) -> str | None:

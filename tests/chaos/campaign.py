@@ -3,9 +3,9 @@
     python -m tests.chaos.campaign --kills 200 --out benchmarks/results/chaos-kills.json
 
 Half of the kills fall on a change of a file, one kind after the other (each temporary file, rename, flush, torn line
-that an undisturbed run was seen to make); the other half at random moments. What a killed command left is what the next one
-finds. A case holds if the last command exits with 0 and weights, metrics, samples and results are those of a command
-that nobody killed. Exit code 1 if any case does not.
+that an undisturbed run was seen to make); the other half at random moments. What a killed command left is what the
+next one finds. A case holds if the last command exits with 0 and weights, metrics, samples and results are those of a
+command that nobody killed. Exit code 1 if any case does not.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Undisturbed:
 
 
 def survey(command: Command, place: Path) -> Undisturbed:
-    """Run the command once, undisturbed; keep its results and the kinds of changes that it makes. Raises RuntimeError."""
+    """Run the command once, undisturbed; keep its results and the kinds of its changes. Raises RuntimeError."""
     log, record = place / "undisturbed.log", place / "kinds"
     folder = place / "undisturbed"
     began = time.monotonic()

@@ -102,31 +102,45 @@ def evaluate(
     store, watcher = Store(folder), watcher or Silent()
     store.check(settings)  # before anything is written, the lock included
     with store.held():
-        store.begin(settings)
         missing = {name: _missing(store, task, problems[name]) for name, task in settings.tasks.items()}
-        store.write_problems({name: [problem.key for problem in problems[name]] for name in settings.tasks})
-        watcher.begin(sum(map(len, missing.values())))
-        if any(missing.values()):
-            backend = make_backend()
-            try:
-                facts = backend.facts()
-                store.record_start({**environment(), **facts})
-                refusing = _Refusing(store, any(store.samples(name) for name in settings.tasks))
-                try:
-                    for name, task in settings.tasks.items():
-                        total = len(problems[name]) * task.samples
-                        _sample(store, task, backend, missing[name], total, watcher, refusing)
-                        grade(store, task, task.grader, watcher=watcher)
-                    refusing.end()
-                finally:
-                    found = backend.facts()  # a server shows only when asked what it does not take
-                    if found != facts:
-                        store.amend_start({key: value for key, value in found.items() if facts.get(key) != value})
-            finally:
+        # opened first: a model or server that is refused leaves no folder that then holds other settings
+        backend = make_backend() if any(missing.values()) else None
+        try:
+            store.begin(settings)
+            store.write_problems({name: [problem.key for problem in problems[name]] for name in settings.tasks})
+            watcher.begin(sum(map(len, missing.values())))
+            if backend is not None:
+                totals = {name: len(problems[name]) * task.samples for name, task in settings.tasks.items()}
+                _sample_all(store, settings, backend, missing, totals, environment, watcher)
+        finally:
+            if backend is not None:
                 backend.close()
         for task in settings.tasks.values():
             grade(store, task, task.grader, watcher=watcher)
     return store
+
+
+def _sample_all(
+    store: Store,
+    settings: Settings,
+    backend: Backend,
+    missing: Mapping[str, Sequence[Request]],
+    totals: Mapping[str, int],
+    environment: Callable[[], Mapping[str, Any]],
+    watcher: Watcher,
+) -> None:
+    facts = backend.facts()
+    store.record_start({**environment(), **facts})
+    refusing = _Refusing(store, any(store.samples(name) for name in settings.tasks))
+    try:
+        for name, task in settings.tasks.items():
+            _sample(store, task, backend, missing[name], totals[name], watcher, refusing)
+            grade(store, task, task.grader, watcher=watcher)
+        refusing.end()
+    finally:
+        found = backend.facts()  # a server shows only when asked what it does not take
+        if found != facts:
+            store.amend_start({key: value for key, value in found.items() if facts.get(key) != value})
 
 
 def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = None) -> Store:
