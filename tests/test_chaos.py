@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,41 +16,54 @@ sys.path.insert(0, str(ROOT))
 from tests.chaos.results import differences, left_over, results_of  # noqa: E402
 
 pytestmark = pytest.mark.slow
-FORGETFUL = "from thence.pipeline.folder import RunFolder\nRunFolder.rewind = lambda *given, **named: None\n"
-"""A thence that keeps the lines of steps which it takes a second time."""
+FORGETFUL = """
+import sys
+from pathlib import Path
+import torch
+import transformers.models.llama.modeling_llama
+from thence.pipeline.folder import RunFolder
+from tests.chaos.campaign import Command, Kill, survey, try_case
+from tests.chaos.scenarios import Scenario, run_of
+
+torch.set_num_threads(1)
+RunFolder.rewind = lambda *given, **named: None  # keeps the lines of steps that are taken a second time
+place = Path(sys.argv[1])
+command = Command(Scenario("sft", run_of(["sft"])), place / "inputs")
+calm = survey(command, place)
+case = try_case(command, calm, [Kill("fsync state.json", 2)], place)
+print(case.deaths, case.exit_code, case.differences)
+"""
 
 
-def campaign(out: Path, *arguments: str, before: str = "") -> tuple[int, dict[str, Any]]:
-    """Run a campaign in a process of its own, which forks. Returns its exit code and what it wrote."""
-    code = f"import sys\n{before}from tests.chaos.campaign import main\nsys.exit(main(sys.argv[1:]))"
+def in_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which may fork."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--out", str(out)],
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         timeout=500,
     )
-    assert out.exists(), done.stderr[-3000:]
-    return done.returncode, json.loads(out.read_text())
 
 
 def test_commands_that_are_killed_end_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
     only = [part for name in ("run", "run-relift", "eval") for part in ("--only", name)]
-    code, told = campaign(tmp_path / "kills.json", "--kills", "9", "--seed", "1", *only)
+    out = tmp_path / "kills.json"
+    code = "import sys\nfrom tests.chaos.campaign import main\nsys.exit(main(sys.argv[1:]))"
+    done = in_python(code, "--kills", "7", "--seed", "1", *only, "--out", str(out))
+    assert out.exists(), done.stderr[-3000:]
+    told = json.loads(out.read_text())
     failed = [case for case in told["tried"] if not case["holds"]]
     assert not failed, json.dumps(failed, indent=1)[-4000:]
-    assert code == 0 and told["kills"] >= 6
+    assert done.returncode == 0 and told["kills"] >= 5
     assert {case["scenario"] for case in told["tried"]} == {"run", "run-relift", "eval"}
 
 
 def test_the_campaign_sees_a_run_that_writes_its_steps_twice(tmp_path: Path) -> None:
-    code, told = campaign(
-        tmp_path / "kills.json", "--kills", "4", "--seed", "2", "--only", "run-relift", before=FORGETFUL
-    )
-    assert code == 1
-    assert any("metrics.jsonl: differs" in case["differences"] for case in told["tried"])
+    done = in_python(FORGETFUL, str(tmp_path))
+    assert done.stdout.splitlines()[-1] == "[-9] 0 ['metrics.jsonl: differs']", done.stdout + done.stderr
 
 
 def test_a_result_that_differs_is_missing_or_is_too_much_is_named(tmp_path: Path) -> None:
