@@ -253,12 +253,13 @@ def _plain(case: Case) -> dict[str, Any]:
 
 
 def _told(kills: Sequence[Kill]) -> str:
-    return "; ".join(
-        f"after {k.after} s"
-        if k.after is not None
-        else f"{k.kind} #{k.count}{' torn' if k.torn else ''}{' in a worker' if k.worker else ''}"
-        for k in kills
-    )
+    return "; ".join(map(_told_of_one, kills))
+
+
+def _told_of_one(kill: Kill) -> str:
+    if kill.after is not None:
+        return f"after {kill.after} s"
+    return f"{kill.kind} #{kill.count}{' torn' if kill.torn else ''}{' in a worker' if kill.worker else ''}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
