@@ -132,6 +132,14 @@ def test_kill_minus_nine_loses_no_sample_and_resuming_gives_the_same(tmp_path: P
     assert store.samples("sums") == run(tmp_path / "whole", settings, Counting()).samples("sums")
 
 
+def test_an_evaluation_killed_while_it_writes_its_settings_goes_on(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / ".evaluation.toml.writing").write_text("model = ")
+    settings = settings_of(data)
+    store = run(tmp_path / "e", settings, Counting())
+    assert store.samples("sums") == run(tmp_path / "whole", settings, Counting()).samples("sums")
+
+
 def test_a_line_cut_by_a_crash_is_sampled_again(tmp_path: Path, data: Path) -> None:
     settings = settings_of(data)
     store = run(tmp_path / "e", settings, Counting())

@@ -266,6 +266,13 @@ def test_a_marker_without_anything_else_is_a_run_that_has_just_begun(short: Tabl
     assert (folder / "stages" / "sft" / "done.json").exists()
 
 
+def test_a_run_killed_while_it_writes_its_marker_goes_on(short: Tables) -> None:
+    write(Path(short["folder"]) / "..thence-run.json.writing", '{"format": 1')
+    folder = run(short)
+    assert (folder / "stages" / "sft" / "done.json").exists()
+    assert not (folder / "..thence-run.json.writing").exists()
+
+
 def test_the_marker_is_the_first_file_of_a_run(short: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     original = os.replace

@@ -17,7 +17,7 @@ PATTERNS = (
     "results.json",
     "results.csv",
 )
-TIMES = ("tokens_per_s", "environment", "folder", "started", "finished", "command", "done_at")
+TIMES = ("tokens_per_s", "environment", "folder", "started", "finished", "command", "done_at", "date", "regrade")
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _content(path: Path) -> Any:
 
 
 def timeless(value: Any) -> Any:
-    """A plain value without what is measured by a clock or names a place."""
+    """A plain value without what is measured by a clock or names the folder (as the command that grades again does)."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if k not in TIMES and not k.endswith("seconds")}
     return [timeless(inner) for inner in value] if isinstance(value, list) else value

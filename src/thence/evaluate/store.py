@@ -47,6 +47,8 @@ SETTINGS = "evaluation.toml"
 LETTER = "letter"
 """Name under which grades by the lenient letter rule are kept."""
 SYNC_SECONDS = 2.0
+BEGINNINGS = (LOCK, f".{SETTINGS}.writing")
+"""What a process leaves that is killed before it has written the settings."""
 
 
 class Settings(Section):
@@ -163,7 +165,7 @@ class Store:
         if self.exists:
             _check_same(self.settings(), settings, self.folder / SETTINGS)
             self.environment()
-        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(path.name not in BEGINNINGS for path in self.folder.iterdir()):
             raise UserError("the folder holds no evaluation", remedy="give another --folder", file=self.folder)
 
     def settings(self) -> Settings:

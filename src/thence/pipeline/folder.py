@@ -16,7 +16,7 @@ from typing import Any
 from thence import __version__
 from thence.errors import UserError
 from thence.files import is_environment, read_json, read_jsonl, repair_lines, to_json, write_atomically, write_jsonl
-from thence.locks import LOCK, held, refuse_if_held
+from thence.locks import held, refuse_if_held
 from thence.pipeline.changes import Plan, State, judge, say_onward
 from thence.pipeline.numerics import numerics
 from thence.pipeline.owned import (
@@ -24,6 +24,7 @@ from thence.pipeline.owned import (
     RECIPE,
     SET_ASIDE,
     clear,
+    is_beginning,
     kept_values,
     new_marker,
     read_marker,
@@ -129,7 +130,7 @@ class RunFolder:
             return Plan()
         marker = read_marker(self.path)
         if marker is None:
-            refuse_foreign(self.path, tuple(p for p in sorted(self.path.iterdir()) if p.name != LOCK), None)
+            refuse_foreign(self.path, tuple(p for p in sorted(self.path.iterdir()) if not is_beginning(p)), None)
             return Plan()
         found = survey(self.path, marker)
         if found.links:

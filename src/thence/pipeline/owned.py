@@ -214,6 +214,11 @@ def _is_own_file(place: str, name: str, named: frozenset[str]) -> bool:
     return place == "temporary" or (place == "model" and name in named)
 
 
+def is_beginning(path: Path) -> bool:
+    """Whether this is what a process leaves that is killed before the marker, the first file of a run, is whole."""
+    return path.name == LOCK or (path.name == f".{MARKER}.writing" and path.is_file() and not path.is_symlink())
+
+
 def clear(folder: Path, marker: Marker) -> None:
     """Remove what thence wrote of a run, but for the marker, the lock and ``recipe.toml``, which are written anew.
 
