@@ -4,8 +4,9 @@
     python benchmarks/soak.py grading --minutes 60 --out benchmarks/results/soak-grading.json
 
 `rl` trains the embedded world's base, a step a second or so, with checkpoints. `grading` grades with `math`,
-`math-boxed` and an own reward function; one answer in 200 hits the time limit or exhausts memory. The work runs in a
-child with one thread; this process reads /proc (Linux). The exit code is 0 where the verdict is "level".
+`math-boxed` and a reward function of your own; one answer in 200 hits the time limit or exhausts memory.
+The work runs in a child with one thread; this process reads /proc (Linux). The exit code is 0 where the verdict is
+"level".
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_a_stage_that_started_from_another_model_than_the_repeated_one_is_repeat
 
     monkeypatch.setattr(running, "publish_model", other)
     run(recipe, repeat=["sft"])
-    assert "stage rl: the model that it started from has been made again, and is another one" in caplog.text
+    assert "stage rl: the stage before it was repeated and has left another model" in caplog.text
     assert (model_of(recipe, "rl") / "model.safetensors").read_bytes() != before
     folder = Path(recipe["folder"])
     assert {path.name for path in (folder / "set-aside").iterdir()} == {"sft-1", "eval-1", "rl-1"}

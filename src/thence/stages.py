@@ -212,11 +212,11 @@ class Rl(Optimization):
     max_tokens: Tokens = 8192
     """Longest response; where it is not set, less if the model's context leaves less beside the longest prompt."""
     reward: Place = "math"
-    """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
+    """exact, math, math-after-think, math-boxed, or your own function: package.module:function or file.py:function."""
     reward_seconds: Seconds = 10.0
-    """Time limit of one answer check, or of one call of an own function."""
+    """Time limit of one answer check, or of one call of your own function."""
     reward_right_from: Signed | None = None
-    """The score from which an own function means right; default: what it states, else only scores of 0 and 1 tell."""
+    """The score from which your own function means right; default: what it states, else only scores of 0 and 1 tell."""
     rollout_rows: Rows = 512
     """Most responses sampled side by side."""
     engine: Literal["native", "vllm"] = "native"
@@ -253,9 +253,9 @@ class Eval(Section):
     reward: Place = "math"
     """Grader, as in rl."""
     reward_seconds: Seconds = 10.0
-    """Time limit of one answer check, or of one call of an own function."""
+    """Time limit of one answer check, or of one call of your own function."""
     reward_right_from: Signed | None = None
-    """The score from which an own function means right; default: what it states, else only scores of 0 and 1 tell."""
+    """The score from which your own function means right; default: what it states, else only scores of 0 and 1 tell."""
     rollout_rows: Rows = 512
     """Most responses sampled side by side."""
 

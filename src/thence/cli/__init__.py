@@ -18,7 +18,7 @@ from thence.streams import OutputLost, give_up, guarded
 USAGE = """\
 thence: SFT, thence RL. Post-train language models to reason, correct by construction.
 
-  thence run RECIPE [--table.field value ...]   run a recipe, or go on with it where it was
+  thence run RECIPE [--table.field value ...]   run a recipe, or resume it where it was
   thence run RECIPE --dry-run                   the resolved recipe, its budget and memory; trains nothing
   thence recipes                                the recipes that come with thence
   thence methods [NAME]                         the training methods, or one explained

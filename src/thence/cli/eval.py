@@ -68,7 +68,7 @@ def _parser() -> Parser:
     tasks.add_argument("--top-p", metavar="P", help="nucleus sampling; 1: off")
     tasks.add_argument("--max-tokens", metavar="N", help="longest response")
     tasks.add_argument("--seed", metavar="N", help="of sampling")
-    tasks.add_argument("--grader", metavar="NAME", help="exact, math, math-after-think, math-boxed, or an own function")
+    tasks.add_argument("--grader", metavar="NAME", help="exact, math, math-after-think, math-boxed, your own function")
     tasks.add_argument("--template", metavar="NAME", help="own, question, boxed, letter, steps or text with {question}")
     tasks.add_argument("--system", metavar="TEXT", help="system message")
     backend = parser.add_argument_group("what generates")

@@ -88,7 +88,7 @@ def _shape() -> TypeAdapter[Summary]:
 
 def _steps(path: Path) -> list[dict[str, Any]]:
     """The measured steps of a run, in order, one a step number; the later line of two counts."""
-    remedy = f"put a whole copy back, or rename {path.parent}: the run is then made again"
+    remedy = f"put a whole copy back, or rename {path.parent}: the run is then repeated"
     steps: dict[int, dict[str, Any]] = {}
 
     def shape(line: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _steps_of_stage(path: Path) -> int:
-    remedy = f"put a whole copy back, or rename {path.parent.parent.parent}: the run is then made again"
+    remedy = f"put a whole copy back, or rename {path.parent.parent.parent}: the run is then repeated"
     return int(
         read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("steps", 0), int)).get("steps", 0)
     )

@@ -284,7 +284,7 @@ class Lines:
     """Lines added to a JSONL file. Each is handed to the system at once: killing the process loses none.
 
     They are forced to the disk every two seconds and at the end. A last line that a crash has cut is removed first, and
-    damaged lines are set aside in ``NAME.damaged``: what they held is missing, and made again.
+    damaged lines are set aside in ``NAME.damaged``: what they held is missing, and is sampled again.
     """
 
     def __init__(self, path: Path, check: Callable[[dict[str, Any]], str | None]):

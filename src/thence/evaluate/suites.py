@@ -90,9 +90,9 @@ class Task(Section):
     max_tokens: Tokens = 8192
     """Longest response."""
     grader: Place = "math"
-    """exact, math, math-after-think, math-boxed, or an own function: package.module:function or file.py:function."""
+    """exact, math, math-after-think, math-boxed, or your own function: package.module:function or file.py:function."""
     grader_seconds: Seconds = 10.0
-    """Time limit of one answer check, or of one call of an own function."""
+    """Time limit of one answer check, or of one call of your own function."""
     seed: Seed = 0
     """Every random number of sampling follows from it."""
 
@@ -195,7 +195,7 @@ def _read(name: str, path: Path, shipped: Mapping[str, Path]) -> TomlFile:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(
             f"no suite {name!r}",
-            remedy=f"{hint}give one of {', '.join(shipped)}, an own TOML file, or a .jsonl or .parquet file",
+            remedy=f"{hint}give one of {', '.join(shipped)}, your own TOML file, or a .jsonl or .parquet file",
             field="--suite",
         ) from None
 

@@ -253,7 +253,7 @@ def refuse_what_is_broken(
     if what is None:
         return
     rate = getattr(context.recipe.stage(context.name), "lr", None)
-    begins = f"it goes on after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
+    begins = f"it resumes after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
     raise StepRefused(
         f"training diverged: {when} of stage {context.name} the model is not finite ({what}), so it is not kept",
         remedy=f"resume with a learning rate below {rate:g} (the same command with --{context.name}.lr): {begins}",

@@ -176,7 +176,7 @@ class Ground:
         """Set a stage aside that has begun from another model than the one that the stage before it has left now."""
         kept = self._kept(self.folder.stage(name))
         if kept is not None and "start" in kept and kept["start"] != self._start(name):
-            self.folder.set_aside(name, "the model that it started from has been made again, and is another one")
+            self.folder.set_aside(name, "the stage before it was repeated and has left another model")
 
     def _before(self, name: str) -> str | None:
         """The stage whose model a stage starts from; None: the recipe's model."""

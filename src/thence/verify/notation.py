@@ -80,7 +80,7 @@ def tidy(text: str) -> str:
 
 
 def tidy_gold(answer: str) -> str:
-    """A gold answer likewise, without the dollar signs of formulas (`\\$` stays)."""
+    """The same for a gold answer, without the dollar signs of formulas (`\\$` stays)."""
     answer = re.sub(r"(?<!\\)\$", "", answer)
     return tidy(answer).strip().removesuffix(".")
 
