@@ -54,6 +54,8 @@ class Case:
     scenario: str
     kills: list[Kill]
     deaths: list[int] = field(default_factory=list)
+    worker_deaths: int = 0
+    """Processes of the command that died while the command went on: it starts others in their place."""
     exit_code: int | None = None
     differences: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
@@ -159,7 +161,7 @@ def survey(command: Command, place: Path) -> Undisturbed:
         raise RuntimeError(f"{command.scenario.name} fails undisturbed:\n{log.read_text(errors='replace')[-3000:]}")
     kinds = Counter(record.read_text().splitlines())
     # the changes inside of runs are made by the comparison's workers, and they are those of any run
-    worker_kinds = Counter({"open metrics.jsonl": 3, "rename .writing-N": 3, "open .done.json.writing": 1})
+    worker_kinds = Counter({"rename .writing-N": 3, "open .done.json.writing": 1})
     return Undisturbed(results_of(folder), kinds, worker_kinds, time.monotonic() - began)
 
 
@@ -191,8 +193,12 @@ def try_case(command: Command, calm: Undisturbed, kills: list[Kill], place: Path
     folder, log = place / "killed", place / "killed.log"
     shutil.rmtree(folder, ignore_errors=True)
     log.write_bytes(b"")
+    said = Path(deadly.deaths(str(folder)))
     for kill in kills:
+        said.unlink(missing_ok=True)
         case.deaths.append(command.attempt(folder, kill, log))
+        if kill.worker and said.exists():
+            case.worker_deaths += len(said.read_text(encoding="utf-8").splitlines())
         if case.deaths[-1] == 0:  # what was left to do never came to that point: the command has ended
             break
     case.exit_code = command.attempt(folder, None, log)
@@ -221,7 +227,7 @@ def campaign(names: Sequence[str], kills: int, seed: int, place: Path) -> dict[s
             for planned in choose(SCENARIOS[name], calm, wanted - landed, rng):
                 case = try_case(command, calm, planned, own)
                 cases.append(case)
-                landed += case.deaths.count(-signal.SIGKILL)
+                landed += case.deaths.count(-signal.SIGKILL) + case.worker_deaths
                 print(f"{'ok  ' if case.holds else 'FAIL'} {name} {case.deaths} {_told(planned)}", flush=True)
             if landed >= wanted:
                 break
@@ -237,7 +243,7 @@ def facts(cases: Sequence[Case], kinds: Mapping[str, Mapping[str, int]], seed: i
     """The campaign as plain values."""
     return {
         "seed": seed,
-        "kills": sum(death == -signal.SIGKILL for case in cases for death in case.deaths),
+        "kills": sum(case.deaths.count(-signal.SIGKILL) + case.worker_deaths for case in cases),
         "planned": sum(len(case.kills) for case in cases),
         "cases": len(cases),
         "failures": sum(not case.holds for case in cases),

@@ -41,6 +41,11 @@ class Plan:
     record: str | None = None
 
 
+def deaths(root: str) -> str:
+    """The file beside a folder in which every process that dies by plan says so."""
+    return f"{root}.deaths"
+
+
 def kind_of(event: str, path: str) -> str:
     """What a change is: the event and the name of the file without its numbers, ``rename .writing-N``."""
     return f"{event.rpartition('.')[2]} {re.sub(r'[0-9a-f]{6,}|[0-9]+', 'N', Path(path).name)}"
@@ -82,6 +87,7 @@ class _Fate:
         if self.seen == self.plan.count:
             if self.plan.torn and event == "open":
                 self._quietly(lambda: _append(path, HALF))
+            self._quietly(lambda: _append(deaths(self.plan.root), kind + "\n"))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _quietly(self, act: Callable[[], None]) -> None:
