@@ -16,7 +16,8 @@ from thence.recipe import Model
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import VllmSettings
-from thence.train.model import load_model, load_tokenizer, resolve, save_model
+from thence.train.model import load_model, load_tokenizer, save_model
+from thence.train.model_files import resolve
 
 if TYPE_CHECKING:
     from thence.evaluate.suites import Task
