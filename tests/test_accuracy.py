@@ -11,8 +11,9 @@ import torch
 
 from thence.data.trajectory import Prompt
 from thence.data.worlds.vocabulary import VOCABULARY, build_tokenizer
-from thence.evaluate.measure import measure, measurement_record, respond, sample_record
+from thence.evaluate.measure import measure, measurement_record, sample_record
 from thence.rollout.native import Sampling
+from thence.rollout.responses import respond
 from thence.train.parallel import SingleProcess
 from thence.verify.reward import Grader
 from thence.verify.verdict import Grade, right, unknown, wrong
