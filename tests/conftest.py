@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipes import Tables, file_recipe
 
 torch.set_num_threads(1)
 
@@ -48,6 +50,12 @@ def make_tiny_model(dtype: torch.dtype = torch.float64, kind: str = "llama", see
 def tiny_model() -> Callable[..., Any]:
     """``tiny_model(dtype, kind, seed)``: a fresh model every call (see :func:`make_tiny_model`)."""
     return make_tiny_model
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Tables:
+    """SFT, RL and an evaluation on files; everything but the model's size is as a user would have it."""
+    return file_recipe(tmp_path)
 
 
 @pytest.fixture(autouse=True)
