@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import model_table
 from rich.console import Console
 
 from thence.cli import main
 from thence.compare.summary import summarise as summarise_run
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import RecipeError, UserError
 from thence.evaluate.metrics import mean_reward_of
 from thence.pipeline.preflight import gives_degrees, preflight
@@ -29,17 +29,15 @@ HEAD = "def reward(prompt, response, answer):\n"
 
 def tables(folder: Path, body: str, after: str = "", **changes: dict[str, Any]) -> dict[str, Any]:
     """A recipe of a tiny random model whose evaluation, and RL, are graded by an own function."""
-    save_tokenizer(folder / "tokenizer")
     (folder / "own.py").write_text(f"{HEAD}    {body}\n{after}\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    reward = f"{folder / 'own.py'}:reward"
     own: dict[str, Any] = {
         "folder": str(folder / "run"),
         "stages": ["eval"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(folder / "tokenizer")},
+        "model": model_table(folder),
         "data": {"source": ["world:chain"], "limit": 4},
-        "eval": {"max_tokens": 4, "samples": 2, "reward": f"{folder / 'own.py'}:reward"},
-        "rl": {"max_tokens": 4, "steps": 1, "prompts": 2, "rollouts": 2, "reward": f"{folder / 'own.py'}:reward"},
+        "eval": {"max_tokens": 4, "samples": 2, "reward": reward},
+        "rl": {"max_tokens": 4, "steps": 1, "prompts": 2, "rollouts": 2, "reward": reward},
     }
     return {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in own.items()}
 
