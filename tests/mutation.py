@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thence.audit.judge import Judge, window_sizes
-from thence.audit.objectives import OBJECTIVES
-from thence.audit.objectives import Window as Lengths
+from thence.audit.judge.case import Judge, window_sizes
+from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.judge.objectives import Window as Lengths
 from thence.audit.result import Case, CaseResult
-from thence.audit.sequences import Known, forward_rows
+from thence.audit.solve.observation import forward_rows
+from thence.audit.solve.sequences import Known
 from thence.faults.catalogue import FAULTS, Fault, Needs
 from thence.faults.cut import Plan, Policy, Window
 from thence.faults.step import FaultyStep

@@ -14,14 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thence.audit.cases import cases_for, matrix
-from thence.audit.judge import Judge
-from thence.audit.probe import LENGTHS, Probe, make_examples, write_probe
-from thence.audit.recover import System, gradient_of_update
+from thence.audit.judge.case import Judge
+from thence.audit.judge.verdict import judge_all, settle
+from thence.audit.report import make_report
 from thence.audit.result import Case, CaseResult
-from thence.audit.sequences import ForwardRow, Known, find_pieces, forward_rows
-from thence.audit.stack import make_report
-from thence.audit.verdict import judge_all, settle
+from thence.audit.run.cases import cases_for, matrix
+from thence.audit.solve.observation import ForwardRow, forward_rows
+from thence.audit.solve.probe import LENGTHS, Probe, make_examples, write_probe
+from thence.audit.solve.recover import System, gradient_of_update
+from thence.audit.solve.sequences import Known, find_pieces
 
 Loss = Callable[[list[torch.Tensor], Case], torch.Tensor]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from thence.audit.recover import Fit, System
+from thence.audit.solve.recover import Fit, System
 
 ALIKE = 0.9
 """An update is taken for one of signs if that share of its entries is about as large as the largest."""

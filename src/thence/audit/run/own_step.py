@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thence.audit.judge import Judge
-from thence.audit.probe import LENGTHS
-from thence.audit.result import Case, CaseResult, Report
-from thence.audit.sequences import Known
-from thence.audit.stack import make_report
+from thence.audit.judge.case import Judge
+from thence.audit.report import Report, make_report
+from thence.audit.result import Case, CaseResult
+from thence.audit.solve.probe import LENGTHS
+from thence.audit.solve.sequences import Known
 from thence.errors import UserError
 
 Row = Mapping[str, Sequence[int]]

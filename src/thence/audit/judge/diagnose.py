@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thence.audit.explain import Explanation, Unit
-from thence.audit.objectives import OBJECTIVES, Window
+from thence.audit.judge.objectives import OBJECTIVES, Window
 from thence.audit.result import RESPONSE_ROLES, Finding, Role, SequenceWeights, StepResult, TokenWeight
-from thence.audit.sequences import Piece
+from thence.audit.solve.explain import Explanation, Unit
+from thence.audit.solve.sequences import Piece
 
 FLOORS = {"float32": 2e-3, "bfloat16": 6e-2, "autocast": 6e-2}
 """Relative errors of weights that rounding alone may cause, by precision; sampling errors come on top."""

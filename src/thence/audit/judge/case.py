@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thence.audit.diagnose import FLOORS, Asked, diagnose_step
-from thence.audit.explain import Explainer
-from thence.audit.gradients import Differentiator
-from thence.audit.objectives import OBJECTIVES
-from thence.audit.probe import Probe, vocabulary
-from thence.audit.recover import System, gradient_of_update, rounding_noise
+from thence.audit.judge.diagnose import FLOORS, Asked, diagnose_step
+from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.result import Case, CaseResult, Finding, StepResult
-from thence.audit.runner import Observation
-from thence.audit.sequences import ForwardRow, Known, Piece, find_pieces, forward_rows, planned_pieces
-from thence.audit.signs import FLOOR as SIGN_FLOOR
-from thence.audit.signs import WRONG, SignSystem, looks_like_signs
+from thence.audit.solve.explain import Explainer
+from thence.audit.solve.gradients import Differentiator
+from thence.audit.solve.observation import ForwardRow, Observation, forward_rows, load_states
+from thence.audit.solve.probe import Probe, vocabulary
+from thence.audit.solve.recover import System, gradient_of_update, rounding_noise
+from thence.audit.solve.sequences import Known, Piece, find_pieces, planned_pieces
+from thence.audit.solve.signs import FLOOR as SIGN_FLOOR
+from thence.audit.solve.signs import WRONG, SignSystem, looks_like_signs
 
 RESIDUALS = {"float32": 1e-4, "bfloat16": 8e-2, "autocast": 8e-2}
 """Residuals that arithmetic alone may leave, by precision; rounding of the stored parameters comes on top."""
@@ -231,26 +230,6 @@ class Judge:
             f"{explanation.residual_sequences:.2g} per sequence, {tolerance:.2g} allowed"
         )
         return self._unjudged(case, steps, findings, reason)
-
-
-def load_states(folder: Path, ranks: int) -> tuple[list[dict[str, Tensor]], list[Finding]]:
-    """Parameters before and after each step from rank 0, and what there is to say if ranks differ."""
-    from safetensors.torch import load_file
-
-    states, findings = [], []
-    while (path := folder / "rank-0" / f"step-{len(states)}.safetensors").exists():
-        state = load_file(str(path))
-        for rank in range(1, ranks):
-            other = folder / f"rank-{rank}" / path.name
-            if not other.exists():
-                continue
-            theirs = load_file(str(other))
-            apart = [n for n in state if n in theirs and not (state[n] == theirs[n]).all()]
-            if apart and not findings:
-                detail = f"after step {len(states)}, rank {rank} differs from rank 0 in {len(apart)} parameters"
-                findings.append(Finding("ranks-differ", "fault", detail))
-        states.append(state)
-    return states, findings
 
 
 def window_sizes(case: Case) -> list[int]:

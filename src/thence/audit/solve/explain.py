@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from thence.audit.gradients import Differentiator, Tokens, probability_features
-from thence.audit.recover import Fit, System
 from thence.audit.result import RESPONSE_ROLES, Role
-from thence.audit.sequences import ForwardRow, Piece
-from thence.audit.signs import SignSystem
+from thence.audit.solve.gradients import Differentiator, Tokens, probability_features
+from thence.audit.solve.recover import Fit, System
+from thence.audit.solve.sequences import ForwardRow, Piece
+from thence.audit.solve.signs import SignSystem
 
 
 @dataclass(frozen=True)
