@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from thence.audit.judge.case import Judge
+from thence.audit.judge.case import Evidence, Judge
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for
@@ -198,7 +198,7 @@ def _run(
         pieces = [[replace(piece, micro_batch=None, rank=None) for piece in step] for step in pieces]
     if lr is not None:
         case = replace(case, optimizer="sgd", lr=lr)
-    result = judge.case(case, states, pieces=pieces, scale_known=lr is not None)
+    result = judge.case(case, Evidence(states, pieces=pieces, scale_known=lr is not None))
     return replace(result, seconds=waited)
 
 

@@ -10,7 +10,7 @@ from thence.audit.solve.observation import ForwardRow
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownExample:
     """An example of the probe as the audit looks for it in what went forward.
 
     Args:
@@ -49,7 +49,7 @@ class Piece:
     rank: int | None
 
 
-def find_pieces(rows: Sequence[ForwardRow], known: Sequence[Known], end: int | None) -> tuple[list[Piece], int]:
+def find_pieces(rows: Sequence[ForwardRow], known: Sequence[KnownExample], end: int | None) -> tuple[list[Piece], int]:
     """The examples in the rows, and the number of rows in which none was found.
 
     Args:
@@ -64,7 +64,7 @@ def find_pieces(rows: Sequence[ForwardRow], known: Sequence[Known], end: int | N
     return pieces, strange
 
 
-def planned_pieces(known: Sequence[Known], order: Sequence[tuple[int, int | None, int | None]]) -> list[Piece]:
+def planned_pieces(known: Sequence[KnownExample], order: Sequence[tuple[int, int | None, int | None]]) -> list[Piece]:
     """Pieces for a program that cannot be watched: (example, micro-batch, rank) in the order of the data."""
     pieces = []
     for row, (example, micro_batch, rank) in enumerate(order):
@@ -89,7 +89,7 @@ def roles_of_labels(labels: Sequence[int]) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def _in_row(row: ForwardRow, index: int, known: Sequence[Known], end: int | None) -> list[Piece]:
+def _in_row(row: ForwardRow, index: int, known: Sequence[KnownExample], end: int | None) -> list[Piece]:
     real = [t for t, m in enumerate(row.mask) if m]
     if not real:
         return []
