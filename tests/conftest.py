@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,14 +64,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(found):
             if len(found) > wanted and number not in quick:
                 item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept_from_test_to_test() -> Iterator[None]:
-    """A worker of a comparison keeps rendered tables for its process's life; a test in the same process must not."""
-    yield
-    if "thence.pipeline.prompts" in sys.modules:
-        kept = sys.modules["thence.pipeline.prompts"].kept_prompts
-        kept.tables = 0
-        kept._held.clear()
-        kept._sizes.clear()
