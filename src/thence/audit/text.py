@@ -30,7 +30,7 @@ from thence.audit.figures import (
     wrong,
 )
 from thence.audit.result import CaseResult, Report, StepResult
-from thence.report.samples import visible
+from thence.foreign_text import visible
 from thence.terminal import make_console
 
 _BARS = (("▁", 0.3), ("▂", 0.6), ("▃", 1.0), ("▅", 1.5), ("▆", 2.5), ("▇", 5.0), ("█", math.inf))
