@@ -198,10 +198,10 @@ BAD_ROWS = [
     ('{"question": ', None, "not JSON"),
     ("[1, 2]", None, "JSON array"),
     ("[" * 100_000, None, "not"),
-    ('"text"', None, "found str"),
+    ('"text"', None, "found text"),
     ({"question": "a"}, "answer", "missing"),
     ({"question": "", "answer": "x\n#### 1"}, "question", "empty"),
-    ({"question": 3, "answer": "x\n#### 1"}, "question", "found int"),
+    ({"question": 3, "answer": "x\n#### 1"}, "question", "found a whole number"),
     ({"question": "a", "answer": "working only"}, "answer", "####"),
     ({"question": "a", "answer": "x\n#### "}, "answer", "####"),
     ({"question": "a\0b", "answer": "x\n#### 1"}, "question", "NUL"),
@@ -209,14 +209,14 @@ BAD_ROWS = [
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages", "empty"),
-    ({"messages": "hi"}, "messages", "found str"),
+    ({"messages": "hi"}, "messages", "found text"),
     ({"messages": [SAID]}, "messages", "no user turn|role assistant"),
     ({"messages": [USER, SAID, SAID]}, "messages", "ends with a turn of role assistant"),
     ({"messages": [USER, {"role": "system", "content": "x"}, USER, SAID]}, "messages", "system turn"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content", "empty"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content", "null"),
     ({"messages": [{"role": "human", "content": "x"}, SAID]}, "messages[0].role", "'human'"),
-    ({"messages": [USER, "x"]}, "messages[1]", "found str"),
+    ({"messages": [USER, "x"]}, "messages[1]", "found text"),
 ]
 CASES = [(GOOD, *case) for case in BAD_ROWS] + [({"messages": [USER, SAID]}, *case) for case in BAD_CHATS]
 

@@ -103,7 +103,7 @@ def test_a_run_is_not_resumed_on_changed_ground(
     with pytest.raises(UserError) as error:
         run(recipe)
     assert message in str(error.value)
-    assert "--restart" in error.value.remedy
+    assert "another --folder" in error.value.remedy
     if "then" in error.value.problem:
         assert error.value.problem.count("digest") == 2
     file = tmp_path / "recipe.toml"

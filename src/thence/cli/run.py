@@ -126,7 +126,7 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
 
 def _config(recipe: Recipe) -> dict[str, Any] | None:
     """The configuration of a model in thence or in an installed package; the plan finds others itself."""
-    from thence.train.model import resolve
+    from thence.train.model_files import resolve
 
     path = recipe.model.path or ""
     file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from thence.evaluate.backends import Generation, Refused
+from thence.wording import counted
 
 
 class Terminal:
@@ -56,7 +57,7 @@ class Terminal:
         if self.console.is_terminal:
             self.task = self.bar.add_task(task, total=total, completed=done, facts="")
         elif done < total:
-            begun = f"goes on after {done:,} of {total:,} samples" if done else f"{total:,} samples"
+            begun = f"resumed after {done:,} of {total:,} samples" if done else counted(total, "sample")
             self.console.print(f"{task}: {begun}", highlight=False)
 
     def sampled(self, generation: Generation) -> None:
@@ -76,7 +77,7 @@ class Terminal:
 
     def grading(self, task: str, total: int) -> None:
         if not self.console.is_terminal:
-            self.console.print(f"{task}: grading {total:,} samples", highlight=False)
+            self.console.print(f"{task}: grading {counted(total, 'sample')}", highlight=False)
 
     def _tick(self) -> None:
         while not self._closed.wait(self.seconds):

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +31,12 @@ from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft
+from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft, naming_fields_of
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
 from thence.train.context_length import context_of, open_config
-from thence.train.model import load_tokenizer, resolve
+from thence.train.model import load_tokenizer
+from thence.train.model_files import resolve
 from thence.verify.reward import is_own
 from thence.verify.verdict import Verdict
 
@@ -97,12 +99,14 @@ class Preflight:
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
+    trying: str = ""  # the stage that is being tried, if one is
     absent: dict[str, UserError] = field(default_factory=dict)
 
     def attempt(self, part: str, act: Callable[[], str | None]) -> None:
         """Try one thing, and note what became of it."""
         try:
-            self.findings.append(Finding(part, "ok", act() or ""))
+            with naming_fields_of(self.trying, self.recipe.stage(self.trying)) if self.trying else nullcontext():
+                self.findings.append(Finding(part, "ok", act() or ""))
         except NotAtHand as absent:
             remedy = absent.error.remedy if absent.error is not None else ""
             self.findings.append(Finding(part, "unverified", str(absent), remedy, absent.error))
@@ -140,7 +144,9 @@ def preflight(
     again = trial.plan.again
     left = [name for name in recipe.stages if restart or name in again or not trial.folder.is_done(name)]
     for name in left:
+        trial.trying = name
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
+    trial.trying = ""
     if left:
         trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
         trial.attempt("model: configuration", lambda: _open_config(trial))
@@ -253,6 +259,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _try_stage(trial: Preflight, name: str) -> None:
+    trial.trying = name
     stage = trial.recipe.stage(name)
     if isinstance(stage, Sft):
         trial.attempt(f"{name}: data", lambda: _try_sft(trial, name, stage))

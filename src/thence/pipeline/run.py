@@ -24,7 +24,7 @@ from thence.pipeline.prompts import kept_prompts, load_prompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
+from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.model import Loaded, load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
@@ -116,7 +116,8 @@ def run_stage(
         Ground(recipe, folder).begin(name, rendered(recipe, stage, loaded.tokenizer))
     ranks.wait()
     try:
-        facts = run_kind(context, stage)
+        with naming_fields_of(name, stage):
+            facts = run_kind(context, stage)
     except UserError as error:
         if leads and error.problem.startswith("reward function "):
             Ground(recipe, folder).reward_failed(name)

@@ -10,6 +10,7 @@ from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
 from thence.foreign_text import one_line
 from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.wording import counted
 
 
 def results_table(result: Result, whole: bool = False) -> Table:
@@ -95,7 +96,9 @@ def notes(result: Result) -> list[str]:
     if settings.limit is not None:
         lines.append(f"only the first {settings.limit} problems of every task")
     if result.missing:
-        lines.append(f"unfinished: {result.missing:,} samples are missing; problems without all samples are left out")
+        lines.append(
+            f"unfinished: {counted(result.missing, 'sample')} missing; problems without all samples are left out"
+        )
     lines += _not_answered(result)
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
