@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thence.evaluate.metrics import Score
 from thence.evaluate.store import GradeLine, Store
 from thence.evaluate.store import Sample as Line
 from thence.evaluate.summary import Result, TaskResult
@@ -17,6 +16,7 @@ from thence.pages.evaluation.tables import results_table
 from thence.pages.samples import Sample, excerpt, first_of_each
 from thence.pages.template import render
 from thence.redaction import redacted, redacted_values
+from thence.stats.spread import Score
 from thence.toml import to_toml
 
 

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
 from thence.foreign_text import one_line
 from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.stats.spread import Score
 from thence.wording import counted
 
 
