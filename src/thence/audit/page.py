@@ -19,7 +19,6 @@ from thence.audit.figures import (
     judged,
     lost_by_role,
     objective_title,
-    percent,
     place,
     ratio_text,
     settings,
@@ -31,6 +30,7 @@ from thence.audit.heatmap import SHADES, heat_map, shade
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import CaseResult, KnownFault, Report, Role, StepResult
 from thence.files import finite
+from thence.in_words import percent
 from thence.report.samples import visible
 
 _LEGEND = (

@@ -22,7 +22,6 @@ from thence.audit.figures import (
     micro_batches,
     nothing,
     objective_title,
-    percent,
     ratio_text,
     same,
     step_with_most_lost,
@@ -30,6 +29,7 @@ from thence.audit.figures import (
     wrong,
 )
 from thence.audit.result import CaseResult, Report, StepResult
+from thence.in_words import percent
 from thence.report.samples import visible
 from thence.terminal import make_console
 

@@ -11,9 +11,10 @@ from rich.text import Text
 from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
-from thence.files import read_lines, say_bad_lines
 from thence.foreign_text import clean
-from thence.limits import Rows
+from thence.in_words import sort_of
+from thence.jsonl import read_lines, say_bad_lines
+from thence.settings.limits import Rows
 from thence.terminal import make_console
 
 HELP = """\
@@ -80,7 +81,7 @@ def _wrong_with(line: dict) -> str | None:
     if missing:
         return f"it lacks {missing[0]}"
     texts = ("verdict", "finish", "prompt", "response")
-    return next((f"{name} is {type(line[name]).__name__}" for name in texts if not isinstance(line[name], str)), None)
+    return next((f"{name} is {sort_of(line[name])}" for name in texts if not isinstance(line[name], str)), None)
 
 
 def _evaluation(name: str) -> Path | None:

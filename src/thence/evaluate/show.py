@@ -18,6 +18,7 @@ from thence.evaluate.backends import Generation, Refused
 from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
 from thence.foreign_text import one_line
+from thence.in_words import duration
 
 
 class Terminal:
@@ -99,13 +100,6 @@ class Terminal:
         seconds = max(self.last - self.started, 1e-9)
         speed = f"{self.tokens / seconds:,.0f} tok/s  {self.tokens / self.made:,.0f} tok each  " if self.tokens else ""
         return f"{speed}{duration(seconds / max(1, self.made) * max(0, self.missing - self.made))} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def results_view(result: Result) -> Group:

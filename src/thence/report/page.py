@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from thence.in_words import duration
 from thence.redaction import redacted, redacted_values
 from thence.report.curves import curves
 from thence.report.numbers import report_csv, report_json, totals
@@ -141,14 +142,6 @@ def _stage(training: Training, methods: Mapping[str, str]) -> dict[str, Any]:
         "facts": visible(", ".join(facts)),
         "curves": curves(training),
     }
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _count(value: int | None) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.files import stream_lines
 from thence.foreign_text import clean
+from thence.jsonl import stream_lines
 
 VERDICTS = ("right", "wrong", "graded", "unknown")
 _HEAD, _TAIL = 2500, 1000
