@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import DamagedFile, first_line
-from thence.in_words import sort_of
 from thence.toml import NotTomlError, parse_toml
+from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def read_json(path: Path, *, remedy: str, shape: Callable[[Any], object] | None 
     """
     value = _parsed(path, remedy, ".json")
     if not isinstance(value, dict):
-        raise DamagedFile(f"holds {sort_of(value)}, not a table", remedy=remedy, file=path)
+        raise DamagedFile(f"holds {json_kind(value)}, not a table", remedy=remedy, file=path)
     return fitted(path, value, shape, remedy)
 
 

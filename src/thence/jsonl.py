@@ -16,7 +16,7 @@ from typing import Any
 
 from thence.errors import first_line
 from thence.files import to_json, write_atomically, write_bytes_atomically
-from thence.in_words import sort_of
+from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _line(number: int, raw: bytes, check: Check | None) -> Row | BadLine | bytes
             return raw
         return BadLine(number, raw, f"not valid JSON: {first_line(error)}")
     if not isinstance(value, dict):
-        return BadLine(number, raw, f"holds {sort_of(value)}, not an object")
+        return BadLine(number, raw, f"holds {json_kind(value)}, not an object")
     why = None if check is None else check(value)
     return (number, value) if why is None else BadLine(number, raw, why)
 

@@ -25,13 +25,14 @@ from thence.audit.figures import (
     title,
     wrong,
 )
-from thence.audit.findings import CATALOGUE
 from thence.audit.heatmap import SHADES, heat_map, shade
-from thence.audit.objectives import OBJECTIVES
-from thence.audit.result import CaseResult, KnownFault, Report, Role, StepResult
+from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.report import Report
+from thence.audit.result import CaseResult, KnownFault, Role, StepResult
 from thence.files import finite
-from thence.in_words import percent
 from thence.report.samples import visible
+from thence.wording import percent
 
 _LEGEND = (
     (1 / 8, "⅛ or less"),

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from thence.errors import UserError
-from thence.in_words import shown
 from thence.settings.annotations import takes
 from thence.settings.text_values import read_value
+from thence.wording import shown
 
 HELP_FLAGS = ("-h", "--help")
 _DASHES = "‐‑‒–—―−﹣－"

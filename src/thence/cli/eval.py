@@ -13,6 +13,7 @@ from thence.errors import RecipeError, UserError
 from thence.settings.annotations import type_at
 from thence.settings.limits import Count, Processes, Rows, Seconds
 from thence.settings.text_values import parse_value, read_value
+from thence.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,7 +125,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder = args.folder or Path("evals") / _folder_name(settings)
     problems = {name: load_problems(task, args.data, args.limit) for name, task in settings.tasks.items()}
     console = make_console()
-    console.print(f"{settings.suite}: {sum(map(len, problems.values())):,} problems, into {folder}", highlight=False)
+    console.print(
+        f"{settings.suite}: {counted(sum(map(len, problems.values())), 'problem')}, into {folder}", highlight=False
+    )
     try:
         with logging_to(console), Terminal(console) as watcher:
             store = evaluate(

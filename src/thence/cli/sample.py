@@ -12,10 +12,10 @@ from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
 from thence.foreign_text import clean
-from thence.in_words import sort_of
 from thence.jsonl import read_lines, say_bad_lines
 from thence.settings.limits import Rows
 from thence.terminal import make_console
+from thence.wording import json_kind
 
 HELP = """\
 thence sample FOLDER [--n 5] [--verdict right|wrong|graded|unknown] [--stage NAME]
@@ -81,7 +81,7 @@ def _wrong_with(line: dict) -> str | None:
     if missing:
         return f"it lacks {missing[0]}"
     texts = ("verdict", "finish", "prompt", "response")
-    return next((f"{name} is {sort_of(line[name])}" for name in texts if not isinstance(line[name], str)), None)
+    return next((f"{name} is {json_kind(line[name])}" for name in texts if not isinstance(line[name], str)), None)
 
 
 def _evaluation(name: str) -> Path | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from thence.compare.plan import Job, Need, Planner
 from thence.compare.recipe import ComparisonRecipe
-from thence.in_words import duration
+from thence.wording import duration
 
 REFRESHES = 2  # a second
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thence.in_words import sort_of
+from thence.wording import json_kind
 
 VERDICTS = ("right", "wrong", "graded", "unknown")
 _SAMPLE_TYPES: dict[str, tuple[type, ...]] = {
@@ -59,7 +59,7 @@ def _wrong_types(line: dict[str, Any], types: Mapping[str, tuple[type, ...]]) ->
         if value is None and name in _MAY_BE_NULL:
             continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            return f"{name} is {sort_of(value)}"
+            return f"{name} is {json_kind(value)}"
     return None
 
 

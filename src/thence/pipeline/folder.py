@@ -16,7 +16,6 @@ from typing import Any
 from thence import __version__
 from thence.errors import UserError
 from thence.files import is_environment, read_json, to_json, write_atomically
-from thence.in_words import sort_of
 from thence.jsonl import append_jsonl, read_jsonl, repair_lines, write_jsonl
 from thence.locks import held, refuse_if_held
 from thence.pipeline.changes import Plan, State, judge, say_onward
@@ -40,6 +39,7 @@ from thence.pipeline.owned import (
 from thence.recipe import Recipe, kind_of, load_recipe
 from thence.redaction import redacted_command
 from thence.train.checkpoint import checkpoints
+from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
 DOING = "runs this recipe"
@@ -300,7 +300,7 @@ def wrong_with_line(line: Mapping[str, Any]) -> str | None:
         if name not in line:
             return f"it lacks {name}"
         if not isinstance(line[name], kind) or isinstance(line[name], bool):
-            return f"{name} is {sort_of(line[name])}"
+            return f"{name} is {json_kind(line[name])}"
     return None
 
 

@@ -5,10 +5,18 @@ Nothing here imports torch, so that ``thence --help`` and ``--dry-run`` of a typ
 """
 
 from thence.recipe.overrides import apply_overrides, type_of
-from thence.recipe.reading import build_recipe, load_recipe, read_recipe_file, read_tables, shipped_recipes
+from thence.recipe.reading import (
+    build_recipe,
+    load_recipe,
+    naming_fields_of,
+    read_recipe_file,
+    read_tables,
+    shipped_recipes,
+)
 from thence.recipe.schema import KINDS, Data, Eval, Faulty, Model, Optimization, Recipe, Rl, Sft, kind_of
 
 __all__ = [
     "KINDS", "Data", "Eval", "Faulty", "Model", "Optimization", "Recipe", "Rl", "Sft", "apply_overrides",
-    "build_recipe", "kind_of", "load_recipe", "read_recipe_file", "read_tables", "shipped_recipes", "type_of",
+    "build_recipe", "kind_of", "load_recipe", "naming_fields_of", "read_recipe_file", "read_tables",
+    "shipped_recipes", "type_of",
 ]  # fmt: skip

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from thence.errors import RecipeError
-from thence.in_words import shown
+from thence.errors import RecipeError, UserError
 from thence.names import RULE, bad_name, same_file
 from thence.recipe.overrides import apply_overrides
 from thence.recipe.schema import KINDS, Data, Eval, Recipe, Rl, Sft, kind_of
 from thence.settings.annotations import fields_of
 from thence.settings.toml_file import TomlFile, read_toml
 from thence.settings.validation import validated
+from thence.wording import shown
 
 
 def load_recipe(origin: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -138,6 +139,17 @@ def _check_data(recipe: Recipe, name: str, stage: Sft | Rl | Eval, file: TomlFil
             file=path,
             field=f"{name}.data.split",
         )
+
+
+@contextmanager
+def naming_fields_of(name: str, stage: Sft | Rl | Eval) -> Iterator[None]:
+    """While it lasts, a UserError that names a field of the stage's table (`reward`) names it in full (`rl.reward`)."""
+    try:
+        yield
+    except UserError as error:
+        if error.field is not None and error.field.partition(".")[0] in type(stage).model_fields:
+            error.rename_field(f"{name}.{error.field}")
+        raise
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from thence.in_words import duration
 from thence.redaction import redacted, redacted_values
 from thence.report.curves import curves
 from thence.report.numbers import report_csv, report_json, totals
@@ -17,6 +16,7 @@ from thence.report.outcome import outcome
 from thence.report.run_files import Cell, RunFiles, Training, read_run
 from thence.report.samples import pick_samples, visible
 from thence.toml import to_toml
+from thence.wording import duration
 
 _LABELS = {
     "thence": "thence",

@@ -8,9 +8,9 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-from thence.in_words import shown
 from thence.settings.annotations import members_of
 from thence.settings.validation import DEEPEST
+from thence.wording import shown
 
 LARGEST = 2**53
 """Whole numbers up to here mean the same in every program that reads them."""

@@ -14,7 +14,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from thence.errors import RecipeError
-from thence.in_words import shown
 from thence.settings.annotations import (
     about,
     fields_in,
@@ -26,6 +25,7 @@ from thence.settings.annotations import (
     type_at,
 )
 from thence.settings.toml_file import TomlFile
+from thence.wording import shown
 
 T = TypeVar("T")
 DEEPEST = 32
@@ -126,7 +126,7 @@ def _refusal(
         return _problem(found, str, ()), f"give the table {takes(keys[0]) if keys else 'another name'}"
     if found["type"] == "value_error" and isinstance(found["input"], Mapping):  # of a whole table
         whole = not hasattr(found.get("ctx", {}).get("error"), "path")
-        return _problem(found, kind, path), more or f"correct the {'table' if whole else 'value'}"
+        return _problem(found, kind, path), more or f"fix this {'table' if whole else 'value'}"
     named = _named(kind, path)
     whole, (name, what_for) = type_at(kind, named), about(kind, named)
     described = f"; {name}: {what_for.removesuffix('.') if more else what_for}" if what_for else ""

@@ -1,4 +1,4 @@
-"""Values, durations and shares as people read them, in errors, tables and progress."""
+"""Counts, values of JSON and TOML, durations and shares, as a user would say them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,31 @@ from thence.foreign_text import one_line
 
 MOST_SHOWN = 80
 """Characters of a value that an error shows."""
-_SORTS = (
-    (bool, "true or false"),
-    (int | float, "a number"),
-    (str, "a text"),
-    (Mapping, "a table"),
-    (list | tuple, "a list"),
-)
+
+
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    """A count with its thing, "1 step" or "1,200 steps". ``things`` is an irregular plural."""
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def json_kind(value: Any) -> str:
+    """What kind of value this is: "a list", "text", "a whole number"."""
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return str(value).lower()
+        case int():
+            return "a whole number"
+        case float():
+            return "a number"
+        case str():
+            return "text"
+        case dict():
+            return "an object"
+        case list() | tuple():
+            return "a list"
+    return f"a {type(value).__name__}"
 
 
 def shown(value: Any) -> str:
@@ -25,7 +43,7 @@ def shown(value: Any) -> str:
     try:
         return one_line(_written(value), MOST_SHOWN)
     except (ValueError, RecursionError):  # a number of 5,000 digits, a table that is 10,000 deep
-        return f"{sort_of(value)} too long to show"
+        return f"{json_kind(value)} too long to show"
 
 
 def _written(value: Any) -> str:
@@ -40,13 +58,6 @@ def _written(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key} = {_written(inner)}' for key, inner in value.items())}}}"
     return repr(value)
-
-
-def sort_of(value: Any) -> str:
-    """What sort of value it is, as users of TOML and JSON say it: a number, a text, a list, a table."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return next((words for kind, words in _SORTS if isinstance(value, kind)), type(value).__name__)
 
 
 def duration(seconds: float) -> str:
