@@ -74,7 +74,7 @@ def read_json(path: Path, *, remedy: str, shape: Callable[[Any], object] | None 
     """
     value = _parsed(path, remedy, ".json")
     if not isinstance(value, dict):
-        raise DamagedFile(f"holds {json_kind(value)}, not a table", remedy=remedy, file=path)
+        raise DamagedFile(f"holds {json_kind(value)}, not an object", remedy=remedy, file=path)
     return fitted(path, value, shape, remedy)
 
 
