@@ -34,7 +34,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.limits import Coefficient, Natural, Share
-from thence.methods.base import Method, Sampler, TokenFacts, in_turn
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, in_turn, switched_on
 from thence.methods.dapo import groups_of
 from thence.methods.mixed import (
     MixedOptions,
@@ -42,7 +42,6 @@ from thence.methods.mixed import (
     entropy_term,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Clip, Logp, Normaliser, Term
 
@@ -115,7 +114,7 @@ class ChordMu(Method):
         own = sampler.rollouts(sampler.next_prompts(prompts), n)
         return placed(sampler, groups_of(own), sampler.demonstrations(sampler.expert_prompts(count)))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o, weights = self.options, []
         mu = share_of_sft(self.step, o.peak, o.valley, o.warmup, o.decay)
         own = sum(t.origin != "demonstration" for t in trajectories)
@@ -127,7 +126,7 @@ class ChordMu(Method):
             policy = (1 - mu) * advantage * (rows / max(n, 1) if o.normaliser == "paper" else 1.0)
             expert = trajectory.origin == "demonstration"
             sft = mu * self.phi(facts[i] if facts else None, n) if expert else 0.0
-            weights.append(rows_of_weights([policy, sft, *([o.entropy] if o.entropy else [])], n))
+            weights.append({"policy": policy, "sft": sft, **switched_on(entropy=o.entropy)})
         return weights
 
     def phi(self, fact: TokenFacts | None, tokens: int) -> Tensor:

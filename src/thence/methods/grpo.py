@@ -18,7 +18,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Trajectory
 from thence.limits import Ceiling, Coefficient, Signed, Tokens
-from thence.methods.base import Method, Options, TokenFacts, group_numbers, reward_of
+from thence.methods.base import Method, Options, TokenFacts, Weights, group_numbers, reward_of, switched_on
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 
 
@@ -77,15 +77,13 @@ class Grpo(Method):
             terms.append(Term("entropy", Entropy(), Normaliser("tokens")))
         return tuple(terms)
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         advantages = self.advantages(trajectories).tolist()
         weights = []
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
-            n = len(trajectory.response_ids)
-            share = 1 / max(n, 1) if o.aggregation == "sequence-mean" else 1.0
-            rows = [advantage * share] + ([o.kl * share] if o.kl else []) + ([o.entropy] if o.entropy else [])
-            weights.append(torch.tensor(rows, dtype=torch.float64)[:, None].repeat(1, n))
+            share = 1 / max(len(trajectory.response_ids), 1) if o.aggregation == "sequence-mean" else 1.0
+            weights.append({"policy": advantage * share, **switched_on(kl=o.kl * share, entropy=o.entropy)})
         return weights
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:

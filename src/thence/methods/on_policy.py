@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
 from thence.limits import PartShare
-from thence.methods.base import Method, TokenFacts
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.base import Method, TokenFacts, Weights, switched_on
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.objective import Clip, Ratio, Surrogate, Term
 
 
@@ -44,10 +42,7 @@ class OnPolicy(Method):
         surrogate: Surrogate = Clip(o.clip_range, o.clip_range) if o.clip else Ratio()
         return (Term("policy", surrogate, policy_normaliser(o)), *entropy_term(o))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
-        bonus = [o.entropy] if o.entropy else []
-        return [
-            rows_of_weights([advantage, *bonus], len(trajectory.response_ids))
-            for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True)
-        ]
+        bonus = switched_on(entropy=o.entropy)
+        return [{"policy": advantage, **bonus} for advantage in advantages(trajectories, o.std).tolist()]

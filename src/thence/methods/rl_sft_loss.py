@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
 from thence.limits import Coefficient
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -26,7 +24,6 @@ from thence.methods.mixed import (
     groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Logp, Ratio, Term
 
@@ -59,14 +56,13 @@ class RlSftLoss(Method):
         policy = Term("policy", Ratio(), policy_normaliser(o))
         return (policy, Term("likelihood", Logp(), likelihood_normaliser(o)), *entropy_term(o))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         own = advantages(trajectories, o.std, own_only=True).tolist()
         weights = []
         for trajectory, advantage in zip(trajectories, own, strict=True):
-            rows = [0.0, o.coefficient] if trajectory.origin == "demonstration" else [advantage, 0.0]
-            rows += [o.entropy] if o.entropy else []
-            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+            policy, likelihood = (0.0, o.coefficient) if trajectory.origin == "demonstration" else (advantage, 0.0)
+            weights.append({"policy": policy, "likelihood": likelihood, **switched_on(entropy=o.entropy)})
         return weights
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:

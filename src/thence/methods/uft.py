@@ -30,12 +30,11 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.limits import Coefficient, Count, Share, Steps
-from thence.methods.base import Method, Options, Sampler, TokenFacts
-from thence.methods.mixed import advantages, rows_of_weights
+from thence.methods.base import Method, Options, Sampler, TokenFacts, Weights, switched_on
+from thence.methods.mixed import advantages
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
 
 # On a token without advantage: makes it count as one of the policy term's, and vanishes when divided or rounded.
@@ -126,15 +125,14 @@ class Uft(Method):
         p = slice_probability(sampler.step, o.hint_steps, o.p_first, o.p_last)
         return sum(sampler.uniform("hint", prompt.index, trial) < p for trial in range(slices))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
             n = len(trajectory.response_ids)
             own = (torch.arange(n) >= trajectory.prefix).double()
-            rows = [own * (advantage or COUNTED), (1 - own) * self.hint_weight]
-            rows += [own * coefficient for coefficient in (o.kl, o.entropy) if coefficient]
-            weights.append(rows_of_weights(rows, n))
+            bonus = {name: own * weight for name, weight in switched_on(kl=o.kl, entropy=o.entropy).items()}
+            weights.append({"policy": own * (advantage or COUNTED), "hint": (1 - own) * self.hint_weight, **bonus})
         return weights
 
 

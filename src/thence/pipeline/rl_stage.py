@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.evaluate.measure import sample_record
 from thence.files import to_json
-from thence.methods.base import Method, TokenFacts, make_rows
+from thence.methods.base import Method, TokenFacts, Weights, bare_row, make_rows
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out, scores_of
 from thence.models.lengths import context_of
-from thence.objective import Batch, Entropy, NegativeKl, Row, Term, TokenStats, divisors, local_counts
+from thence.objective import BareRow, Batch, Entropy, NegativeKl, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
@@ -147,9 +146,9 @@ def rl_step(
         reports = policy_steps(stage, method, trainer, trajectories, reference, minis, mismatch, shares, lessons)
     side = []
     for extra in method.side_steps(sampler):
-        rows = make_rows(extra.trajectories, extra.weights)
-        shares.add(extra.terms, extra.trajectories, extra.weights)
+        rows = make_rows(extra.terms, extra.trajectories, extra.weights)
         batch = Batch(extra.terms, tuple(rows), stage.temperature)
+        shares.add(batch, extra.trajectories)
         side.append(trainer.step(batch, extra.name, lr=extra.lr, clip_norm=extra.clip_norm))
         method.took_step(extra.name, side[-1].grad_norm)
     if context.leads:
@@ -173,45 +172,52 @@ def policy_steps(
     lessons: Lessons | None = None,
 ) -> list[StepReport]:
     """The optimizer steps on one rollout batch."""
-    blank = [torch.zeros(len(method.terms), len(t.response_ids), dtype=torch.float64) for t in trajectories]
-    rows = make_rows(trajectories, blank)
-    replays = any(row.behaviour is not None for row in rows)
-    if needs_behaviour(method.terms) and (minis > 1 or replays):
-        # A replay keeps the log-probabilities of the policy that sampled it.
-        old = trainer.statistics([replace(row, behaviour=None) for row in rows], stage.temperature)
-        rows = [r if r.behaviour is not None else replace(r, behaviour=o) for r, (o, _) in zip(rows, old, strict=True)]
+    bare = [bare_row(trajectory) for trajectory in trajectories]
+    old = fixed = None
+    if needs_behaviour(method.terms) and (minis > 1 or any(t.behaviour is not None for t in trajectories)):
+        old = [logp for logp, _ in trainer.statistics(bare, stage.temperature)]
     if reference is not None:
-        old = policy_statistics(reference, rows, stage.temperature, trainer.settings)
+        fixed = [logp for logp, _ in policy_statistics(reference, bare, stage.temperature, trainer.settings)]
         if trainer.meter is not None:
-            trainer.meter.scored([len(row.token_ids) for row in rows], sum(row.n_trained for row in rows))
-        rows = [replace(row, reference=logp) for row, (logp, _) in zip(rows, old, strict=True)]
+            trainer.meter.scored([len(row.token_ids) for row in bare], sum(row.n_trained for row in bare))
     whole = None if method.uses_facts else method.weigh(trajectories)
-    trust = importance_weights(stage, trainer, trajectories, rows)
+    trust = importance_weights(stage, trainer, trajectories, bare)
     reports = []
     for part in mini_batches(trajectories, minis, trainer.ranks):
         chosen = [trajectories[i] for i in part]
         if whole is None:
-            facts = [TokenFacts(*f) for f in trainer.statistics([rows[i] for i in part], stage.temperature)]
+            facts = [TokenFacts(*f) for f in trainer.statistics([bare[i] for i in part], stage.temperature)]
             weights = method.weigh(chosen, facts)
         else:
             weights = [whole[i] for i in part]
         if trust is not None:
-            policy_J = torch.tensor([not isinstance(term.surrogate, Entropy | NegativeKl) for term in method.terms])
-            weights = [torch.where(policy_J[:, None], w * trust[i], w) for i, w in zip(part, weights, strict=True)]
-        own = tuple(replace(rows[i], weights=weight) for i, weight in zip(part, weights, strict=True))
-        shares.add(method.terms, chosen, weights)
+            weights = [trusted(method.terms, w, trust[i]) for i, w in zip(part, weights, strict=True)]
+        rows = make_rows(method.terms, chosen, weights, old=of(old, part), reference=of(fixed, part))
+        batch = Batch(method.terms, tuple(rows), stage.temperature)
+        shares.add(batch, chosen)
         if lessons is not None:
-            lessons.add(chosen, weights)
+            lessons.add(chosen, rows)
         # only before the first optimizer step of a batch do sampler and trainer hold the same weights
         observers = [mismatch.observer(part)] if not reports else []
-        observers += lessons.observers(own) if lessons is not None else []
-        reports.append(trainer.step(Batch(method.terms, own, stage.temperature), observe=each_of(observers)))
+        observers += lessons.observers(rows) if lessons is not None else []
+        reports.append(trainer.step(batch, observe=each_of(observers)))
         method.took_step("main", reports[-1].grad_norm)
     return reports
 
 
+def of(values: Sequence[Tensor] | None, part: Sequence[int]) -> list[Tensor] | None:
+    """The values at these places, if there are any values."""
+    return None if values is None else [values[i] for i in part]
+
+
+def trusted(terms: Sequence[Term], weights: Weights, trust_n: Tensor) -> Weights:
+    """A trajectory's weights times its importance weights, in all terms but entropy bonus and KL."""
+    policy = {term.name for term in terms if not isinstance(term.surrogate, Entropy | NegativeKl)}
+    return {name: weight * trust_n if name in policy else weight for name, weight in weights.items()}
+
+
 def importance_weights(
-    stage: Rl, trainer: Trainer, trajectories: Sequence[Trajectory], rows: Sequence[Row]
+    stage: Rl, trainer: Trainer, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]
 ) -> list[Tensor] | None:
     """Truncated importance weights of every trained token, shape (n,) each; None where they are not asked for.
 
@@ -220,7 +226,7 @@ def importance_weights(
     if stage.importance_bound is None:
         return None
     weights = []
-    scored = trainer.statistics([replace(row, behaviour=None) for row in rows], stage.temperature)
+    scored = trainer.statistics(bare, stage.temperature)
     for trajectory, (trained, _) in zip(trajectories, scored, strict=True):
         if trajectory.sampler_logps is None or trajectory.origin != "rollout":
             weights.append(torch.ones(len(trained), dtype=torch.float64))
@@ -257,16 +263,15 @@ class Shares:
         self.ranks = ranks
         self.sums = torch.zeros(len(self.KINDS), dtype=torch.float64)
 
-    def add(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
+    def add(self, batch: Batch, trajectories: Sequence[Trajectory]) -> None:
         """Add the absolute weights of a batch over their normalisers' constants, surrogates with a slope of their own
         (shaped probabilities) counted as they stand."""
         own = all(t.origin == "rollout" and not t.prefix for t in trajectories)
         if self.ranks.world == 1 and own and not self.sums.any():
             return
-        batch = Batch(tuple(terms), tuple(make_rows(trajectories, weights)))
-        divisor_J = torch.tensor(divisors(terms, self.ranks.sum_counts(local_counts(batch))), dtype=torch.float64)
-        for trajectory, weight in zip(trajectories, weights, strict=True):
-            size_n = (weight.abs().double() / divisor_J[:, None]).sum(0)
+        divisor_J = torch.tensor(divisors(batch.terms, self.ranks.sum_counts(local_counts(batch))), dtype=torch.float64)
+        for trajectory, row in zip(trajectories, batch.rows, strict=True):
+            size_n = (row.weights.abs() / divisor_J[:, None]).sum(0)
             self.sums[self.KINDS.index(trajectory.origin)] += size_n[trajectory.prefix :].sum()
             self.sums[self.KINDS.index("prefix")] += size_n[: trajectory.prefix].sum()
 
