@@ -35,7 +35,7 @@ from torch import Tensor
 from thence.data.trajectory import Prompt, Trajectory
 from thence.limits import Coefficient, Natural, Share
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, in_turn, switched_on
-from thence.methods.dapo import groups_of
+from thence.methods.groups import groups_of
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
