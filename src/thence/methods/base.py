@@ -84,10 +84,28 @@ class TokenFacts:
     Args:
         logp: log-probabilities, shape (n,), nats.
         entropy: of the distributions that the tokens were drawn from, shape (n,), nats.
+        old: log-probabilities under the policy that the rollout batch was sampled from, from a pass of the trainer's
+            own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before the first optimizer step
+            of a rollout batch this is ``logp`` itself. None: the method does not say that it ``uses_old``.
     """
 
     logp: Tensor
     entropy: Tensor
+    old: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Log of the ratio of each token's probability to the old one, shape (n,), nats.
+
+        Raises:
+            UserError: old log-probabilities were not computed. No ratio is ever taken to be one for want of them.
+        """
+        if self.old is None:
+            raise UserError(
+                "a method reads the policy's old log-probabilities, which were not computed",
+                remedy="set uses_old = True in the method's class",
+            )
+        return self.logp - self.old
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,8 @@ class Method(ABC):
     """Whether it trains on demonstrations in an RL stage: whole ones, or responses that begin with a part of one."""
     uses_facts: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
+    uses_old: ClassVar[bool] = False
+    """Whether :meth:`weigh` looks at the old log-probabilities too (:attr:`TokenFacts.old`); it then gets facts."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -178,7 +198,7 @@ class Method(ABC):
 
         Args:
             trajectories: those of one optimizer step.
-            facts: of the policy before that step, one a trajectory, if the method ``uses_facts``.
+            facts: of the policy before that step, one a trajectory, if the method ``uses_facts`` or ``uses_old``.
 
         Returns:
             For each trajectory a weight for each term, by the term's name: a number for all of its n tokens, or a
@@ -295,12 +315,13 @@ def make_rows(
     rows, ratio = [], needs_behaviour(terms)
     for i, (trajectory, given) in enumerate(zip(trajectories, weights, strict=True)):
         bare, weight = bare_row(trajectory), laid_out(terms, given, len(trajectory.response_ids))
-        behaviour = _behaviour(trajectory, None if old is None else old[i]) if ratio else None
+        behaviour = behaviour_of(trajectory, None if old is None else old[i]) if ratio else None
         rows.append(Row(bare.token_ids, bare.trained, weight, behaviour, None if reference is None else reference[i]))
     return rows
 
 
-def _behaviour(trajectory: Trajectory, old: Tensor | None) -> Tensor | None:
+def behaviour_of(trajectory: Trajectory, old: Tensor | None) -> Tensor | None:
+    """Log-probabilities under the policy that sampled a trajectory, shape (n,): those of a replay, else ``old``."""
     return old if trajectory.behaviour is None else torch.tensor(trajectory.behaviour)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, make_rows
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, behaviour_of, make_rows
 from thence.objective import BareRow, Batch, Entropy, NegativeKl, Term
 from thence.objective.terms import needs_behaviour
 from thence.pipeline.dealing import mini_batches
@@ -47,14 +47,18 @@ class Update:
         """
         method, trainer, temperature = self.method, self.trainer, self.stage.temperature
         bare = [bare_row(trajectory) for trajectory in trajectories]
-        old, reference = self._old_logps(trajectories, bare), self._reference_logps(bare)
-        whole = None if method.uses_facts else method.weigh(trajectories)
+        parts = mini_batches(trajectories, self.minis, trainer.ranks)
+        old, reference = self._old_logps(trajectories, bare, parts), self._reference_logps(bare)
+        whole = None if method.uses_facts or method.uses_old else method.weigh(trajectories)
         trust = self._importance_weights(trajectories, bare)
-        for part in mini_batches(trajectories, self.minis, trainer.ranks):
+        for number, part in enumerate(parts):
             chosen = [trajectories[i] for i in part]
             if whole is None:
-                facts = [TokenFacts(*f) for f in trainer.statistics([bare[i] for i in part], temperature)]
-                weights = method.weigh(chosen, facts)
+                now = dict(zip(part, trainer.statistics([bare[i] for i in part], temperature), strict=True))
+                if number == 0 and method.uses_old:  # the policy has not moved yet
+                    old |= {i: logp for i, (logp, _) in now.items()}
+                was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
+                weights = method.weigh(chosen, [TokenFacts(*now[i], was[i]) for i in part])
             else:
                 weights = [whole[i] for i in part]
             if trust is not None:
@@ -80,24 +84,36 @@ class Update:
             metrics.side.append(report)
             self.method.took_step(extra.name, report.grad_norm)
 
-    def _old_logps(self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]) -> list[Tensor] | None:
+    def _old_logps(
+        self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow], parts: Sequence[Sequence[int]]
+    ) -> dict[int, Tensor]:
         """Log-probabilities of response tokens under the policy as it stands before the first optimizer step.
 
-        Shape (n,) for each trajectory. None where no term needs them, or where the only step is that first one.
+        Shape (n,) by the trajectory's place. Empty where nothing needs them, or where the only step is that first one.
         """
         replays = any(trajectory.behaviour is not None for trajectory in trajectories)
-        if not needs_behaviour(self.method.terms) or not (self.minis > 1 or replays):
-            return None
-        return [logp for logp, _ in self.trainer.statistics(bare, self.stage.temperature)]
+        if self.method.uses_old:
+            # In the micro-batches of the later passes: then rounding cannot look like a change of the policy. Before
+            # the first step the policy is the old one, and no pass is needed.
+            cut: Sequence[Sequence[int]] = parts[1:]
+        elif needs_behaviour(self.method.terms) and (self.minis > 1 or replays):
+            cut = [range(len(bare))]
+        else:
+            cut = []
+        found: dict[int, Tensor] = {}
+        for part in cut:
+            scored = self.trainer.statistics([bare[i] for i in part], self.stage.temperature)
+            found |= {i: logp for i, (logp, _) in zip(part, scored, strict=True)}
+        return found
 
-    def _reference_logps(self, bare: Sequence[BareRow]) -> list[Tensor] | None:
-        """The same under the reference policy; None without one."""
+    def _reference_logps(self, bare: Sequence[BareRow]) -> dict[int, Tensor]:
+        """The same under the reference policy; empty without one."""
         if self.reference is None:
-            return None
+            return {}
         if self.trainer.meter is not None:
             self.trainer.meter.scored([len(row.token_ids) for row in bare], sum(row.n_trained for row in bare))
         found = policy_statistics(self.reference, bare, self.stage.temperature, self.trainer.settings)
-        return [logp for logp, _ in found]
+        return {i: logp for i, (logp, _) in enumerate(found)}
 
     def _importance_weights(self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]) -> list[Tensor] | None:
         """Truncated importance weights of every trained token, shape (n,) each; None where they are not asked for.
@@ -124,5 +140,5 @@ def trusted(terms: Sequence[Term], weights: Weights, trust_n: Tensor) -> Weights
     return {name: weight * trust_n if name in policy else weight for name, weight in weights.items()}
 
 
-def _of(values: Sequence[Tensor] | None, part: Sequence[int]) -> list[Tensor] | None:
-    return None if values is None else [values[i] for i in part]
+def _of(values: Mapping[int, Tensor], part: Sequence[int]) -> list[Tensor] | None:
+    return [values[i] for i in part] if values else None
