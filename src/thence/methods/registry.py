@@ -17,6 +17,7 @@ from thence.methods.dapo import Dapo
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.exgrpo import ExGrpo
 from thence.methods.grpo import Grpo
+from thence.methods.gspo import Gspo
 from thence.methods.hpt import Hpt
 from thence.methods.luffy import Luffy
 from thence.methods.mixed_policy import MixedPolicy
@@ -35,7 +36,7 @@ from thence.recipe import Sft as SftStage
 from thence.section import refusal
 
 OWN: tuple[type[Method], ...] = (
-    Sft, Grpo, DrGrpo, Dapo,
+    Sft, Grpo, DrGrpo, Dapo, Gspo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
 )  # fmt: skip
