@@ -114,7 +114,10 @@ def test_gradients_of_all_optimizer_steps_are_those_of_the_sequence_ratio(tiny_m
         loss, held = stated_loss(method, model, trajectories[part], old[part])
         assert relative(got, gradient(model, loss)) <= 1e-12
         held_back += held
-        ratios = [float((row_statistics(model, t)[0] - o).mean().exp()) for t, o in zip(trajectories, old, strict=True)]
+        ratios = [
+            (row_statistics(model, t)[0].detach() - o).mean().exp().item()
+            for t, o in zip(trajectories, old, strict=True)
+        ]
         assert max(abs(ratio - 1) for ratio in ratios[part]) > 0.005 or number == 0  # the policy has moved
     assert not any(held_back[:GROUP])
     assert any(held_back) == isinstance(method, Gspo)  # the clip is tried, on some responses

@@ -16,7 +16,7 @@ from oracle import make_batch as batch_of
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
 from thence.methods import registry
-from thence.methods.base import make_batch, make_rows
+from thence.methods.base import Method, make_batch, make_rows
 from thence.methods.dapo import Dapo, overlong_penalty
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.grpo import Grpo
@@ -300,12 +300,44 @@ def test_a_wrong_method_or_option_is_named_with_a_remedy(name, options, stage, f
 def test_another_package_can_add_a_method(monkeypatch):
     class Mine(Grpo):
         name = "mine"
+        exactness = "exact"
 
     entry = SimpleNamespace(name="mine", load=lambda: Mine)
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "thence.methods" else [])
     method = registry.make_method("mine", {"clip_low": 0.1}, "rl")
     assert isinstance(method, Mine)
     assert method.options.clip_low == 0.1
+
+
+class Silent(Grpo):
+    name = "silent"
+
+
+class Vague(Grpo):
+    exactness = "nearly"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Silent, "method 'theirs' .* does not state its exactness .*Silent"),
+        (Vague, "does not state its exactness"),
+        (len, "'theirs' .* is not a method"),
+        (dict, "'theirs' .* is not a method"),
+    ],
+)
+def test_a_method_of_another_package_that_does_not_say_what_it_is_is_refused(monkeypatch, found, said):
+    entry = SimpleNamespace(name="theirs", load=lambda: found)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.raises(UserError, match=said) as caught:
+        registry.make_method("theirs", {}, "rl")
+    assert "exactness =" in caught.value.remedy or "subclass" in caught.value.remedy
+
+
+def test_every_method_states_its_exactness_in_its_own_class():
+    assert not hasattr(Method, "exactness")
+    for method in registry.OWN:
+        assert registry.stated(method.name, method) is method
 
 
 def test_sft_can_count_every_response_the_same():

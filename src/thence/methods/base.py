@@ -141,8 +141,9 @@ class Method(ABC):
     """The loss in one line."""
     source: ClassVar[str]
     """Where the formula stands."""
-    exactness: ClassVar[Literal["exact", "reconstruction"]] = "exact"
-    """reconstruction: parts of it are not public, and what stands for them was chosen here."""
+    exactness: ClassVar[Literal["exact", "reconstruction"]]
+    """reconstruction: parts of it are not public, and what stands for them was chosen here. There is no default, and
+    none is inherited: every method that can be named in a recipe states it in its own class."""
     demonstrations: ClassVar[Literal["no", "whole", "begun"]] = "no"
     """Whether it trains on demonstrations in an RL stage: whole ones, or responses that begin with a part of one."""
     uses_facts: ClassVar[bool] = False

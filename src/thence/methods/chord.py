@@ -90,6 +90,7 @@ class ChordMu(Method):
     demonstrations = "whole"
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert log pi, mu from 0.9 to 0.05"
     source = "arXiv 2508.11408 and its code in Trinity-RFT"
+    exactness = "exact"
     Options = ChordOptions
     step = 0
     sampler: Sampler | None = None
@@ -139,6 +140,7 @@ class ChordPhi(ChordMu):
 
     name = "chord_phi"
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert p (1 - p) log pi, mu = 0.1"
+    exactness = "exact"
     uses_facts = True
     Options = ChordPhiOptions
 

@@ -118,6 +118,7 @@ class Hpt(Gated):
     name = "hpt"
     formula = "-(1/N) [sum r A over prompts with mean score > gate + c sum log pi(y*) over the others], A = R - mean"
     source = "arXiv 2509.04419 and its released code"
+    exactness = "exact"
     Options = HptOptions
 
     def imitates(self, group: Sequence[Trajectory]) -> bool:

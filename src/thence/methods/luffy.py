@@ -53,6 +53,7 @@ class Luffy(Method):
     demonstrations = "whole"
     formula = "-(1/Z) [sum_own r A + sum_expert pi/(pi + 0.1) A], A = R - mean of the group with its demonstration"
     source = "arXiv 2504.14945 eq. 5-8 with the settings of the released main run"
+    exactness = "exact"
     Options = LuffyOptions
 
     @property

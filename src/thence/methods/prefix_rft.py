@@ -85,6 +85,7 @@ class PrefixRft(Method):
         "-(1/N) sum min(r A k, clip(r, 0.8, 1.2) A k) dual clip 3, A = R - mean of 7 own and 1 begun by the expert"
     )
     source = "arXiv 2507.01679 and its repository"
+    exactness = "exact"
     uses_facts = True
     Options = PrefixRftOptions
 

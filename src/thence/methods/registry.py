@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from thence.errors import RecipeError
+from thence.errors import RecipeError, UserError
 from thence.methods.base import Method
 from thence.methods.bread import Bread
 from thence.methods.chord import ChordMu, ChordPhi
@@ -44,11 +44,36 @@ ENTRY_POINT_GROUP = "thence.methods"
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method by name; an installed package adds its own under the entry point group ``thence.methods``."""
+    """Every method by name; an installed package adds its own under the entry point group ``thence.methods``.
+
+    Raises:
+        UserError: see :func:`stated`.
+    """
     found = {method.name: method for method in OWN}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        found[entry.name] = entry.load()
+        found[entry.name] = stated(entry.name, entry.load())
     return found
+
+
+def stated(name: str, method: Any) -> type[Method]:
+    """A method of another package, if it says what it is.
+
+    Raises:
+        UserError: it is no :class:`Method`, or does not state its exactness in its own class.
+    """
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(
+            f"the entry point {name!r} of an installed package is not a method",
+            remedy="let it name a subclass of thence.methods.base.Method, or uninstall the package",
+        )
+    if vars(method).get("exactness") not in ("exact", "reconstruction"):
+        raise UserError(
+            f"method {name!r} of an installed package does not state its exactness ({method.__module__}."
+            f"{method.__qualname__})",
+            remedy='add exactness = "exact" to its class if formula and mechanics are all public, else '
+            'exactness = "reconstruction"; or uninstall the package',
+        )
+    return method
 
 
 def stage_method(stage: SftStage | Rl, where: str, max_tokens: int | None = None) -> Method:

@@ -62,6 +62,7 @@ class Relift(Method):
     demonstrations = "whole"
     formula = "RL: -(1/N) sum r A; at 128 unsolved prompts one SFT step: -(1/N_sft) sum [log pi(y*_t) + alpha H_t]"
     source = "arXiv 2506.07527 and its released code"
+    exactness = "exact"
     Options = ReliftOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):

@@ -43,6 +43,7 @@ class RlSftLoss(Method):
     demonstrations = "whole"
     formula = "-(1/Z) sum_own r A - (1/Z_demo) sum_expert log pi, A = R - mean of the own responses"
     source = "arXiv 2504.14945, the baseline of its released scripts"
+    exactness = "exact"
     Options = RlSftLossOptions
 
     @property

@@ -31,6 +31,7 @@ class Sft(Method):
     stage = "sft"
     formula = "-(1/N) sum log pi(y_t), N = response tokens of the step"
     source = "arXiv 2604.23747, Algorithm 2"
+    exactness = "exact"
     Options = SftOptions
 
     @property

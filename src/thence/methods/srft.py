@@ -72,6 +72,7 @@ class Srft(Method):
     demonstrations = "whole"
     formula = "-sum_expert (0.5 e^-H log pi + A f(pi)) - sum_right 0.1 e^H log pi + sum_wrong log pi, each over Z"
     source = "arXiv 2506.19767 eq. 4-11, with H and f as in the re-implementation in HPT's code"
+    exactness = "exact"
     uses_facts = True
     Options = SrftOptions
 
