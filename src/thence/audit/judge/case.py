@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thence.audit.judge.diagnose import FLOORS, AskedObjective, diagnose_step
+from thence.audit.judge.diagnose import diagnose_step
 from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.judge.weights import FLOORS, AskedObjective
 from thence.audit.judge.windows import planned_places, planned_steps, window_findings
 from thence.audit.result import Case, CaseResult, Finding, StepResult
 from thence.audit.solve.explain import explain

@@ -19,15 +19,15 @@ from thence.audit.solve.probe import LENGTHS
 from thence.audit.solve.sequences import KnownExample
 from thence.errors import UserError
 
-Row = Mapping[str, Sequence[int]]
-Step = Callable[..., Any]
+LabelledRow = Mapping[str, Sequence[int]]
+StepFunction = Callable[..., Any]
 
 
 def check(
-    step: Step,
+    step: StepFunction,
     *,
     model: nn.Module,
-    batch: Sequence[Row] | None = None,
+    batch: Sequence[LabelledRow] | None = None,
     asked: str = "token-mean",
     lr: float | None = None,
     vocabulary: int | None = None,
@@ -76,7 +76,7 @@ def check(
     )
 
 
-def random_rows(vocabulary: int, seed: int = 0, lengths: Sequence[int] = LENGTHS[:8]) -> list[Row]:
+def random_rows(vocabulary: int, seed: int = 0, lengths: Sequence[int] = LENGTHS[:8]) -> list[LabelledRow]:
     """Rows of random tokens: a prompt of 4 to 6 tokens, then a response of the given length."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -105,7 +105,13 @@ def _cases(rows: int, cut: bool, asked: str, lr: float | None) -> list[Case]:
 
 
 def _one(
-    step: Step, model: nn.Module, rows: Sequence[Row], case: Case, judge: Judge, cut: bool, lr: float | None
+    step: StepFunction,
+    model: nn.Module,
+    rows: Sequence[LabelledRow],
+    case: Case,
+    judge: Judge,
+    cut: bool,
+    lr: float | None,
 ) -> CaseResult:
     own = copy.deepcopy(model)
     before = _state(own)
@@ -127,7 +133,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def _takes_a_cut(step: Step) -> bool:
+def _takes_a_cut(step: StepFunction) -> bool:
     try:
         parameters = inspect.signature(step).parameters
     except (TypeError, ValueError):
@@ -148,7 +154,7 @@ def _vocabulary(model: nn.Module) -> int:
     )
 
 
-def _validate(rows: Sequence[Row]) -> None:
+def _validate(rows: Sequence[LabelledRow]) -> None:
     for index, row in enumerate(rows):
         missing = [key for key in ("input_ids", "labels") if key not in row]
         if missing or len(row["input_ids"]) != len(row["labels"]):

@@ -19,7 +19,7 @@ from thence.audit.judge.case import Evidence, Judge
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for
-from thence.audit.run.stack import Tell, working_folder
+from thence.audit.run.stack import OnCase, working_folder
 from thence.audit.solve.probe import Probe, write_probe
 from thence.errors import UserError
 from thence.redaction import redacted_command
@@ -59,7 +59,7 @@ def audit_program(
     seed: int = 0,
     seconds: float = 120.0,
     keep: Path | None = None,
-    tell: Tell = lambda _: None,
+    tell: OnCase = lambda _: None,
 ) -> Report:
     """Run a program over the matrix that its placeholders allow, one optimizer step a case, and judge what it writes.
 

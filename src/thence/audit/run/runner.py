@@ -48,7 +48,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Group:
+class StackProcesses:
     """The processes of one start, one a rank: they import the stack and wait for their cases.
 
     Args:
@@ -91,7 +91,7 @@ def load_adapter(name: str) -> Adapter:
     return Adapter(Path(name).stem.replace("_", "-"), path, module.STACK, frozenset(module.AXES), cases)
 
 
-def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Group:
+def start_processes(adapter: Adapter, python: str, folder: Path, ranks: int) -> StackProcesses:
     """Start processes that import the stack, before there are cases or a probe.
 
     Raises:
@@ -101,18 +101,18 @@ def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Grou
         old.unlink()
     job = folder / "job.json"
     _write(job, {"adapter": str(adapter.path.resolve()), "out": str(folder)})
-    return Group(ranks, job, tuple(_start(python, job, folder, ranks)))
+    return StackProcesses(ranks, job, tuple(_start(python, job, folder, ranks)))
 
 
 @contextlib.contextmanager
-def started_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Iterator[Group]:
-    """:func:`start_group`; whatever happens, the processes end with the block."""
-    group = start_group(adapter, python, folder, ranks)
+def started_processes(adapter: Adapter, python: str, folder: Path, ranks: int) -> Iterator[StackProcesses]:
+    """:func:`start_processes`; whatever happens, the processes end with the block."""
+    started = start_processes(adapter, python, folder, ranks)
     try:
-        yield group
+        yield started
     finally:
-        if any(process.returncode is None for process in group.processes):
-            _stop(group.processes, grace=0.0)
+        if any(process.returncode is None for process in started.processes):
+            _stop(started.processes, grace=0.0)
 
 
 def run_cases(
@@ -124,7 +124,7 @@ def run_cases(
     *,
     seconds: float = 120.0,
     tell: Callable[[Observation], None] = lambda _: None,
-    first: Group | None = None,
+    first: StackProcesses | None = None,
 ) -> tuple[list[Observation], dict[str, str], float]:
     """Run cases and return their observations in order, the stack's versions, and the seconds of its imports.
 
@@ -145,9 +145,9 @@ def run_cases(
         left = [(name, case) for name, case in numbered if case.ranks == ranks]
         while left:
             early = first if first is not None and first.ranks == ranks else None
-            group, first = early or start_group(adapter, python, folder, ranks), None
+            started, first = early or start_processes(adapter, python, folder, ranks), None
             try:
-                done, said, waited = _run_group(group, adapter, python, probe, left, folder, seconds, tell)
+                done, said, waited = _run_processes(started, adapter, python, probe, left, folder, seconds, tell)
             except UserError as error:
                 if not found:
                     raise
@@ -160,8 +160,8 @@ def run_cases(
     return [found[name] for name, _ in numbered], versions, imports
 
 
-def _run_group(
-    group: Group,
+def _run_processes(
+    started: StackProcesses,
     adapter: Adapter,
     python: str,
     probe: Probe,
@@ -171,7 +171,7 @@ def _run_group(
     tell: Callable[[Observation], None],
 ) -> tuple[dict[str, Observation], dict[str, str], float]:
     """One start of the processes: as many cases as they manage, at least one."""
-    processes, ranks = group.processes, group.ranks
+    processes, ranks = started.processes, started.ranks
     for name, _ in cases:
         shutil.rmtree(folder / name, ignore_errors=True)
     job = {
@@ -181,7 +181,7 @@ def _run_group(
         "out": str(folder),
         "cases": [asdict(case) | {"folder": name} for name, case in cases],
     }
-    _write(group.job, job)
+    _write(started.job, job)
     found: dict[str, Observation] = {}
     try:
         ready = _wait(processes, [folder / f"ready-{r}.json" for r in range(ranks)], 600.0)

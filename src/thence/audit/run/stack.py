@@ -14,13 +14,13 @@ from thence import __version__
 from thence.audit.report import Report, make_report
 from thence.audit.result import CaseResult
 from thence.audit.run.cases import cases_for
-from thence.audit.run.runner import Observation, load_adapter, run_cases, started_group
+from thence.audit.run.runner import Observation, load_adapter, run_cases, started_processes
 from thence.audit.solve.probe import write_probe
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
 
 MARKER = ".thence-audit.json"
-Tell = Callable[[CaseResult], None]
+OnCase = Callable[[CaseResult], None]
 
 
 def audit_stack(
@@ -34,7 +34,7 @@ def audit_stack(
     seed: int = 0,
     seconds: float = 120.0,
     keep: Path | None = None,
-    tell: Tell = lambda _: None,
+    tell: OnCase = lambda _: None,
 ) -> Report:
     """Audit a stack by the name of its adapter, or an adapter's file.
 
@@ -66,7 +66,7 @@ def audit_stack(
         first = None
         if cases:
             ranks = min(case.ranks for case in cases)
-            first = opened.enter_context(started_group(adapter, python, folder, ranks))
+            first = opened.enter_context(started_processes(adapter, python, folder, ranks))
         # The stack is being imported; so is torch now, here.
         from thence.audit.judge.case import Judge
 
