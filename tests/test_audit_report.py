@@ -24,7 +24,7 @@ from thence.audit.result import (
     Case,
     CaseResult,
     Finding,
-    KnownFault,
+    PublicReport,
     Role,
     SequenceWeights,
     StepResult,
@@ -149,7 +149,7 @@ def dropping() -> Report:
         "This trainer is asked for the token mean, but in 2 of 5 cases: first and last micro-batch only.",
         "The micro-batches between the first and the last never reach the optimizer.",
     )
-    known = KnownFault(
+    known = PublicReport(
         "zero2-cpu-offload",
         "deepspeed",
         "<0.18.0",

@@ -30,7 +30,7 @@ from thence.audit.heatmap import SHADES, heat_map, shade
 from thence.audit.judge.findings import CATALOGUE
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.report import Report
-from thence.audit.result import CaseResult, KnownFault, Role, StepResult
+from thence.audit.result import CaseResult, PublicReport, Role, StepResult
 from thence.files import finite
 from thence.report.samples import visible
 
@@ -128,7 +128,7 @@ def _in(case: str) -> str:
     return f"in “{visible(case)}”"
 
 
-def _known(fault: KnownFault) -> dict[str, Any]:
+def _known(fault: PublicReport) -> dict[str, Any]:
     return {
         "title": title(fault.id),
         "package": visible(fault.package),

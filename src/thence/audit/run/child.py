@@ -57,12 +57,7 @@ class Session:
         source = Path(self._data[layout])
         cut = self.folder / f"data-{layout}{source.suffix}"
         if not cut.exists():
-            if source.suffix == ".json":
-                rows = json.loads(source.read_text(encoding="utf-8"))[: self.case["examples"]]
-                cut.write_text(json.dumps(rows), encoding="utf-8")
-            else:
-                lines = source.read_text(encoding="utf-8").splitlines()[: self.case["examples"]]
-                cut.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_first(source, cut, self.case["examples"])
         return str(cut)
 
     def rows(self) -> list[dict]:
@@ -141,6 +136,16 @@ class Session:
             handle.remove()
         path = self.folder / "record.json"
         path.write_text(json.dumps(self.record), encoding="utf-8")
+
+
+def write_first(source: Path, target: Path, examples: int) -> None:
+    """Write the first examples of a data file, a JSON list or JSONL, into another."""
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".json":
+        text = json.dumps(json.loads(text)[:examples])
+    else:
+        text = "\n".join(text.splitlines()[:examples]) + "\n"
+    target.write_text(text, encoding="utf-8")
 
 
 def clean_name(name: str) -> str:
