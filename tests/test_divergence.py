@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pipeline import Recipes, recipes, reward_file, tokenizer_folder  # noqa: F401 - fixtures
+from test_pipeline import Recipes, recipes  # noqa: F401 - fixtures
 
 import thence.pipeline.run as running
 from thence.cli import main

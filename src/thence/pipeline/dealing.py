@@ -9,7 +9,7 @@ from typing import Any
 from thence.data.trajectory import Trajectory
 from thence.errors import UserError
 from thence.methods.base import Method
-from thence.methods.dapo import groups_of
+from thence.methods.groups import groups_of
 from thence.pipeline.context import Context
 from thence.pipeline.sampler import RolloutSampler
 from thence.train.parallel import Ranks
