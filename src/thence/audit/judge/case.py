@@ -130,9 +130,16 @@ class Judge:
             status, reason = "not judged", str(stop)
         return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
 
-    def plan(self, case: Case) -> list[list[Piece]]:
-        """The pieces of every step, if rows are taken in order and dealt to ranks micro-batch by micro-batch."""
-        return [planned_pieces(self.known, places) for places in planned_places(case)]
+    def plan(self, case: Case, *, cut_known: bool = True) -> list[list[Piece]]:
+        """The pieces of every step, if rows are taken in order and dealt to ranks micro-batch by micro-batch.
+
+        Args:
+            cut_known: False where nobody knows how the trainer cuts the rows into micro-batches and ranks.
+        """
+        steps = planned_places(case)
+        if not cut_known:
+            steps = [[(example, None, None) for example, _, _ in places] for places in steps]
+        return [planned_pieces(self.known, places) for places in steps]
 
     def solver(
         self, state: Mapping[str, Tensor], regression: type[LeastSquares] | type[SignRegression] = LeastSquares

@@ -56,7 +56,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         "finding",
         objective,
         asked,
-        (_what(main, worst, hit, judged, asked), _means(main, worst[0], ids[1:], faults)),
+        (_what(main, worst, hit, judged, asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
         " ".join(dict.fromkeys(CATALOGUE[i].remedy for i in ids[:2])),
         public_reports(versions, ids),
     )
@@ -217,6 +217,13 @@ def _means(main: str, case: CaseResult, others: Sequence[str], faults: Mapping) 
         names = ", ".join(f"{CATALOGUE[i].title} ({len(faults[i])})" for i in others)
         words += f" Also found (number of cases): {names}."
     return words
+
+
+def _law(judged: Sequence[CaseResult]) -> str:
+    """What the size of the update follows, where that is not one and the same weight in all."""
+    law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
+    name = scale_law(judged)
+    return f" The size of the update follows {law[name]}." if name in law else ""
 
 
 def _worst_step(case: CaseResult) -> StepResult | None:

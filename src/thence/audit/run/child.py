@@ -53,7 +53,7 @@ class Session:
     def data(self, layout: str) -> str:
         """Path of the probe's data: ``rows`` (input_ids, labels), ``messages``, ``prompt-completion`` (text with the
         chat template already applied), ``chat-prompt-completion`` (lists of messages) or ``alpaca`` (instruction,
-        output; a JSON list). Cut to the number of examples of the case."""
+        output; a JSON list). Cut to the number of examples of the case. Raises KeyError for another layout."""
         source = Path(self._data[layout])
         cut = self.folder / f"data-{layout}{source.suffix}"
         if not cut.exists():
@@ -119,7 +119,7 @@ class Session:
         return self.record["steps"] >= self.case["steps"]
 
     def stop(self):
-        """Leave the stack's loop."""
+        """Leave the stack's loop. Raises StopCase."""
         raise StopCase
 
     def say(self, **facts) -> None:
@@ -128,10 +128,11 @@ class Session:
         self.record["said"].update(facts)
 
     def skip(self, reason: str):
-        """Leave this case out, by name."""
+        """Leave this case out, by name. Raises SkipCase."""
         raise SkipCase(reason)
 
     def close(self) -> None:
+        """Write the record, and end the watching."""
         for handle in self._handles:
             handle.remove()
         path = self.folder / "record.json"
@@ -158,7 +159,7 @@ def clean_name(name: str) -> str:
 
 
 def load_adapter(path: str):
-    """Import an adapter from its file."""
+    """Import an adapter from its file. Raises ImportError where it is not a Python file."""
     spec = importlib.util.spec_from_file_location("audited_adapter", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
@@ -218,6 +219,7 @@ def wait_for_cases(path: Path) -> dict:
 
 
 def main() -> None:
+    """Run the cases of the job file that the command line names."""
     path = Path(sys.argv[1]).absolute()
     job = json.loads(path.read_text(encoding="utf-8"))
     start = time.monotonic()

@@ -50,7 +50,7 @@ def check(
         seed: of the random rows.
 
     Raises:
-        UserError: rows without labels, or a step that does not take (model, rows).
+        UserError: rows without labels, or none given and the model's vocabulary size is not known.
     """
     start = time.monotonic()
     rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
@@ -77,7 +77,12 @@ def check(
 
 
 def random_rows(vocabulary: int, seed: int = 0, lengths: Sequence[int] = LENGTHS[:8]) -> list[LabelledRow]:
-    """Rows of random tokens: a prompt of 4 to 6 tokens, then a response of the given length."""
+    """Rows of random tokens: a prompt of 4 to 6 tokens, then a response.
+
+    Args:
+        vocabulary: ids are drawn below it.
+        lengths: tokens of the responses.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index, length in enumerate(lengths):
@@ -122,9 +127,7 @@ def _one(
     except Exception as error:
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
-    pieces = judge.plan(case)
-    if not cut:
-        pieces = [[replace(piece, micro_batch=None, rank=None) for piece in part] for part in pieces]
+    pieces = judge.plan(case, cut_known=cut)
     result = judge.case(case, Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None))
     return replace(result, seconds=seconds)
 

@@ -71,6 +71,8 @@ def audit_program(
         program: words of the command line, with ``{placeholders}``.
         layout: of the data file: ``rows``, ``messages``, ``prompt-completion``, ``chat-prompt-completion``, ``alpaca``.
         asked: the objective that the program is meant to have; a key of ``OBJECTIVES``.
+        lr: learning rate, if the program takes plain SGD steps; then the scale of the update is judged too.
+        quick, only, model_type, seed, seconds, keep, tell: as in :func:`thence.audit.audit_stack`.
 
     Raises:
         UserError: unknown or missing placeholders, unknown layout, or a program that does not exist.
@@ -194,9 +196,7 @@ def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     if trained is None:
         reason = f"no model (*.safetensors) was written below {{out}} ({out.name})"
         return CaseResult(case, "failed", reason, seconds=waited)
-    pieces = program.judge.plan(case)
-    if "micro_batch" not in program.placeholders:
-        pieces = [[replace(piece, micro_batch=None, rank=None) for piece in step] for step in pieces]
+    pieces = program.judge.plan(case, cut_known="micro_batch" in program.placeholders)
     if program.lr is not None:
         case = replace(case, optimizer="sgd", lr=program.lr)
     states = [read_model(program.probe.model), read_model(trained)]
