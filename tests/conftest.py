@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipes import Tables, file_recipe
 
 torch.set_num_threads(1)
 
@@ -64,3 +66,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(found):
             if len(found) > wanted and number not in quick:
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Tables:
+    """SFT, RL and an evaluation on files; everything but the model's size is as a user would have it."""
+    return file_recipe(tmp_path)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import Tables, changed, file_recipe, write_rows
 from test_ground import stop_in_rl
-from test_preflight import Tables, changed, tables, write_rows
 
 from thence.cli import main
 from thence.errors import UserError
@@ -31,7 +31,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tables]:
     """Runs in three states, to be copied: done, with RL begun, and with the last training stage done alone."""
     made = {}
     at = tmp_path_factory.mktemp("kept")
-    plain = changed(tables.__wrapped__(at), {"rl.checkpoint_every": 1})  # type: ignore[attr-defined]
+    plain = changed(file_recipe(at), {"rl.checkpoint_every": 1})
     made["done"] = changed(plain, {"folder": str(at / "done"), "stages": ["sft", "rl", "eval"]})
     run(made["done"])
     made["begun"] = changed(plain, {"folder": str(at / "begun"), "stages": ["sft", "eval", "rl"], "rl.steps": 4})

@@ -15,7 +15,7 @@ import pytest
 from comparisons import make_comparison
 from test_eval import Counting, data, settings_of  # noqa: F401 - data is a fixture
 from test_eval import run as evaluated
-from test_pipeline import Recipes, metrics, recipes, reward_file, tokenizer_folder, weights  # noqa: F401 - fixtures
+from test_pipeline import Recipes, metrics, recipes, weights  # noqa: F401 - fixtures
 
 from thence.cli import main
 from thence.compare.result import RESULTS, read_results, to_json, write_results
@@ -145,11 +145,9 @@ def test_the_study_is_not_judged_from_damaged_results_and_keeps_its_own(tmp_path
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
-    tokenizer_folder: Path,  # noqa: F811
-    reward_file: Path,  # noqa: F811
 ) -> tuple[dict[str, Any], Path]:
     """A run whose evaluation has still to be done, over a trained stage."""
-    made = Recipes(tokenizer_folder, reward_file, tmp_path_factory.mktemp("finished"))
+    made = Recipes(tmp_path_factory.mktemp("finished"))
     recipe = made(["sft", "eval"], eval={"reward_right_from": 0.1})
     return recipe, run(recipe)
 

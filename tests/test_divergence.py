@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pipeline import Recipes, recipes, reward_file, tokenizer_folder  # noqa: F401 - fixtures
+from test_pipeline import Recipes, recipes  # noqa: F401 - fixtures
 
 import thence.pipeline.run as running
 from thence.cli import main
@@ -78,6 +79,7 @@ def test_the_command_line_exits_with_2_and_the_metrics_are_json(
     assert main(["run", str(tmp_path / "r.toml")]) == 2
     said = capsys.readouterr().err
     assert "the step was not taken" in said and "Traceback" not in said
+    assert re.search(r"sft\.lr: training diverged in step \d+ of stage sft: ", said) and "--sft.lr" in said
     folder = Path(recipe["folder"])
     assert not (folder / "stages" / "sft" / "done.json").exists()
     for line in (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else ():

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import model_table
 from rich.console import Console
 
 from thence.cli import main
 from thence.compare.summary import summarise as summarise_run
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import RecipeError, UserError
-from thence.evaluate.accuracy import mean_reward
 from thence.evaluate.metrics import mean_reward_of
 from thence.pipeline.preflight import gives_degrees, preflight
 from thence.pipeline.run import run
@@ -29,17 +29,15 @@ HEAD = "def reward(prompt, response, answer):\n"
 
 def tables(folder: Path, body: str, after: str = "", **changes: dict[str, Any]) -> dict[str, Any]:
     """A recipe of a tiny random model whose evaluation, and RL, are graded by an own function."""
-    save_tokenizer(folder / "tokenizer")
     (folder / "own.py").write_text(f"{HEAD}    {body}\n{after}\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    reward = f"{folder / 'own.py'}:reward"
     own: dict[str, Any] = {
         "folder": str(folder / "run"),
         "stages": ["eval"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(folder / "tokenizer")},
+        "model": model_table(folder),
         "data": {"source": ["world:chain"], "limit": 4},
-        "eval": {"max_tokens": 4, "samples": 2, "reward": f"{folder / 'own.py'}:reward"},
-        "rl": {"max_tokens": 4, "steps": 1, "prompts": 2, "rollouts": 2, "reward": f"{folder / 'own.py'}:reward"},
+        "eval": {"max_tokens": 4, "samples": 2, "reward": reward},
+        "rl": {"max_tokens": 4, "steps": 1, "prompts": 2, "rollouts": 2, "reward": reward},
     }
     return {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in own.items()}
 
@@ -162,14 +160,11 @@ def test_samples_show_the_degree(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_mean_reward_may_have_any_scale() -> None:
-    level = mean_reward([-200.0, 100.0, 400.0])
-    assert level is not None and level.mean == 100 and level.low is not None and level.high is not None
-    assert level.low < -200 and level.high > 400  # Student's t of two degrees of freedom: wide
     score = mean_reward_of([[-200.0], [100.0, 100.0], [400.0], []], 2)
-    assert (score.value, score.low, score.high, score.problems) == (100, level.low, level.high, 3)
-    assert mean_reward([]) is None
-    only = mean_reward([3.0])
-    assert only is not None and (only.mean, only.low, only.high) == (3.0, None, None)
+    assert (score.value, score.problems) == (100, 3)
+    assert score.low < -200 and score.high > 400  # Student's t of two degrees of freedom: wide
+    only = mean_reward_of([[3.0]], 1)
+    assert (only.value, only.low, only.high) == (3.0, -math.inf, math.inf)
 
 
 def test_an_exit_in_code_that_is_not_ours_does_not_count_as_done(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_preflight import ROWS, Tables, changed, tables, write_rows  # noqa: F401 - tables is a fixture
+from recipes import ROWS, Tables, changed, write_rows
 
 import thence.pipeline.prompts as prompts
 import thence.pipeline.run as running
@@ -23,7 +23,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 @pytest.fixture
-def recipe(tables: Tables, tmp_path: Path) -> Tables:  # noqa: F811
+def recipe(tables: Tables, tmp_path: Path) -> Tables:
     """Everything in files: the model too, and a chat template."""
     loaded = load_model(Model(**tables["model"]), torch.device("cpu"))
     save_model(loaded.model, loaded.tokenizer, tmp_path / "base")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from oracle import gradient, relative, row_statistics
+from recipes import world_recipe
 from safetensors.torch import load_file
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import RecipeError, UserError
 from thence.methods import registry
 from thence.methods.base import TokenFacts, make_rows
@@ -370,26 +370,13 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``recipe(method, folder, **rl)``: three steps of two optimizer steps on a world with demonstrations."""
     others = tuple(method for method in registry.OWN if method.name not in NAMES)
     monkeypatch.setattr(registry, "OWN", (*others, *METHODS))
-    save_tokenizer(tmp_path / "tokenizer")
-    reward = tmp_path / "own.py"
-    reward.write_text("def first(prompt, response, answer):\n    return float(response[:1] in '0123')\n")
-    model = {"model_type": "llama", "vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32}
-    model |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"num_key_value_heads": 1, "max_position_embeddings": 128}
 
     def make(method: str, folder: str = "run", **rl: Any) -> dict[str, Any]:
-        own = {"lr": 1e-2, "steps": 3, "prompts": 4, "mini_batch": 2, "rollouts": 4, "max_tokens": 8}
-        own |= {"method": method, "reward": f"{reward}:first", "checkpoint_every": 1}
-        return {
-            "folder": str(tmp_path / folder),
-            "stages": ["rl"],
-            "seed": 5,
-            "model": {
-                "init": model | {"max_position_embeddings": 128},
-                "tokenizer": str(tmp_path / "tokenizer"),
-            },
-            "data": {"source": ["world:chain"], "limit": 12},
-            "rl": own | rl,
-        }
+        own = {"method": method, "steps": 3, "mini_batch": 2, "max_tokens": 8, "checkpoint_every": 1}
+        place = str(tmp_path / folder)
+        value = "float(response[:1] in '0123')"
+        return world_recipe(tmp_path, ["rl"], value, sizes, folder=place, seed=5, data={"limit": 12}, rl=own | rl)
 
     return make
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import advantages, gradient, relative, row_statistics
 from pydantic import ValidationError
+from recipes import world_recipe
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.methods import registry
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.chord import ChordMu, ChordPhi, share_of_sft, spread
@@ -530,30 +530,10 @@ def test_the_pool_survives_json() -> None:
 
 
 def make_recipe(folder: Path, name: str, method: type[Method], options: dict[str, Any]) -> dict[str, Any]:
-    save_tokenizer(folder / "tokenizer")
-    reward = folder / "own.py"
-    reward.write_text("def odd(prompt, response, answer):\n    return float(response.count('1') % 2)\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    return {
-        "folder": str(folder / name),
-        "stages": ["rl"],
-        "seed": 3,
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(folder / "tokenizer")},
-        "data": {"source": ["world:chain"], "limit": 12},
-        "rl": {
-            "method": method.name,
-            "options": options,
-            "lr": 1e-2,
-            "steps": 4,
-            "prompts": 4,
-            "mini_batch": 2,
-            "rollouts": 4,
-            "max_tokens": 60,
-            "checkpoint_every": 1,
-            "reward": f"{reward}:odd",
-        },
-    }
+    rl = {"method": method.name, "options": options, "steps": 4, "mini_batch": 2, "max_tokens": 60}
+    rl |= {"checkpoint_every": 1}
+    value, place = "float(response.count('1') % 2)", str(folder / name)
+    return world_recipe(folder, ["rl"], value, folder=place, seed=3, data={"limit": 12}, rl=rl)
 
 
 @pytest.mark.parametrize(

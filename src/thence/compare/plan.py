@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage
+from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage, check_methods
 from thence.compare.result import RESULTS, read_results
 from thence.compare.summary import Summary, read_summary
 from thence.errors import DamagedFile, UserError
@@ -64,6 +64,7 @@ class Planner:
         bases: bases to run from; empty: all.
 
     Raises:
+        UserError: an arm has a method, option or fault that there is not.
         DamagedFile: the results that the folder holds cannot be read; later, the summary of a run.
     """
 
@@ -76,6 +77,7 @@ class Planner:
     _summaries: dict[Need, Summary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_methods(self.recipe)
         self._kept: dict[str, Summary] = {}
         """What ``results.json`` tells, by the runs' folders; nothing where it is missing."""
         if (self.folder / RESULTS).exists():

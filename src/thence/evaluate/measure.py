@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.evaluate.accuracy import accuracy, mean_reward
+from thence.evaluate.metrics import avg_at_k, mean_reward_of
+from thence.files import finite
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond
 from thence.train.parallel import Ranks
@@ -68,15 +69,15 @@ def measure(
     groups = [trajectories[i : i + samples] for i in range(0, len(trajectories), samples)]
     verdicts = [t.verdict for t in trajectories]
     graded = verdicts.count("graded")
-    result = None if graded else accuracy([sum(t.verdict == "right" for t in g) / samples for g in groups])
+    result = None if graded else avg_at_k([sum(t.verdict == "right" for t in g) for g in groups], samples)
     scores = [[t.score for t in g if t.score is not None and t.verdict != "unknown"] for g in groups]
-    level = mean_reward([sum(known) / len(known) for known in scores if known])
+    level = mean_reward_of(scores, samples) if any(scores) else None
     row = Measurement(
         split=split,
         temperature=sampling.temperature,
         problems=len(groups),
         samples=samples,
-        accuracy=None if result is None else result.accuracy,
+        accuracy=None if result is None else result.value,
         low=None if result is None else result.low,
         high=None if result is None else result.high,
         right=verdicts.count("right"),
@@ -85,9 +86,9 @@ def measure(
         mean_tokens=sum(len(t.response_ids) for t in trajectories) / len(trajectories),
         truncated=sum(t.finish == "length" for t in trajectories),
         graded=graded,
-        reward=None if level is None else level.mean,
-        reward_low=None if level is None else level.low,
-        reward_high=None if level is None else level.high,
+        reward=None if level is None else level.value,
+        reward_low=None if level is None else finite(level.low),
+        reward_high=None if level is None else finite(level.high),
     )
     return row, trajectories
 

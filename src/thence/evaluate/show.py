@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from thence.evaluate.backends import Generation, Refused
-from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
 from thence.foreign_text import one_line
+from thence.stats.spread import Score
 from thence.wording import counted
 
 

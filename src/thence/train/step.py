@@ -219,5 +219,6 @@ def _check(loss: float, logp: float, norm: float, seen: int, promised: int, opti
     told = "the model's log-probabilities are NaN" if math.isnan(logp) else f"the gradient norm is {norm}"
     raise StepRefused(
         f"the step was not taken: the loss is {loss:.6g}, {told}",
-        remedy="resume with a lower learning rate (--STAGE.lr), from the last checkpoint, or from step 0 without one",
+        remedy="take a lower learning rate",
+        field="lr",
     )
