@@ -34,7 +34,7 @@ given back to the system and zeroed anew each time."""
 LOG_TAIL = 2000  # characters of a dead process's log that are shown
 
 
-class Watcher(Protocol):
+class ComparisonWatcher(Protocol):
     """Is told how a comparison goes."""
 
     def begin(self, planner: Planner, needs: Collection[Need]) -> None:
@@ -62,7 +62,7 @@ def compare(
     only: Collection[str] = (),
     seeds: Collection[int] = (),
     bases: Collection[str] = (),
-    watcher: Watcher,
+    watcher: ComparisonWatcher,
 ) -> Comparison:
     """Run what is missing of a comparison, write ``results.json`` into its folder, and return the results.
 
@@ -96,7 +96,7 @@ def compare(
     return results
 
 
-def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watcher) -> Iterator[Failure]:
+def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: ComparisonWatcher) -> Iterator[Failure]:
     """Run every need that is not done. Yields those that failed."""
     needs = list(planner.needs())
     watcher.begin(planner, needs)
@@ -143,7 +143,7 @@ def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watc
             worker.stop()
 
 
-def _end_of_job(worker: Worker, job: Job, watcher: Watcher) -> Mapping[str, Any] | None:
+def _end_of_job(worker: Worker, job: Job, watcher: ComparisonWatcher) -> Mapping[str, Any] | None:
     """Pass on what a worker says of its progress; returns its last word on the job, if that has come."""
     for message in worker.messages():
         if "progress" not in message:
@@ -153,7 +153,7 @@ def _end_of_job(worker: Worker, job: Job, watcher: Watcher) -> Mapping[str, Any]
 
 
 def _start_next(
-    planner: Planner, worker: Worker, waiting: list[Need], watcher: Watcher
+    planner: Planner, worker: Worker, waiting: list[Need], watcher: ComparisonWatcher
 ) -> Generator[Failure, None, bool]:
     """Give a worker the first run that can start. Returns whether there was one."""
     for need in list(waiting):

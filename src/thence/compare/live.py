@@ -42,7 +42,7 @@ class LiveTable:
             self.live.stop()
 
     def begin(self, planner: Planner, needs: Collection[Need]) -> None:
-        """See :class:`thence.compare.engine.Watcher`."""
+        """See :class:`thence.compare.engine.ComparisonWatcher`."""
         self.planner, self.needs = planner, list(needs)
         self.ended = {need for need in needs if planner.is_done(need)}
         self.before = len(self.ended)

@@ -17,7 +17,7 @@ from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.numerics import numerics, say_other_numerics
-from thence.pipeline.progress import Watcher
+from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
@@ -51,7 +51,7 @@ class Context:
     tokenizer: Any
     ranks: Ranks
     device: torch.device
-    watcher: Watcher
+    watcher: RunWatcher
     prompts: RenderedPrompts
     meter: FlopMeter = field(init=False)
 

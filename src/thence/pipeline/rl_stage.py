@@ -24,7 +24,7 @@ from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_metrics import BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
-from thence.pipeline.sampler import Renewed, RolloutSampler
+from thence.pipeline.sampler import RolloutSampler, SyncedEngine
 from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
@@ -161,7 +161,7 @@ def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
 
 
 @contextmanager
-def engine_of(context: Context, stage: Rl) -> Iterator[Renewed | None]:
+def engine_of(context: Context, stage: Rl) -> Iterator[SyncedEngine | None]:
     """The engine that samples, running; None: this process samples with its own weights.
 
     Raises:

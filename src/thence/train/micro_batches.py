@@ -21,7 +21,7 @@ class MicroBatch:
         packed: which of the two.
         predicts_T: positions in the flattened hidden states that predict the trained tokens, shape (T,).
         inputs: targets, weights and old log-probabilities of the trained tokens.
-        silent: every weight is zero, so that the rows have no gradient and need no backward pass.
+        weightless: every weight is zero, so that the rows have no gradient and need no backward pass.
     """
 
     token_ids: Tensor
@@ -29,7 +29,7 @@ class MicroBatch:
     packed: bool
     predicts_T: Tensor
     inputs: TokenInputs
-    silent: bool = False
+    weightless: bool = False
 
 
 def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
@@ -64,15 +64,15 @@ def micro_batches(
 
     Rows without any weight (a group whose rewards are all equal, ...) go into micro-batches of their own, last.
     """
-    silent_rows = [not bool(row.weights.any()) for row in rows]
-    for silent in (False, True):
-        own = [i for i, is_silent in enumerate(silent_rows) if is_silent == silent]
+    weightless_rows = [not bool(row.weights.any()) for row in rows]
+    for weightless in (False, True):
+        own = [i for i, is_weightless in enumerate(weightless_rows) if is_weightless == weightless]
         for group in plan([len(rows[i].token_ids) for i in own], budget, packing):
             chosen = [own[i] for i in group]
-            yield chosen, lay_out([rows[i] for i in chosen], packing, device, silent)
+            yield chosen, lay_out([rows[i] for i in chosen], packing, device, weightless)
 
 
-def lay_out(rows: Sequence[Row], packing: bool, device: torch.device, silent: bool = False) -> MicroBatch:
+def lay_out(rows: Sequence[Row], packing: bool, device: torch.device, weightless: bool = False) -> MicroBatch:
     """One micro-batch of these rows.
 
     Rows are padded on the right. Attention is causal, so no token of a row ever sees its padding and no mask is needed.
@@ -91,7 +91,7 @@ def lay_out(rows: Sequence[Row], packing: bool, device: torch.device, silent: bo
         behaviour_T=_joined([row.behaviour for row in rows], device),
         reference_T=_joined([row.reference for row in rows], device),
     )
-    return MicroBatch(token_ids.to(device), lengths, packing, torch.cat(predicts).to(device), inputs, silent)
+    return MicroBatch(token_ids.to(device), lengths, packing, torch.cat(predicts).to(device), inputs, weightless)
 
 
 def _joined(parts: list[Tensor | None], device: torch.device) -> Tensor | None:
