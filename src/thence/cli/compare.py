@@ -116,14 +116,14 @@ def _dry_run(recipe, arms, seeds, bases) -> int:
     from thence.compare.preflight import refuse_what_cannot_run
 
     planner = Planner(recipe, recipe.path().resolve(), arms, seeds, bases)
-    needs = list(planner.needs())
+    runs = list(planner.runs())
     refuse_what_cannot_run(planner, planner.to_run())
     done = 0
-    for need in needs:
-        is_done = planner.is_done(need)
+    for run in runs:
+        is_done = planner.is_done(run)
         done += is_done
-        print(f"{'done' if is_done else '    '}  {title(need)}")
-    print(f"{len(needs)} runs, {done} of them done; budget of an arm: {recipe.budget or 'none'}")
+        print(f"{'done' if is_done else '    '}  {title(run)}")
+    print(f"{len(runs)} runs, {done} of them done; budget of an arm: {recipe.budget or 'none'}")
     return 0
 
 
