@@ -88,11 +88,7 @@ class NativeBackend:
         return {
             "backend": self.name,
             "model": self.settings.path,
-            "weights": fingerprint(self.model),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "context": self.context,
+            **model_facts(self.model),
             "chat_template": self.prompts.chat.template,
             "template_variables": dict(self.prompts.chat.variables),
             "rows": self.rows,
@@ -121,6 +117,18 @@ def warn_of_rooms(task: Task, rooms: dict[str, int], context: int | None) -> Non
             "%s: %d of %d prompts do not fit into the model's context of %s; they get empty responses, graded wrong",
             *(task.name, full, len(rooms), context),
         )
+
+
+def model_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """What a number depends on of a model at hand: its weights by their fingerprint, its size, where it is."""
+    some = next(model.parameters())
+    return {
+        "weights": fingerprint(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(some.dtype).removeprefix("torch."),
+        "device": str(some.device),
+        "context": context_of(model.config),
+    }
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -100,7 +100,7 @@ class Sample:
     seed: int
     prompt: tuple[tuple[str, str], ...]
     question: str
-    answer: str
+    answer: str | None
     text: str
     tokens: int | None
     finish: str

@@ -17,7 +17,6 @@ from torch import Tensor
 from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
-from thence.evaluate.measure import sample_record
 from thence.files import to_json
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.registry import stage_method
@@ -32,6 +31,7 @@ from thence.pipeline.lessons import Lessons, Watch, each_of
 from thence.pipeline.prompts import check_answers, load_prompts
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
+from thence.pipeline.sample_lines import rollout_line
 from thence.pipeline.sampler import Renewed, RolloutSampler
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
@@ -381,7 +381,7 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for trajectory in trajectories[:SAMPLES_KEPT]:
-            file.write(to_json(sample_record(trajectory, stage=context.name, step=step)) + "\n")
+            file.write(to_json(rollout_line(trajectory, stage=context.name, step=step)) + "\n")
 
 
 def _mean(values: Sequence[float]) -> float:
