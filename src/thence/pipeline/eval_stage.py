@@ -26,12 +26,13 @@ from thence.names import as_name
 from thence.pipeline.context import Context
 from thence.pipeline.folder import environment
 from thence.pipeline.owned import EVALUATION
-from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
+from thence.pipeline.run_files import subject_of
 from thence.pipeline.sample_lines import evaluation_line
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, kind_of
+from thence.recipe import Eval
 from thence.redaction import redacted
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond, response_seed
@@ -128,7 +129,7 @@ def parts_of(context: Context, stage: Eval) -> Iterator[Part]:
     limit = context_of(context.model.config)
     for split, table in test_sets(stage).items():
         data = context.recipe.stage_data(table)
-        prompts = load_prompts(data, context.tokenizer)
+        prompts = context.load_prompts(table)
         check_answers(prompts, stage.reward)
         for temperature in stage.temperatures:
             sampling = Sampling(
@@ -257,10 +258,8 @@ def result_row(part: Part, found: TaskResult) -> dict[str, Any]:
 
 def _settings(context: Context, parts: Mapping[str, Part]) -> Settings:
     """What is evaluated. No place is named: a run may be moved before it is resumed."""
-    before = context.recipe.stages[: context.recipe.stages.index(context.name)]
-    trained = [name for name in before if kind_of(name) != "eval"]
-    model = trained[-1] if trained else "base"
     tasks = {name: part.task for name, part in parts.items()}
+    model = subject_of(context.name, context.recipe.stages)
     return Settings(model=model, suite=context.name, tasks=tasks)
 
 
