@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +72,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tables(tmp_path: Path) -> Tables:
     """SFT, RL and an evaluation on files; everything but the model's size is as a user would have it."""
     return file_recipe(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept_from_test_to_test() -> Iterator[None]:
-    """A worker of a comparison keeps rendered tables for its process's life; a test in the same process must not."""
-    yield
-    if "thence.pipeline.prompts" in sys.modules:
-        kept = sys.modules["thence.pipeline.prompts"].kept_prompts
-        kept.tables = 0
-        kept._held.clear()
-        kept._sizes.clear()

@@ -25,7 +25,7 @@ from thence.data.layouts import parse_row
 from thence.data.problems import RowProblem
 from thence.data.readers import read_examples
 from thence.errors import DataError, UserError
-from thence.pipeline.prompts import KeptPrompts, read_and_render
+from thence.pipeline.prompts import RenderedPrompts, load_prompts
 from thence.recipe import Data, Model
 from thence.train.model import load_tokenizer
 
@@ -574,16 +574,15 @@ def test_an_example_has_messages_or_a_prompt_text():
             Example(**wrong)
 
 
-def test_prompts_that_are_kept_are_the_same_until_their_file_changes(tmp_path: Path) -> None:
+def test_rendered_prompts_are_the_same_until_their_file_changes(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(Model(path="world:chain/rich"))
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "47a+8?", "completion": "a=55#55"}\n')
-    data, kept = Data(source=[str(file)]), KeptPrompts(tables=2)
+    data, kept = Data(source=[str(file)]), RenderedPrompts(tables=2)
     first = kept.load(data, tokenizer)
     again = kept.load(data, load_tokenizer(Model(path="world:chain/poor")))
-    assert first == again == read_and_render(data, tokenizer) and first[0] is again[0]
+    assert first == again == load_prompts(data, tokenizer) and first[0] is again[0]
     assert kept.load(data.model_copy(update={"max_response_tokens": 3}), tokenizer) != first
     file.write_text('{"prompt": "47a+9?", "completion": "a=56#56"}\n')
     os.utime(file, ns=(1, 1))
     assert kept.load(data, tokenizer)[0].text == "47a+9?"
-    assert KeptPrompts().load(data, tokenizer)[0] is not KeptPrompts().load(data, tokenizer)[0]

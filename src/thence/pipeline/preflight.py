@@ -24,7 +24,7 @@ from thence.pipeline.changes import Plan
 from thence.pipeline.context import step_of
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
-from thence.pipeline.prompts import check_answers, check_trained, load_prompts, read_only
+from thence.pipeline.prompts import RenderedPrompts, check_answers, check_trained, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_stage import check_settings
@@ -88,6 +88,7 @@ class Preflight:
         ranks: processes that will share each step.
         leads: whether this process also tries what is enough to try once: rewards and vLLM.
         restart: whether the run that stands in the folder will be thrown away.
+        prompts: takes the data tables that are rendered.
     """
 
     recipe: Recipe
@@ -95,6 +96,7 @@ class Preflight:
     ranks: int = 1
     leads: bool = True
     restart: bool = False
+    prompts: RenderedPrompts = field(default_factory=RenderedPrompts)
     plan: Plan = field(default_factory=Plan)
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
@@ -122,6 +124,7 @@ def preflight(
     leads: bool = True,
     restart: bool = False,
     repeat: Sequence[str] = (),
+    prompts: RenderedPrompts | None = None,
 ) -> list[Finding]:
     """Try all that a recipe names, for the stages that are not done in the folder.
 
@@ -131,11 +134,14 @@ def preflight(
         leads: False for all but the first of them; they leave out what is enough to try once.
         restart: the run that stands in the folder will be thrown away: no stage is done.
         repeat: stages that will be run again.
+        prompts: takes the data tables that are rendered, for the stages.
 
     Returns:
         One finding for each thing that was tried, in the order of the stages.
     """
-    trial = Preflight(recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart)
+    trial = Preflight(
+        recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart, prompts or RenderedPrompts()
+    )
     trial.attempt("run folder", lambda: _open_folder(trial, repeat))
     restart = trial.restart
     if leads and not restart and trial.findings[0].state == "ok":
@@ -151,7 +157,7 @@ def preflight(
         trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
         trial.attempt("model: configuration", lambda: _open_config(trial))
     first, stages = trial.findings, []
-    for name in reversed(left):  # the data of the first stage are rendered last, and so surely kept for it
+    for name in reversed(left):  # the data of the first stage are rendered last, and so surely held for it
         trial.findings = []
         _try_stage(trial, name)
         stages = trial.findings + stages
@@ -281,7 +287,7 @@ def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None
             raise NotAtHand(f"{source} is not at hand", trial.absent[source])
     try:
         if trial.tokenizer is not None:
-            return data, load_prompts(data, trial.tokenizer)
+            return data, trial.prompts.load(data, trial.tokenizer)
         examples = read_only(data)
     except UserError as error:
         if far and error.file in far:

@@ -75,7 +75,7 @@ class BatchMetrics:
             "sequences": sum(report.rows for report in taken),
             "tokens": tokens,
             "trained_tokens": trained,
-            "sampled_tokens": sampled,
+            "sampled_tokens": int(sampled),
             "flops": rule_flops(context.n_parameters, trained, sampled),
             "seconds": seconds,
             "sample_seconds": sampler.seconds,
@@ -92,7 +92,7 @@ class BatchMetrics:
         return line
 
 
-def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, Any], int]:
+def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, Any], float]:
     """Rewards, lengths and verdicts of all that was sampled, trained or not, and how many tokens that was.
 
     The mean reward is over the responses that have one; for the accuracy, one that nobody can judge counts as not
@@ -122,7 +122,7 @@ def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, A
         "truncated": truncated / n,
         "response_tokens": sampled / n,
     }
-    return facts, int(sampled)
+    return facts, sampled
 
 
 class Shares:

@@ -19,7 +19,7 @@ from thence.objective.terms import needs_reference
 from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
-from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_metrics import BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
@@ -33,7 +33,7 @@ from thence.train.model import save_model
 
 def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
-    prompts = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
+    prompts = context.load_prompts(stage.data)
     check_answers(prompts, stage.reward)
     room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
     method = stage_method(stage, context.name, room)
