@@ -46,6 +46,12 @@ class TableView:
         for columns in parts:
             if title := visible(table.title) + ("" if columns is parts[0] else " (further columns)"):
                 yield Text(title, style="table.title")
+            left_over = width - labels - sum(_GAP + widths[index] for index in columns)
+            for index in columns:
+                if index in table.words:  # words take the room that is there
+                    longest = max(len(row.cells[index].text) for row in table.rows)
+                    wider = max(0, min(left_over, longest - widths[index]))
+                    widths[index], left_over = widths[index] + wider, left_over - wider
             yield _drawn(table, columns, [labels, *(widths[i] for i in columns)])
 
 
@@ -59,7 +65,8 @@ def _drawn(table: Table, columns: Sequence[int], widths: Sequence[int]) -> Drawn
     drawn = Drawn(**look)
     drawn.add_column(_head(table.headers[0], widths[0]), width=widths[0], overflow="fold")
     for index, width in zip(columns, widths[1:], strict=True):
-        drawn.add_column(_head(table.headers[index + 1], width), justify="right", overflow="fold", width=width)
+        side = "left" if index in table.words else "right"
+        drawn.add_column(_head(table.headers[index + 1], width), justify=side, overflow="fold", width=width)
     group = ""
     for row in table.rows:
         if row.apart:
