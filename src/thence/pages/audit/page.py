@@ -185,7 +185,7 @@ def _meanings(report: Report) -> list[tuple[Role, str]]:
 
 def _roles(report: Report) -> Table:
     """The mean ratio by role, and what was lost of each."""
-    present = [role for role, _ in _meanings(report)]
+    present: list[Role] = [role for role, _ in _meanings(report)]
     rows = []
     for result, step in _steps(report):
         lost = lost_by_role(step)
