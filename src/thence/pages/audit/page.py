@@ -17,7 +17,6 @@ from thence.audit.figures import (
     judged,
     lost_by_role,
     objective_title,
-    percent,
     place,
     ratio_text,
     settings,
@@ -32,6 +31,7 @@ from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
 from thence.pages.table import NOTHING, Cell, Row, Table
 from thence.pages.template import render
+from thence.wording import percent
 
 _LEGEND = (
     (1 / 8, "⅛ or less"),
