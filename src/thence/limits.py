@@ -203,7 +203,7 @@ def _said(number: float) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: on one line, cut, whatever it is."""
+    """A value as an error shows it: cut, on one line."""
     try:
         return one_line(repr(value), MOST_SHOWN)
     except (ValueError, RecursionError):  # a number of 5,000 digits, a table that is 10,000 deep

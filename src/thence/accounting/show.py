@@ -26,7 +26,7 @@ def _headline(plan: Plan) -> Text:
     counts = plan.counts
     return Text(
         f"{plan.model}: {counts.total:,} parameters ({counts.matmul:,} in the layers' matrices, "
-        f"{counts.embedding:,} in the embedding, {counts.head:,} in a head of its own)"
+        f"{counts.embedding:,} in the embedding, {counts.head:,} in a separate head)"
     )
 
 

@@ -48,7 +48,7 @@ class Row:
         weights: one row a term, shape (J, n) with n trained tokens; detached, any sign.
         behaviour: log-probabilities of the trained tokens under the behaviour policy, shape (n,), or None where the
             policy has not moved since sampling.
-        reference: likewise under the reference policy of a KL term.
+        reference: the same under the reference policy of a KL term.
     """
 
     token_ids: Tensor

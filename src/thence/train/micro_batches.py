@@ -62,7 +62,7 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], MicroBatch]]:
     """The micro-batches of a batch and the indices of their rows, moved to the device one at a time.
 
-    Rows without any weight (a group whose rewards are all equal, ...) go into micro-batches of their own, last.
+    Rows without any weight (a group whose rewards are all equal, ...) go into separate micro-batches, last.
     """
     silent_rows = [not bool(row.weights.any()) for row in rows]
     for silent in (False, True):

@@ -176,7 +176,7 @@ def accumulate_gradients(
 def policy_statistics(
     model: nn.Module, rows: Sequence[Row], temperature: float, settings: StepSettings
 ) -> list[tuple[Tensor, Tensor]]:
-    """Log-probabilities and entropies of every row's trained tokens under the model as it stands, without gradient.
+    """Log-probabilities and entropies of every row's trained tokens under the current model, without gradient.
 
     Returns:
         For each row two tensors of shape (n,) on the CPU.
@@ -215,7 +215,7 @@ def _check(loss: float, logp: float, norm: float, seen: int, promised: int, opti
             f"{promised} trained tokens were counted but {seen} went through the model",
             remedy="this is a fault of thence: please report it with the recipe",
         )
-    # the loss of rows that weigh nothing is 0 whatever the model says of them
+    # the loss of rows without weight is 0
     told = "the model's log-probabilities are NaN" if math.isnan(logp) else f"the gradient norm is {norm}"
     raise StepRefused(
         f"the step was not taken: the loss is {loss:.6g}, {told}",

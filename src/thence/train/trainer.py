@@ -96,7 +96,7 @@ class Trainer:
         return report
 
     def statistics(self, rows: Sequence[Row], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-        """Log-probabilities and entropies of the rows' trained tokens under the model as it stands."""
+        """Log-probabilities and entropies of the rows' trained tokens under the current model."""
         if self.meter is not None:
             self.meter.scored(*_sizes(rows))
         return policy_statistics(self.model, rows, temperature, self.settings)

@@ -76,7 +76,7 @@ class Wire:
             raise ValueError("a message that is nested too deeply") from None
         del self._bytes[:end]
         if not isinstance(message, dict):
-            raise ValueError(f"a message that is no table: {str(message)[:40]}")
+            raise ValueError(f"a message that is not a table: {str(message)[:40]}")
         return message
 
     def close(self) -> None:
