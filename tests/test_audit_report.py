@@ -16,15 +16,15 @@ import pytest
 
 from thence.audit.figures import lost_by_role, micro_batches, same
 from thence.audit.heatmap import heat_map, shade
+from thence.audit.judge.objectives import OBJECTIVES, Window
 from thence.audit.junit import junit_xml
-from thence.audit.objectives import OBJECTIVES, Window
 from thence.audit.page import render_page, write_page
+from thence.audit.report import Report
 from thence.audit.result import (
     Case,
     CaseResult,
     Finding,
     KnownFault,
-    Report,
     Role,
     SequenceWeights,
     StepResult,

@@ -53,6 +53,7 @@ DAMAGE: dict[str, Damage] = {
     "zeros": lambda content: bytes(len(content)),
 }
 damaged = pytest.mark.parametrize("kind", DAMAGE)
+sampled = pytest.mark.matrix(5)  # each case runs a command; five are quick
 
 
 def harm(file: Path, kind: str) -> bytes:
@@ -98,6 +99,7 @@ def comparison(tmp_path: Path) -> tuple[Path, list[str]]:
     return folder, ["compare", str(tmp_path / "c.toml"), "--folder", str(folder)]
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("flags", [["--report"], ["--dry-run"], []])
 def test_damaged_results_are_never_overwritten(
@@ -174,6 +176,7 @@ OF_A_RUN = (
 )
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_run_refuses_its_damaged_files_and_the_remedy_works(
@@ -195,6 +198,7 @@ def test_a_run_refuses_its_damaged_files_and_the_remedy_works(
         assert all(value.equal(before[key]) for key, value in weights(folder, "sft").items())
 
 
+@sampled
 @damaged
 def test_a_damaged_recipe_in_a_run_folder_is_refused(one: tuple[dict[str, Any], Path], kind: str) -> None:
     recipe, folder = one
@@ -205,6 +209,7 @@ def test_a_damaged_recipe_in_a_run_folder_is_refused(one: tuple[dict[str, Any], 
     assert (folder / "recipe.toml").read_bytes() == content
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", ["manifest.json", "config.json", "generation_config.json", "tokenizer.json"])
 def test_a_damaged_file_of_a_written_model_is_refused(one: tuple[dict[str, Any], Path], name: str, kind: str) -> None:
@@ -216,6 +221,7 @@ def test_a_damaged_file_of_a_written_model_is_refused(one: tuple[dict[str, Any],
     assert (folder / "stages" / "sft" / "model" / name).read_bytes() == content
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_model_with_a_damaged_file_is_opened_with_an_error_for_the_user(
@@ -234,6 +240,7 @@ def test_a_model_with_a_damaged_file_is_opened_with_an_error_for_the_user(
     assert name != "config.json" or kind == "object" or caught.value.file == str(model / name)
 
 
+@sampled
 @damaged
 def test_every_report_of_a_damaged_run_is_written_and_says_so(one: tuple[dict[str, Any], Path], kind: str) -> None:
     _, folder = one
@@ -260,6 +267,7 @@ BAD_LINES = {
 }
 
 
+@sampled
 @pytest.mark.parametrize("place", [0, 4, 7])
 @pytest.mark.parametrize("kind", BAD_LINES)
 def test_a_damaged_line_costs_itself_alone_on_resume(
@@ -335,6 +343,7 @@ def test_samples_are_shown_though_lines_are_damaged(
 # Evaluations.
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", ["environment.json", "evaluation.toml"])
 def test_an_evaluation_refuses_its_damaged_files(tmp_path: Path, data: Path, name: str, kind: str) -> None:  # noqa: F811
@@ -347,6 +356,7 @@ def test_an_evaluation_refuses_its_damaged_files(tmp_path: Path, data: Path, nam
     assert main(["sample", str(store.folder)]) == (2 if name == "evaluation.toml" else 0)
 
 
+@sampled
 @damaged
 def test_damaged_keys_of_problems_are_written_anew_and_kept_beside(
     tmp_path: Path,
@@ -363,6 +373,7 @@ def test_damaged_keys_of_problems_are_written_anew_and_kept_beside(
     assert file.read_bytes() == whole and (store.folder / "problems.json.damaged-1").read_bytes() == content
 
 
+@sampled
 @pytest.mark.parametrize("bad", [b"{}", b"3", b"\xff\xfe", b'{"problem": 3}', b"<<<<<<< HEAD", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["samples", "grades"])
 def test_a_damaged_sample_or_grade_is_set_aside_and_made_again(
@@ -387,6 +398,7 @@ def test_a_damaged_sample_or_grade_is_set_aside_and_made_again(
 # Summaries of compared runs.
 
 
+@sampled
 @damaged
 def test_a_damaged_summary_is_refused_and_made_again_once_renamed(one: tuple[dict[str, Any], Path], kind: str) -> None:
     _, folder = one
@@ -412,6 +424,7 @@ def test_a_summary_is_not_made_of_files_that_lack_lines(one: tuple[dict[str, Any
 # The reader itself.
 
 
+@sampled
 @damaged
 def test_one_reader_refuses_every_kind(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "f.json"

@@ -413,6 +413,26 @@ def test_short_contexts_are_counted_and_shown(
     assert all(s.tokens is not None and s.room is not None and s.tokens <= s.room < 20 for s in samples)
 
 
+def test_a_prompt_beyond_the_context_is_not_answered_instead_of_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from thence.evaluate import native_backend
+
+    monkeypatch.setattr(native_backend, "context_of", lambda config: 40)
+    questions = ["1+1?", "2+2?", *(f"{i}" * 60 for i in range(6))]  # more than the refusals that stop it
+    rows = [json.dumps({"question": text, "answer": str(i)}) for i, text in enumerate(questions)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    arguments = ["--suite", str(tmp_path / "sums.jsonl"), "--grader", "exact", "--max-tokens", "4", "--samples", "1"]
+    assert main(["eval", "world:chain/rich", *arguments, "--folder", str(tmp_path / "e")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "6 problems were not answered" in said
+    store = Store(tmp_path / "e")
+    assert len(store.samples("sums")) == 2
+    refused = store.refusals("sums").values()
+    assert {one.kind for one in refused} == {"too long"}
+    assert all("tokens, the model's context 40" in one.reason for one in refused)
+
+
 def test_browsing_an_evaluation(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = run(tmp_path / "e", settings_of(data), Counting(right=lambda r: r.sample > 0))
     folder = str(store.folder)

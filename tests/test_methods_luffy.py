@@ -26,7 +26,8 @@ from thence.methods.on_policy import OnPolicy
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.srft import Srft
 from thence.objective import Batch, Clip, Context, Ratio, divisors, local_counts
-from thence.pipeline.rl_stage import Mismatch, Shares, policy_steps
+from thence.pipeline.rl_metrics import BatchMetrics
+from thence.pipeline.rl_update import Update
 from thence.pipeline.run import run
 from thence.train.parallel import SingleProcess
 from thence.train.step import StepSettings, accumulate_gradients, train_step
@@ -327,11 +328,9 @@ def test_gradients_of_both_optimizer_steps_are_those_of_the_formula(tiny_model, 
     trajectories = make_trajectories(3, variant.method is not OnPolicy)
     old = {id(t): row_statistics(model, t)[0].detach() for t in trajectories}
     trainer = Trainer(model, 2e-2, StepSettings(64, True, 0.0, torch.float64), take_step=step_and_tell)
-    mismatch = Mismatch(trajectories)
     stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None)
-    policy_steps(
-        stage, variant.method(variant.options), trainer, trajectories, None, 2, mismatch, Shares(SingleProcess())
-    )
+    method = variant.method(variant.options)
+    Update(stage, method, trainer, minis=2).take(trajectories, BatchMetrics(SingleProcess(), method.terms))
     assert len(taken) == 2
     for part, (before, report, got) in zip((slice(0, 8), slice(8, 16)), taken, strict=True):
         model.load_state_dict(before)

@@ -272,15 +272,15 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     monkeypatch.setattr(RolloutSampler, "continuations", listened)
     whole = run(recipe, {"folder": str(tmp_path / "whole")})
     assert bool(branched) == (name == "bread")
-    original = rl_stage.rl_step
+    original = rl_stage.Loop.step
 
-    def cut_off(*given: Any) -> dict[str, Any]:
-        if given[-1] == 2:
+    def cut_off(loop: rl_stage.Loop, step: int) -> dict[str, Any]:
+        if step == 2:
             raise InterruptedError
-        return original(*given)
+        return original(loop, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl_stage, "rl_step", cut_off)
+        patch.setattr(rl_stage.Loop, "step", cut_off)
         with pytest.raises(InterruptedError):
             run(recipe, {"folder": str(tmp_path / "cut")})
     resumed = run(recipe, {"folder": str(tmp_path / "cut")})

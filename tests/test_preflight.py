@@ -124,16 +124,15 @@ def test_each_data_table_is_rendered_once_for_the_trial_and_its_stages(
     import thence.pipeline.prompts as prompts
 
     rendered: list[list[str]] = []
-    original = prompts.read_and_render
+    original = prompts.load_prompts
 
     def counted(data: Any, tokenizer: Any) -> Any:
         rendered.append(data.source)
         return original(data, tokenizer)
 
-    monkeypatch.setattr(prompts, "read_and_render", counted)
+    monkeypatch.setattr(prompts, "load_prompts", counted)
     run(tables)
     assert len(rendered) == 2  # SFT and RL share one
-    assert not prompts.kept_prompts._held
 
 
 # What is not at hand.

@@ -54,18 +54,18 @@ def listen(folder, rank, stop):
         (folder / f"sampled-{rank}.json").write_text(json.dumps(made))
         return found
 
-    def begins(context, stage, method, trainer, drawer, *rest):
-        if rest[-1] == stop:
+    def begins(loop, at):
+        if at == stop:
             raise Stopped
-        return step(context, stage, method, trainer, drawer, *rest)
+        return step(loop, at)
 
     def batch_at(n, batch, seed, at):
         if at == stop:
             raise Stopped
         return batches(n, batch, seed, at)
 
-    step, batches = rl_stage.rl_step, sft_stage.batch_at
-    sampler.respond, rl_stage.rl_step, sft_stage.batch_at = heard, begins, batch_at
+    step, batches = rl_stage.Loop.step, sft_stage.batch_at
+    sampler.respond, rl_stage.Loop.step, sft_stage.batch_at = heard, begins, batch_at
 
 
 def rank_of(case, rank, port):

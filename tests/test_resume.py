@@ -70,7 +70,7 @@ def before(owner, name, act):
 def arm(point):
     fate = Fate(point)
 
-    def stage_begins(recipe, name, *rest):
+    def stage_begins(execution, name):
         fate.stage, fate.steps = name, 0
 
     def resumed(self, plain, tensors):

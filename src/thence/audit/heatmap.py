@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thence.audit.figures import nothing, place
-from thence.audit.result import RESPONSE_ROLES, Report, SequenceWeights, StepResult, TokenWeight
+from thence.audit.report import Report
+from thence.audit.result import RESPONSE_ROLES, SequenceWeights, StepResult, TokenWeight
 from thence.report.samples import visible
 
 SHADES = 12

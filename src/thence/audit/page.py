@@ -26,10 +26,11 @@ from thence.audit.figures import (
     title,
     wrong,
 )
-from thence.audit.findings import CATALOGUE
 from thence.audit.heatmap import SHADES, heat_map, shade
-from thence.audit.objectives import OBJECTIVES
-from thence.audit.result import CaseResult, KnownFault, Report, Role, StepResult
+from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.report import Report
+from thence.audit.result import CaseResult, KnownFault, Role, StepResult
 from thence.files import finite
 from thence.report.samples import visible
 

@@ -19,7 +19,8 @@ from thence.terminal import make_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from thence.audit.result import CaseResult, Report
+    from thence.audit.report import Report
+    from thence.audit.result import CaseResult
 
 USAGE = """\
 thence audit TARGET [--python ENV/bin/python]     a training stack that has an adapter
@@ -87,14 +88,14 @@ def _parser() -> Parser:
 
 
 def _list() -> int:
-    from thence.audit.runner import adapter_names
+    from thence.audit.run.runner import adapter_names
 
     print("\n".join(adapter_names()))
     return 0
 
 
 def _stack(args: argparse.Namespace, program: list[str], console: Console, live: bool) -> Report:
-    from thence.audit.stack import audit_stack
+    from thence.audit.run.stack import audit_stack
 
     if program:
         raise UserError("a program after -- needs the target `command`", remedy="thence audit command -- PROGRAM ...")
@@ -113,7 +114,7 @@ def _stack(args: argparse.Namespace, program: list[str], console: Console, live:
 
 
 def _program(args: argparse.Namespace, program: list[str], console: Console, live: bool) -> Report:
-    from thence.audit.program import audit_program
+    from thence.audit.run.program import audit_program
 
     if not program:
         raise UserError("no program was given", remedy="thence audit command -- PROGRAM --model {model} ...")

@@ -12,6 +12,7 @@ from thence.cli.arguments import Parser, of
 from thence.errors import RecipeError, UserError
 from thence.limits import Count, Processes, Rows, Seconds
 from thence.text_values import field_type, parse_value, read_value
+from thence.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,7 +124,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder = args.folder or Path("evals") / _folder_name(settings)
     problems = {name: load_problems(task, args.data, args.limit) for name, task in settings.tasks.items()}
     console = make_console()
-    console.print(f"{settings.suite}: {sum(map(len, problems.values())):,} problems, into {folder}", highlight=False)
+    console.print(
+        f"{settings.suite}: {counted(sum(map(len, problems.values())), 'problem')}, into {folder}", highlight=False
+    )
     try:
         with logging_to(console), Terminal(console) as watcher:
             store = evaluate(

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from thence.evaluate.backends import Generation, Refused
-from thence.evaluate.metrics import Score
 from thence.evaluate.summary import Comparison, Result, TaskResult
 from thence.foreign_text import one_line
+from thence.stats.spread import Score
+from thence.wording import counted
 
 
 class Terminal:
@@ -64,7 +65,7 @@ class Terminal:
         if self.console.is_terminal:
             self.task = self.bar.add_task(task, total=total, completed=done, facts="")
         elif done < total:
-            begun = f"goes on after {done:,} of {total:,} samples" if done else f"{total:,} samples"
+            begun = f"resumed after {done:,} of {total:,} samples" if done else counted(total, "sample")
             self.console.print(f"{task}: {begun}", highlight=False)
 
     def sampled(self, generation: Generation) -> None:
@@ -84,7 +85,7 @@ class Terminal:
 
     def grading(self, task: str, total: int) -> None:
         if not self.console.is_terminal:
-            self.console.print(f"{task}: grading {total:,} samples", highlight=False)
+            self.console.print(f"{task}: grading {counted(total, 'sample')}", highlight=False)
 
     def _tick(self) -> None:
         while not self._closed.wait(self.seconds):
@@ -145,7 +146,9 @@ def notes(result: Result) -> list[str]:
     if settings.limit is not None:
         lines.append(f"only the first {settings.limit} problems of every task")
     if result.missing:
-        lines.append(f"unfinished: {result.missing:,} samples are missing; problems without all samples are left out")
+        lines.append(
+            f"unfinished: {counted(result.missing, 'sample')} missing; problems without all samples are left out"
+        )
     lines += _not_answered(result)
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")

@@ -7,13 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from thence.evaluate.metrics import Score
 from thence.evaluate.show import degree, degree_ends, ends, notes, percent
 from thence.evaluate.store import GradeLine, Sample, Store
 from thence.evaluate.summary import Result, TaskResult
 from thence.files import write_atomically
 from thence.redaction import redacted, redacted_values
 from thence.report.samples import VERDICTS, shown, visible
+from thence.stats.spread import Score
 from thence.toml import to_toml
 
 EACH = 3

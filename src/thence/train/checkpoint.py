@@ -223,7 +223,7 @@ def load_weights(model: Any, folder: Path) -> None:
     for shard in sorted(folder.glob("model*.safetensors")):
         for name, value in load_file(shard).items():
             if name not in own or own[name].shape != value.shape:
-                raise _misfit(folder, f"{name} of shape {tuple(value.shape)} is not a weight of the model")
+                raise _misfit(folder, f"{name} of shape {tuple(value.shape)} is none of the model's weights")
             own[name].copy_(value)
             filled.add(own[name].data_ptr())
     # a tied weight is stored once, under one of its names
@@ -235,7 +235,7 @@ def load_weights(model: Any, folder: Path) -> None:
 def _misfit(folder: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint does not fit the model: {why}",
-        remedy="resume with the version of thence and the model that wrote it, or start again with --restart",
+        remedy="resume with the version of thence and the model that wrote it, or give another --folder",
         file=folder,
     )
 

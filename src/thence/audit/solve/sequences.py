@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from thence.audit.result import Role
+from thence.audit.solve.observation import ForwardRow
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownExample:
     """An example of the probe as the audit looks for it in what went forward.
 
     Args:
@@ -49,40 +49,7 @@ class Piece:
     rank: int | None
 
 
-@dataclass(frozen=True)
-class ForwardRow:
-    """A row as it went forward: tokens and mask (1: a token, 0: padding)."""
-
-    ids: tuple[int, ...]
-    mask: tuple[int, ...]
-    positions: tuple[int, ...] | None
-    micro_batch: int
-    rank: int
-
-
-def forward_rows(records: Sequence[Mapping[str, Any]], step: int, pad: int) -> list[ForwardRow]:
-    """The rows of all ranks that went forward after ``step`` optimizer steps and before the next."""
-    rows = []
-    for rank, record in enumerate(records):
-        forwards = [f for f in record["forwards"] if f["step"] == step and f["input_ids"]]
-        for micro_batch, forward in enumerate(forwards):
-            for index, ids in enumerate(forward["input_ids"]):
-                mask = forward["attention_mask"]
-                if mask is None or len(mask) <= index or len(mask[index]) != len(ids):
-                    own_mask = _mask_of(ids, pad)
-                else:
-                    # Packed rows may be filled up with padding that their mask does not hide.
-                    real = _mask_of(ids, pad)
-                    own_mask = tuple(int(bool(m)) & r for m, r in zip(mask[index], real, strict=True))
-                positions = forward["position_ids"]
-                own = None
-                if positions is not None and len(positions[min(index, len(positions) - 1)]) == len(ids):
-                    own = tuple(positions[min(index, len(positions) - 1)])
-                rows.append(ForwardRow(tuple(ids), own_mask, own, micro_batch, rank))
-    return rows
-
-
-def find_pieces(rows: Sequence[ForwardRow], known: Sequence[Known], end: int | None) -> tuple[list[Piece], int]:
+def find_pieces(rows: Sequence[ForwardRow], known: Sequence[KnownExample], end: int | None) -> tuple[list[Piece], int]:
     """The examples in the rows, and the number of rows in which none was found.
 
     Args:
@@ -97,7 +64,7 @@ def find_pieces(rows: Sequence[ForwardRow], known: Sequence[Known], end: int | N
     return pieces, strange
 
 
-def planned_pieces(known: Sequence[Known], order: Sequence[tuple[int, int | None, int | None]]) -> list[Piece]:
+def planned_pieces(known: Sequence[KnownExample], order: Sequence[tuple[int, int | None, int | None]]) -> list[Piece]:
     """Pieces for a program that cannot be watched: (example, micro-batch, rank) in the order of the data."""
     pieces = []
     for row, (example, micro_batch, rank) in enumerate(order):
@@ -122,15 +89,7 @@ def roles_of_labels(labels: Sequence[int]) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def _mask_of(ids: Sequence[int], pad: int) -> tuple[int, ...]:
-    """Without an attention mask: padding is what stands at the two ends of the row and is the padding token."""
-    real = [t for t, token in enumerate(ids) if token != pad]
-    if not real:
-        return (0,) * len(ids)
-    return tuple(int(real[0] <= t <= real[-1]) for t in range(len(ids)))
-
-
-def _in_row(row: ForwardRow, index: int, known: Sequence[Known], end: int | None) -> list[Piece]:
+def _in_row(row: ForwardRow, index: int, known: Sequence[KnownExample], end: int | None) -> list[Piece]:
     real = [t for t, m in enumerate(row.mask) if m]
     if not real:
         return []

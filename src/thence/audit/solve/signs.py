@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from thence.audit.recover import Fit, System
+from thence.audit.solve.recover import Fit, LeastSquares
 
 ALIKE = 0.9
 """An update is taken for one of signs if that share of its entries is about as large as the largest."""
@@ -42,24 +42,28 @@ def looks_like_signs(change: np.ndarray) -> bool:
     return bool((np.abs(size / np.median(size) - 1) < 0.2).mean() > ALIKE)
 
 
-class SignSystem:
-    """Columns, and the weights whose combination has the signs of an update; the interface of ``System``.
+class SignRegression:
+    """Columns, and the weights whose combination has the signs of an update; the interface of ``LeastSquares``.
 
     Logistic regression through the origin on rows scaled to norm one, with a ridge that shrinks step by step, so that
     the solution moves from the mean direction into the middle of the cone of weights that agree with all signs.
 
     Args:
-        columns: shape (units, coordinates), float64.
+        columns: shape (columns, coordinates), float64.
     """
 
     def __init__(self, columns: np.ndarray):
         self.columns = columns
-        linear = System(columns)
+        linear = LeastSquares(columns)
         self.condition, self.undetermined = linear.condition, linear.undetermined
         self._norms = np.linalg.norm(columns, axis=0)
 
     def solve(self, update: np.ndarray) -> Fit:
-        """Weights up to a factor; the residual is the share of signs that they get wrong."""
+        """Weights up to a factor; the residual is the share of signs that they get wrong.
+
+        Args:
+            update: change of the parameters, shape (coordinates,).
+        """
         # Where the gradient is not far above Adam's epsilon the step is shorter, and rounding decides the sign.
         used = (self._norms > 0) & (np.abs(update) > SHORT * step_size(update))
         rows = (self.columns[:, used] / self._norms[used] * np.sign(update[used])).T

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from thence.audit.findings import CATALOGUE
-from thence.audit.known import known_faults
-from thence.audit.objectives import OBJECTIVES
+from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.known import known_faults
+from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.result import CaseResult, Finding, StepResult, Verdict
 
 _GRAVE = (

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thence.audit.judge import Judge
-from thence.audit.probe import LENGTHS
-from thence.audit.result import Case, CaseResult, Report
-from thence.audit.sequences import Known
-from thence.audit.stack import make_report
+from thence.audit.judge.case import Evidence, Judge
+from thence.audit.report import Report, make_report
+from thence.audit.result import Case, CaseResult
+from thence.audit.solve.probe import LENGTHS
+from thence.audit.solve.sequences import KnownExample
 from thence.errors import UserError
 
 Row = Mapping[str, Sequence[int]]
@@ -56,7 +56,7 @@ def check(
     rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
     _validate(rows)
     cut = _takes_a_cut(step)
-    known = [Known((), (), tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+    known = [KnownExample((), (), tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
     size = max(max(row["input_ids"]) for row in rows) + 1
     judge = Judge(copy.deepcopy(model), known, [str(i) for i in range(size)], -1, None)
     results = []
@@ -119,7 +119,7 @@ def _one(
     pieces = judge.plan(case)
     if not cut:
         pieces = [[replace(piece, micro_batch=None, rank=None) for piece in part] for part in pieces]
-    result = judge.case(case, [before, _state(own)], pieces=pieces, scale_known=lr is not None)
+    result = judge.case(case, Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None))
     return replace(result, seconds=seconds)
 
 

@@ -34,6 +34,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from thence.stats.spread import student_p, student_quantile
+
 Scores = NDArray[np.float64]
 """One row a seed, one column a problem."""
 
@@ -65,7 +67,7 @@ class Spread:
         """Two-sided p-value of a mean of zero, by Student's t. It has no smallest value above zero."""
         if self.mean == 0 or math.isnan(self.se):
             return 1.0
-        return 0.0 if self.se == 0 else min(1.0, 2 * student_tail(abs(self.mean) / self.se, self.df))
+        return 0.0 if self.se == 0 else student_p(self.mean / self.se, self.df)
 
 
 def spread(rows: list[Scores], replicates: int, seed: int) -> Spread:
@@ -131,44 +133,3 @@ def _weights(rng: np.random.Generator, replicates: int, size: int) -> Weights:
     picked = rng.integers(size, size=(replicates, size)) + size * np.arange(replicates)[:, None]
     counts = np.bincount(picked.ravel(), minlength=replicates * size).reshape(replicates, size)
     return counts.astype(np.float32) / np.float32(size)
-
-
-@lru_cache(maxsize=1)
-def _nodes() -> tuple[Scores, Scores]:
-    return np.polynomial.legendre.leggauss(256)
-
-
-def student_tail(t: float, df: float) -> float:
-    """P(T > t) of Student's t, t >= 0 and df >= 1 real: the integral of cos(a)^(df-1) from atan(t / sqrt(df)) on."""
-    points, weights = _nodes()
-    start = math.atan2(t, math.sqrt(df))
-    half = (math.pi / 2 - start) / 2
-    area = half * float(weights @ np.cos(start + half * (points + 1)) ** (df - 1))
-    return area * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-
-
-@lru_cache(maxsize=4096)
-def student_quantile(df: float, tail: float = 0.025) -> float:
-    """The t with P(T > t) = tail, by bisection."""
-    low, high = 0.0, 1.0
-    while student_tail(high, df) > tail:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_tail(middle, df) > tail else (low, middle)
-    return (low + high) / 2
-
-
-def holm(p_values: list[float], tests: int | None = None) -> list[float]:
-    """Holm's step-down correction (1979).
-
-    Args:
-        p_values: of the tests that could be made.
-        tests: how many were planned, at least as many; default: those made. A planned one counts as p = 1.
-    """
-    count = max(len(p_values), tests or 0)
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (count - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected

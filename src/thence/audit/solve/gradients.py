@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ MAX_COORDINATES = 60_000
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenGradients:
     """Per-token gradients of one row.
 
     Args:
         gradients: shape (targets, coordinates), float64: of -log p of every target token, the second token first.
-        logp: log-probabilities of the targets, nats.
-        entropy: of the distributions that predict them, nats.
-        uniform: gradients of the mean over the vocabulary of -log p, for label smoothing; or None.
+        logp: log-probabilities of the targets, nats, shape (targets,).
+        entropy: of the distributions that predict them, nats, shape (targets,).
+        uniform: gradients of the mean over the vocabulary of -log p, for label smoothing, shaped like ``gradients``;
+            or None.
     """
 
     gradients: np.ndarray
@@ -54,15 +55,15 @@ class Differentiator:
             generator = torch.Generator().manual_seed(0)
             self.coordinates = torch.randperm(size, generator=generator)[:MAX_COORDINATES].sort().values
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the parameters to those of a snapshot."""
         with torch.no_grad():
             for name, value in state.items():
                 if name in self._parameters:
                     self._parameters[name].copy_(value.double())
 
-    def flat(self, state: dict[str, Tensor]) -> np.ndarray:
-        """A snapshot as one vector over the coordinates, float64."""
+    def flat(self, state: Mapping[str, Tensor]) -> np.ndarray:
+        """A snapshot as one vector, shape (coordinates,), float64."""
         flat = torch.cat([state[name].double().reshape(-1) for name in self.names])
         return (flat if self.coordinates is None else flat[self.coordinates]).numpy()
 
@@ -86,8 +87,8 @@ class Differentiator:
         uniform: bool = False,
         positions: Sequence[int] | None = None,
         mask: Sequence[int] | None = None,
-    ) -> Tokens:
-        """Gradients for one row.
+    ) -> TokenGradients:
+        """Gradients for one row of token ids, shape (T,).
 
         Args:
             shift: the target at place t is the token ``shift`` places further on (1: labels shifted twice; -1: not at
@@ -112,7 +113,7 @@ class Differentiator:
         entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
         gradients = self._rows(-logp_T)
         smooth = self._rows(-logp_TV.mean(-1)) if uniform else None
-        return Tokens(gradients, logp_T.detach().numpy(), entropy_T.detach().numpy(), smooth)
+        return TokenGradients(gradients, logp_T.detach().numpy(), entropy_T.detach().numpy(), smooth)
 
     def _rows(self, values_T: Tensor) -> np.ndarray:
         """Jacobian of a vector, shape (T, coordinates)."""
@@ -144,7 +145,7 @@ class Differentiator:
         ]
 
 
-def probability_features(tokens: Tokens) -> dict[str, np.ndarray]:
-    """What a token-dependent weight may depend on, by name."""
+def probability_features(tokens: TokenGradients) -> dict[str, np.ndarray]:
+    """What a token-dependent weight may depend on, by name, shape (targets,)."""
     p = np.exp(tokens.logp)
     return {"probability": p, "one minus probability": 1 - p, "entropy": tokens.entropy}

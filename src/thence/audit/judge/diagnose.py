@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thence.audit.explain import Explanation, Unit
-from thence.audit.objectives import OBJECTIVES, Window
+from thence.audit.judge.objectives import OBJECTIVES, Window
 from thence.audit.result import RESPONSE_ROLES, Finding, Role, SequenceWeights, StepResult, TokenWeight
-from thence.audit.sequences import Piece
+from thence.audit.solve.sequences import Piece
+from thence.audit.solve.solver import Explanation, Target
 
 FLOORS = {"float32": 2e-3, "bfloat16": 6e-2, "autocast": 6e-2}
 """Relative errors of weights that rounding alone may cause, by precision; sampling errors come on top."""
@@ -18,7 +18,7 @@ SIGMAS = 6.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedObjective:
     """What the settings ask of one step.
 
     Args:
@@ -39,14 +39,19 @@ class Asked:
 
 
 def diagnose_step(
-    index: int, explanation: Explanation, pieces: Sequence[Piece], asked: Asked, texts: Sequence[str], floor: float
+    index: int,
+    explanation: Explanation,
+    pieces: Sequence[Piece],
+    asked: AskedObjective,
+    texts: Sequence[str],
+    floor: float,
 ) -> StepResult:
     """Judge one step whose explanation fits.
 
     Args:
         floor: relative error of weights that does not come from the residual (one of ``FLOORS``).
     """
-    units = explanation.layout.units
+    units = explanation.design.targets
     advantages = np.array([asked.advantages[u.piece] if u.piece >= 0 else 1.0 for u in units])
     weights, errors = explanation.weights / advantages, explanation.errors / np.abs(advantages)
     undetermined = explanation.fit.undetermined[[u.column for u in units]]
@@ -97,12 +102,12 @@ class _Table:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Sequence[Target],
         pieces: Sequence[Piece],
         weights: np.ndarray,
         errors: np.ndarray,
         floor: float,
-        asked: Asked,
+        asked: AskedObjective,
         undetermined: np.ndarray,
         counted: tuple[Role, ...] = RESPONSE_ROLES,
     ):
@@ -146,7 +151,7 @@ class _Table:
         errors = np.where(shared, errors * units, errors)
         return np.where(undetermined, self.ideal, parted), errors, shared | undetermined
 
-    def _window(self, lengths: np.ndarray, asked: Asked) -> Window:
+    def _window(self, lengths: np.ndarray, asked: AskedObjective) -> Window:
         micro = np.array([-1 if p.micro_batch is None else p.micro_batch for p in self.pieces])
         rank = np.array([-1 if p.rank is None else p.rank for p in self.pieces])
         return Window(lengths, micro, rank, asked.longest)
@@ -365,7 +370,7 @@ def _token_dependent(table: _Table, explanation: Explanation, used, value, found
     best, name_of_best, base_of_best = np.inf, "", "token-mean"
     for base in ("token-mean", "sequence-mean"):
         scale = np.ones(len(table.pieces)) if base == "token-mean" else 1.0 / lengths
-        for name, feature in explanation.layout.features.items():
+        for name, feature in explanation.design.features.items():
             a, b = feature[used] * scale[table.piece[used]], table.weights[used]
             rest = float(np.linalg.norm(b - a * (a @ b) / (a @ a)) / np.linalg.norm(b))
             if rest < best:
@@ -379,7 +384,7 @@ def _token_dependent(table: _Table, explanation: Explanation, used, value, found
     return (base_of_best if exact else None), (), found
 
 
-def _scale_findings(scale: float, table: _Table, asked: Asked) -> list[Finding]:
+def _scale_findings(scale: float, table: _Table, asked: AskedObjective) -> list[Finding]:
     """Is the sum of weights one, or off by a factor that has a name?"""
     tolerance = 4 * table.floor
     if asked.objective == "constant-divisor" and not asked.longest:

@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.audit.probe import Probe
 from thence.audit.result import Case
+from thence.audit.solve.observation import Observation
+from thence.audit.solve.probe import Probe
 from thence.errors import UserError
 
 CHILD = Path(__file__).parent / "child.py"
-ADAPTERS = Path(__file__).parent / "adapters"
+ADAPTERS = Path(__file__).parents[1] / "adapters"
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,6 @@ class Adapter:
     stack: str
     axes: frozenset[str]
     cases: tuple[Case, ...]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one case left behind.
-
-    Args:
-        folder: with ``rank-R/step-K.safetensors``.
-        records: one a rank (see ``child.Session``); empty if the processes died before they wrote any.
-        status: ``done``, ``skipped`` or ``failed``.
-    """
-
-    case: Case
-    folder: Path
-    records: tuple[Mapping[str, Any], ...]
-    status: str
-    reason: str = ""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +72,7 @@ def load_adapter(name: str) -> Adapter:
         UserError: there is none of that name.
     """
     if name.endswith(".py"):
-        from thence.audit.child import load_adapter as load_file
+        from thence.audit.run.child import load_adapter as load_file
 
         path = Path(name)
         if not path.is_file():

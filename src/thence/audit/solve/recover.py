@@ -16,11 +16,11 @@ class Fit:
     """A solved system.
 
     Args:
-        weights: of the columns.
-        errors: their standard errors, from the residual.
+        weights: of the columns, shape (columns,).
+        errors: their standard errors, from the residual, shape (columns,).
         residual: norm of what is left over the norm of the update.
         condition: condition number of the columns, each scaled to norm one.
-        undetermined: columns that could be exchanged for others without changing the update.
+        undetermined: columns that could be exchanged for others without changing the update, shape (columns,), bool.
     """
 
     weights: np.ndarray
@@ -30,11 +30,11 @@ class Fit:
     undetermined: np.ndarray
 
 
-class System:
-    """Columns, and solutions for any right-hand side over the same columns.
+class LeastSquares:
+    """Columns, and the least-squares weights of any update over them.
 
     Args:
-        columns: shape (units, coordinates), one gradient a row, float64.
+        columns: shape (columns, coordinates), one gradient a row, float64.
     """
 
     def __init__(self, columns: np.ndarray):
@@ -51,7 +51,11 @@ class System:
         self.undetermined = (lost > 1e-6) | (norms == 0)
 
     def solve(self, update: np.ndarray) -> Fit:
-        """Weights of the columns that come nearest to the update."""
+        """Weights of the columns that come nearest to the update.
+
+        Args:
+            update: shape (coordinates,), float64.
+        """
         right = (self.columns @ update) / self.norms
         inverse = (self._vectors / self._values) @ self._vectors.T
         scaled = inverse @ right
@@ -80,6 +84,11 @@ def gradient_of_update(
     SGD: the change over the learning rate. AdamW with betas (0, 0.999), no weight decay and an epsilon far above
     the gradient: change = lr g / (|g| + eps), exact for the first step and to |g|/eps for the later ones. An unknown
     optimizer is taken for SGD; its scale means nothing.
+
+    Args:
+        before, after: parameters around the step, shape (coordinates,), float64.
+        lr: learning rate.
+        eps: of AdamW.
     """
     change = before - after
     if optimizer != "adamw":
@@ -88,7 +97,11 @@ def gradient_of_update(
 
 
 def rounding_noise(before: np.ndarray, after: np.ndarray, bits: int) -> float:
-    """Norm of the rounding error of storing parameters with ``bits`` of mantissa, over the norm of the update."""
+    """Norm of the rounding error of storing parameters with ``bits`` of mantissa, over the norm of the update.
+
+    Args:
+        before, after: parameters around the step, shape (coordinates,), float64.
+    """
     change = np.linalg.norm(before - after)
     if change == 0:
         return float("inf")

@@ -8,19 +8,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from thence import __version__
-from thence.audit.cases import cases_for
-from thence.audit.probe import Probe, write_probe
-from thence.audit.result import CaseResult, Report, Verdict
-from thence.audit.runner import Observation, load_adapter, run_cases, started_group
-from thence.audit.verdict import judge_all, not_told_apart, scale_law, settle
+from thence.audit.report import Report, make_report
+from thence.audit.result import CaseResult
+from thence.audit.run.cases import cases_for
+from thence.audit.run.runner import Observation, load_adapter, run_cases, started_group
+from thence.audit.solve.probe import write_probe
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
-from thence.redaction import redacted
 
 MARKER = ".thence-audit.json"
 Tell = Callable[[CaseResult], None]
@@ -71,7 +68,7 @@ def audit_stack(
             ranks = min(case.ranks for case in cases)
             first = opened.enter_context(started_group(adapter, python, folder, ranks))
         # The stack is being imported; so is torch now, here.
-        from thence.audit.judge import Judge
+        from thence.audit.judge.case import Judge
 
         probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
         judge = Judge.of_probe(probe)
@@ -105,46 +102,6 @@ def audit_stack(
         time.monotonic() - start,
         imports=imports,
     )
-
-
-def make_report(
-    target: str,
-    cases: Sequence[CaseResult],
-    versions: dict[str, str],
-    command: str,
-    probe: Probe | dict,
-    seconds: float,
-    asked: str = "",
-    reasons: Sequence[str] = (),
-    imports: float = 0.0,
-) -> Report:
-    """The report of a judged matrix."""
-
-    cases = settle([replace(case, reason=redacted(case.reason)) for case in cases], asked)
-    verdict = judge_all(cases, versions, asked)
-    return Report(
-        target=target,
-        versions=versions,
-        command=redacted(command),
-        cases=tuple(cases),
-        verdict=_with_law(verdict, cases),
-        not_told_apart=not_told_apart(cases, reasons),
-        probe=probe.describe() if isinstance(probe, Probe) else probe,
-        thence=__version__,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(seconds, 1),
-        import_seconds=round(imports, 1),
-    )
-
-
-def _with_law(verdict: Verdict, cases: Sequence[CaseResult]) -> Verdict:
-    """Say what the size of the update follows, where that is not one and the same weight in all."""
-    law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
-    name = scale_law([case for case in cases if case.status == "judged"])
-    if name in law and verdict.outcome == "finding":
-        first, second = verdict.sentences
-        return replace(verdict, sentences=(first, f"{second} The size of the update follows {law[name]}."))
-    return verdict
 
 
 def _take(keep: Path) -> None:

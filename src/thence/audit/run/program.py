@@ -15,11 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from thence.audit.cases import cases_for
-from thence.audit.judge import Judge
-from thence.audit.probe import Probe, write_probe
-from thence.audit.result import Case, CaseResult, Report
-from thence.audit.stack import Tell, make_report, working_folder
+from thence.audit.judge.case import Evidence, Judge
+from thence.audit.report import Report, make_report
+from thence.audit.result import Case, CaseResult
+from thence.audit.run.cases import cases_for
+from thence.audit.run.stack import Tell, working_folder
+from thence.audit.solve.probe import Probe, write_probe
 from thence.errors import UserError
 from thence.redaction import redacted_command
 
@@ -197,7 +198,7 @@ def _run(
         pieces = [[replace(piece, micro_batch=None, rank=None) for piece in step] for step in pieces]
     if lr is not None:
         case = replace(case, optimizer="sgd", lr=lr)
-    result = judge.case(case, states, pieces=pieces, scale_known=lr is not None)
+    result = judge.case(case, Evidence(states, pieces=pieces, scale_known=lr is not None))
     return replace(result, seconds=waited)
 
 
