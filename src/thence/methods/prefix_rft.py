@@ -1,4 +1,4 @@
-"""Prefix-RFT (arXiv 2507.01679): one rollout of every group goes on from the beginning of the demonstration.
+"""Prefix-RFT (arXiv 2507.01679): one rollout of every group continues a prefix of the demonstration.
 
     L = - (1 / Z) sum_i sum_t min(r A_it, clip(r, 0.8, 1.2) A_it), dual clip 3   - eta * entropy
     A_it = (R_i - mean of all n) * keep_it,   keep = 0 on the 80% of prefix tokens with the lowest entropy, else 1

@@ -4,7 +4,7 @@
     SFT step:  - (1 / N_sft) sum_t [log pi(y*_t) + sft_entropy H_t],   N_sft = demonstration tokens of the step
 
 After sampling, every prompt whose rollouts all scored zero puts its demonstration in front of a buffer. When the
-buffer holds ``sft_batch`` or more, one SFT step with an AdamW state of its own follows the RL update on the newest
+buffer holds ``sft_batch`` or more, one SFT step with its own AdamW state follows the RL update on the newest
 ``sft_batch`` of them; the rest stays and ages. A prompt may be in the buffer more than once. All ranks hold the same
 buffer, and each trains its share of what is taken from it.
 

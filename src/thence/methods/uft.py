@@ -15,7 +15,7 @@ of 500, n = 4, mini-batches of 64 of 256 prompts, lr 1e-6.
 
 Other than in the released code: it cuts the text between sentences, into min(5, number of sentences) parts, and pastes
 the hint as text into a prompt without a chat template. Here the demonstration's tokens are cut, without its end token,
-and the hint begins the response, in whatever template the data has; it counts towards the longest response, and the
+and the hint begins the response, in any template of the data; it counts towards the longest response, and the
 verifier reads it too. The code limits logits to +-100 in the hint's term, which is not done here. A prompt without a
 demonstration has no hint. Chosen here, since not known: that k of ``r3`` may be 0 and ``slices`` and that its hints end
 with ``hint_steps``; that the hint's weight of ``stage`` is that of ``uft``.

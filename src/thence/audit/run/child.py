@@ -33,7 +33,7 @@ class Session:
         case: the case as a plain dict (fields of thence.audit.result.Case).
         model: folder of the probe's model and tokenizer in the Hugging Face layout, float32.
         rank, ranks: this process among the data-parallel ones.
-        scratch: an empty folder for whatever the stack writes, removed afterwards.
+        scratch: an empty folder for the files of the stack, removed afterwards.
     """
 
     def __init__(self, case: dict, job: dict, out: Path):
@@ -177,7 +177,7 @@ def versions(packages) -> dict[str, str]:
 
 
 def run_case(adapter, case: dict, job: dict) -> None:
-    """Run one case and write its record, whatever happens."""
+    """Run one case and write its record, also if the case fails."""
     import random
 
     import torch

@@ -178,7 +178,7 @@ def _run(
     seed: int,
     cut_known: bool,
 ) -> CaseResult:
-    """One case: the program in a process of its own, then its model against the one it began with."""
+    """One case: run the program in a separate process, then compare its model with the one before."""
     out = place / "out"
     values = _values(case, probe, layout, place, out, lr, seed)
     words = [word.format(**values) for word in program]

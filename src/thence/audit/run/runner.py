@@ -106,7 +106,7 @@ def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Grou
 
 @contextlib.contextmanager
 def started_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Iterator[Group]:
-    """:func:`start_group`; whatever happens, the processes end with the block."""
+    """:func:`start_group`; the processes always end with the block."""
     group = start_group(adapter, python, folder, ranks)
     try:
         yield group
@@ -318,7 +318,7 @@ def _tail(folder: Path, ranks: int) -> str:
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
-    """End the processes and whatever they started."""
+    """End the processes and all their children."""
     limit = time.monotonic() + grace
     for process in processes:
         while process.poll() is None and time.monotonic() < limit:
