@@ -48,6 +48,9 @@ def maj_at_k(answers_per_problem: Sequence[Sequence[tuple[str | None, bool]]], k
     Args:
         answers_per_problem: (extracted answer, right?) of every sample; as many for every problem.
         k: 1 to the number of samples.
+
+    Raises:
+        ValueError: the problems have different numbers of samples, or there are fewer than k.
     """
     samples = len(answers_per_problem[0]) if answers_per_problem else 0
     if any(len(answers) != samples for answers in answers_per_problem):

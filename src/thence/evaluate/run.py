@@ -199,7 +199,11 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
 
 
 def grader_version(grader: str) -> str:
-    """What a grade by this grader depends on: the checker's version, or the text of an own function's file."""
+    """What a grade by this grader depends on: the checker's version, or the text of the user's function.
+
+    Raises:
+        UserError: there is no such function.
+    """
     if ":" not in grader:
         if grader in ("exact", LETTER):
             return f"thence {__version__}"

@@ -161,7 +161,7 @@ class Store:
         write_atomically(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
 
     def check(self, settings: Settings) -> None:
-        """Raise the error of :meth:`begin`, and write nothing."""
+        """Raise the UserError of :meth:`begin`, and write nothing."""
         if self.exists:
             _check_same(self.settings(), settings, self.folder / SETTINGS)
             self.environment()

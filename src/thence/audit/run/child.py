@@ -133,7 +133,7 @@ class Session:
         self.record["said"].update(facts)
 
     def skip(self, reason: str):
-        """Leave this case out, by name."""
+        """Leave this case out, by name. Raises SkipCase."""
         raise SkipCase(reason)
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ def clean_name(name: str) -> str:
 
 
 def load_adapter(path: str):
-    """Import an adapter from its file."""
+    """Import an adapter from its file. Raises ImportError if it is not a Python file."""
     spec = importlib.util.spec_from_file_location("audited_adapter", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
