@@ -354,6 +354,6 @@ def test_what_a_later_arm_names_is_tried_before_the_first_run(
     file = tmp_path / "comparison.toml"
     file.write_text(to_toml(own))
     assert main(["compare", str(file), *flags]) == 2
-    assert "arms.rl: reward: no reward is called 'mth'" in capsys.readouterr().err
+    assert "arms.rl: rl.reward: no reward is called 'mth'" in capsys.readouterr().err
     assert not (tmp_path / "comparison" / "runs").exists()
     assert not (tmp_path / "comparison" / "bases").exists()
