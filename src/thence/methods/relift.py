@@ -37,13 +37,13 @@ class ReliftOptions(MixedOptions):
     """Settings of ReLIFT."""
 
     clip: SomeCoefficient | None = None
-    """Clip range of the ratio in RL steps; none: no clip, as the released script. The paper prints 0.2."""
+    """Clip range of the ratio in RL steps. none: no clip, as in the released script. The paper has 0.2."""
     sft_batch: Rows = 128
-    """Demonstrations of an SFT step over all ranks, and how many the buffer must hold for one."""
+    """Demonstrations per SFT step over all ranks. A step needs this many in the buffer."""
     sft_lr: Rate | None = None
-    """Learning rate of SFT steps; none: the stage's. Published: 1e-6, the same."""
+    """Learning rate of SFT steps. none: the stage's. Published: 1e-6, the same."""
     sft_clip_norm: Norm = 1.0
-    """Largest gradient norm of SFT steps; 0: no clipping."""
+    """Largest gradient norm of SFT steps. 0: no clipping."""
     sft_entropy: Coefficient = 0.001
     """Coefficient alpha of the entropy bonus in SFT steps: 0.001 in the script, 1e-4 best in the paper."""
 

@@ -46,7 +46,7 @@ class UftOptions(Options):
     """Settings of UFT."""
 
     hints: Literal["uft", "r3", "stage"] = "uft"
-    """How many slices a hint has: see above."""
+    """How the number of slices of a hint is drawn (see the formula)."""
     slices: Count = 5
     """Parts of a demonstration."""
     hint_steps: Steps = 300
@@ -59,7 +59,7 @@ class UftOptions(Options):
     """Coefficient of the hint tokens' likelihood, a mean over them; none: 0.001, and 0 with r3."""
     normaliser: Literal["clean", "code", "paper"] = "clean"
     """clean: policy, KL and entropy over all response tokens of the step, hint tokens included. code, paper: over the
-    tokens that the policy wrote. The hint's term is in each a mean over the hint tokens."""
+    tokens that the policy wrote. The hint's term is always a mean over the hint tokens."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
     clip_low: Coefficient = 0.2
@@ -67,7 +67,7 @@ class UftOptions(Options):
     clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     kl: Coefficient = 0.001
-    """Coefficient of the KL (k3) to the model that the stage started from; 0: no reference model is held."""
+    """Coefficient of the KL (k3) to the model at the start of the stage. 0: no reference model is kept."""
     entropy: Coefficient = 0.001
     """Coefficient of the entropy bonus on the tokens that the policy wrote."""
 
