@@ -56,7 +56,7 @@ class SrftOptions(MixedOptions):
     gamma: SomeCoefficient = 0.1
     """Gamma of the shaping."""
     own: Literal["logp", "probability", "ratio"] = "logp"
-    """Surrogate of sampled tokens: log pi (paper and codes; log pi - log pi_old has the same gradient), pi or the ratio."""
+    """Surrogate of sampled tokens: log pi (paper, codes; log pi - log pi_old has the same gradient), pi or ratio."""
     sft_weight: Coefficient = 0.5
     """Constant of the expert's log-likelihood."""
     right_weight: Coefficient = 0.1
