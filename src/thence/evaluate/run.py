@@ -30,14 +30,14 @@ NAMED = 3  # refusals of a task that are logged one by one
 
 
 class Watcher(Protocol):
-    """Is told how an evaluation goes on."""
+    """Is told of the progress of an evaluation."""
 
     def begin(self, missing: int) -> None:
         """So many samples are missing in all tasks together."""
         ...
 
     def sampling(self, task: str, total: int, done: int) -> None:
-        """A task begins, or goes on after ``done`` of ``total`` samples."""
+        """A task begins, or resumes after ``done`` of ``total`` samples."""
         ...
 
     def sampled(self, generation: Generation) -> None:
