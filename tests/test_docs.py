@@ -41,6 +41,21 @@ def test_the_walk_names_each_file_once_and_all_of_them_exist() -> None:
         assert (ROOT / "src/thence" / name).exists() or (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    if page.name == "CHANGELOG.md":  # it tells of earlier ones
+        return
+    for name in set(re.findall(r"\b(?:src|tests|benchmarks|tools|docs|examples)/[\w./-]*\w\.(?:py|sh)\b", text)):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+    for first, second in set(re.findall(r"(?:`|from )thence\.([a-z_]+)\.(\w+)", text)):
+        place = ROOT / "src/thence" / first
+        source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        module = place / second
+        found = module.is_dir() or module.with_suffix(".py").exists() or second in source.read_text()
+        assert found, f"thence.{first}.{second}"
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/README.md").read_text()
     for page in ROOT.glob("docs/*.md"):
