@@ -13,7 +13,8 @@ from torch import Tensor
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
 from thence.objective import Row, Term, trained_tokens
-from thence.section import Section
+from thence.settings.section import Section
+from thence.settings.validation import validated
 
 T = TypeVar("T")
 
@@ -126,7 +127,8 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
-        self.options: Any = self.Options.model_validate(dict(options or {}))
+        remedy = f"see `thence methods {self.name}` (method {self.name})"
+        self.options: Any = validated(self.Options, dict(options or {}), "options", remedy=remedy)
 
     @property
     def least_rollouts(self) -> int:

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
-from thence.limits import Share, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.objective import Ratio, ShapeRatio, Term
+from thence.settings.limits import Share, SomeCoefficient
 
 
 class ExGrpoOptions(MixedOptions):

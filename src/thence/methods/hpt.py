@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare, Rows
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -40,6 +39,7 @@ from thence.methods.mixed import (
 from thence.methods.unknown import scores_of
 from thence.objective import Logp, Normaliser, Ratio, Term
 from thence.objective.surrogates import Surrogate
+from thence.settings.limits import Coefficient, PartShare, Rows
 
 
 class GatedOptions(MixedOptions):

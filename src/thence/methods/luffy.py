@@ -18,7 +18,6 @@ from typing import Literal
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -29,6 +28,7 @@ from thence.methods.mixed import (
     rows_of_weights,
 )
 from thence.objective import Clip, Logp, Prob, Ratio, Shape, Surrogate, Term
+from thence.settings.limits import Coefficient, PartShare, SomeCoefficient
 
 
 class LuffyOptions(MixedOptions):

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import PartShare
 from thence.methods.base import Method, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.objective import Clip, Ratio, Surrogate, Term
+from thence.settings.limits import PartShare
 
 
 class OnPolicyOptions(MixedOptions):

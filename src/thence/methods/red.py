@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare
 from thence.methods.base import Method, Sampler, TokenFacts, reward_of
 from thence.methods.mixed import (
     MixedOptions,
@@ -38,6 +37,7 @@ from thence.methods.mixed import (
     rows_of_weights,
 )
 from thence.objective import Clip, Logp, Term
+from thence.settings.limits import Coefficient, PartShare
 
 
 class RedOptions(MixedOptions):

@@ -26,11 +26,11 @@ from typing import Any
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
 from thence.methods.unknown import all_failed
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
+from thence.settings.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
 
 
 class ReliftOptions(MixedOptions):

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient
 from thence.methods.base import Method, Sampler, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -29,6 +28,7 @@ from thence.methods.mixed import (
     rows_of_weights,
 )
 from thence.objective import Logp, Ratio, Term
+from thence.settings.limits import Coefficient
 
 
 class RlSftLossOptions(MixedOptions):

@@ -23,7 +23,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, Rate, Steps
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts
 from thence.methods.mixed import (
     MixedOptions,
@@ -34,6 +33,7 @@ from thence.methods.mixed import (
     rows_of_weights,
 )
 from thence.objective import Clip, Logp, NegativeKl, Normaliser, Term
+from thence.settings.limits import Coefficient, Rate, Steps
 
 
 class SasrOptions(MixedOptions):

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Count, Share, Steps
 from thence.methods.base import Method, Options, Sampler, TokenFacts
 from thence.methods.mixed import advantages, rows_of_weights
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
+from thence.settings.limits import Coefficient, Count, Share, Steps
 
 # On a token without advantage: makes it count as one of the policy term's, and vanishes when divided or rounded.
 COUNTED = sys.float_info.min
