@@ -194,7 +194,7 @@ def page() -> str:
     lines = [
         "# Chat templates",
         "",
-        "`python benchmarks/chat_templates.py` writes this page, `tests/test_templates.py` checks it. The templates",
+        "`python benchmarks/chat_templates.py` writes this page; `tests/test_templates.py` checks it. The templates",
         "are short versions of what each family documents (`tests/templates`), with its peculiarities. For your own",
         "model, run `thence check MODEL --data FILE`.",
         "",
