@@ -200,7 +200,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args([*found.positional, *joined])
 
     def error(self, message: str) -> NoReturn:
-        """What argparse itself finds, as an error of ours."""
+        """What argparse itself finds, as an error of ours. Raises UserError."""
         place = re.match(r"argument (\S+): ", message)
         problem = message[place.end() :] if place else message
         raise UserError(problem, remedy=f"`{self.prog} --help` lists what it takes", field=place[1] if place else None)

@@ -98,7 +98,7 @@ def _asked(command: tuple[str, ...]) -> Compiler | None:
 
 
 def _without(head_size: int) -> str | None:
-    """Why there are no kernels to be tried; None where they may be."""
+    """Why there are no kernels to try; None if there may be."""
     if os.environ.get("THENCE_KERNELS") == "off":
         return "THENCE_KERNELS=off"
     if compiler() is None:
@@ -141,7 +141,7 @@ def _whole(folder: Path, stem: str) -> Path | None:
 
 
 def _build(source: str, head_size: int, found: Compiler, folder: Path, stem: str) -> Path:
-    """Compile, try in a process of its own, flush and put into place. Raises NotBuilt."""
+    """Compile, try in a separate process, flush and move into place. Raises NotBuilt."""
     code, runtime = Path(__file__).with_name(source), _openmp_runtime()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         compiled, built = Path(place) / "kernels.o", Path(place) / "kernels.so"
