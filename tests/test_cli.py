@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from thence.cli import main
-from thence.files import write_jsonl
+from thence.jsonl import write_jsonl
 
 SAMPLE = {
     "stage": "eval",

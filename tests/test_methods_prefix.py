@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import advantages, gradient, relative, row_statistics, weights_of
-from pydantic import ValidationError
 from recipes import world_recipe
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
 from thence.methods import registry
 from thence.methods.base import Method, TokenFacts, bare_row, make_batch
 from thence.methods.chord import ChordMu, ChordPhi, share_of_sft, spread
@@ -117,7 +117,7 @@ def test_prefix_estimators() -> None:
     assert [w[0, 0].item() for w in split[:3]] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     assert split[3][:2].flatten().tolist() == pytest.approx([0, 0, 1, 1, 2 / 3, 2 / 3, 0, 0])
     assert [w[0].tolist() for w in split[4:]] == [w[0].tolist() for w in joint[4:]] == [[0.5] * 4, [-0.5] * 4]
-    with pytest.raises(ValidationError, match="std goes with"):
+    with pytest.raises(RecipeError, match="std goes with"):
         PrefixRft({"estimator": "dr_grpo_prefix", "std": True})
 
 

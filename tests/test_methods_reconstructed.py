@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import advantages, gradient, relative, row_statistics, weights_of
-from pydantic import ValidationError
 from recipes import world_recipe
 from torch import Tensor
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
 from thence.methods.base import Method, TokenFacts, bare_row, make_batch
 from thence.methods.bread import Bread, prefix_of
 from thence.methods.red import Red, accuracy_factor, entropy_weight
@@ -180,7 +180,7 @@ def test_a_prefix_is_whole_episodes_and_never_the_whole_demonstration(tokens, ep
 
 
 def test_a_band_without_room_is_refused():
-    with pytest.raises(ValidationError, match="least is above most"):
+    with pytest.raises(RecipeError, match="least is above most"):
         Bread({"least": 0.8, "most": 0.2})
 
 

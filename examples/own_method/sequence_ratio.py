@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient
 from thence.methods.base import Method, Options, TokenFacts, Weights, reward_of
 from thence.objective import Logp, Normaliser, Term
+from thence.settings.limits import Coefficient
 
 
 class SequenceRatioOptions(Options):

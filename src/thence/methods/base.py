@@ -14,7 +14,8 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
 from thence.objective import BareRow, Batch, Row, Term, trained_tokens
 from thence.objective.terms import needs_behaviour
-from thence.section import Section
+from thence.settings.section import Section
+from thence.settings.validation import validated
 
 T = TypeVar("T")
 
@@ -153,7 +154,8 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
-        self.options: Any = self.Options.model_validate(dict(options or {}))
+        remedy = f"see `thence methods {self.name}` (method {self.name})"
+        self.options: Any = validated(self.Options, dict(options or {}), "options", remedy=remedy)
 
     @property
     def least_rollouts(self) -> int:

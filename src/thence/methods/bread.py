@@ -27,13 +27,13 @@ import torch
 from pydantic import Field, model_validator
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, PartShare, SomeShare
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.dapo import is_informative
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.uft import COUNTED
 from thence.methods.unknown import all_failed, scores_of
 from thence.objective import Clip, Normaliser, Term
+from thence.settings.limits import Coefficient, PartShare, SomeShare
 
 Group = list[Trajectory]
 

@@ -33,7 +33,6 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Natural, Share
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, in_turn, switched_on
 from thence.methods.groups import groups_of
 from thence.methods.mixed import (
@@ -44,6 +43,7 @@ from thence.methods.mixed import (
     policy_normaliser,
 )
 from thence.objective import Clip, Logp, Normaliser, Term
+from thence.settings.limits import Coefficient, Natural, Share
 
 
 class ChordOptions(MixedOptions):

@@ -20,10 +20,10 @@ from pydantic import model_validator
 
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
-from thence.limits import Ceiling, Coefficient, Count, Natural, Tokens
 from thence.methods.base import Sampler
 from thence.methods.grpo import Grpo, GrpoOptions
 from thence.methods.unknown import scores_of
+from thence.settings.limits import Ceiling, Coefficient, Count, Natural, Tokens
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from thence.limits import Coefficient
 from thence.methods.grpo import Grpo, GrpoOptions
+from thence.settings.limits import Coefficient
 
 
 class DrGrpoOptions(GrpoOptions):

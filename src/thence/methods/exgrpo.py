@@ -29,10 +29,10 @@ from typing import Any, Literal
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
-from thence.limits import Share, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.objective import Ratio, ShapeRatio, Term
+from thence.settings.limits import Share, SomeCoefficient
 
 
 class ExGrpoOptions(MixedOptions):

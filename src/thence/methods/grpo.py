@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Ceiling, Coefficient, Signed, Tokens
 from thence.methods.base import Method, Options, TokenFacts, Weights, group_numbers, reward_of, switched_on
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
+from thence.settings.limits import Ceiling, Coefficient, Signed, Tokens
 
 
 class GrpoOptions(Options):

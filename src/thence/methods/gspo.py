@@ -22,11 +22,11 @@ from typing import Literal
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, Signed
 from thence.methods.base import Options, TokenFacts, Weights, switched_on
 from thence.methods.grpo import Grpo
 from thence.objective import Entropy, Logp, Normaliser, Term
 from thence.objective.surrogates import LOG_RATIO_LIMIT
+from thence.settings.limits import Coefficient, Signed
 
 
 class GspoOptions(Options):

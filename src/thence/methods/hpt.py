@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare, Rows
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
@@ -37,6 +36,7 @@ from thence.methods.mixed import (
 from thence.methods.unknown import scores_of
 from thence.objective import Logp, Normaliser, Ratio, Term
 from thence.objective.surrogates import Surrogate
+from thence.settings.limits import Coefficient, PartShare, Rows
 
 
 class GatedOptions(MixedOptions):

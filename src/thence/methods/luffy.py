@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
@@ -26,6 +25,7 @@ from thence.methods.mixed import (
     policy_normaliser,
 )
 from thence.objective import Clip, Logp, Prob, Ratio, Shape, Surrogate, Term
+from thence.settings.limits import Coefficient, PartShare, SomeCoefficient
 
 
 class LuffyOptions(MixedOptions):

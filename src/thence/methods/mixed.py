@@ -16,9 +16,9 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
-from thence.limits import Coefficient, Processes, Tokens
 from thence.methods.base import Options, Sampler, group_numbers, reward_of
 from thence.objective import Entropy, Normaliser, Term, group_advantages
+from thence.settings.limits import Coefficient, Processes, Tokens
 
 
 class MixedOptions(Options):

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
-from thence.limits import PartShare
 from thence.methods.base import Method, TokenFacts, Weights, switched_on
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.objective import Clip, Ratio, Surrogate, Term
+from thence.settings.limits import PartShare
 
 
 class OnPolicyOptions(MixedOptions):

@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.mixed import (
     MixedOptions,
@@ -37,6 +36,7 @@ from thence.methods.mixed import (
     policy_normaliser,
 )
 from thence.objective import Clip, Logp, Term
+from thence.settings.limits import Coefficient, PartShare
 
 
 class RedOptions(MixedOptions):

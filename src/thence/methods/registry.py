@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ValidationError
-
 from thence.errors import RecipeError, UserError
 from thence.methods.base import Method
 from thence.methods.bread import Bread
@@ -33,7 +31,6 @@ from thence.methods.superrl import SuperRl
 from thence.methods.uft import Uft
 from thence.recipe import Rl, kind_of
 from thence.recipe import Sft as SftStage
-from thence.section import refusal
 
 OWN: tuple[type[Method], ...] = (
     Sft, Grpo, DrGrpo, Dapo, Gspo,
@@ -121,7 +118,5 @@ def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = 
         )
     try:
         return known[name](options)
-    except ValidationError as error:
-        raise refusal(
-            error, known[name].Options, f"{where}.options", remedy=f"see `thence methods {name}` (method {name})"
-        ) from None
+    except RecipeError as error:
+        raise RecipeError(error.problem, remedy=error.remedy, field=f"{where}.{error.field}") from None

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.unknown import all_failed
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
+from thence.settings.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
 
 
 class ReliftOptions(MixedOptions):

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
@@ -26,6 +25,7 @@ from thence.methods.mixed import (
     policy_normaliser,
 )
 from thence.objective import Logp, Ratio, Term
+from thence.settings.limits import Coefficient
 
 
 class RlSftLossOptions(MixedOptions):

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, Rate, Steps
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
@@ -31,6 +30,7 @@ from thence.methods.mixed import (
     policy_normaliser,
 )
 from thence.objective import Clip, Logp, NegativeKl, Normaliser, Term
+from thence.settings.limits import Coefficient, Rate, Steps
 
 
 class SasrOptions(MixedOptions):

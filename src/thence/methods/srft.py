@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, SomeCoefficient
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.mixed import (
     MixedOptions,
@@ -39,6 +38,7 @@ from thence.methods.mixed import (
     policy_normaliser,
 )
 from thence.objective import Logp, Prob, Ratio, Shape, Surrogate, Term
+from thence.settings.limits import Coefficient, SomeCoefficient
 
 ENTROPY_UNIT = 2.0**-32  # nats; ranks add their entropies as integers of this unit
 

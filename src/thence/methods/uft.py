@@ -32,10 +32,10 @@ from typing import Literal
 import torch
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Count, Share, Steps
 from thence.methods.base import Method, Options, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import advantages
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
+from thence.settings.limits import Coefficient, Count, Share, Steps
 
 # On a token without advantage: makes it count as one of the policy term's, and vanishes when divided or rounded.
 COUNTED = sys.float_info.min

@@ -17,7 +17,6 @@ from thence.audit.figures import (
     judged,
     lost_by_role,
     objective_title,
-    percent,
     place,
     ratio_text,
     settings,
@@ -31,6 +30,7 @@ from thence.audit.result import CaseResult, KnownFault, Role, StepResult
 from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
 from thence.pages.template import render
+from thence.wording import percent
 
 _LEGEND = (
     (1 / 8, "⅛ or less"),
