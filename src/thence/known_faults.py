@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
+
+from thence.toml import parse_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Fault:
 def load_known_faults() -> tuple[Fault, ...]:
     """The known faults that ship with the package."""
     text = (resources.files("thence") / "known_faults.toml").read_text(encoding="utf-8")
-    entries = tomllib.loads(text)["fault"]
+    entries = parse_toml(text)["fault"]
     return tuple(
         Fault(**entry | {key: tuple(entry.get(key, ())) for key in ("sources", "findings")}) for entry in entries
     )

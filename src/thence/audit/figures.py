@@ -156,13 +156,6 @@ def ratio_text(value: float | None) -> str:
     return f"{value + 0.0:.2f}".replace("-0.00", "0.00")
 
 
-def percent(share: float) -> str:
-    """A share in per cent; one decimal where it is small but not nothing."""
-    if math.isnan(share):
-        return "–"
-    return f"{share:.1%}" if 0.0005 <= share < 0.0995 else f"{share:.0%}"
-
-
 def title(finding: Finding | str) -> str:
     """What a finding is called."""
     key = finding if isinstance(finding, str) else finding.id

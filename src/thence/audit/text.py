@@ -23,7 +23,6 @@ from thence.audit.figures import (
     micro_batches,
     nothing,
     objective_title,
-    percent,
     ratio_text,
     same,
     step_with_most_lost,
@@ -31,8 +30,9 @@ from thence.audit.figures import (
     wrong,
 )
 from thence.audit.result import CaseResult, StepResult
-from thence.report.samples import visible
+from thence.foreign_text import visible
 from thence.terminal import make_console
+from thence.wording import percent
 
 if TYPE_CHECKING:
     from thence.audit.report import Report

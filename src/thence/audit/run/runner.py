@@ -15,15 +15,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from thence.audit.result import Case
 from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import Probe
 from thence.errors import UserError
+from thence.files import write_atomically
 
 CHILD = Path(__file__).parent / "child.py"
 ADAPTERS = Path(__file__).parents[1] / "adapters"
@@ -100,7 +100,7 @@ def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Grou
     for old in folder.glob("ready-*.json"):
         old.unlink()
     job = folder / "job.json"
-    _write(job, {"adapter": str(adapter.path.resolve()), "out": str(folder)})
+    write_atomically(job, json.dumps({"adapter": str(adapter.path.resolve()), "out": str(folder)}))
     return Group(ranks, job, tuple(_start(python, job, folder, ranks)))
 
 
@@ -181,7 +181,7 @@ def _run_group(
         "out": str(folder),
         "cases": [asdict(case) | {"folder": name} for name, case in cases],
     }
-    _write(group.job, job)
+    write_atomically(group.job, json.dumps(job))
     found: dict[str, Observation] = {}
     try:
         ready = _wait(processes, [folder / f"ready-{r}.json" for r in range(ranks)], 600.0)
@@ -208,13 +208,6 @@ def _failed(
     for observation in found.values():
         tell(observation)
     return found
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    part.replace(path)
 
 
 def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
