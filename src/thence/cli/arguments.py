@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from thence.errors import UserError
-from thence.limits import shown, takes
-from thence.text_values import read_value
+from thence.settings.annotations import takes
+from thence.settings.text_values import read_value
+from thence.wording import shown
 
 HELP_FLAGS = ("-h", "--help")
 _DASHES = "‐‑‒–—―−﹣－"
@@ -146,7 +147,7 @@ def _unknown(name: str, options: Mapping[str, Option]) -> UserError:
 
 
 def read_flag(flag: str, text: str, kind: Any) -> Any:
-    """The text of a flag as a value of a type of :mod:`thence.limits`. Raises UserError."""
+    """The text of a flag as a value of a type of :mod:`thence.settings.limits`. Raises UserError."""
     value = read_value(text, kind)
     try:
         return TypeAdapter(kind).validate_python(value, strict=True)
@@ -172,7 +173,7 @@ class Done(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse for the definitions and the help; the command line is taken apart by :func:`take_apart`.
 
-    A mistake raises UserError. `type` may be a type of :mod:`thence.limits`, wrapped by :func:`of`.
+    A mistake raises UserError. `type` may be a type of :mod:`thence.settings.limits`, wrapped by :func:`of`.
     """
 
     may_be_empty: frozenset[str] = frozenset()
@@ -206,7 +207,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def of(kind: Any) -> Callable[[str], Any]:
-    """A reader of text for argparse: values of a type of :mod:`thence.limits`."""
+    """A reader of text for argparse: values of a type of :mod:`thence.settings.limits`."""
 
     def read(text: str) -> Any:
         try:

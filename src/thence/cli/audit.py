@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from thence.cli.arguments import Parser, of
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
-from thence.limits import Rate, Seconds, Seed
+from thence.settings.limits import Rate, Seconds, Seed
 from thence.terminal import make_console
 
 if TYPE_CHECKING:

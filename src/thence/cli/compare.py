@@ -9,7 +9,8 @@ from pathlib import Path
 
 from thence.cli.arguments import SWITCH, Option, only, read_flag, take_apart
 from thence.errors import UserError
-from thence.limits import Place, Processes, Seed, takes
+from thence.settings.annotations import takes
+from thence.settings.limits import Place, Processes, Seed
 
 HELP = """\
 thence compare COMPARISON [--jobs N] [--only ARM,ARM] [--seeds 0,1] [--bases rich] [--folder F] [--dry-run] [--report]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from thence.cli.arguments import Parser, of
 from thence.errors import RecipeError, UserError
-from thence.limits import Count, Processes, Rows, Seconds
-from thence.text_values import field_type, parse_value, read_value
+from thence.settings.annotations import type_at
+from thence.settings.limits import Count, Processes, Rows, Seconds
+from thence.settings.text_values import parse_value, read_value
 from thence.wording import counted
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[],
             from thence.rollout.vllm.settings import VllmSettings, vllm_settings
 
             given = [_assignment(text, "--vllm") for text in args.vllm]
-            table = {name: read_value(value, field_type(VllmSettings, [name])) for name, value in given}
+            table = {name: read_value(value, type_at(VllmSettings, [name])) for name, value in given}
             vllm = vllm_settings(table, "--vllm")
             return VllmBackend(model, settings.chat_template, vllm, settings.template_variables)
         from thence.evaluate.native_backend import ROWS, NativeBackend

@@ -20,7 +20,8 @@ from thence.evaluate.run import Silent, evaluate
 from thence.evaluate.store import Settings, Store
 from thence.evaluate.suites import Task
 from thence.evaluate.summary import TaskResult, task_result
-from thence.files import finite, to_json, write_jsonl, write_over
+from thence.files import finite, to_json, write_over
+from thence.jsonl import write_jsonl
 from thence.models.lengths import context_of
 from thence.names import as_name
 from thence.pipeline.context import Context
