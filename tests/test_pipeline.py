@@ -19,7 +19,7 @@ from thence.compare.summary import summarise
 from thence.data.worlds.vocabulary import VOCABULARY
 from thence.errors import UserError
 from thence.evaluate.metrics import avg_at_k
-from thence.files import write_jsonl
+from thence.jsonl import write_jsonl
 from thence.pages.run.page import write_page
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
