@@ -26,8 +26,8 @@ from thence.evaluate.summary import summarise as numbers_of
 from thence.files import read_json, write_over
 from thence.files import to_json as plain_json
 from thence.jsonl import BadLine, read_lines, repair_lines, stream_lines
+from thence.pages.run.page import write_page
 from thence.pipeline.run import run
-from thence.report.page import write_report
 from thence.toml import to_toml
 from thence.train.model import load_model
 
@@ -248,7 +248,7 @@ def test_every_report_of_a_damaged_run_is_written_and_says_so(one: tuple[dict[st
     for name in ("recipe.toml", "environment.json", "metrics.jsonl", "stages/eval/result.json"):
         harm(folder / name, kind)
     harm(folder / "stages" / "eval" / "samples.jsonl", kind)
-    assert "cannot be read" in write_report(folder).read_text() or kind in ("object", "emptied")
+    assert "cannot be read" in write_page(folder).read_text() or kind in ("object", "emptied")
 
 
 # Lines.
@@ -288,7 +288,7 @@ def test_a_damaged_line_costs_itself_alone_on_resume(
     assert [line["step"] for line in metrics(folder.path)] == [s for s in range(1, 9) if s != place + 1]
     assert (folder.path / "metrics.jsonl.damaged").read_bytes() == BAD_LINES[kind] + b"\n"
     assert f"{folder.metrics}:{place + 1}" in caplog.text
-    assert "1 damaged line set aside" in write_report(folder.path).read_text()
+    assert "1 damaged line set aside" in write_page(folder.path).read_text()
 
 
 def test_a_run_with_a_damaged_first_line_goes_on(

@@ -257,8 +257,9 @@ def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_
     from rich.console import Console
 
     from thence.evaluate.export import write_exports
-    from thence.evaluate.show import results_view
-    from thence.report.evaluation import write_evaluation_page
+    from thence.pages.evaluation.page import write_page
+    from thence.pages.evaluation.tables import results_table
+    from thence.pages.terminal import with_notes
 
     own = tmp_path / "degrees.py"
     own.write_text("def reward(prompt, response, answer):\n    return 2.5 if '+0' in prompt else None\n")
@@ -269,14 +270,14 @@ def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_
     assert (row.right, row.wrong, row.graded, row.unknown) == (0, 0, 3, 15)
     assert row.reward is not None and (row.reward.value, row.reward.problems) == (2.5, 1)
     console = Console(width=200, record=True)
-    console.print(results_view(result))
+    console.print(with_notes(results_table(result)))
     table = console.export_text()
     assert "Mean reward" in table and "2.5" in table and "Right answers" not in table
     write_exports(store, result)
     found = json.loads((store.folder / "results.json").read_text())
     assert found["results"]["sums"]["mean_reward,none"] == 2.5
     assert not any("exact_match" in key for key in found["results"]["sums"])
-    assert "mean reward" in write_evaluation_page(store, result).read_text()
+    assert "mean reward" in write_page(store, result).read_text()
     again = run(tmp_path / "f", settings_of(data, "other", grader=f"{own}:reward"), Counting())
     with pytest.raises(UserError, match=r"no shares of right answers[\s\S]*right_from"):
         compare(store, again)
@@ -356,14 +357,14 @@ def test_exports_hold_the_same_numbers_in_the_harness_layout(tmp_path: Path, dat
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_models_say(tmp_path: Path, data: Path) -> None:
-    from thence.report.evaluation import write_evaluation_page
+    from thence.pages.evaluation.page import write_page
 
     class Hostile(Counting):
         def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
             yield from ((request, Generation("<script>alert(1)</script>\x1b[2J", 3, "length")) for request in requests)
 
     store = run(tmp_path / "e", settings_of(data), Hostile())
-    text = write_evaluation_page(store, summarise(store)).read_text()
+    text = write_page(store, summarise(store)).read_text()
     assert "<script" not in text and "\x1b" not in text and "&lt;script&gt;" in text
     assert "src=" not in text and "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
 

@@ -17,12 +17,13 @@ from thence.cli import main
 from thence.compare.summary import summarise as summarise_run
 from thence.errors import RecipeError, UserError
 from thence.evaluate.metrics import mean_reward_of
+from thence.pages.run.page import write_page
+from thence.pages.run.tables import results_table
+from thence.pages.terminal import with_notes
 from thence.pipeline.preflight import gives_degrees, preflight
 from thence.pipeline.run import run
+from thence.pipeline.run_files import read_run
 from thence.recipe import load_recipe
-from thence.report.page import write_report
-from thence.report.run_files import read_run
-from thence.report.table import results_table
 
 HEAD = "def reward(prompt, response, answer):\n"
 
@@ -49,7 +50,7 @@ def row_of(folder: Path) -> dict[str, Any]:
 def printed(folder: Path) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(results_table(folder))
+        console.print(with_notes(results_table(read_run(folder))))
     return capture.get()
 
 
@@ -62,8 +63,8 @@ def test_a_reward_that_is_always_a_tenth_is_not_an_accuracy_of_100(tmp_path: Pat
     table = printed(folder)
     assert "Mean reward" in table and "0.100" in table and "Accuracy" not in table and "100.0" not in table
     assert "states no score from which a response is right" in " ".join(table.split())
-    page = write_report(folder).read_text()
-    assert "<th>Mean reward</th>" in page and "Accuracy" not in page
+    page = write_page(folder).read_text()
+    assert '<th scope="col">Mean reward</th>' in page and "Accuracy" not in page
     assert "the mean reward of base is 0.100" in page and "graded 0.1" in page
     result = json.loads((folder / "report.json").read_text())["results"][0]
     assert (result["accuracy"], result["reward"], result["graded"]) == (None, pytest.approx(0.1), 8)
@@ -150,7 +151,7 @@ def test_results_of_an_earlier_version_are_read_as_they_were(tmp_path: Path) -> 
     path.write_text(json.dumps(result))
     (cell,) = read_run(folder).cells
     assert (cell.accuracy, cell.reward, cell.graded) == (1.0, None, None)
-    assert "100.0" in printed(folder) and "Accuracy" in write_report(folder).read_text()
+    assert "100.0" in printed(folder) and "Accuracy" in write_page(folder).read_text()
 
 
 def test_samples_show_the_degree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,9 +43,9 @@ folder and copied its output. Paths, dates, process numbers, ports and versions 
 python -m tests.error_cases    # writes this page; tests/test_error_cases.py says whether it is up to date
 ```
 
-A message names the file with its line, the field or flag, the problem, and after `remedy:` what to do. A command that is
-refused before it begins changes nothing. A command that fails later (a server, a step) already has its folder; the same
-command resumes there, and existing files stay.
+A message names the file with its line, the field or flag, the problem, and after `remedy:` what to do. A command that
+is refused before it begins changes nothing. A command that fails later (a server, a step) already has its folder; the
+same command resumes there, and existing files stay.
 
 | exit code | meaning |
 |---|---|

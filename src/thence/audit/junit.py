@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from thence.audit.figures import faults, objective_title, place, ratio_text, title
 from thence.audit.report import Report
 from thence.audit.result import CaseResult, StepResult
-from thence.report.samples import visible
+from thence.foreign_text import visible
 
 _NOT_XML = re.compile("[\ufffe\uffff]")
 

@@ -30,7 +30,7 @@ from thence.audit.figures import (
     wrong,
 )
 from thence.audit.result import CaseResult, StepResult
-from thence.report.samples import visible
+from thence.foreign_text import visible
 from thence.terminal import make_console
 from thence.wording import percent
 

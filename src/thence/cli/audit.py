@@ -192,7 +192,7 @@ def _put(path: Path, text: str) -> None:
 def _write(args: argparse.Namespace, report: Report) -> OSError | None:
     """Write the files that were asked for, all that can be written. Returns the first error."""
     from thence.audit.junit import junit_xml
-    from thence.audit.page import write_page
+    from thence.pages.audit.page import write_page
 
     def as_json(path: Path) -> None:
         _put(path, to_json(report.to_dict(), indent=1) + "\n")

@@ -117,8 +117,8 @@ def _list() -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from thence.evaluate.problems import load_problems
+    from thence.evaluate.progress import Terminal
     from thence.evaluate.run import evaluate
-    from thence.evaluate.show import Terminal
     from thence.terminal import logging_to, make_console
 
     settings = _settings(args)
@@ -274,8 +274,8 @@ def _environment(endpoint: str | None) -> dict[str, Any]:
 
 
 def _regrade(args: argparse.Namespace) -> int:
+    from thence.evaluate.progress import Terminal
     from thence.evaluate.run import regrade
-    from thence.evaluate.show import Terminal
     from thence.terminal import logging_to, make_console
 
     console = make_console()
@@ -287,30 +287,32 @@ def _regrade(args: argparse.Namespace) -> int:
 def _present(console: Console, store: Store, grader: str | None = None) -> int:
     """Print the table and write what is made of the numbers; another grader's numbers are printed only."""
     from thence.evaluate.export import write_exports
-    from thence.evaluate.show import results_view
     from thence.evaluate.summary import summarise
-    from thence.report.evaluation import write_evaluation_page
+    from thence.pages.evaluation.page import write_page
+    from thence.pages.evaluation.tables import results_table
+    from thence.pages.terminal import with_notes
 
     own = all(task.grader == grader for task in store.settings().tasks.values()) or grader is None
     result = summarise(store, grader)
-    console.print(results_view(result))
+    console.print(with_notes(results_table(result)))
     if not own:
         console.print("the files in the folder stay with each task's own grader", style="dim")
         return 0
     write_exports(store, result)
-    page = write_evaluation_page(store, result)
+    page = write_page(store, result)
     numbers = store.folder / "results.json"
     console.print(f"report: {page}\nnumbers: {numbers}, results.csv", soft_wrap=True, highlight=False)
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from thence.evaluate.show import comparison_view
     from thence.evaluate.summary import compare
+    from thence.pages.evaluation.tables import comparison_table
+    from thence.pages.terminal import with_notes
     from thence.terminal import make_console
 
     a, b = (_existing(name, args.suite) for name in args.compare)
-    make_console().print(comparison_view(compare(a, b, args.grader)))
+    make_console().print(with_notes(comparison_table(compare(a, b, args.grader))))
     return 0
 
 

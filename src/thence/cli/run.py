@@ -114,13 +114,15 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
-        from thence.report.page import write_report
-        from thence.report.table import results_table
+        from thence.pages.run.page import write_page
+        from thence.pages.run.tables import results_table
+        from thence.pages.terminal import with_notes
+        from thence.pipeline.run_files import read_run
 
-        page = write_report(folder)
-        table = results_table(folder)
-        if table.row_count:
-            console.print(table)
+        page = write_page(folder)
+        table = results_table(read_run(folder))
+        if table.rows:
+            console.print(with_notes(table))
         console.print(f"report: {page}", soft_wrap=True)
     return 0
 
