@@ -84,7 +84,7 @@ def mean_ratio(tokens: Iterable[TokenWeight]) -> float:
     return sum(abs(t.ideal) * t.ratio for t in response) / total if total else math.nan
 
 
-def nothing(step: StepResult) -> float:
+def zero_bound(step: StepResult) -> float:
     """Ratios up to this one are taken for zero: what the error of a weight allows, at least 2% and at most 20%."""
     return min(0.2, max(0.02, 2 * step.error)) if math.isfinite(step.error) else 0.2
 
@@ -138,7 +138,7 @@ def step_with_most_lost(report: Report) -> StepResult | None:
 
 def same(a: StepResult, b: StepResult) -> bool:
     """Whether two steps are to be told in one line."""
-    near = max(nothing(a), nothing(b)) / 2
+    near = max(zero_bound(a), zero_bound(b)) / 2
     return (
         a.objective == b.objective
         and {f.id for f in a.findings} == {f.id for f in b.findings}

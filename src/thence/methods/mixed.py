@@ -77,12 +77,6 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
     return result
 
 
-def rows_of_weights(values: Sequence[float | Tensor], tokens: int) -> Tensor:
-    """Weights of one trajectory, shape (J, tokens), from one number or one row a term."""
-    rows = [v if isinstance(v, Tensor) else torch.full((tokens,), float(v), dtype=torch.float64) for v in values]
-    return torch.stack([row.double() for row in rows]) if rows else torch.zeros(0, tokens, dtype=torch.float64)
-
-
 def groups_with_demonstration(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
     """``n`` trajectories for each prompt: ``n - 1`` rollouts and its demonstration, or ``n`` rollouts if it has none.
 
