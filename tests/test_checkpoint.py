@@ -119,7 +119,7 @@ class Killed(BaseException):
     """Nothing in the code under test may catch it."""
 
 
-@pytest.mark.parametrize("moment", ["save_file", "publish", "_flush", "_sha256"])
+@pytest.mark.parametrize("moment", ["save_file", "publish", "flush", "_sha256"])
 def test_killed_while_writing_the_earlier_checkpoint_stands_and_the_next_try_succeeds(
     model, tmp_path, monkeypatch, moment
 ):
