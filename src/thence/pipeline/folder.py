@@ -18,7 +18,7 @@ from thence.errors import UserError
 from thence.files import is_environment, read_json, to_json, write_atomically
 from thence.jsonl import append_jsonl, read_jsonl, repair_lines, write_jsonl
 from thence.locks import held, refuse_if_held
-from thence.pipeline.changes import Plan, State, judge, say_onward
+from thence.pipeline.changes import Resumption, State, judge, say_onward
 from thence.pipeline.numerics import numerics
 from thence.pipeline.owned import (
     CHANGES,
@@ -52,9 +52,10 @@ class RunFolder:
     Layout: ``.thence-run.json`` (the marker), ``.lock``, ``recipe.toml`` (resolved), ``changes.jsonl`` (what of it has
     changed since), ``environment.json``, ``ground.json`` (the model's files), ``metrics.jsonl`` (one line a step),
     ``report.html``, and for each stage ``stages/<name>/`` with ``ground.json`` (what it reads) and ``checkpoints/``
-    while it runs, then ``model/`` (Hugging Face layout) or ``result.json``, ``samples.jsonl`` and, last of all,
-    ``done.json``. The last checkpoint of the last training stage stays, so that it can be given more steps. What a
-    repeated or continued stage had left is in ``set-aside/<name>-<number>/``.
+    while it runs, then ``model/`` (Hugging Face layout) or ``result.json`` and ``samples.jsonl``, both made from the
+    store ``evaluation/`` (:mod:`thence.evaluate.store`), and, last of all, ``done.json``. The last
+    checkpoint of the last training stage stays, so that it can be given more steps. What a repeated or continued stage
+    had left is in ``set-aside/<name>-<number>/``.
     """
 
     def __init__(self, path: Path):
@@ -84,7 +85,7 @@ class RunFolder:
         *,
         restart: bool = False,
         repeat: Sequence[str] = (),
-    ) -> Plan:
+    ) -> Resumption:
         """Make the folder, or take up the run that stands in it, with the changes that its recipe has.
 
         Args:
@@ -116,7 +117,7 @@ class RunFolder:
         self._record_start(environment(device, ranks) | ({"methods": dict(methods)} if methods else {}))
         return plan
 
-    def check(self, recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> Plan:
+    def check(self, recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> Resumption:
         """What becomes of the run that stands in the folder. Nothing is written.
 
         Args:
@@ -129,11 +130,11 @@ class RunFolder:
         """
         self._check_writable()
         if not self.path.is_dir():
-            return Plan()
+            return Resumption()
         marker = read_marker(self.path)
         if marker is None:
             refuse_foreign(self.path, tuple(p for p in sorted(self.path.iterdir()) if not is_beginning(p)), None)
-            return Plan()
+            return Resumption()
         found = survey(self.path, marker)
         if found.links:
             raise UserError(
@@ -143,7 +144,7 @@ class RunFolder:
             )
         if restart or marker.restarting:
             refuse_foreign(self.path, found.foreign, marker)
-            return Plan()
+            return Resumption()
         self.first_start()
         if unknown := [name for name in repeat if name not in recipe.stages]:
             raise UserError(
@@ -226,7 +227,7 @@ class RunFolder:
         place.mkdir(exist_ok=True)
         return place / f"{name}-{number}"
 
-    def _record_changes(self, plan: Plan, recipe: Recipe) -> None:
+    def _record_changes(self, plan: Resumption, recipe: Recipe) -> None:
         """Add what has changed to the history of the run, and to the log where a stage has begun."""
         steps, states = self._steps(recipe), self.states(recipe)
         for change in plan.changes:
