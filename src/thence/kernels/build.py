@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from thence.files import flush
+
 log = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=c11")
 SOURCES = ("attention.c", "decode.c")
@@ -154,8 +156,7 @@ def _build(source: str, head_size: int, found: Compiler, folder: Path, stem: str
         # instructions that this processor lacks end the process, so the first to call them is another one
         trial = Path(__file__).with_name("trial.py")
         _run([sys.executable, "-I", str(trial), str(built), source, str(head_size)], "it does not run here")
-        with built.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(built)
         # processes that compile at the same moment each put a whole file in place
         return built.replace(folder / f"{stem}-{_checksum(built)}.so")
 
