@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from thence.cli.arguments import only, take_apart
 from thence.errors import UserError
 
-HELP = "thence report RUN\n\nWrite a run's report page again and print its table."
 
+def report_command(run: str, /) -> int:
+    """Write the report page of a run again and print its table.
 
-def report_command(argv: Sequence[str]) -> int:
-    """Write a run's report page again and print its table."""
-    found = take_apart(argv, {})
-    if found.help:
-        print(HELP)
-        return 0
-    name = only(found.positional, "thence report takes one run folder", "thence report runs/quickstart-seed0")
+    Example:
+
+      thence report runs/quickstart-seed0
+
+    Args:
+        run: The folder that `thence run` printed, or its name under runs/.
+    """
     from thence.report.page import write_report
     from thence.report.table import results_table
     from thence.terminal import make_console
 
-    folder = existing_run(name, to_write=True)
+    folder = existing_run(run, to_write=True)
     page = write_report(folder)
     console = make_console()
     console.print(results_table(folder))

@@ -228,8 +228,8 @@ class Ground:
     def _remedy(self, only: str | None) -> str:
         place = self.folder.path
         command = f"thence run {place / RECIPE} --folder {place} --repeat {only}"
-        repeated = f"to repeat this evaluation alone: {command}; or " if only is not None else ""
-        return f"put the file back; {repeated}give another --folder, or --restart to begin anew and lose that run"
+        repeated = f"to repeat this evaluation alone: {command}; " if only is not None else ""
+        return f"put the file back; {repeated}or give another --folder"
 
     def _kept(self, place: Path) -> dict[str, Any] | None:
         file = place / FILE
