@@ -47,15 +47,15 @@ vllm:
 	    touch "$$folder/installed"; } 2> /dev/null || \
 	  echo "vLLM could not be installed, its tests skip: $$folder.log says why"
 
-# The study of studies/embedded-world: hours on two cores. It goes on from the results that are kept there; remove them
-# (and runs/embedded-world) to make it all again.
+# The study of studies/embedded-world: hours on two cores. It starts from the results that are kept there; remove them
+# (and runs/embedded-world) to repeat everything.
 study: $(VENV)/installed
 	mkdir -p runs/embedded-world
 	$(BIN)/python studies/embedded-world/judge.py --kept runs/embedded-world
 	$(BIN)/thence compare studies/embedded-world/study.toml
 	$(BIN)/python studies/embedded-world/judge.py
 
-# The two bases of the embedded world, made again from their recipes and put where the package ships them.
+# The two bases of the embedded world, trained from their recipes and copied to where the package ships them.
 bases: $(VENV)/installed
 	for base in rich poor; do \
 	  $(BIN)/thence run base-$$base --folder runs/base-$$base && rm -rf $(BASES)/chain-$$base && \

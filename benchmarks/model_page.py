@@ -16,12 +16,12 @@ by a program; do not edit it by hand:
     .venv/bin/python benchmarks/model_matrix.py --only mistral,gpt_oss  # some of them, nothing is written
     .venv/bin/python -m pytest tests/test_models.py                     # the families that the tests run
 
-Every architecture is made small: random weights, a hidden size of {hidden}, a layer of every kind that it has, windows of
-{window} tokens, and biases, norms and attention sinks that are not zero. Rows are longer than the window. The other side
-of every comparison is the untouched model: opened by `AutoModelForCausalLM.from_pretrained`, run in float64, one row at
-a time, without padding, packing or cache.
+Every architecture is small: random weights, a hidden size of {hidden}, one layer of each kind that it has, windows of {window}
+tokens, and biases, norms and attention sinks that are not zero. Rows are longer than the window. Everything is compared
+with the unchanged model: opened by `AutoModelForCausalLM.from_pretrained`, run in float64, one row at a time, without
+padding, packing or cache.
 
-| column | what it asks |
+| column | what it tests |
 |---|---|
 | open | `load_model` opens the folder, and finds the saved weights bit by bit |
 | step | `train_step` on padded rows of different lengths, in several micro-batches: loss and every trained token's log-probability to {logp:g} nats, the whole gradient and each parameter's to {gradient:g} of its length, in float64; and in float32 to {logp_float32:g} and {gradient_float32:g} |
@@ -33,11 +33,11 @@ a time, without padding, packing or cache.
 
 | word | what it means |
 |---|---|
-| works | everything that the column asks holds |
-| refused | thence says so before it trains, with a reason and a remedy: see below |
-| wrong | something differs by more than the tolerance, and nothing said so |
+| works | everything that the column tests holds |
+| refused | thence refuses the model before it trains, with a reason and a remedy: see below |
+| wrong | something differs by more than the tolerance, without a message |
 | traceback | an exception that is not meant for a user |
-| not yet | what the column needs is not installed or not written |
+| not yet | a package is not installed, or code is not written |
 
 """
 

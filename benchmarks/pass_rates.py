@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt  # after the backend is chosen
 import torch
 
 from thence.data.chat import end_token_ids
-from thence.evaluate.measure import respond
 from thence.pipeline.prompts import load_prompts
 from thence.recipe import Data, Model
 from thence.rollout.native import Sampling
+from thence.rollout.responses import respond
 from thence.train.model import load_model
 from thence.verify.reward import load_reward
 

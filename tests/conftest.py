@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipes import Tables, file_recipe
 
 torch.set_num_threads(1)
 
@@ -50,12 +51,24 @@ def tiny_model() -> Callable[..., Any]:
     return make_tiny_model
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept_from_test_to_test() -> Iterator[None]:
-    """A worker of a comparison keeps rendered tables for its process's life; a test in the same process must not."""
-    yield
-    if "thence.pipeline.prompts" in sys.modules:
-        kept = sys.modules["thence.pipeline.prompts"].kept_prompts
-        kept.tables = 0
-        kept._held.clear()
-        kept._sizes.clear()
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the mark ``matrix(n)``, n cases spread evenly over all of them are quick; the others are slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        mark = found[0].get_closest_marker("matrix")
+        assert mark is not None
+        wanted = mark.args[0]
+        quick = {number * len(found) // wanted for number in range(wanted)}
+        for number, item in enumerate(found):
+            if len(found) > wanted and number not in quick:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Tables:
+    """SFT, RL and an evaluation on files; everything but the model's size is as a user would have it."""
+    return file_recipe(tmp_path)

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thence.audit.judge import Judge, window_sizes
-from thence.audit.objectives import OBJECTIVES
-from thence.audit.objectives import Window as Lengths
+from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.judge.objectives import Window as Lengths
+from thence.audit.judge.windows import window_sizes
 from thence.audit.result import Case, CaseResult
-from thence.audit.sequences import Known, forward_rows
+from thence.audit.solve.observation import forward_rows
+from thence.audit.solve.sequences import KnownExample
 from thence.faults.catalogue import FAULTS, Fault, Needs
 from thence.faults.cut import Plan, Policy, Window
 from thence.faults.step import FaultyStep
@@ -77,9 +79,7 @@ def judge_probe(probe: Probe, names: Sequence[str]) -> CaseResult:
     judge = Judge(copy.deepcopy(model).float(), known(probe), [str(i) for i in range(VOCABULARY)], PAD, END)
     states, windows = take_steps(probe, model, names)
     rows = [forward_rows(records(window, step), step, PAD) for step, window in enumerate(windows)]
-    return judge.case(
-        probe.case, states, rows=rows or [[]], advantages=probe.advantages, longest=LONGEST
-    )  # fmt: skip
+    return judge.case(probe.case, Evidence(states, rows=rows or [[]], advantages=probe.advantages, longest=LONGEST))
 
 
 def named(result: CaseResult, fault: Fault) -> bool:
@@ -134,10 +134,10 @@ def batch_of(probe: Probe, examples: Sequence[int]) -> Batch:
     return Batch((Term("probe", surrogate, normaliser),), tuple(rows))
 
 
-def known(probe: Probe) -> list[Known]:
+def known(probe: Probe) -> list[KnownExample]:
     """The examples as the audit looks for them."""
     return [
-        Known((), (), (*prompt, *response), (*[-100] * len(prompt), *response))
+        KnownExample((), (), (*prompt, *response), (*[-100] * len(prompt), *response))
         for prompt, response in zip(probe.prompts, probe.responses, strict=True)
     ]
 

@@ -1,88 +1,22 @@
-"""Accuracy, its interval, and measuring a model on a test set."""
+"""Measuring a model on a test set."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from thence.data.trajectory import Prompt
 from thence.data.worlds.vocabulary import VOCABULARY, build_tokenizer
-from thence.evaluate.accuracy import accuracy, wilson
-from thence.evaluate.measure import measure, measurement_record, respond, sample_record
+from thence.evaluate.measure import measure, measurement_record, sample_record
 from thence.rollout.native import Sampling
+from thence.rollout.responses import respond
 from thence.train.parallel import SingleProcess
 from thence.verify.reward import Grader
 from thence.verify.verdict import Grade, right, unknown, wrong
-
-# The interval.
-
-
-def test_accuracy_is_the_mean_share_of_right_samples_over_problems() -> None:
-    found = accuracy([1.0, 0.5, 0.0, 0.25])
-    assert (found.accuracy, found.problems) == (0.4375, 4)
-    # standard deviation of the shares 0.42696, over the root of four, times 1.95996
-    assert (found.low, found.high) == pytest.approx((0.4375 - 0.41841, 0.4375 + 0.41841), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [(10, 10, 0.72247, 1.0), (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (81, 263, 0.25526, 0.36618)],
-)
-def test_wilson_gives_the_published_values(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilsons_interval_begins_at_none_and_ends_at_all_to_the_last_bit() -> None:
-    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 300))
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_all_right_or_all_wrong_is_not_certainty(share: float) -> None:
-    found = accuracy([share] * 20)
-    assert (found.low, found.high) == pytest.approx(wilson(20 * share, 20))
-    assert found.high - found.low > 0.1
-
-
-@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=40))
-def test_the_interval_holds_the_accuracy_and_lies_between_zero_and_one(shares: list[float]) -> None:
-    found = accuracy(shares)
-    assert 0 <= found.low <= found.accuracy + 1e-12
-    assert found.accuracy - 1e-12 <= found.high <= 1
-    assert found.low < found.high
-
-
-def test_more_samples_of_the_same_problems_do_not_narrow_the_interval_but_more_problems_do() -> None:
-    few = [1.0, 0.0] * 20  # of a hundred samples that all agree, or of one
-    many = accuracy(few * 4)
-    assert accuracy(few).high - accuracy(few).low == pytest.approx(2 * (many.high - many.low), rel=0.02)
-
-
-def test_the_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
-    rng = random.Random(0)
-
-    def covers() -> bool:
-        # problems of very different difficulty, four samples each; the truth is the mean over problems, one half
-        chances = [rng.betavariate(0.5, 0.5) for _ in range(60)]
-        found = accuracy([sum(rng.random() < p for _ in range(4)) / 4 for p in chances])
-        return found.low <= 0.5 <= found.high
-
-    share = sum(covers() for _ in range(1000)) / 1000
-    assert 0.925 <= share <= 0.97
-
-
-def test_accuracy_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no problems"):
-        accuracy([])
-
-
-# Measuring.
 
 
 class ByFirstToken(Grader):

@@ -14,14 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thence.audit.cases import cases_for, matrix
-from thence.audit.judge import Judge
-from thence.audit.probe import LENGTHS, Probe, make_examples, write_probe
-from thence.audit.recover import System, gradient_of_update
+from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.verdict import judge_all, settle
+from thence.audit.report import make_report
 from thence.audit.result import Case, CaseResult
-from thence.audit.sequences import ForwardRow, Known, find_pieces, forward_rows
-from thence.audit.stack import make_report
-from thence.audit.verdict import judge_all, settle
+from thence.audit.run.cases import cases_for, matrix
+from thence.audit.solve.observation import ForwardRow, forward_rows
+from thence.audit.solve.probe import LENGTHS, Probe, make_examples, write_probe
+from thence.audit.solve.recover import LeastSquares, gradient_of_update
+from thence.audit.solve.sequences import KnownExample, find_pieces
 
 Loss = Callable[[list[torch.Tensor], Case], torch.Tensor]
 
@@ -116,7 +117,7 @@ def test_a_known_loss_is_named_with_every_kind_of_optimizer(
     """`unknown` is AdamW as people run it, whose first update keeps nothing but signs."""
     lr = {"sgd": 1.0, "adamw": 1e4, "unknown": 1e-3}[optimizer]
     case = Case("case", 2, 4, optimizer=optimizer, lr=lr, eps=1e4)
-    result = judge.case(case, step(probe, case, loss, optimizer=optimizer), pieces=judge.plan(case))
+    result = judge.case(case, Evidence(step(probe, case, loss, optimizer=optimizer), pieces=judge.plan(case)))
     assert result.status == "judged", result.reason
     assert result.steps[0].objective == objective
     assert faults(result) == found
@@ -131,7 +132,7 @@ def test_the_weights_of_single_tokens_are_those_of_the_loss(probe: Probe, judge:
     def loss(nll: list[torch.Tensor], _: Case) -> torch.Tensor:
         return sum(((row * w).sum() for row, w in zip(nll, weights, strict=True)), torch.zeros(()))
 
-    result = judge.case(case, step(probe, case, loss), pieces=judge.plan(case))
+    result = judge.case(case, Evidence(step(probe, case, loss), pieces=judge.plan(case)))
     for sequence, expected in zip(result.steps[0].sequences, weights, strict=True):
         got = [token.weight for token in sequence.tokens if token.role in ("first", "body", "end")]
         assert got == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
@@ -142,7 +143,9 @@ def test_the_weights_of_single_tokens_are_those_of_the_loss(probe: Probe, judge:
 
 def test_a_factor_of_the_accumulation_is_named_where_the_learning_rate_is_known(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4)
-    result = judge.case(case, step(probe, case, lambda nll, c: 4 * token_mean(nll, c)), pieces=judge.plan(case))
+    result = judge.case(
+        case, Evidence(step(probe, case, lambda nll, c: 4 * token_mean(nll, c)), pieces=judge.plan(case))
+    )
     assert faults(result) == {"scale-accumulation"}
     assert result.steps[0].scale == pytest.approx(4, rel=1e-4)
 
@@ -150,7 +153,7 @@ def test_a_factor_of_the_accumulation_is_named_where_the_learning_rate_is_known(
 def test_with_clipping_the_shape_is_judged_and_the_scale_is_not(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4, clip=0.5)
     result = judge.case(
-        case, step(probe, case, lambda nll, c: 0.013 * micro_batch_mean(nll, c)), pieces=judge.plan(case)
+        case, Evidence(step(probe, case, lambda nll, c: 0.013 * micro_batch_mean(nll, c)), pieces=judge.plan(case))
     )
     assert result.steps[0].scale is None
     assert faults(result) == {"micro-batch-mean"}
@@ -166,17 +169,19 @@ def test_advantages_are_divided_out(probe: Probe, judge: Judge) -> None:
         return total / sum(map(len, nll))
 
     states = step(probe, case, loss)
-    result = judge.case(case, states, pieces=judge.plan(case), advantages=advantages)
+    result = judge.case(case, Evidence(states, pieces=judge.plan(case), advantages=advantages))
     assert not faults(result)
     assert result.steps[0].largest == pytest.approx(1, rel=1e-3)
-    scaled = judge.case(case, states, pieces=judge.plan(case), advantages=[a / 2 if a > 0 else a for a in advantages])
+    scaled = judge.case(
+        case, Evidence(states, pieces=judge.plan(case), advantages=[a / 2 if a > 0 else a for a in advantages])
+    )
     assert faults(scaled), "advantages other than claimed must show"
 
 
 def test_an_example_with_advantage_zero_cannot_be_seen_and_is_named(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4)
     result = judge.case(
-        case, step(probe, case, token_mean), pieces=judge.plan(case), advantages=[1, 0, 1, 1, 1, 1, 1, 1]
+        case, Evidence(step(probe, case, token_mean), pieces=judge.plan(case), advantages=[1, 0, 1, 1, 1, 1, 1, 1])
     )
     assert result.status == "not judged"
     assert "example 2" in result.reason
@@ -184,22 +189,22 @@ def test_an_example_with_advantage_zero_cannot_be_seen_and_is_named(probe: Probe
 
 def test_an_objective_that_was_asked_for_is_a_choice_and_no_fault(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4, asked="sequence-mean")
-    result = judge.case(case, step(probe, case, sequence_mean), pieces=judge.plan(case))
+    result = judge.case(case, Evidence(step(probe, case, sequence_mean), pieces=judge.plan(case)))
     assert [(f.id, f.kind) for f in result.all_findings] == [("sequence-mean", "choice")]
     report = make_report("x", [result], {}, "x", {}, 0.0)
     assert report.ok and report.verdict.objective == "sequence-mean"
-    wrong = judge.case(case, step(probe, case, token_mean), pieces=judge.plan(case))
+    wrong = judge.case(case, Evidence(step(probe, case, token_mean), pieces=judge.plan(case)))
     assert faults(wrong) == {"token-mean"}, "a token mean where a sequence mean was asked for"
 
 
 def test_no_step_and_a_foreign_update_are_verdicts_of_their_own(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4)
     before, after = step(probe, case, token_mean)
-    assert faults(judge.case(case, [before, before], pieces=judge.plan(case))) == {"no-step"}
+    assert faults(judge.case(case, Evidence([before, before], pieces=judge.plan(case)))) == {"no-step"}
     noise = {
         name: p + 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for name, p in after.items()
     }
-    result = judge.case(case, [before, noise], pieces=judge.plan(case))
+    result = judge.case(case, Evidence([before, noise], pieces=judge.plan(case)))
     assert result.status == "not judged"
     assert "residual" in result.reason
     report = make_report("x", [result], {}, "x", {}, 0.0)
@@ -209,7 +214,7 @@ def test_no_step_and_a_foreign_update_are_verdicts_of_their_own(probe: Probe, ju
 
 def test_an_update_that_drowns_in_rounding_is_not_judged(probe: Probe, judge: Judge) -> None:
     case = Case("case", 2, 4, lr=1e-8)
-    result = judge.case(case, step(probe, case, token_mean), pieces=judge.plan(case))
+    result = judge.case(case, Evidence(step(probe, case, token_mean), pieces=judge.plan(case)))
     assert result.status == "not judged"
     assert "learning rate" in result.reason
 
@@ -220,7 +225,7 @@ def test_parameters_that_got_other_rows_are_named(probe: Probe, judge: Judge) ->
     before, whole = step(probe, case, token_mean)
     half = step(probe, case, lambda nll, c: torch.cat(nll[:4]).sum() / sum(map(len, nll)))[1]
     mixed = {name: half[name] if "layers.1.mlp" in name else whole[name] for name in whole}
-    assert "differs-by-parameter" in faults(judge.case(case, [before, mixed], pieces=judge.plan(case)))
+    assert "differs-by-parameter" in faults(judge.case(case, Evidence([before, mixed], pieces=judge.plan(case))))
 
 
 def test_a_leak_of_the_step_before_is_named_with_its_factor(probe: Probe, judge: Judge) -> None:
@@ -233,7 +238,7 @@ def test_a_leak_of_the_step_before_is_named_with_its_factor(probe: Probe, judge:
             for p in model.parameters():
                 p -= 0.1 * p.grad  # the gradient is never set to zero
         states.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    result = judge.case(case, states, pieces=judge.plan(case))
+    result = judge.case(case, Evidence(states, pieces=judge.plan(case)))
     assert faults(result) == {"leak"}
     assert not result.steps[0].findings
     assert "1 times the update of 1 step before" in result.steps[1].findings[0].detail
@@ -246,7 +251,7 @@ def test_micro_batches_dealt_in_another_order_are_read_from_equal_weights(probe:
     def shuffled(nll: list[torch.Tensor], c: Case) -> torch.Tensor:
         return micro_batch_mean([nll[i] for i in order], c)
 
-    result = judge.case(case, step(probe, case, shuffled), pieces=judge.plan(case))
+    result = judge.case(case, Evidence(step(probe, case, shuffled), pieces=judge.plan(case)))
     assert result.steps[0].objective == "micro-batch-mean"
     details = " ".join(f.detail for f in result.all_findings)
     assert "1, 6" in details and "4, 7" in details
@@ -258,8 +263,8 @@ def test_packed_rows_that_see_each_other_are_told_from_rows_that_do_not(probe: P
     labels = [-100 if i == 0 else label for row, own in rows for i, label in enumerate(own)]
     forward = [ForwardRow(tuple(ids), (1,) * len(ids), None, 0, 0)]
     case = Case("case", 1, 1, examples=4, packing=True)
-    apart = judge.case(case, step(probe, case, token_mean), rows=[forward])
-    together = judge.case(case, step(probe, case, token_mean, rows=[(ids, labels)]), rows=[forward])
+    apart = judge.case(case, Evidence(step(probe, case, token_mean), rows=[forward]))
+    together = judge.case(case, Evidence(step(probe, case, token_mean, rows=[(ids, labels)]), rows=[forward]))
     assert faults(apart) == set()
     assert faults(together) == {"contaminated"}
 
@@ -271,7 +276,7 @@ def test_shifted_labels_are_named(probe: Probe, judge: Judge, shift: int) -> Non
         moved = [*labels[1:], -100] if shift == 1 else [-100, *labels[:-1]]
         rows.append((ids, moved))
     case = Case("case", 8, 1)
-    result = judge.case(case, step(probe, case, token_mean, rows=rows), pieces=judge.plan(case))
+    result = judge.case(case, Evidence(step(probe, case, token_mean, rows=rows), pieces=judge.plan(case)))
     assert "labels-shifted" in faults(result)
 
 
@@ -279,7 +284,7 @@ def test_a_trained_prompt_is_named(probe: Probe, judge: Judge) -> None:
     rows = [(ids, (-100, *ids[1:])) for ids, _ in probe.rows[:8]]
     case = Case("case", 2, 4)
     assert "prompt-trained" in faults(
-        judge.case(case, step(probe, case, token_mean, rows=rows), pieces=judge.plan(case))
+        judge.case(case, Evidence(step(probe, case, token_mean, rows=rows), pieces=judge.plan(case)))
     )
 
 
@@ -298,8 +303,8 @@ def test_label_smoothing_other_than_asked_for_is_named(probe: Probe, judge: Judg
         return [before, {name: p.detach().clone() for name, p in model.named_parameters()}]
 
     case = Case("case", 8, 1, label_smoothing=0.1)
-    assert not faults(judge.case(case, smoothed(0.1), pieces=judge.plan(case)))
-    result = judge.case(case, smoothed(0.3), pieces=judge.plan(case))
+    assert not faults(judge.case(case, Evidence(smoothed(0.1), pieces=judge.plan(case))))
+    result = judge.case(case, Evidence(smoothed(0.3), pieces=judge.plan(case)))
     assert faults(result) == {"smoothing"}
     assert "0.3 where 0.1" in result.all_findings[0].detail
 
@@ -309,7 +314,7 @@ def test_several_cases_settle_what_one_cannot_tell(probe: Probe, judge: Judge) -
     results = []
     for micro, accumulation in ((1, 8), (2, 4), (8, 1)):
         case = Case(f"{micro} x {accumulation}", micro, accumulation)
-        results.append(judge.case(case, step(probe, case, micro_batch_mean), pieces=judge.plan(case)))
+        results.append(judge.case(case, Evidence(step(probe, case, micro_batch_mean), pieces=judge.plan(case))))
     assert results[0].steps[0].objective == "sequence-mean"
     settled = settle(results)
     assert {case.steps[0].objective for case in settled} == {"micro-batch-mean"}
@@ -325,7 +330,7 @@ def test_a_scale_that_follows_the_number_of_tokens_is_a_constant_divisor(probe: 
     for examples in (8, 7, 5):
         case = Case(f"{examples} examples", 8, 1, examples=examples)
         states = step(probe, case, lambda nll, _: torch.cat(nll).sum() / 64)
-        results.append(judge.case(case, states, pieces=judge.plan(case)))
+        results.append(judge.case(case, Evidence(states, pieces=judge.plan(case))))
     report = make_report("x", results, {}, "x", {}, 0.0)
     assert report.verdict.objective == "constant-divisor"
     assert "constant divisor" in report.verdict.sentences[0]
@@ -336,7 +341,7 @@ def test_clean_steps_of_several_sizes_are_no_constant_divisor(probe: Probe, judg
     results = []
     for examples in (8, 7, 5):
         case = Case(f"{examples} examples", 8, 1, examples=examples)
-        results.append(judge.case(case, step(probe, case, token_mean), pieces=judge.plan(case)))
+        results.append(judge.case(case, Evidence(step(probe, case, token_mean), pieces=judge.plan(case))))
     assert make_report("x", results, {}, "x", {}, 0.0).ok
 
 
@@ -346,7 +351,7 @@ def test_least_squares_gives_back_any_weights(seed: int, units: int) -> None:
     draw = np.random.default_rng(seed)
     columns = draw.normal(size=(units, 400)) * draw.lognormal(size=(units, 1))
     weights = draw.normal(size=units)
-    fit = System(columns).solve(weights @ columns)
+    fit = LeastSquares(columns).solve(weights @ columns)
     assert fit.weights == pytest.approx(weights, abs=1e-9)
     assert fit.residual < 1e-9
 
@@ -355,7 +360,7 @@ def test_columns_that_cannot_be_told_apart_are_said_to_be() -> None:
     draw = np.random.default_rng(0)
     columns = draw.normal(size=(3, 100))
     columns[2] = columns[1]
-    fit = System(columns).solve(columns[0] + columns[1])
+    fit = LeastSquares(columns).solve(columns[0] + columns[1])
     assert fit.undetermined.tolist() == [False, True, True]
 
 
@@ -366,7 +371,7 @@ def test_the_update_of_adam_with_a_huge_epsilon_gives_the_gradient_exactly() -> 
 
 
 def test_examples_are_found_under_any_template_and_in_packed_rows() -> None:
-    known = [Known((10, 11), (20,), (), ()), Known((12, 13), (21, 22), (), ())]
+    known = [KnownExample((10, 11), (20,), (), ()), KnownExample((12, 13), (21, 22), (), ())]
     row = (1, 10, 11, 2, 20, 9, 1, 12, 13, 2, 21, 22, 9, 5, 0, 0)
     mask = tuple(int(t < 14) for t in range(16))
     pieces, strange = find_pieces([ForwardRow(row, mask, None, 0, 0)], known, end=9)
@@ -379,7 +384,7 @@ def test_examples_are_found_under_any_template_and_in_packed_rows() -> None:
 
 def test_a_short_response_is_not_taken_for_a_letter_of_the_template() -> None:
     """The end token behind it tells them apart."""
-    known = [Known((10, 11), (20,), (), ())]
+    known = [KnownExample((10, 11), (20,), (), ())]
     pieces, _ = find_pieces([ForwardRow((1, 10, 11, 20, 2, 20, 9), (1,) * 7, None, 0, 0)], known, end=9)
     assert pieces[0].roles == ("prompt",) * 5 + ("first", "end")
 

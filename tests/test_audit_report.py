@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 
 from thence.audit.figures import lost_by_role, micro_batches, same
-from thence.audit.heatmap import heat_map, shade
+from thence.audit.judge.objectives import OBJECTIVES, Window
 from thence.audit.junit import junit_xml
-from thence.audit.objectives import OBJECTIVES, Window
-from thence.audit.page import render_page, write_page
+from thence.audit.report import Report
 from thence.audit.result import (
     Case,
     CaseResult,
     Finding,
     KnownFault,
-    Report,
     Role,
     SequenceWeights,
     StepResult,
@@ -32,6 +30,8 @@ from thence.audit.result import (
     Verdict,
 )
 from thence.audit.text import case_line, report_text, verdict_text
+from thence.pages.audit.heatmap import heat_map, shade
+from thence.pages.audit.page import render_page, write_page
 
 LENGTHS = (2, 34, 3, 21, 5, 13, 8, 4, 17, 6)
 HOSTILE = "</script><b>bold</b>\x1b[31m\x00<img src=x onerror=alert(1)>"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from thence.audit import audit_stack, check, random_rows
-from thence.audit.program import audit_program, narrowed, placeholders
+from thence.audit.run.program import audit_program, narrowed, placeholders
 from thence.cli import main
 from thence.errors import UserError
 

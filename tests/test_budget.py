@@ -8,50 +8,32 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import llama, world_recipe
 from safetensors.torch import load_file
 
 from thence.accounting.flops import causal_pairs, forward_flops, parameters, sampling_flops, training_flops
 from thence.accounting.meter import FlopMeter
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import UserError
 from thence.pipeline.context import Budget
 from thence.pipeline.rl_stage import expected_steps
 from thence.pipeline.run import run
 from thence.recipe import Rl, load_recipe
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
+SIZES = {"num_hidden_layers": 2, "tie_word_embeddings": True}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    save_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "own.py").write_text("def share(prompt, response, answer):\n    return response.count('1') / 9\n")
-    return {
-        "folder": str(tmp_path / "run"),
-        "stages": ["sft"],
-        "model": {"init": CONFIG, "tokenizer": str(tmp_path / "tokenizer")},
-        "data": {"source": ["world:chain"], "limit": 32},
-        "sft": {"lr": 1e-2, "batch": 8, "epochs": 4, "warmup": 0.0},
-        "rl": {
-            "lr": 1e-2,
-            "steps": 50,
-            "prompts": 4,
-            "rollouts": 4,
-            "max_tokens": 9,
-            "reward": f"{tmp_path / 'own.py'}:share",
-            "checkpoint_every": 2,
-        },
-    }
+    return world_recipe(
+        tmp_path,
+        ["sft"],
+        "response.count('1') / 9",
+        SIZES,
+        folder=str(tmp_path / "run"),
+        data={"limit": 32},
+        sft={"epochs": 4, "warmup": 0.0},
+        rl={"steps": 50, "max_tokens": 9, "checkpoint_every": 2},
+    )
 
 
 def lines(recipe: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
@@ -153,7 +135,7 @@ def test_faults_that_cannot_be_run_are_refused(recipe: dict[str, Any], fault: di
 
 
 def test_executed_flops_of_a_step_are_those_of_its_rows() -> None:
-    counts, meter = parameters(CONFIG), FlopMeter(CONFIG)
+    counts, meter = parameters(llama(**SIZES)), FlopMeter(llama(**SIZES))
     meter.trained([5, 9], 8)
     expected = training_flops(counts, 14, causal_pairs(5) + causal_pairs(9), 8)
     assert meter.total == pytest.approx(expected)
@@ -162,8 +144,8 @@ def test_executed_flops_of_a_step_are_those_of_its_rows() -> None:
 
 
 def test_a_prompt_is_read_once_for_all_its_responses() -> None:
-    counts = parameters(CONFIG)
-    one, same, other = FlopMeter(CONFIG), FlopMeter(CONFIG), FlopMeter(CONFIG)
+    counts = parameters(llama(**SIZES))
+    one, same, other = FlopMeter(llama(**SIZES)), FlopMeter(llama(**SIZES)), FlopMeter(llama(**SIZES))
     one.sampled([(1, 2, 3)], [6])
     assert one.total == pytest.approx(sampling_flops(counts, 3, 6))
     same.sampled([(1, 2, 3)] * 2, [6, 6])

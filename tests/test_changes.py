@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import Tables, changed, file_recipe, write_rows
 from test_ground import stop_in_rl
-from test_preflight import Tables, changed, tables, write_rows
 
 from thence.cli import main
 from thence.errors import UserError
+from thence.pages.run.page import write_page
 from thence.pipeline.changes import RULES
 from thence.pipeline.context import Context
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.run import run
+from thence.pipeline.run_files import read_run
 from thence.recipe import KINDS, Data, Model, Recipe, load_recipe
-from thence.report.page import write_report
-from thence.report.run_files import read_run
 
 SECTIONS = {"": Recipe, "model": Model, "data": Data, **KINDS}
 OWN_TABLES = {"": {"model", "data", "tables"}}
@@ -31,7 +31,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tables]:
     """Runs in three states, to be copied: done, with RL begun, and with the last training stage done alone."""
     made = {}
     at = tmp_path_factory.mktemp("kept")
-    plain = changed(tables.__wrapped__(at), {"rl.checkpoint_every": 1})  # type: ignore[attr-defined]
+    plain = changed(file_recipe(at), {"rl.checkpoint_every": 1})
     made["done"] = changed(plain, {"folder": str(at / "done"), "stages": ["sft", "rl", "eval"]})
     run(made["done"])
     made["begun"] = changed(plain, {"folder": str(at / "begun"), "stages": ["sft", "eval", "rl"], "rl.steps": 4})
@@ -263,7 +263,7 @@ def test_a_lower_rate_holds_from_the_checkpoint_on_and_is_kept_in_the_history(
     assert [(c["field"], c["before"], c["now"], c["after_step"]) for c in kept_line] == [("rl.lr", 1e-6, 1e-8, 2)]
     folder = Path(begun["folder"])
     assert "rl.lr was 1e-06, and is 1e-08 after step 2" in read_run(folder).notes
-    assert "rl.lr was 1e-06, and is 1e-08 after step 2" in write_report(folder).read_text()
+    assert "rl.lr was 1e-06, and is 1e-08 after step 2" in write_page(folder).read_text()
     run(changed(begun, {"rl.lr": 1e-8}))
     assert len(history(begun)) == 1
 

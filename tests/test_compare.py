@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import model_table, write_reward
 
 from thence.cli import main
 from thence.compare.collect import collect
@@ -20,23 +21,8 @@ from thence.compare.engine import compare
 from thence.compare.plan import Need, Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
 from thence.compare.result import RESULTS, Comparison, Run, Spent, from_json, read_results, to_json
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import UserError
 from thence.toml import to_toml
-
-REWARD = "def share(prompt, response, answer):\n    return response.count('1') / max(1, len(response))\n"
-REWARD += "share.right_from = 1e-9\n"
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
 
 
 class Quiet:
@@ -62,17 +48,15 @@ class Quiet:
 def tables(folder: Path, **changes: Any) -> dict[str, Any]:
     """A comparison of tiny models: a tuned SFT, the same with a fault, RL after it, and RL from the base."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(folder / "tokenizer")
-    (folder / "own.py").write_text(REWARD)
+    reward = write_reward(folder, "response.count('1') / max(1, len(response))", after="share.right_from = 1e-9")
     base = {
         "stages": ["sft-pretrain", "eval"],
-        "model": {"init": MODEL, "tokenizer": str(folder / "tokenizer")},
+        "model": model_table(folder, tie_word_embeddings=True),
         "data": {"source": ["world:chain"], "limit": 16},
         "sft-pretrain": {"lr": 1e-2, "batch": 8, "steps": 2},
         "eval": {"data": {"limit": 2}},
     }
     (folder / "base.toml").write_text(to_toml(base))
-    reward = f"{folder / 'own.py'}:share"
     own: dict[str, Any] = {
         "name": "tiny",
         "folder": str(folder / "comparison"),

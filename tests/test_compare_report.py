@@ -17,18 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from thence.compare.figures import score_against_flops_png, section_figures
-from thence.compare.outcome import outcome
-from thence.compare.page import parts_of, render, write_report
-from thence.compare.points import label_places
 from thence.compare.result import Arm, Comparison, Failure, to_json
 from thence.compare.sections import read_section, sections_of
 from thence.compare.statistics import Statistics, statistics
-from thence.compare.tables import Table, section_tables
-from thence.compare.text import print_comparison
-from thence.compare.training import dynamics_series
-from thence.compare.words import notes
 from thence.errors import RecipeError, UserError
+from thence.pages.comparison.figures import score_against_flops_png, section_figures
+from thence.pages.comparison.outcome import outcome
+from thence.pages.comparison.page import parts_of, print_comparison, render_page, write_page
+from thence.pages.comparison.points import label_places
+from thence.pages.comparison.series import dynamics_series
+from thence.pages.comparison.tables import section_tables
+from thence.pages.comparison.words import notes
+from thence.pages.table import Table
 
 HOSTILE = "</td><script>alert(1)</script>{{ 7 * 7 }} \u202etxt"
 FAULTS = ("first-micro-batch-only", "mean-of-means")
@@ -73,7 +73,7 @@ def comparison() -> Comparison:
 
 @pytest.fixture(scope="module")
 def page(found: Statistics) -> str:
-    return render(found)
+    return render_page(found)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ class Page(HTMLParser):
 
 def test_report_is_written_beside_the_results(tmp_path: Path, comparison: Comparison):
     (tmp_path / "results.json").write_text(to_json(replace(comparison, sections=SECTIONS[:2])))
-    assert write_report(tmp_path) == tmp_path / "report.html"
+    assert write_page(tmp_path) == tmp_path / "report.html"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "report.html",
         "report.json",
@@ -149,7 +149,7 @@ def test_page_escapes_what_recipes_and_failures_say(comparison: Comparison):
     arms = (*comparison.arms[:-1], replace(comparison.arms[-1], title=HOSTILE))
     failures = (Failure("base", "rich", 3, HOSTILE),)
     hostile = replace(comparison, arms=arms, failures=failures, description=HOSTILE, sections=SECTIONS[6:7])
-    text = render(statistics(hostile, 100))
+    text = render_page(statistics(hostile, 100))
     assert "<script" not in text and "\u202e" not in text and "[U+202E]" in text and "{{ 7 * 7 }}" in text
     assert not Page(text).open
 
@@ -165,7 +165,7 @@ def test_figures_take_their_colours_from_the_page(page: str):
 
 def test_nothing_is_bold_without_significance():
     alike = make_comparison({name: 0.0 for name in ("ref", "a", "b", "c")}, problems=60)
-    read = Page(render(statistics(alike, 300)))
+    read = Page(render_page(statistics(alike, 300)))
     assert read.cells and not read.bold
 
 
@@ -293,7 +293,7 @@ def test_unfinished_comparison_says_so(tmp_path: Path, comparison: Comparison):
     failed = (Failure("luffy", "rich", 1, "loss not finite at step 3"),)
     unfinished = replace(comparison, runs=part, pending=7, failures=failed, sections=SECTIONS)
     (tmp_path / "results.json").write_text(to_json(unfinished))
-    text = write_report(tmp_path).read_text()
+    text = write_page(tmp_path).read_text()
     assert "7 runs are still to come" in text and "loss not finite at step 3" in text and "So far" in text
     assert "SFT (2 of 4)" in text
 
@@ -301,18 +301,18 @@ def test_unfinished_comparison_says_so(tmp_path: Path, comparison: Comparison):
 def test_comparison_without_any_run_still_has_a_report(tmp_path: Path, comparison: Comparison):
     empty = replace(comparison, runs=(), tries=(), pending=72, sections=SECTIONS)
     (tmp_path / "results.json").write_text(to_json(empty))
-    assert "No arm can be compared with SFT then RL yet." in write_report(tmp_path).read_text()
+    assert "No arm can be compared with SFT then RL yet." in write_page(tmp_path).read_text()
     assert json.loads((tmp_path / "report.json").read_text())["results"] == []
 
 
 def test_folder_without_results_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"results\.json"):
-        write_report(tmp_path)
+        write_page(tmp_path)
 
 
 def test_files_have_the_numbers(tmp_path: Path, comparison: Comparison):
     (tmp_path / "results.json").write_text(to_json(replace(comparison, sections=SECTIONS[:1])))
-    write_report(tmp_path)
+    write_page(tmp_path)
     runs = list(csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text())))
     assert len(runs) == len(comparison.runs) * len(COLUMNS)
     summary = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))

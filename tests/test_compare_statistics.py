@@ -1,4 +1,4 @@
-"""Statistics of a comparison: intervals that cover, p-values that do not cry wolf, pairs that are pairs."""
+"""Statistics of a comparison: p-values that do not cry wolf, pairs that are pairs."""
 
 from __future__ import annotations
 
@@ -7,84 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from comparisons import COLUMNS, make_comparison, make_run
-from hypothesis import given
-from hypothesis import strategies as st
 
-from thence.compare.resample import holm, spread, student_quantile, student_tail
 from thence.compare.result import Arm, Comparison, Run
 from thence.compare.statistics import differences, estimate_of, statistics
 
 TEST = COLUMNS[0]
-
-
-def logistic(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def coverage(seeds: int, seed_sd: float, shared: bool, paired: bool, times: int) -> float:
-    """Share of made-up comparisons whose 95% interval holds the true mean, in per cent."""
-    rng = np.random.default_rng([seeds, int(10 * seed_sd), shared, paired])
-    first, second, hard, own = -0.3, -0.6, 1.5, 0.3
-    many = rng.normal(0, np.sqrt(seed_sd**2 + hard**2 + own**2), 400_000)
-    true = logistic(first + many).mean() - (logistic(second + many).mean() if paired else 0)
-
-    def run(level: float, problems: np.ndarray) -> np.ndarray:
-        luck = rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, own, (seeds, 128))
-        return rng.binomial(2, logistic(level + luck + problems)) / 2
-
-    held = 0
-    for _ in range(times):
-        problems = rng.normal(0, hard, (1 if shared else seeds, 128))
-        scores = run(first, problems) - (run(second, problems) if paired else 0)
-        found = spread(list(scores), replicates=200, seed=0)
-        held += found.low <= true <= found.high
-    return 100 * held / times
-
-
-@pytest.mark.parametrize("paired", [False, True], ids=["mean", "difference"])
-@pytest.mark.parametrize("shared", [False, True], ids=["own problems", "shared problems"])
-@pytest.mark.parametrize("seed_sd", [0.0, 0.3])
-def test_interval_of_five_seeds_covers_what_it_says(seed_sd, shared, paired):
-    assert 92 <= coverage(5, seed_sd, shared, paired, times=500) <= 98
-
-
-@pytest.mark.parametrize("seeds", [2, 3])
-def test_interval_of_very_few_seeds_is_wide_enough(seeds):
-    assert coverage(seeds, 0.3, shared=True, paired=True, times=500) >= 92
-
-
-def test_percentiles_alone_would_be_too_narrow():
-    """Why the width is corrected: the honest interval of five differing seeds is clearly wider than the draws'."""
-    rng = np.random.default_rng(0)
-    levels = [0.3, 0.4, 0.5, 0.6, 0.7]
-    rows = [(rng.random(1000) < level).astype(float) for level in levels]
-    found = spread(rows, 1000, 0)
-    of_seeds = np.quantile(rng.choice(levels, (4000, 5)).mean(axis=1), (0.025, 0.975))
-    assert found.high - found.low > 1.3 * (of_seeds[1] - of_seeds[0])
-
-
-@pytest.mark.parametrize(("df", "expected"), [(1.0, 12.7062), (2.0, 4.3027), (4.0, 2.7764), (9.0, 2.2622)])
-def test_student_quantiles_are_those_of_the_table(df, expected):
-    assert student_quantile(df) == pytest.approx(expected, abs=2e-4)
-    assert 2 * student_tail(expected, df) == pytest.approx(0.05, abs=1e-5)
-
-
-def test_student_tail_stays_exact_far_out():
-    assert student_tail(31.8205, 1.0) == pytest.approx(0.01, rel=1e-4)
-    assert student_tail(13.0337, 4.0) == pytest.approx(1e-4, rel=1e-3)
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.01], tests=10) == pytest.approx([0.1])
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_holm_never_helps_and_keeps_the_order(p_values):
-    corrected = holm(p_values)
-    assert all(p <= c <= 1 for p, c in zip(p_values, corrected, strict=True))
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    assert [corrected[i] for i in order] == sorted(corrected)
 
 
 def test_effect_is_found_and_no_effect_is_not():

@@ -15,7 +15,7 @@ import pytest
 from comparisons import make_comparison
 from test_eval import Counting, data, settings_of  # noqa: F401 - data is a fixture
 from test_eval import run as evaluated
-from test_pipeline import Recipes, metrics, recipes, reward_file, tokenizer_folder, weights  # noqa: F401 - fixtures
+from test_pipeline import Recipes, metrics, recipes, weights  # noqa: F401 - fixtures
 
 from thence.cli import main
 from thence.compare.result import RESULTS, read_results, to_json, write_results
@@ -25,8 +25,8 @@ from thence.evaluate.store import Store
 from thence.evaluate.summary import summarise as numbers_of
 from thence.files import BadLine, read_json, read_lines, repair_lines, stream_lines, write_over
 from thence.files import to_json as plain_json
+from thence.pages.run.page import write_page
 from thence.pipeline.run import run
-from thence.report.page import write_report
 from thence.toml import to_toml
 from thence.train.model import load_model
 
@@ -53,6 +53,7 @@ DAMAGE: dict[str, Damage] = {
     "zeros": lambda content: bytes(len(content)),
 }
 damaged = pytest.mark.parametrize("kind", DAMAGE)
+sampled = pytest.mark.matrix(5)  # each case runs a command; five are quick
 
 
 def harm(file: Path, kind: str) -> bytes:
@@ -98,6 +99,7 @@ def comparison(tmp_path: Path) -> tuple[Path, list[str]]:
     return folder, ["compare", str(tmp_path / "c.toml"), "--folder", str(folder)]
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("flags", [["--report"], ["--dry-run"], []])
 def test_damaged_results_are_never_overwritten(
@@ -143,11 +145,9 @@ def test_the_study_is_not_judged_from_damaged_results_and_keeps_its_own(tmp_path
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
-    tokenizer_folder: Path,  # noqa: F811
-    reward_file: Path,  # noqa: F811
 ) -> tuple[dict[str, Any], Path]:
     """A run whose evaluation has still to be done, over a trained stage."""
-    made = Recipes(tokenizer_folder, reward_file, tmp_path_factory.mktemp("finished"))
+    made = Recipes(tmp_path_factory.mktemp("finished"))
     recipe = made(["sft", "eval"], eval={"reward_right_from": 0.1})
     return recipe, run(recipe)
 
@@ -176,6 +176,7 @@ OF_A_RUN = (
 )
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_run_refuses_its_damaged_files_and_the_remedy_works(
@@ -197,6 +198,7 @@ def test_a_run_refuses_its_damaged_files_and_the_remedy_works(
         assert all(value.equal(before[key]) for key, value in weights(folder, "sft").items())
 
 
+@sampled
 @damaged
 def test_a_damaged_recipe_in_a_run_folder_is_refused(one: tuple[dict[str, Any], Path], kind: str) -> None:
     recipe, folder = one
@@ -207,6 +209,7 @@ def test_a_damaged_recipe_in_a_run_folder_is_refused(one: tuple[dict[str, Any], 
     assert (folder / "recipe.toml").read_bytes() == content
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", ["manifest.json", "config.json", "generation_config.json", "tokenizer.json"])
 def test_a_damaged_file_of_a_written_model_is_refused(one: tuple[dict[str, Any], Path], name: str, kind: str) -> None:
@@ -218,6 +221,7 @@ def test_a_damaged_file_of_a_written_model_is_refused(one: tuple[dict[str, Any],
     assert (folder / "stages" / "sft" / "model" / name).read_bytes() == content
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_model_with_a_damaged_file_is_opened_with_an_error_for_the_user(
@@ -236,13 +240,14 @@ def test_a_model_with_a_damaged_file_is_opened_with_an_error_for_the_user(
     assert name != "config.json" or kind == "object" or caught.value.file == str(model / name)
 
 
+@sampled
 @damaged
 def test_every_report_of_a_damaged_run_is_written_and_says_so(one: tuple[dict[str, Any], Path], kind: str) -> None:
     _, folder = one
     for name in ("recipe.toml", "environment.json", "metrics.jsonl", "stages/eval/result.json"):
         harm(folder / name, kind)
     harm(folder / "stages" / "eval" / "samples.jsonl", kind)
-    assert "cannot be read" in write_report(folder).read_text() or kind in ("object", "emptied")
+    assert "cannot be read" in write_page(folder).read_text() or kind in ("object", "emptied")
 
 
 # Lines.
@@ -262,6 +267,7 @@ BAD_LINES = {
 }
 
 
+@sampled
 @pytest.mark.parametrize("place", [0, 4, 7])
 @pytest.mark.parametrize("kind", BAD_LINES)
 def test_a_damaged_line_costs_itself_alone_on_resume(
@@ -281,7 +287,7 @@ def test_a_damaged_line_costs_itself_alone_on_resume(
     assert [line["step"] for line in metrics(folder.path)] == [s for s in range(1, 9) if s != place + 1]
     assert (folder.path / "metrics.jsonl.damaged").read_bytes() == BAD_LINES[kind] + b"\n"
     assert f"{folder.metrics}:{place + 1}" in caplog.text
-    assert "1 damaged line set aside" in write_report(folder.path).read_text()
+    assert "1 damaged line set aside" in write_page(folder.path).read_text()
 
 
 def test_a_run_with_a_damaged_first_line_goes_on(
@@ -337,6 +343,7 @@ def test_samples_are_shown_though_lines_are_damaged(
 # Evaluations.
 
 
+@sampled
 @damaged
 @pytest.mark.parametrize("name", ["environment.json", "evaluation.toml"])
 def test_an_evaluation_refuses_its_damaged_files(tmp_path: Path, data: Path, name: str, kind: str) -> None:  # noqa: F811
@@ -349,6 +356,7 @@ def test_an_evaluation_refuses_its_damaged_files(tmp_path: Path, data: Path, nam
     assert main(["sample", str(store.folder)]) == (2 if name == "evaluation.toml" else 0)
 
 
+@sampled
 @damaged
 def test_damaged_keys_of_problems_are_written_anew_and_kept_beside(
     tmp_path: Path,
@@ -365,6 +373,7 @@ def test_damaged_keys_of_problems_are_written_anew_and_kept_beside(
     assert file.read_bytes() == whole and (store.folder / "problems.json.damaged-1").read_bytes() == content
 
 
+@sampled
 @pytest.mark.parametrize("bad", [b"{}", b"3", b"\xff\xfe", b'{"problem": 3}', b"<<<<<<< HEAD", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["samples", "grades"])
 def test_a_damaged_sample_or_grade_is_set_aside_and_made_again(
@@ -389,6 +398,7 @@ def test_a_damaged_sample_or_grade_is_set_aside_and_made_again(
 # Summaries of compared runs.
 
 
+@sampled
 @damaged
 def test_a_damaged_summary_is_refused_and_made_again_once_renamed(one: tuple[dict[str, Any], Path], kind: str) -> None:
     _, folder = one
@@ -414,6 +424,7 @@ def test_a_summary_is_not_made_of_files_that_lack_lines(one: tuple[dict[str, Any
 # The reader itself.
 
 
+@sampled
 @damaged
 def test_one_reader_refuses_every_kind(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "f.json"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import Tables, changed, file_recipe
 from test_checkpoint import write as write_step
 from test_ground import stop_in_rl
-from test_preflight import Tables, changed, tables
 
 import thence.pipeline.run as running
 import thence.train.checkpoint as checkpoint
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     """A run of SFT, an evaluation and RL that was stopped as RL began."""
-    recipe = changed(tables.__wrapped__(tmp_path_factory.mktemp("kept")), {"stages": ["sft", "eval", "rl"]})  # type: ignore[attr-defined]
+    recipe = changed(file_recipe(tmp_path_factory.mktemp("kept")), {"stages": ["sft", "eval", "rl"]})
     with pytest.MonkeyPatch.context() as patch:
         stop_in_rl(recipe, patch)
     return recipe

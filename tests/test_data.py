@@ -25,7 +25,7 @@ from thence.data.layouts import parse_row
 from thence.data.problems import RowProblem
 from thence.data.readers import read_examples
 from thence.errors import DataError, UserError
-from thence.pipeline.prompts import KeptPrompts, read_and_render
+from thence.pipeline.prompts import RenderedPrompts, load_prompts
 from thence.recipe import Data, Model
 from thence.train.model import load_tokenizer
 
@@ -198,10 +198,10 @@ BAD_ROWS = [
     ('{"question": ', None, "not JSON"),
     ("[1, 2]", None, "JSON array"),
     ("[" * 100_000, None, "not"),
-    ('"text"', None, "found str"),
+    ('"text"', None, "found text"),
     ({"question": "a"}, "answer", "missing"),
     ({"question": "", "answer": "x\n#### 1"}, "question", "empty"),
-    ({"question": 3, "answer": "x\n#### 1"}, "question", "found int"),
+    ({"question": 3, "answer": "x\n#### 1"}, "question", "found a whole number"),
     ({"question": "a", "answer": "working only"}, "answer", "####"),
     ({"question": "a", "answer": "x\n#### "}, "answer", "####"),
     ({"question": "a\0b", "answer": "x\n#### 1"}, "question", "NUL"),
@@ -209,14 +209,14 @@ BAD_ROWS = [
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages", "empty"),
-    ({"messages": "hi"}, "messages", "found str"),
+    ({"messages": "hi"}, "messages", "found text"),
     ({"messages": [SAID]}, "messages", "no user turn|role assistant"),
     ({"messages": [USER, SAID, SAID]}, "messages", "ends with a turn of role assistant"),
     ({"messages": [USER, {"role": "system", "content": "x"}, USER, SAID]}, "messages", "system turn"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content", "empty"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content", "null"),
     ({"messages": [{"role": "human", "content": "x"}, SAID]}, "messages[0].role", "'human'"),
-    ({"messages": [USER, "x"]}, "messages[1]", "found str"),
+    ({"messages": [USER, "x"]}, "messages[1]", "found text"),
 ]
 CASES = [(GOOD, *case) for case in BAD_ROWS] + [({"messages": [USER, SAID]}, *case) for case in BAD_CHATS]
 
@@ -574,16 +574,15 @@ def test_an_example_has_messages_or_a_prompt_text():
             Example(**wrong)
 
 
-def test_prompts_that_are_kept_are_the_same_until_their_file_changes(tmp_path: Path) -> None:
+def test_rendered_prompts_are_the_same_until_their_file_changes(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(Model(path="world:chain/rich"))
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "47a+8?", "completion": "a=55#55"}\n')
-    data, kept = Data(source=[str(file)]), KeptPrompts(tables=2)
+    data, kept = Data(source=[str(file)]), RenderedPrompts(tables=2)
     first = kept.load(data, tokenizer)
     again = kept.load(data, load_tokenizer(Model(path="world:chain/poor")))
-    assert first == again == read_and_render(data, tokenizer) and first[0] is again[0]
+    assert first == again == load_prompts(data, tokenizer) and first[0] is again[0]
     assert kept.load(data.model_copy(update={"max_response_tokens": 3}), tokenizer) != first
     file.write_text('{"prompt": "47a+9?", "completion": "a=56#56"}\n')
     os.utime(file, ns=(1, 1))
     assert kept.load(data, tokenizer)[0].text == "47a+9?"
-    assert KeptPrompts().load(data, tokenizer)[0] is not KeptPrompts().load(data, tokenizer)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pipeline import Recipes, recipes, reward_file, tokenizer_folder  # noqa: F401 - fixtures
+from test_pipeline import Recipes, recipes  # noqa: F401 - fixtures
 
 import thence.pipeline.run as running
 from thence.cli import main
@@ -170,7 +170,7 @@ def test_every_json_text_goes_through_one_function() -> None:
     allowed = {
         "files.py": "the function itself",
         "compare/result.py": "finite first, without spaces",
-        "audit/page.py": "finite first, without spaces",
+        "pages/template.py": "finite first, without spaces",
         "locks.py": "numbers of processes",
         "audit/": "what a foreign trainer told, NaN included, handed to the parent",
         "data/": "text of prompts",

@@ -20,7 +20,7 @@ from thence.cli import main
 from thence.errors import UserError
 from thence.files import write_jsonl
 from thence.foreign_text import clean, one_line
-from thence.report.page import write_report
+from thence.pages.run.page import write_page
 from thence.streams import Guarded, guarded
 from thence.terminal import cleaned, logging_to, make_console
 
@@ -224,7 +224,7 @@ def test_report_and_its_files_hold_nothing_raw(run, capfd):
     assert main(["report", str(run)]) == 0
     said = capfd.readouterr()
     assert not FORBIDDEN.search(said.out + said.err)
-    write_report(run)
+    write_page(run)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page)
     json.loads((run / "report.json").read_text())

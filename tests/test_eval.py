@@ -265,8 +265,9 @@ def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_
     from rich.console import Console
 
     from thence.evaluate.export import write_exports
-    from thence.evaluate.show import results_view
-    from thence.report.evaluation import write_evaluation_page
+    from thence.pages.evaluation.page import write_page
+    from thence.pages.evaluation.tables import results_table
+    from thence.pages.terminal import with_notes
 
     own = tmp_path / "degrees.py"
     own.write_text("def reward(prompt, response, answer):\n    return 2.5 if '+0' in prompt else None\n")
@@ -277,14 +278,14 @@ def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_
     assert (row.right, row.wrong, row.graded, row.unknown) == (0, 0, 3, 15)
     assert row.reward is not None and (row.reward.value, row.reward.problems) == (2.5, 1)
     console = Console(width=200, record=True)
-    console.print(results_view(result))
+    console.print(with_notes(results_table(result)))
     table = console.export_text()
     assert "Mean reward" in table and "2.5" in table and "Right answers" not in table
     write_exports(store, result)
     found = json.loads((store.folder / "results.json").read_text())
     assert found["results"]["sums"]["mean_reward,none"] == 2.5
     assert not any("exact_match" in key for key in found["results"]["sums"])
-    assert "mean reward" in write_evaluation_page(store, result).read_text()
+    assert "mean reward" in write_page(store, result).read_text()
     again = run(tmp_path / "f", settings_of(data, "other", grader=f"{own}:reward"), Counting())
     with pytest.raises(UserError, match=r"no shares of right answers[\s\S]*right_from"):
         compare(store, again)
@@ -364,14 +365,14 @@ def test_exports_hold_the_same_numbers_in_the_harness_layout(tmp_path: Path, dat
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_models_say(tmp_path: Path, data: Path) -> None:
-    from thence.report.evaluation import write_evaluation_page
+    from thence.pages.evaluation.page import write_page
 
     class Hostile(Counting):
         def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
             yield from ((request, Generation("<script>alert(1)</script>\x1b[2J", 3, "length")) for request in requests)
 
     store = run(tmp_path / "e", settings_of(data), Hostile())
-    text = write_evaluation_page(store, summarise(store)).read_text()
+    text = write_page(store, summarise(store)).read_text()
     assert "<script" not in text and "\x1b" not in text and "&lt;script&gt;" in text
     assert "src=" not in text and "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
 
@@ -419,6 +420,26 @@ def test_short_contexts_are_counted_and_shown(
     assert "left less than the limit of tokens for 6 responses" in out
     samples = Store(tmp_path / "e").samples("chain-test")
     assert all(s.tokens is not None and s.room is not None and s.tokens <= s.room < 20 for s in samples)
+
+
+def test_a_prompt_beyond_the_context_is_not_answered_instead_of_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from thence.evaluate import native_backend
+
+    monkeypatch.setattr(native_backend, "context_of", lambda config: 40)
+    questions = ["1+1?", "2+2?", *(f"{i}" * 60 for i in range(6))]  # more than the refusals that stop it
+    rows = [json.dumps({"question": text, "answer": str(i)}) for i, text in enumerate(questions)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    arguments = ["--suite", str(tmp_path / "sums.jsonl"), "--grader", "exact", "--max-tokens", "4", "--samples", "1"]
+    assert main(["eval", "world:chain/rich", *arguments, "--folder", str(tmp_path / "e")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "6 problems were not answered" in said
+    store = Store(tmp_path / "e")
+    assert len(store.samples("sums")) == 2
+    refused = store.refusals("sums").values()
+    assert {one.kind for one in refused} == {"too long"}
+    assert all("tokens, the model's context 40" in one.reason for one in refused)
 
 
 def test_browsing_an_evaluation(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -528,7 +528,7 @@ def test_an_audit_whose_files_cannot_be_written_is_refused_before_it_runs(flag, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     begun = []
-    monkeypatch.setattr("thence.audit.stack.audit_stack", lambda *_, **__: begun.append(1))
+    monkeypatch.setattr("thence.audit.run.stack.audit_stack", lambda *_, **__: begun.append(1))
     assert main(["audit", "thence", flag, place]) == 2
     assert f"{place}: {flag}" in capfd.readouterr().err
     assert not begun

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import relative
 from torch import Tensor
 
-from thence.audit.findings import CATALOGUE
+from thence.audit.judge.findings import CATALOGUE
 from thence.errors import UserError
 from thence.faults.catalogue import FAULTS, Needs, combine
 from thence.faults.cut import Cut, cut_rows

@@ -11,7 +11,7 @@ from test_compare import tables as comparison_tables
 from test_run_folder import THESIS, content, write
 
 import thence.compare.engine as engine
-from thence.audit.stack import working_folder
+from thence.audit.run.stack import working_folder
 from thence.cli import main
 from thence.compare.engine import compare
 from thence.compare.recipe import load_comparison

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import model_table
 from rich.console import Console
 
 from thence.cli import main
 from thence.compare.summary import summarise as summarise_run
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import RecipeError, UserError
-from thence.evaluate.accuracy import mean_reward
 from thence.evaluate.metrics import mean_reward_of
+from thence.pages.run.page import write_page
+from thence.pages.run.tables import results_table
+from thence.pages.terminal import with_notes
 from thence.pipeline.preflight import gives_degrees, preflight
 from thence.pipeline.run import run
+from thence.pipeline.run_files import read_run
 from thence.recipe import load_recipe
-from thence.report.page import write_report
-from thence.report.run_files import read_run
-from thence.report.table import results_table
 
 HEAD = "def reward(prompt, response, answer):\n"
 
 
 def tables(folder: Path, body: str, after: str = "", **changes: dict[str, Any]) -> dict[str, Any]:
     """A recipe of a tiny random model whose evaluation, and RL, are graded by an own function."""
-    save_tokenizer(folder / "tokenizer")
     (folder / "own.py").write_text(f"{HEAD}    {body}\n{after}\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    reward = f"{folder / 'own.py'}:reward"
     own: dict[str, Any] = {
         "folder": str(folder / "run"),
         "stages": ["eval"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(folder / "tokenizer")},
+        "model": model_table(folder),
         "data": {"source": ["world:chain"], "limit": 4},
-        "eval": {"max_tokens": 4, "samples": 2, "reward": f"{folder / 'own.py'}:reward"},
-        "rl": {"max_tokens": 4, "steps": 1, "prompts": 2, "rollouts": 2, "reward": f"{folder / 'own.py'}:reward"},
+        "eval": {"max_tokens": 4, "samples": 2, "reward": reward},
+        "rl": {"max_tokens": 4, "steps": 1, "prompts": 2, "rollouts": 2, "reward": reward},
     }
     return {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in own.items()}
 
@@ -51,7 +50,7 @@ def row_of(folder: Path) -> dict[str, Any]:
 def printed(folder: Path) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(results_table(folder))
+        console.print(with_notes(results_table(read_run(folder))))
     return capture.get()
 
 
@@ -64,8 +63,8 @@ def test_a_reward_that_is_always_a_tenth_is_not_an_accuracy_of_100(tmp_path: Pat
     table = printed(folder)
     assert "Mean reward" in table and "0.100" in table and "Accuracy" not in table and "100.0" not in table
     assert "states no score from which a response is right" in " ".join(table.split())
-    page = write_report(folder).read_text()
-    assert "<th>Mean reward</th>" in page and "Accuracy" not in page
+    page = write_page(folder).read_text()
+    assert '<th scope="col">Mean reward</th>' in page and "Accuracy" not in page
     assert "the mean reward of base is 0.100" in page and "graded 0.1" in page
     result = json.loads((folder / "report.json").read_text())["results"][0]
     assert (result["accuracy"], result["reward"], result["graded"]) == (None, pytest.approx(0.1), 8)
@@ -152,7 +151,7 @@ def test_results_of_an_earlier_version_are_read_as_they_were(tmp_path: Path) -> 
     path.write_text(json.dumps(result))
     (cell,) = read_run(folder).cells
     assert (cell.accuracy, cell.reward, cell.graded) == (1.0, None, None)
-    assert "100.0" in printed(folder) and "Accuracy" in write_report(folder).read_text()
+    assert "100.0" in printed(folder) and "Accuracy" in write_page(folder).read_text()
 
 
 def test_samples_show_the_degree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,14 +161,11 @@ def test_samples_show_the_degree(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_mean_reward_may_have_any_scale() -> None:
-    level = mean_reward([-200.0, 100.0, 400.0])
-    assert level is not None and level.mean == 100 and level.low is not None and level.high is not None
-    assert level.low < -200 and level.high > 400  # Student's t of two degrees of freedom: wide
     score = mean_reward_of([[-200.0], [100.0, 100.0], [400.0], []], 2)
-    assert (score.value, score.low, score.high, score.problems) == (100, level.low, level.high, 3)
-    assert mean_reward([]) is None
-    only = mean_reward([3.0])
-    assert only is not None and (only.mean, only.low, only.high) == (3.0, None, None)
+    assert (score.value, score.problems) == (100, 3)
+    assert score.low < -200 and score.high > 400  # Student's t of two degrees of freedom: wide
+    only = mean_reward_of([[3.0]], 1)
+    assert (only.value, only.low, only.high) == (3.0, -math.inf, math.inf)
 
 
 def test_an_exit_in_code_that_is_not_ours_does_not_count_as_done(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_preflight import ROWS, Tables, changed, tables, write_rows  # noqa: F401 - tables is a fixture
+from recipes import ROWS, Tables, changed, write_rows
 
 import thence.pipeline.prompts as prompts
 import thence.pipeline.run as running
@@ -23,7 +23,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 @pytest.fixture
-def recipe(tables: Tables, tmp_path: Path) -> Tables:  # noqa: F811
+def recipe(tables: Tables, tmp_path: Path) -> Tables:
     """Everything in files: the model too, and a chat template."""
     loaded = load_model(Model(**tables["model"]), torch.device("cpu"))
     save_model(loaded.model, loaded.tokenizer, tmp_path / "base")
@@ -103,7 +103,7 @@ def test_a_run_is_not_resumed_on_changed_ground(
     with pytest.raises(UserError) as error:
         run(recipe)
     assert message in str(error.value)
-    assert "--restart" in error.value.remedy
+    assert "another --folder" in error.value.remedy
     if "then" in error.value.problem:
         assert error.value.problem.count("digest") == 2
     file = tmp_path / "recipe.toml"
@@ -137,8 +137,8 @@ def test_data_that_are_no_files_are_known_by_their_rows(
 ) -> None:
     recipe = changed(recipe, {"rl.data": {"source": ["world:chain"], "limit": 4}})
     stop_in_rl(recipe, monkeypatch)
-    original = prompts.read_and_render
-    monkeypatch.setattr(prompts, "read_and_render", lambda data, tokenizer: original(data, tokenizer)[::-1])
+    original = prompts.load_prompts
+    monkeypatch.setattr(prompts, "load_prompts", lambda data, tokenizer: original(data, tokenizer)[::-1])
     with pytest.raises(UserError, match="the rows of data are not those that stage rl began with"):
         run(recipe)
 

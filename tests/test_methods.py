@@ -39,11 +39,11 @@ def test_loss_and_gradient_are_those_of_the_formula_written_out(tiny_model, vari
     batch = make_batch(case, variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     chosen = StepSettings(40, packing, 0.0, torch.float64)
-    loss, _, sums, _ = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen)
+    sums = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert variant.moved == (int(clipped.sum()) > 0)  # the clips are tried where the policy moved
-    assert int(sums[2]) == int(clipped.sum())
-    assert abs(loss.item() - parts.sum().item()) <= 1e-12 * parts.abs().sum().item()
+    assert int(sums.clipped) == int(clipped.sum())
+    assert abs(sums.loss.item() - parts.sum().item()) <= 1e-12 * parts.abs().sum().item()
     assert relative(got, expected) <= 1e-12
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from oracle import gradient, relative, row_statistics
+from recipes import world_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.methods import registry
 from thence.methods.base import Method, SideStep, make_rows
 from thence.methods.hpt import Hpt
@@ -414,22 +414,10 @@ class Kills(Silent):
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(registry, "OWN", (*registry.OWN, *OWN))
-    save_tokenizer(tmp_path / "tokenizer")
-    reward = tmp_path / "mine.py"
     # prompts whose text has an odd sum of characters are never solved
-    reward.write_text(
-        "def some(prompt, response, answer):\n"
-        "    return float(sum(map(ord, prompt)) % 2 == 0 and len(set(response)) % 2 == 0)\n"
-    )
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    rl = {"lr": 1e-2, "steps": 4, "prompts": 4, "rollouts": 4, "mini_batch": 2, "max_tokens": 12}
-    return {
-        "stages": ["rl"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(tmp_path / "tokenizer")},
-        "data": {"source": ["world:chain"], "limit": 20},
-        "rl": {**rl, "reward": f"{reward}:some", "checkpoint_every": 2},
-    }
+    value = "float(sum(map(ord, prompt)) % 2 == 0 and len(set(response)) % 2 == 0)"
+    rl = {"steps": 4, "mini_batch": 2, "max_tokens": 12, "checkpoint_every": 2}
+    return world_recipe(tmp_path, ["rl"], value, data={"limit": 20}, rl=rl)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

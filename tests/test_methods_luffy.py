@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from oracle import gradient, relative, row_statistics
+from recipes import world_recipe
 from safetensors.torch import load_file
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import RecipeError, UserError
 from thence.methods import registry
 from thence.methods.base import TokenFacts, make_rows
@@ -26,7 +26,8 @@ from thence.methods.on_policy import OnPolicy
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.srft import Srft
 from thence.objective import Batch, Clip, Context, Ratio, divisors, local_counts
-from thence.pipeline.rl_stage import Mismatch, Shares, policy_steps
+from thence.pipeline.rl_metrics import BatchMetrics
+from thence.pipeline.rl_update import Update
 from thence.pipeline.run import run
 from thence.train.parallel import SingleProcess
 from thence.train.step import StepSettings, accumulate_gradients, train_step
@@ -327,11 +328,9 @@ def test_gradients_of_both_optimizer_steps_are_those_of_the_formula(tiny_model, 
     trajectories = make_trajectories(3, variant.method is not OnPolicy)
     old = {id(t): row_statistics(model, t)[0].detach() for t in trajectories}
     trainer = Trainer(model, 2e-2, StepSettings(64, True, 0.0, torch.float64), take_step=step_and_tell)
-    mismatch = Mismatch(trajectories)
     stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None)
-    policy_steps(
-        stage, variant.method(variant.options), trainer, trajectories, None, 2, mismatch, Shares(SingleProcess())
-    )
+    method = variant.method(variant.options)
+    Update(stage, method, trainer, minis=2).take(trajectories, BatchMetrics(SingleProcess(), method.terms))
     assert len(taken) == 2
     for part, (before, report, got) in zip((slice(0, 8), slice(8, 16)), taken, strict=True):
         model.load_state_dict(before)
@@ -371,26 +370,13 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``recipe(method, folder, **rl)``: three steps of two optimizer steps on a world with demonstrations."""
     others = tuple(method for method in registry.OWN if method.name not in NAMES)
     monkeypatch.setattr(registry, "OWN", (*others, *METHODS))
-    save_tokenizer(tmp_path / "tokenizer")
-    reward = tmp_path / "own.py"
-    reward.write_text("def first(prompt, response, answer):\n    return float(response[:1] in '0123')\n")
-    model = {"model_type": "llama", "vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32}
-    model |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"num_key_value_heads": 1, "max_position_embeddings": 128}
 
     def make(method: str, folder: str = "run", **rl: Any) -> dict[str, Any]:
-        own = {"lr": 1e-2, "steps": 3, "prompts": 4, "mini_batch": 2, "rollouts": 4, "max_tokens": 8}
-        own |= {"method": method, "reward": f"{reward}:first", "checkpoint_every": 1}
-        return {
-            "folder": str(tmp_path / folder),
-            "stages": ["rl"],
-            "seed": 5,
-            "model": {
-                "init": model | {"max_position_embeddings": 128},
-                "tokenizer": str(tmp_path / "tokenizer"),
-            },
-            "data": {"source": ["world:chain"], "limit": 12},
-            "rl": own | rl,
-        }
+        own = {"method": method, "steps": 3, "mini_batch": 2, "max_tokens": 8, "checkpoint_every": 1}
+        place = str(tmp_path / folder)
+        value = "float(response[:1] in '0123')"
+        return world_recipe(tmp_path, ["rl"], value, sizes, folder=place, seed=5, data={"limit": 12}, rl=own | rl)
 
     return make
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import advantages, gradient, relative, row_statistics
 from pydantic import ValidationError
+from recipes import world_recipe
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.methods import registry
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.chord import ChordMu, ChordPhi, share_of_sft, spread
@@ -28,6 +28,7 @@ from thence.methods.exgrpo import ExGrpo, bucket_weight, lesson
 from thence.methods.prefix_rft import PrefixRft, keep_highest, lowest_fraction, prefix_length
 from thence.methods.uft import Uft, slice_probability, stage_slices
 from thence.objective import Batch, Context, local_counts
+from thence.pipeline.dealing import mini_batches
 from thence.pipeline.run import run
 from thence.train.step import StepSettings, accumulate_gradients
 from thence.train.trainer import Trainer
@@ -293,11 +294,11 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
         for tokens, packing in ((1000, False), (1000, True), (25, False), (1, True)):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             cut = StepSettings(tokens, packing, 0.0, torch.float64)
-            loss, _, sums, passes = accumulate_gradients(model, optimizer, batch, local_counts(batch), cut)
+            sums = accumulate_gradients(model, optimizer, batch, local_counts(batch), cut)
             got = torch.cat([p.grad.flatten() for p in model.parameters()])
             whole = got if whole is None else whole
-            assert passes == {1000: 1, 1: len(rows)}.get(tokens, passes)
-            assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-10, abs=1e-14)
+            assert sums.passes == {1000: 1, 1: len(rows)}.get(tokens, sums.passes)
+            assert sums.loss.item() == pytest.approx(expected_loss.item(), rel=1e-10, abs=1e-14)
             assert relative(got, expected) <= 1e-10
             assert relative(got, whole) <= 1e-12
         if step == 0:
@@ -305,7 +306,7 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
         else:
             moved = torch.cat([row_statistics(model, t)[0].detach() - b for t, b in zip(rows, old, strict=True)])
             assert ((moved > math.log(1.2)) | (moved < math.log(0.8))).any()
-            assert isinstance(method, ExGrpo) or sums[2] > 0  # the clip holds something back
+            assert isinstance(method, ExGrpo) or sums.clipped > 0  # the clip holds something back
 
 
 # What they sample.
@@ -422,7 +423,7 @@ def test_expert_rows_are_a_fifth_and_each_optimizer_step_has_its_share() -> None
     found = ChordMu().compose(desk, 8, 8)
     assert sum(t.origin == "demonstration" for t in found) == 16
     assert len(found) == 80
-    for part in rl_stage.mini_batches(found, 4):
+    for part in mini_batches(found, 4):
         chosen = [found[i] for i in part]
         assert sum(t.origin == "demonstration" for t in chosen) == 4
         assert sorted(len(list(g)) for _, g in groupby(chosen, key=lambda t: t.prompt.index)) == [1] * 4 + [8] * 2
@@ -529,30 +530,10 @@ def test_the_pool_survives_json() -> None:
 
 
 def make_recipe(folder: Path, name: str, method: type[Method], options: dict[str, Any]) -> dict[str, Any]:
-    save_tokenizer(folder / "tokenizer")
-    reward = folder / "own.py"
-    reward.write_text("def odd(prompt, response, answer):\n    return float(response.count('1') % 2)\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    return {
-        "folder": str(folder / name),
-        "stages": ["rl"],
-        "seed": 3,
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(folder / "tokenizer")},
-        "data": {"source": ["world:chain"], "limit": 12},
-        "rl": {
-            "method": method.name,
-            "options": options,
-            "lr": 1e-2,
-            "steps": 4,
-            "prompts": 4,
-            "mini_batch": 2,
-            "rollouts": 4,
-            "max_tokens": 60,
-            "checkpoint_every": 1,
-            "reward": f"{reward}:odd",
-        },
-    }
+    rl = {"method": method.name, "options": options, "steps": 4, "mini_batch": 2, "max_tokens": 60}
+    rl |= {"checkpoint_every": 1}
+    value, place = "float(response.count('1') % 2)", str(folder / name)
+    return world_recipe(folder, ["rl"], value, folder=place, seed=3, data={"limit": 12}, rl=rl)
 
 
 @pytest.mark.parametrize(
@@ -571,16 +552,16 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr(registry, "OWN", (*registry.OWN, *METHODS))
     whole = run(make_recipe(tmp_path, "whole", method, options))
-    original = rl_stage.rl_step
+    original = rl_stage.Loop.step
 
-    def cut_off(*given: Any) -> dict[str, Any]:
-        if given[-1] == 2:
+    def cut_off(loop: rl_stage.Loop, step: int) -> dict[str, Any]:
+        if step == 2:
             raise InterruptedError
-        return original(*given)
+        return original(loop, step)
 
     recipe = make_recipe(tmp_path, "cut", method, options)
     with monkeypatch.context() as patch:
-        patch.setattr(rl_stage, "rl_step", cut_off)
+        patch.setattr(rl_stage.Loop, "step", cut_off)
         with pytest.raises(InterruptedError):
             run(recipe)
     resumed = run(recipe)

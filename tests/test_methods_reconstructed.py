@@ -12,11 +12,11 @@ import pytest
 import torch
 from oracle import advantages, gradient, relative, row_statistics
 from pydantic import ValidationError
+from recipes import world_recipe
 from torch import Tensor
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.trajectory import Prompt, Trajectory
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.bread import Bread, prefix_of
 from thence.methods.red import Red, accuracy_factor, entropy_weight
@@ -258,23 +258,10 @@ def test_gradients_of_two_steps_are_those_of_the_formula_however_cut(tiny_model,
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tokenizer(tmp_path / "tokenizer")
-    reward = tmp_path / "own.py"
     # a random model hardly ever begins with the prompt's own number, as the expert often does
-    reward.write_text(
-        "def lucky(prompt, response, answer):\n"
-        "    return float(response[:2] == prompt.strip('$')[:2] and len(set(response)) % 2)\n"
-    )
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    rl = {"method": name, "lr": 1e-2, "steps": 3, "prompts": 4, "mini_batch": 2, "rollouts": 4, "max_tokens": 24}
-    recipe = {
-        "stages": ["rl"],
-        "seed": 3,
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(tmp_path / "tokenizer")},
-        "data": {"source": ["world:chain"], "limit": 12},
-        "rl": {**rl, "checkpoint_every": 1, "reward": f"{reward}:lucky"},
-    }
+    value = "float(response[:2] == prompt.strip('$')[:2] and len(set(response)) % 2)"
+    rl = {"method": name, "steps": 3, "mini_batch": 2, "max_tokens": 24, "checkpoint_every": 1}
+    recipe = world_recipe(tmp_path, ["rl"], value, seed=3, data={"limit": 12}, rl=rl)
     branched: list[Sequence[int]] = []
     continuations = RolloutSampler.continuations
 
@@ -285,15 +272,15 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     monkeypatch.setattr(RolloutSampler, "continuations", listened)
     whole = run(recipe, {"folder": str(tmp_path / "whole")})
     assert bool(branched) == (name == "bread")
-    original = rl_stage.rl_step
+    original = rl_stage.Loop.step
 
-    def cut_off(*given: Any) -> dict[str, Any]:
-        if given[-1] == 2:
+    def cut_off(loop: rl_stage.Loop, step: int) -> dict[str, Any]:
+        if step == 2:
             raise InterruptedError
-        return original(*given)
+        return original(loop, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl_stage, "rl_step", cut_off)
+        patch.setattr(rl_stage.Loop, "step", cut_off)
         with pytest.raises(InterruptedError):
             run(recipe, {"folder": str(tmp_path / "cut")})
     resumed = run(recipe, {"folder": str(tmp_path / "cut")})

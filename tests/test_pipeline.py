@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import world_recipe
 from safetensors.torch import load_file
 
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
+from thence.data.worlds.vocabulary import VOCABULARY
 from thence.errors import UserError
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
@@ -25,59 +26,28 @@ OF_RL = COMMON | {"clip_share", "reward", "reward_std", "accuracy", "unknown", "
 OF_RL |= {"mismatch_kl", "sample_seconds", "train_seconds"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("rewards") / "mine.py"
-    file.write_text(
-        f"def share(prompt, response, answer):\n    return response.count({LETTER!r}) / max(1, len(response))\n"
-    )
-    return file
-
-
 class Recipes:
     """Makes recipes of a tiny model in one folder."""
 
-    def __init__(self, tokenizer: Path, reward: Path, folder: Path):
-        self.tokenizer, self.reward, self.folder = tokenizer, reward, folder
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __call__(self, stages: list[str], **tables: Any) -> dict[str, Any]:
-        sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
         own: dict[str, Any] = {
             "folder": str(self.folder / "run"),
-            "stages": stages,
-            "model": {
-                "init": {"model_type": "llama", "tie_word_embeddings": True, **sizes},
-                "tokenizer": str(self.tokenizer),
-            },
-            "data": {"source": ["world:chain"], "limit": 20},
-            "sft": {"lr": 1e-2, "batch": 8, "steps": 2, "micro_batch_tokens": 512},
-            "rl": {
-                "lr": 1e-2,
-                "steps": 2,
-                "prompts": 4,
-                "rollouts": 4,
-                "max_tokens": 12,
-                "reward": f"{self.reward}:share",
-            },
-            "eval": {"max_tokens": 8, "reward": f"{self.reward}:share", "data": {"split": "test", "limit": 3}},
+            "data": {"limit": 20},
+            "sft": {"steps": 2, "micro_batch_tokens": 512},
+            "rl": {"steps": 2, "max_tokens": 12},
+            "eval": {"data": {"split": "test", "limit": 3}},
         }
-        return {
-            key: {**own.get(key, {}), **value} if isinstance(value, dict) else value
-            for key, value in {**own, **tables}.items()
-        }
+        merged = {k: {**own.get(k, {}), **v} if isinstance(v, dict) else v for k, v in (own | tables).items()}
+        value = f"response.count({LETTER!r}) / max(1, len(response))"
+        return world_recipe(self.folder, stages, value, {"tie_word_embeddings": True}, **merged)
 
 
 @pytest.fixture
-def recipes(tokenizer_folder: Path, reward_file: Path, tmp_path: Path) -> Recipes:
-    return Recipes(tokenizer_folder, reward_file, tmp_path)
+def recipes(tmp_path: Path) -> Recipes:
+    return Recipes(tmp_path)
 
 
 def metrics(folder: Path, stage: str | None = None) -> list[dict[str, Any]]:

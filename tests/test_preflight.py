@@ -11,9 +11,10 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from recipes import ROWS, Tables, changed, write_rows
 
 from thence.cli import main
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
+from thence.data.worlds.vocabulary import VOCABULARY
 from thence.errors import UserError
 from thence.models.lengths import context_of
 from thence.pipeline import preflight as preflight_module
@@ -22,46 +23,6 @@ from thence.pipeline.run import run
 from thence.recipe import load_recipe
 from thence.rollout.vllm.wire import TOKEN_VARIABLE
 from thence.toml import to_toml
-
-ROWS = [{"prompt": f"{i}+{i}?", "completion": f"{i}+{i}={2 * i}#{2 * i}", "answer": str(2 * i)} for i in range(8)]
-Tables = dict[str, Any]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    """SFT, RL and two evaluations on files; everything but the model's size is as a user would have it."""
-    save_tokenizer(tmp_path / "tokenizer")
-    data = write_rows(tmp_path / "train.jsonl", ROWS)
-    write_rows(tmp_path / "test.jsonl", ROWS[:3])
-    (tmp_path / "own.py").write_text("def share(prompt, response, answer):\n    return float(len(response) % 2)\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return {
-        "folder": str(tmp_path / "run"),
-        "stages": ["sft", "rl", "eval"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(tmp_path / "tokenizer")},
-        "data": {"source": [data]},
-        "sft": {"batch": 4, "steps": 1, "lr": 1e-3},
-        "rl": {"steps": 1, "prompts": 2, "rollouts": 2, "max_tokens": 8, "reward": f"{tmp_path / 'own.py'}:share"},
-        "eval": {"max_tokens": 8, "reward": "exact", "data": {"source": [str(tmp_path / "test.jsonl")]}},
-    }
-
-
-def changed(tables: Tables, flags: dict[str, Any]) -> Tables:
-    result = json.loads(json.dumps(tables))
-    for dotted, value in flags.items():
-        *path, leaf = dotted.split(".")
-        node = result
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return result
-
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a mistyped reward": ({"rl.reward": "mth"}, "no reward is called 'mth'"),
@@ -163,16 +124,15 @@ def test_each_data_table_is_rendered_once_for_the_trial_and_its_stages(
     import thence.pipeline.prompts as prompts
 
     rendered: list[list[str]] = []
-    original = prompts.read_and_render
+    original = prompts.load_prompts
 
     def counted(data: Any, tokenizer: Any) -> Any:
         rendered.append(data.source)
         return original(data, tokenizer)
 
-    monkeypatch.setattr(prompts, "read_and_render", counted)
+    monkeypatch.setattr(prompts, "load_prompts", counted)
     run(tables)
     assert len(rendered) == 2  # SFT and RL share one
-    assert not prompts.kept_prompts._held
 
 
 # What is not at hand.

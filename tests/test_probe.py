@@ -78,7 +78,7 @@ def rows_of(lengths, vocabulary: int = 40):
 def step_of(model, rows, packing):
     batch = Batch((Term("sft", Logp(), Normaliser("tokens")),), tuple(rows))
     settings = StepSettings(100, packing, 0.0, next(model.parameters()).dtype)
-    loss = accumulate_gradients(model, torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings)[0]
+    loss = accumulate_gradients(model, torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings).loss
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return loss.item(), found
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import world_recipe
 from safetensors.torch import load_file
 
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import UserError
 from thence.methods.base import Method
 from thence.pipeline.dealing import resume_position, same_or_each
@@ -54,18 +54,18 @@ def listen(folder, rank, stop):
         (folder / f"sampled-{rank}.json").write_text(json.dumps(made))
         return found
 
-    def begins(context, stage, method, trainer, drawer, *rest):
-        if rest[-1] == stop:
+    def begins(loop, at):
+        if at == stop:
             raise Stopped
-        return step(context, stage, method, trainer, drawer, *rest)
+        return step(loop, at)
 
     def batch_at(n, batch, seed, at):
         if at == stop:
             raise Stopped
         return batches(n, batch, seed, at)
 
-    step, batches = rl_stage.rl_step, sft_stage.batch_at
-    sampler.respond, rl_stage.rl_step, sft_stage.batch_at = heard, begins, batch_at
+    step, batches = rl_stage.Loop.step, sft_stage.batch_at
+    sampler.respond, rl_stage.Loop.step, sft_stage.batch_at = heard, begins, batch_at
 
 
 def rank_of(case, rank, port):
@@ -103,7 +103,6 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
         os.waitpid(child, 0)
 """
 
-REWARD = "def lucky(prompt, response, answer):\n    return float(sum(map(ord, response)) % 3 == 0)\n"
 QUICK = {
     "grpo": {"method": "grpo", "mini_batch": 2},
     "dapo": {"method": "dapo", "mini_batch": 2, "options": {"overlong_tokens": 12, "overlong_buffer": 4}},
@@ -130,18 +129,10 @@ SLOW = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Seven prompts and batches of four, so that a batch may hold a prompt twice."""
     place = tmp_path_factory.mktemp("base")
-    save_tokenizer(place / "tokenizer")
-    (place / "own.py").write_text(REWARD)
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    precise = {"compute_dtype": "float64"}  # so that what differs is not rounding, which Adam makes large
-    rl = {"lr": 1e-2, "steps": 4, "prompts": 4, "rollouts": 4, "max_tokens": 12, "checkpoint_every": 1}
-    return {
-        "stages": ["rl"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(place / "tokenizer"), **precise},
-        "data": {"source": ["world:chain"], "limit": 7},
-        "rl": {**rl, "reward": f"{place / 'own.py'}:lucky"},
-    }
+    rl = {"steps": 4, "max_tokens": 12, "checkpoint_every": 1}
+    recipe = world_recipe(place, ["rl"], "float(sum(map(ord, response)) % 3 == 0)", data={"limit": 7}, rl=rl)
+    recipe["model"]["compute_dtype"] = "float64"  # so that what differs is not rounding, which Adam makes large
+    return recipe
 
 
 def drive(folder: Path, cases: list[dict[str, Any]]) -> None:

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from thence.errors import UserError
+from thence.foreign_text import visible
+from thence.pages.run.outcome import outcome
+from thence.pages.run.page import write_page
+from thence.pages.run.tables import results_table
+from thence.pages.terminal import TableView
 from thence.pipeline.run import method_labels
+from thence.pipeline.run_files import read_run
 from thence.recipe import load_recipe
-from thence.report.outcome import outcome
-from thence.report.page import write_report
-from thence.report.run_files import read_run
-from thence.report.samples import visible
-from thence.report.table import results_table
 from thence.toml import to_toml
 
 HOSTILE = "</pre><script>alert(1)</script>{{ 7 * 7 }} \u202etxt.exe \x00\x1b[31m \ud800"
@@ -99,7 +100,7 @@ class Tags(HTMLParser):
 
 
 def test_a_finished_run_has_table_curves_samples_recipe_and_command(tmp_path):
-    page = write_report(make_run(tmp_path / "run", steps=5))
+    page = write_page(make_run(tmp_path / "run", steps=5))
     text = page.read_text(encoding="utf-8")
     assert not Tags(text).open
     assert text.count("<svg") == 4 + 7
@@ -122,13 +123,13 @@ def test_the_page_names_the_method_of_every_stage_and_says_what_is_a_reconstruct
     recipe = load_recipe("quickstart", {"sft.fault": "mean-of-means", "rl.method": "superrl"})
     labels = method_labels(recipe)
     (folder / "environment.json").write_text(json.dumps({"methods": labels}))
-    page = write_report(folder).read_text()
+    page = write_page(folder).read_text()
     assert "sft with mean-of-means" in page and "superrl (reconstruction)" in page
     assert method_labels(load_recipe("quickstart")) == {"sft": "sft", "rl": "grpo"}
 
 
 def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):
-    text = write_report(make_run(tmp_path / "run", steps=5)).read_text(encoding="utf-8")
+    text = write_page(make_run(tmp_path / "run", steps=5)).read_text(encoding="utf-8")
     tags = Tags(text).found
     assert not {"script", "img", "iframe", "link", "object"} & {tag for tag, _ in tags}
     for _, attributes in tags:
@@ -141,7 +142,7 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):
 
 
 def test_model_output_is_shown_and_not_obeyed(tmp_path):
-    text = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    text = write_page(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "{{ 7 * 7 }}" in text
     assert "\u202e" not in text and "[U+202E]" in text
@@ -154,7 +155,7 @@ def test_hostile_names_in_recipe_and_results_are_escaped(tmp_path):
     place.write_text(json.dumps(result("eval-rl", 0.5, split="<img src=x onerror=alert(1)>")))
     recipe = (run / "recipe.toml").read_text().replace('name = "trial"', 'name = "<script>x</script>"')
     (run / "recipe.toml").write_text(recipe)
-    tags = {tag for tag, _ in Tags(write_report(run).read_text(encoding="utf-8")).found}
+    tags = {tag for tag, _ in Tags(write_page(run).read_text(encoding="utf-8")).found}
     assert not {"script", "img"} & tags
 
 
@@ -195,7 +196,7 @@ def test_an_unfinished_run_reports_what_is_there(tmp_path):
     (run / "stages" / "eval-rl" / "result.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
-    text = write_report(run).read_text(encoding="utf-8")
+    text = write_page(run).read_text(encoding="utf-8")
     assert "Unfinished: nothing yet from eval-rl." in text
     assert "1 unreadable line left out" in text
     assert "40.0% (sft)" in text
@@ -216,14 +217,14 @@ def test_missing_and_broken_files_never_break_the_report(tmp_path, damage):
     for name, content in damage.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert not Tags(write_report(tmp_path).read_text(encoding="utf-8")).open
+    assert not Tags(write_page(tmp_path).read_text(encoding="utf-8")).open
     json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert results_table(tmp_path).row_count >= 0
+    assert len(results_table(read_run(tmp_path)).rows) >= 0
 
 
 def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
-        write_report(tmp_path / "absent")
+        write_page(tmp_path / "absent")
 
 
 def test_steps_that_were_taken_twice_count_once_and_the_later_counts(tmp_path):
@@ -237,7 +238,7 @@ def test_steps_that_were_taken_twice_count_once_and_the_later_counts(tmp_path):
 
 def test_json_and_csv_hold_the_same_results(tmp_path):
     run = make_run(tmp_path / "run", steps=5)
-    write_report(run)
+    write_page(run)
     whole = json.loads((run / "report.json").read_text())
     with (run / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -257,20 +258,20 @@ def test_two_evaluations_of_one_model_share_a_row(tmp_path):
     run = read_run(tmp_path)
     assert run.subjects == ["sft", "rl"]
     assert run.columns == [("AIME", 0.6), ("MATH", 0.6)]
-    table = results_table(tmp_path)
-    assert list(table.columns[1].cells) == ["50.0 ±2.0 (2 unknown)", "–", "512 x 4"]
+    table = results_table(run)
+    assert [row.cells[0].text for row in table.rows] == ["50.0 ±2.0 (2 unknown)", "–", "512 x 4"]
 
 
 def test_the_terminal_table_prints_models_by_split_and_temperature(tmp_path):
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(results_table(make_run(tmp_path / "run")))
+        console.print(TableView(results_table(read_run(make_run(tmp_path / "run")))))
     printed = captured.get()
     assert "T = 0.6" in printed and "512 x 4" in printed
-    assert re.search(r"rl\s+│\s+50\.0 ±2\.0", printed)
+    assert re.search(r"rl\s+50\.0 ±2\.0", printed)
 
 
 def test_the_same_run_gives_the_same_page(tmp_path):
     run = make_run(tmp_path / "run", steps=5)
-    first = write_report(run).read_bytes()
-    assert write_report(run).read_bytes() == first
+    first = write_page(run).read_bytes()
+    assert write_page(run).read_bytes() == first

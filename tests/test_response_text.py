@@ -15,9 +15,9 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, response_text
 from thence.evaluate.completion import outcome
-from thence.evaluate.measure import grade
 from thence.http_client import Answer
 from thence.pipeline.run import run
+from thence.rollout.responses import grade
 from thence.verify.reward import load_reward
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
+from recipes import world_recipe
 
 SFT_EXAMPLES, SFT_BATCH, SFT_STEPS, SFT_EVERY = 28, 8, 8, 3  # an epoch is 4 steps, the last of 4 rows; 2 epochs
 RL_STEPS, RL_EVERY, RL_MINIS = 4, 2, 2
@@ -71,7 +70,7 @@ def before(owner, name, act):
 def arm(point):
     fate = Fate(point)
 
-    def stage_begins(recipe, name, *rest):
+    def stage_begins(execution, name):
         fate.stage, fate.steps = name, 0
 
     def resumed(self, plain, tensors):
@@ -209,44 +208,18 @@ CASES = CHOSEN | RANDOM
 
 def make_recipe(folder: Path) -> dict[str, Any]:
     """SFT over an epoch's edge, then RL with state of every kind: reference model, mini-batches, drawn prompts."""
-    save_tokenizer(folder / "tokenizer")
-    reward = folder / "own.py"
-    reward.write_text("def share(prompt, response, answer):\n    return response.count('1') / max(1, len(response))\n")
-    model = {"model_type": "llama", "vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32}
-    model |= {
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 128,
-    }
-    return {
-        "stages": ["sft", "rl"],
-        "seed": 5,
-        "model": {"init": model, "tokenizer": str(folder / "tokenizer")},
-        "data": {"source": ["world:chain"]},
-        "sft": {
-            "lr": 1e-2,
-            "batch": SFT_BATCH,
-            "epochs": 2,
-            "held_out": 0,
-            "micro_batch_tokens": 128,
-            "checkpoint_every": SFT_EVERY,
-            "data": {"limit": SFT_EXAMPLES},
-        },
-        "rl": {
-            "lr": 1e-2,
-            "steps": RL_STEPS,
-            "prompts": 4,
-            "mini_batch": 4 // RL_MINIS,
-            "rollouts": 4,
-            "max_tokens": 12,
-            "micro_batch_tokens": 64,
-            "checkpoint_every": RL_EVERY,
-            "reward": f"{reward}:share",
-            "options": {"kl": 0.05},
-            "data": {"limit": 20, "seed": 1},
-        },
-    }
+    sft = {"batch": SFT_BATCH, "epochs": 2, "held_out": 0, "micro_batch_tokens": 128, "checkpoint_every": SFT_EVERY}
+    rl = {"steps": RL_STEPS, "mini_batch": 4 // RL_MINIS, "max_tokens": 12, "micro_batch_tokens": 64}
+    rl |= {"checkpoint_every": RL_EVERY, "options": {"kl": 0.05}, "data": {"limit": 20, "seed": 1}}
+    return world_recipe(
+        folder,
+        ["sft", "rl"],
+        "response.count('1') / max(1, len(response))",
+        {"num_key_value_heads": 1, "max_position_embeddings": 128},
+        seed=5,
+        sft=sft | {"data": {"limit": SFT_EXAMPLES}},
+        rl=rl,
+    )
 
 
 def run_cases(folder: Path, cases: dict[str, list[Point]]) -> dict[str, list[int]]:

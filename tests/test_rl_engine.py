@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import world_recipe
 from safetensors.torch import load_file
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.cli import main
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
 from thence.errors import UserError
 from thence.pipeline.run import run
 from thence.rollout.native import Response, Sampling, sample
@@ -44,25 +44,9 @@ class OwnCopy:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    save_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "own.py").write_text("def share(prompt, response, answer):\n    return response.count('1') / 9\n")
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return {
-        "stages": ["rl"],
-        "model": {"init": {"model_type": "llama", **sizes}, "tokenizer": str(tmp_path / "tokenizer")},
-        "data": {"source": ["world:chain"], "limit": 12},
-        "rl": {
-            "lr": 1e-2,
-            "steps": 3,
-            "prompts": 4,
-            "rollouts": 4,
-            "max_tokens": 9,
-            "clip_norm": 0,
-            "reward": f"{tmp_path / 'own.py'}:share",
-            "checkpoint_every": 1,
-        },
-    }
+    rl = {"steps": 3, "max_tokens": 9, "clip_norm": 0, "checkpoint_every": 1}
+    value, sizes = "response.count('1') / 9", {"max_position_embeddings": 128}
+    return world_recipe(tmp_path, ["rl"], value, sizes, data={"limit": 12}, rl=rl)
 
 
 def trained(recipe: dict[str, Any], folder: Path, **rl: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

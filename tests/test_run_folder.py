@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import Tables, changed, file_recipe
 from test_ground import stop_in_rl
-from test_preflight import Tables, changed, tables
 
 import thence.pipeline.owned as owned
 from thence.cli import main
@@ -31,7 +31,7 @@ def short(tables: Tables) -> Tables:
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A finished run of SFT and an evaluation, to be copied."""
     at = tmp_path_factory.mktemp("kept")
-    recipe = changed(tables.__wrapped__(at), {"stages": ["sft", "eval"]})  # type: ignore[attr-defined]
+    recipe = changed(file_recipe(at), {"stages": ["sft", "eval"]})
     run(recipe)
     return recipe
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import Tables, changed
 from test_compare import Quiet
 from test_compare import tables as comparison_tables
-from test_preflight import Tables, changed, tables  # noqa: F401 - tables is a fixture
 from test_run_folder import content, finished, kept  # noqa: F401 - fixtures
 
 import thence.pipeline.folder as folders
@@ -67,7 +67,7 @@ def test_a_second_process_is_refused_with_the_number_and_host_of_the_first(
 
 
 def test_two_runs_at_once_in_one_process_write_every_step_once(
-    tables: Tables,  # noqa: F811
+    tables: Tables,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, inside, said = changed(tables, {"stages": ["sft"], "sft.steps": 3}), threading.Event(), []
@@ -99,7 +99,7 @@ def test_two_runs_at_once_in_one_process_write_every_step_once(
 
 
 def test_runs_one_after_the_other_in_one_process_do_not_hold_each_other_off(
-    tables: Tables,  # noqa: F811
+    tables: Tables,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = changed(tables, {"stages": ["sft"]})
@@ -114,7 +114,7 @@ def test_runs_one_after_the_other_in_one_process_do_not_hold_each_other_off(
     run(recipe, restart=True)
 
 
-def test_a_dry_run_and_a_refused_run_leave_no_lock(tables: Tables, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dry_run_and_a_refused_run_leave_no_lock(tables: Tables, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         run(changed(tables, {"rl.reward": "mth"}))
     assert not Path(tables["folder"]).exists()

@@ -15,6 +15,7 @@ from thence.compare.recipe import load_comparison
 from thence.compare.result import Failure
 from thence.errors import UserError, first_line
 from thence.explain import told
+from thence.pipeline.prompts import RenderedPrompts
 from thence.redaction import HIDDEN, is_secret_name, redacted, redacted_command, redacted_values
 
 S = "Zq7hunter2Zq7"
@@ -348,7 +349,7 @@ def test_what_a_worker_of_a_comparison_tells_has_no_secret(monkeypatch):
 
     monkeypatch.setattr("thence.pipeline.run.run", run)
     told = io.StringIO()
-    worker._work({"stages": []}, worker.Teller(told))
+    worker._work({"stages": []}, worker.Teller(told), RenderedPrompts())
     assert "refused" in told.getvalue()
     assert S not in told.getvalue()
 

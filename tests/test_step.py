@@ -55,7 +55,7 @@ def engine(model, batch: Batch, budget: int = 10_000, packing: bool = False):
     dtype = next(model.parameters()).dtype
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     chosen = StepSettings(budget, packing, 0.0, dtype)
-    loss = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen)[0]
+    loss = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen).loss
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

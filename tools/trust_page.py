@@ -18,11 +18,11 @@ NOT_MEASURED = "not measured yet"
 MOST_VALUES = 8  # of a file of figures that has no sentence of its own
 _VALUE = re.compile(r"\{([^{}]+)\}")
 HEAD = """\
-# What thence promises, and what holds it to that
+# What thence promises, and how each promise is tested
 
-One sentence a promise, the tests that fail when it is broken (`make test` runs them), and the figure last measured,
-where one is measured besides. What is trusted and what is not: [SECURITY.md](../SECURITY.md). This page is written by
-`make trust` from `docs/trust.toml` and `benchmarks/results`.
+Each promise has the tests that fail when it is broken (`make test` runs them) and, if it is also measured, the last
+figure. What is trusted and what is not: [SECURITY.md](../SECURITY.md). `make trust` writes this page from
+`docs/trust.toml` and `benchmarks/results`.
 """
 
 

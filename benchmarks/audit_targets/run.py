@@ -118,7 +118,7 @@ def table(targets: list[dict[str, str]]) -> str:
 
 
 def row(name: str, report: dict[str, Any]) -> str:
-    from thence.audit.findings import CATALOGUE
+    from thence.audit.judge.findings import CATALOGUE
 
     judged = [case for case in report["cases"] if case["status"] == "judged"]
     steps = [step for case in judged for step in case["steps"]]

@@ -57,7 +57,7 @@ def engine(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss = accumulate_gradients(
         model, optimizer, batch, local_counts(batch), StepSettings(budget, packing, 0.0, dtype)
-    )[0]
+    ).loss
     vector = torch.cat([p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
     return float(loss), vector

@@ -33,6 +33,11 @@ class UserError(Exception):
         self.file, self.line, self.field = (None if file is None else str(file)), line, field
         super().__init__(str(self))
 
+    def rename_field(self, field: str) -> None:
+        """Call the field as the user knows it, where the code that found the fault could not know the name."""
+        self.field = field
+        self.args = (str(self),)
+
     def __str__(self) -> str:
         place = redacted(self.file or "")
         if self.line is not None:

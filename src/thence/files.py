@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import DamagedFile, first_line
+from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def read_json(path: Path, kind: type = dict, *, remedy: str, shape: Callable[[An
     """
     value = _parsed(path, remedy, ".json")
     if not isinstance(value, kind):
-        raise DamagedFile(f"holds {type(value).__name__}, not {kind.__name__}", remedy=remedy, file=path)
+        raise DamagedFile(f"holds {json_kind(value)}, not {json_kind(kind())}", remedy=remedy, file=path)
     return fitted(path, value, shape, remedy)
 
 
@@ -222,7 +223,7 @@ def _line(number: int, raw: bytes, check: Check | None) -> Row | BadLine | bytes
             return raw
         return BadLine(number, raw, f"not valid JSON: {first_line(error)}")
     if not isinstance(value, dict):
-        return BadLine(number, raw, f"holds {type(value).__name__}, not an object")
+        return BadLine(number, raw, f"holds {json_kind(value)}, not an object")
     why = None if check is None else check(value)
     return (number, value) if why is None else BadLine(number, raw, why)
 

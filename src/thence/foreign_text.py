@@ -1,7 +1,8 @@
 """Text from elsewhere (models, data, servers, file names), before it goes to a terminal or into an error message.
 
 A terminal obeys what it is sent: an escape sequence can clear the screen, change its title or hide what was printed,
-and a mark of direction can turn a line around. HTML pages have their own guard, jinja's autoescape.
+and a mark of direction can turn a line around. On a page, where markup is escaped, the same characters are shown by
+:func:`visible`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,26 @@ def one_line(text: str, limit: int | None = None) -> str:
     """:func:`clean` with line ends written out too, cut to ``limit`` characters."""
     flat = clean(text).replace("\n", "\\n").replace("\t", "\\t")
     return flat if limit is None or len(flat) <= limit else flat[: max(0, limit - 1)] + "…"
+
+
+def visible(text: str) -> str:
+    """Text for a page: without characters that a page cannot hold or that change how it is read.
+
+    Control characters become their pictures (U+2400 and up), marks of writing direction and all else that has no glyph
+    their code points in brackets, and lone surrogates the replacement character. Line ends and tabs stay.
+    """
+    return _TO_LOOK_AT.sub(lambda found: _pictured(found[0]), text)
+
+
+def _pictured(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    if 0xD800 <= code <= 0xDFFF or 0x80 <= code < 0xA0:
+        return "\ufffd"
+    return character if _written(character) == character else f"[U+{code:04X}]"
 
 
 def _written(character: str) -> str:

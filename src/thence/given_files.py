@@ -30,7 +30,7 @@ def kind_of_file(path: Path) -> str | None:
     except ValueError as error:  # a NUL in the name
         raise FileNotFoundError(str(error)) from None
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        if error.errno == errno.ENAMETOOLONG:
             raise FileNotFoundError(error.strerror) from None
         raise
 
@@ -50,9 +50,14 @@ def read_given(path: Path, what: str, *, most: int, field: str | None = None) ->
     try:
         kind = kind_of_file(path)
     except (FileNotFoundError, NotADirectoryError):
+        if _is_link(path):
+            raise RecipeError(
+                "a link that leads nowhere", remedy="give the file itself", file=path, field=field
+            ) from None
         raise
     except OSError as error:
-        problem = f"cannot be looked at: {error.strerror or error}"
+        is_loop = error.errno == errno.ELOOP
+        problem = "a link that leads back to itself" if is_loop else f"cannot be opened: {error.strerror or error}"
         raise RecipeError(problem, remedy="give a file that you may read", file=path, field=field) from None
     if kind is not None:
         raise RecipeError(f"{kind} is no file, and {what} is one", remedy="give a file", file=path, field=field)
@@ -70,6 +75,13 @@ def read_given(path: Path, what: str, *, most: int, field: str | None = None) ->
             field=field,
         )
     return _decoded(content, path, field)
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _decoded(content: bytes, path: Path, field: str | None) -> str:

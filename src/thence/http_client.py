@@ -189,6 +189,7 @@ def send(
 
     Raises:
         NoAnswer: within the limits, no whole answer came.
+        ValueError: `seconds` is not a positive, finite number.
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"a limit of {seconds} s")

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from thence.errors import RecipeError
+from thence.errors import RecipeError, UserError
 from thence.given_files import folder_place
 from thence.limits import Name, Place, Seed, Text, shown
 from thence.names import RULE, bad_name, same_file
@@ -33,7 +34,8 @@ from thence.toml import TomlFile, read_toml
 
 __all__ = [
     "KINDS", "Data", "Eval", "Faulty", "Model", "Optimization", "Recipe", "Rl", "Section", "Sft", "apply_overrides",
-    "build_recipe", "kind_of", "load_recipe", "read_recipe_file", "read_tables", "shipped_recipes", "type_of",
+    "build_recipe", "kind_of", "load_recipe", "naming_fields_of", "read_recipe_file", "read_tables",
+    "shipped_recipes", "type_of",
 ]  # fmt: skip
 
 
@@ -232,6 +234,17 @@ def _with_stages(tables: Mapping[str, Any], stages: Any) -> dict[str, Any]:
     before = tables.get("stages", [])
     gone = {name for name in before if name not in stages and name not in KINDS} if isinstance(stages, list) else set()
     return {key: value for key, value in tables.items() if key not in gone} | {"stages": stages}
+
+
+@contextmanager
+def naming_fields_of(name: str, stage: Sft | Rl | Eval) -> Iterator[None]:
+    """While it lasts, a UserError that names a field of the stage's table (`reward`) names it in full (`rl.reward`)."""
+    try:
+        yield
+    except UserError as error:
+        if error.field is not None and error.field.partition(".")[0] in type(stage).model_fields:
+            error.rename_field(f"{name}.{error.field}")
+        raise
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -181,10 +181,10 @@ def _remedy(first: ErrorDetails, kind: Any, path: Sequence[int | str], more: str
         return f"give the table {takes(keys[0]) if keys else 'another name'}"
     field = _field_at(kind, path)
     if field is None:
-        return more or "correct the table"
+        return more or "fix this table"
     about, what = field
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
-        return more or "correct the table"
+        return more or "fix this table"
     described = f"; {path[-1]}: {' '.join(about.split())}" if about else ""
     return f"give {what}{described}" + (f"; {more}" if more else "")
 

@@ -1,4 +1,4 @@
-"""The tables of a recipe: model, data, and what a stage of each kind is. Nothing here imports torch."""
+"""The tables of a recipe: the model, the data and one table for each kind of stage. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Model(Section):
     path: Source | None = None
     """A Hugging Face folder or hub name, or `world:chain/rich` for a base of the embedded world."""
     gguf_file: Place | None = None
-    """Name of a GGUF file inside `path`, read by transformers."""
+    """A GGUF file inside `path`. transformers reads it."""
     init: dict[str, Any] | None = None
-    """Instead of `path`: a transformers configuration (with `model_type`) to start from random weights."""
+    """A transformers configuration (with `model_type`), instead of `path`. The weights start random."""
     tokenizer: Source | None = None
-    """A folder or hub name; default: `path`. `world:chain` is the tokenizer of the embedded world."""
+    """A folder or hub name. Default: `path`. `world:chain` is the tokenizer of the embedded world."""
     config_overrides: dict[str, Any] = {}
-    """Fields of the model's configuration to change, for example rope_theta and max_position_embeddings."""
+    """Changes to the model's configuration, for example rope_theta and max_position_embeddings."""
     compute_dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
-    """Forward and backward; master weights stay float32. auto: bfloat16 on a GPU that has it, else float32."""
+    """Type of the computation. Master weights stay float32. auto: bfloat16 on a GPU that has it, else float32."""
     trust_remote_code: bool = False
-    """Run Python code that a model's repository ships. It is printed when on."""
+    """Run Python code from the model's repository. thence prints a line when this is on."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -65,78 +65,78 @@ class Model(Section):
 
 
 class Data(Section):
-    """Where examples come from and how they are rendered to tokens."""
+    """Where examples come from and how they become tokens."""
 
     source: list[Source] = Field(default=["world:chain"], min_length=1)
     """JSONL or Parquet files, Hugging Face data sets, or `world:chain` (the embedded world)."""
     split: Place = "train"
-    """Split of a hub data set or of the embedded world."""
+    """Split of a Hugging Face data set or of the embedded world."""
     layout: Literal["auto", "messages", "prompt-completion", "question-answer", "verl", "text"] = "auto"
-    """How columns are read; auto finds it from their names."""
+    """How columns are read. auto: chosen from the names of the columns."""
     columns: dict[str, Text] = {}
-    """Renames: what the layout expects = the name in the file."""
+    """Renamed columns: the name that the layout expects = the name in the file."""
     limit: Count | None = None
-    """Take only the first so many examples."""
+    """Use only this many examples, from the start."""
     seed: Seed = 0
     """Seed of the embedded world's generator."""
     skip_bad: bool = False
-    """List rows that cannot be used and go on, instead of stopping at the first."""
+    """Skip rows that cannot be used and list them. Off: stop at the first such row."""
     template: Text = "own"
     """Chat template: own (the tokenizer's), none, or a path to a Jinja file."""
     template_variables: dict[str, Any] = {}
-    """Values of the chat template's own variables, for example { enable_thinking = false }."""
+    """Values of the chat template's variables, for example { enable_thinking = false }."""
     system: Text | None = None
-    """System message put before every prompt that has none."""
+    """System message for every prompt that has none."""
     max_prompt_tokens: Tokens | None = None
-    """Examples with longer prompts are left out, and counted."""
+    """Examples with longer prompts are left out and counted."""
     max_response_tokens: Tokens | None = None
-    """Longer demonstrations are cut, and counted; a cut one has no end token."""
+    """Longer demonstrations are cut and counted. A cut one has no end token."""
 
 
 class Faulty(Section):
-    """A bug of other trainers, switched on: what a stage would have been with it. `docs/faults.md` lists them."""
+    """Bugs of other trainers, switched on to measure their effect. `docs/faults.md` lists them."""
 
     names: list[Text] = Field(min_length=1)
-    """Keys of `thence.faults.catalogue.FAULTS`; several act together."""
+    """Names of faults, as in `docs/faults.md`. Several act together."""
     accumulation: Processes = 8
-    """Micro-batches of one rank in an optimizer step of the trainer that has the fault."""
+    """Micro-batches per rank in one optimizer step of the faulty trainer."""
     ranks: Processes = 1
-    """Its data-parallel ranks; one process plays them all."""
+    """Data-parallel ranks of the faulty trainer. One process simulates them all."""
 
 
 class Optimization(Section):
-    """What SFT and RL stages share: the optimizer, its schedule, micro-batches, checkpoints and what ends them."""
+    """What SFT and RL stages share: optimizer, schedule, micro-batches, checkpoints and the budget."""
 
     lr: Rate
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup: Share = 0.0
-    """Share of the steps over which the learning rate rises linearly."""
+    """Share of the steps in which the learning rate rises linearly to its peak."""
     floor: Share = 0.0
-    """Share of the peak at which linear and cosine end."""
+    """Final learning rate of linear and cosine, as a share of the peak."""
     betas: tuple[PartShare, PartShare] = (0.9, 0.999)
-    """AdamW."""
+    """AdamW's beta1 and beta2."""
     eps: Epsilon = 1e-8
-    """AdamW."""
+    """AdamW's epsilon."""
     weight_decay: Coefficient = 0.01
-    """AdamW, on matrices only; vectors (norms, biases) are not decayed."""
+    """AdamW's weight decay. It acts on matrices only, not on vectors (norms, biases)."""
     clip_norm: Norm = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest global gradient norm. 0: no clipping."""
     skip_norm: Norm = 0.0
-    """Take no step where the gradient norm is above this; 0: never. HPT's release has 80, ExGRPO's 500."""
+    """Skip the optimizer step if the gradient norm is above this. 0: never skip. HPT's release has 80, ExGRPO's 500."""
     micro_batch_tokens: Tokens = 8192
-    """Tokens in one forward and backward, padding included. It never changes the gradient, only memory and speed."""
+    """Tokens in one forward and backward pass, padding included. Changes memory and speed, never the gradient."""
     packing: bool = False
-    """Lay rows end to end without padding, each attending to itself only."""
+    """Pack rows end to end without padding. Each row attends to itself only."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: Steps = 10
-    """Steps between checkpoints. The last step of a stage is always kept."""
+    """Steps between checkpoints. The last step of a stage always has one."""
     flops: Flops | None = None
-    """End the stage at the step nearest to so many FLOPs: 6N a trained token, 2N a generated one (N parameters)."""
+    """Budget in FLOPs; the stage ends at the nearest step. N parameters: 6N per trained token, 2N per sampled one."""
     tokens: TokenBudget | None = None
-    """End the stage at the step nearest to so many trained tokens."""
+    """Budget in trained tokens. The stage ends at the nearest step."""
     fault: Faulty | None = None
     """Train with a bug on purpose: a name, a list of names, or a table with names, accumulation and ranks."""
 
@@ -159,29 +159,29 @@ class Sft(Optimization):
     lr: Rate = 5e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup: Share = 0.1
-    """Share of the steps over which the learning rate rises linearly."""
+    """Share of the steps in which the learning rate rises linearly to its peak."""
     floor: Share = 0.1
-    """Share of the peak at which linear and cosine end."""
+    """Final learning rate of linear and cosine, as a share of the peak."""
     data: dict[str, Any] = {}
-    """Overrides of [data] for this stage."""
+    """Changes to [data] for this stage."""
     method: Place = "sft"
-    """A method that trains on demonstrations alone; `thence methods` lists them."""
+    """A method that trains on demonstrations only. `thence methods` lists all methods."""
     options: dict[str, Any] = {}
-    """Settings of the method."""
+    """Options of the method. `thence methods NAME` lists them."""
     batch: Rows = 64
     """Demonstrations per optimizer step, over all ranks."""
     epochs: Epochs = 3
     """Passes over the data. The last, smaller batch of an epoch is trained too, with its own normaliser."""
     steps: Steps | None = None
-    """Optimizer steps instead of epochs."""
+    """Optimizer steps, instead of epochs."""
     train_on: Literal["response", "all"] = "response"
-    """all: prompt tokens are trained too (pretraining); it has to be asked for."""
+    """response: only response tokens are trained. all: prompt tokens too (pretraining)."""
     held_out: Natural = 0
-    """Examples put aside, never trained, on which the loss is measured."""
+    """Number of held-out examples. They are never trained; the loss on them is measured."""
     held_out_every: Steps = 50
-    """Steps between measurements of the held-out loss; the first and the last are always made."""
+    """Steps between measurements of the held-out loss. The first and the last step always have one."""
 
 
 class Rl(Optimization):
@@ -190,43 +190,43 @@ class Rl(Optimization):
     lr: Rate = 1e-6
     """Peak learning rate."""
     data: dict[str, Any] = {}
-    """Overrides of [data] for this stage."""
+    """Changes to [data] for this stage."""
     method: Place = "grpo"
-    """grpo, dr_grpo, dapo or a method of another package; `thence methods` lists them."""
+    """grpo, dapo, luffy, ... or a method of another package. `thence methods` lists all methods."""
     options: dict[str, Any] = {}
-    """Settings of the method."""
+    """Options of the method. `thence methods NAME` lists them."""
     steps: Steps = 500
-    """Rollout batches. Each makes prompts / mini_batch optimizer steps."""
+    """Rollout batches. Each gives prompts / mini_batch optimizer steps."""
     prompts: Rows = 128
     """Prompts per rollout batch, over all ranks."""
     rollouts: Rows = 8
-    """Rollouts per prompt: the size of a group."""
+    """Responses sampled per prompt: the size of a group."""
     mini_batch: Rows | None = None
-    """Prompts per optimizer step; default: all prompts of the rollout batch, one step."""
+    """Prompts per optimizer step. Default: all prompts of the rollout batch in one step."""
     temperature: SomeTemperature = 1.0
-    """Of sampling, and of every log-probability that the objective uses."""
+    """Sampling temperature. The loss uses log-probabilities at this temperature."""
     top_p: SomeShare = 1.0
-    """Nucleus sampling; 1: off."""
+    """Nucleus sampling. 1: off."""
     top_k: Natural = 0
-    """0: off."""
+    """Sample from the k most probable tokens. 0: off."""
     max_tokens: Tokens = 8192
-    """Longest response; where it is not set, less if the model's context leaves less beside the longest prompt."""
+    """Longest response. If it is not set, it is cut to what the model's context leaves after the longest prompt."""
     reward: Place = "math"
     """exact, math, math-after-think, math-boxed, or your own function: package.module:function or file.py:function."""
     reward_seconds: Seconds = 10.0
-    """Time limit of one answer check, or of one call of your own function."""
+    """Time limit of one answer check or one call of your own function, in seconds."""
     reward_right_from: Signed | None = None
-    """The score from which your own function means right; default: what it states, else only scores of 0 and 1 tell."""
+    """Lowest score of your own function that counts as right. Default: what it states; else only 0 and 1 are judged."""
     rollout_rows: Rows = 512
-    """Most responses sampled side by side."""
+    """Largest number of responses sampled in parallel."""
     engine: Literal["native", "vllm"] = "native"
-    """What samples: this process with the trainer's own weights, or vLLM in a process of its own."""
+    """Sampler. native: this process, with the trainer's weights. vllm: vLLM in a separate process."""
     vllm: dict[str, Any] = {}
-    """Settings of vLLM, for example python and kv_cache_gb: docs/vllm.md."""
+    """Settings of vLLM, for example python and kv_cache_gb. See docs/vllm.md."""
     unknown: Literal["leave-out", "zero"] = "leave-out"
-    """Responses that nobody can judge (time-out, a reward of None). leave-out: not trained. zero: a reward of 0."""
+    """Responses without a verdict (time-out, a reward of None). leave-out: not trained. zero: reward 0."""
     importance_bound: SomeCoefficient | None = None
-    """Weigh every sampled token by trainer's over sampler's probability, at most this; 2 is usual, none: not at all."""
+    """Cap on a sampled token's weight, the trainer's over the sampler's probability. Usual: 2. Default: no weight."""
 
     @model_validator(mode="after")
     def _mini_batch_divides(self) -> Rl:
@@ -239,25 +239,25 @@ class Eval(Section):
     """A stage that measures accuracy. Defaults: temperature 0.6, as section 4 of arXiv 2604.23747."""
 
     data: dict[str, Any] = {}
-    """Overrides of [data] for this stage; its split is `test` unless it says otherwise."""
+    """Changes to [data] for this stage. The split is `test` unless set here."""
     splits: dict[Name, dict[str, Any]] = {}
-    """Several named test sets, each a table of overrides of `data`; empty: one, called after its split."""
+    """Named test sets. Each is a table of changes to `data`. Empty: one test set, named after its split."""
     temperatures: list[Temperature] = Field(default=[0.6], min_length=1)
-    """One column of the table each; 0 is greedy."""
+    """Sampling temperatures. Each is a column of the table; 0 is greedy."""
     samples: Rows = 1
-    """Responses per problem: accuracy is avg@samples."""
+    """Responses per problem. Accuracy is avg@samples."""
     top_p: SomeShare = 1.0
-    """Nucleus sampling; 1: off."""
+    """Nucleus sampling. 1: off."""
     max_tokens: Tokens = 8192
-    """Longest response; where it is not set, less if the model's context leaves less beside the longest prompt."""
+    """Longest response. If it is not set, it is cut to what the model's context leaves after the longest prompt."""
     reward: Place = "math"
-    """Grader, as in rl."""
+    """Grader, with the same choices as rl.reward."""
     reward_seconds: Seconds = 10.0
-    """Time limit of one answer check, or of one call of your own function."""
+    """Time limit of one answer check or one call of your own function, in seconds."""
     reward_right_from: Signed | None = None
-    """The score from which your own function means right; default: what it states, else only scores of 0 and 1 tell."""
+    """Lowest score of your own function that counts as right. Default: what it states; else only 0 and 1 are judged."""
     rollout_rows: Rows = 512
-    """Most responses sampled side by side."""
+    """Largest number of responses sampled in parallel."""
 
     @field_validator("temperatures")
     @classmethod

@@ -24,13 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from thence.compare.figures import score_against_flops_png
-from thence.compare.page import write_report
 from thence.compare.result import RESULTS, Comparison, Run, read_results, to_json
 from thence.compare.statistics import Difference, Statistics, statistics
 from thence.errors import UserError
 from thence.files import to_json as as_json
 from thence.files import write_atomically
+from thence.pages.comparison.figures import score_against_flops_png
+from thence.pages.comparison.page import write_page
 
 HERE = Path(__file__).parent
 DIGITS = 5  # of the curves that are kept
@@ -53,7 +53,7 @@ def main() -> None:
     found = statistics(comparison)
     verdicts = judge(found, predictions)
     write_atomically(HERE / RESULTS, to_json(rounded(comparison)))
-    write_report(HERE)
+    write_page(HERE)
     (HERE / "report.json").unlink()  # what it holds is in results.json and summary.csv
     write_atomically(HERE / "verdicts.json", as_json(verdicts, indent=1) + "\n")
     write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.cli import main
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
-from thence.toml import to_toml
+from recipes import file_recipe
 
-ROWS = [{"prompt": f"{i}+{i}?", "completion": f"{i}+{i}={2 * i}#{2 * i}", "answer": str(2 * i)} for i in range(8)]
-SIZES = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-REWARD = "def share(prompt, response, answer):\n    return float(len(response) % 2)\nshare.right_from = 0.5\n"
+from thence.cli import main
+from thence.toml import to_toml
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,7 @@ class Ground:
 def make_ground(folder: Path, with_comparison: bool = True) -> Ground:
     """Run one tiny run, one evaluation and, where asked for, one comparison to their ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(folder / "tokenizer")
-    _write(folder / "train.jsonl", ROWS)
-    _write(folder / "test.jsonl", ROWS[:3])
-    (folder / "own.py").write_text(REWARD)
-    tables = _tables(folder)
+    tables = file_recipe(folder, after="share.right_from = 0.5")
     (folder / "recipe.toml").write_text(to_toml(tables))
     comparison = _comparison(folder)
     (folder / "comparison.toml").write_text(to_toml(comparison))
@@ -53,22 +44,6 @@ def evaluation_of(ground: Path, folder: Path) -> list[str]:
     """The command of the evaluation."""
     model, suite = str(ground / "run" / "stages" / "sft" / "model"), str(ground / "test.jsonl")
     return ["eval", model, "--suite", suite, "--max-tokens", "8", "--grader", "exact", "--folder", str(folder)]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _tables(folder: Path) -> dict[str, Any]:
-    return {
-        "folder": str(folder / "run"),
-        "stages": ["sft", "rl", "eval"],
-        "model": {"init": {"model_type": "llama", **SIZES}, "tokenizer": str(folder / "tokenizer")},
-        "data": {"source": [str(folder / "train.jsonl")]},
-        "sft": {"batch": 4, "steps": 1, "lr": 1e-3},
-        "rl": {"steps": 1, "prompts": 2, "rollouts": 2, "max_tokens": 8, "reward": f"{folder / 'own.py'}:share"},
-        "eval": {"max_tokens": 8, "reward": "exact", "data": {"source": [str(folder / "test.jsonl")]}},
-    }
 
 
 def _comparison(folder: Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from recipes import ROWS
 
 from thence.toml import to_toml
 
 from .damage import damaged
-from .ground import ROWS, Ground, evaluation_of
+from .ground import Ground, evaluation_of
 from .harness import Case
 
 SHAPES: list[Any] = [3, None, [], [1], "text", True, {}, {"prompt": 3}, {"prompt": "a"}, {"completion": "b"}]

@@ -279,11 +279,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  imported once, before the processes are forked
 
-    import thence.cli.run
-    import thence.evaluate.native_backend
-    import thence.pipeline.run
-    import thence.report.page  # noqa: F401
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="thence-chaos-") as place:
         told = campaign(args.only or list(SCENARIOS), args.kills, args.seed, Path(place))

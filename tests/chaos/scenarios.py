@@ -8,23 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.data.worlds.vocabulary import VOCABULARY, save_tokenizer
+from tests.recipes import llama, write_reward
+from thence.data.worlds.vocabulary import save_tokenizer
 from thence.toml import to_toml
 
-REWARD = """\
-def odd(prompt, response, answer):
-    return 1.0 if sum(map(ord, response)) % 3 == 0 else 0.0
-"""
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-}
+MODEL = llama(num_key_value_heads=1)
 SFT = {"lr": 1e-2, "batch": 8, "steps": 4, "checkpoint_every": 2, "data": {"limit": 20}}
 RL = {
     "lr": 1e-2,
@@ -60,8 +48,7 @@ def _foundation(inputs: Path) -> str:
     inputs.mkdir(parents=True, exist_ok=True)
     if not (inputs / "tokenizer").exists():
         save_tokenizer(inputs / "tokenizer")
-    (inputs / "own.py").write_text(REWARD, encoding="utf-8")
-    return f"{inputs / 'own.py'}:odd"
+    return write_reward(inputs, "1.0 if sum(map(ord, response)) % 3 == 0 else 0.0", "odd")
 
 
 def run_of(stages: list[str], method: str = "grpo", **options: Any) -> Callable[[Path, Path], list[str]]:

@@ -1,4 +1,4 @@
-"""Every case is run in a folder of its own; what it prints becomes a page."""
+"""Runs every case in a separate folder and makes a page of the output."""
 
 from __future__ import annotations
 
@@ -36,26 +36,25 @@ ENVIRONMENT = {
 INTRODUCTION = """\
 # Messages and what to do
 
-{count} bad inputs and the message that each gets. This page is written by the tests: every command below was run in a
-folder of its own, and what it printed is shown as it was printed. Paths, dates, process numbers, ports and versions
-are replaced.
+{count} bad inputs and the message that each gets. The tests write this page: they ran every command below in a separate
+folder and copied its output. Paths, dates, process numbers, ports and versions are replaced.
 
 ```
 python -m tests.error_cases    # writes this page; tests/test_error_cases.py says whether it is up to date
 ```
 
-A message names the file with its line, the field or flag, what is wrong, and after `remedy:` what to do. A command
-that is refused before it begins changes nothing. One that meets the fault on its way (a server, a step) has its own
-folder by then, and the same command resumes there. What was written before stays.
+A message names the file with its line, the field or flag, the problem, and after `remedy:` what to do. A command that
+is refused before it begins changes nothing. A command that fails later (a server, a step) already has its folder; the
+same command resumes there, and existing files stay.
 
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | not done: something broke on the way, or nobody could read the output |
+| 1 | not done: something failed, or the output could not be written |
 | 2 | refused: the request, the recipe, the data or a file cannot be used as it is |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; `run`, `compare` and `eval` resume with the same command |
 
-`THENCE_TRACEBACK=1` in front of a command prints Python's traceback as well. That helps to report a fault of thence.
+`THENCE_TRACEBACK=1` in front of a command also prints Python's traceback, for a report of a fault in thence.
 """
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from comparisons import make_comparison
-from test_preflight import ROWS, Tables, changed, tables, write_rows
+from recipes import ROWS, Tables, changed, file_recipe, write_rows
 
 from thence.cli import main
 from thence.compare.result import RESULTS, to_json
@@ -23,7 +23,7 @@ from thence.train.trainer import Trainer
 
 def recipe_tables(here: Path) -> Tables:
     """Data, a tokenizer and a recipe of seconds, with paths relative to the folder."""
-    made = tables.__wrapped__(here)  # type: ignore[attr-defined]
+    made = file_recipe(here)
     return json.loads(json.dumps(made).replace(f"{here}/", ""))
 
 

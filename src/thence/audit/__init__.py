@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thence.audit.own_step import check, random_rows
-    from thence.audit.program import audit_program
-    from thence.audit.result import Report
-    from thence.audit.stack import audit_stack
+    from thence.audit.report import Report
+    from thence.audit.run.own_step import check, random_rows
+    from thence.audit.run.program import audit_program
+    from thence.audit.run.stack import audit_stack
 
 __all__ = ["Report", "audit_program", "audit_stack", "check", "random_rows"]
 
 _HOMES = {
-    "Report": "result",
-    "audit_program": "program",
-    "audit_stack": "stack",
-    "check": "own_step",
-    "random_rows": "own_step",
+    "Report": "report",
+    "audit_program": "run.program",
+    "audit_stack": "run.stack",
+    "check": "run.own_step",
+    "random_rows": "run.own_step",
 }
 
 

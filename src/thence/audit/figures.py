@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from thence.audit.findings import CATALOGUE
-from thence.audit.objectives import OBJECTIVES
+from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.result import (
     RESPONSE_ROLES,
     Case,
     CaseResult,
     Finding,
-    Report,
     Role,
     SequenceWeights,
     StepResult,
     TokenWeight,
 )
+
+if TYPE_CHECKING:
+    from thence.audit.report import Report
 
 ROLES: Mapping[Role, str] = {
     "prompt": "what the user wrote; not to be trained",

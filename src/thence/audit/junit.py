@@ -6,8 +6,9 @@ import re
 from xml.etree import ElementTree
 
 from thence.audit.figures import faults, objective_title, place, ratio_text, title
-from thence.audit.result import CaseResult, Report, StepResult
-from thence.report.samples import visible
+from thence.audit.report import Report
+from thence.audit.result import CaseResult, StepResult
+from thence.foreign_text import visible
 
 _NOT_XML = re.compile("[\ufffe\uffff]")
 

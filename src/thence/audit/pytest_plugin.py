@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from thence.audit.result import Report
+    from thence.audit.report import Report
 
 
 def assert_objective(step: Callable[..., Any], asked: str = "token-mean", **arguments: Any) -> Report:

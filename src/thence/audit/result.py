@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["prompt", "first", "body", "end", "after", "padding"]
@@ -40,7 +40,7 @@ class Case:
         checkpointing: activation checkpointing.
         label_smoothing: share of the loss given to the uniform distribution.
         options: what only this stack has (ZeRO stage, offload, loss type ...).
-        asked: the objective that the settings ask for; a key of ``thence.audit.objectives.OBJECTIVES``.
+        asked: the objective that the settings ask for; a key of ``thence.audit.judge.objectives.OBJECTIVES``.
         quick: whether ``--quick`` runs it.
         extra: a setting that nobody has by default; only ``--all`` and ``--only`` run it.
     """
@@ -115,7 +115,7 @@ class Finding:
     """One thing that the weights say.
 
     Args:
-        id: a key of ``thence.audit.findings.CATALOGUE``.
+        id: a key of ``thence.audit.judge.findings.CATALOGUE``.
         kind: ``fault``: not what was asked for; ``choice``: an objective with a name of its own, as asked;
             ``note``: worth knowing.
         detail: one sentence with the figures of this case.
@@ -232,46 +232,3 @@ class Verdict:
     def exit_code(self) -> int:
         """0 no finding, 1 finding, 2 could not judge."""
         return EXIT_CODES[self.outcome]
-
-
-@dataclass(frozen=True)
-class Report:
-    """One audit.
-
-    Args:
-        target: the adapter's name, ``command`` or ``check``.
-        versions: of the stack's packages and of Python, as the audited environment has them.
-        command: what to type to repeat it.
-        cases: in the order of the matrix.
-        not_told_apart: sentences on what this matrix could not tell apart, and why.
-        probe: model family, number of parameters, tokens, seed.
-        date: ISO date and time, UTC.
-        seconds: wall time of the audit.
-        import_seconds: of which the stack's own imports took.
-    """
-
-    target: str
-    versions: Mapping[str, str]
-    command: str
-    cases: tuple[CaseResult, ...]
-    verdict: Verdict
-    not_told_apart: tuple[str, ...]
-    probe: Mapping[str, Any]
-    thence: str
-    date: str
-    seconds: float
-    import_seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """Whether every judged case trained what was asked for, and at least one was judged."""
-        return self.verdict.outcome == "no finding"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        from thence.audit.text import report_text
-
-        return report_text(self)

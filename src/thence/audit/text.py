@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
@@ -29,9 +30,12 @@ from thence.audit.figures import (
     title,
     wrong,
 )
-from thence.audit.result import CaseResult, Report, StepResult
-from thence.report.samples import visible
+from thence.audit.result import CaseResult, StepResult
+from thence.foreign_text import visible
 from thence.terminal import make_console
+
+if TYPE_CHECKING:
+    from thence.audit.report import Report
 
 _BARS = (("▁", 0.3), ("▂", 0.6), ("▃", 1.0), ("▅", 1.5), ("▆", 2.5), ("▇", 5.0), ("█", math.inf))
 _IDEAL, _ZERO = "▄", "·"

@@ -20,7 +20,8 @@ from thence.terminal import make_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from thence.audit.result import CaseResult, Report
+    from thence.audit.report import Report
+    from thence.audit.result import CaseResult
 
 PROGRAM = Group("Only for the target `command`", sort_key=9)
 
@@ -108,14 +109,14 @@ def audit_command(
 
 
 def _list() -> int:
-    from thence.audit.runner import adapter_names
+    from thence.audit.run.runner import adapter_names
 
     print("\n".join(adapter_names()))
     return 0
 
 
 def _stack(target: str, program: list[str], **settings: Any) -> Report:
-    from thence.audit.stack import audit_stack
+    from thence.audit.run.stack import audit_stack
 
     if program:
         raise UserError("a program after -- needs the target `command`", remedy="thence audit command -- PROGRAM ...")
@@ -123,7 +124,7 @@ def _stack(target: str, program: list[str], **settings: Any) -> Report:
 
 
 def _program(program: list[str], **settings: Any) -> Report:
-    from thence.audit.program import audit_program
+    from thence.audit.run.program import audit_program
 
     if not program:
         raise UserError("no program was given", remedy="thence audit command -- PROGRAM --model {model} ...")
@@ -183,7 +184,7 @@ def _put(path: Path, text: str) -> None:
 def _write(files: Mapping[str, Path], report: Report) -> OSError | None:
     """Write the files that were asked for, all that can be written. Returns the first error."""
     from thence.audit.junit import junit_xml
-    from thence.audit.page import write_page
+    from thence.pages.audit.page import write_page
 
     failed = None
     for kind, path in files.items():

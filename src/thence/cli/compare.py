@@ -90,10 +90,9 @@ def compare_command(
 
 
 def _report(recipe, folder: Path, collect_again: bool) -> int:
-    from thence.compare.page import write_report
     from thence.compare.result import read_results, write_results
     from thence.compare.statistics import statistics
-    from thence.compare.text import print_comparison
+    from thence.pages.comparison.page import print_comparison, write_page
     from thence.terminal import make_console
 
     if collect_again:
@@ -105,7 +104,7 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
             raise UserError("no comparison has been run here", remedy="run it without --report", file=folder)
         check_folder(folder)
         write_results(folder, collect(Planner(recipe, folder.resolve())))
-    page = write_report(folder)
+    page = write_page(folder)
     results = read_results(folder)
     console = make_console()
     print_comparison(statistics(results), console)

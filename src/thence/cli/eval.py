@@ -15,6 +15,7 @@ from thence.cli.app import quiet_libraries
 from thence.errors import RecipeError, UserError
 from thence.limits import Count, Processes, Rows, Seconds, Seed, SomeShare, Temperature, Tokens
 from thence.text_values import field_type, parse_value, read_value
+from thence.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,15 +159,16 @@ def _list() -> int:
 
 def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> int:
     from thence.evaluate.problems import load_problems
+    from thence.evaluate.progress import Terminal
     from thence.evaluate.run import evaluate
-    from thence.evaluate.show import Terminal
     from thence.terminal import logging_to, make_console
 
     folder = folder or Path("evals") / _folder_name(settings)
     data = None if settings.data is None else Path(settings.data)
     problems = {name: load_problems(task, data, settings.limit) for name, task in settings.tasks.items()}
     console = make_console()
-    console.print(f"{settings.suite}: {sum(map(len, problems.values())):,} problems, into {folder}", highlight=False)
+    count = counted(sum(map(len, problems.values())), "problem")
+    console.print(f"{settings.suite}: {count}, into {folder}", highlight=False)
     try:
         with logging_to(console), Terminal(console) as watcher:
             store = evaluate(
@@ -333,8 +335,8 @@ def _environment(endpoint: str | None) -> dict[str, Any]:
 
 
 def _regrade(name: str, grader: str | None) -> int:
+    from thence.evaluate.progress import Terminal
     from thence.evaluate.run import regrade
-    from thence.evaluate.show import Terminal
     from thence.terminal import logging_to, make_console
 
     console = make_console()
@@ -352,30 +354,32 @@ def _regrade(name: str, grader: str | None) -> int:
 def _present(console: Console, store: Store, grader: str | None = None) -> int:
     """Print the table and write what is made of the numbers; another grader's numbers are printed only."""
     from thence.evaluate.export import write_exports
-    from thence.evaluate.show import results_view
     from thence.evaluate.summary import summarise
-    from thence.report.evaluation import write_evaluation_page
+    from thence.pages.evaluation.page import write_page
+    from thence.pages.evaluation.tables import results_table
+    from thence.pages.terminal import with_notes
 
     own = all(task.grader == grader for task in store.settings().tasks.values()) or grader is None
     result = summarise(store, grader)
-    console.print(results_view(result))
+    console.print(with_notes(results_table(result)))
     if not own:
         console.print("the files in the folder stay with each task's own grader", style="dim")
         return 0
     write_exports(store, result)
-    page = write_evaluation_page(store, result)
+    page = write_page(store, result)
     numbers = store.folder / "results.json"
     console.print(f"report: {page}\nnumbers: {numbers}, results.csv", soft_wrap=True, highlight=False)
     return 0
 
 
 def _compare(names: tuple[str, str], suite: str | None, grader: str | None) -> int:
-    from thence.evaluate.show import comparison_view
     from thence.evaluate.summary import compare
+    from thence.pages.evaluation.tables import comparison_table
+    from thence.pages.terminal import with_notes
     from thence.terminal import make_console
 
     a, b = (_existing(name, suite) for name in names)
-    make_console().print(comparison_view(compare(a, b, grader)))
+    make_console().print(with_notes(comparison_table(compare(a, b, grader))))
     return 0
 
 

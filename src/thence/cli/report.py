@@ -17,14 +17,16 @@ def report_command(run: str, /) -> int:
     Args:
         run: The folder that `thence run` printed, or its name under runs/.
     """
-    from thence.report.page import write_report
-    from thence.report.table import results_table
+    from thence.pages.run.page import write_page
+    from thence.pages.run.tables import results_table
+    from thence.pages.terminal import with_notes
+    from thence.pipeline.run_files import read_run
     from thence.terminal import make_console
 
     folder = existing_run(run, to_write=True)
-    page = write_report(folder)
+    page = write_page(folder)
     console = make_console()
-    console.print(results_table(folder))
+    console.print(with_notes(results_table(read_run(folder))))
     console.print(f"report: {page}", soft_wrap=True)
     return 0
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -17,6 +17,9 @@ from thence.files import read_json
 from thence.recipe import Recipe, load_recipe, shipped_recipes
 from thence.redaction import redacted_values
 from thence.toml import to_toml
+
+if TYPE_CHECKING:
+    from thence.pipeline.prompts import RenderedPrompts
 
 
 def run_command(
@@ -70,21 +73,21 @@ def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) 
     from thence.accounting.budget import plan
     from thence.accounting.show import plan_view
     from thence.pipeline.preflight import preflight, refuse
-    from thence.pipeline.prompts import kept_prompts
+    from thence.pipeline.prompts import RenderedPrompts
     from thence.terminal import make_console
 
     console = make_console()
     print(to_toml(redacted_values(recipe.resolved())))  # not through rich: a recipe must not be wrapped
     quiet_libraries()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    with kept_prompts.during_run():
-        findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat)
-        wrong = [finding for finding in findings if finding.state == "refused"]
-        try:
-            console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe), ranks=ranks)))
-        except UserError:
-            if not wrong:
-                raise
+    prompts = RenderedPrompts()
+    findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
+    wrong = [finding for finding in findings if finding.state == "refused"]
+    try:
+        console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), ranks=ranks)))
+    except UserError:
+        if not wrong:
+            raise
     print()
     refuse(wrong)  # after the plan: what a run costs can be asked before its files are there
     for finding in findings:
@@ -107,20 +110,22 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
-        from thence.report.page import write_report
-        from thence.report.table import results_table
+        from thence.pages.run.page import write_page
+        from thence.pages.run.tables import results_table
+        from thence.pages.terminal import with_notes
+        from thence.pipeline.run_files import read_run
 
-        page = write_report(folder)
-        table = results_table(folder)
-        if table.row_count:
-            console.print(table)
+        page = write_page(folder)
+        table = results_table(read_run(folder))
+        if table.rows:
+            console.print(with_notes(table))
         console.print(f"report: {page}", soft_wrap=True)
     return 0
 
 
 def _config(recipe: Recipe) -> dict[str, Any] | None:
     """The configuration of a model in thence or in an installed package; the plan finds others itself."""
-    from thence.train.model import resolve
+    from thence.train.model_files import resolve
 
     path = recipe.model.path or ""
     file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None
@@ -128,22 +133,21 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
     return read_json(file, remedy=remedy) if file is not None and file.exists() else None
 
 
-def _measured(recipe: Recipe) -> dict[str, Any]:
+def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:
     """Lengths of the training data, where it is at hand and the tokenizer too; else nothing, and the plan assumes."""
     from thence.errors import UserError
-    from thence.pipeline.prompts import load_prompts
     from thence.train.model import load_tokenizer
 
     training = [recipe.stage(name) for name in recipe.stages if not name.startswith("eval")]
     data = recipe.stage_data(training[0].data if training else {})
     try:
-        prompts = load_prompts(data, load_tokenizer(recipe.model))
+        rows = prompts.load(data, load_tokenizer(recipe.model))
     except UserError as error:
         print(f"(the data were not read: {str(error).splitlines()[0]})\n")
         return {}
-    responses = [len(p.demonstration_ids) for p in prompts if p.demonstration_ids]
+    responses = [len(p.demonstration_ids) for p in rows if p.demonstration_ids]
     return {
-        "n_examples": len(prompts),
-        "mean_prompt_tokens": sum(len(p.token_ids) for p in prompts) / len(prompts),
+        "n_examples": len(rows),
+        "mean_prompt_tokens": sum(len(p.token_ids) for p in rows) / len(rows),
         "mean_response_tokens": sum(responses) / len(responses) if responses else None,
     }

@@ -16,6 +16,7 @@ from thence.files import read_lines, say_bad_lines
 from thence.foreign_text import clean
 from thence.limits import Rows
 from thence.terminal import make_console
+from thence.wording import json_kind
 
 COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
 Verdict = Literal["right", "wrong", "graded", "unknown", "ungraded"]
@@ -91,7 +92,7 @@ def _wrong_with(line: dict) -> str | None:
     if missing:
         return f"it lacks {missing[0]}"
     texts = ("verdict", "finish", "prompt", "response")
-    return next((f"{name} is {type(line[name]).__name__}" for name in texts if not isinstance(line[name], str)), None)
+    return next((f"{name} is {json_kind(line[name])}" for name in texts if not isinstance(line[name], str)), None)
 
 
 def _evaluation(name: str) -> Path | None:

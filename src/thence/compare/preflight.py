@@ -19,21 +19,21 @@ def refuse_what_cannot_run(planner: Planner, needs: Iterable[Need]) -> None:
     """
     from thence.compare.summary import no_accuracy
     from thence.pipeline.preflight import gives_degrees, preflight, refuse
-    from thence.pipeline.prompts import kept_prompts
+    from thence.pipeline.prompts import RenderedPrompts
 
-    with kept_prompts.during_run():
-        for name, tables in _trials(planner, list(needs)):
-            try:
-                found = preflight(build_recipe(tables), planner.folder / "preflight")
-                refuse(found)
-                for finding in found:
-                    if finding.part.startswith("eval") and gives_degrees(finding):
-                        raise no_accuracy(finding.reason.split(":")[0])
-            except UserError as error:
-                where = f"{name}: {error.field}" if error.field else name
-                raise type(error)(
-                    error.problem, remedy=error.remedy, file=error.file, line=error.line, field=where
-                ) from None
+    prompts = RenderedPrompts()
+    for name, tables in _trials(planner, list(needs)):
+        try:
+            found = preflight(build_recipe(tables), planner.folder / "preflight", prompts=prompts)
+            refuse(found)
+            for finding in found:
+                if finding.part.startswith("eval") and gives_degrees(finding):
+                    raise no_accuracy(finding.reason.split(":")[0])
+        except UserError as error:
+            where = f"{name}: {error.field}" if error.field else name
+            raise type(error)(
+                error.problem, remedy=error.remedy, file=error.file, line=error.line, field=where
+            ) from None
 
 
 def _trials(planner: Planner, needs: list[Need]) -> Iterator[tuple[str, dict[str, Any]]]:

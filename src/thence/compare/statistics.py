@@ -1,7 +1,7 @@
 """What the runs of a comparison say: means with intervals, and differences with corrected p-values.
 
 An arm's score on a base in a column is its accuracy, mean over problems and then over seeds. The interval speaks of
-both: other seeds and other problems, see :mod:`thence.compare.resample`. A difference pairs the runs of two arms by
+both: other seeds and other problems, see :mod:`thence.stats.resample`. A difference pairs the runs of two arms by
 base, seed and problem; its p-value is Student's t of the same standard error, so it respects that seeds are few (with
 five seeds a difference must be about 2.8 standard errors) and has no smallest value above zero, as a sign test or a
 permutation of five seeds (1/16) would have. P-values are corrected by Holm's method for the arms that were planned.
@@ -15,9 +15,11 @@ from typing import Literal
 
 import numpy as np
 
-from thence.compare.resample import Scores, holm, spread
 from thence.compare.result import Column, Comparison, Run
-from thence.evaluate.accuracy import wilson
+from thence.stats.multiplicity import holm
+from thence.stats.paired import Paired, paired_differences
+from thence.stats.proportion import mean_share
+from thence.stats.resample import Scores, spread
 
 REPLICATES = 2000
 LEVEL = 0.05
@@ -116,8 +118,9 @@ def estimate_of(runs: Sequence[Run], column: Column, replicates: int = REPLICATE
     found = spread(rows, replicates, seed)
     problems = min(len(row) for row in rows)
     low, high = found.low, found.high
-    if not found.se > 0:  # every score the same, or one score: what the number of problems allows
-        low, high = wilson(found.mean * problems, problems)
+    if len(rows) == 1 or not found.se > 0:  # the interval of one evaluation; or every seed has the same score
+        score = mean_share(rows[0].tolist() if len(rows) == 1 else [found.mean] * problems, measured[0].samples)
+        low, high = score.low, score.high
     return Estimate(
         mean=found.mean,
         std=float(np.std([row.mean() for row in rows], ddof=1)) if len(rows) > 1 else None,
@@ -144,9 +147,9 @@ def differences(
         One for each pair; None where the two arms have no seed in common.
     """
     paired = [_paired(comparison, base, column, *pair) for pair in pairs]
-    found = [spread(rows, replicates, seed) if rows else None for rows in paired]
+    found = [_spread(rows, replicates, seed) if rows else None for rows in paired]
     known = [index for index, value in enumerate(found) if value is not None]
-    corrected = dict(zip(known, holm([s.p for s in found if s is not None], len(pairs)), strict=True))
+    corrected = dict(zip(known, holm([s.p_value for s in found if s is not None], len(pairs)), strict=True))
     result: list[Difference | None] = []
     for index, ((arm, other), rows, value) in enumerate(zip(pairs, paired, found, strict=True)):
         if value is None:
@@ -157,9 +160,20 @@ def differences(
         significant = several and corrected[index] < LEVEL and not low <= 0 <= high
         over: Over = "problems and seeds" if several else "problems"
         result.append(
-            Difference(arm, other, value.mean, low, high, value.p, corrected[index], significant, len(rows), over)
+            Difference(
+                *(arm, other, value.difference, low, high),
+                *(value.p_value, corrected[index], significant, len(rows), over),
+            )
         )
     return result
+
+
+def _spread(rows: list[Scores], replicates: int, seed: int) -> Paired:
+    """The mean of differences; that of one seed as `thence eval --compare` has it."""
+    if len(rows) == 1:
+        return paired_differences(rows[0].tolist())
+    found = spread(rows, replicates, seed)
+    return Paired(found.mean, found.low, found.high, found.p, min(len(row) for row in rows))
 
 
 def _paired(comparison: Comparison, base: str, column: Column, arm: str, other: str) -> list[Scores]:

@@ -14,12 +14,14 @@ import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from thence.streams import guarded
 
+if TYPE_CHECKING:
+    from thence.pipeline.prompts import RenderedPrompts
+
 PROGRESS_EVERY = 1.0  # seconds
-TABLES_KEPT = 8  # data tables whose prompts are rendered once for all jobs
 
 
 class Teller:
@@ -56,8 +58,11 @@ def main() -> None:
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     with guarded():
+        from thence.pipeline.prompts import RenderedPrompts  # whatever libraries print now goes to standard error
+
+        prompts = RenderedPrompts()  # of all jobs
         while True:
-            _work(jobs.get(), Teller(out))
+            _work(jobs.get(), Teller(out), prompts)
 
 
 def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
@@ -66,16 +71,14 @@ def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
     os._exit(0)  # a run can be killed at any moment and taken up again
 
 
-def _work(tables: dict[str, Any], teller: Teller) -> None:
+def _work(tables: dict[str, Any], teller: Teller, prompts: RenderedPrompts) -> None:
     from thence.compare.summary import summarise
     from thence.errors import UserError
     from thence.explain import foreign_exit, told
-    from thence.pipeline.prompts import kept_prompts
     from thence.pipeline.run import run
 
-    kept_prompts.tables = TABLES_KEPT
     try:
-        folder = run(tables, watcher=teller, keep_last=False)
+        folder = run(tables, watcher=teller, keep_last=False, prompts=prompts)
         if "eval" in tables["stages"]:
             summarise(Path(folder))
     except SystemExit as error:

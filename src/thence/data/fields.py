@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from thence.data.problems import RowProblem
+from thence.wording import json_kind
 
 
 def need(row: Mapping[str, Any], field: str) -> Any:
@@ -35,7 +36,7 @@ def text(value: object, field: str, *, may_be_empty: bool = False) -> str:
 
 def wrong_type(field: str, value: object, wanted: str) -> RowProblem:
     """The problem of a value of the wrong type."""
-    return RowProblem(field, f"expected {wanted}, found {type(value).__name__}", f"make it {wanted}")
+    return RowProblem(field, f"expected {wanted}, found {json_kind(value)}", f"make it {wanted}")
 
 
 def absent(value: object) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from thence.data.problems import RowProblem
 from thence.errors import DataError, UserError
 from thence.given_files import kind_of_file
+from thence.wording import json_kind
 
 NumberedRow = tuple[int, dict[str, Any] | RowProblem]
 
@@ -114,7 +115,7 @@ def _json_row(line: bytes) -> dict[str, Any] | RowProblem:
     if isinstance(row, list):
         return _json_array()
     if not isinstance(row, dict):
-        return RowProblem(None, f"expected a JSON object, found {type(row).__name__}", "write one JSON object a line")
+        return RowProblem(None, f"expected a JSON object, found {json_kind(row)}", "write one JSON object a line")
     return row
 
 

@@ -64,7 +64,11 @@ def split(text: str, opening: str = "") -> tuple[str, str] | None:
 
 
 def joined(thinking: str, rest: str, opening: str) -> str:
-    """A response that goes on from the tag that the prompt has opened, in the blanks of the common templates."""
+    """The response after a tag that the prompt has opened, with the blanks of the common templates.
+
+    Raises:
+        ValueError: ``opening`` opens no thinking.
+    """
     tags = tags_at(opening)
     if tags is None:
         raise ValueError(f"{opening!r} opens no thinking")

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from thence.evaluate.metrics import Score
 from thence.evaluate.store import Sample, Store
 from thence.evaluate.summary import Result, TaskResult
 from thence.files import finite, to_csv, to_json, write_over
+from thence.stats.spread import Score
 
 METRIC = "exact_match"
 LENIENT = "exact_match_lenient"

@@ -1,27 +1,18 @@
-"""Sampling and grading responses, which evaluation and RL share, and the table row that evaluation makes of them."""
+"""Measuring a model on a test set: one row of a result table."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from thence.data.order import stable_seed
-from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
-from thence.evaluate.accuracy import accuracy, mean_reward
-from thence.rollout.native import Response, Sampling, sample
+from thence.evaluate.metrics import avg_at_k, mean_reward_of
+from thence.files import finite
+from thence.rollout.native import Sampling
+from thence.rollout.responses import respond
 from thence.train.parallel import Ranks
 from thence.verify.grader import Grader
-
-
-class Engine(Protocol):
-    """Samples responses elsewhere, with the words of :func:`thence.rollout.native.sample`."""
-
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """One response for every prompt."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -58,72 +49,6 @@ class Measurement:
     reward_high: float | None = None
 
 
-def respond(
-    model: Any,
-    tokenizer: Any,
-    grader: Grader | None,
-    prompts: Sequence[Prompt],
-    n: int,
-    sampling: Sampling,
-    seed_parts: tuple[object, ...],
-    engine: Engine | None = None,
-    again: Sequence[int] | None = None,
-) -> list[Trajectory]:
-    """``n`` responses for each prompt, prompt by prompt, graded if there is a grader.
-
-    Args:
-        seed_parts: what the random numbers follow from, besides the prompt's index and the number of the response.
-        engine: samples in place of the model's own process, and holds the same weights.
-        again: how often each prompt was drawn before, one number a prompt; default: how often it stands before in
-            ``prompts``. A prompt drawn twice is sampled anew.
-    """
-    repeated = [prompt for prompt in prompts for _ in range(n)]
-    seeds = []
-    for prompt, times in zip(prompts, times_before(prompts) if again is None else again, strict=True):
-        parts = (*seed_parts, times) if times else seed_parts
-        seeds += [stable_seed(*parts, prompt.index, j) for j in range(n)]
-    token_ids = [prompt.token_ids for prompt in repeated]
-    responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
-    found = [
-        Trajectory(prompt, tuple(r.token_ids), finish=r.finish, sampler_logps=tuple(r.logps))
-        for prompt, r in zip(repeated, responses, strict=True)
-    ]
-    return found if grader is None else grade(tokenizer, grader, found, sampling.stop_ids)
-
-
-def times_before(prompts: Sequence[Prompt]) -> list[int]:
-    """How often each prompt stands before, by its index."""
-    times: Counter[int] = Counter()
-    result = []
-    for prompt in prompts:
-        result.append(times[prompt.index])
-        times[prompt.index] += 1
-    return result
-
-
-def grade(
-    tokenizer: Any, grader: Grader, trajectories: Sequence[Trajectory], stop_ids: Sequence[int]
-) -> list[Trajectory]:
-    """The same trajectories with text, score and verdict.
-
-    Args:
-        stop_ids: all tokens that end a response; the one at its end is no part of the text.
-    """
-    texts = [response_text(tokenizer, t.response_ids, stop_ids, t.prompt.opening) for t in trajectories]
-    grades = grader.grade_many([t.prompt.text for t in trajectories], texts, [t.prompt.answer for t in trajectories])
-    return [
-        replace(
-            trajectory,
-            score=grade.score,
-            verdict=grade.verdict.value,
-            text=text,
-            extracted=grade.extracted,
-            reason=grade.reason,
-        )
-        for trajectory, text, grade in zip(trajectories, texts, grades, strict=True)
-    ]
-
-
 def measure(
     model: Any,
     tokenizer: Any,
@@ -144,15 +69,15 @@ def measure(
     groups = [trajectories[i : i + samples] for i in range(0, len(trajectories), samples)]
     verdicts = [t.verdict for t in trajectories]
     graded = verdicts.count("graded")
-    result = None if graded else accuracy([sum(t.verdict == "right" for t in g) / samples for g in groups])
+    result = None if graded else avg_at_k([sum(t.verdict == "right" for t in g) for g in groups], samples)
     scores = [[t.score for t in g if t.score is not None and t.verdict != "unknown"] for g in groups]
-    level = mean_reward([sum(known) / len(known) for known in scores if known])
+    level = mean_reward_of(scores, samples) if any(scores) else None
     row = Measurement(
         split=split,
         temperature=sampling.temperature,
         problems=len(groups),
         samples=samples,
-        accuracy=None if result is None else result.accuracy,
+        accuracy=None if result is None else result.value,
         low=None if result is None else result.low,
         high=None if result is None else result.high,
         right=verdicts.count("right"),
@@ -161,9 +86,9 @@ def measure(
         mean_tokens=sum(len(t.response_ids) for t in trajectories) / len(trajectories),
         truncated=sum(t.finish == "length" for t in trajectories),
         graded=graded,
-        reward=None if level is None else level.mean,
-        reward_low=None if level is None else level.low,
-        reward_high=None if level is None else level.high,
+        reward=None if level is None else level.value,
+        reward_low=None if level is None else finite(level.low),
+        reward_high=None if level is None else finite(level.high),
     )
     return row, trajectories
 

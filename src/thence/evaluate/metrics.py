@@ -1,62 +1,15 @@
-"""The numbers of an evaluation: avg@k, pass@k, maj@k with intervals clustered by problem, and paired differences.
-
-Samples of one problem are not independent, so the problem is the unit everywhere: a task has one share in [0, 1] for
-each problem, its score is their mean, and the standard error comes from their spread. Intervals are for other problems
-of the same kind, not for other samples of these problems.
-"""
+"""The numbers of an evaluation: avg@k, pass@k, maj@k and the mean reward, with the intervals of :mod:`thence.stats`."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
 
-from thence.errors import UserError
-from thence.evaluate.student import quantile, two_sided
+from thence.stats.proportion import mean_share
+from thence.stats.spread import Score, mean_value
 from thence.verify.boxed import normal_form
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score in [0, 1] with its uncertainty.
-
-    Args:
-        value: mean over problems.
-        standard_error: standard deviation of the problems' shares over the root of their number; 0 for one problem, and
-            where all shares are alike.
-        low, high: 95% interval.
-        problems: number of problems.
-        samples: responses for each problem.
-    """
-
-    value: float
-    standard_error: float
-    low: float
-    high: float
-    problems: int
-    samples: int
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The difference of two models on the same problems.
-
-    Args:
-        difference: mean over problems of share A minus share B, in [-1, 1].
-        low, high: 95% interval.
-        p_value: two-sided, of no difference.
-        problems: number of problems.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    problems: int
 
 
 def avg_at_k(right_per_problem: Sequence[int], samples: int) -> Score:
@@ -67,7 +20,7 @@ def avg_at_k(right_per_problem: Sequence[int], samples: int) -> Score:
         samples: how many it has.
     """
     _check_counts(right_per_problem, samples)
-    return _score([right / samples for right in right_per_problem], samples)
+    return mean_share([right / samples for right in right_per_problem], samples)
 
 
 def pass_at_k(right_per_problem: Sequence[int], samples: int, k: int) -> Score:
@@ -80,7 +33,7 @@ def pass_at_k(right_per_problem: Sequence[int], samples: int, k: int) -> Score:
     """
     _check_counts(right_per_problem, samples)
     _check_k(k, samples)
-    return _score([_pass(right, samples, k) for right in right_per_problem], samples)
+    return mean_share([_pass(right, samples, k) for right in right_per_problem], samples)
 
 
 def maj_at_k(answers_per_problem: Sequence[Sequence[tuple[str | None, bool]]], k: int) -> Score:
@@ -101,29 +54,7 @@ def maj_at_k(answers_per_problem: Sequence[Sequence[tuple[str | None, bool]]], k
         raise ValueError("problems have different numbers of samples")
     _check_counts([0] * len(answers_per_problem), samples)
     _check_k(k, samples)
-    return _score([_majority(answers, k) for answers in answers_per_problem], samples)
-
-
-def mean_score(scores: Sequence[Score]) -> Score:
-    """The unweighted mean of several tasks' scores, with an interval.
-
-    The interval joins the tasks' own intervals (G. Zou and A. Donner, Construction of confidence limits about effect
-    measures, 2008): distances of the ends from the values add up in squares, as those of independent estimates do. It
-    stays honest where a task has only right or only wrong answers and so a standard error of zero. `problems` is the
-    sum; `samples` is the tasks' number where they agree, else 0.
-    """
-    if not scores:
-        raise ValueError("the mean of no scores")
-    n, samples = len(scores), {score.samples for score in scores}
-    value = sum(score.value for score in scores) / n
-    return Score(
-        value=value,
-        standard_error=math.sqrt(sum(score.standard_error**2 for score in scores)) / n,
-        low=max(0.0, value - math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / n),
-        high=min(1.0, value + math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / n),
-        problems=sum(score.problems for score in scores),
-        samples=samples.pop() if len(samples) == 1 else 0,
-    )
+    return mean_share([_majority(answers, k) for answers in answers_per_problem], samples)
 
 
 def mean_reward_of(scores_per_problem: Sequence[Sequence[float]], samples: int) -> Score:
@@ -135,74 +66,7 @@ def mean_reward_of(scores_per_problem: Sequence[Sequence[float]], samples: int) 
         scores_per_problem: scores of the responses that have one; a problem without any is left out.
         samples: how many responses a problem has.
     """
-    means = [math.fsum(scores) / len(scores) for scores in scores_per_problem if scores]
-    if not means:
-        raise ValueError("a mean of no rewards")
-    mean, error = _mean_and_error(means)
-    half = quantile(CONFIDENCE, len(means) - 1) * error if len(means) > 1 else math.inf
-    return Score(mean, error, mean - half, mean + half, len(means), samples)
-
-
-def paired(right_a: Mapping[str, float], right_b: Mapping[str, float]) -> Paired:
-    """Compare two models on the same problems: share of right samples by problem key, A minus B.
-
-    Student's t on the differences. Where all differences are the same number, the interval makes room for a share of
-    problems that would differ and has not been seen (the end of a score interval for none in n), and the p value is
-    that of the sign test.
-
-    Raises:
-        UserError: the problems are not the same, or there are none.
-    """
-    if set(right_a) != set(right_b):
-        only_a, only_b = len(set(right_a) - set(right_b)), len(set(right_b) - set(right_a))
-        raise UserError(
-            f"the two models answered different problems: {only_a} of the first and {only_b} of the second alone",
-            remedy="compare evaluations of the same task, data and --limit",
-        )
-    if not right_a:
-        raise UserError("there is no problem to compare on", remedy="compare evaluations that have graded samples")
-    differences = [right_a[key] - right_b[key] for key in right_a]
-    n = len(differences)
-    mean, error = _mean_and_error(differences)
-    if n == 1:
-        return Paired(mean, -1.0, 1.0, 1.0, n)
-    if error == 0.0:
-        unseen = _score_interval(0.0, n, quantile(CONFIDENCE, n - 1))[1]
-        p = 1.0 if mean == 0 else min(1.0, 2 * 0.5**n)
-        return Paired(mean, mean - unseen * (1 + mean), mean + unseen * (1 - mean), p, n)
-    half = quantile(CONFIDENCE, n - 1) * error
-    low, high = max(-1.0, mean - half), min(1.0, mean + half)
-    return Paired(mean, low, high, two_sided(mean / error, n - 1), n)
-
-
-def _score(shares: Sequence[float], samples: int) -> Score:
-    """The mean of shares in [0, 1] with a score interval on the effective number of independent yes-or-no problems.
-
-    E. B. Wilson's interval (1927) with n = p (1-p) / standard error^2 in place of the number of problems, and Student's
-    t in place of the normal quantile, as E. Korn and B. Graubard (1998) advise for clustered samples. Against the plain
-    mean +- t * error it keeps its coverage for few problems and for scores near 0 or 1, and stays inside [0, 1].
-    """
-    n = len(shares)
-    mean, error = _mean_and_error(shares)
-    # One problem tells nothing about others: Wilson's interval with the normal quantile is wide enough to say so.
-    t = quantile(CONFIDENCE, n - 1) if n > 1 else quantile(CONFIDENCE, 1e6)
-    effective = mean * (1 - mean) / error**2 if error > 0 else n
-    low, high = _score_interval(mean, effective, t)
-    return Score(mean, error, low, high, n, samples)
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    n = len(values)
-    mean = math.fsum(values) / n
-    if all(value == values[0] for value in values):
-        return values[0], 0.0
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
-def _score_interval(p: float, n: float, z: float) -> tuple[float, float]:
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+    return mean_value([math.fsum(scores) / len(scores) for scores in scores_per_problem if scores], samples)
 
 
 def _pass(right: int, samples: int, k: int) -> float:

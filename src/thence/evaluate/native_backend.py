@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
+from thence.evaluate.backends import Generation, Prompts, Refused, Request, response_text, room_for
 from thence.models.lengths import context_of
 from thence.recipe import Model
 from thence.rollout.native import Sampling, stream
@@ -57,7 +57,7 @@ class NativeBackend:
         self.prompts = Prompts(self.tokenizer, chat_template, variables, self.model)
         self.context = context_of(self.model.config)
 
-    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
+    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
         """See `Backend`. Prompts that leave less than `max_tokens` of the context are counted in the log."""
         rendered = {r.problem.key: self.prompts.rendered(r.problem) for r in requests}
         prompts = {key: row.prompt_ids for key, row in rendered.items()}
@@ -70,7 +70,6 @@ class NativeBackend:
         for (room, stop_ids), group in groups.items():
             cut = room if room < task.max_tokens else None
             if room == 0:
-                yield from ((request, Generation("", 0, "length", room)) for request in group)
                 continue
             sampling = Sampling(room, task.temperature, task.top_p, stop_ids=stop_ids, rows=self.rows)
             for start in range(0, len(group), self.rows):
@@ -80,6 +79,7 @@ class NativeBackend:
                     opening = rendered[wave[i].problem.key].opening
                     text = response_text(self.tokenizer, response.token_ids, stop_ids, opening)
                     yield wave[i], Generation(text, len(response.token_ids), response.finish, cut)
+        yield from refused_for_length(requests, prompts, rooms, self.context)
 
     def facts(self) -> dict[str, Any]:
         """See `Backend`. `weights` identifies the weights: the same number for the same values."""
@@ -107,20 +107,30 @@ class NativeBackend:
 
 
 def warn_of_rooms(task: Task, rooms: dict[str, int], context: int | None) -> None:
-    """Say how many prompts leave less of the context than the task's `max_tokens`, or nothing at all."""
+    """Say how many prompts leave less of the context than the task's `max_tokens`."""
     short = [room for room in rooms.values() if 0 < room < task.max_tokens]
-    full = sum(room == 0 for room in rooms.values())
     if short:
         log.warning(
             "%s: %d of %d prompts leave fewer than max_tokens = %d of the model's context of %s; their responses are "
             "cut earlier, the shortest at %d tokens",
             *(task.name, len(short), len(rooms), task.max_tokens, context, min(short)),
         )
-    if full:
-        log.warning(
-            "%s: %d of %d prompts do not fit into the model's context of %s; they get empty responses, graded wrong",
-            *(task.name, full, len(rooms), context),
-        )
+
+
+def refused_for_length(
+    requests: Sequence[Request], prompts: Mapping[str, Sequence[int]], rooms: Mapping[str, int], context: int | None
+) -> Iterator[tuple[Request, Refused]]:
+    """The requests whose prompt leaves nothing of the model's context: no response is made up for them.
+
+    They come last: others that were answered show that the fault is not everybody's.
+
+    Args:
+        prompts, rooms: tokens of the prompt, and most tokens of a response, by the problem's key.
+    """
+    for request in requests:
+        if rooms[request.problem.key] == 0:
+            length = len(prompts[request.problem.key])
+            yield request, Refused("too long", f"the prompt has {length:,} tokens, the model's context {context:,}")
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -65,7 +65,7 @@ def nothing_answered(reasons: Iterable[tuple[str, str]], folder: Path) -> UserEr
     kinds = {kind for kind, _ in reasons}
     remedy = "change what the server objects to"
     if kinds == {"too long"}:
-        remedy = "lower --max-tokens, or serve the model with a longer context"
+        remedy = "use a model or server with a longer context, or lower --max-tokens"
     elif kinds == {"failed"}:
         remedy = "look at the server"
     return UserError(

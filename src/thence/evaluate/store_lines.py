@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from thence.wording import json_kind
+
 VERDICTS = ("right", "wrong", "graded", "unknown")
 _SAMPLE_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem", "question", "answer", "text", "finish", "source"), (str,)),
@@ -57,7 +59,7 @@ def _wrong_types(line: dict[str, Any], types: Mapping[str, tuple[type, ...]]) ->
         if value is None and name in _MAY_BE_NULL:
             continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            return f"{name} is {type(value).__name__}"
+            return f"{name} is {json_kind(value)}"
     return None
 
 

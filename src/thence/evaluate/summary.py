@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from thence.errors import UserError
-from thence.evaluate.metrics import Paired, Score, avg_at_k, maj_at_k, mean_reward_of, mean_score, paired, pass_at_k
+from thence.evaluate.metrics import avg_at_k, maj_at_k, mean_reward_of, pass_at_k
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
 from thence.files import to_json
+from thence.stats.paired import Paired, paired
+from thence.stats.proportion import joined, mean_score
+from thence.stats.spread import Score
 
 
 @dataclass(frozen=True)
@@ -303,7 +305,7 @@ def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
 
 
 def _group_differences(rows: Sequence[Difference]) -> tuple[tuple[str, float, float, float], ...]:
-    """Means over groups; the distances of an interval's ends from its value add up in squares over the tasks."""
+    """Means over groups, see :func:`thence.stats.proportion.joined`."""
     by_name: dict[str, list[Difference]] = defaultdict(list)
     for row in rows:
         if row.task.group:
@@ -311,8 +313,6 @@ def _group_differences(rows: Sequence[Difference]) -> tuple[tuple[str, float, fl
     found = []
     for name, members in by_name.items():
         if len(members) > 1:
-            value = fmean(row.paired.difference for row in members)
-            down = math.hypot(*(row.paired.difference - row.paired.low for row in members)) / len(members)
-            up = math.hypot(*(row.paired.high - row.paired.difference for row in members)) / len(members)
-            found.append((name, value, max(-1.0, value - down), min(1.0, value + up)))
+            pairs = [row.paired for row in members]
+            found.append((name, *joined([(pair.difference, pair.low, pair.high) for pair in pairs], -1.0)))
     return tuple(found)

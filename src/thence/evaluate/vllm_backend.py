@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from thence.evaluate.backends import Generation, Prompts, Request, response_text, room_for
-from thence.evaluate.native_backend import context_of, warn_of_rooms
+from thence.evaluate.backends import Generation, Prompts, Refused, Request, response_text, room_for
+from thence.evaluate.native_backend import context_of, refused_for_length, warn_of_rooms
 from thence.recipe import Model
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import VllmSettings
-from thence.train.model import load_model, load_tokenizer, resolve, save_model
+from thence.train.model import load_model, load_tokenizer, save_model
+from thence.train.model_files import resolve
 
 if TYPE_CHECKING:
     from thence.evaluate.suites import Task
@@ -60,13 +61,12 @@ class VllmBackend:
         told = context_of(_config(folder))
         self.context = min(self.engine.max_model_len, told or self.engine.max_model_len)
 
-    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
+    def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
         """See `Backend`. Long prompts come first, and the samples of a problem one after the other."""
         rendered = {r.problem.key: self.prompts.rendered(r.problem) for r in requests}
         prompts = {key: row.prompt_ids for key, row in rendered.items()}
         rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
         warn_of_rooms(task, rooms, self.context)
-        yield from ((r, Generation("", 0, "length", 0)) for r in requests if not rooms[r.problem.key])
         groups: dict[tuple[int, ...], list[Request]] = {}
         for request in sorted(requests, key=lambda r: (-len(prompts[r.problem.key]), r.problem.key, r.sample)):
             if rooms[request.problem.key]:
@@ -87,6 +87,7 @@ class VllmBackend:
                     text = response_text(self.tokenizer, response.token_ids, stop_ids, opening)
                     cut = room if room < task.max_tokens else None
                     yield group[i], Generation(text, len(response.token_ids), response.finish, cut)
+        yield from refused_for_length(requests, prompts, rooms, self.context)
 
     def facts(self) -> dict[str, Any]:
         """See `Backend`. `weights` is the digest of the safetensors files that vLLM has loaded."""

@@ -58,7 +58,7 @@ class Fault:
         name: as in a recipe.
         title: in a few words.
         finds: findings of the audit that name it: at least one of them appears (keys of
-            ``thence.audit.findings.CATALOGUE``).
+            ``thence.audit.judge.findings.CATALOGUE``).
         also: further findings, of which one stands beside.
         needs: what a window must have to show it.
         source: where it was seen.

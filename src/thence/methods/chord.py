@@ -35,7 +35,7 @@ from torch import Tensor
 from thence.data.trajectory import Prompt, Trajectory
 from thence.limits import Coefficient, Natural, Share
 from thence.methods.base import Method, Sampler, TokenFacts, in_turn
-from thence.methods.dapo import groups_of
+from thence.methods.groups import groups_of
 from thence.methods.mixed import (
     MixedOptions,
     advantages,

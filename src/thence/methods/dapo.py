@@ -12,7 +12,6 @@ L and b follow the stage: L = ``max_tokens`` and b = L / 5, the ratio of the pap
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -133,8 +132,3 @@ def is_informative(group: Sequence[Trajectory]) -> bool:
     """Whether the group's known scores differ: otherwise every advantage is zero."""
     scores = scores_of(group)
     return bool(scores) and not math.isclose(min(scores), max(scores))
-
-
-def groups_of(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-    """Neighbouring trajectories of one draw of a prompt as lists."""
-    return [list(group) for _, group in itertools.groupby(trajectories, key=lambda t: t.prompt.group_key)]

@@ -36,6 +36,9 @@ def group_advantages(
 
     Returns:
         Advantages, shape (N,), detached, in the dtype of the rewards.
+
+    Raises:
+        ValueError: ``on-policy`` without ``on_policy_N``.
     """
     member_N = torch.ones_like(group_N, dtype=torch.bool)
     if baseline == "on-policy":

@@ -10,12 +10,14 @@ import torch
 
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
+from thence.data.trajectory import Prompt
 from thence.errors import CheckpointError, RecipeError, StepRefused, UserError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import Watcher
+from thence.pipeline.prompts import RenderedPrompts
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
 from thence.train.finite import broken, broken_weights
@@ -37,6 +39,7 @@ class Context:
         model, tokenizer: as the stage finds them; a training stage changes the model in place.
         ranks, device: who runs it, and where.
         watcher: is told of progress.
+        prompts: data tables that are rendered already.
         meter: counts the FLOPs that this process executes.
     """
 
@@ -48,6 +51,7 @@ class Context:
     ranks: Ranks
     device: torch.device
     watcher: Watcher
+    prompts: RenderedPrompts
     meter: FlopMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +63,10 @@ class Context:
     def leads(self) -> bool:
         """Whether this process writes the files."""
         return self.ranks.rank == 0
+
+    def load_prompts(self, table: Mapping[str, Any]) -> list[Prompt]:
+        """The prompts of a stage's data table. Raises DataError as :func:`thence.pipeline.prompts.load_prompts`."""
+        return self.prompts.load(self.recipe.stage_data(table), self.tokenizer)
 
     def seed_parts(self) -> tuple[object, ...]:
         """What this stage's random numbers follow from."""

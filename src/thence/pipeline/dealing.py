@@ -9,7 +9,7 @@ from typing import Any
 from thence.data.trajectory import Trajectory
 from thence.errors import UserError
 from thence.methods.base import Method
-from thence.methods.dapo import groups_of
+from thence.methods.groups import groups_of
 from thence.pipeline.context import Context
 from thence.pipeline.sampler import RolloutSampler
 from thence.train.parallel import Ranks
@@ -45,7 +45,7 @@ def resume_position(context: Context, own: Mapping[str, Any], sampler: RolloutSa
             raise UserError(
                 f"the checkpoint of stage {context.name} was written by {len(drawn)} ranks of an older version of "
                 "thence, which dealt the data to ranks in another way",
-                remedy="finish the run with that version, or --restart to begin anew and lose it",
+                remedy="finish the run with that version, or give another --folder",
                 file=context.folder.stage(context.name) / "checkpoints",
             )
         drawn = drawn[0]

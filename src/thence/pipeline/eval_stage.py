@@ -10,7 +10,7 @@ from thence.files import read_json, read_lines, set_aside, to_json, write_atomic
 from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.folder import wrong_with_line
-from thence.pipeline.prompts import check_answers, load_prompts
+from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.test_sets import test_sets
@@ -34,7 +34,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
             kept = folder / "parts" / f"{split}-{temperature}.json"
             if not kept.exists():
                 data = context.recipe.stage_data(splits[split])
-                prompts = load_prompts(data, context.tokenizer)
+                prompts = context.load_prompts(splits[split])
                 check_answers(prompts, stage.reward)
                 row, trajectories = measure(
                     context.model,

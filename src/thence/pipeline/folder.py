@@ -38,6 +38,7 @@ from thence.pipeline.owned import (
 from thence.recipe import Recipe, kind_of, load_recipe
 from thence.redaction import redacted_command
 from thence.train.checkpoint import checkpoints
+from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
 DOING = "runs this recipe"
@@ -305,7 +306,7 @@ def wrong_with_line(line: Mapping[str, Any]) -> str | None:
         if name not in line:
             return f"it lacks {name}"
         if not isinstance(line[name], kind) or isinstance(line[name], bool):
-            return f"{name} is {type(line[name]).__name__}"
+            return f"{name} is {json_kind(line[name])}"
     return None
 
 

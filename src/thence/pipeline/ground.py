@@ -23,7 +23,7 @@ from thence.pipeline.owned import RECIPE
 from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval, Model, Recipe, kind_of
 from thence.train.checkpoint import MANIFEST
-from thence.train.model import resolve
+from thence.train.model_files import resolve
 from thence.train.written import check_written
 from thence.verify.loading import function_file
 
@@ -228,8 +228,8 @@ class Ground:
     def _remedy(self, only: str | None) -> str:
         place = self.folder.path
         command = f"thence run {place / RECIPE} --folder {place} --repeat {only}"
-        repeated = f"to repeat this evaluation alone: {command}; " if only is not None else ""
-        return f"put the file back; {repeated}or give another --folder"
+        repeated = f"to repeat this evaluation alone: {command}; or " if only is not None else ""
+        return f"put the file back; {repeated or 'or '}give another --folder"
 
     def _kept(self, place: Path) -> dict[str, Any] | None:
         file = place / FILE

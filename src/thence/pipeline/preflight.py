@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +24,19 @@ from thence.pipeline.changes import Plan
 from thence.pipeline.context import step_of
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
-from thence.pipeline.prompts import check_answers, check_trained, load_prompts, read_only
+from thence.pipeline.prompts import RenderedPrompts, check_answers, check_trained, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft
+from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft, naming_fields_of
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
 from thence.train.context_length import context_of, open_config
-from thence.train.model import load_tokenizer, resolve
+from thence.train.model import load_tokenizer
+from thence.train.model_files import resolve
 from thence.verify.reward import is_own
 from thence.verify.verdict import Verdict
 
@@ -86,6 +88,7 @@ class Preflight:
         ranks: processes that will share each step.
         leads: whether this process also tries what is enough to try once: rewards and vLLM.
         restart: whether the run that stands in the folder will be thrown away.
+        prompts: takes the data tables that are rendered.
     """
 
     recipe: Recipe
@@ -93,16 +96,19 @@ class Preflight:
     ranks: int = 1
     leads: bool = True
     restart: bool = False
+    prompts: RenderedPrompts = field(default_factory=RenderedPrompts)
     plan: Plan = field(default_factory=Plan)
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
+    trying: str = ""  # the stage that is being tried, if one is
     absent: dict[str, UserError] = field(default_factory=dict)
 
     def attempt(self, part: str, act: Callable[[], str | None]) -> None:
         """Try one thing, and note what became of it."""
         try:
-            self.findings.append(Finding(part, "ok", act() or ""))
+            with naming_fields_of(self.trying, self.recipe.stage(self.trying)) if self.trying else nullcontext():
+                self.findings.append(Finding(part, "ok", act() or ""))
         except NotAtHand as absent:
             remedy = absent.error.remedy if absent.error is not None else ""
             self.findings.append(Finding(part, "unverified", str(absent), remedy, absent.error))
@@ -118,6 +124,7 @@ def preflight(
     leads: bool = True,
     restart: bool = False,
     repeat: Sequence[str] = (),
+    prompts: RenderedPrompts | None = None,
 ) -> list[Finding]:
     """Try all that a recipe names, for the stages that are not done in the folder.
 
@@ -127,11 +134,14 @@ def preflight(
         leads: False for all but the first of them; they leave out what is enough to try once.
         restart: the run that stands in the folder will be thrown away: no stage is done.
         repeat: stages that will be run again.
+        prompts: takes the data tables that are rendered, for the stages.
 
     Returns:
         One finding for each thing that was tried, in the order of the stages.
     """
-    trial = Preflight(recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart)
+    trial = Preflight(
+        recipe, RunFolder(folder or recipe.run_folder()), ranks, leads, restart, prompts or RenderedPrompts()
+    )
     trial.attempt("run folder", lambda: _open_folder(trial, repeat))
     restart = trial.restart
     if leads and not restart and trial.findings[0].state == "ok":
@@ -140,12 +150,14 @@ def preflight(
     again = trial.plan.again
     left = [name for name in recipe.stages if restart or name in again or not trial.folder.is_done(name)]
     for name in left:
+        trial.trying = name
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
+    trial.trying = ""
     if left:
         trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
         trial.attempt("model: configuration", lambda: _open_config(trial))
     first, stages = trial.findings, []
-    for name in reversed(left):  # the data of the first stage are rendered last, and so surely kept for it
+    for name in reversed(left):  # the data of the first stage are rendered last, and so surely held for it
         trial.findings = []
         _try_stage(trial, name)
         stages = trial.findings + stages
@@ -253,6 +265,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _try_stage(trial: Preflight, name: str) -> None:
+    trial.trying = name
     stage = trial.recipe.stage(name)
     if isinstance(stage, Sft):
         trial.attempt(f"{name}: data", lambda: _try_sft(trial, name, stage))
@@ -274,7 +287,7 @@ def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None
             raise NotAtHand(f"{source} is not at hand", trial.absent[source])
     try:
         if trial.tokenizer is not None:
-            return data, load_prompts(data, trial.tokenizer)
+            return data, trial.prompts.load(data, trial.tokenizer)
         examples = read_only(data)
     except UserError as error:
         if far and error.file in far:

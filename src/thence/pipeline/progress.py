@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from thence.wording import counted
+
 SHOWN = (
     ("loss", "loss {:.3f}"),
     ("held_out_loss", "held-out {:.3f}"),
@@ -83,7 +85,9 @@ class Terminal:
         if self.console.is_terminal:
             self.task = self.bar.add_task(name, total=total, completed=done, facts="")
         else:
-            self.console.print(f"{name}: " + (f"resumed after step {done} of {total}" if done else f"{total} steps"))
+            self.console.print(
+                f"{name}: " + (f"resumed after step {done} of {total}" if done else counted(total, "step"))
+            )
 
     def step(self, facts: Mapping[str, Any]) -> None:
         self.done += 1

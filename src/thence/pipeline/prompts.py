@@ -1,8 +1,4 @@
-"""From a recipe's data table to prompts in tokens.
-
-A process that runs many stages on the same data, as those of a comparison do, can keep what it has rendered: see
-:class:`KeptPrompts`.
-"""
+"""From a recipe's data table to prompts in tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ import itertools
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +23,39 @@ from thence.verify.reward import MATH_RULES
 
 log = logging.getLogger(__name__)
 WORLD = "world:chain"
-TABLES_OF_A_RUN = 8
 PRETRAINING = "pretraining-"  # of a base, as a split: what the base was trained on
 
 
-class KeptPrompts:
-    """The prompts of the data tables that were asked for last; prompts are immutable, so runs can share them.
+class RenderedPrompts:
+    """Rendered data tables, handed from the preflight to the stages and from run to run, so that each is rendered once.
+
+    Prompts are immutable, so runs can share them. A table whose files have changed is rendered again.
 
     Args:
-        tables: most tables that are kept; 0: none.
-        tokens: most tokens of all that are kept, but for the one that was asked for last.
+        tables: most tables that are held.
+        tokens: most tokens of all that are held, but for the table that was asked for last.
     """
 
-    def __init__(self, tables: int = 0, tokens: int = 20_000_000):
+    def __init__(self, tables: int = 8, tokens: int = 20_000_000):
         self.tables, self.tokens = tables, tokens
         self._held: OrderedDict[str, list[Prompt]] = OrderedDict()
-        self._sizes: dict[str, int] = {}
 
     def load(self, data: Data, tokenizer: Any) -> list[Prompt]:
-        """As :func:`load_prompts`, from what is kept where data and tokenizer are the same."""
-        key = _fingerprint(data, tokenizer) if self.tables else ""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return list(self._held[key])
-        found = read_and_render(data, tokenizer)
-        if self.tables:
-            self._held[key] = list(found)
-            self._sizes[key] = sum(len(p.token_ids) + len(p.demonstration_ids or ()) for p in found)
-            while len(self._held) > self.tables or (len(self._held) > 1 and sum(self._sizes.values()) > self.tokens):
-                dropped, _ = self._held.popitem(last=False)
-                del self._sizes[dropped]
-        return found
+        """As :func:`load_prompts`, from what is held where data and tokenizer are the same."""
+        key = _fingerprint(data, tokenizer)
+        if key not in self._held:
+            self._held[key] = load_prompts(data, tokenizer)
+        self._held.move_to_end(key)
+        while len(self._held) > self.tables or (len(self._held) > 1 and self._size() > self.tokens):
+            self._held.popitem(last=False)
+        return list(self._held[key])
 
-    @contextmanager
-    def during_run(self) -> Iterator[None]:
-        """Keep tables until a run ends, so that what was rendered before its first step is not rendered again."""
-        before = self.tables
-        self.tables = max(before, TABLES_OF_A_RUN)
-        try:
-            yield
-        finally:
-            self.tables = before
-            if not before:
-                self._held.clear()
-                self._sizes.clear()
-
-
-kept_prompts = KeptPrompts()
-"""What this process keeps; nothing unless `tables` is raised."""
+    def _size(self) -> int:
+        held = (p for prompts in self._held.values() for p in prompts)
+        return sum(len(p.token_ids) + len(p.demonstration_ids or ()) for p in held)
 
 
 def load_prompts(data: Data, tokenizer: Any) -> list[Prompt]:
-    """Read and render the examples of a data table, in order; see :func:`read_and_render`."""
-    return kept_prompts.load(data, tokenizer)
-
-
-def read_and_render(data: Data, tokenizer: Any) -> list[Prompt]:
     """Read and render the examples of a data table, in order.
 
     What was left out (bad rows, prompts that are too long) or cut is counted in the log.

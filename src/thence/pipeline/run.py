@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import Silent, Watcher
 from thence.pipeline.promises import hold
-from thence.pipeline.prompts import kept_prompts, load_prompts
+from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe
+from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
-from thence.train.model import Loaded, load_model, save_model
+from thence.train.model import load_model, save_model
 from thence.train.parallel import Ranks, start_ranks
 
 
@@ -38,6 +39,7 @@ def run(
     restart: bool = False,
     repeat: Sequence[str] = (),
     keep_last: bool = True,
+    prompts: RenderedPrompts | None = None,
 ) -> Path:
     """Run a recipe, or resume it where it was. All that it names is tried before its first step.
 
@@ -52,6 +54,7 @@ def run(
         repeat: stages that are done or begun, to be set aside and run again. A stage after one of them stays as it is
             where it starts from the same bits, and is repeated where it does not.
         keep_last: keep the last checkpoint of the last training stage, from which it can be given more steps.
+        prompts: data tables that runs before have rendered; those of this run are added.
 
     Returns:
         The run folder.
@@ -62,11 +65,21 @@ def run(
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
     folder = RunFolder(resolved.run_folder())
-    leads = ranks.rank == 0
-    with kept_prompts.during_run(), ExitStack() as held:
+    execution = Execution(resolved, folder, ranks, device, watcher or Silent(), prompts or RenderedPrompts())
+    leads = execution.leads
+    with ExitStack() as held:
         if leads:
             folder.refuse_if_held()
-        refuse(preflight(resolved, folder.path, ranks.world, leads=leads, restart=restart, repeat=repeat))
+        trial = preflight(
+            resolved,
+            folder.path,
+            ranks.world,
+            leads=leads,
+            restart=restart,
+            repeat=repeat,
+            prompts=execution.prompts,
+        )
+        refuse(trial)
         ranks.wait()
         if leads:
             held.enter_context(folder.held())
@@ -76,12 +89,12 @@ def run(
             folder.open(resolved, str(device), labels, ranks.world, restart=restart, repeat=repeat)
         ranks.wait()
         kept = last_trained(resolved) if keep_last else None
-        for i, name in enumerate(resolved.stages):
+        for name in resolved.stages:
             if leads:
                 Ground(resolved, folder).set_outdated_aside(name)
             ranks.wait()
             if not folder.is_done(name):
-                run_stage(resolved, name, folder, i, ranks, device, watcher or Silent())
+                run_stage(execution, name)
             if leads:  # killed before this line, the next start comes to it
                 remove_checkpoints(folder.stage(name) / "checkpoints", keep=int(name == kept))
             ranks.wait()
@@ -101,22 +114,57 @@ def method_labels(recipe: Recipe) -> dict[str, str]:
     return labels
 
 
-def run_stage(
-    recipe: Recipe, name: str, folder: RunFolder, position: int, ranks: Ranks, device: torch.device, watcher: Watcher
-) -> None:
+@dataclass(frozen=True)
+class Execution:
+    """A recipe being run: by whom, into which folder, who is told, and the data tables that are rendered."""
+
+    recipe: Recipe
+    folder: RunFolder
+    ranks: Ranks
+    device: torch.device
+    watcher: Watcher
+    prompts: RenderedPrompts
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self.ranks.rank == 0
+
+    def context(self, name: str) -> Context:
+        """What a stage is given, with the model as the stages before it left it."""
+        recipe, model = self.recipe, self.recipe.model
+        before = recipe.stages[: recipe.stages.index(name)]
+        if trained := [other for other in before if not isinstance(recipe.stage(other), Eval)]:
+            model = Model(
+                path=str(self.folder.stage(trained[-1]) / "model"),
+                compute_dtype=model.compute_dtype,
+                trust_remote_code=model.trust_remote_code,
+            )
+        loaded = load_model(model, self.device, recipe.seed)
+        return Context(
+            recipe=recipe,
+            name=name,
+            folder=self.folder,
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            ranks=self.ranks,
+            device=self.device,
+            watcher=self.watcher if self.leads else Silent(),
+            prompts=self.prompts,
+        )
+
+
+def run_stage(execution: Execution, name: str) -> None:
     """Run one stage to its end and mark it done."""
-    loaded = _model_before(recipe, folder, position, device)
-    leads = ranks.rank == 0
-    context = Context(
-        recipe, name, folder, loaded.model, loaded.tokenizer, ranks, device, watcher if leads else Silent()
-    )
-    stage = recipe.stage(name)
-    hold(context, recipe.stages[position:])
+    recipe, folder, leads = execution.recipe, execution.folder, execution.leads
+    context, stage = execution.context(name), recipe.stage(name)
+    hold(context, recipe.stages[recipe.stages.index(name) :])
     if leads:
-        Ground(recipe, folder).begin(name, rendered(recipe, stage, loaded.tokenizer))
-    ranks.wait()
+        Ground(recipe, folder).begin(name, rendered(context, stage))
+    execution.ranks.wait()
     try:
-        facts = run_kind(context, stage)
+        with naming_fields_of(name, stage):
+            facts = run_kind(context, stage)
     except UserError as error:
         if leads and error.problem.startswith("reward function "):
             Ground(recipe, folder).reward_failed(name)
@@ -135,10 +183,10 @@ def run_kind(context: Context, stage: Sft | Rl | Eval) -> dict[str, Any]:
     return run_rl(context, stage) if isinstance(stage, Rl) else run_eval(context, stage)
 
 
-def rendered(recipe: Recipe, stage: Sft | Rl | Eval, tokenizer: Any) -> dict[str, list[Prompt]]:
+def rendered(context: Context, stage: Sft | Rl | Eval) -> dict[str, list[Prompt]]:
     """The data tables of a stage by name, as its model sees them."""
     tables = test_sets(stage) if isinstance(stage, Eval) else {"data": stage.data}
-    return {name: load_prompts(recipe.stage_data(table), tokenizer) for name, table in tables.items()}
+    return {name: context.load_prompts(table) for name, table in tables.items()}
 
 
 def publish_model(context: Context, stage: Sft | Rl) -> None:
@@ -157,20 +205,6 @@ def publish_model(context: Context, stage: Sft | Rl) -> None:
         context.model.generation_config.eos_token_id = list(stops)
         save_model(context.model, context.tokenizer, temporary)
         publish(temporary, folder / "model")
-
-
-def _model_before(recipe: Recipe, folder: RunFolder, position: int, device: torch.device) -> Loaded:
-    """The model as the stages before this one left it."""
-    trained = [name for name in recipe.stages[:position] if not isinstance(recipe.stage(name), Eval)]
-    if not trained:
-        return load_model(recipe.model, device, recipe.seed)
-    path = folder.stage(trained[-1]) / "model"
-    settings = Model(
-        path=str(path),
-        compute_dtype=recipe.model.compute_dtype,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    return load_model(settings, device, recipe.seed)
 
 
 def _plain(recipe: Recipe | str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:

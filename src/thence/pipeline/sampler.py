@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
-from thence.evaluate.measure import Engine, grade, respond
 from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.rehearsal import no_demonstrations
 from thence.pipeline.room import response_tokens
 from thence.recipe import Rl
 from thence.rollout.native import Sampling
+from thence.rollout.responses import Engine, grade, respond
 from thence.verify.reward import Grader
 
 

@@ -18,7 +18,7 @@ from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
 from thence.objective import Batch, Row
 from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer, refuse_what_is_broken
-from thence.pipeline.prompts import check_trained, load_prompts
+from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
 from thence.recipe import Sft
 from thence.train.trainer import Trainer
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
     """Train the context's model on demonstrations. Returns facts for ``done.json``."""
     method = stage_method(stage, context.name)
-    found = load_prompts(context.recipe.stage_data(stage.data), context.tokenizer)
+    found = context.load_prompts(stage.data)
     prompts = [prompt for prompt in found if prompt.demonstration_ids]
     if 0 < len(prompts) < len(found):
         log.warning("%d of %d examples have no demonstration and are left out", len(found) - len(prompts), len(found))

@@ -95,7 +95,11 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
 def stream(
     model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
 ) -> Iterator[tuple[int, Response]]:
-    """As :func:`sample`, but every response with its place among the prompts as soon as it ends."""
+    """As :func:`sample`, but every response with its place among the prompts as soon as it ends.
+
+    Raises:
+        ValueError: a prompt without tokens, or not one seed a prompt.
+    """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if not all(len(prompt) for prompt in prompts):

@@ -235,7 +235,7 @@ def load_weights(model: Any, folder: Path) -> None:
 def _misfit(folder: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint does not fit the model: {why}",
-        remedy="resume with the version of thence and the model that wrote it, or begin anew with --restart",
+        remedy="resume with the version of thence and the model that wrote it, or give another --folder",
         file=folder,
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from thence import recipe as recipes
 from thence.errors import RecipeError, UserError, first_line
 from thence.explain import is_of_system
 from thence.models.lengths import context_of
-from thence.train.model import _options, _overridden, check_configuration, resolve
+from thence.train.model import _options, _overridden
+from thence.train.model_files import check_files, resolve
 from thence.train.random_start import made_config
 
 __all__ = ["context_of", "open_config"]
@@ -22,7 +22,7 @@ def open_config(settings: recipes.Model) -> Any:
     try:
         if settings.init is not None:
             return made_config(settings.init)
-        check_configuration(Path(resolve(settings.path or "")))
+        check_files(settings)
         config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
     except Exception as error:  # a model's code and files may raise anything
         if isinstance(error, UserError) or is_of_system(error):

@@ -18,9 +18,8 @@ from thence.files import read_json
 from thence.models.layers import check_model
 from thence.train.finite import broken_weights
 from thence.train.gguf import read_once
-from thence.train.places import find_place
+from thence.train.model_files import check_files, resolve
 from thence.train.random_start import check_size, made_config
-from thence.train.written import check_written
 
 log = logging.getLogger(__name__)
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")  # parts of the names of fields that make training random
@@ -55,7 +54,6 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     if settings.trust_remote_code:
         log.warning("running Python code shipped by %s (trust_remote_code = true)", settings.path)
     dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
-    check_configuration(Path(resolve(settings.path)) if settings.path else None)
     tokenizer = load_tokenizer(settings)
     origin, options = resolve(settings.path or ""), _options(settings)
     try:
@@ -98,9 +96,15 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
 
 
 def load_tokenizer(settings: recipes.Model) -> Any:
-    """Open the tokenizer of a recipe's model. Raises RecipeError."""
+    """Open the tokenizer of a recipe's model.
+
+    Raises:
+        RecipeError: no such model or tokenizer.
+        DamagedFile: a file of the model cannot be read.
+    """
     from transformers import AutoTokenizer
 
+    check_files(settings)
     name = settings.tokenizer or settings.path or ""
     try:
         return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
@@ -118,13 +122,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; ``AutoModelForCausalLM.from_pretrained`` opens it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def check_configuration(folder: Path | None) -> None:
-    """Raise DamagedFile where a folder's ``config.json`` cannot be read; transformers would not say where."""
-    file = None if folder is None else folder / "config.json"
-    if file is not None and file.is_file():
-        read_json(file, remedy="put a whole copy of it back, or give another model")
 
 
 def check_finite(model: Any, origin: str) -> None:
@@ -244,21 +241,6 @@ def compute_dtype(settings: recipes.Model, device: torch.device) -> torch.dtype:
     if settings.compute_dtype != "auto":
         return getattr(torch, settings.compute_dtype)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def resolve(path: str) -> str:
-    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself.
-
-    Every model is opened through here: one that thence wrote is refused where it is no longer as it was written.
-
-    Raises:
-        RecipeError: no such base, folder or package, and no name that the hub could have; or the hub cannot be reached.
-        DamagedFile: a file of a model that thence wrote has changed or is gone.
-    """
-    place = find_place(path) if path else ""
-    if place and not path.startswith(("world:", "package:")):
-        check_written(Path(place))
-    return place
 
 
 def _options(settings: recipes.Model) -> dict[str, Any]:

@@ -15,6 +15,9 @@ def learning_rate(step: int, steps: int, *, peak: float, schedule: str, warmup: 
         schedule: ``constant``, ``linear`` or ``cosine``.
         warmup: share of the steps over which it rises; the first step is never at zero.
         floor: share of the peak reached at the last step (linear, cosine).
+
+    Raises:
+        ValueError: there is no such schedule.
     """
     rising = math.ceil(warmup * steps)
     if step < rising:

@@ -96,13 +96,13 @@ def train_step(
     """
     start = time.perf_counter()
     counts = ranks.sum_counts(local_counts(batch))
-    loss, seen, sums, passes = accumulate_gradients(model, optimizer, batch, counts, settings, observe)
+    promised, rows = counts[:2]
+    mine = accumulate_gradients(model, optimizer, batch, counts, settings, observe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ranks.sum_gradients(parameters)
-    totals = ranks.sum_floats(torch.cat([loss.detach().double().cpu()[None], sums, seen]))
-    loss_value, promised = totals[0].item(), counts[0]
+    sums = mine.over(ranks)
     norm = global_norm(parameters)
-    _check(loss_value, totals[2].item(), norm, int(totals[5]), promised, optimizer)
+    _check(sums, norm, promised, optimizer)
     skipped = 0 < settings.skip_norm < norm
     if settings.clip_norm and norm > settings.clip_norm:
         for gradient in gradients_of(parameters):
@@ -111,18 +111,64 @@ def train_step(
         optimizer.step()
     trained = max(promised, 1)
     return StepReport(
-        loss=loss_value,
+        loss=sums.loss.item(),
         grad_norm=norm,
-        entropy=totals[1].item() / trained,
-        logp=totals[2].item() / trained,
-        clip_share=totals[3].item() / trained,
-        tokens=int(totals[4]),
+        entropy=sums.entropy.item() / trained,
+        logp=sums.logp.item() / trained,
+        clip_share=sums.clipped.item() / trained,
+        tokens=int(sums.tokens),
         trained_tokens=promised,
-        rows=counts[1],
-        micro_batches=passes,
+        rows=rows,
+        micro_batches=mine.passes,
         skipped=skipped,
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What the micro-batches of a step add up to besides the gradient. All but ``passes`` are float64 scalars on the
+    model's device, so that a step waits for it once.
+
+    Args:
+        loss: the objective of these rows, already divided by the normalisers of the whole step.
+        entropy: of the next-token distributions over trained tokens, nats.
+        logp: log-probabilities of trained tokens, nats.
+        clipped: trained tokens whose gradient a clip held back.
+        tokens: tokens in the rows, prompts included, padding not.
+        seen: trained tokens that went through the model.
+        passes: forward passes of this rank.
+    """
+
+    loss: Tensor
+    entropy: Tensor
+    logp: Tensor
+    clipped: Tensor
+    tokens: Tensor
+    seen: Tensor
+    passes: int = 0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> StepSums:
+        """The sums before the first micro-batch."""
+        return cls(*torch.zeros(6, dtype=torch.float64, device=device))
+
+    def plus(self, loss: Tensor, stats: TokenStats, tokens: int) -> StepSums:
+        """The sums with one more micro-batch."""
+        return StepSums(
+            loss=self.loss + loss.detach(),
+            entropy=self.entropy + stats.entropy_T.sum(),
+            logp=self.logp + stats.logp_T.sum(),
+            clipped=self.clipped + stats.clipped_T.sum(),
+            tokens=self.tokens + tokens,
+            seen=self.seen + len(stats.logp_T),
+            passes=self.passes + 1,
+        )
+
+    def over(self, ranks: Ranks) -> StepSums:
+        """The sums over all ranks, on the CPU; the number of passes stays that of this rank."""
+        own = torch.stack([self.loss, self.entropy, self.logp, self.clipped, self.tokens, self.seen])
+        return StepSums(*ranks.sum_floats(own.cpu()), passes=self.passes)
 
 
 def accumulate_gradients(
@@ -132,22 +178,16 @@ def accumulate_gradients(
     counts: Sequence[int],
     settings: StepSettings,
     observe: Observer | None = None,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> StepSums:
     """Add up the gradient of this rank's rows in ``p.grad``.
 
     Args:
         counts: the sums over ranks of :func:`~thence.objective.local_counts`.
-
-    Returns:
-        The loss of these rows (already divided by the global normalisers), the number of trained tokens seen, the
-        sums of entropy, log-probability, clipped tokens and tokens, and the number of forward passes.
     """
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     divisor_J = divisors(batch.terms, counts)
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    seen, passes, learned = 0, 0, False
+    sums, learned = StepSums.zero(device), False
     with attending(model, settings.packing):
         for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
             with torch.set_grad_enabled(not micro.silent), compute_context(device, settings.compute_dtype):
@@ -158,19 +198,13 @@ def accumulate_gradients(
             if not micro.silent:
                 loss.backward()
                 learned = True
-            total += loss.detach()
-            seen += len(stats.logp_T)
-            passes += 1
-            sums[0] += stats.entropy_T.sum()
-            sums[1] += stats.logp_T.sum()
-            sums[2] += stats.clipped_T.sum()
-            sums[3] += sum(micro.lengths)
+            sums = sums.plus(loss, stats, sum(micro.lengths))
             if observe is not None:
                 observe(group, stats)
-    if not learned:  # the optimizer is to see a gradient of zero, not none: its moments go on
+    if not learned:  # the optimizer is to see a gradient of zero, not none: its moments decay all the same
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    return total, torch.tensor([float(seen)], dtype=torch.float64), sums.cpu(), passes
+    return sums
 
 
 def policy_statistics(
@@ -205,9 +239,10 @@ def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _check(loss: float, logp: float, norm: float, seen: int, promised: int, optimizer: torch.optim.Optimizer) -> None:
+def _check(sums: StepSums, norm: float, promised: int, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that would harm the model; the gradient is thrown away and the parameters stay."""
-    if math.isfinite(loss) and not math.isnan(logp) and math.isfinite(norm) and seen == promised:
+    loss, seen, no_logp = sums.loss.item(), int(sums.seen), math.isnan(sums.logp.item())
+    if math.isfinite(loss) and not no_logp and math.isfinite(norm) and seen == promised:
         return
     optimizer.zero_grad(set_to_none=True)
     if seen != promised:
@@ -216,7 +251,7 @@ def _check(loss: float, logp: float, norm: float, seen: int, promised: int, opti
             remedy="this is a fault of thence: please report it with the recipe",
         )
     # the loss of rows that weigh nothing is 0 whatever the model says of them
-    told = "the model's log-probabilities are NaN" if math.isnan(logp) else f"the gradient norm is {norm}"
+    told = "the model's log-probabilities are NaN" if no_logp else f"the gradient norm is {norm}"
     raise StepRefused(
         f"the step was not taken: the loss is {loss:.6g}, {told}",
         remedy="resume with a lower learning rate (--STAGE.lr), from the last checkpoint, or from step 0 without one",

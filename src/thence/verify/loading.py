@@ -153,9 +153,11 @@ def _load_module(name: str, spec: str) -> ModuleType:
 
 def _import_error(spec: str, error: BaseException, remedy: str, origin: str | None) -> UserError:
     file, line = place_of(error, origin)
-    if file != origin:  # the machinery of import itself
+    if isinstance(error, SyntaxError):  # raised before any of the file's own lines runs
+        file, line = error.filename or origin, error.lineno
+    elif file != origin:  # the machinery of import itself
         file, line = None, None
-    why = said(error).removeprefix("raised ")
+    why = error.msg if isinstance(error, SyntaxError) else said(error).removeprefix("raised ")
     problem = f"reward {spec} cannot be imported: {f'it {why}' if isinstance(error, SystemExit) else why}"
     return UserError(problem, remedy=remedy, file=file, line=line, field="reward")
 

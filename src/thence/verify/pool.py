@@ -92,6 +92,7 @@ class GradingPool:
 
         Raises:
             UserError: the workers do not start.
+            ValueError: the pool is closed.
         """
         with self._lock:
             if not self._finalizer.alive:

@@ -88,7 +88,11 @@ def split_of(prompt: str) -> str:
 
 
 def problems(split: str, n: int, seed: int = 0) -> list[Problem]:
-    """`n` problems of a split with different prompts; the same arguments always give the same problems."""
+    """`n` problems of a split with different prompts; the same arguments always give the same problems.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
     rng = random.Random(f"chain {split} {seed}")

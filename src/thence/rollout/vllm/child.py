@@ -157,7 +157,12 @@ class Engine:
         }
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Put other weights into the running model, forget cached keys and values, and read the probe."""
+        """Put other weights into the running model, forget cached keys and values, and read the probe.
+
+        Raises:
+            ValueError: other weights arrived than were sent.
+            RuntimeError: vLLM keeps what it computed with the old weights.
+        """
         start = time.monotonic()
         self.stamp = [-1, "weights half loaded"]  # until all is done: an error leaves it so
         digest = weights_digest(request["path"])

@@ -113,6 +113,10 @@ class VllmEngine:
         Args:
             limits: longest response of each prompt, instead of `sampling.max_tokens` for all.
             logps: False: responses without log-probabilities, which is faster.
+
+        Raises:
+            ValueError: not one seed, or one limit, a prompt.
+            UserError: a prompt has no room, or vLLM ended or failed.
         """
         if len(seeds) != len(prompts) or (limits is not None and len(limits) != len(prompts)):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -158,6 +162,7 @@ class VllmEngine:
 
         Raises:
             UserError: no room for the weights, vLLM refused them or ended, or the log-probabilities differ.
+            ValueError: a negative version.
         """
         if version < 0:
             raise ValueError(f"version {version} is negative")

@@ -1,0 +1,303 @@
+"""From what a case left behind (parameters before and after, rows that went forward) to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from thence.audit.judge.diagnose import FLOORS, AskedObjective, diagnose_step
+from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.judge.windows import planned_places, planned_steps, window_findings
+from thence.audit.result import Case, CaseResult, Finding, StepResult
+from thence.audit.solve.explain import explain
+from thence.audit.solve.gradients import Differentiator
+from thence.audit.solve.observation import ForwardRow, Observation, forward_rows, load_states
+from thence.audit.solve.probe import Probe, vocabulary
+from thence.audit.solve.recover import LeastSquares, gradient_of_update, rounding_noise
+from thence.audit.solve.sequences import KnownExample, Piece, find_pieces, planned_pieces
+from thence.audit.solve.signs import FLOOR as SIGN_FLOOR
+from thence.audit.solve.signs import WRONG, SignRegression, looks_like_signs
+from thence.audit.solve.solver import Explanation, StepSolver, Update
+from thence.errors import UserError
+
+RESIDUALS = {"float32": 1e-4, "bfloat16": 8e-2, "autocast": 8e-2}
+"""Residuals that arithmetic alone may leave, by precision; rounding of the stored parameters comes on top."""
+MANTISSA = {"torch.float32": 23, "torch.bfloat16": 7, "torch.float16": 10, "torch.float64": 52}
+DROWNED = 0.3
+"""An update whose rounding noise is a larger share than this cannot be judged."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a case that was run.
+
+    Args:
+        states: parameters before the first step and after each, by name.
+        rows: that went forward in each step, where they were watched; else
+        pieces: of each step as planned.
+        advantages: one factor an example, for policy-gradient losses; None: supervised.
+        longest: constant of a constant divisor, tokens; 0: not known.
+        lr: learning rate, where it is not the case's.
+        scale_known: False where learning rate or optimizer are not known.
+    """
+
+    states: Sequence[Mapping[str, Tensor]]
+    rows: Sequence[Sequence[ForwardRow]] | None = None
+    pieces: Sequence[Sequence[Piece]] | None = None
+    advantages: Sequence[float] | None = None
+    longest: float = 0.0
+    lr: float | None = None
+    scale_known: bool = True
+
+
+class Judge:
+    """Judges cases of one probe; keeps the model in float64 and the gradients at the parameters last seen.
+
+    Args:
+        model: a copy of the probe's model; becomes float64.
+        known: the examples.
+        texts: of the tokens, by id.
+        pad: id of the padding token.
+        end: id of the end-of-turn token; None: the last trained token of a row.
+    """
+
+    def __init__(
+        self, model: nn.Module, known: Sequence[KnownExample], texts: Sequence[str], pad: int, end: int | None
+    ):
+        self.model, self.known, self.texts, self.pad, self.end = model, list(known), list(texts), pad, end
+        self._solvers: dict[tuple, StepSolver] = {}
+
+    @classmethod
+    def of_probe(cls, probe: Probe) -> Judge:
+        """The judge of a probe in its folder."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
+        ids = vocabulary()
+        known = []
+        for example, (row, labels) in zip(probe.examples, probe.rows, strict=True):
+            prompt = tuple(ids[c] for c in example.prompt)
+            response = tuple(ids[c] for c in example.response)
+            known.append(KnownExample(prompt, response, row, labels))
+        return cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+
+    def observation(self, observed: Observation) -> CaseResult:
+        """Judge what an adapter's processes left behind.
+
+        Raises:
+            UserError: the trained model has no parameter of the probe's.
+        """
+        case = observed.case
+        if observed.status != "done":
+            return CaseResult(case, observed.status, observed.reason, seconds=observed.seconds)  # pyright: ignore
+        states, findings = load_states(observed.folder, len(observed.records))
+        if not states:
+            return CaseResult(case, "failed", "the adapter kept no parameters", seconds=observed.seconds)
+        said: dict[str, Any] = {}
+        for record in observed.records:
+            said |= record["said"]
+        evidence = Evidence(
+            states,
+            rows=[forward_rows(observed.records, step, self.pad) for step in range(max(len(states) - 1, 1))],
+            advantages=said.get("advantages"),
+            longest=float(said.get("longest", 0.0)),
+            lr=said.get("lr"),
+        )
+        result = self.case(case, evidence)
+        return replace(result, findings=(*findings, *result.findings), seconds=observed.seconds)
+
+    def case(self, case: Case, evidence: Evidence) -> CaseResult:
+        """Judge the steps of a case, in order, up to the first that cannot be judged.
+
+        Raises:
+            UserError: the trained model has no parameter of the probe's.
+        """
+        walk = _Walk(self, case, evidence)
+        status, reason = "judged", ""
+        try:
+            for step in range(1, len(evidence.states)):
+                if not walk.step(step):
+                    break
+            else:
+                walk.count_steps()
+        except _NotJudged as stop:
+            status, reason = "not judged", str(stop)
+        return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
+
+    def plan(self, case: Case) -> list[list[Piece]]:
+        """The pieces of every step, if rows are taken in order and dealt to ranks micro-batch by micro-batch."""
+        return [planned_pieces(self.known, places) for places in planned_places(case)]
+
+    def solver(
+        self, state: Mapping[str, Tensor], regression: type[LeastSquares] | type[SignRegression] = LeastSquares
+    ) -> StepSolver:
+        """The solver over the parameters that a snapshot and the probe's model share.
+
+        Raises:
+            UserError: they share none.
+        """
+        parameters = dict(self.model.named_parameters())
+        names = tuple(n for n in parameters if n in state and state[n].shape == parameters[n].shape)
+        if not names:
+            raise UserError(
+                f"the trained model has no parameter of the probe's (but {', '.join(list(state)[:3])} ...)",
+                remedy="write the model in the Hugging Face layout",
+            )
+        if (names, regression) not in self._solvers:
+            self._solvers[names, regression] = StepSolver(Differentiator(self.model, names), regression)
+        return self._solvers[names, regression]
+
+
+class _NotJudged(Exception):
+    """A step that cannot be judged; the message says why."""
+
+
+class _Walk:
+    """The steps of one case, judged one after the other; ``results`` and ``findings`` grow."""
+
+    def __init__(self, judge: Judge, case: Case, evidence: Evidence):
+        self.judge, self.case, self.evidence = judge, case, evidence
+        self.results: list[StepResult] = []
+        self.findings: list[Finding] = []
+        self._gradients: list[np.ndarray] = []
+        self._seen: dict[int, int] = {}
+        narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in evidence.states[0].values())
+        self._precision = "bfloat16" if narrow and case.precision == "float32" else case.precision
+        self._solver = judge.solver(evidence.states[0])
+
+    def step(self, step: int) -> bool:
+        """Judge one step, the first is 1. Returns whether the next one can be judged. Raises _NotJudged."""
+        evidence = self.evidence
+        state = evidence.states[step - 1]
+        before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
+        if not np.any(before - after):
+            self.findings.append(Finding("no-step", "fault", f"optimizer step {step} changed no parameter"))
+            self._gradients.append(np.zeros_like(before))
+            return True
+        pieces, rows = self._examples(step)
+        noise = rounding_noise(before, after, MANTISSA[str(next(iter(evidence.states[step].values())).dtype)])
+        if noise > DROWNED:
+            raise _NotJudged(
+                f"the update drowns in the rounding of the parameters ({noise:.0%}); raise the learning rate"
+            )
+        floor, tolerance = FLOORS[self._precision], max(RESIDUALS[self._precision], 4 * noise)
+        solver = self._solver
+        if self.case.optimizer == "unknown" and looks_like_signs(before - after):
+            if step > 1:
+                raise _NotJudged("of Adam as it is, only the first step can be judged")
+            gradient, floor, tolerance = before - after, SIGN_FLOOR, WRONG
+            solver = self.judge.solver(state, SignRegression)
+        else:
+            lr = self.case.lr if evidence.lr is None else evidence.lr
+            gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
+        solver.move_to(state)
+        earlier = self._gradients[::-1][:2]
+        update = Update(gradient, pieces, rows, tolerance, earlier, before, self.case.label_smoothing)
+        explanation = explain(solver, update)
+        self._gradients.append(gradient)
+        if not explanation.fits:
+            self.findings.append(_differs_by_parameter(solver, update, explanation))
+            return False
+        result = diagnose_step(step, explanation, pieces, self._asked(pieces), self.judge.texts, floor)
+        self.results.append(replace(result, findings=(*result.findings, *objective_findings(self.case, result))))
+        return True
+
+    def count_steps(self) -> None:
+        """Say so where fewer optimizer steps were taken than were due."""
+        taken, due = len(self.evidence.states) - 1, planned_steps(self.case)
+        if taken == 0:
+            detail = f"{self.case.examples} examples went in and no optimizer step was taken"
+            self.findings.append(Finding("no-step", "fault", detail))
+        elif taken < due and self.evidence.rows is not None:
+            detail = f"{taken} optimizer steps were taken where {due} were due"
+            self.findings.append(Finding("window-dropped", "note", detail))
+
+    def _examples(self, step: int) -> tuple[list[Piece], Sequence[ForwardRow]]:
+        """The pieces of a step, and its rows where they were watched."""
+        evidence = self.evidence
+        rows: Sequence[ForwardRow] = ()
+        pieces: list[Piece] = []
+        if evidence.rows is not None:
+            rows = evidence.rows[step - 1]
+            pieces, strange = find_pieces(rows, self.judge.known, self.judge.end)
+            if strange or not pieces:
+                raise _NotJudged(_strange(strange, rows))
+            self.findings += window_findings(self.case, step, pieces, self._seen)
+        elif evidence.pieces is not None:
+            pieces = list(evidence.pieces[step - 1])
+        advantages = evidence.advantages
+        unseen = [p.example + 1 for p in pieces if advantages is not None and not advantages[p.example]]
+        if unseen:
+            raise _NotJudged(
+                f"example {unseen[0]} has advantage zero, so nothing can be seen of it; choose other rewards"
+            )
+        return pieces, rows
+
+    def _asked(self, pieces: Sequence[Piece]) -> AskedObjective:
+        case, advantages = self.case, self.evidence.advantages
+        return AskedObjective(
+            case.asked,
+            np.array([1.0 if advantages is None else advantages[p.example] for p in pieces]),
+            case.accumulation,
+            case.ranks,
+            self.evidence.scale_known and case.clip == 0 and case.optimizer != "unknown",
+            self.evidence.longest,
+        )
+
+
+def _differs_by_parameter(solver: StepSolver, update: Update, explanation: Explanation) -> Finding:
+    """An update that is no weighted sum of token gradients as a whole may be one parameter by parameter.
+
+    Raises:
+        _NotJudged: it is not, or all parameters got the same rows.
+    """
+    parts = solver.by_parameter(update)
+    good = {name: weights for name, (weights, residual) in parts.items() if residual <= 10 * update.tolerance}
+    if parts and len(good) == len(parts):
+        shapes: dict[tuple[float, ...], list[str]] = {}
+        for name, weights in good.items():
+            key = tuple(np.round(weights / max(np.abs(weights).max(), 1e-12), 2).tolist())
+            shapes.setdefault(key, []).append(name)
+        if len(shapes) > 1:
+            rare = min(shapes.values(), key=len)
+            detail = f"{len(rare)} of {len(good)} parameters ({', '.join(rare[:3])}) got other rows than the rest"
+            return Finding("differs-by-parameter", "fault", detail)
+    raise _NotJudged(
+        f"the update is not a weighted sum of token gradients: residual {explanation.fit.residual:.2g} per token, "
+        f"{explanation.residual_sequences:.2g} per sequence, {update.tolerance:.2g} allowed"
+    )
+
+
+def objective_findings(case: Case, result: StepResult) -> list[Finding]:
+    """Whether the objective is the one asked for."""
+    if result.objective is None:
+        if result.findings:
+            return []
+        detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
+        return [Finding("unnamed", "fault", detail)]
+    asked = {case.asked, *(("token-mean",) if case.asked == "constant-divisor" else ())}
+    if asked & {result.objective, *result.alike}:
+        choice = Finding(case.asked, "choice", f"the {OBJECTIVES[case.asked].title}, as asked for")
+        return [] if case.asked == "token-mean" else [choice]
+    if any(f.id == result.objective and f.kind == "fault" for f in result.findings):
+        return []
+    detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
+    return [Finding(result.objective, "fault", detail)]
+
+
+def _strange(strange: int, rows: Sequence[ForwardRow]) -> str:
+    if not rows:
+        return "no forward pass was seen in this step"
+    return f"{strange or len(rows)} of {len(rows)} rows that went forward hold none of the probe's examples"
+
+
+def _unique(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    unique: dict[str, Finding] = {}
+    for finding in findings:
+        unique.setdefault(finding.id, finding)
+    return tuple(unique.values())

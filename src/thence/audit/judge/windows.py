@@ -1,0 +1,58 @@
+"""The rows that are due in every optimizer step of a case, and whether they were in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thence.audit.result import Case, Finding
+from thence.audit.solve.sequences import Piece
+
+
+def window_sizes(case: Case) -> list[int]:
+    """Rows of each optimizer step, if the last window of an epoch is trained as it is."""
+    sizes = []
+    for _ in range(case.epochs):
+        left = case.examples
+        while left > 0:
+            sizes.append(min(left, case.window))
+            left -= sizes[-1]
+    return sizes
+
+
+def planned_steps(case: Case) -> int:
+    """Optimizer steps that the case should take."""
+    return min(case.steps, len(window_sizes(case)))
+
+
+def window_findings(case: Case, step: int, pieces: Sequence[Piece], seen: dict[int, int]) -> list[Finding]:
+    """Whether a step held the rows that were due; ``seen`` counts every example's appearances and is updated."""
+    sizes = window_sizes(case)
+    examples = [p.example for p in pieces]
+    before = {seen.get(example, 0) for example in examples}
+    for example in examples:
+        seen[example] = seen.get(example, 0) + 1
+    if case.packing or step > len(sizes) or len(examples) == sizes[step - 1]:
+        return []
+    due = sizes[step - 1]
+    full = case.micro_batch * case.ranks
+    if due < len(examples) <= -(-due // full) * full and len(set(examples)) == due:
+        return [Finding("rows-repeated", "note", f"step {step} holds {len(examples)} rows of {due} examples")]
+    if len(examples) > due and len(before) == 1 and before != {0}:
+        return [Finding("window-dropped", "note", f"the last {due} examples of an epoch were not trained")]
+    if len(examples) > due:
+        # Every row still counts once; if the mixture is scaled wrongly, the weights say so by themselves.
+        detail = f"step {step} holds {len(examples)} rows where the epoch had {due} left"
+        return [Finding("window-mixed", "note", detail)]
+    return [Finding("window-dropped", "note", f"step {step} holds {len(examples)} rows where {due} were due")]
+
+
+def planned_places(case: Case) -> list[list[tuple[int, int, int]]]:
+    """(example, micro-batch, rank) of the rows of every step, taken in order and dealt to ranks by micro-batches."""
+    steps, done = [], 0
+    for size in window_sizes(case)[: case.steps]:
+        micro_batches = [place // case.micro_batch for place in range(size)]
+        steps.append(
+            [((done + i) % case.examples, m // case.ranks, m % case.ranks) for i, m in enumerate(micro_batches)]
+        )
+        done += size
+    return steps

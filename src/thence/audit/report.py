@@ -1,0 +1,96 @@
+"""The report of an audit, and how it is made from judged cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from thence import __version__
+from thence.audit.judge.verdict import judge_all, not_told_apart, scale_law, settle
+from thence.audit.result import CaseResult, Verdict
+from thence.audit.solve.probe import Probe
+from thence.audit.text import report_text
+from thence.redaction import redacted
+
+
+@dataclass(frozen=True)
+class Report:
+    """One audit.
+
+    Args:
+        target: the adapter's name, ``command`` or ``check``.
+        versions: of the stack's packages and of Python, as the audited environment has them.
+        command: what to type to repeat it.
+        cases: in the order of the matrix.
+        not_told_apart: sentences on what this matrix could not tell apart, and why.
+        probe: model family, number of parameters, tokens, seed.
+        date: ISO date and time, UTC.
+        seconds: wall time of the audit.
+        import_seconds: of which the stack's own imports took.
+    """
+
+    target: str
+    versions: Mapping[str, str]
+    command: str
+    cases: tuple[CaseResult, ...]
+    verdict: Verdict
+    not_told_apart: tuple[str, ...]
+    probe: Mapping[str, Any]
+    thence: str
+    date: str
+    seconds: float
+    import_seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every judged case trained what was asked for, and at least one was judged."""
+        return self.verdict.outcome == "no finding"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return report_text(self)
+
+
+def make_report(
+    target: str,
+    cases: Sequence[CaseResult],
+    versions: dict[str, str],
+    command: str,
+    probe: Probe | dict,
+    seconds: float,
+    asked: str = "",
+    reasons: Sequence[str] = (),
+    imports: float = 0.0,
+) -> Report:
+    """The report of a judged matrix."""
+
+    cases = settle([replace(case, reason=redacted(case.reason)) for case in cases], asked)
+    verdict = judge_all(cases, versions, asked)
+    return Report(
+        target=target,
+        versions=versions,
+        command=redacted(command),
+        cases=tuple(cases),
+        verdict=_with_law(verdict, cases),
+        not_told_apart=not_told_apart(cases, reasons),
+        probe=probe.describe() if isinstance(probe, Probe) else probe,
+        thence=__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+        import_seconds=round(imports, 1),
+    )
+
+
+def _with_law(verdict: Verdict, cases: Sequence[CaseResult]) -> Verdict:
+    """Say what the size of the update follows, where that is not one and the same weight in all."""
+    law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
+    name = scale_law([case for case in cases if case.status == "judged"])
+    if name in law and verdict.outcome == "finding":
+        first, second = verdict.sentences
+        return replace(verdict, sentences=(first, f"{second} The size of the update follows {law[name]}."))
+    return verdict

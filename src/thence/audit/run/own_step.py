@@ -1,0 +1,162 @@
+"""Audit a step function of your own, in this process: ``check(step, model=model)``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from thence.audit.judge.case import Evidence, Judge
+from thence.audit.report import Report, make_report
+from thence.audit.result import Case, CaseResult
+from thence.audit.solve.probe import LENGTHS
+from thence.audit.solve.sequences import KnownExample
+from thence.errors import UserError
+
+Row = Mapping[str, Sequence[int]]
+Step = Callable[..., Any]
+
+
+def check(
+    step: Step,
+    *,
+    model: nn.Module,
+    batch: Sequence[Row] | None = None,
+    asked: str = "token-mean",
+    lr: float | None = None,
+    vocabulary: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Recover the weight that every token gets in your own training step.
+
+    ``step(model, rows)`` trains the model in place on rows of ``input_ids`` and ``labels`` (lists of int; -100: not
+    trained) with one optimizer step, by an optimizer that it makes anew. If it takes ``micro_batch`` and
+    ``accumulation`` too, the same rows are cut in several ways, which is what tells most rules apart.
+
+    Args:
+        step: your step. SGD and Adam both do: Adam's first update gives the weights from its signs.
+        model: a small one (up to some million parameters), without dropout; it is copied, not changed. Its forward
+            takes ``input_ids`` of shape (1, T) and returns logits, or something with ``.logits``.
+        batch: rows to train on; None: random ones with very different lengths.
+        asked: the objective that you mean; a key of ``OBJECTIVES``.
+        lr: the learning rate, if the step is plain SGD: then the scale of the update is judged too.
+        vocabulary: size of the vocabulary for random rows; None: that of the model's configuration or embedding.
+        seed: of the random rows.
+
+    Raises:
+        UserError: rows without labels, or a step that does not take (model, rows).
+    """
+    start = time.monotonic()
+    rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
+    _validate(rows)
+    cut = _takes_a_cut(step)
+    known = [KnownExample((), (), tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+    size = max(max(row["input_ids"]) for row in rows) + 1
+    judge = Judge(copy.deepcopy(model), known, [str(i) for i in range(size)], -1, None)
+    results = []
+    for case in _cases(len(rows), cut, asked, lr):
+        results.append(_one(step, model, rows[: case.examples], case, judge, cut, lr))
+    reasons = [] if cut else ["the step takes no micro_batch and accumulation"]
+    name = getattr(step, "__name__", type(step).__name__)
+    return make_report(
+        f"step {name}",
+        results,
+        {"torch": torch.__version__},
+        f"thence.audit.check({name}, model=...)",
+        {"model": type(model).__name__, "examples": len(rows), "seed": seed},
+        time.monotonic() - start,
+        asked,
+        reasons,
+    )
+
+
+def random_rows(vocabulary: int, seed: int = 0, lengths: Sequence[int] = LENGTHS[:8]) -> list[Row]:
+    """Rows of random tokens: a prompt of 4 to 6 tokens, then a response of the given length."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index, length in enumerate(lengths):
+        prompt = 4 + index % 3
+        ids = torch.randint(0, vocabulary, (prompt + length,), generator=generator).tolist()
+        # Rows whose first tokens are the same cannot be told apart there.
+        ids[0] = index % vocabulary
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def _cases(rows: int, cut: bool, asked: str, lr: float | None) -> list[Case]:
+    optimizer: Literal["sgd", "unknown"] = "unknown" if lr is None else "sgd"
+    common = {"optimizer": optimizer, "lr": 1.0 if lr is None else lr, "asked": asked}
+    if not cut:
+        return [Case("the step as it is", rows, 1, examples=rows, **common)]
+    cases = [Case(f"micro {rows} x 1", rows, 1, examples=rows, **common)]
+    for micro_batch in (1, 2, 4):
+        accumulation = -(-rows // micro_batch)
+        if accumulation > 1:
+            cases.append(
+                Case(f"micro {micro_batch} x {accumulation}", micro_batch, accumulation, examples=rows, **common)
+            )
+    return cases
+
+
+def _one(
+    step: Step, model: nn.Module, rows: Sequence[Row], case: Case, judge: Judge, cut: bool, lr: float | None
+) -> CaseResult:
+    own = copy.deepcopy(model)
+    before = _state(own)
+    begun = time.monotonic()
+    arguments = {"micro_batch": case.micro_batch, "accumulation": case.accumulation} if cut else {}
+    try:
+        step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
+    except Exception as error:
+        return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
+    seconds = time.monotonic() - begun
+    pieces = judge.plan(case)
+    if not cut:
+        pieces = [[replace(piece, micro_batch=None, rank=None) for piece in part] for part in pieces]
+    result = judge.case(case, Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None))
+    return replace(result, seconds=seconds)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def _takes_a_cut(step: Step) -> bool:
+    try:
+        parameters = inspect.signature(step).parameters
+    except (TypeError, ValueError):
+        return False
+    return {"micro_batch", "accumulation"} <= set(parameters)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings
+    raise UserError(
+        "the model's vocabulary size is not known", remedy="pass vocabulary=..., or rows of your own as batch="
+    )
+
+
+def _validate(rows: Sequence[Row]) -> None:
+    for index, row in enumerate(rows):
+        missing = [key for key in ("input_ids", "labels") if key not in row]
+        if missing or len(row["input_ids"]) != len(row["labels"]):
+            raise UserError(
+                f"row {index} has no {missing[0]}"
+                if missing
+                else f"row {index}: input_ids and labels differ in length",
+                remedy="give rows with input_ids and labels of the same length, -100 where a token is not trained",
+            )
+        if all(label == -100 for label in row["labels"]):
+            raise UserError(f"row {index} trains no token", remedy="leave it out, or set its labels")

@@ -1,0 +1,278 @@
+"""Audit any program that reads a Hugging Face folder and a JSONL file, trains, and writes a model."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import string
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from thence.audit.judge.case import Evidence, Judge
+from thence.audit.report import Report, make_report
+from thence.audit.result import Case, CaseResult
+from thence.audit.run.cases import cases_for
+from thence.audit.run.stack import Tell, working_folder
+from thence.audit.solve.probe import Probe, write_probe
+from thence.errors import UserError
+from thence.redaction import redacted_command
+
+PLACEHOLDERS: Mapping[str, str] = {
+    "model": "folder of the model and tokenizer to start from",
+    "data": "file with the examples",
+    "data_folder": "folder that holds nothing but that file",
+    "out": "folder for the trained model",
+    "micro_batch": "rows in one forward pass of one rank",
+    "accumulation": "micro-batches of one rank in one optimizer step",
+    "ranks": "data-parallel processes",
+    "epochs": "passes over the data",
+    "steps": "optimizer steps",
+    "batch": "rows in one optimizer step",
+    "lr": "learning rate",
+    "seed": "a number",
+    "precision": "float32 or bfloat16",
+    "checkpointing": "true or false",
+    "packing": "true or false",
+    "label_smoothing": "a share",
+    "port": "a free port",
+}
+NEEDED = ("model", "data", "out")
+"""``{data_folder}`` does for ``{data}``."""
+
+
+def audit_program(
+    program: Sequence[str],
+    *,
+    layout: str = "prompt-completion",
+    asked: str = "token-mean",
+    lr: float | None = None,
+    quick: bool = False,
+    only: Sequence[str] = (),
+    model_type: str = "llama",
+    seed: int = 0,
+    seconds: float = 120.0,
+    keep: Path | None = None,
+    tell: Tell = lambda _: None,
+) -> Report:
+    """Run a program over the matrix that its placeholders allow, one optimizer step a case, and judge what it writes.
+
+    The optimizer may be anything whose first update is the gradient (SGD, with or without momentum) or its sign (Adam,
+    AdamW). Learning rate and scale are then not known, unless ``lr`` says that it takes plain SGD steps of that size.
+
+    Args:
+        program: words of the command line, with ``{placeholders}``.
+        layout: of the data file: ``rows``, ``messages``, ``prompt-completion``, ``chat-prompt-completion``, ``alpaca``.
+        asked: the objective that the program is meant to have; a key of ``OBJECTIVES``.
+
+    Raises:
+        UserError: unknown or missing placeholders, unknown layout, or a program that does not exist.
+    """
+    start = time.monotonic()
+    have = placeholders(program)
+    chosen, reasons = narrowed(have, asked, quick=quick)
+    if only:
+        chosen = [(case, reason) for case, reason in chosen if any(part in case.name for part in only)]
+    with working_folder(keep) as folder:
+        probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
+        if layout not in probe.data:
+            raise UserError(f"there is no data layout {layout!r}", remedy=f"choose one of {', '.join(probe.data)}")
+        judge = Judge.of_probe(probe)
+        results = []
+        for number, (case, reason) in enumerate(chosen):
+            if reason:
+                results.append(CaseResult(case, "skipped", reason))
+                continue
+            place = folder / f"case-{number}"
+            place.mkdir(exist_ok=True)
+            results.append(_run(program, case, probe, judge, layout, lr, place, seconds, seed, "micro_batch" in have))
+            tell(results[-1])
+    flags = [f"--layout {layout}", *(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
+    flags += [f"--asked {asked}"] if asked != "token-mean" else []
+    flags += [f"--lr {lr:g}"] if lr is not None else []
+    flags += [f"--model-type {model_type}"] if model_type != "llama" else []
+    flags += [f"--seed {seed}"] if seed else []
+    command = " ".join(["thence audit command", *flags, "--", redacted_command(program)])
+    return make_report(
+        "command", results, {"program": program[0]}, command, probe, time.monotonic() - start, asked, reasons
+    )
+
+
+def placeholders(program: Sequence[str]) -> set[str]:
+    """The placeholders of a program.
+
+    Raises:
+        UserError: one is not known, or one that is needed is missing.
+    """
+    have: set[str] = set()
+    for word in program:
+        try:
+            have |= {name for _, name, _, _ in string.Formatter().parse(word) if name is not None}
+        except ValueError as error:
+            raise UserError(f"{word!r}: {error}", remedy="write {{ and }} for braces of the program's own") from None
+    unknown = have - set(PLACEHOLDERS)
+    if unknown:
+        raise UserError(
+            f"unknown placeholder {{{sorted(unknown)[0]}}}",
+            remedy=f"there are {', '.join('{%s}' % name for name in PLACEHOLDERS)}",  # noqa: UP031
+        )
+    missing = [name for name in NEEDED if name not in have and (name != "data" or "data_folder" not in have)]
+    if missing:
+        raise UserError(
+            f"the program has no {{{missing[0]}}}",
+            remedy="it must read the model from {model} and the examples from {data}, and write the model to {out}",
+        )
+    return have
+
+
+def narrowed(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
+    """The cases that a program's placeholders allow, and sentences on what is missing for the rest."""
+    axes = {"incomplete"}
+    axes |= {"ranks"} & have
+    axes |= {"checkpointing", "packing", "label_smoothing"} & have
+    if "precision" in have:
+        axes.add("bfloat16")
+    reasons = []
+    chosen: list[tuple[Case, str]] = []
+    for case, reason in cases_for(axes, quick=False):
+        case = replace(case, optimizer="unknown", steps=1, epochs=1, asked=asked)
+        if case.examples > case.window or "AdamW" in case.name or "epoch" in case.name or "steps" in case.name:
+            continue
+        if reason and case.ranks == 1:
+            continue
+        if reason:
+            reason = "the program has no {ranks}"
+        for name, needed in (("micro_batch", case.micro_batch != 1), ("accumulation", case.accumulation != 1)):
+            if not reason and name not in have and needed:
+                reason = f"the program has no {{{name}}}"
+        chosen.append((case, reason))
+    for name, words in (
+        ("micro_batch", "the micro-batch cannot be set"),
+        ("accumulation", "the accumulation cannot be set"),
+        ("ranks", "the number of ranks cannot be set"),
+    ):
+        if name not in have:
+            reasons.append(f"{words}, since the program has no {{{name}}}")
+    if all(reason for _, reason in chosen):
+        chosen.append((Case("as the program cuts it", 8, 1, optimizer="unknown", asked=asked, quick=True), ""))
+    if "micro_batch" in have and "accumulation" not in have:
+        chosen.append((Case("micro 2, whatever accumulation", 2, 1, optimizer="unknown", asked=asked, quick=True), ""))
+    return [(case, reason) for case, reason in chosen if case.quick or not quick], reasons
+
+
+def _run(
+    program: Sequence[str],
+    case: Case,
+    probe: Probe,
+    judge: Judge,
+    layout: str,
+    lr: float | None,
+    place: Path,
+    seconds: float,
+    seed: int,
+    cut_known: bool,
+) -> CaseResult:
+    """One case: the program in a process of its own, then its model against the one it began with."""
+    out = place / "out"
+    values = _values(case, probe, layout, place, out, lr, seed)
+    words = [word.format(**values) for word in program]
+    begun = time.monotonic()
+    problem = _call(words, place, seconds)
+    waited = time.monotonic() - begun
+    if problem:
+        return CaseResult(case, "failed", problem, seconds=waited)
+    trained = find_model(out)
+    if trained is None:
+        return CaseResult(
+            case, "failed", f"no model (*.safetensors) was written below {{out}} ({out.name})", seconds=waited
+        )
+    states = [read_model(probe.model), read_model(trained)]
+    pieces = judge.plan(case)
+    if not cut_known:
+        pieces = [[replace(piece, micro_batch=None, rank=None) for piece in step] for step in pieces]
+    if lr is not None:
+        case = replace(case, optimizer="sgd", lr=lr)
+    result = judge.case(case, Evidence(states, pieces=pieces, scale_known=lr is not None))
+    return replace(result, seconds=waited)
+
+
+def _values(
+    case: Case, probe: Probe, layout: str, place: Path, out: Path, lr: float | None, seed: int
+) -> dict[str, str]:
+    source = probe.data[layout]
+    data = place / "data" / f"train{source.suffix}"
+    data.parent.mkdir(exist_ok=True)
+    if source.suffix == ".json":
+        import json
+
+        data.write_text(json.dumps(json.loads(source.read_text(encoding="utf-8"))[: case.examples]), encoding="utf-8")
+    else:
+        lines = source.read_text(encoding="utf-8").splitlines()[: case.examples]
+        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "model": str(probe.model),
+        "data": str(data),
+        "data_folder": str(data.parent),
+        "out": str(out),
+        "micro_batch": str(case.micro_batch),
+        "accumulation": str(case.accumulation),
+        "ranks": str(case.ranks),
+        "epochs": str(case.epochs),
+        "steps": str(case.steps),
+        "batch": str(case.window),
+        "lr": f"{lr if lr is not None else 1e-3:g}",
+        "seed": str(seed),
+        "precision": case.precision,
+        "checkpointing": str(case.checkpointing).lower(),
+        "packing": str(case.packing).lower(),
+        "label_smoothing": f"{case.label_smoothing:g}",
+        "port": str(port),
+    }
+
+
+def _call(words: Sequence[str], place: Path, seconds: float) -> str:
+    """Run the program; returns what went wrong, or nothing."""
+    log = place / "log.txt"
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log.open("wb") as sink:
+        try:
+            process = subprocess.Popen(
+                list(words), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise UserError(f"{words[0]} cannot be started: {error}", remedy="give a program that exists") from None
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"no answer within {seconds:g} s"
+    if code == 0:
+        return ""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"exit code {code}: {(lines or ['it printed nothing'])[-1][:300]}"
+
+
+def find_model(out: Path) -> Path | None:
+    """The folder with a model's safetensors below ``out``; of several the one written last."""
+    files = [p for p in out.rglob("*.safetensors") if "optim" not in p.name]
+    return max(files, key=lambda p: p.stat().st_mtime_ns).parent if files else None
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model's folder."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(str(path))
+    return state

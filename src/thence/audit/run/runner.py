@@ -1,0 +1,329 @@
+"""Let an adapter take its steps: in the stack's own Python, in child processes with a time limit.
+
+One process (one per rank) takes several cases one after the other, so that a slow import is paid once. A case that
+crashes or hangs is reported as failed, and the processes are started again for those that are left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from thence.audit.result import Case
+from thence.audit.solve.observation import Observation
+from thence.audit.solve.probe import Probe
+from thence.errors import UserError
+
+CHILD = Path(__file__).parent / "child.py"
+ADAPTERS = Path(__file__).parents[1] / "adapters"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The constants of an adapter's file.
+
+    Args:
+        name: as on the command line.
+        path: of its file.
+        axes: what the stack has.
+        cases: its own cases.
+    """
+
+    name: str
+    path: Path
+    stack: str
+    axes: frozenset[str]
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one start, one a rank: they import the stack and wait for their cases.
+
+    Args:
+        job: the file that will hold the cases.
+    """
+
+    ranks: int
+    job: Path
+    processes: tuple[subprocess.Popen[bytes], ...]
+
+
+def adapter_names() -> list[str]:
+    """Names of the adapters that come with thence."""
+    return sorted(p.stem.replace("_", "-") for p in ADAPTERS.glob("*.py") if p.stem != "__init__")
+
+
+def load_adapter(name: str) -> Adapter:
+    """An adapter by its name, or from a file ``path/to/adapter.py``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name.endswith(".py"):
+        from thence.audit.run.child import load_adapter as load_file
+
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"there is no adapter file {name}", remedy="give the path of an adapter's Python file")
+        module = load_file(str(path))
+    else:
+        if name not in adapter_names():
+            raise UserError(
+                f"there is no adapter {name!r}",
+                remedy=f"choose one of {', '.join(adapter_names())}, give an adapter's file, or audit any program "
+                "with `thence audit command -- ...`",
+            )
+        path = ADAPTERS / f"{name.replace('-', '_')}.py"
+        module = importlib.import_module(f"thence.audit.adapters.{path.stem}")
+    cases = tuple(Case(**fields) for fields in module.CASES)
+    return Adapter(Path(name).stem.replace("_", "-"), path, module.STACK, frozenset(module.AXES), cases)
+
+
+def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Group:
+    """Start processes that import the stack, before there are cases or a probe.
+
+    Raises:
+        UserError: ``python`` cannot be started.
+    """
+    for old in folder.glob("ready-*.json"):
+        old.unlink()
+    job = folder / "job.json"
+    _write(job, {"adapter": str(adapter.path.resolve()), "out": str(folder)})
+    return Group(ranks, job, tuple(_start(python, job, folder, ranks)))
+
+
+@contextlib.contextmanager
+def started_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Iterator[Group]:
+    """:func:`start_group`; whatever happens, the processes end with the block."""
+    group = start_group(adapter, python, folder, ranks)
+    try:
+        yield group
+    finally:
+        if any(process.returncode is None for process in group.processes):
+            _stop(group.processes, grace=0.0)
+
+
+def run_cases(
+    adapter: Adapter,
+    python: str,
+    probe: Probe,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    seconds: float = 120.0,
+    tell: Callable[[Observation], None] = lambda _: None,
+    first: Group | None = None,
+) -> tuple[list[Observation], dict[str, str], float]:
+    """Run cases and return their observations in order, the stack's versions, and the seconds of its imports.
+
+    Args:
+        python: of the environment in which the stack is installed.
+        seconds: most for one case, imports apart.
+        tell: called with every observation as it comes.
+        first: processes already started, for the cases of as many ranks.
+
+    Raises:
+        UserError: the stack could not be imported at all.
+    """
+    numbered = [(f"case-{i}", case) for i, case in enumerate(cases)]
+    found: dict[str, Observation] = {}
+    versions: dict[str, str] = {}
+    imports = 0.0
+    for ranks in sorted({case.ranks for case in cases}):
+        left = [(name, case) for name, case in numbered if case.ranks == ranks]
+        while left:
+            early = first if first is not None and first.ranks == ranks else None
+            group, first = early or start_group(adapter, python, folder, ranks), None
+            try:
+                done, said, waited = _run_group(group, adapter, python, probe, left, folder, seconds, tell)
+            except UserError as error:
+                if not found:
+                    raise
+                # It started before: what was judged is kept.
+                done, said, waited = _failed(left, folder, str(error), tell), {}, 0.0
+            versions |= said
+            imports += waited
+            found |= done
+            left = [(name, case) for name, case in left if name not in found]
+    return [found[name] for name, _ in numbered], versions, imports
+
+
+def _run_group(
+    group: Group,
+    adapter: Adapter,
+    python: str,
+    probe: Probe,
+    cases: Sequence[tuple[str, Case]],
+    folder: Path,
+    seconds: float,
+    tell: Callable[[Observation], None],
+) -> tuple[dict[str, Observation], dict[str, str], float]:
+    """One start of the processes: as many cases as they manage, at least one."""
+    processes, ranks = group.processes, group.ranks
+    for name, _ in cases:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    job = {
+        "adapter": str(adapter.path.resolve()),
+        "model": str(probe.model),
+        "data": {layout: str(path) for layout, path in probe.data.items()},
+        "out": str(folder),
+        "cases": [asdict(case) | {"folder": name} for name, case in cases],
+    }
+    _write(group.job, job)
+    found: dict[str, Observation] = {}
+    try:
+        ready = _wait(processes, [folder / f"ready-{r}.json" for r in range(ranks)], 600.0)
+        if not ready:
+            _refuse(adapter, python, folder)
+        facts = json.loads((folder / "ready-0.json").read_text(encoding="utf-8"))
+        for name, case in cases:
+            begun = time.monotonic()
+            records = [folder / name / f"rank-{r}" / "record.json" for r in range(ranks)]
+            complete = _wait(processes, records, seconds)
+            found[name] = _observe(case, folder, name, ranks, complete, time.monotonic() - begun, seconds)
+            tell(found[name])
+            if not complete:
+                break
+        return found, facts["versions"], facts["import_seconds"]
+    finally:
+        _stop(processes, grace=2.0 if len(found) == len(cases) else 0.0)
+
+
+def _failed(
+    cases: Sequence[tuple[str, Case]], folder: Path, reason: str, tell: Callable[[Observation], None]
+) -> dict[str, Observation]:
+    found = {name: Observation(case, folder / name, (), "failed", reason) for name, case in cases}
+    for observation in found.values():
+        tell(observation)
+    return found
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(path)
+
+
+def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(folder / "hub"),
+            "WANDB_MODE": "disabled",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        environment.pop("PYTHONPATH", None)
+        if ranks == 1:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                environment.pop(name)
+        log = (folder / f"log-{ranks}-{rank}.txt").open("ab")
+        options = {"stdin": subprocess.DEVNULL, "env": environment, "cwd": folder, "start_new_session": True}
+        with log:
+            try:
+                processes.append(subprocess.Popen([python, str(CHILD), str(job)], stdout=log, stderr=log, **options))
+            except OSError as error:
+                raise UserError(
+                    f"{python} cannot be started: {error}", remedy="give the stack's Python: --python ENV/bin/python"
+                ) from None
+    return processes
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], files: Sequence[Path], seconds: float) -> bool:
+    """Until all files are there; False if a process ends without them, or the time is over."""
+    limit = time.monotonic() + seconds
+    while True:
+        if all(_complete(file) for file in files):
+            return True
+        dead = [p for p in processes if p.poll() is not None]
+        if dead:
+            return all(_complete(file) for file in files)
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+
+
+def _complete(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _observe(
+    case: Case, folder: Path, name: str, ranks: int, complete: bool, waited: float, limit: float
+) -> Observation:
+    records = []
+    for rank in range(ranks):
+        path = folder / name / f"rank-{rank}" / "record.json"
+        if _complete(path):
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+    if not complete:
+        failed = [r["reason"] for r in records if r["status"] == "failed"]
+        why = f"no answer within {limit:g} s" if waited >= limit else "the process ended"
+        reason = f"{failed[0]} ({why} on another rank)" if failed else f"{why}: {_tail(folder, ranks)}"
+        return Observation(case, folder / name, tuple(records), "failed", reason, waited)
+    for status in ("failed", "skipped"):
+        reasons = [r["reason"] for r in records if r["status"] == status]
+        if reasons:
+            return Observation(case, folder / name, tuple(records), status, reasons[0], waited)
+    return Observation(case, folder / name, tuple(records), "done", "", waited)
+
+
+def _refuse(adapter: Adapter, python: str, folder: Path) -> None:
+    raise UserError(
+        f"{adapter.stack} does not start in {python}: {_tail(folder, 1)}",
+        remedy=f"give the Python in which {adapter.stack} is installed: --python ENV/bin/python",
+    )
+
+
+def _tail(folder: Path, ranks: int) -> str:
+    """The last line that says something in the logs of the processes."""
+    for rank in range(ranks):
+        path = folder / f"log-{ranks}-{rank}.txt"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        said = [line.strip() for line in lines if line.strip()]
+        errors = [line for line in said if "Error" in line]
+        if said:
+            return (errors or said)[-1][:300]
+    return "it printed nothing"
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """End the processes and whatever they started."""
+    limit = time.monotonic() + grace
+    for process in processes:
+        while process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.02)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

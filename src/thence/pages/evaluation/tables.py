@@ -1,0 +1,190 @@
+"""The results of an evaluation, and the differences of two, as tables with what has to be known to read them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+from thence.evaluate.summary import Comparison, Result, TaskResult
+from thence.foreign_text import one_line
+from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.stats.spread import Score
+from thence.wording import counted
+
+
+def results_table(result: Result, whole: bool = False) -> Table:
+    """Scores in per cent, or mean rewards; a row a task, and the means of groups. Notes say how to read it.
+
+    Args:
+        result: the numbers.
+        whole: with every count and with intervals below the scores, as a page has room for; else with the interval of
+            the first score in a column of its own.
+    """
+    rows = result.tasks
+    degrees = [row for row in rows if row.reward is not None]
+    all_graded = bool(degrees) and len(degrees) == len(rows)
+    what = "Mean reward" if all_graded else "Right answers, %"
+    level = "avg@k" if not degrees else "reward" if all_graded else "avg@k, or reward *"
+    columns = _columns(result, level, whole, mark="" if all_graded else " *")
+    names = list(columns)
+    found = []
+    for row in rows:
+        label, group = (row.task.title or row.task.name, row.task.group) if whole else (row.task.name, "")
+        found.append(Row(label, tuple(cell(row) for cell in columns.values()), group))
+    for group in result.groups:
+        mean = {level: Cell(percent(group.score), ends(group.score) if whole else "", strong=True)}
+        mean |= {"interval": Cell(ends(group.score))}
+        cells = tuple(mean.get(name, Cell("")) for name in names)
+        found.append(Row(f"{group.name} mean of {len(group.tasks)}", cells, apart=True))
+    title = f"{what} (95% interval over problems)"
+    return Table(title, (what if whole else "task", *names), tuple(found), tuple(notes(result)))
+
+
+def _columns(result: Result, level: str, whole: bool, mark: str) -> dict[str, Callable[[TaskResult], Cell]]:
+    """Headers and what stands below them."""
+    rows = result.tasks
+
+    def scored(score: Score | None) -> Cell:
+        return NOTHING if score is None else Cell(percent(score), ends(score) if whole else "")
+
+    columns: dict[str, Callable[[TaskResult], Cell]] = {"n": _problems}
+    if result.not_answered:
+        columns["unanswered"] = lambda row: Cell(f"{len(row.not_answered):,}")
+    columns["k"] = lambda row: Cell(str(row.task.samples))
+    columns[level] = lambda row: scored(row.avg) if row.reward is None else _reward(row.reward, whole, mark)
+    if not whole:
+        columns["interval"] = lambda row: Cell(ends(row.avg) if row.reward is None else degree_ends(row.reward))
+    if any(row.task.samples > 1 for row in rows):
+        columns["pass@k"] = lambda row: scored(row.passed.get(row.task.samples) if row.task.samples > 1 else None)
+        columns["maj@k"] = lambda row: scored(row.majority)
+    if any(row.lenient is not None for row in rows):
+        columns["lenient"] = lambda row: scored(row.lenient)
+    if whole:
+        columns["right"] = lambda row: Cell(f"{row.right:,}")
+        columns["wrong"] = lambda row: Cell(f"{row.wrong:,}")
+        if any(row.graded for row in rows):
+            columns["graded"] = lambda row: Cell(f"{row.graded:,}")
+    columns["unknown"] = lambda row: Cell(f"{row.unknown:,}")
+    columns["cut"] = lambda row: Cell(f"{row.truncated:,}")
+    digits = 1 if whole else 0
+    columns["tokens"] = lambda row: NOTHING if row.mean_tokens is None else Cell(f"{row.mean_tokens:,.{digits}f}")
+    return columns
+
+
+def _problems(row: TaskResult) -> Cell:
+    counted = len(row.shares)
+    return Cell(f"{counted:,}" + (f" of {row.expected:,}" if counted != row.expected else ""))
+
+
+def _reward(score: Score, whole: bool, mark: str) -> Cell:
+    if not whole:
+        return Cell(f"{degree(score)}{mark}")
+    between = "" if degree_ends(score) == "–" else f"{degree_ends(score)} "
+    return Cell(degree(score), f"{between}mean reward")
+
+
+def notes(result: Result) -> list[str]:
+    """What has to be known to read the table, in sentences."""
+    settings, rows = result.settings, result.tasks
+    temperatures = ", ".join(dict.fromkeys(f"{row.task.temperature:g}" for row in rows))
+    limits = ", ".join(dict.fromkeys(f"{row.task.max_tokens:,}" for row in rows))
+    seeds = ", ".join(dict.fromkeys(str(row.task.seed) for row in rows))
+    versions = ", ".join(dict.fromkeys(f"{row.grader} ({'; '.join(row.versions) or 'none yet'})" for row in rows))
+    how = f"T = {temperatures}, at most {limits} tokens, seed {seeds}, graded by {versions}"
+    lines = [f"n problems, k samples each, {how}"]
+    if settings.limit is not None:
+        lines.append(f"only the first {settings.limit} problems of every task")
+    if result.missing:
+        lines.append(
+            f"unfinished: {counted(result.missing, 'sample')} missing; problems without all samples are left out"
+        )
+    lines += _not_answered(result)
+    if any(row.lenient is not None for row in rows):
+        lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
+    if degrees := [row.task.name for row in rows if row.graded]:
+        lines.append(
+            f"mean reward, of any scale: {', '.join(degrees)}; the grader gives degrees and states no score from which "
+            "a response is right (right_from), so there is no share of right answers"
+        )
+    if short := sum(row.short for row in rows):
+        lines.append(f"the model's context left less than the limit of tokens for {short:,} responses")
+    return lines
+
+
+def _not_answered(result: Result) -> list[str]:
+    """What was left out, and what ended in a way that is not the model's."""
+    lines = []
+    for row in result.tasks:
+        if row.not_answered:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(row.not_answered_kinds.items()))
+            key, reason = next(iter(row.not_answered.items()))
+            lines.append(
+                f"{row.task.name}: {len(row.not_answered):,} of {row.expected:,} problems were not answered ({kinds}), "
+                f"and the numbers are over the others; for example {key}: {one_line(reason)}"
+            )
+    if lines:
+        lines.append("run the same command again to ask them again")
+    ends = Counter({name: 0 for row in result.tasks for name in row.other_ends})
+    for row in result.tasks:
+        ends.update(row.other_ends)
+    if ends:
+        found = ", ".join(f"{one_line(name, 40)} {count:,}" for name, count in sorted(ends.items()))
+        lines.append(f"responses that did not end with stop or length, as the server calls it: {found}")
+    return lines
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Paired differences of two evaluations; a row a task, and the means of groups."""
+    a, b = comparison.a.settings, comparison.b.settings
+    rows = []
+    for row in comparison.rows:
+        pair = row.paired
+        texts = [f"{pair.problems:,}", f"{100 * row.a:.1f}", f"{100 * row.b:.1f}"]
+        texts += [f"{100 * pair.difference:+.1f}", interval(pair.low, pair.high), p_value(pair.p_value)]
+        rows.append(Row(row.task.name, tuple(map(Cell, texts))))
+    for name, value, low, high in comparison.groups:
+        texts = ["", "", "", f"{100 * value:+.1f}", interval(low, high), ""]
+        rows.append(Row(f"{name} mean", tuple(map(Cell, texts)), apart=True))
+    lines = [f"A: {_model(a.model, a.stage)}", f"B: {_model(b.model, b.stage)}"]
+    lines += [f"they differ in more than the model: {name}: {old} / {new}" for name, old, new in comparison.unlike]
+    if comparison.only:
+        lines.append(f"only one of them has: {', '.join(comparison.only)}")
+    if len(comparison.rows) > 1:
+        lines.append("p-values are for one task each; over several tasks some are small by chance")
+    title = "B minus A on the same problems, % points (95% interval)"
+    return Table(title, ("task", "n", "A", "B", "B - A", "interval", "p"), tuple(rows), tuple(lines))
+
+
+def percent(score: Score | None) -> str:
+    """A score in per cent."""
+    return "–" if score is None else f"{100 * score.value:.1f}"
+
+
+def ends(score: Score | None) -> str:
+    """The ends of its interval in per cent. Near 0 and 100 they are not at the same distance: no ± would be true."""
+    return "–" if score is None else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+
+
+def degree(score: Score) -> str:
+    """A mean reward, on its own scale."""
+    return f"{score.value:.4g}"
+
+
+def degree_ends(score: Score) -> str:
+    """The ends of its interval; none for a single problem."""
+    return "–" if math.isinf(score.high) else f"{score.low:.4g} to {score.high:.4g}"
+
+
+def interval(low: float, high: float) -> str:
+    """An interval in per cent."""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value with two significant digits."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def _model(name: str, stage: str | None) -> str:
+    return name if stage is None or name.endswith(f":{stage}") else f"{name} (stage {stage})"

@@ -1,0 +1,76 @@
+"""Curves of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thence.pages.figure import PAGE, Figure, fitted_canvas, inline, plain_axes, settings
+from thence.pipeline.run_files import Training
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """One curve: key in metrics.jsonl, title, unit of the vertical axis, and a second key drawn over it."""
+
+    key: str
+    title: str
+    unit: str
+    second: str | None = None
+    second_label: str = ""
+
+
+_COMMON = (
+    Quantity("grad_norm", "Gradient norm", "L2, before clipping"),
+    Quantity("lr", "Learning rate", "learning rate"),
+)
+QUANTITIES = {
+    "sft": (
+        Quantity("loss", "Loss", "nats a trained token", "held_out_loss", "held out"),
+        *_COMMON,
+        Quantity("entropy", "Entropy", "nats a token"),
+    ),
+    "rl": (
+        Quantity("reward", "Reward", "mean over rollouts"),
+        Quantity("response_tokens", "Response length", "tokens, mean"),
+        Quantity("entropy", "Entropy", "nats a token"),
+        Quantity("clip_share", "Clipped tokens", "share of tokens"),
+        Quantity("loss", "Loss", "surrogate loss"),
+        *_COMMON,
+    ),
+}
+
+
+def curves(training: Training) -> list[Figure]:
+    """The curves of a stage, each with its last value as a note; a quantity that was never measured is left out."""
+    drawn = []
+    for index, quantity in enumerate(QUANTITIES.get(training.kind, QUANTITIES["sft"])):
+        xs, ys = training.series(quantity.key)
+        if not xs:
+            continue
+        second = training.series(quantity.second) if quantity.second else ([], [])
+        svg = _draw(quantity, (xs, ys), second, salt=f"{training.stage}-{index}")
+        drawn.append(Figure(quantity.title, svg, notes=(f"{ys[-1]:.4g} at step {xs[-1]:,.0f}",)))
+    return drawn
+
+
+def _draw(quantity: Quantity, main: tuple[list, list], second: tuple[list, list], salt: str) -> str:
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(settings(salt)):
+        figure = fitted_canvas(4.0, 2.3)
+        axes = figure.subplots()
+        plain_axes(axes, PAGE, "step", quantity.unit)
+        style = {"marker": "o", "markersize": 3} if len(main[0]) < 3 else {}
+        axes.plot(*main, color=PAGE.series[0], linewidth=1.1, solid_joinstyle="round", **style)
+        if second[0]:
+            other = {"color": PAGE.series[1], "linewidth": 1.1, "marker": "o", "markersize": 3}
+            axes.plot(*second, **other)
+            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "right", "color": PAGE.series[1]}
+            axes.annotate(quantity.second_label, (second[0][-1], second[1][-1]), **place)
+        if min(main[1]) == max(main[1]):  # a flat line, not noise blown up to the height of the chart
+            low, high = sorted((0.0, 1.5 * main[1][0] or 1.0))
+            axes.set_ylim(low, high)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        return inline(figure, f"{quantity.title}, {quantity.unit}, by step")

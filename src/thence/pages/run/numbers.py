@@ -1,0 +1,42 @@
+"""The numbers of a run as JSON and CSV."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from thence.files import to_csv, to_json
+from thence.pages.run.outcome import outcome
+from thence.pipeline.run_files import Measurement, RunFiles, Training
+
+_TOTALS = ("tokens", "trained_tokens", "flops", "seconds")
+
+
+def report_json(run: RunFiles) -> str:
+    """Everything on the page that is a number: results, totals and the steps of every stage."""
+    content = {
+        "outcome": outcome(run),
+        "name": run.recipe.get("name"),
+        "seed": run.recipe.get("seed"),
+        "environment": dict(run.environment),
+        "results": [asdict(cell) for cell in run.cells],
+        "training": [{**totals(stage), "curve": list(stage.steps)} for stage in run.training],
+        "pending": run.pending,
+        "notes": list(run.notes),
+    }
+    return to_json(content, indent=1) + "\n"
+
+
+def report_csv(run: RunFiles) -> str:
+    """The table of results, a line a cell. Shares are between 0 and 1."""
+    own = {"name": run.recipe.get("name"), "seed": run.recipe.get("seed")}
+    return to_csv(
+        [*own, *(field.name for field in fields(Measurement))], ({**own, **asdict(cell)} for cell in run.cells)
+    )
+
+
+def totals(stage: Training) -> dict[str, Any]:
+    """Steps, tokens, FLOPs and seconds of a training stage, summed over its steps."""
+    return {"stage": stage.stage, "kind": stage.kind, "steps": len(stage.steps)} | {
+        key: stage.total(key) for key in _TOTALS
+    }

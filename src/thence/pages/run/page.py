@@ -1,0 +1,144 @@
+"""The page of a run, and the same numbers as JSON and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from thence.files import stream_lines, write_atomically
+from thence.pages.environment import environment_facts
+from thence.pages.run.curves import curves
+from thence.pages.run.numbers import report_csv, report_json, totals
+from thence.pages.run.outcome import outcome
+from thence.pages.run.tables import results_table, verdicts_table
+from thence.pages.samples import Sample, excerpt, first_of_each
+from thence.pages.template import render
+from thence.pipeline.run_files import RunFiles, Training, read_run
+from thence.redaction import redacted, redacted_values
+from thence.toml import to_toml
+
+_FINISH = {"stop": "stopped by itself", "length": "cut off at the limit"}
+_SEARCHED = 20_000
+"""Lines of a file that are searched for examples."""
+
+
+def write_page(run_folder: Path) -> Path:
+    """Write ``report.html``, ``report.json`` and ``report.csv`` into a run's folder, finished or not.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    run = _without_secrets(read_run(run_folder))
+    page = run_folder / "report.html"
+    for path, text in (
+        (run_folder / "report.json", report_json(run)),
+        (run_folder / "report.csv", report_csv(run)),
+        (page, render_page(run)),
+    ):
+        write_atomically(path, text)
+    return page
+
+
+def _without_secrets(run: RunFiles) -> RunFiles:
+    """A run as its page may show it: an older version kept recipe and command as they were."""
+    return replace(
+        run,
+        recipe=redacted_values(run.recipe),
+        recipe_text=redacted(run.recipe_text),
+        environment=redacted_values(run.environment),
+        notes=tuple(redacted(note) for note in run.notes),
+    )
+
+
+def render_page(run: RunFiles) -> str:
+    """The page as HTML."""
+    seed = run.recipe.get("seed")
+    unfinished = [f"Unfinished: nothing yet from {', '.join(run.pending)}."] if run.pending else []
+    samples = [(stage, _samples(run.folder, stage)) for stage in run.stages]
+    return render(
+        "run",
+        title=str(run.recipe.get("name") or run.folder.name),
+        aside="" if seed is None else f"seed {seed}",
+        description=str(run.recipe.get("description") or ""),
+        outcome=outcome(run),
+        notes=[*unfinished, *run.notes],
+        results=results_table(run, whole=True),
+        verdicts=verdicts_table(run),
+        stages=[_stage(training, _labels(run)) for training in run.training],
+        samples=[(stage, kept) for stage, kept in samples if kept],
+        recipe=run.recipe_text or to_toml(run.recipe),
+        environment=environment_facts(run.environment),
+        command=_command(run),
+    )
+
+
+def _labels(run: RunFiles) -> dict[str, str]:
+    """What the run calls the method of each stage."""
+    labels = run.environment.get("methods")
+    return {str(k): str(v) for k, v in labels.items()} if isinstance(labels, Mapping) else {}
+
+
+def _stage(training: Training, methods: Mapping[str, str]) -> dict[str, Any]:
+    sums = totals(training)
+    facts = [methods[training.stage]] if training.stage in methods else []
+    facts += [f"{sums['steps']:,} step{'' if sums['steps'] == 1 else 's'}"]
+    if sums["trained_tokens"] is not None:
+        facts.append(f"{sums['trained_tokens']:,.0f} trained tokens")
+    if sums["flops"] is not None:
+        facts.append(f"{sums['flops']:.3g} FLOPs")
+    if sums["seconds"] is not None:
+        facts.append(duration(sums["seconds"]))
+    return {"name": training.stage, "facts": ", ".join(facts), "curves": curves(training)}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _command(run: RunFiles) -> str:
+    command = run.environment.get("command")
+    if isinstance(command, list):
+        command = " ".join(str(part) for part in command)
+    return str(command or f"thence run {run.folder / 'recipe.toml'}")
+
+
+def _samples(folder: Path, stage: str) -> list[Sample]:
+    return first_of_each(_graded(folder / "stages" / stage / "samples.jsonl"))
+
+
+def _graded(path: Path) -> Iterator[tuple[Any, Any]]:
+    for count, line in enumerate(stream_lines(path)):
+        if count >= _SEARCHED:
+            return
+        row = line[1] if isinstance(line, tuple) else {}
+        yield row.get("verdict"), partial(_sample, row)
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    where = [str(row["split"])] if row.get("split") is not None else []
+    where += [f"T = {row['temperature']:g}"] if isinstance(row.get("temperature"), (int, float)) else []
+    where += [f"problem {row['index']}"] if row.get("index") is not None else []
+    where += [f"step {row['step']}"] if row.get("step") else []
+    finish = f", {_FINISH.get(str(row['finish']), row['finish'])}" if row.get("finish") else ""
+    graded = row["verdict"] == "graded" and isinstance(row.get("score"), (int, float))
+    return Sample(
+        verdict=row["verdict"],
+        prompt=excerpt(row.get("prompt")),
+        response=excerpt(row.get("response")),
+        answer=excerpt(row.get("answer")),
+        extracted=excerpt(row.get("extracted")),
+        reason=excerpt(row.get("reason")),
+        where=", ".join(where),
+        score=f"{row['score']:.4g}" if graded else "",
+        tokens=f"{row['tokens']} tokens{finish}" if row.get("tokens") is not None else "",
+    )

@@ -1,0 +1,199 @@
+"""What is measured on one rollout batch of an RL stage, and the line of metrics that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thence.accounting.flops import rule_flops
+from thence.data.trajectory import Trajectory
+from thence.evaluate.measure import sample_record
+from thence.files import to_json
+from thence.methods.base import make_rows
+from thence.methods.unknown import scores_of
+from thence.objective import Batch, Row, Term, TokenStats, divisors, local_counts
+from thence.objective.kl import kl_estimate
+from thence.pipeline.context import Context
+from thence.pipeline.lessons import Lessons, each_of
+from thence.pipeline.sampler import RolloutSampler
+from thence.train.parallel import Ranks
+from thence.train.step import Observer, StepReport
+
+SAMPLES_KEPT = 8  # responses of a step that are written for the reader
+
+
+class BatchMetrics:
+    """Collects what the optimizer steps on one rollout batch show.
+
+    Args:
+        terms: of the method.
+    """
+
+    def __init__(self, ranks: Ranks, terms: Sequence[Term]) -> None:
+        self.ranks = ranks
+        self.mismatch, self.shares, self.lessons = Mismatch(), Shares(ranks), Lessons(ranks, terms)
+        self.reports: list[StepReport] = []
+        self.side: list[StepReport] = []
+
+    def weighed(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
+        """Take in the weights of one optimizer step, shape (J, n) for each trajectory."""
+        self.shares.add(terms, trajectories, weights)
+        self.lessons.add(trajectories, weights)
+
+    def observer(self, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> Observer | None:
+        """For :meth:`Trainer.step` on these trajectories' rows."""
+        # only before the first optimizer step of a batch do sampler and trainer hold the same weights
+        observers = [] if self.reports else [self.mismatch.observer(trajectories)]
+        return each_of([*observers, *self.lessons.observers(rows)])
+
+    def line(
+        self, context: Context, sampler: RolloutSampler, composed: Sequence[Trajectory], rate: float, seconds: float
+    ) -> dict[str, Any]:
+        """One line of metrics over all ranks; of several optimizer steps the means, except the largest gradient norm.
+
+        Args:
+            composed: what the method made of the batch, before responses that nobody can judge were left out.
+            rate: learning rate of the first optimizer step.
+            seconds: how long the batch took.
+        """
+        taken = [report for report in (*self.reports, *self.side) if report.rows] or [*self.reports, *self.side]
+        main = [report for report in self.reports if report.rows] or taken
+        tokens = sum(report.tokens for report in taken)
+        trained = sum(report.trained_tokens for report in taken)
+        facts, sampled = sampled_facts(sampler.seen, self.ranks)
+        line = {
+            "loss": _mean([r.loss for r in main]),
+            "grad_norm": max((r.grad_norm for r in main), default=0.0),
+            "lr": rate,
+            "entropy": _mean([r.entropy for r in main]),
+            "clip_share": _mean([r.clip_share for r in main]),
+            **facts,
+            "mismatch_kl": self.mismatch.mean(self.ranks),
+            "sequences": sum(report.rows for report in taken),
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "sampled_tokens": int(sampled),
+            "flops": rule_flops(context.n_parameters, trained, sampled),
+            "seconds": seconds,
+            "sample_seconds": sampler.seconds,
+            "train_seconds": sum(r.seconds for r in taken),
+            "tokens_per_s": tokens / seconds,
+        }
+        if skipped := sum(report.skipped for report in taken):
+            line["skipped_steps"] = skipped
+        if self.side:
+            line |= {"side_steps": len(self.side), "side_loss": _mean([r.loss for r in self.side])}
+        line |= self.lessons.line(composed, len(sampler.seen))
+        if mixed := self.shares.mixed():
+            line["shares"] = mixed
+        return line
+
+
+def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, Any], float]:
+    """Rewards, lengths and verdicts of all that was sampled, trained or not, and how many tokens that was.
+
+    The mean reward is over the responses that have one; for the accuracy, one that nobody can judge counts as not
+    right, as in evaluation. There is no accuracy (None) where a score is a degree without a threshold.
+    """
+    scores = torch.tensor(scores_of(seen), dtype=torch.float64)
+    sums = [
+        len(seen),
+        float(scores.sum()),
+        float(scores.square().sum()),
+        sum(t.verdict == "right" for t in seen),
+        sum(t.verdict == "unknown" for t in seen),
+        sum(t.finish == "length" for t in seen),
+        sum(t.sampled_tokens for t in seen),
+        len(scores),
+        sum(t.verdict == "graded" for t in seen),
+    ]
+    summed = ranks.sum_floats(torch.tensor(sums, dtype=torch.float64)).tolist()
+    count, total, squares, right, unknown, truncated, sampled, known, graded = summed
+    n, scored = max(count, 1), max(known, 1)
+    facts = {
+        "reward": total / scored,
+        "reward_std": max(0.0, squares / scored - (total / scored) ** 2) ** 0.5,
+        "accuracy": None if graded else right / n,
+        "unknown": int(unknown),
+        "unknown_share": unknown / n,
+        "truncated": truncated / n,
+        "response_tokens": sampled / n,
+    }
+    return facts, sampled
+
+
+class Shares:
+    """How much of a step's weight lies on which kind of token: own responses, demonstrations, prefixes, replays."""
+
+    KINDS = ("rollout", "demonstration", "prefix", "replay")
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.sums = torch.zeros(len(self.KINDS), dtype=torch.float64)
+
+    def add(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
+        """Add the absolute weights of a batch over their normalisers' constants, surrogates with a slope of their own
+        (shaped probabilities) counted as they stand."""
+        own = all(t.origin == "rollout" and not t.prefix for t in trajectories)
+        if self.ranks.world == 1 and own and not self.sums.any():
+            return
+        batch = Batch(tuple(terms), tuple(make_rows(trajectories, weights)))
+        divisor_J = torch.tensor(divisors(terms, self.ranks.sum_counts(local_counts(batch))), dtype=torch.float64)
+        for trajectory, weight in zip(trajectories, weights, strict=True):
+            size_n = (weight.abs().double() / divisor_J[:, None]).sum(0)
+            self.sums[self.KINDS.index(trajectory.origin)] += size_n[trajectory.prefix :].sum()
+            self.sums[self.KINDS.index("prefix")] += size_n[: trajectory.prefix].sum()
+
+    def mixed(self) -> dict[str, float]:
+        """Share of each kind, over all ranks; empty where only the policy's own tokens were trained."""
+        sums = self.ranks.sum_floats(self.sums.clone())
+        if not sums[1:].any():
+            return {}
+        return {kind: float(x) for kind, x in zip(self.KINDS, sums / sums.sum(), strict=True) if x}
+
+
+class Mismatch:
+    """How far the sampler's log-probabilities lie from the trainer's for the same tokens and weights.
+
+    Only of responses that the policy sampled whole; demonstrations, continuations and replays are passed over.
+    """
+
+    def __init__(self) -> None:
+        self.kl_sum = self.tokens = self.largest = 0.0
+
+    def observer(self, trajectories: Sequence[Trajectory]) -> Observer:
+        """For :meth:`Trainer.step`: the batch's rows are those of these trajectories."""
+
+        def observe(group: Sequence[int], stats: TokenStats) -> None:
+            rows = [trajectories[i] for i in group]
+            parts = stats.logp_T.double().cpu().split([len(row.response_ids) for row in rows])
+            for row, trained in zip(rows, parts, strict=True):
+                if row.sampler_logps is not None and row.origin == "rollout" and len(trained):
+                    sampled = torch.tensor(row.sampler_logps, dtype=torch.float64)
+                    self.kl_sum += float(kl_estimate(sampled, trained).sum())
+                    self.tokens += len(trained)
+                    self.largest = max(self.largest, float((sampled - trained).abs().max()))
+
+        return observe
+
+    def mean(self, ranks: Ranks) -> float | None:
+        """KL a token over all ranks, nats; None where no token was compared."""
+        sums = torch.tensor([self.kl_sum, self.tokens], dtype=torch.float64)
+        kl, compared = ranks.sum_floats(sums).tolist()
+        return kl / compared if compared else None
+
+
+def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int) -> None:
+    """Write the first group's responses for the reader; a crash can lose them, a resumed run writes them again."""
+    path = context.folder.stage(context.name) / "samples.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for trajectory in trajectories[:SAMPLES_KEPT]:
+            file.write(to_json(sample_record(trajectory, stage=context.name, step=step)) + "\n")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
