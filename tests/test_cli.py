@@ -9,6 +9,7 @@ import pytest
 from thence.cli import main
 from thence.cli.app import COMMANDS, make_app
 from thence.cli.fields import field_flags
+from thence.cli.parsing import flags_of
 from thence.files import write_jsonl
 
 SAMPLE = {
@@ -61,18 +62,17 @@ def test_a_help_page_shows_examples_and_every_flag_and_fits(command, width, monk
     examples = page.split("Example")[-1]
     assert f"thence {command}" in examples
     assert max(map(len, page.splitlines())) <= width
-    flags = [name for argument in make_app()[command].assemble_argument_collection() for name in argument.names]
-    assert [flag for flag in flags if flag not in page] == []
+    assert [flag for flag in flags_of(make_app()[command]) if flag not in page] == []
 
 
 def test_the_examples_of_the_help_pages_name_flags_that_there_are(capsys):
     for command in COMMANDS:
         main([command, "--help"])
         examples = capsys.readouterr().out.split("Example")[-1]
-        flags = {name for argument in make_app()[command].assemble_argument_collection() for name in argument.names}
+        flags = flags_of(make_app()[command]).keys() | set(field_flags())
         for line in examples.splitlines():
             words = line.partition(f"thence {command} ")[2].split(" -- ")[0].split()
-            assert {word for word in words if word.startswith("--")} <= flags | set(field_flags())
+            assert {word for word in words if word.startswith("--")} <= flags
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])

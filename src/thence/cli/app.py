@@ -77,6 +77,9 @@ def make_app(read: Callable[..., Any] | None = None) -> App:
     Args:
         read: reads the texts of an argument as a value of its type; None: cyclopts does.
     """
+    parameter = Parameter(
+        converter=read, negative_bool=(), negative_iterable=(), show_default=lambda value: value or None
+    )
     app = App(
         name="thence",
         help="SFT, thence RL: post-train language models to reason, correct by construction.",
@@ -86,13 +89,12 @@ def make_app(read: Callable[..., Any] | None = None) -> App:
         help_flags=HELP_FLAGS,
         version_flags=(),
         end_of_options_delimiter="",
-        default_parameter=Parameter(
-            converter=read, negative_bool=(), negative_iterable=(), show_default=lambda value: value or None
-        ),
     )
     for place, (name, said) in enumerate(COMMANDS.items()):
-        usage = {"usage": f"Usage: {USAGE[name]}"} if name in USAGE else {}
-        app.command(f"thence.cli.{name}:{name}_command", name=name, help=said, sort_key=place, **usage)
+        options: dict[str, Any] = {"name": name, "help": said, "sort_key": place, "default_parameter": parameter}
+        if name in USAGE:
+            options["usage"] = f"Usage: {USAGE[name]}"
+        app.command(f"thence.cli.{name}:{name}_command", **options)
     return app
 
 

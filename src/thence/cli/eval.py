@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ONLY_SERVED = "the only one served"
 KEY_VARIABLE = "OPENAI_API_KEY"
+BackendName = Literal["native", "vllm", "endpoint"]
 
 
 @Parameter(name="*", group=Group("Fields of all tasks (default: those of the suite)", sort_key=3))
@@ -75,7 +76,7 @@ class Generator:
         timeout: Longest time for a response.
     """
 
-    backend: Literal["native", "vllm", "endpoint"] | None = None
+    backend: BackendName | None = None
     chat_template: Annotated[str, Parameter(metavar="NAME")] = "own"
     template_variable: Annotated[tuple[str, ...], Parameter(metavar="NAME=VALUE")] = ()
     gguf_file: Annotated[str | None, Parameter(metavar="NAME")] = None
@@ -87,7 +88,7 @@ class Generator:
     concurrency: Processes = 8
     timeout: Annotated[Seconds, Parameter(metavar="SECONDS")] = 600.0
 
-    def kind(self) -> str:
+    def kind(self) -> BackendName:
         """The backend's name."""
         return self.backend or ("endpoint" if self.endpoint else "native")
 

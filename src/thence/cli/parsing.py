@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
-from cyclopts import Argument, CycloptsError, MissingArgumentError, RepeatArgumentError, Token
+from cyclopts import App, Argument, CycloptsError, MissingArgumentError, RepeatArgumentError, Token
 from pydantic import TypeAdapter
 
 from thence.cli.app import HELP_FLAGS, WITH_FIELDS, make_app, print_help
@@ -36,7 +36,7 @@ def call(name: str, argv: Sequence[str]) -> int:
         return print_help(name)
     importlib.import_module(f"thence.cli.{name}")  # so that a package that is missing is named
     app = make_app(_read)
-    flags = {flag: argument for argument in app[name].assemble_argument_collection() for flag in argument.names}
+    flags = flags_of(app[name])
     fields: Sequence[str] = ()
     if name in WITH_FIELDS:
         from thence.cli.fields import field_flags, take_fields
@@ -51,6 +51,12 @@ def call(name: str, argv: Sequence[str]) -> int:
     if unused:
         raise _too_many(name, flags, [*map(str, bound.args), *unused])
     return function(*bound.args, **bound.kwargs, **given)
+
+
+def flags_of(command: App) -> dict[str, Argument]:
+    """The arguments of a command by name: flags with their dashes, others in capitals."""
+    arguments = [argument for argument in command.assemble_argument_collection() if argument.parse]
+    return {name: argument for argument in arguments for name in argument.names if name != "*"}
 
 
 def _checked(argv: Sequence[str], flags: Mapping[str, Argument], suggested: Iterable[str]) -> list[str]:
