@@ -39,6 +39,10 @@ USAGE = {
     "eval": "thence eval MODEL --suite NAME [OPTIONS]\n"
     "       thence eval --endpoint URL --suite NAME [OPTIONS]\n"
     "       thence eval --compare A B | --regrade FOLDER | --list",
+    "compare": "thence compare COMPARISON [OPTIONS]",
+    "recipes": "thence recipes [NAME]",
+    "methods": "thence methods [NAME]",
+    "completion": "thence completion [SHELL] [--install]",
     "audit": "thence audit TARGET [OPTIONS]\n       thence audit command [OPTIONS] -- PROGRAM ... {model} {data} ...",
 }
 EXAMPLES = """\
@@ -87,6 +91,7 @@ def make_app(read: Callable[..., Any] | None = None) -> App:
         usage=f"Usage: {USAGE['']}",
         help_format="plaintext",
         help_flags=HELP_FLAGS,
+        group_parameters="Options",
         version_flags=(),
         end_of_options_delimiter="",
     )

@@ -43,7 +43,7 @@ def compare_command(
 
     Args:
         comparison: A shipped comparison or a TOML file.
-        jobs: Processes side by side. Default: one a CPU core.
+        jobs: Processes side by side. Default: one per CPU core.
         threads: Threads of each process.
         only: Run these arms, and those that they come after.
         seeds: Run these of the reported seeds.
