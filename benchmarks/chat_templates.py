@@ -194,8 +194,8 @@ def page() -> str:
     lines = [
         "# Chat templates",
         "",
-        "`python benchmarks/chat_templates.py` writes this page; `tests/test_templates.py` checks it. The templates are",
-        "short versions of what each family documents (`tests/templates`), with its peculiarities. For your own model,",
+        "`python benchmarks/chat_templates.py` writes this page; `tests/test_templates.py` checks it. The templates",
+        "are short versions of what each family documents (`tests/templates`), with its peculiarities. For your own model,",
         "run `thence check MODEL --data FILE`.",
         "",
         "`⏎` is a line break. A **refused** row stops the run with file and line, or is listed with `skip_bad`. Every",

@@ -18,9 +18,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import thence
     from thence.data.trajectory import Prompt, Trajectory
-    from thence.methods.base import make_rows
+    from thence.methods.base import make_batch
     from thence.methods.grpo import Grpo
-    from thence.objective import Batch
     from thence.recipe import Model
     from thence.train.model import load_model
     from thence.train.step import StepSettings
@@ -50,9 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             Trajectory(prompt, tuple(response.token_ids), score=common.reward(text), finish=response.finish)
             for prompt, response, text in zip(repeated, responses, texts, strict=True)
         ]
-        rows = make_rows(trajectories, method.weigh(trajectories))
+        batch = make_batch(method, trajectories)
         begin = time.perf_counter()
-        trainer.step(Batch(method.terms, tuple(rows)))
+        trainer.step(batch)
         training_seconds.append(time.perf_counter() - begin)
         tokens = sum(len(response.token_ids) for response in responses)
         clock.count(tokens, tokens)

@@ -33,9 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     import thence
     from thence.data.trajectory import Prompt, Trajectory
-    from thence.methods.base import make_rows
+    from thence.methods.base import make_batch
     from thence.methods.grpo import Grpo
-    from thence.objective import Batch
     from thence.recipe import Model
     from thence.train.model import load_model
     from thence.train.step import StepSettings
@@ -58,15 +57,15 @@ def main() -> None:
             Trajectory(p, tuple(r.token_ids), score=i % 2)
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
-        rows = tuple(make_rows(group, method.weigh(group)))
+        batch = make_batch(method, group)
         start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) if turn == 1 else contextlib.nullcontext() as trained:
-            trainer.step(Batch(method.terms, rows))
+            trainer.step(batch)
         train_seconds = time.perf_counter() - start
         if turn == 1:
             results["share of sampling"], results["share of training"] = shares(sampled), shares(trained)
     matrices = sum(p.numel() for p in loaded.model.parameters() if p.ndim == 2)
-    tokens = sum(len(row.token_ids) for row in rows)
+    tokens = sum(len(row.token_ids) for row in batch.rows)
     speed = gemm()
     floor = (2 * matrices * sum(len(r.token_ids) for r in responses) + 6 * matrices * tokens) / speed / 1e9
     results |= {

@@ -5,9 +5,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import thence
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import make_rows
+from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
-from thence.objective import Batch
 
 
 def reward(token_ids: list[int]) -> float:
@@ -30,7 +29,7 @@ for step in range(30):
     group = [
         Trajectory(p, tuple(r.token_ids), score=reward(r.token_ids)) for p, r in zip(repeated, responses, strict=True)
     ]
-    report = trainer.step(Batch(method.terms, tuple(make_rows(group, method.weigh(group)))))
+    report = trainer.step(make_batch(method, group))
     if step % 10 == 0 or step == 29:
         mean = sum(t.score or 0.0 for t in group) / len(group)
         print(f"step {step:2}  reward {mean:.2f}  gradient norm {report.grad_norm:.2f}")

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from thence.audit.judge.case import Evidence, Judge
-from thence.audit.judge.objectives import OBJECTIVES
-from thence.audit.judge.objectives import Window as Lengths
+from thence.audit.judge.objectives import OBJECTIVES, StepRows
 from thence.audit.judge.windows import window_sizes
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import forward_rows
@@ -279,7 +278,7 @@ def _shows(probe: Probe, fault: Fault) -> bool:
     return True
 
 
-def _told_apart(fault: Fault, lengths: Lengths, least: float) -> bool:
+def _told_apart(fault: Fault, lengths: StepRows, least: float) -> bool:
     """Whether the fault's weights are not those of an objective that the audit names first."""
     if fault.name == "double-counted":
         weights, others = np.where(lengths.micro_batch == 0, 2.0, 1.0), list(OBJECTIVES)
@@ -306,17 +305,17 @@ def _uneven(probe: Probe, fault: Fault, window: Window) -> float:
     return max(float(np.abs(f / f.mean() - 1).max()) for f in factors)
 
 
-def lengths_of(window: Window) -> Lengths:
+def lengths_of(window: Window) -> StepRows:
     """The window as the audit's objectives see it."""
     n = len(window.batch.rows)
     micro, rank = np.zeros(n, int), np.zeros(n, int)
     for r, slots in enumerate(window.cut.cells):
         for k, cell in enumerate(slots):
             micro[list(cell)], rank[list(cell)] = k, r
-    return Lengths(np.array([row.n_trained for row in window.batch.rows]), micro, rank)
+    return StepRows(np.array([row.n_trained for row in window.batch.rows]), micro, rank)
 
 
-def apart(a: np.ndarray, b: np.ndarray, lengths: Lengths) -> float:
+def apart(a: np.ndarray, b: np.ndarray, lengths: StepRows) -> float:
     """Relative distance between the shapes of two rules' weights, long rows counting more."""
     root = np.sqrt(lengths.lengths)
     a, b = a * root, b * root

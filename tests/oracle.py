@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method, make_rows
+from thence.methods.base import Method, TokenFacts, make_rows
 from thence.methods.registry import methods
 from thence.objective import Batch
 
@@ -94,12 +94,18 @@ def make_case(model: Any, variant: Variant, lengths: Sequence[tuple[int, int]], 
 def make_batch(case: Case, variant: Variant, dtype: torch.dtype = torch.float64) -> Batch:
     """What the engine is given for this case."""
     method = make_method(variant)
-    rows = make_rows(case.trajectories, method.weigh(case.trajectories))
+    rows = make_rows(method.terms, case.trajectories, method.weigh(case.trajectories))
     if case.behaviour is not None:
         rows = [replace(r, behaviour=b.to(dtype)) for r, b in zip(rows, case.behaviour, strict=True)]
     if case.reference is not None:
         rows = [replace(r, reference=b.to(dtype)) for r, b in zip(rows, case.reference, strict=True)]
     return Batch(method.terms, tuple(rows), variant.temperature)
+
+
+def weights_of(method: Method, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    """The weights that a method gives, as they are laid out for the step, shape (J, n) for each trajectory."""
+    rows = make_rows(method.terms, trajectories, method.weigh(trajectories, facts))
+    return [row.weights for row in rows]
 
 
 def row_statistics(model: Any, trajectory: Trajectory, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from thence.audit.figures import lost_by_role, micro_batches, same
-from thence.audit.judge.objectives import OBJECTIVES, Window
+from thence.audit.judge.objectives import OBJECTIVES, StepRows
 from thence.audit.junit import junit_xml
 from thence.audit.report import Report
 from thence.audit.result import (
     Case,
     CaseResult,
     Finding,
-    KnownFault,
+    PublicReport,
     Role,
     SequenceWeights,
     StepResult,
@@ -35,19 +35,19 @@ from thence.pages.audit.page import render_page, write_page
 
 LENGTHS = (2, 34, 3, 21, 5, 13, 8, 4, 17, 6)
 HOSTILE = "</script><b>bold</b>\x1b[31m\x00<img src=x onerror=alert(1)>"
-Weights = Callable[[Window], np.ndarray]
+Weights = Callable[[StepRows], np.ndarray]
 
 
-def token_mean(window: Window) -> np.ndarray:
+def token_mean(window: StepRows) -> np.ndarray:
     return OBJECTIVES["token-mean"].weights(window)
 
 
-def first_and_last_only(window: Window) -> np.ndarray:
+def first_and_last_only(window: StepRows) -> np.ndarray:
     kept = (window.micro_batch == 0) | (window.micro_batch == window.micro_batch.max())
     return np.where(kept, token_mean(window), 0.0)
 
 
-def mean_of_means(window: Window) -> np.ndarray:
+def mean_of_means(window: StepRows) -> np.ndarray:
     return OBJECTIVES["micro-batch-mean"].weights(window)
 
 
@@ -76,7 +76,7 @@ def a_step(
     at = np.arange(len(rows))
     micro_batch = at // (case.micro_batch * case.ranks)
     rank = at // case.micro_batch % case.ranks
-    window = Window(np.array([LENGTHS[e] for e in rows]), micro_batch, rank)
+    window = StepRows(np.array([LENGTHS[e] for e in rows]), micro_batch, rank)
     got, ideal = weights(window), token_mean(window)
     sequences = tuple(
         a_row(e, int(m), int(r), float(w), float(i))
@@ -149,7 +149,7 @@ def dropping() -> Report:
         "This trainer is asked for the token mean, but in 2 of 5 cases: first and last micro-batch only.",
         "The micro-batches between the first and the last never reach the optimizer.",
     )
-    known = KnownFault(
+    known = PublicReport(
         "zero2-cpu-offload",
         "deepspeed",
         "<0.18.0",

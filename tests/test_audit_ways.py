@@ -1,4 +1,4 @@
-"""The ways into the audit: a step of one's own, any program, pytest, and the command line with its files."""
+"""The ways into the audit: your own step, any program, pytest, and the command line with its files."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from thence.cli import main
 from thence.cli.app import COMMANDS, make_app
 from thence.cli.fields import field_flags
 from thence.cli.parsing import flags_of
-from thence.files import write_jsonl
+from thence.jsonl import write_jsonl
 
 SAMPLE = {
     "stage": "eval",

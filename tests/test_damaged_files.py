@@ -23,8 +23,9 @@ from thence.compare.summary import read_summary, summarise
 from thence.errors import DamagedFile, UserError
 from thence.evaluate.store import Store
 from thence.evaluate.summary import summarise as numbers_of
-from thence.files import BadLine, read_json, read_lines, repair_lines, stream_lines, write_over
+from thence.files import read_json, write_over
 from thence.files import to_json as plain_json
+from thence.jsonl import BadLine, read_lines, repair_lines, stream_lines
 from thence.pages.run.page import write_page
 from thence.pipeline.run import run
 from thence.toml import to_toml

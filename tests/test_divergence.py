@@ -14,7 +14,6 @@ from test_pipeline import Recipes, recipes  # noqa: F401 - fixtures
 import thence.pipeline.run as running
 from thence.cli import main
 from thence.errors import CheckpointError, RecipeError, StepRefused, UserError
-from thence.objective import Batch
 from thence.pipeline.run import run
 from thence.recipe import Model
 from thence.rollout.native import Sampling, sample
@@ -137,12 +136,12 @@ def test_sampling_from_nan_is_an_error_and_not_token_0(tiny_model: Any, temperat
 
 def test_a_step_whose_rows_weigh_nothing_notices_nan(tiny_model: Any) -> None:
     from thence.data.trajectory import Prompt, Trajectory
-    from thence.methods.base import make_rows
+    from thence.methods.base import make_batch
     from thence.methods.grpo import Grpo
 
     model, method = tiny_model(torch.float32), Grpo()
     group = [Trajectory(Prompt(index=0, token_ids=(2, 3)), (4, 5), score=0.0) for _ in range(2)]
-    batch = Batch(method.terms, tuple(make_rows(group, method.weigh(group))))
+    batch = make_batch(method, group)
     trainer = Trainer(model, 1e-3)
     trainer.step(batch)
     with torch.no_grad():
@@ -174,14 +173,11 @@ def test_every_json_text_goes_through_one_function() -> None:
         "locks.py": "numbers of processes",
         "audit/": "what a foreign trainer told, NaN included, handed to the parent",
         "data/": "text of prompts",
-        "verify/protocol.py": "between processes: a score of NaN is told to the parent, which refuses it",
-        "rollout/vllm/wire.py": "between processes: a log-probability of NaN is told to the parent, which refuses it",
-        "compare/worker.py": "between processes: names and counts",
-        "compare/engine.py": "between processes: a recipe, whose numbers are finite",
+        "framed.py": "between processes: a score or log-probability of NaN is told to the parent, which refuses it",
         "compare/plan.py": "keys of settings, whose numbers are finite",
         "compare/collect.py": "keys of settings, whose numbers are finite",
         "evaluate/endpoint.py": "a request, whose numbers are finite",
-        "recipe.py": "a name in a remedy",
+        "recipe/reading.py": "a name in a remedy",
         "verify/own_function.py": "between processes: names",
         "train/checkpoint.py": "the plain state of a run, compared bit by bit",
         "cli/doctor.py": "names",

@@ -18,8 +18,8 @@ from rich.text import Text
 import thence.cli
 from thence.cli import main
 from thence.errors import UserError
-from thence.files import write_jsonl
 from thence.foreign_text import clean, one_line
+from thence.jsonl import write_jsonl
 from thence.pages.run.page import write_page
 from thence.streams import Guarded, guarded
 from thence.terminal import cleaned, logging_to, make_console

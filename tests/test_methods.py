@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from types import SimpleNamespace
@@ -9,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import VARIANTS, contributions, gradient, make_batch, make_case, make_method, relative
+from oracle import VARIANTS, contributions, gradient, make_case, make_method, relative, weights_of
+from oracle import make_batch as batch_of
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import RecipeError
+from thence.errors import RecipeError, UserError
 from thence.methods import registry
-from thence.methods.base import make_rows
+from thence.methods.base import Method, make_batch, make_rows
 from thence.methods.dapo import Dapo, overlong_penalty
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.grpo import Grpo
 from thence.methods.sft import Sft
-from thence.objective import Clip, Context, Normaliser, local_counts
+from thence.objective import Clip, Context, Logp, Normaliser, Term, local_counts
+from thence.pipeline.rehearsal import rehearse
+from thence.recipe import Rl
 from thence.train.step import StepSettings, accumulate_gradients
 
 LENGTHS = [(3, 7), (3, 12), (2, 4), (4, 1), (5, 9), (1, 20)]
@@ -36,7 +40,7 @@ def test_loss_and_gradient_are_those_of_the_formula_written_out(tiny_model, vari
     case = make_case(model, variant, LENGTHS, 3, 1)
     parts, clipped = contributions(model, case, variant)
     expected = gradient(model, parts.sum())
-    batch = make_batch(case, variant)
+    batch = batch_of(case, variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     chosen = StepSettings(40, packing, 0.0, torch.float64)
     sums = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen)
@@ -93,7 +97,7 @@ def test_clip_and_normaliser_of_each_method(method, clip, normaliser):
 )
 def test_weights_are_golden_advantages_at_every_token_of_their_own_group(method, right, wrong):
     trajectories = [*group([0.0] * 7 + [1.0], index=4, length=5), *group([1.0, 1.0], index=9)]
-    weights = method.weigh(trajectories)
+    weights = weights_of(method, trajectories)
     assert [tuple(w.shape) for w in weights] == [(1, 5)] * 8 + [(1, 3)] * 2
     assert weights[7].tolist() == [pytest.approx([right] * 5, abs=1e-6)]
     assert weights[0].tolist() == [pytest.approx([wrong] * 5, abs=1e-6)]
@@ -102,26 +106,73 @@ def test_weights_are_golden_advantages_at_every_token_of_their_own_group(method,
 
 def test_sequence_mean_shares_an_advantage_among_the_tokens_of_a_response():
     short, long = group([1.0], length=2) + group([0.0], length=8)
-    weights = Grpo({"aggregation": "sequence-mean", "kl": 0.04}).weigh([short, long])
+    weights = weights_of(Grpo({"aggregation": "sequence-mean", "kl": 0.04}), [short, long])
     assert weights[0].sum(1).tolist() == pytest.approx([0.5, 0.04])
     assert weights[1].sum(1).tolist() == pytest.approx([-0.5, 0.04])
 
 
 @pytest.mark.parametrize(("singleton", "weight"), [("zero", 0.0), ("reward", 1.0)])
 def test_a_response_alone_in_its_group(singleton, weight):
-    assert Grpo({"singleton": singleton}).weigh(group([1.0]))[0].tolist() == [[weight] * 3]
+    assert weights_of(Grpo({"singleton": singleton}), group([1.0]))[0].tolist() == [[weight] * 3]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_response_without_tokens_gets_no_weights(variant):
     method = make_method(variant)
-    weights = method.weigh([*group([1.0, 0.0]), *group([1.0], length=0)])
+    weights = weights_of(method, [*group([1.0, 0.0]), *group([1.0], length=0)])
     assert [tuple(w.shape) for w in weights] == [(len(method.terms), n) for n in (3, 3, 0)]
+
+
+WANTED = {"policy": 1.0, "kl": torch.tensor([1.0, 2.0, 3.0]), "entropy": torch.tensor(2.0)}
+
+
+def laid(weights: dict[str, Any]) -> torch.Tensor:
+    terms = Grpo({"kl": 1.0, "entropy": 1.0}).terms
+    return make_rows(terms, group([1.0]), [weights])[0].weights
+
+
+def test_weights_are_laid_out_by_the_names_of_the_terms_whatever_their_order():
+    for names in itertools.permutations(WANTED):
+        found = laid({name: WANTED[name] for name in names})
+        assert found.tolist() == [[1, 1, 1], [1, 2, 3], [2, 2, 2]]
+        assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"policy": 1.0, "kl": 1.0}, "terms 'policy', 'kl', 'entropy', and gives weights to 'policy', 'kl'"),
+        ({**WANTED, "policiy": 0.0}, "weights to 'policy', 'kl', 'entropy', 'policiy'"),
+        ({"policiy": 1.0, "kl": 1.0, "entropy": 0.0}, "weights to 'policiy', 'kl', 'entropy'"),
+        ({}, "weights to none"),
+        ({**WANTED, "policy": torch.ones(4)}, r"'policy' weights of shape \(4,\) for 3 response tokens"),
+        ({**WANTED, "policy": torch.ones(1, 3)}, r"shape \(1, 3\)"),
+    ],
+)
+def test_a_missing_or_wrong_term_and_weights_of_another_shape_are_refused(weights, said):
+    with pytest.raises(UserError, match=said):
+        laid(weights)
+
+
+def test_two_terms_of_one_name_are_refused():
+    terms = (Term("policy", Logp()), Term("policy", Logp()))
+    with pytest.raises(UserError, match="'policy', 'policy'"):
+        make_rows(terms, group([1.0]), [{"policy": 1.0}])
+
+
+def test_a_method_whose_weights_do_not_fit_its_terms_is_refused_before_the_first_step():
+    class Misspelt(Grpo):
+        def weigh(self, trajectories, facts=()):
+            return [{"polciy": 1.0} for _ in trajectories]
+
+    stage = Rl(reward="exact", prompts=1, rollouts=2, max_tokens=4, steps=1)
+    with pytest.raises(UserError, match="polciy"):
+        rehearse(Misspelt(), stage, [Prompt(0, (2, 3))])
 
 
 def test_rows_train_the_response_and_nothing_else():
     trajectory = Trajectory(Prompt(0, (7, 8, 9)), (4, 5))
-    (row,) = make_rows([trajectory], Sft().weigh([trajectory]))
+    (row,) = make_batch(Sft(), [trajectory]).rows
     assert row.token_ids.tolist() == [7, 8, 9, 4, 5]
     assert row.trained.tolist() == [False, False, False, True, True]
     assert row.weights.tolist() == [[1.0, 1.0]]
@@ -216,7 +267,7 @@ def test_penalties_reach_the_advantage():
         rollouts=lambda prompts, n: [short, long],
     )
     method = Dapo({"overlong_tokens": 8, "overlong_buffer": 4, "dynamic_sampling": False, "std": False})
-    weights = method.weigh(method.compose(sampler, 1, 2))
+    weights = weights_of(method, method.compose(sampler, 1, 2))
     assert [w[0, 0].item() for w in weights] == pytest.approx([0.5, -0.5])
 
 
@@ -249,6 +300,7 @@ def test_a_wrong_method_or_option_is_named_with_a_remedy(name, options, stage, f
 def test_another_package_can_add_a_method(monkeypatch):
     class Mine(Grpo):
         name = "mine"
+        exactness = "exact"
 
     entry = SimpleNamespace(name="mine", load=lambda: Mine)
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "thence.methods" else [])
@@ -257,12 +309,43 @@ def test_another_package_can_add_a_method(monkeypatch):
     assert method.options.clip_low == 0.1
 
 
+class Silent(Grpo):
+    name = "silent"
+
+
+class Vague(Grpo):
+    exactness = "nearly"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Silent, "method 'theirs' .* does not state its exactness .*Silent"),
+        (Vague, "does not state its exactness"),
+        (len, "'theirs' .* is not a method"),
+        (dict, "'theirs' .* is not a method"),
+    ],
+)
+def test_a_method_of_another_package_that_does_not_say_what_it_is_is_refused(monkeypatch, found, said):
+    entry = SimpleNamespace(name="theirs", load=lambda: found)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.raises(UserError, match=said) as caught:
+        registry.make_method("theirs", {}, "rl")
+    assert "exactness =" in caught.value.remedy or "subclass" in caught.value.remedy
+
+
+def test_every_method_states_its_exactness_in_its_own_class():
+    assert not hasattr(Method, "exactness")
+    for method in registry.OWN:
+        assert registry.stated(method.name, method) is method
+
+
 def test_sft_can_count_every_response_the_same():
     from thence.data.trajectory import Prompt, Trajectory
     from thence.methods.sft import Sft
 
     method = Sft({"aggregation": "sequence-mean"})
-    weights = method.weigh([Trajectory(Prompt(i, (1,)), (2,) * n) for i, n in enumerate((1, 4, 0))])
+    weights = weights_of(method, [Trajectory(Prompt(i, (1,)), (2,) * n) for i, n in enumerate((1, 4, 0))])
     assert [w.sum().item() for w in weights] == [1.0, 1.0, 0.0]
     assert [w.shape for w in weights] == [(1, 1), (1, 4), (1, 0)]
     assert method.terms[0].normaliser.of == "sequences"

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import gradient, relative, row_statistics
+from oracle import gradient, relative, row_statistics, weights_of
 from recipes import world_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods import registry
-from thence.methods.base import Method, SideStep, make_rows
+from thence.methods.base import Method, SideStep, make_batch, make_rows
 from thence.methods.hpt import Hpt
 from thence.methods.relift import Failure, Relift
 from thence.methods.sasr import Sasr, chance
@@ -120,7 +120,7 @@ def test_superrl_gates_differ_on_groups_that_are_all_right(gate, all_right):
 
 def test_hpt_weights_are_advantages_or_the_coefficient():
     trajectories = Hpt({"gate": 0.25}).compose(FakeSampler({0: right(2), 1: right(4)}), 2, 8)
-    weights = Hpt({"coefficient": 0.3}).weigh(trajectories)
+    weights = weights_of(Hpt({"coefficient": 0.3}), trajectories)
     assert [w[:, 0].tolist() for w in weights] == [
         [0.0, 0.3, 0.001],
         *[[0.5, 0.0, 0.001]] * 4,
@@ -136,7 +136,7 @@ def test_a_demonstration_does_not_count_in_the_group_of_the_same_prompt():
     sampler = FakeSampler({0: right(1, 4)})
     rollouts = sampler.rollouts([sampler.prompt(0)], 4)
     (shown,) = sampler.demonstrations([sampler.prompt(0)])
-    weights = Hpt({"entropy": 0}).weigh([*rollouts, shown])
+    weights = weights_of(Hpt({"entropy": 0}), [*rollouts, shown])
     assert [w[:, 0].tolist() for w in weights] == [[0.75, 0.0], *[[-0.25, 0.0]] * 3, [0.0, 1.0]]
 
 
@@ -350,7 +350,7 @@ def test_gradients_are_those_of_the_formula_before_and_after_the_policy_moved(ti
     rows = made.compose(FakeSampler(scores), 3, 4)
     assert ((1, "demonstration") in kinds(rows)) == isinstance(made, Hpt | SuperRl)
     old = old_logps(model, rows)
-    batch_rows = [replace(r, behaviour=b) for r, b in zip(make_rows(rows, made.weigh(rows)), old, strict=True)]
+    batch_rows = [replace(r, behaviour=b) for r, b in zip(make_batch(made, rows).rows, old, strict=True)]
     if getattr(made.options, "kl", 0):
         batch_rows = [replace(row, reference=logp + 0.3) for row, logp in zip(batch_rows, old, strict=True)]
     batch = Batch(made.terms, tuple(batch_rows))
@@ -386,7 +386,7 @@ def test_gradients_of_sft_steps_are_those_of_the_formula(tiny_model, method, alp
     model = tiny_model()
     made = type(method)(method.options.model_dump(exclude_unset=True))
     step = side_step(made, FakeSampler({}))
-    batch = Batch(step.terms, tuple(make_rows(step.trajectories, step.weights)))
+    batch = Batch(step.terms, tuple(make_rows(step.terms, step.trajectories, step.weights)))
     stats = [row_statistics(model, t) for t in step.trajectories]
     size = tokens_of(list(step.trajectories)) if divisor == "tokens" else 3
     loss = torch.stack([(-logp - alpha * entropy).sum() for logp, entropy in stats]).sum() / size

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import gradient, relative, row_statistics
+from oracle import gradient, relative, row_statistics, weights_of
 from recipes import world_recipe
 from safetensors.torch import load_file
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
 from thence.methods import registry
-from thence.methods.base import TokenFacts, make_rows
+from thence.methods.base import TokenFacts, make_batch
 from thence.methods.luffy import Luffy
 from thence.methods.mixed_policy import MixedPolicy
 from thence.methods.on_policy import OnPolicy
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.srft import Srft
-from thence.objective import Batch, Clip, Context, Ratio, divisors, local_counts
+from thence.objective import Clip, Context, Ratio, divisors, local_counts
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.rl_update import Update
 from thence.pipeline.run import run
@@ -68,7 +68,7 @@ def known(trajectories: list[Trajectory], entropy: float = 0.5) -> list[TokenFac
 )
 def test_own_and_expert_tokens_share_their_groups_advantage(method, right, demo, std, on_right, on_wrong, off):
     trajectories = [*group(right, 7 - right, demo), *group(2, 0, 1.0, index=1)]
-    weights = method({"std": std, "entropy": 0.01}).weigh(trajectories)
+    weights = weights_of(method({"std": std, "entropy": 0.01}), trajectories)
     expected = [on_right] * right + [on_wrong] * (7 - right)
     for weight, advantage in zip(weights[:7], expected, strict=True):
         assert weight.tolist() == [pytest.approx([row] * 3, abs=1e-6) for row in (advantage, 0, 0.01)]
@@ -78,7 +78,7 @@ def test_own_and_expert_tokens_share_their_groups_advantage(method, right, demo,
 
 @pytest.mark.parametrize("demo", [0.0, 1.0])
 def test_rl_with_sft_loss_compares_own_responses_with_each_other_alone(demo):
-    weights = RlSftLoss({"entropy": 0.0}).weigh(group(3, 4, demo))
+    weights = weights_of(RlSftLoss({"entropy": 0.0}), group(3, 4, demo))
     assert [w.tolist() for w in weights[:3]] == [[pytest.approx([0.571429] * 3, abs=1e-6), [0.0] * 3]] * 3
     assert [w.tolist() for w in weights[3:7]] == [[pytest.approx([-0.428571] * 3, abs=1e-6), [0.0] * 3]] * 4
     assert weights[7].tolist() == [[0.0] * 3, [1.0] * 3]
@@ -87,7 +87,7 @@ def test_rl_with_sft_loss_compares_own_responses_with_each_other_alone(demo):
 @pytest.mark.parametrize(("entropy", "sft", "right"), [(0.5, 0.303265, 0.164872), (0.0, 0.5, 0.1)])
 def test_srft_weighs_by_entropy_and_gives_an_advantage_to_the_demonstration_alone(entropy, sft, right):
     trajectories = group(3, 4, 1.0)
-    weights = Srft({"entropy": 0.0}).weigh(trajectories, known(trajectories, entropy))
+    weights = weights_of(Srft({"entropy": 0.0}), trajectories, known(trajectories, entropy))
     for i, weight in enumerate(weights):
         rows = (0, 0.5, sft) if i == 7 else (right if i < 3 else -1, 0, 0)
         assert weight.tolist() == [pytest.approx([row] * 3, abs=1e-6) for row in rows]
@@ -130,8 +130,7 @@ def test_normaliser_presets(method, preset):
     trajectories = [*group(1, 2, 1.0, 0, length=5), *group(1, 2, 1.0, 1, length=2)]
     if method is OnPolicy:
         trajectories = [replace(t, origin="rollout") for t in trajectories]
-    weights = made.weigh(trajectories, known(trajectories))
-    found = divisors(made.terms, local_counts(Batch(made.terms, tuple(make_rows(trajectories, weights)))))
+    found = divisors(made.terms, local_counts(make_batch(made, trajectories, known(trajectories))))
     tokens, expert = 4 * 5 + 4 * 2, 5 + 2
     policy, likelihood = (8 * 8192, expert) if preset == "code" else (tokens, tokens)
     assert dict(zip([term.name for term in made.terms], found, strict=True)) == {
@@ -153,7 +152,7 @@ def test_srft_takes_entropy_of_a_sequence_a_token_or_the_batch():
         "batch": [torch.full_like(e, batch) for e in entropies],
     }.items():
         for sign in (-1, 1):
-            weights = Srft({"entropy_level": level, "sft_entropy_sign": sign}).weigh(trajectories, facts)
+            weights = weights_of(Srft({"entropy_level": level, "sft_entropy_sign": sign}), trajectories, facts)
             for weight, trajectory, entropy in zip(weights, trajectories, expected, strict=True):
                 if trajectory.origin == "demonstration":
                     torch.testing.assert_close(weight[2], 0.5 * (sign * entropy).exp().double())
@@ -166,7 +165,7 @@ def test_srft_takes_entropy_of_a_sequence_a_token_or_the_batch():
 def test_entropy_of_the_batch_is_that_of_all_ranks():
     whole = [*group(1, 1, 1.0), *group(0, 2, 1.0, index=1, length=2)]
     facts = [replace(f, entropy=f.entropy + i) for i, f in enumerate(known(whole))]
-    expected = Srft({"entropy_level": "batch"}).weigh(whole, facts)
+    expected = weights_of(Srft({"entropy_level": "batch"}), whole, facts)
     told: list[int] = []
     for part in (slice(0, 3), slice(3, 6)):  # each rank says its sums
         method = Srft({"entropy_level": "batch"})
@@ -176,7 +175,7 @@ def test_entropy_of_the_batch_is_that_of_all_ranks():
         sums = iter([told[0] + told[2], told[1] + told[3]])
         method = Srft({"entropy_level": "batch"})
         method._sampler = SimpleNamespace(total=lambda count, sums=sums: next(sums))  # type: ignore
-        for got, weight in zip(method.weigh(whole[part], facts[part]), expected[part], strict=True):
+        for got, weight in zip(weights_of(method, whole[part], facts[part]), expected[part], strict=True):
             torch.testing.assert_close(got, weight, rtol=1e-9, atol=0)
 
 
@@ -185,7 +184,7 @@ def test_responses_without_tokens_and_ranks_without_responses_are_no_trouble(met
     trajectories = [*group(1, 1, 1.0), *group(1, 0, 0.0, index=1, length=0)]
     for options in ({}, {"entropy": 0.0}):
         made = method(options)
-        weights = made.weigh(trajectories, known(trajectories))
+        weights = weights_of(made, trajectories, known(trajectories))
         assert [tuple(w.shape) for w in weights] == [(len(made.terms), n) for n in (3, 3, 3, 0, 0)]
         assert made.weigh([], []) == []
 
@@ -347,13 +346,13 @@ def test_the_gradient_does_not_depend_on_the_partition(tiny_model, variant):
     model, method = tiny_model(), variant.method(variant.options)
     trajectories = make_trajectories(4, variant.method is not OnPolicy)
     found = [tuple(x.detach() for x in row_statistics(model, t)) for t in trajectories]
-    rows = make_rows(trajectories, method.weigh(trajectories, [TokenFacts(*f) for f in found]))
+    batch = make_batch(method, trajectories, [TokenFacts(*f) for f in found])
     shift = torch.Generator().manual_seed(5)
     rows = [
         replace(row, behaviour=logp + 0.4 * torch.randn(len(logp), generator=shift, dtype=torch.float64))
-        for row, (logp, _) in zip(rows, found, strict=True)
+        for row, (logp, _) in zip(batch.rows, found, strict=True)
     ]
-    batch = Batch(method.terms, tuple(rows))
+    batch = replace(batch, rows=tuple(rows))
     gradients = []
     for size, packing in ((10000, False), (24, False), (24, True), (90, True)):
         settings = StepSettings(size, packing, 0.0, torch.float64)

@@ -14,20 +14,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import advantages, gradient, relative, row_statistics
-from pydantic import ValidationError
+from oracle import advantages, gradient, relative, row_statistics, weights_of
 from recipes import world_recipe
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import RecipeError
 from thence.methods import registry
-from thence.methods.base import Method, TokenFacts, make_rows
+from thence.methods.base import Method, TokenFacts, bare_row, make_batch
 from thence.methods.chord import ChordMu, ChordPhi, share_of_sft, spread
 from thence.methods.exgrpo import ExGrpo, bucket_weight, lesson
 from thence.methods.prefix_rft import PrefixRft, keep_highest, lowest_fraction, prefix_length
 from thence.methods.uft import Uft, slice_probability, stage_slices
-from thence.objective import Batch, Context, local_counts
+from thence.objective import Context, local_counts
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.run import run
 from thence.train.step import StepSettings, accumulate_gradients
@@ -69,7 +69,7 @@ def test_the_weight_of_an_experts_token_is_p_times_one_minus_p() -> None:
     assert ChordPhi().phi(facts, 3).tolist() == pytest.approx([0.25, 0.09, 0])
     assert ChordPhi({"token_weight": "p"}).phi(facts, 3).tolist() == pytest.approx([0.5, 0.9, 1])
     expert = Trajectory(Prompt(0, (1,)), (2, 3, 4), origin="demonstration")
-    counted = ChordPhi({"normaliser": "code"}).weigh([expert], [facts])[0][1]
+    counted = weights_of(ChordPhi({"normaliser": "code"}), [expert], [facts])[0][1]
     assert (counted != 0).all()  # in the mean over expert tokens, although it vanishes
     assert counted.float()[2] == 0
 
@@ -110,14 +110,14 @@ def test_prefix_estimators() -> None:
     group = [trajectory(0, s) for s in (1.0, 0.0, 0.0)] + [trajectory(0, 1.0, prefix=2)]
     alone = [trajectory(1, s) for s in (1.0, 0.0)]
     facts = flat_facts(group + alone)
-    joint = PrefixRft({"keep_ratio": 1.0}).weigh(group + alone, facts)
+    joint = weights_of(PrefixRft({"keep_ratio": 1.0}), group + alone, facts)
     assert [w[0].tolist() for w in joint[:3]] == [[0.5] * 4, [-0.5] * 4, [-0.5] * 4]
     assert joint[3].tolist() == [[0, 0, 0.5, 0.5], [0.5, 0.5, 0, 0], [0, 0, 0.001, 0.001]]
-    split = PrefixRft({"keep_ratio": 1.0, "estimator": "dr_grpo_prefix"}).weigh(group + alone, facts)
+    split = weights_of(PrefixRft({"keep_ratio": 1.0, "estimator": "dr_grpo_prefix"}), group + alone, facts)
     assert [w[0, 0].item() for w in split[:3]] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     assert split[3][:2].flatten().tolist() == pytest.approx([0, 0, 1, 1, 2 / 3, 2 / 3, 0, 0])
     assert [w[0].tolist() for w in split[4:]] == [w[0].tolist() for w in joint[4:]] == [[0.5] * 4, [-0.5] * 4]
-    with pytest.raises(ValidationError, match="std goes with"):
+    with pytest.raises(RecipeError, match="std goes with"):
         PrefixRft({"estimator": "dr_grpo_prefix", "std": True})
 
 
@@ -125,29 +125,31 @@ def test_the_mask_ranks_the_prefix_tokens_of_the_whole_step_and_no_others() -> N
     low, high = trajectory(0, 1.0, 10, prefix=5), trajectory(1, 1.0, 10, prefix=5)
     rows = [low, trajectory(0, 0.0, 10), high, trajectory(1, 0.0, 10)]
     entropies = [torch.arange(10.0), torch.full((10,), 99.0), torch.arange(10.0) + 4.5, torch.full((10,), 99.0)]
-    weights = PrefixRft().weigh(rows, [TokenFacts(-torch.ones(10), e) for e in entropies])
+    weights = weights_of(PrefixRft(), rows, [TokenFacts(-torch.ones(10), e) for e in entropies])
     assert weights[0][1].nonzero()[:, 0].tolist() == []
     assert weights[2][1].nonzero()[:, 0].tolist() == [3, 4]  # two of ten
     for weight in weights:
         assert weight.shape == (3, 10)
     assert weights[0][0].tolist() == [0.0] * 5 + [0.5] * 5
     assert weights[1][0].tolist() == [-0.5] * 10
-    everywhere = PrefixRft({"entropy_mode": "all"}).weigh(rows, [TokenFacts(-torch.ones(10), e) for e in entropies])
+    everywhere = weights_of(
+        PrefixRft({"entropy_mode": "all"}), rows, [TokenFacts(-torch.ones(10), e) for e in entropies]
+    )
     assert everywhere[0][2].tolist() == pytest.approx([0.001] * 10)
 
 
 def test_hint_tokens_have_their_likelihood_and_nothing_else() -> None:
     group = [trajectory(0, 1.0, prefix=2), trajectory(0, 0.0, prefix=2)]
-    first, second = Uft().weigh(group)
+    first, second = weights_of(Uft(), group)
     sign = 0.5 / (math.sqrt(0.5) + 1e-6)
     expected = [[0, 0, sign, sign], [0.001, 0.001, 0, 0], [0, 0, 0.001, 0.001], [0, 0, 0.001, 0.001]]
     assert first.flatten().tolist() == pytest.approx([x for row in expected for x in row])
     assert second[0].tolist() == pytest.approx([0, 0, -sign, -sign])
-    assert Uft({"hints": "r3"}).weigh(group)[0][1].tolist() == [0] * 4
-    assert Uft({"hints": "stage"}).weigh(group)[0][1].tolist() == [0.001, 0.001, 0, 0]
+    assert weights_of(Uft({"hints": "r3"}), group)[0][1].tolist() == [0] * 4
+    assert weights_of(Uft({"hints": "stage"}), group)[0][1].tolist() == [0.001, 0.001, 0, 0]
     assert [t.name for t in Uft({"kl": 0.0, "entropy": 0.0}).terms] == ["policy", "hint"]
     equal = [trajectory(0, 1.0, prefix=2)] * 2
-    batch = Batch(Uft().terms, tuple(make_rows(equal, Uft().weigh(equal))))
+    batch = make_batch(Uft(), equal)
     assert local_counts(batch)[2:] == [4, 4, 4, 4]  # tokens without an advantage count as the policy's
     assert batch.rows[0].weights.float()[0].tolist() == [0] * 4
 
@@ -155,7 +157,7 @@ def test_hint_tokens_have_their_likelihood_and_nothing_else() -> None:
 def test_expert_rows_are_outside_of_every_group() -> None:
     rows = [trajectory(0, 1.0), trajectory(0, 0.0), trajectory(0, 1.0, 8, origin="demonstration")]
     method = ChordMu({"std": False})
-    weights = method.weigh(rows)
+    weights = weights_of(method, rows)
     assert [w[:, 0].tolist() for w in weights] == [
         pytest.approx([0.05, 0]),
         pytest.approx([-0.05, 0]),
@@ -272,8 +274,7 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
     model = tiny_model()
     rows = rows_of(method, model)
     trainer = Trainer(model, 2e-2, StepSettings(1000, False, 0.0, torch.float64))
-    bare = [replace(t, behaviour=None) for t in rows]
-    blank = make_rows(bare, [torch.zeros(len(method.terms), len(t.response_ids)).double() for t in rows])
+    blank = [bare_row(t) for t in rows]
     old = [
         stat[0] if t.behaviour is None else torch.tensor(t.behaviour).double()
         for t, stat in zip(rows, trainer.statistics(blank), strict=True)
@@ -281,12 +282,9 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
     reference = [row_statistics(tiny_model(seed=1), t)[0].detach() for t in rows]
     for step in range(2):
         facts = [TokenFacts(*f) for f in trainer.statistics(blank)]
-        weights = method.weigh(rows, facts if method.uses_facts else ())
-        made = [
-            replace(r, weights=w, behaviour=b, reference=f)
-            for r, w, b, f in zip(make_rows(rows, weights), weights, old, reference, strict=True)
-        ]
-        batch = Batch(method.terms, tuple(made))
+        whole = make_batch(method, rows, facts if method.uses_facts else ())
+        made = [replace(r, behaviour=b, reference=f) for r, b, f in zip(whole.rows, old, reference, strict=True)]
+        batch = replace(whole, rows=tuple(made))
         expected_loss = restated(method, model, rows, old, reference)
         expected = gradient(model, expected_loss)
         assert expected.norm() > 0
@@ -446,7 +444,7 @@ def test_the_share_of_sft_follows_the_rollout_batches() -> None:
     method = ChordMu()
     for step, mu in ((0, 0.9), (100, 0.475), (300, 0.05)):
         found = method.compose(Desk(with_demonstrations(4), step), 4, 4)
-        expert = [w for t, w in zip(found, method.weigh(found), strict=True) if t.origin == "demonstration"]
+        expert = [w for t, w in zip(found, weights_of(method, found), strict=True) if t.origin == "demonstration"]
         assert len(expert) == 4
         assert all(w[1].tolist() == pytest.approx([mu] * 21) for w in expert)
         assert all((w[0] == 0).all() for w in expert)
@@ -586,4 +584,5 @@ def test_every_method_says_what_it_is(method: type[Method]) -> None:
     assert method.formula
     assert method.source
     assert all(field.description for field in method.Options.model_fields.values())
-    assert len(method().terms) == len(method().weigh([trajectory(0, 1.0)], flat_facts([trajectory(0, 1.0)]))[0])
+    given = method().weigh([trajectory(0, 1.0)], flat_facts([trajectory(0, 1.0)]))
+    assert set(given[0]) == {term.name for term in method().terms}

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import advantages, gradient, relative, row_statistics
-from pydantic import ValidationError
+from oracle import advantages, gradient, relative, row_statistics, weights_of
 from recipes import world_recipe
 from torch import Tensor
 
 import thence.pipeline.rl_stage as rl_stage
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method, TokenFacts, make_rows
+from thence.errors import RecipeError
+from thence.methods.base import Method, TokenFacts, bare_row, make_batch
 from thence.methods.bread import Bread, prefix_of
 from thence.methods.red import Red, accuracy_factor, entropy_weight
 from thence.methods.registry import methods
-from thence.objective import Batch, local_counts
+from thence.objective import local_counts
 from thence.pipeline.run import run
 from thence.pipeline.sampler import RolloutSampler
 from thence.train.step import StepSettings, accumulate_gradients
@@ -67,7 +67,7 @@ def test_demonstrations_weigh_more_where_own_entropy_is_slower_and_accuracy_lowe
     rows = [*group(0, [0.0, 0.0]), *group(1, [1.0, 0.0]), *group(2, [1.0, 1.0])]
     method = Red({"entropy": 0, "smoothing": 0})
     shown = [2, 5, 8]
-    first = method.weigh(rows, entropies(rows, 1.0, 2.0))
+    first = weights_of(method, rows, entropies(rows, 1.0, 2.0))
     assert [first[i][:, 0].tolist() for i in shown] == [
         pytest.approx([0, 0.1 * factor]) for factor in (5.0, 1.0, 0.2)
     ]  # no change is known yet
@@ -75,11 +75,12 @@ def test_demonstrations_weigh_more_where_own_entropy_is_slower_and_accuracy_lowe
     assert all(not first[i].any() for i in (0, 1, 6, 7))
     method.took_step("main", 1.0)
     changed = entropies(rows, 0.9, 2.3)
-    second = method.weigh(rows, changed)
+    second = weights_of(method, rows, changed)
     assert second[5][1, 0].item() == pytest.approx(0.1 * 3, rel=1e-5)  # 0.3 against 0.1
-    assert all(a.equal(b) for a, b in zip(second, method.weigh(rows, changed), strict=True))  # asked twice, the same
+    again = weights_of(method, rows, changed)  # asked twice, the same
+    assert all(a.equal(b) for a, b in zip(second, again, strict=True))
     method.took_step("main", 1.0)
-    assert method.weigh(rows, changed)[5][1, 0].item() == pytest.approx(0.1)
+    assert weights_of(method, rows, changed)[5][1, 0].item() == pytest.approx(0.1)
 
 
 def test_averages_of_entropies_are_smoothed_and_survive_json():
@@ -93,7 +94,7 @@ def test_averages_of_entropies_are_smoothed_and_survive_json():
     again = Red({"smoothing": 0.9})
     again.restore(json.loads(json.dumps(method.state())))
     facts = entropies(rows, 1.5, 2.4)
-    assert all(a.equal(b) for a, b in zip(again.weigh(rows, facts), method.weigh(rows, facts), strict=True))
+    assert all(a.equal(b) for a, b in zip(weights_of(again, rows, facts), weights_of(method, rows, facts), strict=True))
     own_only = group(0, [1.0, 0.0], shown=False)  # the average of what is not there stays
     method.weigh(own_only, entropies(own_only, 1.1, 0.0))
     assert method.weighed["expert"] == pytest.approx(2.0)
@@ -179,7 +180,7 @@ def test_a_prefix_is_whole_episodes_and_never_the_whole_demonstration(tokens, ep
 
 
 def test_a_band_without_room_is_refused():
-    with pytest.raises(ValidationError, match="least is above most"):
+    with pytest.raises(RecipeError, match="least is above most"):
         Bread({"least": 0.8, "most": 0.2})
 
 
@@ -235,13 +236,13 @@ def test_gradients_of_two_steps_are_those_of_the_formula_however_cut(tiny_model,
     model, method = tiny_model(), made({**options, "normaliser": normaliser})
     rows = rows_of(method, model)
     trainer = Trainer(model, 3e-2, StepSettings(1000, False, 0.0, torch.float64))
-    blank = make_rows(rows, [torch.zeros(len(method.terms), len(t.response_ids)).double() for t in rows])
+    blank = [bare_row(t) for t in rows]
     old = [logp for logp, _ in trainer.statistics(blank)]
     before: dict[str, float] = {}
     for _ in range(2):
         facts = [TokenFacts(*f) for f in trainer.statistics(blank)] if method.uses_facts else ()
-        made_rows = make_rows(rows, method.weigh(rows, facts))
-        batch = Batch(method.terms, tuple(replace(r, behaviour=b) for r, b in zip(made_rows, old, strict=True)))
+        batch = make_batch(method, rows, facts)
+        batch = replace(batch, rows=tuple(replace(r, behaviour=b) for r, b in zip(batch.rows, old, strict=True)))
         expected = gradient(model, restated(method, model, rows, old, before))
         assert expected.norm() > 0
         for budget, packing in WAYS:

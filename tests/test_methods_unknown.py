@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import weights_of
 from test_methods_gates import FakeSampler
 from test_rl_engine import recipe, trained  # noqa: F401 - `recipe` is a fixture
 
@@ -48,7 +49,7 @@ def demonstration(score: float | None, index: int = 0) -> Trajectory:
 def test_an_unknown_reward_is_in_no_mean_and_has_no_row(method):
     kept = leave_out(method, group([1.0, None, 0.0, None]))
     assert [t.score for t in kept] == [1.0, 0.0]
-    assert [w[0, 0].item() for w in method.weigh(kept)] == [0.5, -0.5]
+    assert [w[0, 0].item() for w in weights_of(method, kept)] == [0.5, -0.5]
 
 
 @pytest.mark.parametrize("method", [Grpo(), OnPolicy(), Grpo({"singleton": "reward"})], ids=["grpo", "own", "reward"])
@@ -87,7 +88,7 @@ def test_red_does_not_take_unknown_accuracy_for_failure():
     from thence.methods.base import TokenFacts
 
     facts = [TokenFacts(torch.zeros(2), torch.ones(2))]
-    (weight,) = Red({"entropy": 0}).weigh([demonstration(None)], facts)
+    (weight,) = weights_of(Red({"entropy": 0}), [demonstration(None)], facts)
     assert weight[1].tolist() == pytest.approx([0.1, 0.1])
 
 
@@ -144,7 +145,7 @@ def test_exgrpo_starts_by_the_rate_among_known_responses():
 def test_an_unknown_reward_never_becomes_a_number_on_its_way_to_a_weight():
     for method in (Grpo(), OnPolicy(), Luffy()):
         with pytest.raises(ValueError, match="no reward"):
-            method.weigh(group([1.0, None]))
+            weights_of(method, group([1.0, None]))
 
 
 # In a run.

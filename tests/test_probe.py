@@ -64,6 +64,9 @@ def make(kind: str, dtype: torch.dtype = torch.float64, **fields) -> nn.Module:
     return model
 
 
+SFT = Term("sft", Logp(), Normaliser("tokens"))
+
+
 def rows_of(lengths, vocabulary: int = 40):
     generator = torch.Generator().manual_seed(1)
     trajectories = [
@@ -71,12 +74,11 @@ def rows_of(lengths, vocabulary: int = 40):
         for i, n in enumerate(lengths)
         for ids in [torch.randint(1, vocabulary, (n,), generator=generator).tolist()]
     ]
-    weights = [torch.full((1, len(t.response_ids)), 1.0 + i) for i, t in enumerate(trajectories)]
-    return make_rows(trajectories, weights)
+    return make_rows([SFT], trajectories, [{"sft": 1.0 + i} for i in range(len(trajectories))])
 
 
 def step_of(model, rows, packing):
-    batch = Batch((Term("sft", Logp(), Normaliser("tokens")),), tuple(rows))
+    batch = Batch((SFT,), tuple(rows))
     settings = StepSettings(100, packing, 0.0, next(model.parameters()).dtype)
     loss = accumulate_gradients(model, torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings).loss
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -24,7 +24,7 @@ from thence.recipe import (
     load_recipe,
     shipped_recipes,
 )
-from thence.text_values import parse_value
+from thence.settings.text_values import parse_value
 from thence.toml import to_toml
 
 MODEL = {"path": "some/model"}
@@ -263,8 +263,7 @@ def test_an_override_below_a_plain_field_is_refused() -> None:
 
 def test_an_override_with_a_typo_is_refused_with_the_right_name() -> None:
     error = refused("quickstart", {"rl.max-tokes": "3"})
-    assert error.field is not None
-    assert error.field.endswith("max_tokes")
+    assert error.field == "--rl.max-tokes"  # as it was written
     assert "'max_tokens'" in error.remedy
 
 
@@ -387,7 +386,7 @@ def test_recipes_are_read_without_torch() -> None:
     code = """
 import sys
 from thence.recipe import load_recipe, shipped_recipes
-from thence.text_values import parse_value
+from thence.settings.text_values import parse_value
 from thence.toml import to_toml
 for name in shipped_recipes():
     to_toml(load_recipe(name).resolved())

@@ -21,13 +21,14 @@ from oracle import (
     make_method,
     relative,
     row_statistics,
+    weights_of,
 )
 
 from thence.errors import StepRefused
 from thence.models.packing import packed_attention, way_of
 from thence.objective import Batch, Logp, Row, Term, local_counts, trained_tokens
 from thence.train.forward import hidden_states
-from thence.train.micro_batches import lay_out, plan
+from thence.train.micro_batches import lay_out, plan, token_inputs
 from thence.train.parallel import SingleProcess
 from thence.train.schedule import learning_rate
 from thence.train.step import StepSettings, accumulate_gradients, train_step
@@ -166,7 +167,7 @@ def test_old_log_probabilities_of_some_rows_only_are_an_error(models):
     rows = list(make_batch(make_case(model, MOVED, LENGTHS, 3, 0), MOVED).rows)
     rows[1] = replace(rows[1], behaviour=None)
     with pytest.raises(ValueError, match="some rows"):
-        lay_out(rows, False, CPU)
+        token_inputs(rows, lay_out(rows, False, CPU))
 
 
 def test_policy_statistics_come_back_in_the_order_of_the_rows(models):
@@ -405,5 +406,5 @@ def test_no_gradient_of_the_policy_where_all_rewards_are_equal(models):
     model = models[torch.float64, "plain"]
     case = make_case(model, DAPO, LENGTHS, 3, 0)
     equal = replace(case, trajectories=tuple(t.scored(1.0) for t in case.trajectories))
-    assert not make_method(DAPO).weigh(equal.trajectories)[0].any()
+    assert not weights_of(make_method(DAPO), equal.trajectories)[0].any()
     assert not engine(model, make_batch(equal, DAPO))[1].any()

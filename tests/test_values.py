@@ -13,11 +13,11 @@ from thence.cli import main
 from thence.compare.recipe import load_comparison
 from thence.errors import UserError
 from thence.evaluate.suites import Task, load_suite
-from thence.limits import bounds_of, members_of, whole_type
 from thence.methods.registry import make_method, methods
 from thence.recipe import Data, Eval, Faulty, Recipe, Rl, Sft, load_recipe
 from thence.rollout.vllm.settings import VllmSettings, vllm_settings
-from thence.section import Section
+from thence.settings.annotations import bounds_of, members_of, whole_type
+from thence.settings.section import Section
 
 MODEL = {"path": "some/model"}
 ARMS = {"base": {}, "sft": {"kind": "sft"}}
@@ -177,7 +177,7 @@ def test_a_bad_number_in_a_file_is_named_with_file_line_field_and_what_it_takes(
     file.write_text(f'stages = ["sft-short"]\n[model]\npath = "m"\n[sft]\nlr = 1e-3\nsteps = {literal}\n')
     with pytest.raises(UserError) as caught:
         load_recipe(file)
-    assert (caught.value.file, caught.value.line, caught.value.field) == (str(file), 6, "sft-short.steps")
+    assert (caught.value.file, caught.value.line, caught.value.field) == (str(file), 6, "sft.steps")
     assert "a whole number from 1 to" in caught.value.remedy
     assert "optimizer steps" in caught.value.remedy.lower()
 

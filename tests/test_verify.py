@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thence.errors import UserError
+from thence.framed import Inbox, pack
 from thence.verify import Grade, GradeRequest, GradingPool, Verdict, count, grade_exact, load_function, load_reward
 from thence.verify.math import Rule, graded_part
 from thence.verify.pool import MAX_CHARS
-from thence.verify.protocol import Inbox, pack
 from thence.verify.verdict import from_plain, reward, to_plain
 
 RIGHT, WRONG, UNKNOWN = Verdict.RIGHT, Verdict.WRONG, Verdict.UNKNOWN

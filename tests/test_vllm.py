@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thence.errors import UserError
+from thence.framed import Wire
 from thence.objective.kl import kl_estimate
 from thence.rollout.correction import truncated_importance
 from thence.rollout.native import Sampling, sample
@@ -31,7 +32,7 @@ from thence.rollout.vllm import settings as settings_module
 from thence.rollout.vllm import weights as weights_module
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import CHILD, PYTHON_VARIABLE, VllmSettings
-from thence.rollout.vllm.wire import TOKEN_VARIABLE, Wire
+from thence.rollout.vllm.wire import TOKEN_VARIABLE
 
 VOCAB = 12
 TOKEN = "a token for tests"
@@ -218,8 +219,8 @@ def script(tmp_path: Path) -> Callable[[str], VllmSettings]:
     def make(body: str) -> VllmSettings:
         file = tmp_path / "player"
         file.write_text(
-            f"#!{sys.executable}\nimport sys, socket\nsys.path.insert(0, {str(CHILD.parent)!r})\n"
-            "from wire import Wire\n"
+            f"#!{sys.executable}\nimport sys, socket\nsys.path.insert(0, {str(CHILD.parents[3])!r})\n"
+            "from thence.framed import Wire\n"
             "sock = socket.socket(fileno=int(sys.argv[sys.argv.index('--fd') + 1]))\nwire = Wire(sock)\n"
             "ask, tell = (lambda: wire.receive(20)), wire.send\n"
             "ready = {'protocol': 2, 'model': sys.argv[sys.argv.index('--model') + 1], 'stamp': [0, 'd'],\n"

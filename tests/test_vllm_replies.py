@@ -95,7 +95,7 @@ def test_a_request_larger_than_any_message_is_refused(
     fake: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = VllmEngine(fake(), folder)
-    monkeypatch.setattr("thence.rollout.vllm.wire.LARGEST", 1000)
+    monkeypatch.setattr("thence.framed.LARGEST", 1000)
     with pytest.raises(UserError, match=r"can be sent(.|\n)*fewer prompts"):
         engine.sample([[1, i] for i in range(200)], range(200), Sampling(4))
 

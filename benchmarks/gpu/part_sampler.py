@@ -10,8 +10,7 @@ from models import TINY, VOCAB, tiny
 from record import Record
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import make_rows
-from thence.methods.sft import Sft
+from thence.methods.base import bare_row
 from thence.objective import kl_estimate
 from thence.recipe import Data, Model
 from thence.rollout.llama import is_plain_llama
@@ -76,7 +75,7 @@ def mismatch(
     """The trainer's log-probabilities of the sampled tokens against the sampler's: KL per token and largest gap."""
     pairs = enumerate(zip(prompts, found, strict=True))
     rows = [Trajectory(Prompt(i, tuple(p)), tuple(r.token_ids)) for i, (p, r) in pairs]
-    made = make_rows(rows, Sft().weigh(rows))
+    made = [bare_row(row) for row in rows]
     scored = policy_statistics(model, made, 1.0, StepSettings(4096, compute_dtype=dtype))
     sampled = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in found])
     trained = torch.cat([logp.double() for logp, _ in scored])

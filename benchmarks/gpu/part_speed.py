@@ -18,7 +18,7 @@ from record import Record
 from thence.accounting.flops import parameters
 from thence.accounting.memory import Memory, activation_memory, logit_memory, readable, rollout_memory, state_memory
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import make_rows
+from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
 from thence.methods.sft import Sft
 from thence.objective import Batch
@@ -111,7 +111,7 @@ def ours(
     """thence's own step on these rows: tokens/s, share of the roofline, peak memory beside the plan."""
     free(device)
     method, checkpointing = Sft(), budget > BUDGET
-    batch = Batch(method.terms, tuple(make_rows(trajectories, method.weigh(trajectories))))
+    batch = make_batch(method, trajectories)
     trainer = Trainer(
         model, 1e-6, StepSettings(budget, packing, 1.0, torch.bfloat16), activation_checkpointing=checkpointing
     )
@@ -155,7 +155,7 @@ def profile(model: Any, trajectories: Sequence[Trajectory], device: torch.device
     from torch.profiler import profile as torch_profile
 
     method = Sft()
-    batch = Batch(method.terms, tuple(make_rows(trajectories, method.weigh(trajectories))))
+    batch = make_batch(method, trajectories)
     trainer = Trainer(model, 1e-6, StepSettings(BUDGET, True, 1.0, torch.bfloat16))
     trainer.step(batch)
     with torch_profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -281,14 +281,14 @@ def grpo(device: torch.device, small: bool, record: Record) -> None:
         Trajectory(Prompt(i // 8, tuple(p)), tuple(r.token_ids), score=float(i % 3 == 0))
         for i, (p, r) in enumerate(zip(prompts, found, strict=True))
     ]
-    rows = make_rows(rolled, method.weigh(rolled))
+    batch = make_batch(method, rolled)
     settings = StepSettings(BUDGET, False, 1.0, torch.bfloat16)
     trainer = Trainer(model, 1e-6, settings)
     parts: dict[str, float] = {"sampling": seconds}
     for _ in range(2):
-        scoring = timed(lambda: policy_statistics(model, rows, 1.0, settings), device)
+        scoring = timed(lambda: policy_statistics(model, batch.rows, 1.0, settings), device)
         parts["old log-probabilities"] = scoring
-        parts["step"] = timed(lambda: trainer.step(Batch(method.terms, tuple(rows))), device)
+        parts["step"] = timed(lambda: trainer.step(batch), device)
     record.figure("GRPO, seconds", parts)
     trainer = None
     model.zero_grad(set_to_none=True)

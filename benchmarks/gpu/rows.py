@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import make_rows
+from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
 from thence.methods.sft import Sft
 from thence.objective import Batch, local_counts
@@ -33,21 +33,20 @@ def trajectories(lengths: Sequence[tuple[int, int]], vocabulary: int, seed: int 
 
 def sft_batch(rows: Sequence[Trajectory], silent: bool = False) -> Batch:
     """Plain maximum likelihood; ``silent``: every third row weighs nothing."""
-    method = Sft()
-    weights = [w * float(not silent or i % 3 != 1) for i, w in enumerate(method.weigh(rows))]
-    return Batch(method.terms, tuple(make_rows(rows, weights)))
+    batch = make_batch(Sft(), rows)
+    heard = [replace(r, weights=r.weights * float(not silent or i % 3 != 1)) for i, r in enumerate(batch.rows)]
+    return replace(batch, rows=tuple(heard))
 
 
 def grpo_batch(rows: Sequence[Trajectory], statistics: Sequence[Tensor]) -> Batch:
     """GRPO with a moved behaviour policy, a KL term and an entropy bonus; old log-probabilities from ``statistics``."""
-    method = Grpo({"kl": 0.05, "entropy": 0.02})
+    batch = make_batch(Grpo({"kl": 0.05, "entropy": 0.02}), rows, temperature=0.8)
     shifts = [torch.linspace(-0.6, 0.6, len(logp), dtype=torch.float64) for logp in statistics]
-    made = make_rows(rows, method.weigh(rows))
     made = [
         replace(row, behaviour=logp.double() + shift, reference=logp.double() - shift.flip(0) / 2)
-        for row, logp, shift in zip(made, statistics, shifts, strict=True)
+        for row, logp, shift in zip(batch.rows, statistics, shifts, strict=True)
     ]
-    return Batch(method.terms, tuple(made), 0.8)
+    return replace(batch, rows=tuple(made))
 
 
 def engine(

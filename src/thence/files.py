@@ -13,15 +13,12 @@ import json
 import logging
 import math
 import os
-import re
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from thence.errors import DamagedFile, first_line
+from thence.toml import NotTomlError, parse_toml
 from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
@@ -63,11 +60,10 @@ def write_over(path: Path, text: str) -> None:
     write_atomically(path, text)
 
 
-def read_json(path: Path, kind: type = dict, *, remedy: str, shape: Callable[[Any], object] | None = None) -> Any:
+def read_json(path: Path, *, remedy: str, shape: Callable[[Any], object] | None = None) -> Any:
     """A JSON file that thence wrote.
 
     Args:
-        kind: type of the value at its top.
         remedy: what to do where it is damaged.
         shape: looks at the value; raises KeyError, TypeError, ValueError or AttributeError, or returns False, where it
             is not what thence writes.
@@ -77,8 +73,8 @@ def read_json(path: Path, kind: type = dict, *, remedy: str, shape: Callable[[An
         DamagedFile: it is there and cannot be read, or holds something else.
     """
     value = _parsed(path, remedy, ".json")
-    if not isinstance(value, kind):
-        raise DamagedFile(f"holds {json_kind(value)}, not {json_kind(kind())}", remedy=remedy, file=path)
+    if not isinstance(value, dict):
+        raise DamagedFile(f"holds {json_kind(value)}, not an object", remedy=remedy, file=path)
     return fitted(path, value, shape, remedy)
 
 
@@ -87,7 +83,7 @@ def is_environment(facts: Mapping[str, Any]) -> bool:
     return bool(facts) and isinstance(facts.get("later_starts", []), list)
 
 
-def read_toml(path: Path, *, remedy: str) -> dict[str, Any]:
+def read_own_toml(path: Path, *, remedy: str) -> dict[str, Any]:
     """A TOML file that thence wrote. Raises FileNotFoundError, or DamagedFile where it cannot be read."""
     return _parsed(path, remedy, ".toml")
 
@@ -110,7 +106,7 @@ def _parsed(path: Path, remedy: str, suffix: str = "") -> Any:
     try:
         text = path.read_bytes().decode("utf-8")
         if (suffix or path.suffix) == ".toml":
-            return tomllib.loads(text)
+            return parse_toml(text)
         return json.loads(text) if (suffix or path.suffix) == ".json" else text
     except IsADirectoryError:
         raise DamagedFile("is a folder, not a file", remedy=remedy, file=path) from None
@@ -119,10 +115,8 @@ def _parsed(path: Path, remedy: str, suffix: str = "") -> Any:
         raise DamagedFile("not UTF-8 text", remedy=remedy, file=path, line=line) from None
     except json.JSONDecodeError as error:
         raise DamagedFile(f"not valid JSON: {error.msg}", remedy=remedy, file=path, line=error.lineno) from None
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r"at line (\d+)", str(error))
-        line = int(place[1]) if place else None
-        raise DamagedFile(f"not valid TOML: {first_line(error)}", remedy=remedy, file=path, line=line) from None
+    except NotTomlError as error:
+        raise DamagedFile(first_line(error), remedy=remedy, file=path, line=error.line) from None
     except (ValueError, RecursionError) as error:  # numbers of 5,000 digits, 10,000 brackets
         raise DamagedFile(f"cannot be read: {first_line(error)}", remedy=remedy, file=path) from None
 
@@ -141,145 +135,6 @@ def keep_damaged(path: Path, word: str = "damaged") -> Path:
         copy.flush()
         os.fsync(copy.fileno())
     return kept
-
-
-def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write plain values, one a line, atomically."""
-    write_atomically(path, "".join(to_json(line) + "\n" for line in lines))
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line that cannot be read: its number, counted from 1, its bytes, and why."""
-
-    number: int
-    raw: bytes
-    why: str
-
-
-Row = tuple[int, dict[str, Any]]
-Check = Callable[[dict[str, Any]], str | None]
-"""Says what is wrong with an object that a line holds; None: nothing."""
-
-
-@dataclass(frozen=True)
-class Lines:
-    """The lines of a JSON Lines file.
-
-    Args:
-        rows: what could be read, with the number of its line.
-        bad: what could not.
-        torn: a last line that a killed process left unfinished; b"" where there is none.
-    """
-
-    rows: tuple[Row, ...]
-    bad: tuple[BadLine, ...]
-    torn: bytes
-
-    @property
-    def values(self) -> list[dict[str, Any]]:
-        """The readable lines."""
-        return [row for _, row in self.rows]
-
-
-def read_lines(path: Path, check: Check | None = None) -> Lines:
-    """Read a JSON Lines file that thence wrote: a damaged line costs itself alone. No file is an empty one.
-
-    Args:
-        check: what is wrong with an object that a line holds; such a line is bad too.
-    """
-    rows: list[Row] = []
-    bad: list[BadLine] = []
-    torn = b""
-    for line in stream_lines(path, check):
-        if isinstance(line, bytes):
-            torn = line
-        elif isinstance(line, BadLine):
-            bad.append(line)
-        else:
-            rows.append(line)
-    return Lines(tuple(rows), tuple(bad), torn)
-
-
-def stream_lines(path: Path, check: Check | None = None) -> Iterator[Row | BadLine | bytes]:
-    """The lines of a file one by one, for large ones: rows and bad lines, and last the bytes of a torn line."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield _line(number, raw, check)
-
-
-def _line(number: int, raw: bytes, check: Check | None) -> Row | BadLine | bytes:
-    ended, raw = raw.endswith(b"\n"), raw.rstrip(b"\r\n")
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return BadLine(number, raw, "not UTF-8 text")
-    except (ValueError, RecursionError) as error:
-        # the beginning of an object is what a killed process leaves; anything else, such as zeros, is damage
-        if not ended and raw.startswith(b"{") and not first_line(error).startswith("Extra data"):
-            return raw
-        return BadLine(number, raw, f"not valid JSON: {first_line(error)}")
-    if not isinstance(value, dict):
-        return BadLine(number, raw, f"holds {json_kind(value)}, not an object")
-    why = None if check is None else check(value)
-    return (number, value) if why is None else BadLine(number, raw, why)
-
-
-def say_bad_lines(path: Path, bad: Sequence[BadLine], what_follows: str) -> None:
-    """Name damaged lines in the log, each once in a process.
-
-    Args:
-        what_follows: what becomes of them, for example "it is left out".
-    """
-    for line in bad:
-        _say(path, line, what_follows)
-
-
-@lru_cache(maxsize=4096)
-def _say(path: Path, line: BadLine, what_follows: str) -> None:
-    log.warning("%s:%d: a damaged line (%s): %s", path, line.number, line.why, what_follows)
-
-
-def set_aside(path: Path, bad: Sequence[BadLine]) -> None:
-    """Append damaged lines to ``NAME.damaged`` beside their file, flushed to disk, and name them in the log.
-
-    The caller then writes the file without them. A process killed in between sets them aside twice, never not at all.
-    """
-    if not bad:
-        return
-    aside = damaged_lines(path)
-    say_bad_lines(path, bad, f"it is set aside in {aside.name}, the other lines are kept")
-    with aside.open("ab") as file:
-        file.write(b"".join(line.raw + b"\n" for line in bad))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def damaged_lines(path: Path) -> Path:
-    """Where the damaged lines of a file are set aside."""
-    return path.with_name(f"{path.name}.damaged")
-
-
-def repair_lines(path: Path, check: Check | None = None) -> None:
-    """Set damaged lines aside and drop a torn one, so that lines can be appended. A whole file is left as it is."""
-    content = path.read_bytes() if path.is_file() else b""
-    found = read_lines(path, check)
-    set_aside(path, found.bad)
-    gone = {line.number for line in found.bad} | ({content.count(b"\n") + 1} if found.torn else set())
-    kept = [raw for number, raw in enumerate(content.split(b"\n"), start=1) if number not in gone and raw.strip()]
-    whole = b"".join(raw + b"\n" for raw in kept)
-    if whole != content:
-        write_bytes_atomically(path, whole)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The readable lines of a file; damaged ones are named in the log and left out."""
-    found = read_lines(path)
-    say_bad_lines(path, found.bad, "it is left out")
-    return found.values
 
 
 def finite(value: Any) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from thence.toml import parse_toml
+
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class KnownFault:
     """One entry of known_faults.toml; the file says what the fields mean."""
 
     id: str
@@ -36,10 +37,10 @@ class Fault:
             return False
 
 
-def load_known_faults() -> tuple[Fault, ...]:
+def load_known_faults() -> tuple[KnownFault, ...]:
     """The known faults that ship with the package."""
     text = (resources.files("thence") / "known_faults.toml").read_text(encoding="utf-8")
-    entries = tomllib.loads(text)["fault"]
+    entries = parse_toml(text)["fault"]
     return tuple(
-        Fault(**entry | {key: tuple(entry.get(key, ())) for key in ("sources", "findings")}) for entry in entries
+        KnownFault(**entry | {key: tuple(entry.get(key, ())) for key in ("sources", "findings")}) for entry in entries
     )

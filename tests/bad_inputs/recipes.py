@@ -6,8 +6,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args, get_origin
 
-from thence.limits import Name, Place, Source, members_of, whole_type
 from thence.recipe import KINDS, Data, Model, Recipe
+from thence.settings.annotations import members_of, whole_type
+from thence.settings.limits import Name, Place, Source
 from thence.toml import to_toml
 
 from .damage import damaged

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -34,6 +33,7 @@ from thence.accounting.memory import (
     state_memory,
 )
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
+from thence.toml import parse_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,4 +299,4 @@ def _capped(length: float, limit: int | None) -> float:
 
 
 def _table(name: str) -> dict[str, dict[str, Any]]:
-    return tomllib.loads((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))
+    return parse_toml((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))

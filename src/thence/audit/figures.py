@@ -84,7 +84,7 @@ def mean_ratio(tokens: Iterable[TokenWeight]) -> float:
     return sum(abs(t.ideal) * t.ratio for t in response) / total if total else math.nan
 
 
-def nothing(step: StepResult) -> float:
+def zero_bound(step: StepResult) -> float:
     """Ratios up to this one are taken for zero: what the error of a weight allows, at least 2% and at most 20%."""
     return min(0.2, max(0.02, 2 * step.error)) if math.isfinite(step.error) else 0.2
 
@@ -138,7 +138,7 @@ def step_with_most_lost(report: Report) -> StepResult | None:
 
 def same(a: StepResult, b: StepResult) -> bool:
     """Whether two steps are to be told in one line."""
-    near = max(nothing(a), nothing(b)) / 2
+    near = max(zero_bound(a), zero_bound(b)) / 2
     return (
         a.objective == b.objective
         and {f.id for f in a.findings} == {f.id for f in b.findings}
@@ -154,13 +154,6 @@ def ratio_text(value: float | None) -> str:
     if abs(value) >= 99.995:
         return f"{value:.3g}"
     return f"{value + 0.0:.2f}".replace("-0.00", "0.00")
-
-
-def percent(share: float) -> str:
-    """A share in per cent; one decimal where it is small but not nothing."""
-    if math.isnan(share):
-        return "–"
-    return f"{share:.1%}" if 0.0005 <= share < 0.0995 else f"{share:.0%}"
 
 
 def title(finding: Finding | str) -> str:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from thence import __version__
-from thence.audit.judge.verdict import judge_all, not_told_apart, scale_law, settle
+from thence.audit.judge.verdict import judge_all, not_told_apart, settle
 from thence.audit.result import CaseResult, Verdict
 from thence.audit.solve.probe import Probe
 from thence.audit.text import report_text
@@ -59,24 +59,29 @@ class Report:
 def make_report(
     target: str,
     cases: Sequence[CaseResult],
-    versions: dict[str, str],
+    versions: Mapping[str, str],
     command: str,
-    probe: Probe | dict,
+    probe: Probe | Mapping[str, Any],
     seconds: float,
     asked: str = "",
     reasons: Sequence[str] = (),
     imports: float = 0.0,
 ) -> Report:
-    """The report of a judged matrix."""
+    """The report of a judged matrix.
 
+    Args:
+        asked: the objective asked for where cases differ; empty: that of the first judged case.
+        reasons: why rules cannot be told apart, beside what the cases say.
+        imports: seconds that the stack's own imports took.
+        Others: see :class:`Report`.
+    """
     cases = settle([replace(case, reason=redacted(case.reason)) for case in cases], asked)
-    verdict = judge_all(cases, versions, asked)
     return Report(
         target=target,
         versions=versions,
         command=redacted(command),
         cases=tuple(cases),
-        verdict=_with_law(verdict, cases),
+        verdict=judge_all(cases, versions, asked),
         not_told_apart=not_told_apart(cases, reasons),
         probe=probe.describe() if isinstance(probe, Probe) else probe,
         thence=__version__,
@@ -84,13 +89,3 @@ def make_report(
         seconds=round(seconds, 1),
         import_seconds=round(imports, 1),
     )
-
-
-def _with_law(verdict: Verdict, cases: Sequence[CaseResult]) -> Verdict:
-    """Say what the size of the update follows, where that is not one and the same weight in all."""
-    law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
-    name = scale_law([case for case in cases if case.status == "judged"])
-    if name in law and verdict.outcome == "finding":
-        first, second = verdict.sentences
-        return replace(verdict, sentences=(first, f"{second} The size of the update follows {law[name]}."))
-    return verdict

@@ -194,7 +194,7 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class KnownFault:
+class PublicReport:
     """A public report of what was found, from known_faults.toml.
 
     Args:
@@ -226,7 +226,7 @@ class Verdict:
     asked: str
     sentences: tuple[str, str]
     remedy: str = ""
-    known: tuple[KnownFault, ...] = ()
+    known: tuple[PublicReport, ...] = ()
 
     @property
     def exit_code(self) -> int:

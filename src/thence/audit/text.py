@@ -21,18 +21,18 @@ from thence.audit.figures import (
     judged,
     lost_by_role,
     micro_batches,
-    nothing,
     objective_title,
-    percent,
     ratio_text,
     same,
     step_with_most_lost,
     title,
     wrong,
+    zero_bound,
 )
 from thence.audit.result import CaseResult, StepResult
 from thence.foreign_text import visible
 from thence.terminal import make_console
+from thence.wording import percent
 
 if TYPE_CHECKING:
     from thence.audit.report import Report
@@ -221,11 +221,11 @@ def _bar(ratio: float, step: StepResult) -> tuple[str, str]:
     """A sign and its style for a weight relative to the one asked for."""
     if math.isnan(ratio):
         return "?", "yellow"
-    if abs(ratio) <= nothing(step):
+    if abs(ratio) <= zero_bound(step):
         return _ZERO, "bold white on red"
     if ratio < 0:
         return "-", "bold white on magenta"
-    if abs(ratio - 1) <= nothing(step):
+    if abs(ratio - 1) <= zero_bound(step):
         return _IDEAL, "green"
     sign = next(bar for bar, limit in _BARS if ratio <= limit)
     return sign, "blue" if ratio < 1 else "red"

@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 from thence.cli.app import quiet_libraries
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
-from thence.limits import Rate, Seconds, Seed
+from thence.settings.limits import Rate, Seconds, Seed
 from thence.terminal import make_console
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from thence.cli.parsing import none_given, read_flag
 from thence.errors import UserError
-from thence.limits import Processes, Seed
+from thence.settings.limits import Processes, Seed
 
 
 def compare_command(

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thence.errors import UserError
-from thence.known_faults import Fault, load_known_faults
+from thence.known_faults import KnownFault, load_known_faults
 from thence.terminal import make_console
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
@@ -134,7 +134,7 @@ def _environment_table(about: Mapping[str, str], packages: Mapping[str, str]) ->
     return table
 
 
-def _verdict(found: Sequence[Fault], packages: Mapping[str, str]) -> Text:
+def _verdict(found: Sequence[KnownFault], packages: Mapping[str, str]) -> Text:
     bad = sorted({f"{fault.package} {packages[fault.package]}" for fault in found if fault.level == "fault"})
     notes = sum(fault.level == "note" for fault in found)
     text = f"known bad: {', '.join(bad)}" if bad else "no installed version is known to be bad"
@@ -143,7 +143,7 @@ def _verdict(found: Sequence[Fault], packages: Mapping[str, str]) -> Text:
     return Text(f"\nKnown faults: {text}", style="bold red" if bad else "bold green")
 
 
-def _card(fault: Fault, version: str | None) -> Group:
+def _card(fault: KnownFault, version: str | None) -> Group:
     here = f"{version} installed" if version else "not installed"
     affected = fault.affected or "versions not known"
     style = "red" if fault.level == "fault" else "yellow"

@@ -13,8 +13,9 @@ from cyclopts import Group, Parameter
 
 from thence.cli.app import quiet_libraries
 from thence.errors import RecipeError, UserError
-from thence.limits import Count, Processes, Rows, Seconds, Seed, SomeShare, Temperature, Tokens
-from thence.text_values import field_type, parse_value, read_value
+from thence.settings.annotations import type_at
+from thence.settings.limits import Count, Processes, Rows, Seconds, Seed, SomeShare, Temperature, Tokens
+from thence.settings.text_values import parse_value, read_value
 from thence.wording import counted
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ def _backend(settings: Settings, generator: Generator) -> Backend:
         from thence.rollout.vllm.settings import VllmSettings, vllm_settings
 
         given = [_assignment(text, "--vllm") for text in generator.vllm]
-        table = {name: read_value(value, field_type(VllmSettings, [name])) for name, value in given}
+        table = {name: read_value(value, type_at(VllmSettings, [name])) for name, value in given}
         vllm = vllm_settings(table, "--vllm")
         return VllmBackend(model, settings.chat_template, vllm, settings.template_variables)
     from thence.evaluate.native_backend import ROWS, NativeBackend

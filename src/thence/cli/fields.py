@@ -9,9 +9,9 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 
 from thence.errors import UserError
-from thence.limits import members_of, takes
 from thence.recipe import KINDS, Data, Model, Recipe, type_of
-from thence.text_values import is_mapping, is_switch
+from thence.settings.annotations import members_of, takes
+from thence.settings.text_values import is_mapping, is_switch
 
 _FIRST = {"model": "path", "data": "source"}
 _ENTRY = re.compile(r"\s*([\w.-]+)=(.*)", re.DOTALL)

@@ -18,8 +18,10 @@ from pydantic import TypeAdapter
 
 from thence.cli.app import HELP_FLAGS, WITH_FIELDS, make_app, print_help
 from thence.errors import UserError
-from thence.limits import Place, shown, takes
-from thence.text_values import read_value
+from thence.settings.annotations import takes
+from thence.settings.limits import Place
+from thence.settings.text_values import read_value
+from thence.wording import shown
 
 MAY_BE_EMPTY = ("--system",)
 _NUMBER = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
@@ -147,7 +149,7 @@ def _check_positional(text: str) -> None:
 
 
 def read_flag(flag: str, text: str, kind: Any) -> Any:
-    """A text as a value of a type of :mod:`thence.limits`, where a flag holds several. Raises UserError."""
+    """A text as a value of a type of :mod:`thence.settings.limits`, where a flag holds several. Raises UserError."""
     try:
         return TypeAdapter(kind).validate_python(read_value(text, kind), strict=True)
     except ValueError:

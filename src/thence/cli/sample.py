@@ -12,9 +12,9 @@ from rich.text import Text
 
 from thence.cli.report import existing_run
 from thence.errors import UserError
-from thence.files import read_lines, say_bad_lines
 from thence.foreign_text import clean
-from thence.limits import Rows
+from thence.jsonl import read_lines, say_bad_lines
+from thence.settings.limits import Rows
 from thence.terminal import make_console
 from thence.wording import json_kind
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import selectors
 import subprocess
@@ -22,6 +21,7 @@ from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import Comparison, Failure, write_results
 from thence.errors import UserError
 from thence.files import write_over
+from thence.framed import Inbox, pack
 from thence.locks import held
 from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
@@ -187,13 +187,13 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.job: Job | None = None
-        self.unread = b""
         self.since = 0.0
         self.log = self.folder / "logs" / f"worker-{self.number}.log"
         self.log.parent.mkdir(exist_ok=True)
         self._launch()
 
     def _launch(self) -> None:
+        self.inbox = Inbox()
         environment = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -217,15 +217,14 @@ class Worker:
         self.job, self.since = job, time.monotonic()
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # where it has died, the end of its output says so
-            self.process.stdin.write(json.dumps(job.tables).encode() + b"\n")
+            self.process.stdin.write(pack(dict(job.tables)))
             self.process.stdin.flush()
 
-    def messages(self) -> list[Mapping[str, Any]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The messages that have come; the last is ``{"died": why}`` where the process has ended."""
         piece = os.read(self.output.fileno(), 1 << 16)
-        *lines, self.unread = (self.unread + piece).split(b"\n")
         if piece:
-            return [json.loads(line) for line in lines]
+            return self.inbox.feed(piece)
         code = self.process.wait()
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
         return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{redacted(tail)}"}]
@@ -233,7 +232,6 @@ class Worker:
     def restart(self) -> None:
         """A new process in place of one that died."""
         self.stop()
-        self.unread = b""
         self._launch()
 
     def stop(self) -> None:

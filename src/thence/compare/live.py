@@ -13,6 +13,7 @@ from rich.text import Text
 
 from thence.compare.plan import Job, Need, Planner
 from thence.compare.recipe import ComparisonRecipe
+from thence.wording import duration
 
 REFRESHES = 2  # a second
 
@@ -61,7 +62,7 @@ class LiveTable:
         if summary is not None:
             column = summary.measured[0]
             score = f": {100 * column.accuracy:.1f}% {column.column.split}, T = {column.column.temperature:g}"
-        self._show(f"{title(job.need)}{score} ({clock(seconds)}); {self.left()}")
+        self._show(f"{title(job.need)}{score} ({duration(seconds)}); {self.left()}")
 
     def failed(self, need: Need, why: str) -> None:
         self.running.pop(need, None)
@@ -78,7 +79,7 @@ class LiveTable:
             return counted
         mean = sum(known) / len(known)
         seconds = sum(sum(own) / len(own) if (own := self.seconds.get(need.arm)) else mean for need in rest)
-        return f"{counted}, about {clock(seconds / self.jobs)} left"
+        return f"{counted}, about {duration(seconds / self.jobs)} left"
 
     def _show(self, line: str = "") -> None:
         if self.live is None:
@@ -119,11 +120,3 @@ def title(need: Need) -> str:
     name = need.arm or "pretraining"
     tried = f" {need.chosen}" if need.chosen not in (None, "{}") else ""
     return f"{name}{tried} from {need.base}, seed {need.seed}"
-
-
-def clock(seconds: float) -> str:
-    """A duration as a reader says it."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -26,11 +26,13 @@ from pydantic import Field, model_validator
 from thence.compare.sections import read_section
 from thence.errors import RecipeError, UserError
 from thence.given_files import folder_place
-from thence.limits import Flops, Name, Place, Seed, Signed, Source, Steps, Text, TokenBudget, shown
 from thence.names import same_file
-from thence.recipe import Eval, Recipe, Section, build_recipe
-from thence.section import validated
-from thence.toml import TomlFile, read_toml
+from thence.recipe import Eval, Recipe, build_recipe
+from thence.settings.limits import Flops, Name, Place, Seed, Signed, Source, Steps, Text, TokenBudget
+from thence.settings.section import Section
+from thence.settings.toml_file import TomlFile, read_toml
+from thence.settings.validation import validated
+from thence.wording import shown
 
 TUNING_SEED = 100
 MOST_TRIES = 1000

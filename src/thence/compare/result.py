@@ -6,14 +6,12 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from thence.errors import UserError
-from thence.files import finite, fitted, keep_damaged, read_json, write_atomically
+from thence.files import finite, keep_damaged, write_atomically
+from thence.records import Record, read_record
 from thence.redaction import redacted_values
 
 log = logging.getLogger(__name__)
@@ -23,7 +21,7 @@ SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(Record):
     """An arm as its recipe describes it.
 
     Args:
@@ -56,7 +54,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Record):
     """A test set at a temperature."""
 
     split: str
@@ -64,7 +62,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Record):
     """One run on one column.
 
     Args:
@@ -88,7 +86,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Spent:
+class Spent(Record):
     """What training cost.
 
     Args:
@@ -103,8 +101,8 @@ class Spent:
     steps: int
     trained_tokens: int
     generated_tokens: int
-    rule_flops: float
-    executed_flops: float | None
+    rule_flops: int | float  # as they were counted, so that a file read and written again is the same
+    executed_flops: int | float | None
     seconds: float
 
     def __add__(self, other: Spent) -> Spent:
@@ -125,7 +123,7 @@ NOTHING = Spent(0, 0, 0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Record):
     """One arm from one base with one seed, measured on the test sets.
 
     Args:
@@ -144,7 +142,7 @@ class Run:
     spent: Spent
     own: Spent
     measured: tuple[Measured, ...]
-    curve: Mapping[str, tuple[float | None, ...]]
+    curve: Mapping[str, tuple[int | float | None, ...]]
     folder: str = ""
 
     def on(self, column: Column) -> Measured | None:
@@ -153,7 +151,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Try:
+class Try(Record):
     """One setting tried on the dev split: the mean accuracy over the tuning seeds, between 0 and 1."""
 
     arm: str
@@ -164,7 +162,7 @@ class Try:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Record):
     """A run that did not end, and why."""
 
     arm: str
@@ -174,7 +172,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Record):
     """All of it; finished or not.
 
     Args:
@@ -212,7 +210,7 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The records as JSON without secrets, a line a run; :func:`from_json` reads them back."""
+    """The records as JSON without secrets, a line a run; :func:`read_results` reads them back."""
     fields = []
     for name, value in asdict(comparison).items():
         value = redacted_values(value)
@@ -224,48 +222,6 @@ def to_json(comparison: Comparison) -> str:
 
 def _compact(value: Any) -> str:
     return json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
-
-
-def from_json(text: str) -> Comparison:
-    """Read what :func:`to_json` wrote. Raises KeyError, TypeError or ValueError where it is something else."""
-    return comparison_of(json.loads(text))
-
-
-def comparison_of(plain: Mapping[str, Any]) -> Comparison:
-    """The records of a decoded ``results.json``.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is something else.
-    """
-    _shape().validate_python(plain)
-
-    def column(value: Mapping[str, Any]) -> Column:
-        return Column(**value)
-
-    def measured(value: Mapping[str, Any]) -> Measured:
-        return Measured(**{**value, "column": column(value["column"]), "right": tuple(value["right"])})
-
-    def run(value: Mapping[str, Any]) -> Run:
-        parts = {
-            "spent": Spent(**value["spent"]),
-            "own": Spent(**value["own"]),
-            "measured": tuple(measured(m) for m in value["measured"]),
-            "curve": {name: tuple(values) for name, values in value["curve"].items()},
-        }
-        return Run(**{**value, **parts})
-
-    parts = {
-        "bases": tuple(plain["bases"]),
-        "seeds": tuple(plain["seeds"]),
-        "columns": tuple(column(c) for c in plain["columns"]),
-        "arms": tuple(Arm(**{**a, "fault": tuple(a["fault"])}) for a in plain["arms"]),
-        "runs": tuple(run(r) for r in plain["runs"]),
-        "tuning_runs": tuple(run(r) for r in plain.get("tuning_runs", ())),
-        "tries": tuple(Try(**t) for t in plain["tries"]),
-        "failures": tuple(Failure(**f) for f in plain["failures"]),
-        "sections": tuple(plain["sections"]),
-    }
-    return Comparison(**{**plain, **parts})
 
 
 def read_results(folder: Path) -> Comparison:
@@ -281,12 +237,9 @@ def read_results(folder: Path) -> Comparison:
         "from their own folders: runs whose folders are not there are then run again"
     )
     try:
-        plain = read_json(path, remedy=remedy)
+        return read_record(path, Comparison, remedy=remedy)
     except FileNotFoundError:
         raise UserError("no comparison has left its results here", remedy="run `thence compare`", file=path) from None
-    found: list[Comparison] = []
-    fitted(path, plain, lambda value: found.append(comparison_of(value)), remedy)
-    return found[0]
 
 
 def write_results(folder: Path, comparison: Comparison) -> None:
@@ -308,8 +261,3 @@ def write_results(folder: Path, comparison: Comparison) -> None:
                 *(len(lost), path, lost[0], kept.name),
             )
     write_atomically(path, to_json(comparison))
-
-
-@cache
-def _shape() -> TypeAdapter[Comparison]:
-    return TypeAdapter(Comparison)

@@ -19,8 +19,9 @@ from pydantic import Field, Strict
 
 from thence.compare.result import Arm, Column, Comparison
 from thence.errors import RecipeError
-from thence.limits import Count, Seed, Signed, Text
-from thence.section import Section, validated
+from thence.settings.limits import Count, Seed, Signed, Text
+from thence.settings.section import Section
+from thence.settings.validation import validated
 
 
 class Paper(Section):

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from thence.compare.result import NOTHING, SUMMARY, Column, Measured, Spent
 from thence.errors import DamagedFile, UserError
-from thence.files import fitted, read_json, read_lines, say_bad_lines, to_json, write_atomically
+from thence.files import fitted, read_json, to_json, write_atomically
+from thence.jsonl import read_lines, say_bad_lines
 from thence.pipeline.folder import wrong_with_line
+from thence.records import Record, read_record
 
 OF_A_SAMPLE = ("split", "temperature", "index", "verdict")
 CURVE = ("step", "loss", "grad_norm", "reward", "entropy", "response_tokens", "truncated", "flops", "lr")
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Record):
     """What the run's own stage cost and how it went, and what its model can do."""
 
     own: Spent
     measured: tuple[Measured, ...]
-    curve: Mapping[str, tuple[float | None, ...]]
+    curve: Mapping[str, tuple[int | float | None, ...]]
 
 
 def summarise(folder: Path) -> Summary:
@@ -63,27 +62,9 @@ def read_summary(folder: Path) -> Summary | None:
     path = folder / SUMMARY
     remedy = "put a whole copy back, or rename it: `thence compare` then makes it again from the run's other files"
     try:
-        plain = read_json(path, remedy=remedy)
+        return read_record(path, Summary, remedy=remedy)
     except FileNotFoundError:
         return None
-    found: list[Summary] = []
-
-    def shape(value: dict[str, Any]) -> None:
-        _shape().validate_python(value)
-        measured = tuple(
-            Measured(**{**each, "column": Column(**each["column"]), "right": tuple(each["right"])})
-            for each in value["measured"]
-        )
-        curve = {key: tuple(values) for key, values in value["curve"].items()}
-        found.append(Summary(Spent(**value["own"]), measured, curve))
-
-    fitted(path, plain, shape, remedy)
-    return found[0]
-
-
-@cache
-def _shape() -> TypeAdapter[Summary]:
-    return TypeAdapter(Summary)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
 """A process that runs one job after the other, and never outlives the comparison that started it.
 
-Speaks JSON lines: jobs come on standard input; ``{"progress": ...}``, ``{"done": ...}`` and ``{"failed": ...}`` go out
-on standard output. Whatever libraries print goes to standard error.
+Messages are framed (:mod:`thence.framed`): jobs come on standard input; ``{"progress": ...}``, ``{"done": ...}`` and
+``{"failed": ...}`` go out on standard output. Whatever libraries print goes to standard error.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import sys
@@ -14,8 +13,9 @@ import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from thence.framed import pack, read
 from thence.streams import guarded
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ PROGRESS_EVERY = 1.0  # seconds
 class Teller:
     """A watcher of the pipeline that tells the comparison which step a job has reached."""
 
-    def __init__(self, out: TextIO):
+    def __init__(self, out: BinaryIO):
         self.out, self.stage_name, self.total, self.done, self.told = out, "", 0, 0, 0.0
 
     def tell(self, **message: Any) -> None:
         """Send one message."""
-        self.out.write(json.dumps(message) + "\n")
+        self.out.write(pack(message))
         self.out.flush()
 
     def stage(self, name: str, total: int, done: int) -> None:
@@ -53,7 +53,7 @@ class Teller:
 
 def main() -> None:
     """Run jobs until standard input ends; then end at once, in the middle of a job too."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
@@ -66,8 +66,8 @@ def main() -> None:
 
 
 def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
-    for line in sys.stdin:
-        jobs.put(json.loads(line))
+    while (tables := read(sys.stdin.buffer)) is not None:
+        jobs.put(tables)
     os._exit(0)  # a run can be killed at any moment and taken up again
 
 

@@ -56,7 +56,8 @@ class Trajectory:
         extracted: what the grader took for the answer.
         reason: why the grader could not tell, or what else it has to say.
         prefix: first tokens of the response that the expert wrote and the policy went on from.
-        behaviour: log-probabilities of the response under the policy that sampled it, for a replay.
+        behaviour: log-probabilities of a replayed response under the policy that sampled it. None for all others: a
+            method finds those of a rollout in ``TokenFacts.old``.
     """
 
     prompt: Prompt

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from thence.errors import UserError
 from thence.names import as_name
 from thence.recipe import Model, load_recipe
 from thence.redaction import redacted
-from thence.section import refusal
+from thence.settings.validation import validated
 from thence.train.run_marker import is_run
 
 BASE = "base"
@@ -37,10 +35,7 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
     if gguf_file is None and name.endswith(".gguf"):
         folder, _, gguf_file = name.rpartition("/")
         name = folder or "."
-    try:
-        return Model(path=name, gguf_file=gguf_file), None
-    except ValidationError as error:
-        raise refusal(error, Model, "model") from None
+    return validated(Model, {"path": name, "gguf_file": gguf_file}, "model"), None
 
 
 def short_name(name: str) -> str:

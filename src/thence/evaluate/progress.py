@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from thence.evaluate.backends import Generation, Refused
-from thence.wording import counted
+from thence.wording import counted, duration
 
 
 class Terminal:
@@ -92,10 +92,3 @@ class Terminal:
         seconds = max(self.last - self.started, 1e-9)
         speed = f"{self.tokens / seconds:,.0f} tok/s  {self.tokens / self.made:,.0f} tok each  " if self.tokens else ""
         return f"{speed}{duration(seconds / max(1, self.made) * max(0, self.missing - self.made))} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import UserError
-from thence.files import read_lines
+from thence.jsonl import read_lines
 
 ENOUGH = 5  # problems refused while none was answered
 

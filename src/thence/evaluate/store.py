@@ -24,22 +24,13 @@ from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
 from thence.evaluate.store_lines import is_texts, wrong_with_grade, wrong_with_refusal, wrong_with_sample
 from thence.evaluate.suites import Task
-from thence.files import (
-    fitted,
-    is_environment,
-    keep_damaged,
-    read_json,
-    read_lines,
-    read_toml,
-    repair_lines,
-    say_bad_lines,
-    to_json,
-    write_atomically,
-)
+from thence.files import is_environment, keep_damaged, read_json, to_json, write_atomically
 from thence.http_client import shown_address, shown_addresses
-from thence.limits import Count, Name
+from thence.jsonl import read_lines, repair_lines, say_bad_lines
 from thence.locks import LOCK, held
-from thence.section import Section
+from thence.records import read_record
+from thence.settings.limits import Count, Name
+from thence.settings.section import Section
 from thence.toml import to_toml
 
 log = logging.getLogger(__name__)
@@ -173,9 +164,7 @@ class Store:
         path = self.folder / SETTINGS
         remedy = "put a whole copy of it back, or evaluate into another --folder; the samples here stay as they are"
         try:
-            plain, found = read_toml(path, remedy=remedy), []
-            fitted(path, plain, lambda value: found.append(Settings.model_validate(value)), remedy)
-            return found[0]
+            return read_record(path, Settings, remedy=remedy)
         except FileNotFoundError:
             raise UserError(
                 "no evaluation here", remedy="give the folder that `thence eval` printed", file=self.folder

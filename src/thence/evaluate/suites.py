@@ -12,11 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, Strict, ValidationError, model_validator
+from pydantic import Field, Strict, model_validator
 
 from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.errors import RecipeError, UserError
-from thence.limits import (
+from thence.names import as_name, same_file
+from thence.settings.annotations import type_at
+from thence.settings.limits import (  # fmt: skip
     Name,
     Place,
     Rows,
@@ -27,11 +29,11 @@ from thence.limits import (
     Text,
     Tokens,
     Written,
-)  # fmt: skip
-from thence.names import as_name, same_file
-from thence.section import Section, refusal
-from thence.text_values import field_type, read_value
-from thence.toml import TomlFile, read_toml
+)
+from thence.settings.section import Section
+from thence.settings.text_values import read_value
+from thence.settings.toml_file import TomlFile, read_toml
+from thence.settings.validation import validated
 
 WORLD = "world:chain"
 OWN = "own"
@@ -242,7 +244,7 @@ def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], p
 
 def _type_of(dotted: str) -> Any:
     field = dotted.rpartition(".")[2].replace("-", "_")
-    return list[str] if field == "tasks" else field_type(Task, [field])
+    return list[str] if field == "tasks" else type_at(Task, [field])
 
 
 def _check_task(name: str, names: list[str], path: Path, field: str) -> None:
@@ -254,7 +256,4 @@ def _check_task(name: str, names: list[str], path: Path, field: str) -> None:
 
 def _suite(tables: Mapping[str, Any], file: TomlFile) -> Suite:
     named = dict(enumerate(str(task.get("name", place + 1)) for place, task in enumerate(tables["tasks"])))
-    try:
-        return Suite.model_validate({"name": as_name(file.path.stem), **tables})
-    except ValidationError as error:
-        raise refusal(error, Suite, file=file, names=named) from None
+    return validated(Suite, {"name": as_name(file.path.stem), **tables}, file=file, names=named)

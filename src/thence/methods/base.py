@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import RecipeError
-from thence.objective import Row, Term, trained_tokens
-from thence.section import Section
+from thence.errors import RecipeError, UserError
+from thence.objective import BareRow, Batch, Row, Term, trained_tokens
+from thence.objective.terms import needs_behaviour
+from thence.settings.section import Section
+from thence.settings.validation import validated
 
 T = TypeVar("T")
+
+Weights = Mapping[str, float | Tensor]
+"""The weights of one trajectory's n response tokens, by the name of the term: a number for all, or shape (n,)."""
 
 
 class Options(Section):
@@ -80,10 +85,28 @@ class TokenFacts:
     Args:
         logp: log-probabilities, shape (n,), nats.
         entropy: of the distributions that the tokens were drawn from, shape (n,), nats.
+        old: log-probabilities under the policy that the rollout batch was sampled from, from a pass of the trainer's
+            own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before the first optimizer step
+            of a rollout batch this is ``logp`` itself. None: the method does not say that it ``uses_old``.
     """
 
     logp: Tensor
     entropy: Tensor
+    old: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Log of the ratio of each token's probability to the old one, shape (n,), nats.
+
+        Raises:
+            UserError: old log-probabilities were not computed. No ratio is ever taken to be one for want of them.
+        """
+        if self.old is None:
+            raise UserError(
+                "a method reads the policy's old log-probabilities, which were not computed",
+                remedy="set uses_old = True in the method's class",
+            )
+        return self.logp - self.old
 
 
 @dataclass(frozen=True)
@@ -92,7 +115,9 @@ class SideStep:
 
     Args:
         name: of the kind; the optimizer belongs to it.
-        terms, trajectories, weights: as of a batch.
+        terms: of this kind of step.
+        trajectories: this rank's.
+        weights: of each trajectory, as :meth:`Method.weigh` gives them.
         lr: learning rate; None: the stage's.
         clip_norm: largest gradient norm; None: the stage's.
     """
@@ -100,7 +125,7 @@ class SideStep:
     name: str
     terms: tuple[Term, ...]
     trajectories: Sequence[Trajectory]
-    weights: Sequence[Tensor]
+    weights: Sequence[Weights]
     lr: float | None = None
     clip_norm: float | None = None
 
@@ -117,16 +142,20 @@ class Method(ABC):
     """The loss in one line."""
     source: ClassVar[str]
     """Where the formula stands."""
-    exactness: ClassVar[Literal["exact", "reconstruction"]] = "exact"
-    """reconstruction: parts of it are not public, and what stands for them was chosen here."""
+    exactness: ClassVar[Literal["exact", "reconstruction"]]
+    """reconstruction: parts of it are not public, and what stands for them was chosen here. There is no default, and
+    none is inherited: every method that can be named in a recipe states it in its own class."""
     demonstrations: ClassVar[Literal["no", "whole", "begun"]] = "no"
     """Whether it trains on demonstrations in an RL stage: whole ones, or responses that begin with a part of one."""
     uses_facts: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
+    uses_old: ClassVar[bool] = False
+    """Whether :meth:`weigh` looks at the old log-probabilities too (:attr:`TokenFacts.old`); it then gets facts."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
-        self.options: Any = self.Options.model_validate(dict(options or {}))
+        remedy = f"see `thence methods {self.name}` (method {self.name})"
+        self.options: Any = validated(self.Options, dict(options or {}), "options", remedy=remedy)
 
     @property
     def least_rollouts(self) -> int:
@@ -164,15 +193,19 @@ class Method(ABC):
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
-        """The terms of every batch."""
+        """The terms of every batch, each with a name of its own."""
 
     @abstractmethod
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
-        """The weights of every trajectory's response tokens, shape (J, n) each, for whole groups at a time.
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> Sequence[Weights]:
+        """The weights of every trajectory's response tokens, for whole groups at a time.
 
         Args:
             trajectories: those of one optimizer step.
-            facts: of the policy before that step, one a trajectory, if the method ``uses_facts``.
+            facts: of the policy before that step, one a trajectory, if the method ``uses_facts`` or ``uses_old``.
+
+        Returns:
+            For each trajectory a weight for each term, by the term's name: a number for all of its n tokens, or a
+            tensor of shape (n,). All terms are named: one that the trajectory has no part in gets 0.
         """
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
@@ -222,12 +255,89 @@ def reward_of(trajectory: Trajectory) -> float:
     return trajectory.score
 
 
-def make_rows(trajectories: Sequence[Trajectory], weights: Sequence[Tensor], train_on: str = "response") -> list[Row]:
-    """Trajectories and their weights as rows of a batch."""
-    rows = []
-    for trajectory, weight in zip(trajectories, weights, strict=True):
-        ids = torch.tensor([*trajectory.prompt.token_ids, *trajectory.response_ids], dtype=torch.int64)
-        trained = trained_tokens(len(trajectory.prompt.token_ids), len(ids), train_on)
-        behaviour = None if trajectory.behaviour is None else torch.tensor(trajectory.behaviour)
-        rows.append(Row(ids, trained, weight, behaviour))
+def switched_on(**weights: float) -> dict[str, float]:
+    """The weights of terms that a coefficient of zero switches off: those that are not zero."""
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def laid_out(terms: Sequence[Term], weights: Weights, tokens: int) -> Tensor:
+    """One trajectory's weights as the step takes them, shape (J, tokens), float64, in the order of the terms.
+
+    Raises:
+        UserError: a term has no weight, a weight no term, two terms one name, or a tensor another shape.
+    """
+    names = [term.name for term in terms]
+    if len(names) != len(weights) or set(names) != set(weights):
+        raise UserError(
+            f"a method has the terms {_listed(names)}, and gives weights to {_listed(weights)}",
+            remedy="let weigh() name each of its terms once; a term without a part in a trajectory gets 0",
+        )
+    found = torch.empty(len(terms), tokens, dtype=torch.float64)
+    for row, name in zip(found, names, strict=True):
+        weight = weights[name]
+        if isinstance(weight, Tensor) and weight.ndim and weight.shape != (tokens,):
+            raise UserError(
+                f"a method gives term {name!r} weights of shape {tuple(weight.shape)} for {tokens} response tokens",
+                remedy="let weigh() give a number for all tokens, or one weight a response token",
+            )
+        row.copy_(weight.detach()) if isinstance(weight, Tensor) else row.fill_(weight)
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def bare_row(trajectory: Trajectory) -> BareRow:
+    """What the model reads of a trajectory; its response tokens are the trained ones."""
+    ids = torch.tensor([*trajectory.prompt.token_ids, *trajectory.response_ids], dtype=torch.int64)
+    return BareRow(ids, trained_tokens(len(trajectory.prompt.token_ids), len(ids)))
+
+
+def make_rows(
+    terms: Sequence[Term],
+    trajectories: Sequence[Trajectory],
+    weights: Sequence[Weights],
+    *,
+    old: Sequence[Tensor] | None = None,
+    reference: Sequence[Tensor] | None = None,
+) -> list[Row]:
+    """Trajectories and their weights as rows of a batch.
+
+    Args:
+        terms: of the batch.
+        weights: of each trajectory, as :meth:`Method.weigh` gives them.
+        old: log-probabilities of each trajectory's response tokens under the policy as it stood when the batch was
+            sampled, shape (n,) each; None: it has not moved since. A replay has its own instead. Rows have them only
+            where a term is a ratio to that policy.
+        reference: the same under the reference policy of a KL term.
+
+    Raises:
+        UserError: see :func:`laid_out`.
+    """
+    rows, ratio = [], needs_behaviour(terms)
+    for i, (trajectory, given) in enumerate(zip(trajectories, weights, strict=True)):
+        bare, weight = bare_row(trajectory), laid_out(terms, given, len(trajectory.response_ids))
+        behaviour = behaviour_of(trajectory, None if old is None else old[i]) if ratio else None
+        rows.append(Row(bare.token_ids, bare.trained, weight, behaviour, None if reference is None else reference[i]))
     return rows
+
+
+def behaviour_of(trajectory: Trajectory, old: Tensor | None) -> Tensor | None:
+    """Log-probabilities under the policy that sampled a trajectory, shape (n,): those of a replay, else ``old``."""
+    return old if trajectory.behaviour is None else torch.tensor(trajectory.behaviour)
+
+
+def make_batch(
+    method: Method, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = (), temperature: float = 1.0
+) -> Batch:
+    """Trajectories as a batch for :meth:`thence.Trainer.step`, with the weights that the method gives them.
+
+    Args:
+        trajectories: whole groups.
+        facts: of the policy as it stands, one a trajectory, if the method ``uses_facts``.
+        temperature: of sampling.
+    """
+    return Batch(
+        method.terms, tuple(make_rows(method.terms, trajectories, method.weigh(trajectories, facts))), temperature
+    )

@@ -25,16 +25,15 @@ from dataclasses import dataclass, field
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, PartShare, SomeShare
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.dapo import is_informative
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.uft import COUNTED
 from thence.methods.unknown import all_failed, scores_of
 from thence.objective import Clip, Normaliser, Term
+from thence.settings.limits import Coefficient, PartShare, SomeShare
 
 Group = list[Trajectory]
 
@@ -139,13 +138,13 @@ class Bread(Method):
         parts = min(self.options.episodes, len(prompt.demonstration_ids or ()))
         return Search(prompt, 1, parts - 1)
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
             n = len(trajectory.response_ids)
             own = (torch.arange(n) >= trajectory.prefix).double()
-            weights.append(rows_of_weights([own * (advantage or COUNTED), *([o.entropy] if o.entropy else [])], n))
+            weights.append({"policy": own * (advantage or COUNTED), **switched_on(entropy=o.entropy)})
         return weights
 
 

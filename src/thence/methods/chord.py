@@ -33,8 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Natural, Share
-from thence.methods.base import Method, Sampler, TokenFacts, in_turn
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, in_turn, switched_on
 from thence.methods.groups import groups_of
 from thence.methods.mixed import (
     MixedOptions,
@@ -42,9 +41,9 @@ from thence.methods.mixed import (
     entropy_term,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Clip, Logp, Normaliser, Term
+from thence.settings.limits import Coefficient, Natural, Share
 
 
 class ChordOptions(MixedOptions):
@@ -91,6 +90,7 @@ class ChordMu(Method):
     demonstrations = "whole"
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert log pi, mu from 0.9 to 0.05"
     source = "arXiv 2508.11408 and its code in Trinity-RFT"
+    exactness = "exact"
     Options = ChordOptions
     step = 0
     sampler: Sampler | None = None
@@ -115,7 +115,7 @@ class ChordMu(Method):
         own = sampler.rollouts(sampler.next_prompts(prompts), n)
         return placed(sampler, groups_of(own), sampler.demonstrations(sampler.expert_prompts(count)))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o, weights = self.options, []
         mu = share_of_sft(self.step, o.peak, o.valley, o.warmup, o.decay)
         own = sum(t.origin != "demonstration" for t in trajectories)
@@ -127,7 +127,7 @@ class ChordMu(Method):
             policy = (1 - mu) * advantage * (rows / max(n, 1) if o.normaliser == "paper" else 1.0)
             expert = trajectory.origin == "demonstration"
             sft = mu * self.phi(facts[i] if facts else None, n) if expert else 0.0
-            weights.append(rows_of_weights([policy, sft, *([o.entropy] if o.entropy else [])], n))
+            weights.append({"policy": policy, "sft": sft, **switched_on(entropy=o.entropy)})
         return weights
 
     def phi(self, fact: TokenFacts | None, tokens: int) -> Tensor:
@@ -140,6 +140,7 @@ class ChordPhi(ChordMu):
 
     name = "chord_phi"
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert p (1 - p) log pi, mu = 0.1"
+    exactness = "exact"
     uses_facts = True
     Options = ChordPhiOptions
 

@@ -20,10 +20,10 @@ from pydantic import model_validator
 
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
-from thence.limits import Ceiling, Coefficient, Count, Natural, Tokens
 from thence.methods.base import Sampler
 from thence.methods.grpo import Grpo, GrpoOptions
 from thence.methods.unknown import scores_of
+from thence.settings.limits import Ceiling, Coefficient, Count, Natural, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Dapo(Grpo):
     name = "dapo"
     formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A) dual clip 3, A = (R - mean)/std, uninformative groups refilled"
     source = "arXiv 2503.14476"
+    exactness = "exact"
     Options = DapoOptions
     longest = 20480
     """The stage's max_tokens; the paper's where there is no stage."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from thence.limits import Coefficient
 from thence.methods.grpo import Grpo, GrpoOptions
+from thence.settings.limits import Coefficient
 
 
 class DrGrpoOptions(GrpoOptions):
@@ -28,4 +28,5 @@ class DrGrpo(Grpo):
     name = "dr_grpo"
     formula = "-(1/(B L_max)) sum min(r A, clip(r, 0.8, 1.2) A), A = R - group mean"
     source = "arXiv 2503.20783"
+    exactness = "exact"
     Options = DrGrpoOptions

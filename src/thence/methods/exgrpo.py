@@ -27,14 +27,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from torch import Tensor
-
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
-from thence.limits import Share, SomeCoefficient
-from thence.methods.base import Method, Sampler, TokenFacts
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.objective import Ratio, ShapeRatio, Term
+from thence.settings.limits import Share, SomeCoefficient
 
 
 class ExGrpoOptions(MixedOptions):
@@ -122,12 +120,12 @@ class ExGrpo(Method):
         replay = Term("replay", ShapeRatio(o.gamma), normaliser)
         return (Term("policy", Ratio(), normaliser), replay, *entropy_term(o))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
-            rows = [0.0, advantage] if trajectory.origin == "replay" else [advantage, 0.0]
-            weights.append(rows_of_weights([*rows, *([o.entropy] if o.entropy else [])], len(trajectory.response_ids)))
+            policy, replay = (0.0, advantage) if trajectory.origin == "replay" else (advantage, 0.0)
+            weights.append({"policy": policy, "replay": replay, **switched_on(entropy=o.entropy)})
         return weights
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:

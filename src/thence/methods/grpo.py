@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Ceiling, Coefficient, Signed, Tokens
-from thence.methods.base import Method, Options, TokenFacts, group_numbers, reward_of
+from thence.methods.base import Method, Options, TokenFacts, Weights, group_numbers, reward_of, switched_on
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
+from thence.settings.limits import Ceiling, Coefficient, Signed, Tokens
 
 
 class GrpoOptions(Options):
@@ -55,6 +55,7 @@ class Grpo(Method):
     stage = "rl"
     formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A), A = R - group mean, N = response tokens of the step"
     source = "arXiv 2402.03300 eq. 3 with the settings of arXiv 2604.23747 section 4"
+    exactness = "exact"
     Options = GrpoOptions
 
     @property
@@ -77,15 +78,13 @@ class Grpo(Method):
             terms.append(Term("entropy", Entropy(), Normaliser("tokens")))
         return tuple(terms)
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         advantages = self.advantages(trajectories).tolist()
         weights = []
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
-            n = len(trajectory.response_ids)
-            share = 1 / max(n, 1) if o.aggregation == "sequence-mean" else 1.0
-            rows = [advantage * share] + ([o.kl * share] if o.kl else []) + ([o.entropy] if o.entropy else [])
-            weights.append(torch.tensor(rows, dtype=torch.float64)[:, None].repeat(1, n))
+            share = 1 / max(len(trajectory.response_ids), 1) if o.aggregation == "sequence-mean" else 1.0
+            weights.append({"policy": advantage * share, **switched_on(kl=o.kl * share, entropy=o.entropy)})
         return weights
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:

@@ -24,22 +24,19 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare, Rows
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
     entropy_term,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.methods.unknown import scores_of
 from thence.objective import Logp, Normaliser, Ratio, Term
 from thence.objective.surrogates import Surrogate
+from thence.settings.limits import Coefficient, PartShare, Rows
 
 
 class GatedOptions(MixedOptions):
@@ -100,7 +97,7 @@ class Gated(Method):
     def shares(self, group_size: int, tokens: int) -> tuple[float, float]:
         """Factors of the paper's preset on the policy and the likelihood weight of a response of so many tokens."""
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         own = Counter(t.prompt.group_key for t in trajectories if t.origin != "demonstration")
         weights = []
@@ -108,10 +105,10 @@ class Gated(Method):
             n = len(trajectory.response_ids)
             policy, sft = self.shares(own[trajectory.prompt.group_key], n) if o.normaliser == "paper" else (1.0, 1.0)
             if trajectory.origin == "demonstration":
-                parts = [0.0, getattr(o, "coefficient", 1.0) * sft]
+                policy, sft = 0.0, getattr(o, "coefficient", 1.0) * sft
             else:
-                parts = [float(advantage) * policy, 0.0]
-            weights.append(rows_of_weights([*parts, *([o.entropy] if o.entropy else [])], n))
+                policy, sft = float(advantage) * policy, 0.0
+            weights.append({"policy": policy, "sft": sft, **switched_on(entropy=o.entropy)})
         return weights
 
 
@@ -121,6 +118,7 @@ class Hpt(Gated):
     name = "hpt"
     formula = "-(1/N) [sum r A over prompts with mean score > gate + c sum log pi(y*) over the others], A = R - mean"
     source = "arXiv 2509.04419 and its released code"
+    exactness = "exact"
     Options = HptOptions
 
     def imitates(self, group: Sequence[Trajectory]) -> bool:

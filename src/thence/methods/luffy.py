@@ -15,20 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare, SomeCoefficient
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
     entropy_term,
     groups_with_demonstration,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Clip, Logp, Prob, Ratio, Shape, Surrogate, Term
+from thence.settings.limits import Coefficient, PartShare, SomeCoefficient
 
 
 class LuffyOptions(MixedOptions):
@@ -56,6 +53,7 @@ class Luffy(Method):
     demonstrations = "whole"
     formula = "-(1/Z) [sum_own r A + sum_expert pi/(pi + 0.1) A], A = R - mean of the group with its demonstration"
     source = "arXiv 2504.14945 eq. 5-8 with the settings of the released main run"
+    exactness = "exact"
     Options = LuffyOptions
 
     @property
@@ -70,14 +68,13 @@ class Luffy(Method):
         expert: Surrogate = {"shape": Shape(o.gamma), "probability": Prob(), "logp": Logp()}[o.shaping]
         return (Term("policy", own, normaliser), Term("demonstration", expert, normaliser), *entropy_term(o))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
             expert = trajectory.origin == "demonstration"
-            rows = [0.0, o.demonstration_weight * advantage] if expert else [advantage, 0.0]
-            rows += [o.entropy] if o.entropy else []
-            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+            policy, shown = (0.0, o.demonstration_weight * advantage) if expert else (advantage, 0.0)
+            weights.append({"policy": policy, "demonstration": shown, **switched_on(entropy=o.entropy)})
         return weights
 
     def rewarded(self, trajectory: Trajectory) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
-from thence.limits import Coefficient, Processes, Tokens
 from thence.methods.base import Options, Sampler, group_numbers, reward_of
 from thence.objective import Entropy, Normaliser, Term, group_advantages
+from thence.settings.limits import Coefficient, Processes, Tokens
 
 
 class MixedOptions(Options):
@@ -75,12 +75,6 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
     if any(own):
         result[own] = group_advantages(rewards[own], groups[own], std=std)
     return result
-
-
-def rows_of_weights(values: Sequence[float | Tensor], tokens: int) -> Tensor:
-    """Weights of one trajectory, shape (J, tokens), from one number or one row a term."""
-    rows = [v if isinstance(v, Tensor) else torch.full((tokens,), float(v), dtype=torch.float64) for v in values]
-    return torch.stack([row.double() for row in rows]) if rows else torch.zeros(0, tokens, dtype=torch.float64)
 
 
 def groups_with_demonstration(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:

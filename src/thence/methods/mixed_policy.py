@@ -27,4 +27,5 @@ class MixedPolicy(Luffy):
     name = "mixed_policy"
     formula = "-(1/Z) [sum_own r A + sum_expert pi A], A = R - mean of the group with its demonstration"
     source = "arXiv 2504.14945, the component table's mixed policy"
+    exactness = "exact"
     Options = MixedPolicyOptions

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
-from thence.limits import PartShare
-from thence.methods.base import Method, TokenFacts
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.base import Method, TokenFacts, Weights, switched_on
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.objective import Clip, Ratio, Surrogate, Term
+from thence.settings.limits import PartShare
 
 
 class OnPolicyOptions(MixedOptions):
@@ -36,6 +34,7 @@ class OnPolicy(Method):
     stage = "rl"
     formula = "-(1/Z) sum min(r A, clip(r, 0.8, 1.2) A), A = R - group mean"
     source = "arXiv 2504.14945, the baseline of its released scripts"
+    exactness = "exact"
     Options = OnPolicyOptions
 
     @property
@@ -44,10 +43,7 @@ class OnPolicy(Method):
         surrogate: Surrogate = Clip(o.clip_range, o.clip_range) if o.clip else Ratio()
         return (Term("policy", surrogate, policy_normaliser(o)), *entropy_term(o))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
-        bonus = [o.entropy] if o.entropy else []
-        return [
-            rows_of_weights([advantage, *bonus], len(trajectory.response_ids))
-            for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True)
-        ]
+        bonus = switched_on(entropy=o.entropy)
+        return [{"policy": advantage, **bonus} for advantage in advantages(trajectories, o.std).tolist()]

@@ -33,10 +33,10 @@ from pydantic import model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Ceiling, Coefficient, Natural, Share, Steps
-from thence.methods.base import Method, Sampler, TokenFacts, group_numbers, reward_of
-from thence.methods.mixed import MixedOptions, advantages, policy_normaliser, rows_of_weights
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, group_numbers, reward_of, switched_on
+from thence.methods.mixed import MixedOptions, advantages, policy_normaliser
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
+from thence.settings.limits import Ceiling, Coefficient, Natural, Share, Steps
 
 
 class PrefixRftOptions(MixedOptions):
@@ -85,6 +85,7 @@ class PrefixRft(Method):
         "-(1/N) sum min(r A k, clip(r, 0.8, 1.2) A k) dual clip 3, A = R - mean of 7 own and 1 begun by the expert"
     )
     source = "arXiv 2507.01679 and its repository"
+    exactness = "exact"
     uses_facts = True
     Options = PrefixRftOptions
 
@@ -125,7 +126,7 @@ class PrefixRft(Method):
         fraction = low + sampler.uniform("prefix", prompt.index) * (o.high - low)
         return expert[: prefix_length(fraction, len(expert), o.min_prefix)]
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         of_prefix, of_rest = self.advantages(trajectories)
         entropies = [fact.entropy[: t.prefix] for t, fact in zip(trajectories, facts, strict=True)]
@@ -135,13 +136,10 @@ class PrefixRft(Method):
             n, prefix = len(trajectory.response_ids), trajectory.prefix
             own = torch.arange(n) >= prefix
             expert = torch.cat([kept[i], torch.zeros(n - prefix, dtype=torch.bool)]).double() * of_prefix[i]
-            rows = [own.double() * of_rest[i], expert]
-            if o.entropy:
-                rows.append(
-                    o.entropy
-                    * (own.double() if o.entropy_mode == "response_only" else torch.ones(n, dtype=torch.float64))
-                )
-            weights.append(rows_of_weights(rows, n))
+            bonus = switched_on(entropy=o.entropy)
+            if o.entropy_mode == "response_only":
+                bonus = {name: weight * own.double() for name, weight in bonus.items()}
+            weights.append({"policy": own.double() * of_rest[i], "prefix": expert, **bonus})
         return weights
 
     def kept(self, trajectories: Sequence[Trajectory], entropies: Sequence[Tensor]) -> list[Tensor]:

@@ -26,8 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, PartShare
-from thence.methods.base import Method, Sampler, TokenFacts, reward_of
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -35,9 +34,9 @@ from thence.methods.mixed import (
     groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Clip, Logp, Term
+from thence.settings.limits import Coefficient, PartShare
 
 
 class RedOptions(MixedOptions):
@@ -92,7 +91,7 @@ class Red(Method):
         self._sampler = sampler
         return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         self.weighed = self.averages(trajectories, facts)
         before, after = self.entropies, self.weighed
@@ -105,8 +104,8 @@ class Red(Method):
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std, own_only=True), strict=True):
             factor = accuracy_factor(accuracy.get(trajectory.prompt.group_key, 0.5), o.largest)
             expert = trajectory.origin == "demonstration"
-            rows = [0.0, o.coefficient * balance * factor] if expert else [float(advantage), 0.0]
-            weights.append(rows_of_weights([*rows, *([o.entropy] if o.entropy else [])], len(trajectory.response_ids)))
+            policy, sft = (0.0, o.coefficient * balance * factor) if expert else (float(advantage), 0.0)
+            weights.append({"policy": policy, "sft": sft, **switched_on(entropy=o.entropy)})
         return weights
 
     def averages(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts]) -> dict[str, float]:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ValidationError
-
-from thence.errors import RecipeError
+from thence.errors import RecipeError, UserError
 from thence.methods.base import Method
 from thence.methods.bread import Bread
 from thence.methods.chord import ChordMu, ChordPhi
@@ -17,6 +15,7 @@ from thence.methods.dapo import Dapo
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.exgrpo import ExGrpo
 from thence.methods.grpo import Grpo
+from thence.methods.gspo import Gspo
 from thence.methods.hpt import Hpt
 from thence.methods.luffy import Luffy
 from thence.methods.mixed_policy import MixedPolicy
@@ -32,10 +31,9 @@ from thence.methods.superrl import SuperRl
 from thence.methods.uft import Uft
 from thence.recipe import Rl, kind_of
 from thence.recipe import Sft as SftStage
-from thence.section import refusal
 
 OWN: tuple[type[Method], ...] = (
-    Sft, Grpo, DrGrpo, Dapo,
+    Sft, Grpo, DrGrpo, Dapo, Gspo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
 )  # fmt: skip
@@ -43,11 +41,36 @@ ENTRY_POINT_GROUP = "thence.methods"
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method by name; an installed package adds its own under the entry point group ``thence.methods``."""
+    """Every method by name; an installed package adds its own under the entry point group ``thence.methods``.
+
+    Raises:
+        UserError: see :func:`stated`.
+    """
     found = {method.name: method for method in OWN}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        found[entry.name] = entry.load()
+        found[entry.name] = stated(entry.name, entry.load())
     return found
+
+
+def stated(name: str, method: Any) -> type[Method]:
+    """A method of another package, if it says what it is.
+
+    Raises:
+        UserError: it is no :class:`Method`, or does not state its exactness in its own class.
+    """
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(
+            f"the entry point {name!r} of an installed package is not a method",
+            remedy="let it name a subclass of thence.methods.base.Method, or uninstall the package",
+        )
+    if vars(method).get("exactness") not in ("exact", "reconstruction"):
+        raise UserError(
+            f"method {name!r} of an installed package does not state its exactness ({method.__module__}."
+            f"{method.__qualname__})",
+            remedy='add exactness = "exact" to its class if formula and mechanics are all public, else '
+            'exactness = "reconstruction"; or uninstall the package',
+        )
+    return method
 
 
 def stage_method(stage: SftStage | Rl, where: str, max_tokens: int | None = None) -> Method:
@@ -95,7 +118,5 @@ def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = 
         )
     try:
         return known[name](options)
-    except ValidationError as error:
-        raise refusal(
-            error, known[name].Options, f"{where}.options", remedy=f"see `thence methods {name}` (method {name})"
-        ) from None
+    except RecipeError as error:
+        raise RecipeError(error.problem, remedy=error.remedy, field=f"{where}.{error.field}") from None

@@ -23,14 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
-from thence.methods.base import Method, Sampler, SideStep, TokenFacts
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser, rows_of_weights
+from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
+from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.unknown import all_failed
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
+from thence.settings.limits import Coefficient, Norm, Rate, Rows, SomeCoefficient
 
 
 class ReliftOptions(MixedOptions):
@@ -64,6 +62,7 @@ class Relift(Method):
     demonstrations = "whole"
     formula = "RL: -(1/N) sum r A; at 128 unsolved prompts one SFT step: -(1/N_sft) sum [log pi(y*_t) + alpha H_t]"
     source = "arXiv 2506.07527 and its released code"
+    exactness = "exact"
     Options = ReliftOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -85,13 +84,10 @@ class Relift(Method):
         self.buffer[:0] = [Failure(sampler.step, prompt) for prompt in everywhere]
         return found
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
-        bonus = [o.entropy] if o.entropy else []
-        return [
-            rows_of_weights([float(advantage), *bonus], len(trajectory.response_ids))
-            for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std), strict=True)
-        ]
+        bonus = switched_on(entropy=o.entropy)
+        return [{"policy": advantage, **bonus} for advantage in advantages(trajectories, o.std).tolist()]
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
         o = self.options
@@ -103,8 +99,7 @@ class Relift(Method):
         terms = (Term("sft", Logp(), Normaliser("tokens")),)
         if o.sft_entropy:
             terms += (Term("entropy", Entropy(), Normaliser("tokens")),)
-        values = [1.0, o.sft_entropy][: len(terms)]
-        weights = [rows_of_weights(values, len(t.response_ids)) for t in demonstrations]
+        weights = [{"sft": 1.0, **switched_on(entropy=o.sft_entropy)} for _ in demonstrations]
         return [SideStep("sft", terms, demonstrations, weights, lr=o.sft_lr, clip_norm=o.sft_clip_norm)]
 
     def state(self) -> dict[str, Any]:

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient
-from thence.methods.base import Method, Sampler, TokenFacts
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -26,9 +23,9 @@ from thence.methods.mixed import (
     groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Logp, Ratio, Term
+from thence.settings.limits import Coefficient
 
 
 class RlSftLossOptions(MixedOptions):
@@ -46,6 +43,7 @@ class RlSftLoss(Method):
     demonstrations = "whole"
     formula = "-(1/Z) sum_own r A - (1/Z_demo) sum_expert log pi, A = R - mean of the own responses"
     source = "arXiv 2504.14945, the baseline of its released scripts"
+    exactness = "exact"
     Options = RlSftLossOptions
 
     @property
@@ -59,14 +57,13 @@ class RlSftLoss(Method):
         policy = Term("policy", Ratio(), policy_normaliser(o))
         return (policy, Term("likelihood", Logp(), likelihood_normaliser(o)), *entropy_term(o))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         own = advantages(trajectories, o.std, own_only=True).tolist()
         weights = []
         for trajectory, advantage in zip(trajectories, own, strict=True):
-            rows = [0.0, o.coefficient] if trajectory.origin == "demonstration" else [advantage, 0.0]
-            rows += [o.entropy] if o.entropy else []
-            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+            policy, likelihood = (0.0, o.coefficient) if trajectory.origin == "demonstration" else (advantage, 0.0)
+            weights.append({"policy": policy, "likelihood": likelihood, **switched_on(entropy=o.entropy)})
         return weights
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:

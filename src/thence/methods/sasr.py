@@ -20,20 +20,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, Rate, Steps
-from thence.methods.base import Method, Sampler, SideStep, TokenFacts
+from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
     entropy_term,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Clip, Logp, NegativeKl, Normaliser, Term
+from thence.settings.limits import Coefficient, Rate, Steps
 
 
 class SasrOptions(MixedOptions):
@@ -94,14 +91,12 @@ class Sasr(Method):
             return []
         return sampler.rollouts(sampler.next_prompts(prompts), n)
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std), strict=True):
-            n = len(trajectory.response_ids)
-            share = 1 / max(n, 1) if o.normaliser == "paper" else 1.0
-            values = [float(advantage) * share] + ([o.kl * share] if o.kl else []) + ([o.entropy] if o.entropy else [])
-            weights.append(rows_of_weights(values, n))
+            share = 1 / max(len(trajectory.response_ids), 1) if o.normaliser == "paper" else 1.0
+            weights.append({"policy": float(advantage) * share, **switched_on(kl=o.kl * share, entropy=o.entropy)})
         return weights
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
@@ -111,8 +106,7 @@ class Sasr(Method):
         experts = sampler.expert_prompts(count)
         demonstrations = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in experts]
         terms = (Term("sft", Logp(), likelihood_normaliser(self.options, Normaliser("sequences"))),)
-        weights = [rows_of_weights([1.0], len(t.response_ids)) for t in demonstrations]
-        return [SideStep("sft", terms, demonstrations, weights, lr=self.options.sft_lr)]
+        return [SideStep("sft", terms, demonstrations, [{"sft": 1.0}] * len(demonstrations), lr=self.options.sft_lr)]
 
     def took_step(self, kind: str, grad_norm: float) -> None:
         if kind != "sft":

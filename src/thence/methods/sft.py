@@ -12,11 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, TokenFacts
+from thence.methods.base import Method, Options, TokenFacts, Weights
 from thence.objective import Logp, Normaliser, Term
 
 
@@ -34,6 +31,7 @@ class Sft(Method):
     stage = "sft"
     formula = "-(1/N) sum log pi(y_t), N = response tokens of the step"
     source = "arXiv 2604.23747, Algorithm 2"
+    exactness = "exact"
     Options = SftOptions
 
     @property
@@ -41,7 +39,7 @@ class Sft(Method):
         by_token = self.options.aggregation == "token-mean"
         return (Term("sft", Logp(), Normaliser("tokens" if by_token else "sequences")),)
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         lengths = [len(trajectory.response_ids) for trajectory in trajectories]
         by_token = self.options.aggregation == "token-mean"
-        return [torch.full((1, n), 1.0 if by_token else 1 / max(n, 1), dtype=torch.float64) for n in lengths]
+        return [{"sft": 1.0 if by_token else 1 / max(n, 1)} for n in lengths]

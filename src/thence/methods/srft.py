@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient, SomeCoefficient
-from thence.methods.base import Method, Sampler, TokenFacts, reward_of
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -37,9 +36,9 @@ from thence.methods.mixed import (
     groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
-    rows_of_weights,
 )
 from thence.objective import Logp, Prob, Ratio, Shape, Surrogate, Term
+from thence.settings.limits import Coefficient, SomeCoefficient
 
 ENTROPY_UNIT = 2.0**-32  # nats; ranks add their entropies as integers of this unit
 
@@ -73,6 +72,7 @@ class Srft(Method):
     demonstrations = "whole"
     formula = "-sum_expert (0.5 e^-H log pi + A f(pi)) - sum_right 0.1 e^H log pi + sum_wrong log pi, each over Z"
     source = "arXiv 2506.19767 eq. 4-11, with H and f as in the re-implementation in HPT's code"
+    exactness = "exact"
     uses_facts = True
     Options = SrftOptions
 
@@ -97,19 +97,19 @@ class Srft(Method):
             *entropy_term(o),
         )
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         values = advantages(trajectories, o.std).tolist()
         for trajectory, advantage, entropy_n in zip(trajectories, values, self._entropies(facts), strict=True):
             if trajectory.origin == "demonstration":
-                rows = [0.0, advantage, o.sft_weight * torch.exp(o.sft_entropy_sign * entropy_n)]
-            elif reward_of(trajectory) >= 1:
-                rows = [o.right_weight * torch.exp(entropy_n), 0.0, 0.0]
+                likelihood = o.sft_weight * torch.exp(o.sft_entropy_sign * entropy_n)
+                found = {"policy": 0.0, "demonstration": advantage, "likelihood": likelihood}
             else:
-                rows = [-o.wrong_weight, 0.0, 0.0]
-            rows += [o.entropy] if o.entropy else []
-            weights.append(rows_of_weights(rows, len(trajectory.response_ids)))
+                right = reward_of(trajectory) >= 1
+                own = o.right_weight * torch.exp(entropy_n) if right else -o.wrong_weight
+                found = {"policy": own, "demonstration": 0.0, "likelihood": 0.0}
+            weights.append({**found, **switched_on(entropy=o.entropy)})
         return weights
 
     def rewarded(self, trajectory: Trajectory) -> bool:

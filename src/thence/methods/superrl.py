@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from thence.data.trajectory import Trajectory
-from thence.limits import Coefficient
 from thence.methods.hpt import Gated, GatedOptions
 from thence.methods.mixed import advantages
 from thence.methods.unknown import all_failed
 from thence.objective import Clip, Normaliser
 from thence.objective.surrogates import Surrogate
+from thence.settings.limits import Coefficient
 
 
 class SuperRlOptions(GatedOptions):

@@ -30,13 +30,12 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.limits import Coefficient, Count, Share, Steps
-from thence.methods.base import Method, Options, Sampler, TokenFacts
-from thence.methods.mixed import advantages, rows_of_weights
+from thence.methods.base import Method, Options, Sampler, TokenFacts, Weights, switched_on
+from thence.methods.mixed import advantages
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
+from thence.settings.limits import Coefficient, Count, Share, Steps
 
 # On a token without advantage: makes it count as one of the policy term's, and vanishes when divided or rounded.
 COUNTED = sys.float_info.min
@@ -80,6 +79,7 @@ class Uft(Method):
     demonstrations = "begun"
     formula = "-(1/N) sum_own min(r A, clip(r) A) - (0.001/N_hint) sum_hint log pi + 0.001 KL, first slices as a hint"
     source = "arXiv 2505.16984 and its released code"
+    exactness = "exact"
     Options = UftOptions
 
     @property
@@ -126,15 +126,14 @@ class Uft(Method):
         p = slice_probability(sampler.step, o.hint_steps, o.p_first, o.p_last)
         return sum(sampler.uniform("hint", prompt.index, trial) < p for trial in range(slices))
 
-    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Tensor]:
+    def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
         weights = []
         for trajectory, advantage in zip(trajectories, advantages(trajectories, o.std).tolist(), strict=True):
             n = len(trajectory.response_ids)
             own = (torch.arange(n) >= trajectory.prefix).double()
-            rows = [own * (advantage or COUNTED), (1 - own) * self.hint_weight]
-            rows += [own * coefficient for coefficient in (o.kl, o.entropy) if coefficient]
-            weights.append(rows_of_weights(rows, n))
+            bonus = {name: own * weight for name, weight in switched_on(kl=o.kl, entropy=o.entropy).items()}
+            weights.append({"policy": own * (advantage or COUNTED), "hint": (1 - own) * self.hint_weight, **bonus})
         return weights
 
 

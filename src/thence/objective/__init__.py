@@ -15,9 +15,10 @@ from thence.objective.surrogates import (
     ShapeRatio,
     Surrogate,
 )
-from thence.objective.terms import Batch, Normaliser, Row, Term, divisors, local_counts, trained_tokens
+from thence.objective.terms import BareRow, Batch, Normaliser, Row, Term, divisors, local_counts, trained_tokens
 
 __all__ = [
+    "BareRow",
     "Batch",
     "Clip",
     "Context",

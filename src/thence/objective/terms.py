@@ -39,20 +39,35 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A trajectory made ready for the step.
+class BareRow:
+    """What the model reads of a trajectory: enough to measure log-probabilities, not to train on.
 
     Args:
         token_ids: prompt and response, shape (L,), int64.
         trained: which tokens are trained, shape (L,), bool; the first is False, since nothing predicts it.
-        weights: one row a term, shape (J, n) with n trained tokens; detached, any sign.
-        behaviour: log-probabilities of the trained tokens under the behaviour policy, shape (n,), or None where the
-            policy has not moved since sampling.
-        reference: likewise under the reference policy of a KL term.
     """
 
     token_ids: Tensor
     trained: Tensor
+
+    @property
+    def n_trained(self) -> int:
+        """Number of trained tokens."""
+        return int(self.trained.sum())
+
+
+@dataclass(frozen=True)
+class Row(BareRow):
+    """A trajectory made ready for the step.
+
+    Args:
+        token_ids, trained: see :class:`BareRow`.
+        weights: one row a term, shape (J, n) with n trained tokens; detached, any sign.
+        behaviour: log-probabilities of the trained tokens under the behaviour policy, shape (n,), or None where the
+            policy has not moved since sampling.
+        reference: the same under the reference policy of a KL term.
+    """
+
     weights: Tensor
     behaviour: Tensor | None = None
     reference: Tensor | None = None

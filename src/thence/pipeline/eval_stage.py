@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from thence.evaluate.measure import measure, measurement_record, sample_record
-from thence.files import read_json, read_lines, set_aside, to_json, write_atomically, write_jsonl, write_over
+from thence.files import read_json, to_json, write_atomically, write_over
+from thence.jsonl import read_lines, set_aside, write_jsonl
 from thence.models.lengths import context_of
 from thence.pipeline.context import Context
 from thence.pipeline.folder import wrong_with_line

@@ -15,7 +15,8 @@ from typing import Any
 
 from thence import __version__
 from thence.errors import UserError
-from thence.files import is_environment, read_json, read_jsonl, repair_lines, to_json, write_atomically, write_jsonl
+from thence.files import is_environment, read_json, to_json, write_atomically
+from thence.jsonl import append_jsonl, read_jsonl, repair_lines, write_jsonl
 from thence.locks import held, refuse_if_held
 from thence.pipeline.changes import Plan, State, judge, say_onward
 from thence.pipeline.numerics import numerics
@@ -231,24 +232,18 @@ class RunFolder:
         for change in plan.changes:
             follows = say_onward(change, recipe)
             after = steps.get(change.stage or "", 0)
-            self._append(
-                CHANGES,
-                {
-                    "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "thence": __version__,
-                    "field": change.field,
-                    "before": change.before,
-                    "now": change.now,
-                    "after_step": after if change.stage and states.get(change.stage) != "new" else None,
-                    "follows": follows,
-                },
-            )
+            line = {
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "thence": __version__,
+                "field": change.field,
+                "before": change.before,
+                "now": change.now,
+                "after_step": after if change.stage and states.get(change.stage) != "new" else None,
+                "follows": follows,
+            }
+            append_jsonl(self.path / CHANGES, [line])
             if change.rule.key in ("onward", "length") and after:
                 log.warning("%s, after step %d: %s", change, after, follows)
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
 
     def _record_start(self, facts: dict[str, Any]) -> None:
         """Keep the environment of the first start, and of later ones beside it."""
@@ -285,8 +280,7 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        append_jsonl(self.metrics, [line])
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash.

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thence.data.trajectory import Trajectory
 from thence.objective import Entropy, NegativeKl, Row, Term, TokenStats
@@ -38,10 +37,10 @@ class Lessons:
         self.estimator = surrogate.estimator if isinstance(surrogate, NegativeKl) else "k3"
         self.kl_sum = self.kl_tokens = 0.0
 
-    def add(self, trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
-        """Take in the weights of one optimizer step."""
-        for trajectory, weight in zip(trajectories, weights, strict=True):
-            if (weight[self.taught_J].abs() > NOTHING).any():
+    def add(self, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> None:
+        """Take in the rows of one optimizer step."""
+        for trajectory, row in zip(trajectories, rows, strict=True):
+            if (row.weights[self.taught_J].abs() > NOTHING).any():
                 self.live.add(trajectory.prompt.group_key)
 
     def observers(self, rows: Sequence[Row]) -> list[Observer]:

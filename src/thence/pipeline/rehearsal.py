@@ -14,7 +14,7 @@ import torch
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
-from thence.methods.base import Method, TokenFacts
+from thence.methods.base import Method, TokenFacts, make_batch
 from thence.recipe import Rl
 
 PROMPTS = 8
@@ -28,8 +28,10 @@ def rehearse(method: Method, stage: Rl, prompts: Sequence[Prompt]) -> None:
     try:
         found = method.compose(Rehearsal(stage, prompts), min(stage.prompts, PROMPTS), stage.rollouts)
         sizes = [len(t.response_ids) for t in found]
-        facts = [TokenFacts(torch.zeros(n), torch.zeros(n)) for n in sizes] if method.uses_facts else []
-        method.weigh(found, facts)
+        facts = []
+        if method.uses_facts or method.uses_old:
+            facts = [TokenFacts(z, z, z if method.uses_old else None) for z in map(torch.zeros, sizes)]
+        make_batch(method, found, facts)
     finally:
         logger.setLevel(before)
 

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
 from thence.evaluate.measure import sample_record
 from thence.files import to_json
-from thence.methods.base import make_rows
 from thence.methods.unknown import scores_of
 from thence.objective import Batch, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
@@ -38,10 +36,10 @@ class BatchMetrics:
         self.reports: list[StepReport] = []
         self.side: list[StepReport] = []
 
-    def weighed(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
-        """Take in the weights of one optimizer step, shape (J, n) for each trajectory."""
-        self.shares.add(terms, trajectories, weights)
-        self.lessons.add(trajectories, weights)
+    def weighed(self, batch: Batch, trajectories: Sequence[Trajectory]) -> None:
+        """Take in one optimizer step; its rows are those of the trajectories."""
+        self.shares.add(batch, trajectories)
+        self.lessons.add(trajectories, batch.rows)
 
     def observer(self, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> Observer | None:
         """For :meth:`Trainer.step` on these trajectories' rows."""
@@ -134,16 +132,15 @@ class Shares:
         self.ranks = ranks
         self.sums = torch.zeros(len(self.KINDS), dtype=torch.float64)
 
-    def add(self, terms: Sequence[Term], trajectories: Sequence[Trajectory], weights: Sequence[Tensor]) -> None:
+    def add(self, batch: Batch, trajectories: Sequence[Trajectory]) -> None:
         """Add the absolute weights of a batch over their normalisers' constants, surrogates with a slope of their own
         (shaped probabilities) counted as they stand."""
         own = all(t.origin == "rollout" and not t.prefix for t in trajectories)
         if self.ranks.world == 1 and own and not self.sums.any():
             return
-        batch = Batch(tuple(terms), tuple(make_rows(trajectories, weights)))
-        divisor_J = torch.tensor(divisors(terms, self.ranks.sum_counts(local_counts(batch))), dtype=torch.float64)
-        for trajectory, weight in zip(trajectories, weights, strict=True):
-            size_n = (weight.abs().double() / divisor_J[:, None]).sum(0)
+        divisor_J = torch.tensor(divisors(batch.terms, self.ranks.sum_counts(local_counts(batch))), dtype=torch.float64)
+        for trajectory, row in zip(trajectories, batch.rows, strict=True):
+            size_n = (row.weights.abs() / divisor_J[:, None]).sum(0)
             self.sums[self.KINDS.index(trajectory.origin)] += size_n[trajectory.prefix :].sum()
             self.sums[self.KINDS.index("prefix")] += size_n[: trajectory.prefix].sum()
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, make_rows
-from thence.objective import Batch, Entropy, NegativeKl, Row
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, behaviour_of, make_rows
+from thence.objective import BareRow, Batch, Entropy, NegativeKl, Term
 from thence.objective.terms import needs_behaviour
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
@@ -46,22 +46,27 @@ class Update:
             StepRefused: as :func:`thence.train.step.train_step`.
         """
         method, trainer, temperature = self.method, self.trainer, self.stage.temperature
-        rows = self._rows(trajectories)
-        whole = None if method.uses_facts else method.weigh(trajectories)
-        trust = self._importance_weights(trajectories, rows)
-        policy_J = torch.tensor([not isinstance(term.surrogate, Entropy | NegativeKl) for term in method.terms])
-        for part in mini_batches(trajectories, self.minis, trainer.ranks):
+        bare = [bare_row(trajectory) for trajectory in trajectories]
+        parts = mini_batches(trajectories, self.minis, trainer.ranks)
+        old, reference = self._old_logps(trajectories, bare, parts), self._reference_logps(bare)
+        whole = None if method.uses_facts or method.uses_old else method.weigh(trajectories)
+        trust = self._importance_weights(trajectories, bare)
+        for number, part in enumerate(parts):
             chosen = [trajectories[i] for i in part]
             if whole is None:
-                facts = [TokenFacts(*f) for f in trainer.statistics([rows[i] for i in part], temperature)]
-                weights = method.weigh(chosen, facts)
+                now = dict(zip(part, trainer.statistics([bare[i] for i in part], temperature), strict=True))
+                if number == 0 and method.uses_old:  # the policy has not moved yet
+                    old |= {i: logp for i, (logp, _) in now.items()}
+                was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
+                weights = method.weigh(chosen, [TokenFacts(*now[i], was[i]) for i in part])
             else:
                 weights = [whole[i] for i in part]
             if trust is not None:
-                weights = [torch.where(policy_J[:, None], w * trust[i], w) for i, w in zip(part, weights, strict=True)]
-            own = tuple(replace(rows[i], weights=weight) for i, weight in zip(part, weights, strict=True))
-            metrics.weighed(method.terms, chosen, weights)
-            report = trainer.step(Batch(method.terms, own, temperature), observe=metrics.observer(chosen, own))
+                weights = [trusted(method.terms, w, trust[i]) for i, w in zip(part, weights, strict=True)]
+            rows = make_rows(method.terms, chosen, weights, old=_of(old, part), reference=_of(reference, part))
+            batch = Batch(method.terms, tuple(rows), temperature)
+            metrics.weighed(batch, chosen)
+            report = trainer.step(batch, observe=metrics.observer(chosen, rows))
             metrics.reports.append(report)
             method.took_step("main", report.grad_norm)
 
@@ -72,33 +77,45 @@ class Update:
             StepRefused: as :func:`thence.train.step.train_step`.
         """
         for extra in self.method.side_steps(sampler):
-            metrics.shares.add(extra.terms, extra.trajectories, extra.weights)
-            rows = make_rows(extra.trajectories, extra.weights)
+            rows = make_rows(extra.terms, extra.trajectories, extra.weights)
             batch = Batch(extra.terms, tuple(rows), self.stage.temperature)
+            metrics.shares.add(batch, extra.trajectories)
             report = self.trainer.step(batch, extra.name, lr=extra.lr, clip_norm=extra.clip_norm)
             metrics.side.append(report)
             self.method.took_step(extra.name, report.grad_norm)
 
-    def _rows(self, trajectories: Sequence[Trajectory]) -> list[Row]:
-        """Rows without weights, with log-probabilities of the old policy and the reference where terms need them."""
-        trainer, temperature = self.trainer, self.stage.temperature
-        blank = [torch.zeros(len(self.method.terms), len(t.response_ids), dtype=torch.float64) for t in trajectories]
-        rows = make_rows(trajectories, blank)
-        replays = any(row.behaviour is not None for row in rows)
-        if needs_behaviour(self.method.terms) and (self.minis > 1 or replays):
-            # A replay keeps the log-probabilities of the policy that sampled it.
-            old = trainer.statistics([replace(row, behaviour=None) for row in rows], temperature)
-            rows = [
-                r if r.behaviour is not None else replace(r, behaviour=o) for r, (o, _) in zip(rows, old, strict=True)
-            ]
-        if self.reference is not None:
-            old = policy_statistics(self.reference, rows, temperature, trainer.settings)
-            if trainer.meter is not None:
-                trainer.meter.scored([len(row.token_ids) for row in rows], sum(row.n_trained for row in rows))
-            rows = [replace(row, reference=logp) for row, (logp, _) in zip(rows, old, strict=True)]
-        return rows
+    def _old_logps(
+        self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow], parts: Sequence[Sequence[int]]
+    ) -> dict[int, Tensor]:
+        """Log-probabilities of response tokens under the policy as it stands before the first optimizer step.
 
-    def _importance_weights(self, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> list[Tensor] | None:
+        Shape (n,) by the trajectory's place. Empty where nothing needs them, or where the only step is that first one.
+        """
+        replays = any(trajectory.behaviour is not None for trajectory in trajectories)
+        if self.method.uses_old:
+            # In the micro-batches of the later passes: then rounding cannot look like a change of the policy. Before
+            # the first step the policy is the old one, and no pass is needed.
+            cut: Sequence[Sequence[int]] = parts[1:]
+        elif needs_behaviour(self.method.terms) and (self.minis > 1 or replays):
+            cut = [range(len(bare))]
+        else:
+            cut = []
+        found: dict[int, Tensor] = {}
+        for part in cut:
+            scored = self.trainer.statistics([bare[i] for i in part], self.stage.temperature)
+            found |= {i: logp for i, (logp, _) in zip(part, scored, strict=True)}
+        return found
+
+    def _reference_logps(self, bare: Sequence[BareRow]) -> dict[int, Tensor]:
+        """The same under the reference policy; empty without one."""
+        if self.reference is None:
+            return {}
+        if self.trainer.meter is not None:
+            self.trainer.meter.scored([len(row.token_ids) for row in bare], sum(row.n_trained for row in bare))
+        found = policy_statistics(self.reference, bare, self.stage.temperature, self.trainer.settings)
+        return {i: logp for i, (logp, _) in enumerate(found)}
+
+    def _importance_weights(self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]) -> list[Tensor] | None:
         """Truncated importance weights of every trained token, shape (n,) each; None where they are not asked for.
 
         Tokens that the policy did not sample as they stand (demonstrations, prefixes and what follows them, replays)
@@ -107,7 +124,7 @@ class Update:
         if self.stage.importance_bound is None:
             return None
         weights = []
-        scored = self.trainer.statistics([replace(row, behaviour=None) for row in rows], self.stage.temperature)
+        scored = self.trainer.statistics(bare, self.stage.temperature)
         for trajectory, (trained, _) in zip(trajectories, scored, strict=True):
             if trajectory.sampler_logps is None or trajectory.origin != "rollout":
                 weights.append(torch.ones(len(trained), dtype=torch.float64))
@@ -115,3 +132,13 @@ class Update:
                 sampled = torch.tensor(trajectory.sampler_logps, dtype=torch.float64)
                 weights.append(truncated_importance(trained.double(), sampled, self.stage.importance_bound))
         return weights
+
+
+def trusted(terms: Sequence[Term], weights: Weights, trust_n: Tensor) -> Weights:
+    """A trajectory's weights times its importance weights, in all terms but entropy bonus and KL."""
+    policy = {term.name for term in terms if not isinstance(term.surrogate, Entropy | NegativeKl)}
+    return {name: weight * trust_n if name in policy else weight for name, weight in weights.items()}
+
+
+def _of(values: Mapping[int, Tensor], part: Sequence[int]) -> list[Tensor] | None:
+    return [values[i] for i in part] if values else None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import DamagedFile, UserError, first_line
-from thence.files import damaged_lines, read_json, read_lines, read_toml
+from thence.files import read_json, read_own_toml
+from thence.jsonl import damaged_lines, read_lines
 from thence.recipe import KINDS, kind_of
 
 _COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated", "graded")
@@ -154,7 +155,7 @@ def read_run(folder: Path) -> RunFiles:
     text = _text(folder / "recipe.toml")
     recipe: dict[str, Any] = {}
     try:
-        recipe = read_toml(folder / "recipe.toml", remedy="") if (folder / "recipe.toml").exists() else {}
+        recipe = read_own_toml(folder / "recipe.toml", remedy="") if (folder / "recipe.toml").exists() else {}
     except DamagedFile as error:
         notes.append(f"recipe.toml cannot be read: {error.problem}")
     named = recipe.get("stages", [])

@@ -13,10 +13,9 @@ from thence.accounting.flops import rule_flops
 from thence.data.order import batch_at, epoch_order, steps_per_epoch
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
-from thence.methods.base import Method, make_rows
+from thence.methods.base import bare_row, make_batch
 from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
-from thence.objective import Batch, Row
 from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer, refuse_what_is_broken
 from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
@@ -46,7 +45,7 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
         chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
         mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
         rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
-        report = trainer.step(Batch(method.terms, tuple(rows_of(mine, method, stage.train_on))))
+        report = trainer.step(make_batch(method, trajectories_of(mine, stage.train_on)))
         line = {
             "stage": context.name,
             "kind": "sft",
@@ -67,7 +66,7 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
         if report.skipped:
             line["skipped_steps"] = 1
         if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
-            line["held_out_loss"] = missed = held_out_loss(trainer, held_out, method, stage.train_on)
+            line["held_out_loss"] = missed = held_out_loss(trainer, held_out, stage.train_on)
             if not math.isfinite(missed):
                 refuse_what_is_broken(context, f"after step {step + 1}", checkpoints.good)
                 log.warning("step %d: the held-out loss is %s; a token of these examples cannot come", step + 1, missed)
@@ -107,12 +106,10 @@ def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int, n_paramet
     return most
 
 
-def rows_of(prompts: Sequence[Prompt], method: Method, train_on: str) -> list[Row]:
-    """Demonstrations as rows of a batch."""
-    trajectories = [demonstration(prompt) for prompt in prompts]
-    if train_on == "all":
-        trajectories = [whole(trajectory) for trajectory in trajectories]
-    return make_rows(trajectories, method.weigh(trajectories))
+def trajectories_of(prompts: Sequence[Prompt], train_on: str) -> list[Trajectory]:
+    """Demonstrations to train on."""
+    shown = [demonstration(prompt) for prompt in prompts]
+    return [whole(trajectory) for trajectory in shown] if train_on == "all" else shown
 
 
 def demonstration(prompt: Prompt) -> Trajectory:
@@ -127,10 +124,10 @@ def whole(trajectory: Trajectory) -> Trajectory:
     return Trajectory(prompt, ids[1:], origin=trajectory.origin)
 
 
-def held_out_loss(trainer: Trainer, prompts: Sequence[Prompt], method: Method, train_on: str) -> float:
+def held_out_loss(trainer: Trainer, prompts: Sequence[Prompt], train_on: str) -> float:
     """Token-mean cross-entropy of demonstrations that are never trained, over all ranks, nats."""
     ranks = trainer.ranks
-    rows = rows_of(prompts[ranks.rank :: ranks.world], method, train_on)
+    rows = [bare_row(t) for t in trajectories_of(prompts[ranks.rank :: ranks.world], train_on)]
     parts = [logp for logp, _ in trainer.statistics(rows)]
     sums = torch.tensor([sum(float(p.double().sum()) for p in parts), sum(len(p) for p in parts)], dtype=torch.float64)
     total, count = ranks.sum_floats(sums).tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thence.objective import Row, TokenInputs
+from thence.objective import BareRow, Row, TokenInputs
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,14 @@ class MicroBatch:
         lengths: length of each row, in order; packed rows lie end to end.
         packed: which of the two.
         predicts_T: positions in the flattened hidden states that predict the trained tokens, shape (T,).
-        inputs: targets, weights and old log-probabilities of the trained tokens.
-        silent: every weight is zero, so that the rows have no gradient and need no backward pass.
+        target_T: the trained tokens, shape (T,), int64.
     """
 
     token_ids: Tensor
     lengths: tuple[int, ...]
     packed: bool
     predicts_T: Tensor
-    inputs: TokenInputs
-    silent: bool = False
+    target_T: Tensor
 
 
 def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
@@ -58,21 +56,29 @@ def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
 
 
 def micro_batches(
-    rows: Sequence[Row], budget: int, packing: bool, device: torch.device
+    rows: Sequence[BareRow], budget: int, packing: bool, device: torch.device
 ) -> Iterator[tuple[list[int], MicroBatch]]:
-    """The micro-batches of a batch and the indices of their rows, moved to the device one at a time.
+    """The micro-batches of a batch and the indices of their rows, moved to the device one at a time."""
+    for group in plan([len(row.token_ids) for row in rows], budget, packing):
+        yield group, lay_out([rows[i] for i in group], packing, device)
 
-    Rows without any weight (a group whose rewards are all equal, ...) go into micro-batches of their own, last.
+
+def weighted_micro_batches(
+    rows: Sequence[Row], budget: int, packing: bool, device: torch.device
+) -> Iterator[tuple[list[int], MicroBatch, bool]]:
+    """The micro-batches of an optimizer step, as :func:`micro_batches`, and whether each has a gradient.
+
+    Rows without any weight (a group whose rewards are all equal, ...) go into micro-batches of their own, last. They
+    need no backward pass.
     """
-    silent_rows = [not bool(row.weights.any()) for row in rows]
-    for silent in (False, True):
-        own = [i for i, is_silent in enumerate(silent_rows) if is_silent == silent]
-        for group in plan([len(rows[i].token_ids) for i in own], budget, packing):
-            chosen = [own[i] for i in group]
-            yield chosen, lay_out([rows[i] for i in chosen], packing, device, silent)
+    live = [bool(row.weights.any()) for row in rows]
+    for learns in (True, False):
+        own = [i for i, is_live in enumerate(live) if is_live == learns]
+        for group, micro in micro_batches([rows[i] for i in own], budget, packing, device):
+            yield [own[i] for i in group], micro, learns
 
 
-def lay_out(rows: Sequence[Row], packing: bool, device: torch.device, silent: bool = False) -> MicroBatch:
+def lay_out(rows: Sequence[BareRow], packing: bool, device: torch.device) -> MicroBatch:
     """One micro-batch of these rows.
 
     Rows are padded on the right. Attention is causal, so no token of a row ever sees its padding and no mask is needed.
@@ -85,13 +91,23 @@ def lay_out(rows: Sequence[Row], packing: bool, device: torch.device, silent: bo
         token_ids = torch.nn.utils.rnn.pad_sequence([row.token_ids for row in rows], batch_first=True)
         starts = [i * max(lengths) for i in range(len(rows))]
     predicts = [row.trained.nonzero()[:, 0] + (start - 1) for row, start in zip(rows, starts, strict=True)]
-    inputs = TokenInputs(
-        target_T=torch.cat([row.token_ids[row.trained] for row in rows]).to(device),
+    target_T = torch.cat([row.token_ids[row.trained] for row in rows])
+    return MicroBatch(token_ids.to(device), lengths, packing, torch.cat(predicts).to(device), target_T.to(device))
+
+
+def token_inputs(rows: Sequence[Row], micro: MicroBatch) -> TokenInputs:
+    """What the objective needs of the rows of a micro-batch.
+
+    Raises:
+        ValueError: some rows have old or reference log-probabilities and some have none.
+    """
+    device = micro.target_T.device
+    return TokenInputs(
+        target_T=micro.target_T,
         weight_JT=torch.cat([row.weights for row in rows], dim=1).to(device),
         behaviour_T=_joined([row.behaviour for row in rows], device),
         reference_T=_joined([row.reference for row in rows], device),
     )
-    return MicroBatch(token_ids.to(device), lengths, packing, torch.cat(predicts).to(device), inputs, silent)
 
 
 def _joined(parts: list[Tensor | None], device: torch.device) -> Tensor | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from thence.errors import StepRefused
 from thence.models.layers import output_head
 from thence.models.packing import attending
-from thence.objective import Batch, Row, TokenStats, divisors, local_counts, objective, token_statistics
+from thence.objective import BareRow, Batch, TokenStats, divisors, local_counts, objective, token_statistics
 from thence.train.forward import compute_context, hidden_states
-from thence.train.micro_batches import micro_batches
+from thence.train.micro_batches import micro_batches, token_inputs, weighted_micro_batches
 from thence.train.parallel import Ranks
 
 Observer = Callable[[Sequence[int], TokenStats], None]
@@ -146,7 +146,7 @@ class StepSums:
     clipped: Tensor
     tokens: Tensor
     seen: Tensor
-    passes: int = 0
+    passes: int = field(default=0, kw_only=True)
 
     @classmethod
     def zero(cls, device: torch.device) -> StepSums:
@@ -189,13 +189,15 @@ def accumulate_gradients(
     divisor_J = divisors(batch.terms, counts)
     sums, learned = StepSums.zero(device), False
     with attending(model, settings.packing):
-        for group, micro in micro_batches(batch.rows, settings.micro_batch_tokens, settings.packing, device):
-            with torch.set_grad_enabled(not micro.silent), compute_context(device, settings.compute_dtype):
+        cut = (settings.micro_batch_tokens, settings.packing, device)
+        for group, micro, learns in weighted_micro_batches(batch.rows, *cut):
+            inputs = token_inputs([batch.rows[i] for i in group], micro)
+            with torch.set_grad_enabled(learns), compute_context(device, settings.compute_dtype):
                 hidden_TD = hidden_states(model, micro)
                 loss, stats = objective(
-                    hidden_TD, output_head(model), micro.inputs, batch.terms, divisor_J, batch.temperature
+                    hidden_TD, output_head(model), inputs, batch.terms, divisor_J, batch.temperature
                 )
-            if not micro.silent:
+            if learns:
                 loss.backward()
                 learned = True
             sums = sums.plus(loss, stats, sum(micro.lengths))
@@ -208,7 +210,7 @@ def accumulate_gradients(
 
 
 def policy_statistics(
-    model: nn.Module, rows: Sequence[Row], temperature: float, settings: StepSettings
+    model: nn.Module, rows: Sequence[BareRow], temperature: float, settings: StepSettings
 ) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities and entropies of every row's trained tokens under the model as it stands, without gradient.
 
@@ -220,7 +222,7 @@ def policy_statistics(
     for group, micro in micro_batches(rows, settings.micro_batch_tokens, settings.packing, device):
         with torch.no_grad(), compute_context(device, settings.compute_dtype):
             logp_T, entropy_T = token_statistics(
-                hidden_states(model, micro), output_head(model), micro.inputs.target_T, temperature
+                hidden_states(model, micro), output_head(model), micro.target_T, temperature
             )
         sizes = [rows[i].n_trained for i in group]
         for i, logp, entropy in zip(group, logp_T.cpu().split(sizes), entropy_T.cpu().split(sizes), strict=True):

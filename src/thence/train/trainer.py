@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from thence.accounting.meter import FlopMeter
 from thence.models.layers import check_model
 from thence.models.packing import way_of
-from thence.objective import Batch, Row
+from thence.objective import BareRow, Batch
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
@@ -95,7 +95,7 @@ class Trainer:
             self.meter.scored(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if not is_live]))
         return report
 
-    def statistics(self, rows: Sequence[Row], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+    def statistics(self, rows: Sequence[BareRow], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
         """Log-probabilities and entropies of the rows' trained tokens under the model as it stands."""
         if self.meter is not None:
             self.meter.scored(*_sizes(rows))
@@ -130,7 +130,7 @@ class Trainer:
             self.optimizer(kind).state[parameter][field] = value.clone().to(parameter.device)
 
 
-def _sizes(rows: Sequence[Row]) -> tuple[list[int], int]:
+def _sizes(rows: Sequence[BareRow]) -> tuple[list[int], int]:
     """Tokens of every row, and trained tokens of all."""
     return [len(row.token_ids) for row in rows], sum(row.n_trained for row in rows)
 

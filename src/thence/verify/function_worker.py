@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 from thence.errors import UserError
 from thence.foreign_text import one_line
+from thence.framed import pack, read
 from thence.verify.loading import load_function, place_of, said, stated_threshold
-from thence.verify.protocol import pack, read
 
 SHOWN = 60  # characters of a value that is no number
 _SET_PDEATHSIG = 1

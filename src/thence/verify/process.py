@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import thence
-from thence.verify.protocol import Inbox, pack
+from thence.framed import Inbox, pack
 
 START_SECONDS = 120.0
 ALARM_MARGIN = 2.0  # the worker's own alarm comes after the parent's limit, which is the one that is reported

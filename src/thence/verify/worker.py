@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from thence.verify.protocol import pack, read
+from thence.framed import pack, read
 from thence.verify.verdict import Verdict, to_plain, unknown
 
 FULL = 0.9  # share of the address space at which a wrong verdict may be the work of a swallowed MemoryError

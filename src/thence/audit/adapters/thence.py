@@ -134,16 +134,17 @@ def _advantages(rewards: list[float], std: bool) -> list[float]:
 
 def _batches(case: dict, method: Any, trajectories: list[Any]):
     """The whole batch of every optimizer step, over all ranks."""
-    from thence.methods.base import make_rows
-    from thence.objective import Batch
+    from dataclasses import replace
+
+    from thence.methods.base import make_batch
 
     size = case["micro_batch"] * case["accumulation"] * case["ranks"]
     # a packing case names no window: all rows are one
     size = len(trajectories) if case["packing"] and size == 1 else size
-    rows = make_rows(trajectories, method.weigh(trajectories))
+    batch = make_batch(method, trajectories)
     for _ in range(case["epochs"]):
-        for start in range(0, len(rows), size):
-            yield Batch(method.terms, tuple(rows[start : start + size]))
+        for start in range(0, len(batch.rows), size):
+            yield replace(batch, rows=batch.rows[start : start + size])
 
 
 def _share(batch: Any, ranks: Any) -> Any:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thence.audit.judge.diagnose import FLOORS, AskedObjective, diagnose_step
+from thence.audit.judge.diagnose import diagnose_step
 from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.judge.weights import FLOORS, AskedObjective
 from thence.audit.judge.windows import planned_places, planned_steps, window_findings
 from thence.audit.result import Case, CaseResult, Finding, StepResult
 from thence.audit.solve.explain import explain
@@ -129,9 +130,16 @@ class Judge:
             status, reason = "not judged", str(stop)
         return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
 
-    def plan(self, case: Case) -> list[list[Piece]]:
-        """The pieces of every step, if rows are taken in order and dealt to ranks micro-batch by micro-batch."""
-        return [planned_pieces(self.known, places) for places in planned_places(case)]
+    def plan(self, case: Case, *, cut_known: bool = True) -> list[list[Piece]]:
+        """The pieces of every step, if rows are taken in order and dealt to ranks micro-batch by micro-batch.
+
+        Args:
+            cut_known: False where nobody knows how the trainer cuts the rows into micro-batches and ranks.
+        """
+        steps = planned_places(case)
+        if not cut_known:
+            steps = [[(example, None, None) for example, _, _ in places] for places in steps]
+        return [planned_pieces(self.known, places) for places in steps]
 
     def solver(
         self, state: Mapping[str, Tensor], regression: type[LeastSquares] | type[SignRegression] = LeastSquares

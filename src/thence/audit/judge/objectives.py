@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Window:
+class StepRows:
     """The rows of one optimizer step, over all ranks.
 
     Args:
@@ -42,43 +42,43 @@ class Objective:
     Args:
         title: as it is called in the field.
         formula: of the loss; nll_t is a token's negative log-probability.
-        weights: window -> weight of a token of each row, shape (S,).
+        weights: rows -> weight of a token of each row, shape (S,).
     """
 
     title: str
     formula: str
-    weights: Callable[[Window], np.ndarray]
+    weights: Callable[[StepRows], np.ndarray]
 
 
-def _token_mean(window: Window) -> np.ndarray:
-    return np.full(len(window.lengths), 1.0 / max(window.lengths.sum(), 1))
+def _token_mean(rows: StepRows) -> np.ndarray:
+    return np.full(len(rows.lengths), 1.0 / max(rows.lengths.sum(), 1))
 
 
-def _sequence_mean(window: Window) -> np.ndarray:
-    return 1.0 / (len(window.lengths) * np.maximum(window.lengths, 1))
+def _sequence_mean(rows: StepRows) -> np.ndarray:
+    return 1.0 / (len(rows.lengths) * np.maximum(rows.lengths, 1))
 
 
-def _mean_of_means(by: str) -> Callable[[Window], np.ndarray]:
-    def weights(window: Window) -> np.ndarray:
-        group = window.groups(by)
-        tokens = np.bincount(group, window.lengths)
+def _mean_of_means(by: str) -> Callable[[StepRows], np.ndarray]:
+    def weights(rows: StepRows) -> np.ndarray:
+        group = rows.groups(by)
+        tokens = np.bincount(group, rows.lengths)
         return 1.0 / (len(tokens) * np.maximum(tokens[group], 1))
 
     return weights
 
 
-def _mean_of_sequence_means(by: str) -> Callable[[Window], np.ndarray]:
-    def weights(window: Window) -> np.ndarray:
-        group = window.groups(by)
-        rows = np.bincount(group)
-        return 1.0 / (len(rows) * rows[group] * np.maximum(window.lengths, 1))
+def _mean_of_sequence_means(by: str) -> Callable[[StepRows], np.ndarray]:
+    def weights(rows: StepRows) -> np.ndarray:
+        group = rows.groups(by)
+        members = np.bincount(group)
+        return 1.0 / (len(members) * members[group] * np.maximum(rows.lengths, 1))
 
     return weights
 
 
-def _constant(window: Window) -> np.ndarray:
-    divisor = len(window.lengths) * window.longest if window.longest else max(window.lengths.sum(), 1)
-    return np.full(len(window.lengths), 1.0 / divisor)
+def _constant(rows: StepRows) -> np.ndarray:
+    divisor = len(rows.lengths) * rows.longest if rows.longest else max(rows.lengths.sum(), 1)
+    return np.full(len(rows.lengths), 1.0 / divisor)
 
 
 OBJECTIVES: Mapping[str, Objective] = {

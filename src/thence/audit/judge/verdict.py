@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from thence.audit.judge.findings import CATALOGUE
-from thence.audit.judge.known import known_faults
 from thence.audit.judge.objectives import OBJECTIVES
-from thence.audit.result import CaseResult, Finding, StepResult, Verdict
+from thence.audit.result import RESPONSE_ROLES, CaseResult, Finding, PublicReport, StepResult, Verdict
+from thence.known_faults import load_known_faults
 
-_GRAVE = (
+_BY_SEVERITY = (
     "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing", "rows-dropped", "ranks-differ",
     "differs-by-parameter", "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean", "pass-mean",
     "sequence-mean", "micro-batch-sequence-mean", "constant-divisor", "token-dependent", "double-counted", "leak",
@@ -22,7 +22,7 @@ _GRAVE = (
 """The order in which faults are named where there are several."""
 
 
-_DROPPING = {
+_GRADIENT_LOST = {
     "first-and-last-only",
     "first-only",
     "last-only",
@@ -48,7 +48,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         return _no_verdict(cases, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
-    ids = sorted(faults, key=lambda i: _GRAVE.index(i) if i in _GRAVE else len(_GRAVE))
+    ids = sorted(faults, key=lambda i: _BY_SEVERITY.index(i) if i in _BY_SEVERITY else len(_BY_SEVERITY))
     main = ids[0]
     hit = faults[main]
     worst = max(hit, key=lambda pair: _severity(pair[0]))
@@ -56,9 +56,9 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         "finding",
         objective,
         asked,
-        (_what(main, worst, hit, judged, asked), _means(main, worst[0], ids[1:], faults)),
+        (_what(main, worst, hit, judged, asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
         " ".join(dict.fromkeys(CATALOGUE[i].remedy for i in ids[:2])),
-        known_faults(versions, ids),
+        public_reports(versions, ids),
     )
 
 
@@ -118,7 +118,7 @@ def scale_law(judged: Sequence[CaseResult]) -> str | None:
     for case in judged:
         for step in case.steps:
             if step.scale is not None and case.case.precision == "float32" and step.objective == "token-mean":
-                tokens = sum(t.role in ("first", "body", "end") for q in step.sequences for t in q.tokens)
+                tokens = sum(t.role in RESPONSE_ROLES for q in step.sequences for t in q.tokens)
                 points.append((step.scale, tokens, tokens / max(len(step.sequences), 1)))
     if len({p[1] for p in points}) < 2:
         return None
@@ -162,6 +162,26 @@ def _same_tokens(judged: Sequence[CaseResult]) -> list[str]:
     ]
 
 
+def public_reports(versions: Mapping[str, str], findings: Sequence[str]) -> tuple[PublicReport, ...]:
+    """Known faults of the audited packages that show as one of the findings, from the file that ``doctor`` reads.
+
+    Reports that name other versions than the audited ones are left out.
+
+    Args:
+        versions: of the audited packages, by name.
+        findings: ids, keys of ``CATALOGUE``.
+    """
+    result = []
+    for fault in load_known_faults():
+        if fault.package in versions and set(fault.findings) & set(findings):
+            installed = fault.hits(versions[fault.package])
+            if fault.affected is not None and not installed:
+                continue
+            affected = fault.affected or "not known"
+            result.append(PublicReport(fault.id, fault.package, affected, fault.remedy, fault.sources, installed))
+    return tuple(result)
+
+
 def _faults(judged: Sequence[CaseResult]) -> dict[str, list[tuple[CaseResult, Finding]]]:
     found: dict[str, list[tuple[CaseResult, Finding]]] = {}
     for case in judged:
@@ -188,7 +208,7 @@ def _means(main: str, case: CaseResult, others: Sequence[str], faults: Mapping) 
     words = CATALOGUE[main].meaning
     step = _worst_step(case)
     if step is not None:
-        moved = "does not arrive" if main in _DROPPING else "goes to other tokens than it should"
+        moved = "does not arrive" if main in _GRADIENT_LOST else "goes to other tokens than it should"
         words += (
             f" In the case '{case.case.name}' the smallest token weight is {abs(step.smallest):.2f} and the largest "
             f"{step.largest:.2f} of what they should be, and {step.lost:.0%} of the batch's gradient {moved}."
@@ -197,6 +217,13 @@ def _means(main: str, case: CaseResult, others: Sequence[str], faults: Mapping) 
         names = ", ".join(f"{CATALOGUE[i].title} ({len(faults[i])})" for i in others)
         words += f" Also found (number of cases): {names}."
     return words
+
+
+def _law(judged: Sequence[CaseResult]) -> str:
+    """What the size of the update follows, where that is not one and the same weight in all."""
+    law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
+    name = scale_law(judged)
+    return f" The size of the update follows {law[name]}." if name in law else ""
 
 
 def _worst_step(case: CaseResult) -> StepResult | None:

@@ -53,16 +53,11 @@ class Session:
     def data(self, layout: str) -> str:
         """Path of the probe's data: ``rows`` (input_ids, labels), ``messages``, ``prompt-completion`` (text with the
         chat template already applied), ``chat-prompt-completion`` (lists of messages) or ``alpaca`` (instruction,
-        output; a JSON list). Cut to the number of examples of the case."""
+        output; a JSON list). Cut to the number of examples of the case. Raises KeyError for another layout."""
         source = Path(self._data[layout])
         cut = self.folder / f"data-{layout}{source.suffix}"
         if not cut.exists():
-            if source.suffix == ".json":
-                rows = json.loads(source.read_text(encoding="utf-8"))[: self.case["examples"]]
-                cut.write_text(json.dumps(rows), encoding="utf-8")
-            else:
-                lines = source.read_text(encoding="utf-8").splitlines()[: self.case["examples"]]
-                cut.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_first(source, cut, self.case["examples"])
         return str(cut)
 
     def rows(self) -> list[dict]:
@@ -124,7 +119,7 @@ class Session:
         return self.record["steps"] >= self.case["steps"]
 
     def stop(self):
-        """Leave the stack's loop."""
+        """Leave the stack's loop. Raises StopCase."""
         raise StopCase
 
     def say(self, **facts) -> None:
@@ -133,14 +128,25 @@ class Session:
         self.record["said"].update(facts)
 
     def skip(self, reason: str):
-        """Leave this case out, by name."""
+        """Leave this case out, by name. Raises SkipCase."""
         raise SkipCase(reason)
 
     def close(self) -> None:
+        """Write the record, and end the watching."""
         for handle in self._handles:
             handle.remove()
         path = self.folder / "record.json"
         path.write_text(json.dumps(self.record), encoding="utf-8")
+
+
+def write_first(source: Path, target: Path, examples: int) -> None:
+    """Write the first examples of a data file, a JSON list or JSONL, into another."""
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".json":
+        text = json.dumps(json.loads(text)[:examples])
+    else:
+        text = "\n".join(text.splitlines()[:examples]) + "\n"
+    target.write_text(text, encoding="utf-8")
 
 
 def clean_name(name: str) -> str:
@@ -153,7 +159,7 @@ def clean_name(name: str) -> str:
 
 
 def load_adapter(path: str):
-    """Import an adapter from its file."""
+    """Import an adapter from its file. Raises ImportError where it is not a Python file."""
     spec = importlib.util.spec_from_file_location("audited_adapter", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
@@ -213,6 +219,7 @@ def wait_for_cases(path: Path) -> dict:
 
 
 def main() -> None:
+    """Run the cases of the job file that the command line names."""
     path = Path(sys.argv[1]).absolute()
     job = json.loads(path.read_text(encoding="utf-8"))
     start = time.monotonic()

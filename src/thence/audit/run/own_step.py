@@ -19,15 +19,15 @@ from thence.audit.solve.probe import LENGTHS
 from thence.audit.solve.sequences import KnownExample
 from thence.errors import UserError
 
-Row = Mapping[str, Sequence[int]]
-Step = Callable[..., Any]
+LabelledRow = Mapping[str, Sequence[int]]
+StepFunction = Callable[..., Any]
 
 
 def check(
-    step: Step,
+    step: StepFunction,
     *,
     model: nn.Module,
-    batch: Sequence[Row] | None = None,
+    batch: Sequence[LabelledRow] | None = None,
     asked: str = "token-mean",
     lr: float | None = None,
     vocabulary: int | None = None,
@@ -50,7 +50,7 @@ def check(
         seed: of the random rows.
 
     Raises:
-        UserError: rows without labels, or a step that does not take (model, rows).
+        UserError: rows without labels, or none given and the model's vocabulary size is not known.
     """
     start = time.monotonic()
     rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
@@ -76,8 +76,13 @@ def check(
     )
 
 
-def random_rows(vocabulary: int, seed: int = 0, lengths: Sequence[int] = LENGTHS[:8]) -> list[Row]:
-    """Rows of random tokens: a prompt of 4 to 6 tokens, then a response of the given length."""
+def random_rows(vocabulary: int, seed: int = 0, lengths: Sequence[int] = LENGTHS[:8]) -> list[LabelledRow]:
+    """Rows of random tokens: a prompt of 4 to 6 tokens, then a response.
+
+    Args:
+        vocabulary: ids are drawn below it.
+        lengths: tokens of the responses.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index, length in enumerate(lengths):
@@ -105,7 +110,13 @@ def _cases(rows: int, cut: bool, asked: str, lr: float | None) -> list[Case]:
 
 
 def _one(
-    step: Step, model: nn.Module, rows: Sequence[Row], case: Case, judge: Judge, cut: bool, lr: float | None
+    step: StepFunction,
+    model: nn.Module,
+    rows: Sequence[LabelledRow],
+    case: Case,
+    judge: Judge,
+    cut: bool,
+    lr: float | None,
 ) -> CaseResult:
     own = copy.deepcopy(model)
     before = _state(own)
@@ -116,9 +127,7 @@ def _one(
     except Exception as error:
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
-    pieces = judge.plan(case)
-    if not cut:
-        pieces = [[replace(piece, micro_batch=None, rank=None) for piece in part] for part in pieces]
+    pieces = judge.plan(case, cut_known=cut)
     result = judge.case(case, Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None))
     return replace(result, seconds=seconds)
 
@@ -127,7 +136,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def _takes_a_cut(step: Step) -> bool:
+def _takes_a_cut(step: StepFunction) -> bool:
     try:
         parameters = inspect.signature(step).parameters
     except (TypeError, ValueError):
@@ -148,7 +157,7 @@ def _vocabulary(model: nn.Module) -> int:
     )
 
 
-def _validate(rows: Sequence[Row]) -> None:
+def _validate(rows: Sequence[LabelledRow]) -> None:
     for index, row in enumerate(rows):
         missing = [key for key in ("input_ids", "labels") if key not in row]
         if missing or len(row["input_ids"]) != len(row["labels"]):

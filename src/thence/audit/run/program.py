@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import string
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +18,9 @@ from thence.audit.judge.case import Evidence, Judge
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for
-from thence.audit.run.stack import Tell, working_folder
+from thence.audit.run.child import write_first
+from thence.audit.run.runner import free_port
+from thence.audit.run.stack import OnCase, working_folder
 from thence.audit.solve.probe import Probe, write_probe
 from thence.errors import UserError
 from thence.redaction import redacted_command
@@ -59,7 +60,7 @@ def audit_program(
     seed: int = 0,
     seconds: float = 120.0,
     keep: Path | None = None,
-    tell: Tell = lambda _: None,
+    tell: OnCase = lambda _: None,
 ) -> Report:
     """Run a program over the matrix that its placeholders allow, one optimizer step a case, and judge what it writes.
 
@@ -70,6 +71,8 @@ def audit_program(
         program: words of the command line, with ``{placeholders}``.
         layout: of the data file: ``rows``, ``messages``, ``prompt-completion``, ``chat-prompt-completion``, ``alpaca``.
         asked: the objective that the program is meant to have; a key of ``OBJECTIVES``.
+        lr: learning rate, if the program takes plain SGD steps; then the scale of the update is judged too.
+        quick, only, model_type, seed, seconds, keep, tell: as in :func:`thence.audit.audit_stack`.
 
     Raises:
         UserError: unknown or missing placeholders, unknown layout, or a program that does not exist.
@@ -83,7 +86,7 @@ def audit_program(
         probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
         if layout not in probe.data:
             raise UserError(f"there is no data layout {layout!r}", remedy=f"choose one of {', '.join(probe.data)}")
-        judge = Judge.of_probe(probe)
+        run = _Program(program, have, layout, lr, seed, seconds, probe, Judge.of_probe(probe))
         results = []
         for number, (case, reason) in enumerate(chosen):
             if reason:
@@ -91,7 +94,7 @@ def audit_program(
                 continue
             place = folder / f"case-{number}"
             place.mkdir(exist_ok=True)
-            results.append(_run(program, case, probe, judge, layout, lr, place, seconds, seed, "micro_batch" in have))
+            results.append(_run(run, case, place))
             tell(results[-1])
     flags = [f"--layout {layout}", *(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
     flags += [f"--asked {asked}"] if asked != "token-mean" else []
@@ -166,60 +169,49 @@ def narrowed(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Cas
     return [(case, reason) for case, reason in chosen if case.quick or not quick], reasons
 
 
-def _run(
-    program: Sequence[str],
-    case: Case,
-    probe: Probe,
-    judge: Judge,
-    layout: str,
-    lr: float | None,
-    place: Path,
-    seconds: float,
-    seed: int,
-    cut_known: bool,
-) -> CaseResult:
+@dataclass(frozen=True)
+class _Program:
+    """A program under audit; the fields are arguments of :func:`audit_program`, and what all cases share."""
+
+    words: Sequence[str]
+    placeholders: set[str]
+    layout: str
+    lr: float | None
+    seed: int
+    seconds: float
+    probe: Probe
+    judge: Judge
+
+
+def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     """One case: the program in a process of its own, then its model against the one it began with."""
-    out = place / "out"
-    values = _values(case, probe, layout, place, out, lr, seed)
-    words = [word.format(**values) for word in program]
+    out = folder / "out"
+    values = _values(program, case, folder, out)
     begun = time.monotonic()
-    problem = _call(words, place, seconds)
+    problem = _call([word.format(**values) for word in program.words], folder, program.seconds)
     waited = time.monotonic() - begun
     if problem:
         return CaseResult(case, "failed", problem, seconds=waited)
     trained = find_model(out)
     if trained is None:
-        return CaseResult(
-            case, "failed", f"no model (*.safetensors) was written below {{out}} ({out.name})", seconds=waited
-        )
-    states = [read_model(probe.model), read_model(trained)]
-    pieces = judge.plan(case)
-    if not cut_known:
-        pieces = [[replace(piece, micro_batch=None, rank=None) for piece in step] for step in pieces]
-    if lr is not None:
-        case = replace(case, optimizer="sgd", lr=lr)
-    result = judge.case(case, Evidence(states, pieces=pieces, scale_known=lr is not None))
+        reason = f"no model (*.safetensors) was written below {{out}} ({out.name})"
+        return CaseResult(case, "failed", reason, seconds=waited)
+    pieces = program.judge.plan(case, cut_known="micro_batch" in program.placeholders)
+    if program.lr is not None:
+        case = replace(case, optimizer="sgd", lr=program.lr)
+    states = [read_model(program.probe.model), read_model(trained)]
+    result = program.judge.case(case, Evidence(states, pieces=pieces, scale_known=program.lr is not None))
     return replace(result, seconds=waited)
 
 
-def _values(
-    case: Case, probe: Probe, layout: str, place: Path, out: Path, lr: float | None, seed: int
-) -> dict[str, str]:
-    source = probe.data[layout]
-    data = place / "data" / f"train{source.suffix}"
+def _values(program: _Program, case: Case, folder: Path, out: Path) -> dict[str, str]:
+    """What takes the place of the placeholders; writes the data."""
+    source = program.probe.data[program.layout]
+    data = folder / "data" / f"train{source.suffix}"
     data.parent.mkdir(exist_ok=True)
-    if source.suffix == ".json":
-        import json
-
-        data.write_text(json.dumps(json.loads(source.read_text(encoding="utf-8"))[: case.examples]), encoding="utf-8")
-    else:
-        lines = source.read_text(encoding="utf-8").splitlines()[: case.examples]
-        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    write_first(source, data, case.examples)
     return {
-        "model": str(probe.model),
+        "model": str(program.probe.model),
         "data": str(data),
         "data_folder": str(data.parent),
         "out": str(out),
@@ -229,13 +221,13 @@ def _values(
         "epochs": str(case.epochs),
         "steps": str(case.steps),
         "batch": str(case.window),
-        "lr": f"{lr if lr is not None else 1e-3:g}",
-        "seed": str(seed),
+        "lr": f"{program.lr if program.lr is not None else 1e-3:g}",
+        "seed": str(program.seed),
         "precision": case.precision,
         "checkpointing": str(case.checkpointing).lower(),
         "packing": str(case.packing).lower(),
         "label_smoothing": f"{case.label_smoothing:g}",
-        "port": str(port),
+        "port": str(free_port()),
     }
 
 

@@ -15,15 +15,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from thence.audit.result import Case
 from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import Probe
 from thence.errors import UserError
+from thence.files import write_atomically
 
 CHILD = Path(__file__).parent / "child.py"
 ADAPTERS = Path(__file__).parents[1] / "adapters"
@@ -36,7 +36,8 @@ class Adapter:
     Args:
         name: as on the command line.
         path: of its file.
-        axes: what the stack has.
+        stack: name of the audited package.
+        axes: what the stack has, keys of ``cases.AXES``.
         cases: its own cases.
     """
 
@@ -48,7 +49,24 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Group:
+class StackRun:
+    """How the cases of a stack are run.
+
+    Args:
+        adapter: of the stack.
+        python: of the environment in which the stack is installed.
+        folder: for everything that is written.
+        seconds: most for one case, imports apart.
+    """
+
+    adapter: Adapter
+    python: str
+    folder: Path
+    seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class StackProcesses:
     """The processes of one start, one a rank: they import the stack and wait for their cases.
 
     Args:
@@ -91,46 +109,41 @@ def load_adapter(name: str) -> Adapter:
     return Adapter(Path(name).stem.replace("_", "-"), path, module.STACK, frozenset(module.AXES), cases)
 
 
-def start_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Group:
+def start_processes(run: StackRun, ranks: int) -> StackProcesses:
     """Start processes that import the stack, before there are cases or a probe.
 
     Raises:
         UserError: ``python`` cannot be started.
     """
-    for old in folder.glob("ready-*.json"):
+    for old in run.folder.glob("ready-*.json"):
         old.unlink()
-    job = folder / "job.json"
-    _write(job, {"adapter": str(adapter.path.resolve()), "out": str(folder)})
-    return Group(ranks, job, tuple(_start(python, job, folder, ranks)))
+    job = run.folder / "job.json"
+    write_atomically(job, json.dumps({"adapter": str(run.adapter.path.resolve()), "out": str(run.folder)}))
+    return StackProcesses(ranks, job, tuple(_start(run, job, ranks)))
 
 
 @contextlib.contextmanager
-def started_group(adapter: Adapter, python: str, folder: Path, ranks: int) -> Iterator[Group]:
-    """:func:`start_group`; whatever happens, the processes end with the block."""
-    group = start_group(adapter, python, folder, ranks)
+def started_processes(run: StackRun, ranks: int) -> Iterator[StackProcesses]:
+    """:func:`start_processes`; whatever happens, the processes end with the block."""
+    started = start_processes(run, ranks)
     try:
-        yield group
+        yield started
     finally:
-        if any(process.returncode is None for process in group.processes):
-            _stop(group.processes, grace=0.0)
+        if any(process.returncode is None for process in started.processes):
+            _stop(started.processes, grace=0.0)
 
 
 def run_cases(
-    adapter: Adapter,
-    python: str,
+    run: StackRun,
     probe: Probe,
     cases: Sequence[Case],
-    folder: Path,
     *,
-    seconds: float = 120.0,
     tell: Callable[[Observation], None] = lambda _: None,
-    first: Group | None = None,
+    first: StackProcesses | None = None,
 ) -> tuple[list[Observation], dict[str, str], float]:
     """Run cases and return their observations in order, the stack's versions, and the seconds of its imports.
 
     Args:
-        python: of the environment in which the stack is installed.
-        seconds: most for one case, imports apart.
         tell: called with every observation as it comes.
         first: processes already started, for the cases of as many ranks.
 
@@ -145,14 +158,14 @@ def run_cases(
         left = [(name, case) for name, case in numbered if case.ranks == ranks]
         while left:
             early = first if first is not None and first.ranks == ranks else None
-            group, first = early or start_group(adapter, python, folder, ranks), None
+            started, first = early or start_processes(run, ranks), None
             try:
-                done, said, waited = _run_group(group, adapter, python, probe, left, folder, seconds, tell)
+                done, said, waited = _run_started(run, started, probe, left, tell)
             except UserError as error:
                 if not found:
                     raise
                 # It started before: what was judged is kept.
-                done, said, waited = _failed(left, folder, str(error), tell), {}, 0.0
+                done, said, waited = _failed(run, left, str(error), tell), {}, 0.0
             versions |= said
             imports += waited
             found |= done
@@ -160,39 +173,46 @@ def run_cases(
     return [found[name] for name, _ in numbered], versions, imports
 
 
-def _run_group(
-    group: Group,
-    adapter: Adapter,
-    python: str,
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _run_started(
+    run: StackRun,
+    started: StackProcesses,
     probe: Probe,
     cases: Sequence[tuple[str, Case]],
-    folder: Path,
-    seconds: float,
     tell: Callable[[Observation], None],
 ) -> tuple[dict[str, Observation], dict[str, str], float]:
     """One start of the processes: as many cases as they manage, at least one."""
-    processes, ranks = group.processes, group.ranks
+    processes, ranks, folder = started.processes, started.ranks, run.folder
     for name, _ in cases:
         shutil.rmtree(folder / name, ignore_errors=True)
     job = {
-        "adapter": str(adapter.path.resolve()),
+        "adapter": str(run.adapter.path.resolve()),
         "model": str(probe.model),
         "data": {layout: str(path) for layout, path in probe.data.items()},
         "out": str(folder),
         "cases": [asdict(case) | {"folder": name} for name, case in cases],
     }
-    _write(group.job, job)
+    write_atomically(started.job, json.dumps(job))
     found: dict[str, Observation] = {}
     try:
         ready = _wait(processes, [folder / f"ready-{r}.json" for r in range(ranks)], 600.0)
         if not ready:
-            _refuse(adapter, python, folder)
+            raise UserError(
+                f"{run.adapter.stack} does not start in {run.python}: {_tail(folder, 1)}",
+                remedy=f"give the Python in which {run.adapter.stack} is installed: --python ENV/bin/python",
+            )
         facts = json.loads((folder / "ready-0.json").read_text(encoding="utf-8"))
         for name, case in cases:
             begun = time.monotonic()
             records = [folder / name / f"rank-{r}" / "record.json" for r in range(ranks)]
-            complete = _wait(processes, records, seconds)
-            found[name] = _observe(case, folder, name, ranks, complete, time.monotonic() - begun, seconds)
+            complete = _wait(processes, records, run.seconds)
+            found[name] = _observe(run, case, name, complete, time.monotonic() - begun)
             tell(found[name])
             if not complete:
                 break
@@ -202,26 +222,16 @@ def _run_group(
 
 
 def _failed(
-    cases: Sequence[tuple[str, Case]], folder: Path, reason: str, tell: Callable[[Observation], None]
+    run: StackRun, cases: Sequence[tuple[str, Case]], reason: str, tell: Callable[[Observation], None]
 ) -> dict[str, Observation]:
-    found = {name: Observation(case, folder / name, (), "failed", reason) for name, case in cases}
+    found = {name: Observation(case, run.folder / name, (), "failed", reason) for name, case in cases}
     for observation in found.values():
         tell(observation)
     return found
 
 
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    part.replace(path)
-
-
-def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+def _start(run: StackRun, job: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    port, processes = free_port(), []
     for rank in range(ranks):
         environment = {
             **os.environ,
@@ -236,7 +246,7 @@ def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
-            "HF_HOME": str(folder / "hub"),
+            "HF_HOME": str(run.folder / "hub"),
             "WANDB_MODE": "disabled",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -244,14 +254,17 @@ def _start(python: str, job: Path, folder: Path, ranks: int) -> list[subprocess.
         if ranks == 1:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 environment.pop(name)
-        log = (folder / f"log-{ranks}-{rank}.txt").open("ab")
-        options = {"stdin": subprocess.DEVNULL, "env": environment, "cwd": folder, "start_new_session": True}
+        log = (run.folder / f"log-{ranks}-{rank}.txt").open("ab")
+        options = {"stdin": subprocess.DEVNULL, "env": environment, "cwd": run.folder, "start_new_session": True}
         with log:
             try:
-                processes.append(subprocess.Popen([python, str(CHILD), str(job)], stdout=log, stderr=log, **options))
+                processes.append(
+                    subprocess.Popen([run.python, str(CHILD), str(job)], stdout=log, stderr=log, **options)
+                )
             except OSError as error:
                 raise UserError(
-                    f"{python} cannot be started: {error}", remedy="give the stack's Python: --python ENV/bin/python"
+                    f"{run.python} cannot be started: {error}",
+                    remedy="give the stack's Python: --python ENV/bin/python",
                 ) from None
     return processes
 
@@ -278,31 +291,20 @@ def _complete(file: Path) -> bool:
     return True
 
 
-def _observe(
-    case: Case, folder: Path, name: str, ranks: int, complete: bool, waited: float, limit: float
-) -> Observation:
-    records = []
-    for rank in range(ranks):
-        path = folder / name / f"rank-{rank}" / "record.json"
-        if _complete(path):
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+def _observe(run: StackRun, case: Case, name: str, complete: bool, waited: float) -> Observation:
+    folder = run.folder / name
+    paths = [folder / f"rank-{rank}" / "record.json" for rank in range(case.ranks)]
+    records = tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths if _complete(path))
     if not complete:
         failed = [r["reason"] for r in records if r["status"] == "failed"]
-        why = f"no answer within {limit:g} s" if waited >= limit else "the process ended"
-        reason = f"{failed[0]} ({why} on another rank)" if failed else f"{why}: {_tail(folder, ranks)}"
-        return Observation(case, folder / name, tuple(records), "failed", reason, waited)
+        why = f"no answer within {run.seconds:g} s" if waited >= run.seconds else "the process ended"
+        reason = f"{failed[0]} ({why} on another rank)" if failed else f"{why}: {_tail(run.folder, case.ranks)}"
+        return Observation(case, folder, records, "failed", reason, waited)
     for status in ("failed", "skipped"):
         reasons = [r["reason"] for r in records if r["status"] == status]
         if reasons:
-            return Observation(case, folder / name, tuple(records), status, reasons[0], waited)
-    return Observation(case, folder / name, tuple(records), "done", "", waited)
-
-
-def _refuse(adapter: Adapter, python: str, folder: Path) -> None:
-    raise UserError(
-        f"{adapter.stack} does not start in {python}: {_tail(folder, 1)}",
-        remedy=f"give the Python in which {adapter.stack} is installed: --python ENV/bin/python",
-    )
+            return Observation(case, folder, records, status, reasons[0], waited)
+    return Observation(case, folder, records, "done", "", waited)
 
 
 def _tail(folder: Path, ranks: int) -> str:

@@ -14,13 +14,14 @@ from thence import __version__
 from thence.audit.report import Report, make_report
 from thence.audit.result import CaseResult
 from thence.audit.run.cases import cases_for
-from thence.audit.run.runner import Observation, load_adapter, run_cases, started_group
+from thence.audit.run.runner import StackRun, load_adapter, run_cases, started_processes
+from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import write_probe
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
 
 MARKER = ".thence-audit.json"
-Tell = Callable[[CaseResult], None]
+OnCase = Callable[[CaseResult], None]
 
 
 def audit_stack(
@@ -34,7 +35,7 @@ def audit_stack(
     seed: int = 0,
     seconds: float = 120.0,
     keep: Path | None = None,
-    tell: Tell = lambda _: None,
+    tell: OnCase = lambda _: None,
 ) -> Report:
     """Audit a stack by the name of its adapter, or an adapter's file.
 
@@ -63,10 +64,11 @@ def audit_stack(
     cases = [case for case, reason in chosen if not reason]
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(working_folder(keep))
+        run = StackRun(adapter, python, folder, seconds)
         first = None
         if cases:
             ranks = min(case.ranks for case in cases)
-            first = opened.enter_context(started_group(adapter, python, folder, ranks))
+            first = opened.enter_context(started_processes(run, ranks))
         # The stack is being imported; so is torch now, here.
         from thence.audit.judge.case import Judge
 
@@ -81,9 +83,7 @@ def audit_stack(
         for case, reason in chosen:
             if reason:
                 results[case.name] = CaseResult(case, "skipped", reason)
-        _, versions, imports = run_cases(
-            adapter, python, probe, cases, folder, seconds=seconds, tell=judged, first=first
-        )
+        _, versions, imports = run_cases(run, probe, cases, tell=judged, first=first)
     ordered = [results[case.name] for case, _ in chosen]
     flags = [
         *(["--quick"] if quick else []),

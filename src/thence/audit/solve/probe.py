@@ -28,7 +28,7 @@ CONTENT = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
-class Example:
+class ProbeExample:
     """A prompt and the response to be trained, as text without template."""
 
     prompt: str
@@ -50,7 +50,7 @@ class Probe:
 
     model: Path
     data: dict[str, Path]
-    examples: tuple[Example, ...]
+    examples: tuple[ProbeExample, ...]
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     model_type: str
     seed: int
@@ -78,7 +78,7 @@ def write_probe(folder: Path, *, model_type: str = "llama", lengths: Sequence[in
     return Probe(model, data, examples, rows, model_type, seed)
 
 
-def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[Example, ...]:
+def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[ProbeExample, ...]:
     """Random texts of the given lengths; every prompt begins with another character, so no two rows share a context."""
     draw = random.Random(seed)
     starts = draw.sample(CONTENT, len(lengths))
@@ -86,7 +86,7 @@ def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[Exam
     for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         size = PROMPT_LENGTHS[index % len(PROMPT_LENGTHS)]
         prompt = start + "".join(draw.choices(CONTENT, k=size - 1))
-        examples.append(Example(prompt, "".join(draw.choices(CONTENT, k=length - 1))))
+        examples.append(ProbeExample(prompt, "".join(draw.choices(CONTENT, k=length - 1))))
     return tuple(examples)
 
 
@@ -98,7 +98,7 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def encode(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def encode(example: ProbeExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids and labels of an example under the probe's chat template."""
     ids = vocabulary()
     prompt = [ids["<|user|>"], *(ids[c] for c in example.prompt), ids["<|end|>"], ids["<|assistant|>"]]
@@ -169,7 +169,7 @@ def write_model(folder: Path, model_type: str, seed: int) -> None:
     _write_json(folder / "generation_config.json", {"eos_token_id": ids["<|end|>"], "pad_token_id": ids["<|pad|>"]})
 
 
-def write_data(folder: Path, examples: Sequence[Example]) -> dict[str, Path]:
+def write_data(folder: Path, examples: Sequence[ProbeExample]) -> dict[str, Path]:
     """The examples in every layout that an adapter or a program may want."""
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -178,7 +178,7 @@ def write_data(folder: Path, examples: Sequence[Example]) -> dict[str, Path]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def turns(example: Example) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    def turns(example: ProbeExample) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         asked = [{"role": "user", "content": example.prompt}]
         return asked, [{"role": "assistant", "content": example.response}]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from thence.audit.figures import nothing, place
+from thence.audit.figures import place, zero_bound
 from thence.audit.report import Report
 from thence.audit.result import RESPONSE_ROLES, SequenceWeights, StepResult, TokenWeight
 from thence.foreign_text import visible
@@ -19,7 +19,7 @@ LARGEST = 8.0
 
 
 @dataclass(frozen=True)
-class Column:
+class TokenColumn:
     """A token, or a whole prompt in one where no case trains prompts.
 
     Args:
@@ -33,7 +33,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleColumns:
     """The columns of one example.
 
     Args:
@@ -43,7 +43,7 @@ class Example:
     """
 
     number: int
-    columns: tuple[Column, ...]
+    columns: tuple[TokenColumn, ...]
     asked: int
     trained: int
 
@@ -66,7 +66,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Row:
+class HeatMapRow:
     """One step of one case."""
 
     name: str
@@ -81,8 +81,8 @@ class Row:
 class HeatMap:
     """Everything that the page draws, and what it tells when asked about a cell."""
 
-    examples: tuple[Example, ...]
-    rows: tuple[Row, ...]
+    examples: tuple[ExampleColumns, ...]
+    rows: tuple[HeatMapRow, ...]
 
     @property
     def data(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def heat_map(report: Report) -> HeatMap:
             "known": step.scale is not None,
             "cells": cells,
         }
-        rows.append(Row(name, told, bad, many and step is not result.steps[0], blocks, data))
+        rows.append(HeatMapRow(name, told, bad, many and step is not result.steps[0], blocks, data))
     return HeatMap(examples, tuple(rows))
 
 
@@ -145,7 +145,7 @@ def shade(ratio: float, ideal: float, zero: float, error: float) -> str:
 
 
 def _prompts_trained(step: StepResult) -> bool:
-    zero = nothing(step)
+    zero = zero_bound(step)
     return any(abs(t.ratio) > zero for row in step.sequences for t in row.tokens if t.role == "prompt")
 
 
@@ -153,29 +153,29 @@ def _response_start(tokens: Sequence[TokenWeight]) -> int:
     return next((i for i, token in enumerate(tokens) if token.role in RESPONSE_ROLES), len(tokens))
 
 
-def _example(number: int, rows: Sequence[SequenceWeights], whole: bool) -> Example:
+def _example(number: int, rows: Sequence[SequenceWeights], whole: bool) -> ExampleColumns:
     """Columns of an example, as wide as its longest prompt and its longest response in any case."""
     fronts = [row.tokens[: _response_start(row.tokens)] for row in rows]
     backs = [row.tokens[_response_start(row.tokens) :] for row in rows]
     front, back = max(fronts, key=len), max(backs, key=len)
     if whole and front:
         text = visible("".join(t.text for t in front))
-        columns = [Column("", f"{text} ({len(front)} tokens)", "prompt")]
+        columns = [TokenColumn("", f"{text} ({len(front)} tokens)", "prompt")]
     else:
         columns = [_column(token) for token in front]
     asked = len(columns)
     columns += [_column(token) for token in back]
     trained = sum(t.role in RESPONSE_ROLES for t in back)
-    return Example(number + 1, tuple(columns), asked, trained)
+    return ExampleColumns(number + 1, tuple(columns), asked, trained)
 
 
-def _column(token: TokenWeight) -> Column:
+def _column(token: TokenWeight) -> TokenColumn:
     text = visible(token.text)
-    return Column(text if len(text) == 1 and not text.isspace() else "▫", text, token.role)
+    return TokenColumn(text if len(text) == 1 and not text.isspace() else "▫", text, token.role)
 
 
 def _blocks(
-    examples: Sequence[Example], step: StepResult, whole: bool, ranks: int
+    examples: Sequence[ExampleColumns], step: StepResult, whole: bool, ranks: int
 ) -> tuple[tuple[Block, ...], list[Any]]:
     """The examples of one step, and the figures of its cells: per column [ratio, weight, ideal, where, copies]."""
     blocks, cells = [], []
@@ -189,7 +189,9 @@ def _blocks(
             continue
         at = (copies[0].rank, copies[0].micro_batch)
         tokens = _merge([_aligned(row, example, whole) for row in copies])
-        shades = tuple("e" if t is None else shade(t[0], t[2], nothing(step), max(0.005, step.error)) for t in tokens)
+        shades = tuple(
+            "e" if t is None else shade(t[0], t[2], zero_bound(step), max(0.005, step.error)) for t in tokens
+        )
         begins = at != before
         blocks.append(Block(shades, begins, _label(*at, ranks) if begins else "", at[1] is None))
         before = at
@@ -198,7 +200,7 @@ def _blocks(
     return tuple(blocks), cells
 
 
-def _aligned(row: SequenceWeights, example: Example, whole: bool) -> list[TokenWeight | None]:
+def _aligned(row: SequenceWeights, example: ExampleColumns, whole: bool) -> list[TokenWeight | None]:
     """The tokens of a row, one a column of its example."""
     start = _response_start(row.tokens)
     front: list[TokenWeight | None] = list(row.tokens[:start])

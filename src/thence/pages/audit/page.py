@@ -17,7 +17,6 @@ from thence.audit.figures import (
     judged,
     lost_by_role,
     objective_title,
-    percent,
     place,
     ratio_text,
     settings,
@@ -27,10 +26,11 @@ from thence.audit.figures import (
 from thence.audit.judge.findings import CATALOGUE
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.report import Report
-from thence.audit.result import CaseResult, KnownFault, Role, StepResult
+from thence.audit.result import CaseResult, PublicReport, Role, StepResult
 from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
 from thence.pages.template import render
+from thence.wording import percent
 
 _LEGEND = (
     (1 / 8, "⅛ or less"),
@@ -114,7 +114,7 @@ def _in(case: str) -> str:
     return f"in “{case}”"
 
 
-def _known(fault: KnownFault) -> dict[str, Any]:
+def _known(fault: PublicReport) -> dict[str, Any]:
     return {
         "title": title(fault.id),
         "package": fault.package,

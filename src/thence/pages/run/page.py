@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thence.files import stream_lines, write_atomically
+from thence.files import write_atomically
+from thence.jsonl import stream_lines
 from thence.pages.environment import environment_facts
 from thence.pages.run.curves import curves
 from thence.pages.run.numbers import report_csv, report_json, totals
@@ -19,6 +20,7 @@ from thence.pages.template import render
 from thence.pipeline.run_files import RunFiles, Training, read_run
 from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
+from thence.wording import duration
 
 _FINISH = {"stop": "stopped by itself", "length": "cut off at the limit"}
 _SEARCHED = 20_000
@@ -95,14 +97,6 @@ def _stage(training: Training, methods: Mapping[str, str]) -> dict[str, Any]:
     if sums["seconds"] is not None:
         facts.append(duration(sums["seconds"]))
     return {"name": training.stage, "facts": ", ".join(facts), "curves": curves(training)}
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _command(run: RunFiles) -> str:

@@ -4,8 +4,8 @@
     python child.py --port P --model FOLDER ...     started by a user; serves on 127.0.0.1, one client at a time, to
                                                     whoever knows the token in THENCE_VLLM_TOKEN
 
-The client's first message (wire.py) is {"op": "hello", "token"}, answered by {"ready": facts} once the model is loaded.
-Then it asks for one thing at a time:
+Messages are framed as in thence/framed.py. The client's first is {"op": "hello", "token"}, answered by {"ready": facts}
+once the model is loaded. Then it asks for one thing at a time:
 
     load      path, version, digest, probe      -> loaded, stamp, seconds, probe_logps
     generate  id, prompts, rows, sampling       -> done, stamp, token_ids, logps, finish for every row as it ends;
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hmac
+import importlib.util
 import os
 import queue
 import shutil
@@ -35,7 +36,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wire import PROTOCOL, TOKEN_VARIABLE, Wire, weight_files, weights_digest  # pyright: ignore[reportMissingImports]
+from wire import PROTOCOL, TOKEN_VARIABLE, weight_files, weights_digest  # pyright: ignore[reportMissingImports]
+
+# It lies two folders up. That folder is not put into the path, where the other modules in it would be found.
+_SPEC = importlib.util.spec_from_file_location("thence_framed", Path(__file__).resolve().parents[2] / "framed.py")
+assert _SPEC is not None and _SPEC.loader is not None
+framed = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(framed)
 
 LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
 QUEUED = 2  # requests held by vLLM for every row it samples side by side
@@ -62,7 +69,7 @@ ENVIRONMENT = {
 class Client:
     """The other side of a conversation: what it asks for, read by a thread of its own."""
 
-    def __init__(self, wire: Wire):
+    def __init__(self, wire: Any):
         self.wire = wire
         self.asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.cancelled: Any = None
@@ -291,7 +298,7 @@ def converse(engine: Engine, client: Client) -> None:
         tell_failure(client.wire, error)
 
 
-def tell_failure(wire: Wire, error: BaseException) -> None:
+def tell_failure(wire: Any, error: BaseException) -> None:
     """Write the traceback to the log, and tell the client, who may be gone."""
     traceback.print_exception(error)
     with contextlib.suppress(OSError):
@@ -301,7 +308,7 @@ def tell_failure(wire: Wire, error: BaseException) -> None:
 def serve_parent(options: argparse.Namespace) -> int:
     """Serve the process that started this one, and end with it."""
     parent = os.getppid()
-    client = Client(Wire(socket.socket(fileno=options.fd)))
+    client = Client(framed.Wire(socket.socket(fileno=options.fd)))
 
     def watch() -> None:
         client.read(lambda: os.getppid() == parent)
@@ -339,7 +346,7 @@ def serve_port(options: argparse.Namespace) -> int:
     clients: queue.Queue[Client] = queue.Queue()
     serving = threading.Lock()
 
-    def welcome(wire: Wire) -> None:
+    def welcome(wire: Any) -> None:
         try:
             hello = wire.receive(GREETING_SECONDS, LARGEST_GREETING) or {}
             if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
@@ -358,7 +365,7 @@ def serve_port(options: argparse.Namespace) -> int:
     def accept() -> None:
         while True:
             sock, _ = listener.accept()
-            threading.Thread(target=welcome, args=(Wire(sock),), daemon=True).start()
+            threading.Thread(target=welcome, args=(framed.Wire(sock),), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):

@@ -14,9 +14,10 @@ from typing import Any
 
 from thence.errors import UserError
 from thence.foreign_text import one_line
+from thence.framed import Wire
 from thence.rollout.vllm.failures import failure
 from thence.rollout.vllm.settings import CHILD, VllmSettings, shared_token
-from thence.rollout.vllm.wire import TOKEN_VARIABLE, Wire
+from thence.rollout.vllm.wire import TOKEN_VARIABLE
 
 STOP_SECONDS = 5.0
 CONNECT_SECONDS = 10.0

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from thence.errors import UserError
-from thence.limits import Gigabytes, Processes, Rows, Seconds, Text, Written
 from thence.rollout.vllm.wire import TOKEN_VARIABLE
-from thence.section import Section, validated
+from thence.settings.limits import Gigabytes, Processes, Rows, Seconds, Text, Written
+from thence.settings.section import Section
+from thence.settings.validation import validated
 
 PYTHON_VARIABLE = "THENCE_VLLM_PYTHON"
 CHILD = Path(__file__).with_name("child.py")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import tomllib
-from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel
-
-from thence.limits import members_of, whole_type
+from thence.settings.annotations import held_by, members_of
+from thence.toml import NotTomlError, parse_toml
 
 
 def parse_value(text: str) -> Any:
     """A text as a TOML value; what is none (a path, a name) stays text, and so does a date, which no field takes."""
     try:
-        tables = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError):  # ValueError: an integer with too many digits
+        tables = parse_toml(f"value = {text}")
+    except NotTomlError:
         return text
     value = tables["value"]
     return text if len(tables) > 1 or isinstance(value, datetime.date | datetime.time) else value
@@ -26,7 +23,7 @@ def read_value(text: str, kind: Any) -> Any:
     """A text as the value of a field.
 
     A field for text takes any text as it stands (``2024-01-01``, ``1e5``, ``true``); a TOML string is read as one.
-    Where a list is wanted, a single value is a list of one.
+    Where a list is wanted, a single value is a list of one; numbers may stand with commas between: ``0.9,0.95``.
 
     Args:
         kind: the field's annotation; Any where it is not known.
@@ -37,23 +34,13 @@ def read_value(text: str, kind: Any) -> Any:
         return value
     if str in members:
         return value if isinstance(value, str) else text
+    if "," in text and any({int, float} >= set(members_of(held_by(m)[0])) for m in members if held_by(m)):
+        listed = parse_value(f"[{text}]")
+        return listed if isinstance(listed, list) else value
     lists = [get_args(member)[0] for member in members if get_origin(member) is list]
     if lists and value != "":
         return [value if isinstance(value, str) or str not in members_of(lists[0]) else text]
     return value
-
-
-def field_type(kind: Any, path: Sequence[str]) -> Any:
-    """The annotation of the field at a path below a section or a mapping; Any where it is not known."""
-    for part in path:
-        inner: Any = Any
-        for member in members_of(kind):
-            if isinstance(member, type) and issubclass(member, BaseModel) and part in member.model_fields:
-                inner = whole_type(member.model_fields[part])
-            elif get_origin(member) is dict:
-                inner = get_args(member)[1]
-        kind = inner
-    return kind
 
 
 def is_mapping(kind: Any) -> bool:

@@ -6,28 +6,14 @@ refused. A true or false never counts as a number, nor does a text, nor a fracti
 
 from __future__ import annotations
 
-import types
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic.fields import FieldInfo
 
-from thence.foreign_text import one_line
 from thence.names import RULE, bad_name
-
-MOST_SHOWN = 80
-"""Characters of a value that an error shows."""
-
-
-@dataclass(frozen=True)
-class Says:
-    """What a type takes, in words, where its bounds do not say it."""
-
-    words: str
+from thence.settings.annotations import Says
 
 
 def _is_sampled(value: float) -> float:
@@ -120,91 +106,3 @@ Place = Annotated[str, AfterValidator(_is_place), Says("a path or a name, in quo
 _SOURCE = Says("a path or a hub name, in quotes")
 Source = Annotated[str, AfterValidator(_is_place), AfterValidator(_is_no_address), _SOURCE]
 """A path or a hub name."""
-
-
-def members_of(kind: Any) -> tuple[Any, ...]:
-    """The types that an annotation allows, None apart."""
-    if get_origin(kind) is Annotated:
-        return members_of(get_args(kind)[0])
-    if get_origin(kind) in (Union, types.UnionType):
-        return tuple(inner for part in get_args(kind) if part is not type(None) for inner in members_of(part))
-    return (kind,)
-
-
-def whole_type(field: FieldInfo) -> Any:
-    """The annotation of a field with its bounds, which pydantic keeps apart."""
-    kind: Any = field.annotation
-    for bound in field.metadata:
-        kind = Annotated[kind, bound]
-    return kind
-
-
-def bounds_of(kind: Any) -> dict[str, float]:
-    """The bounds of a number's type: ge, gt, le, lt. Of an optional one, those of the number."""
-    return {
-        name: getattr(mark, name) for mark in _marks(kind) for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)
-    }
-
-
-def _marks(kind: Any) -> list[Any]:
-    """What an annotation says beside the bare type."""
-    if get_origin(kind) is Annotated:
-        inner, *marks = get_args(kind)
-        flat = [part for mark in marks for part in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
-        return [*_marks(inner), *flat]
-    if get_origin(kind) in (Union, types.UnionType):
-        return [mark for part in get_args(kind) for mark in _marks(part)]
-    return []
-
-
-def takes(kind: Any) -> str:
-    """What a field takes, in words: `a whole number from 1 to 10,000,000`, `true or false`."""
-    if said := [mark.words for mark in _marks(kind) if isinstance(mark, Says)]:
-        return said[-1]
-    words = [_one(member, bounds_of(kind)) for member in members_of(kind)]
-    return " or ".join(dict.fromkeys(word for word in words if word)) or "a value"
-
-
-def _one(member: Any, bounds: Mapping[str, float]) -> str:
-    if member is bool:
-        return "true or false"
-    if member in (int, float):
-        return f"a {'whole ' if member is int else ''}number{_range(bounds)}"
-    if member is str:
-        return "a text in quotes"
-    origin, inner = get_origin(member), get_args(member)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin is list:
-        return f"a list, each {takes(inner[0])}"
-    if origin is tuple:
-        held = [part for part in inner if part is not Ellipsis]
-        count = "" if Ellipsis in inner else f" of {len(held)}"
-        return f"a list{count}, each {takes(held[0])}"
-    return "a table" if origin is dict or hasattr(member, "model_fields") else ""
-
-
-def _range(bounds: Mapping[str, float]) -> str:
-    low, high = "", ""
-    if "ge" in bounds:
-        low = f" from {_said(bounds['ge'])}"
-    elif "gt" in bounds:
-        low = f" above {_said(bounds['gt'])}"
-    if "le" in bounds:
-        joint = " to " if "ge" in bounds else ", at most " if low else " of at most "
-        high = f"{joint}{_said(bounds['le'])}"
-    elif "lt" in bounds:
-        high = f"{', ' if low else ' '}below {_said(bounds['lt'])}"
-    return low + high
-
-
-def _said(number: float) -> str:
-    return f"{int(number):,}" if number == int(number) and abs(number) < 1e15 else f"{number:g}"
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: on one line, cut, whatever it is."""
-    try:
-        return one_line(repr(value), MOST_SHOWN)
-    except (ValueError, RecursionError):  # a number of 5,000 digits, a table that is 10,000 deep
-        return f"a {type(value).__name__} too long to show"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from thence.limits import (
+from thence.given_files import folder_place
+from thence.settings.limits import (
     Coefficient,
     Count,
     Epochs,
@@ -33,8 +36,9 @@ from thence.limits import (
     Text,
     TokenBudget,
     Tokens,
-)  # fmt: skip
-from thence.section import Section
+)
+from thence.settings.section import Section
+from thence.settings.validation import validated
 
 
 class Model(Section):
@@ -265,6 +269,54 @@ class Eval(Section):
         if len(set(value)) < len(value):
             raise ValueError("a temperature is given twice")
         return value
+
+
+class Recipe(Section):
+    """A whole run: a model and the stages it goes through."""
+
+    name: Name = "run"
+    """Names the run's folder."""
+    description: Text = ""
+    """One line, shown by `thence recipes`."""
+    seed: Seed = 0
+    """Every random number of the run follows from it."""
+    folder: Place | None = None
+    """Run folder; default: runs/<name>-seed<seed>."""
+    stages: list[Name] = ["sft", "rl", "eval"]
+    """Names in order; the part before the first `-` is the kind: sft, rl or eval."""
+    model: Model
+    data: Data = Data()
+    tables: dict[str, Sft | Rl | Eval] = Field(default={}, exclude=True)
+    """The resolved table of every stage; filled from the tables of the file."""
+
+    def stage(self, name: str) -> Sft | Rl | Eval:
+        """The resolved settings of a stage."""
+        return self.tables[name]
+
+    def stage_data(self, overrides: Mapping[str, Any], where: str = "data") -> Data:
+        """[data] with a stage's overrides laid over it. Raises RecipeError; ``where`` names the overrides in it."""
+        return validated(Data, {**self.data.model_dump(), **overrides}, where)
+
+    def run_folder(self) -> Path:
+        """Where the run keeps everything. Raises RecipeError where no folder can be."""
+        path = Path(self.folder) if self.folder else Path("runs") / f"{self.name}-seed{self.seed}"
+        return folder_place(path, "folder" if self.folder else "name")
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as nested plain values: what is written to the run folder, and loads to the same recipe.
+
+        ``max_tokens`` is in it only where it was set: one that was not gives way to the model's context.
+        """
+        plain = self.model_dump(mode="json", exclude_none=True)
+        for name, stage in self.tables.items():
+            unset = {"max_tokens"} - stage.model_fields_set
+            plain[name] = stage.model_dump(mode="json", exclude_none=True, exclude=unset)
+        return plain
+
+    def same_as(self, other: Recipe) -> bool:
+        """Whether every setting is the same, set or left at its default."""
+        tables = [{name: stage.model_dump() for name, stage in recipe.tables.items()} for recipe in (self, other)]
+        return self.model_dump() == other.model_dump() and tables[0] == tables[1]
 
 
 KINDS: dict[str, type[Section]] = {"sft": Sft, "rl": Rl, "eval": Eval}
