@@ -54,10 +54,10 @@ class Progress:
 
 def work_rl(folder: Path, progress: Progress) -> dict[str, Any]:
     """Train until interrupted. Returns nothing to report."""
-    from thence.pipeline.progress import Silent
+    from thence.pipeline.progress import NullWatcher
     from thence.pipeline.run import run
 
-    class Count(Silent):
+    class Count(NullWatcher):
         def step(self, facts: Any) -> None:
             progress.add(1)
 

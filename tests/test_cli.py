@@ -191,7 +191,8 @@ def test_a_method_of_another_package_is_found(tmp_path, monkeypatch):
     package = tmp_path / "other_method"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "from thence.methods.grpo import Grpo\nclass Other(Grpo):\n    'Another.'\n    name = 'other'\n"
+        "from thence.methods.grpo import Grpo\n"
+        "class Other(Grpo):\n    'Another.'\n    name = 'other'\n    exactness = 'exact'\n"
     )
     info = tmp_path / "other_method-1.0.dist-info"
     info.mkdir()

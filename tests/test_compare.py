@@ -1,4 +1,4 @@
-"""Comparisons: what a recipe may say, which runs it needs, that budgets hold, and that killing one loses nothing."""
+"""Comparisons: what a recipe may say, which runs it runs, that budgets hold, and that killing one loses nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recipes import model_table, write_reward
 from thence.cli import main
 from thence.compare.collect import collect
 from thence.compare.engine import compare
-from thence.compare.plan import Need, Planner
+from thence.compare.plan import PlannedRun, Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
 from thence.compare.result import RESULTS, Comparison, Run, Spent, read_results, to_json
 from thence.errors import UserError
@@ -29,20 +29,20 @@ class Quiet:
     """Keeps what it is told."""
 
     def __init__(self) -> None:
-        self.finished_runs: list[Need] = []
-        self.failures: dict[Need, str] = {}
+        self.finished_runs: list[PlannedRun] = []
+        self.failures: dict[PlannedRun, str] = {}
 
-    def begin(self, planner, needs) -> None:
-        self.needs = list(needs)
+    def begin(self, planner, runs) -> None:
+        self.runs = list(runs)
 
     def progress(self, job, stage, done, total) -> None:
         pass
 
     def finished(self, job, seconds) -> None:
-        self.finished_runs.append(job.need)
+        self.finished_runs.append(job.run)
 
-    def failed(self, need, why) -> None:
-        self.failures[need] = why
+    def failed(self, run, why) -> None:
+        self.failures[run] = why
 
 
 def tables(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_an_arm_that_is_changed_is_run_again_and_the_others_are_not(done) -> Non
     own = tables(folder)
     arms = {**own["arms"], "rl": {"kind": "rl", "settings": {"lr": 2e-2}}}
     planner = Planner(load_comparison({**own, "arms": arms}), folder / "comparison")
-    assert [need.arm for need in planner.needs() if not planner.is_done(need)] == ["rl", "rl"]
+    assert [run.arm for run in planner.runs() if not planner.is_done(run)] == ["rl", "rl"]
 
 
 def test_kept_results_alone_are_enough_to_repeat_nothing_but_what_is_built_on(done, tmp_path: Path) -> None:
@@ -203,10 +203,10 @@ def test_kept_results_alone_are_enough_to_repeat_nothing_but_what_is_built_on(do
     assert watcher.finished_runs == [] and again.pending == 0
     assert without_times(again) == without_times(result)
 
-    # another arm after SFT needs SFT's models, and these their bases; nothing else is made again
+    # another arm after SFT runs SFT's models, and these their bases; nothing else is made again
     own["arms"] = {**own["arms"], "hotter": {"after": "sft", "kind": "rl", "settings": {"temperature": 1.2}}}
     more = compare(load_comparison(own), jobs=2, watcher=watcher)
-    assert {(need.arm, need.seed) for need in watcher.finished_runs} == {
+    assert {(run.arm, run.seed) for run in watcher.finished_runs} == {
         (arm, seed) for arm in ("", "sft", "hotter") for seed in (0, 1)
     }
     assert more.pending == 0 and not watcher.failures
@@ -230,9 +230,9 @@ def test_results_that_are_not_there_are_an_error_with_a_remedy(tmp_path: Path) -
 
 def test_only_and_seeds_leave_out_what_is_not_asked_for(tmp_path: Path) -> None:
     recipe = load_comparison(tables(tmp_path))
-    needs = list(Planner(recipe, tmp_path, only=["broken"], seeds=[1]).needs())
-    assert {need.arm for need in needs} == {"", "sft", "broken"}  # broken is tuned like sft
-    assert {need.seed for need in needs} == {100, 1}
+    runs = list(Planner(recipe, tmp_path, only=["broken"], seeds=[1]).runs())
+    assert {run.arm for run in runs} == {"", "sft", "broken"}  # broken is tuned like sft
+    assert {run.seed for run in runs} == {100, 1}
 
 
 @pytest.mark.slow
@@ -325,7 +325,7 @@ def test_a_comparison_that_makes_no_sense_is_refused_with_the_field(tmp_path: Pa
 def test_the_shipped_comparisons_can_be_read_and_planned(tmp_path: Path) -> None:
     assert "quick" in shipped_comparisons()
     for name in shipped_comparisons():
-        assert list(Planner(load_comparison(name), tmp_path).needs())
+        assert list(Planner(load_comparison(name), tmp_path).runs())
 
 
 def test_the_command_line_plans_refuses_and_reports(done, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +347,21 @@ def test_the_command_line_plans_refuses_and_reports(done, tmp_path: Path, capsys
     assert "did you mean 'luffy'" in capsys.readouterr().err
 
 
+def test_a_python_caller_gets_the_message_of_the_command_line_for_a_wrong_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tables(tmp_path)
+    own["arms"]["rl"] = {"kind": "rl", "settings": {"options": {"klx": 1}}}
+    file = tmp_path / "comparison.toml"
+    file.write_text(to_toml(own))
+    assert main(["compare", str(file), "--only", "base"]) == 2  # the arm is not among those that are to run
+    with pytest.raises(UserError) as refused:
+        compare(load_comparison(own), only=["base"], watcher=Quiet())
+    assert str(refused.value) in capsys.readouterr().err
+    assert refused.value.field == "arms.rl: rl.options.klx"
+    assert not (tmp_path / "comparison").exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
 def test_what_a_later_arm_names_is_tried_before_the_first_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -356,6 +371,6 @@ def test_what_a_later_arm_names_is_tried_before_the_first_run(
     file = tmp_path / "comparison.toml"
     file.write_text(to_toml(own))
     assert main(["compare", str(file), *flags]) == 2
-    assert "arms.rl: reward: no reward is called 'mth'" in capsys.readouterr().err
+    assert "arms.rl: rl.reward: no reward is called 'mth'" in capsys.readouterr().err
     assert not (tmp_path / "comparison" / "runs").exists()
     assert not (tmp_path / "comparison" / "bases").exists()

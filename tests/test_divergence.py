@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_the_command_line_exits_with_2_and_the_metrics_are_json(
     assert main(["run", str(tmp_path / "r.toml")]) == 2
     said = capsys.readouterr().err
     assert "the step was not taken" in said and "Traceback" not in said
+    assert re.search(r"sft\.lr: training diverged in step \d+ of stage sft: ", said) and "--sft.lr" in said
     folder = Path(recipe["folder"])
     assert not (folder / "stages" / "sft" / "done.json").exists()
     for line in (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else ():

@@ -23,7 +23,7 @@ from thence.methods.relift import Failure, Relift
 from thence.methods.sasr import Sasr, chance
 from thence.methods.superrl import SuperRl
 from thence.objective import Batch, local_counts
-from thence.pipeline.progress import Silent
+from thence.pipeline.progress import NullWatcher
 from thence.pipeline.run import run
 from thence.train.step import StepSettings, accumulate_gradients
 from thence.train.trainer import Trainer
@@ -400,7 +400,7 @@ class Killed(Exception):
     pass
 
 
-class Kills(Silent):
+class Kills(NullWatcher):
     """Ends the run when a step has been taken but not yet kept."""
 
     def __init__(self, step: int):

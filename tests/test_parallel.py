@@ -154,3 +154,14 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="process 1 of this machine has no GPU: torch sees 1"):
         start_ranks()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", "")]
+)
+def test_a_variable_of_the_environment_that_is_no_number_is_named(monkeypatch, name, value):
+    for other, number in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: value}.items():
+        monkeypatch.setenv(other, number)
+    with pytest.raises(UserError, match=f"{name} is {value!r}, not a whole number") as refused:
+        start_ranks()
+    assert refused.value.field == name

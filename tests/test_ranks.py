@@ -21,6 +21,7 @@ from thence.errors import UserError
 from thence.methods.base import Method
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.folder import RunFolder
+from thence.toml import to_toml
 
 DRIVER = """
 import json, os, socket, sys
@@ -172,8 +173,14 @@ def assert_same(folder: Path, alone: Path) -> None:
     """The same run on ranks as alone: responses one by one, then the weights and what was logged."""
     assert sampled(folder) == sampled(alone)
     assert largest_difference(folder, alone) < 1e-6
+    assert_same_lines(folder, alone)
+
+
+def assert_same_lines(folder: Path, alone: Path) -> None:
+    """The same metrics, step by step, to 1e-4."""
+    compared = {"loss", "grad_norm", "reward", "accuracy", "response_tokens", "trained_tokens", "flops"}
     for got, expected in zip(lines(folder), lines(alone), strict=True):
-        for name in ("loss", "grad_norm", "reward", "accuracy", "response_tokens", "trained_tokens", "flops"):
+        for name in compared & expected.keys():
             assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
@@ -238,6 +245,42 @@ def test_four_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
 def test_methods_with_a_state_of_their_own_are_resumed_by_another_number_of_ranks(name: str, slow: Path) -> None:
     sampled(slow / f"{name}-moved"), sampled(slow / f"{name}-moved", "-more")
     assert largest_difference(slow / f"{name}-moved", slow / f"{name}-1") < 1e-6
+
+
+# The whole command, as a user starts it.
+
+
+@pytest.mark.slow
+def test_the_run_command_under_torchrun_does_what_one_process_does(base: dict[str, Any], tmp_path: Path) -> None:
+    evaluation = {"samples": 2, "max_tokens": 12, "reward": base["rl"]["reward"], "data": {"split": "dev", "limit": 5}}
+    recipe = {
+        **base,
+        "stages": ["sft", "rl", "eval"],
+        "sft": {"lr": 1e-2, "batch": 4, "steps": 4},
+        "rl": {**base["rl"], "prompts": 2, "steps": 3},
+        "eval": evaluation,
+    }
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder, launcher in ((alone, []), (both, torchrun)):
+        command = [sys.executable, *launcher, "-m", "thence", "run", str(tmp_path / "recipe.toml")]
+        done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("report: ") == 1, "one rank speaks"
+    for stage in ("sft", "rl"):
+        assert largest_difference(both, alone, stage) < 1e-6
+    assert len(lines(alone)) == 4 + 3
+    assert_same_lines(both, alone)
+    found, expected = (responses(folder, "rl") for folder in (both, alone))
+    assert found == [row for row in expected if row in found] and len(found) == len(expected) / 2  # the first rank's
+    assert responses(both, "eval") == responses(alone, "eval") != []
+
+
+def responses(folder: Path, stage: str) -> list[tuple[Any, ...]]:
+    """What a stage kept of its responses, in order."""
+    rows = [json.loads(line) for line in (folder / "stages" / stage / "samples.jsonl").read_text().splitlines()]
+    return [(row["step"], row["index"], row["response"], row["score"]) for row in rows]
 
 
 # What a checkpoint of other ranks says.

@@ -349,7 +349,7 @@ def test_what_a_worker_of_a_comparison_tells_has_no_secret(monkeypatch):
 
     monkeypatch.setattr("thence.pipeline.run.run", run)
     told = io.StringIO()
-    worker._work({"stages": []}, worker.Teller(told), RenderedPrompts())
+    worker._work({"stages": []}, worker.JobWatcher(told), RenderedPrompts())
     assert "refused" in told.getvalue()
     assert S not in told.getvalue()
 

@@ -74,7 +74,6 @@ def compare_command(
         raise UserError(
             f"not among the comparison's seeds: {sorted(unknown)}", remedy=f"they are {recipe.seeds}", field="--seeds"
         )
-    _check(recipe)
     if dry_run:
         return _dry_run(recipe, arms, some_seeds, some_bases)
     if report:
@@ -120,33 +119,15 @@ def _dry_run(recipe, arms, seeds, bases) -> int:
     from thence.compare.preflight import refuse_what_cannot_run
 
     planner = Planner(recipe, recipe.path().resolve(), arms, seeds, bases)
-    needs = list(planner.needs())
+    runs = list(planner.runs())
     refuse_what_cannot_run(planner, planner.to_run())
     done = 0
-    for need in needs:
-        is_done = planner.is_done(need)
+    for run in runs:
+        is_done = planner.is_done(run)
         done += is_done
-        print(f"{'done' if is_done else '    '}  {title(need)}")
-    print(f"{len(needs)} runs, {done} of them done; budget of an arm: {recipe.budget or 'none'}")
+        print(f"{'done' if is_done else '    '}  {title(run)}")
+    print(f"{len(runs)} runs, {done} of them done; budget of an arm: {recipe.budget or 'none'}")
     return 0
-
-
-def _check(recipe) -> None:
-    """Fail on a wrong method, option or fault before anything is computed."""
-    from thence.compare.recipe import resolved_stage
-    from thence.methods.registry import stage_method
-    from thence.pipeline.context import step_of
-    from thence.recipe import Rl, Sft
-
-    for name, arm in recipe.arms.items():
-        if arm.kind:
-            stage = resolved_stage(recipe, name).stage(arm.kind)
-            assert isinstance(stage, Sft | Rl)
-            try:
-                stage_method(stage, arm.kind)
-                step_of(arm.kind, stage)
-            except UserError as error:
-                raise UserError(error.problem, remedy=error.remedy, field=f"arms.{name}: {error.field}") from None
 
 
 def _split(flag: str, text: str | None) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,11 +74,12 @@ def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) 
     from thence.pipeline.preflight import preflight, refuse
     from thence.pipeline.prompts import RenderedPrompts
     from thence.terminal import make_console
+    from thence.train.parallel import rank_variable
 
     console = make_console()
     print(to_toml(redacted_values(recipe.resolved())))  # not through rich: a recipe must not be wrapped
     quiet_libraries()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = rank_variable("WORLD_SIZE")
     prompts = RenderedPrompts()
     findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
     wrong = [finding for finding in findings if finding.state == "refused"]
@@ -103,9 +103,10 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     from thence.pipeline.progress import Terminal
     from thence.pipeline.run import run
     from thence.terminal import logging_to, make_console
+    from thence.train.parallel import rank_variable
 
     console = make_console()
-    leads = int(os.environ.get("RANK", "0")) == 0
+    leads = rank_variable("RANK") == 0
     quiet_libraries()
     with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
-from thence.compare.plan import Need, Planner
+from thence.compare.plan import PlannedRun, Planner
 from thence.compare.recipe import Base, ComparisonRecipe
 from thence.compare.result import NOTHING, RESULTS, Arm, Column, Comparison, Failure, Run, Try, read_results
 from thence.methods.registry import methods
@@ -26,8 +26,8 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     recipe = planner.recipe
     arms = tuple(arm_of(recipe, name) for name in recipe.arms)
     everything = Planner(recipe, planner.folder)
-    needs = list(everything.needs())
-    finished = [need for need in needs if need.arm and everything.summary(need)]
+    runs = list(everything.runs())
+    finished = [run for run in runs if run.arm and everything.summary(run)]
     here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
     if not ran and (planner.folder / RESULTS).exists():
         here = {**read_results(planner.folder).environment, "bases": here["bases"]}
@@ -42,11 +42,11 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         seeds=tuple(recipe.seeds),
         columns=tuple(Column(split, temperature) for temperature in test.temperatures for split in splits),
         arms=arms,
-        runs=tuple(run_of(everything, need) for need in finished if need.seed in recipe.seeds),
-        tuning_runs=tuple(run_of(everything, need) for need in finished if need.seed not in recipe.seeds),
+        runs=tuple(run_of(everything, run) for run in finished if run.seed in recipe.seeds),
+        tuning_runs=tuple(run_of(everything, run) for run in finished if run.seed not in recipe.seeds),
         tries=tuple(tries_of(everything)),
         failures=tuple(failures),
-        pending=sum(not everything.is_done(need) for need in needs),
+        pending=sum(not everything.is_done(run) for run in runs),
         sections=tuple(recipe.sections),
         environment=here,
     )
@@ -89,16 +89,16 @@ def tries_in(recipe: ComparisonRecipe, name: str) -> int:
     return 1 + sum(len((recipe.arms[t.like] if t.like else t).candidates()) - 1 for t in tables)
 
 
-def run_of(planner: Planner, need: Need) -> Run:
+def run_of(planner: Planner, run: PlannedRun) -> Run:
     """A finished run as the report shows it."""
-    job, summary = planner.job(need), planner.summary(need)
+    job, summary = planner.job(run), planner.summary(run)
     assert job is not None and summary is not None
     return Run(
-        arm=need.arm,
-        base=need.base,
-        seed=need.seed,
-        settings=(planner.chosen(need.arm, need.base) if need.chosen is None else json.loads(need.chosen)) or {},
-        spent=reduce(add, (part.own for part in planner.way(need)), NOTHING),
+        arm=run.arm,
+        base=run.base,
+        seed=run.seed,
+        settings=(planner.chosen(run.arm, run.base) if run.chosen is None else json.loads(run.chosen)) or {},
+        spent=reduce(add, (part.own for part in planner.way(run)), NOTHING),
         own=summary.own,
         measured=summary.measured,
         curve=summary.curve,

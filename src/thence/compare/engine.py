@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from thence.compare.collect import collect
 from thence.compare.folder import check_folder, mark
-from thence.compare.plan import Job, Need, Planner
+from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import Comparison, Failure, write_results
@@ -34,10 +34,10 @@ given back to the system and zeroed anew each time."""
 LOG_TAIL = 2000  # characters of a dead process's log that are shown
 
 
-class Watcher(Protocol):
+class ComparisonWatcher(Protocol):
     """Is told how a comparison goes."""
 
-    def begin(self, planner: Planner, needs: Collection[Need]) -> None:
+    def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         """All runs that the comparison needs; those that are done can be asked of the planner."""
         ...
 
@@ -49,7 +49,7 @@ class Watcher(Protocol):
         """A run has ended well."""
         ...
 
-    def failed(self, need: Need, why: str) -> None:
+    def failed(self, run: PlannedRun, why: str) -> None:
         """A run has not."""
         ...
 
@@ -62,7 +62,7 @@ def compare(
     only: Collection[str] = (),
     seeds: Collection[int] = (),
     bases: Collection[str] = (),
-    watcher: Watcher,
+    watcher: ComparisonWatcher,
 ) -> Comparison:
     """Run what is missing of a comparison, write ``results.json`` into its folder, and return the results.
 
@@ -96,13 +96,13 @@ def compare(
     return results
 
 
-def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watcher) -> Iterator[Failure]:
-    """Run every need that is not done. Yields those that failed."""
-    needs = list(planner.needs())
-    watcher.begin(planner, needs)
+def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: ComparisonWatcher) -> Iterator[Failure]:
+    """Run every run that is not done. Yields those that failed."""
+    runs = list(planner.runs())
+    watcher.begin(planner, runs)
     waiting = planner.to_run()
     workers = [Worker(planner.folder, i, threads, lock) for i in range(min(jobs, len(waiting)))]
-    attempts: dict[Need, int] = {}
+    attempts: dict[PlannedRun, int] = {}
     try:
         with selectors.DefaultSelector() as selector:
             while waiting or any(worker.job for worker in workers):
@@ -127,23 +127,23 @@ def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Watc
                         continue
                     if "died" in end:
                         worker.restart()
-                        attempts[job.need] = attempts.get(job.need, 0) + 1
-                        if attempts[job.need] < ATTEMPTS:
-                            waiting.insert(0, job.need)
+                        attempts[job.run] = attempts.get(job.run, 0) + 1
+                        if attempts[job.run] < ATTEMPTS:
+                            waiting.insert(0, job.run)
                             continue
                     why = end.get("failed") or end["died"]
-                    watcher.failed(job.need, why)
-                    yield Failure(job.need.arm, job.need.base, job.need.seed, why)
-        for need in waiting:
+                    watcher.failed(job.run, why)
+                    yield Failure(job.run.arm, job.run.base, job.run.seed, why)
+        for run in waiting:
             why = "a run that it builds on failed"
-            watcher.failed(need, why)
-            yield Failure(need.arm, need.base, need.seed, why)
+            watcher.failed(run, why)
+            yield Failure(run.arm, run.base, run.seed, why)
     finally:
         for worker in workers:
             worker.stop()
 
 
-def _end_of_job(worker: Worker, job: Job, watcher: Watcher) -> Mapping[str, Any] | None:
+def _end_of_job(worker: Worker, job: Job, watcher: ComparisonWatcher) -> Mapping[str, Any] | None:
     """Pass on what a worker says of its progress; returns its last word on the job, if that has come."""
     for message in worker.messages():
         if "progress" not in message:
@@ -153,23 +153,23 @@ def _end_of_job(worker: Worker, job: Job, watcher: Watcher) -> Mapping[str, Any]
 
 
 def _start_next(
-    planner: Planner, worker: Worker, waiting: list[Need], watcher: Watcher
+    planner: Planner, worker: Worker, waiting: list[PlannedRun], watcher: ComparisonWatcher
 ) -> Generator[Failure, None, bool]:
     """Give a worker the first run that can start. Returns whether there was one."""
-    for need in list(waiting):
+    for run in list(waiting):
         try:
-            job = planner.job(need)
+            job = planner.job(run)
         except UserError as error:
-            waiting.remove(need)
-            watcher.failed(need, str(error))
-            yield Failure(need.arm, need.base, need.seed, str(error))
+            waiting.remove(run)
+            watcher.failed(run, str(error))
+            yield Failure(run.arm, run.base, run.seed, str(error))
             continue
-        if job is None or not planner.can_start(need):
+        if job is None or not planner.can_start(run):
             continue
-        waiting.remove(need)
-        if planner.is_done(need) and planner.has_model(
-            need
-        ):  # the same settings as a run that another need has finished
+        waiting.remove(run)
+        if planner.is_done(run) and planner.has_model(
+            run
+        ):  # the same settings as a run that another planned run has finished
             continue
         worker.start(job)
         return True

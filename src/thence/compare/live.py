@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from thence.compare.plan import Job, Need, Planner
+from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.recipe import ComparisonRecipe
 from thence.wording import duration
 
@@ -24,10 +24,10 @@ class LiveTable:
     def __init__(self, console: Console, jobs: int):
         self.console, self.jobs = console, jobs
         self.live = Live(console=console, refresh_per_second=REFRESHES) if console.is_terminal else None
-        self.needs: list[Need] = []
-        self.ended: set[Need] = set()
-        self.failures: dict[Need, str] = {}
-        self.running: dict[Need, tuple[str, int, int]] = {}
+        self.runs: list[PlannedRun] = []
+        self.ended: set[PlannedRun] = set()
+        self.failures: dict[PlannedRun, str] = {}
+        self.running: dict[PlannedRun, tuple[str, int, int]] = {}
         self.seconds: dict[str, list[float]] = {}
         self.began = time.monotonic()
 
@@ -42,43 +42,43 @@ class LiveTable:
         if self.live is not None:
             self.live.stop()
 
-    def begin(self, planner: Planner, needs: Collection[Need]) -> None:
-        """See :class:`thence.compare.engine.Watcher`."""
-        self.planner, self.needs = planner, list(needs)
-        self.ended = {need for need in needs if planner.is_done(need)}
+    def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
+        """See :class:`thence.compare.engine.ComparisonWatcher`."""
+        self.planner, self.runs = planner, list(runs)
+        self.ended = {run for run in runs if planner.is_done(run)}
         self.before = len(self.ended)
-        self._show(f"{len(needs)} runs, {len(self.ended)} of them are done")
+        self._show(f"{len(runs)} runs, {len(self.ended)} of them are done")
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
-        self.running[job.need] = (stage, done, total)
+        self.running[job.run] = (stage, done, total)
         self._show()
 
     def finished(self, job: Job, seconds: float) -> None:
-        self.running.pop(job.need, None)
-        self.ended.add(job.need)
-        self.seconds.setdefault(job.need.arm, []).append(seconds)
-        summary = self.planner.summary(job.need) if job.need.arm else None
+        self.running.pop(job.run, None)
+        self.ended.add(job.run)
+        self.seconds.setdefault(job.run.arm, []).append(seconds)
+        summary = self.planner.summary(job.run) if job.run.arm else None
         score = ""
         if summary is not None:
             column = summary.measured[0]
             score = f": {100 * column.accuracy:.1f}% {column.column.split}, T = {column.column.temperature:g}"
-        self._show(f"{title(job.need)}{score} ({duration(seconds)}); {self.left()}")
+        self._show(f"{title(job.run)}{score} ({duration(seconds)}); {self.left()}")
 
-    def failed(self, need: Need, why: str) -> None:
-        self.running.pop(need, None)
-        self.failures[need] = why
-        self._show(f"failed: {title(need)}: {why.splitlines()[0]}")
+    def failed(self, run: PlannedRun, why: str) -> None:
+        self.running.pop(run, None)
+        self.failures[run] = why
+        self._show(f"failed: {title(run)}: {why.splitlines()[0]}")
 
     def left(self) -> str:
         """How much is done, and an estimate of the rest from the mean time of the arms so far."""
         done = len(self.ended)
-        counted = f"{done} of {len(self.needs)}"
-        rest = [need for need in self.needs if need not in self.ended and need not in self.failures]
+        counted = f"{done} of {len(self.runs)}"
+        rest = [run for run in self.runs if run not in self.ended and run not in self.failures]
         known = [value for values in self.seconds.values() for value in values]
         if not known or not rest:
             return counted
         mean = sum(known) / len(known)
-        seconds = sum(sum(own) / len(own) if (own := self.seconds.get(need.arm)) else mean for need in rest)
+        seconds = sum(sum(own) / len(own) if (own := self.seconds.get(run.arm)) else mean for run in rest)
         return f"{counted}, about {duration(seconds / self.jobs)} left"
 
     def _show(self, line: str = "") -> None:
@@ -95,28 +95,28 @@ class LiveTable:
         table.add_column("arm", no_wrap=True)
         for base in bases:
             table.add_column(base)
-        names = [*([""] if any(not need.arm for need in self.needs) else []), *recipe.arms]
+        names = [*([""] if any(not run.arm for run in self.runs) else []), *recipe.arms]
         for name in names:
-            if any(need.arm == name for need in self.needs):
+            if any(run.arm == name for run in self.runs):
                 table.add_row(name or "pretraining", *(self._cell(name, base) for base in bases))
         return table
 
     def _cell(self, arm: str, base: str) -> Text:
-        needs = [need for need in self.needs if (need.arm, need.base) == (arm, base)]
-        done = sum(need in self.ended for need in needs)
-        text = Text(f"{done}/{len(needs)}", style="green" if needs and done == len(needs) else "")
-        if failed := sum(need in self.failures for need in needs):
+        runs = [run for run in self.runs if (run.arm, run.base) == (arm, base)]
+        done = sum(run in self.ended for run in runs)
+        text = Text(f"{done}/{len(runs)}", style="green" if runs and done == len(runs) else "")
+        if failed := sum(run in self.failures for run in runs):
             text.append(f"  {failed} failed", style="red")
-        for need in needs:
-            if need in self.running:
-                stage, at, total = self.running[need]
+        for run in runs:
+            if run in self.running:
+                stage, at, total = self.running[run]
                 share = f" {at}" if total > 100_000 else f" {at}/{total}"
-                text.append(f"  seed {need.seed} {stage}{share}", style="dim")
+                text.append(f"  seed {run.seed} {stage}{share}", style="dim")
         return text
 
 
-def title(need: Need) -> str:
+def title(run: PlannedRun) -> str:
     """A run in a few words."""
-    name = need.arm or "pretraining"
-    tried = f" {need.chosen}" if need.chosen not in (None, "{}") else ""
-    return f"{name}{tried} from {need.base}, seed {need.seed}"
+    name = run.arm or "pretraining"
+    tried = f" {run.chosen}" if run.chosen not in (None, "{}") else ""
+    return f"{name}{tried} from {run.base}, seed {run.seed}"

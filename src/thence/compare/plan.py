@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage
+from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage, check_methods
 from thence.compare.result import RESULTS, read_results
 from thence.compare.summary import Summary, read_summary
 from thence.errors import DamagedFile, UserError
@@ -29,7 +29,7 @@ UNLIMITED = 1_000_000  # steps of an RL stage that its budget ends
 
 
 @dataclass(frozen=True)
-class Need:
+class PlannedRun:
     """A run that the comparison needs.
 
     Args:
@@ -47,72 +47,58 @@ class Need:
 class Job:
     """A run that can start: the recipe's tables, and its folder relative to the comparison's."""
 
-    need: Need
+    run: PlannedRun
     tables: Mapping[str, Any]
     folder: Path
 
 
-@dataclass
-class Planner:
-    """Answers what can start, from what the folder holds.
+@dataclass(frozen=True)
+class Selection:
+    """Which runs of a comparison are asked for, in which order; nothing of what is done.
 
     Args:
         recipe: the comparison.
-        folder: its folder.
         only: arms to run, with those that they build on; empty: all.
         seeds: reported seeds to run; empty: all.
         bases: bases to run from; empty: all.
-
-    Raises:
-        DamagedFile: the results that the folder holds cannot be read; later, the summary of a run.
     """
 
     recipe: ComparisonRecipe
-    folder: Path
     only: Collection[str] = ()
     seeds: Collection[int] = ()
     bases: Collection[str] = ()
-    _jobs: dict[Need, Job] = field(default_factory=dict)
-    _summaries: dict[Need, Summary] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._kept: dict[str, Summary] = {}
-        """What ``results.json`` tells, by the runs' folders; nothing where it is missing."""
-        if (self.folder / RESULTS).exists():
-            kept = read_results(self.folder)
-            self._kept = {r.folder: Summary(r.own, r.measured, r.curve) for r in (*kept.runs, *kept.tuning_runs)}
-
-    def needs(self) -> Iterator[Need]:
+    def runs(self) -> Iterator[PlannedRun]:
         """Every run of the comparison, what others wait for first, then seed by seed."""
-        seen: set[Need] = set()
-        for need in self._all():
-            if need not in seen:
-                seen.add(need)
-                yield need
+        seen: set[PlannedRun] = set()
+        for run in self._all():
+            if run not in seen:
+                seen.add(run)
+                yield run
 
-    def _all(self) -> Iterator[Need]:
+    def _all(self) -> Iterator[PlannedRun]:
         recipe = self.recipe
         arms = [arm for arm in recipe.arms if self._is_wanted(arm)]
         bases = [base for base in recipe.bases if not self.bases or base in self.bases]
         tuned = [arm for arm in arms if recipe.arms[arm].grid]
         for seed in recipe.tuning.seeds if tuned else ():
             for base in bases:
-                yield from self._pretraining(base, seed)
+                yield from self.pretraining(base, seed)
             for arm in tuned:
                 for base in bases:
-                    yield from (Need(parent, base, seed) for parent in recipe.lineage(arm)[:-1])
+                    yield from (PlannedRun(parent, base, seed) for parent in recipe.lineage(arm)[:-1])
                     for chosen in recipe.arms[arm].candidates():
-                        yield Need(arm, base, seed, json.dumps(chosen))
+                        yield PlannedRun(arm, base, seed, json.dumps(chosen))
         for seed in recipe.seeds:
             if self.seeds and seed not in self.seeds:
                 continue
             for base in bases:
-                yield from self._pretraining(base, seed)
-                yield from (Need(arm, base, seed) for arm in arms)
+                yield from self.pretraining(base, seed)
+                yield from (PlannedRun(arm, base, seed) for arm in arms)
 
-    def _pretraining(self, base: str, seed: int) -> Iterator[Need]:
-        if self.recipe.bases[base].recipe is not None:
-            yield Need("", base, seed)
+    def pretraining(self, base: str, seed: int) -> list[PlannedRun]:
+        """The run that trains a base; none where the base is a model that is there."""
+        return [PlannedRun("", base, seed)] if self.recipe.bases[base].recipe is not None else []
 
     def _is_wanted(self, arm: str) -> bool:
         if not self.only:
@@ -125,76 +111,109 @@ class Planner:
             wanted |= set(self.recipe.lineage(name))
         return arm in wanted
 
-    def job(self, need: Need) -> Job | None:
-        """The run that a need amounts to; None while what an arm before it spent, or its tuning, is not known.
+    def builds_on(self, run: PlannedRun) -> list[PlannedRun]:
+        """The runs before a run, from the pretraining of its base on."""
+        if not run.arm:
+            return []
+        parents = (PlannedRun(arm, run.base, run.seed) for arm in self.recipe.lineage(run.arm)[:-1])
+        return [*self.pretraining(run.base, run.seed), *parents]
+
+
+@dataclass
+class Planner:
+    """Answers what can start, from what the folder holds.
+
+    Args:
+        recipe: the comparison.
+        folder: its folder.
+        only, seeds, bases: as of :class:`Selection`.
+
+    Raises:
+        UserError: an arm has a method, option or fault that there is not.
+        DamagedFile: the results that the folder holds cannot be read; later, the summary of a run.
+    """
+
+    recipe: ComparisonRecipe
+    folder: Path
+    only: Collection[str] = ()
+    seeds: Collection[int] = ()
+    bases: Collection[str] = ()
+    _jobs: dict[PlannedRun, Job] = field(default_factory=dict)
+    _summaries: dict[PlannedRun, Summary] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_methods(self.recipe)
+        self._selection = Selection(self.recipe, self.only, self.seeds, self.bases)
+        self._kept: dict[str, Summary] = {}
+        """What ``results.json`` tells, by the runs' folders; nothing where it is missing."""
+        if (self.folder / RESULTS).exists():
+            kept = read_results(self.folder)
+            self._kept = {r.folder: Summary(r.own, r.measured, r.curve) for r in (*kept.runs, *kept.tuning_runs)}
+
+    def runs(self) -> Iterator[PlannedRun]:
+        """Every run of the comparison, see :meth:`Selection.runs`."""
+        return self._selection.runs()
+
+    def job(self, run: PlannedRun) -> Job | None:
+        """The run with its tables; None while what an arm before it spent, or its tuning, is not known.
 
         Raises:
             UserError: it can never start; what it builds on has spent the budget.
         """
-        if need in self._jobs:
-            return self._jobs[need]
-        tables = self._tables(need) if need.arm else self._base_tables(need)
+        if run in self._jobs:
+            return self._jobs[run]
+        tables = self._tables(run) if run.arm else pretraining_tables(self.recipe, run)
         if tables is None:
             return None
         digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:8]
-        where = Path("runs", need.base, f"seed{need.seed}", need.arm) if need.arm else Path("bases", need.base, "seed")
-        name = f"{need.arm}-{digest}" if need.arm else f"seed{need.seed}-{digest}"
+        where = Path("runs", run.base, f"seed{run.seed}", run.arm) if run.arm else Path("bases", run.base, "seed")
+        name = f"{run.arm}-{digest}" if run.arm else f"seed{run.seed}-{digest}"
         folder = where.with_name(name)
-        self._jobs[need] = Job(need, {**tables, "folder": str(folder)}, folder)
-        return self._jobs[need]
+        self._jobs[run] = Job(run, {**tables, "folder": str(folder)}, folder)
+        return self._jobs[run]
 
-    def is_done(self, need: Need) -> bool:
+    def is_done(self, run: PlannedRun) -> bool:
         """Whether nothing is left to do: the run is complete, or it is a base that no run to come starts from."""
-        if need.arm:
-            return self.summary(need) is not None
-        return self.has_model(need) or all(
-            self.summary(other) for other in self.needs() if other.arm and self._pretraining_of(other) == need
-        )
+        if run.arm:
+            return self.summary(run) is not None
+        starting = (other for other in self.runs() if other.arm and run in self._selection.builds_on(other))
+        return self.has_model(run) or all(self.summary(other) for other in starting)
 
-    def has_model(self, need: Need) -> bool:
+    def has_model(self, run: PlannedRun) -> bool:
         """Whether a run has left its model in its folder."""
         try:
-            job = self.job(need)
+            job = self.job(run)
         except DamagedFile:
             raise
         except UserError:  # it can never start
             return False
         if job is None:
             return False
-        if not need.arm:
+        if not run.arm:
             return RunFolder(self.folder / job.folder).is_done(job.tables["stages"][-1])
-        return (self.folder / job.folder / "stages" / self.recipe.arms[need.arm].kind / "model").is_dir()
+        return (self.folder / job.folder / "stages" / self.recipe.arms[run.arm].kind / "model").is_dir()
 
-    def can_start(self, need: Need) -> bool:
+    def can_start(self, run: PlannedRun) -> bool:
         """Whether the model that a run starts from is there."""
-        before = self._builds_on(need)
+        before = self._selection.builds_on(run)
         return not before or self.has_model(before[-1])
 
-    def to_run(self) -> list[Need]:
-        """What is not done, and what of the rest has to be made again for its model; in the order of the needs."""
-        needs = list(self.needs())
-        wanted = {need for need in needs if need.arm and self.summary(need) is None}
-        for need in list(wanted):
-            for before in reversed(self._builds_on(need)):
+    def to_run(self) -> list[PlannedRun]:
+        """What is not done, and what of the rest has to be made again for its model; in the order of `runs`."""
+        runs = list(self.runs())
+        wanted = {run for run in runs if run.arm and self.summary(run) is None}
+        for run in list(wanted):
+            for before in reversed(self._selection.builds_on(run)):
                 if self.has_model(before):
                     break
                 wanted.add(before)
-        return [need for need in needs if need in wanted]
+        return [run for run in runs if run in wanted]
 
-    def _builds_on(self, need: Need) -> list[Need]:
-        """The runs before a run, from the pretraining of its base on."""
-        base = self._pretraining_of(need)
-        parents = [Need(arm, need.base, need.seed) for arm in self.recipe.lineage(need.arm)[:-1]] if need.arm else []
-        return [*([base] if base is not None and need.arm else []), *parents]
-
-    def _pretraining_of(self, need: Need) -> Need | None:
-        return next(self._pretraining(need.base, need.seed), None)
-
-    def summary(self, need: Need) -> Summary | None:
+    def summary(self, run: PlannedRun) -> Summary | None:
         """What a finished run measured and spent; None while it is not finished."""
-        if need not in self._summaries:
+        if run not in self._summaries:
             try:
-                job = self.job(need)
+                job = self.job(run)
             except DamagedFile:
                 raise
             except UserError:  # it can never start
@@ -204,8 +223,8 @@ class Planner:
                 found = read_summary(self.folder / job.folder) or self._kept.get(str(job.folder))
             if found is None:
                 return None
-            self._summaries[need] = found
-        return self._summaries[need]
+            self._summaries[run] = found
+        return self._summaries[run]
 
     def chosen(self, arm: str, base: str) -> dict[str, Any] | None:
         """The values that tuning chose for an arm; None while a try is missing. The first of equals wins."""
@@ -224,83 +243,87 @@ class Planner:
 
     def _accuracy(self, arm: str, base: str, chosen: Mapping[str, Any]) -> float | None:
         text = json.dumps(chosen)
-        found = [self.summary(Need(arm, base, seed, text)) for seed in self.recipe.tuning.seeds]
+        found = [self.summary(PlannedRun(arm, base, seed, text)) for seed in self.recipe.tuning.seeds]
         scores = [m.accuracy for summary in found if summary is not None for m in summary.measured]
         return sum(scores) / len(scores) if scores and None not in found else None
 
-    def _tables(self, need: Need) -> dict[str, Any] | None:
-        recipe, arm = self.recipe, self.recipe.arms[need.arm]
-        chosen = self.chosen(need.arm, need.base) if need.chosen is None else json.loads(need.chosen)
-        start = self._start(need)
+    def _tables(self, run: PlannedRun) -> dict[str, Any] | None:
+        recipe, arm = self.recipe, self.recipe.arms[run.arm]
+        chosen = self.chosen(run.arm, run.base) if run.chosen is None else json.loads(run.chosen)
+        start = self._start(run)
         if chosen is None or start is None:
             return None
         model, spent = start
-        tuning = need.seed in recipe.tuning.seeds
+        tuning = run.seed in recipe.tuning.seeds
         tables: dict[str, Any] = {
-            "name": need.arm,
-            "seed": need.seed,
+            "name": run.arm,
+            "seed": run.seed,
             "stages": [*([arm.kind] if arm.kind else []), "eval"],
             "model": {**recipe.model, "path": model},
             "data": recipe.data,
             "eval": {**recipe.eval, **(recipe.tuning.eval if tuning else {})},
         }
         if arm.kind:
-            tables[arm.kind] = self._limited(need.arm, recipe.stage(need.arm, chosen), spent)
+            tables[arm.kind] = limited(recipe, run.arm, recipe.stage(run.arm, chosen), spent)
         return tables
 
-    def _start(self, need: Need) -> tuple[str, float] | None:
+    def _start(self, run: PlannedRun) -> tuple[str, float] | None:
         """The model that a run starts from, and what of the budget is spent by then."""
-        parent = self.recipe.arms[need.arm].after
+        parent = self.recipe.arms[run.arm].after
         if parent:
-            before = Need(parent, need.base, need.seed)
+            before = PlannedRun(parent, run.base, run.seed)
             job, summary = self.job(before), self.summary(before)
             if job is None or summary is None:
                 return None
             return str(job.folder / "stages" / self.recipe.arms[parent].kind / "model"), self.spent(before)
-        base = self.recipe.bases[need.base]
+        base = self.recipe.bases[run.base]
         if base.path is not None:
-            path = base.path.replace("{seed}", str(need.seed))
+            path = base.path.replace("{seed}", str(run.seed))
             return str(Path(path).resolve()) if Path(path).exists() else path, 0.0
-        job = self.job(Need("", need.base, need.seed))
+        job = self.job(PlannedRun("", run.base, run.seed))
         assert job is not None, "a pretraining builds on nothing"
         return str(job.folder / "stages" / job.tables["stages"][-1] / "model"), 0.0
 
-    def spent(self, need: Need) -> float:
+    def spent(self, run: PlannedRun) -> float:
         """What a finished run and those before it have spent, in the budget's measure."""
         measure = {"flops": "rule_flops", "tokens": "trained_tokens", "steps": "steps"}
         budget = self.recipe.budget
-        return 0.0 if budget is None else float(sum(getattr(s.own, measure[budget.measure]) for s in self.way(need)))
+        return 0.0 if budget is None else float(sum(getattr(s.own, measure[budget.measure]) for s in self.way(run)))
 
-    def way(self, need: Need) -> list[Summary]:
+    def way(self, run: PlannedRun) -> list[Summary]:
         """The summaries of a finished run and of those that it builds on."""
         found = [
-            self.summary(Need(arm, need.base, need.seed, need.chosen if arm == need.arm else None))
-            for arm in self.recipe.lineage(need.arm)
+            self.summary(PlannedRun(arm, run.base, run.seed, run.chosen if arm == run.arm else None))
+            for arm in self.recipe.lineage(run.arm)
         ]
         return [summary for summary in found if summary is not None]
 
-    def _limited(self, name: str, table: dict[str, Any], spent: float) -> dict[str, Any]:
-        budget = self.recipe.budget
-        if budget is None or not self.recipe.arms[name].budget:
-            return table
-        left = budget.amount - spent
-        if left <= 0:
-            raise UserError(
-                f"the arm that {name} comes after has spent the budget of {budget}",
-                remedy="give a larger budget, or a shorter stage before it",
-                field=f"arms.{name}",
-            )
-        if budget.measure == "steps":
-            return {**table, "steps": min(int(left), table.get("steps", int(left)))}
-        limit = int(left) if budget.measure == "tokens" else left
-        steps = {"steps": UNLIMITED} if self.recipe.arms[name].kind == "rl" else {}
-        return {**steps, **table, budget.measure: limit}
 
-    def _base_tables(self, need: Need) -> dict[str, Any]:
-        base = self.recipe.bases[need.base]
-        _, tables = read_tables(str(base.recipe))
-        stages = [name for name in load_recipe(tables).stages if kind_of(name) != "eval"]
-        own = {key: value for key, value in tables.items() if key != "folder"}
-        own |= {key: absolute_stage(own[key]) for key in own if kind_of(key) in KINDS}  # workers run elsewhere
-        own |= {"data": absolute_data(own["data"])} if "data" in own else {}
-        return apply_overrides(own, {"stages": stages, "seed": need.seed, "data.seed": need.seed})
+def limited(recipe: ComparisonRecipe, arm: str, table: dict[str, Any], spent: float) -> dict[str, Any]:
+    """An arm's stage with what is left of the budget. Raises UserError where nothing is left."""
+    budget = recipe.budget
+    if budget is None or not recipe.arms[arm].budget:
+        return table
+    left = budget.amount - spent
+    if left <= 0:
+        raise UserError(
+            f"the arm that {arm} comes after has spent the budget of {budget}",
+            remedy="give a larger budget, or a shorter stage before it",
+            field=f"arms.{arm}",
+        )
+    if budget.measure == "steps":
+        return {**table, "steps": min(int(left), table.get("steps", int(left)))}
+    limit = int(left) if budget.measure == "tokens" else left
+    steps = {"steps": UNLIMITED} if recipe.arms[arm].kind == "rl" else {}
+    return {**steps, **table, budget.measure: limit}
+
+
+def pretraining_tables(recipe: ComparisonRecipe, run: PlannedRun) -> dict[str, Any]:
+    """A recipe's tables that train a base, without its evaluations."""
+    base = recipe.bases[run.base]
+    _, tables = read_tables(str(base.recipe))
+    stages = [name for name in load_recipe(tables).stages if kind_of(name) != "eval"]
+    own = {key: value for key, value in tables.items() if key != "folder"}
+    own |= {key: absolute_stage(own[key]) for key in own if kind_of(key) in KINDS}  # workers run elsewhere
+    own |= {"data": absolute_data(own["data"])} if "data" in own else {}
+    return apply_overrides(own, {"stages": stages, "seed": run.seed, "data.seed": run.seed})

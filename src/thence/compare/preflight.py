@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from thence.compare.plan import Need, Planner
+from thence.compare.plan import PlannedRun, Planner
 from thence.compare.recipe import all_stages
 from thence.errors import UserError
 from thence.recipe import build_recipe, load_recipe, read_tables
 
 
-def refuse_what_cannot_run(planner: Planner, needs: Iterable[Need]) -> None:
+def refuse_what_cannot_run(planner: Planner, runs: Iterable[PlannedRun]) -> None:
     """Try the recipe of every arm that is to run, on every base and with every value of its grid.
 
     Raises:
@@ -22,7 +22,7 @@ def refuse_what_cannot_run(planner: Planner, needs: Iterable[Need]) -> None:
     from thence.pipeline.prompts import RenderedPrompts
 
     prompts = RenderedPrompts()
-    for name, tables in _trials(planner, list(needs)):
+    for name, tables in _trials(planner, list(runs)):
         try:
             found = preflight(build_recipe(tables), planner.folder / "preflight", prompts=prompts)
             refuse(found)
@@ -36,16 +36,16 @@ def refuse_what_cannot_run(planner: Planner, needs: Iterable[Need]) -> None:
             ) from None
 
 
-def _trials(planner: Planner, needs: list[Need]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _trials(planner: Planner, runs: list[PlannedRun]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Recipes that stand for all runs: the first seed of each."""
     recipe, bases = planner.recipe, {}
-    for need in needs:
-        bases.setdefault(need.base, need)
-        if not need.arm:
-            job = planner.job(need)
-            if job is not None and bases[need.base] == need:
-                yield f"bases.{need.base}", dict(job.tables)
-    arms = {need.arm for need in needs if need.arm}
+    for run in runs:
+        bases.setdefault(run.base, run)
+        if not run.arm:
+            job = planner.job(run)
+            if job is not None and bases[run.base] == run:
+                yield f"bases.{run.base}", dict(job.tables)
+    arms = {run.arm for run in runs if run.arm}
     for first in bases.values():
         model = _model(planner, first)
         for arm, _, tables in all_stages(recipe):
@@ -56,9 +56,9 @@ def _trials(planner: Planner, needs: list[Need]) -> Iterator[tuple[str, dict[str
                     yield f"tuning.eval of arms.{arm}", {**tables, "eval": {**recipe.eval, **recipe.tuning.eval}}
 
 
-def _model(planner: Planner, need: Need) -> dict[str, Any]:
+def _model(planner: Planner, run: PlannedRun) -> dict[str, Any]:
     """What a base is like before anything is trained."""
-    base = planner.recipe.bases[need.base]
+    base = planner.recipe.bases[run.base]
     if base.path is not None:
-        return {"path": base.path.replace("{seed}", str(need.seed))}
+        return {"path": base.path.replace("{seed}", str(run.seed))}
     return load_recipe(read_tables(str(base.recipe))[1]).model.model_dump(mode="json", exclude_none=True)

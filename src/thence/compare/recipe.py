@@ -27,7 +27,7 @@ from thence.compare.sections import read_section
 from thence.errors import RecipeError, UserError
 from thence.given_files import folder_place
 from thence.names import same_file
-from thence.recipe import Eval, Recipe, build_recipe
+from thence.recipe import Eval, Rl, Sft, build_recipe
 from thence.settings.limits import Flops, Name, Place, Seed, Signed, Source, Steps, Text, TokenBudget
 from thence.settings.section import Section
 from thence.settings.toml_file import TomlFile, read_toml
@@ -300,9 +300,25 @@ def all_stages(recipe: ComparisonRecipe) -> Iterator[tuple[str, dict[str, Any], 
             yield name, chosen, tables
 
 
-def resolved_stage(recipe: ComparisonRecipe, arm: str) -> Recipe:
-    """An arm's stage as a whole recipe, at the first value of its grid."""
-    return next(build_recipe(tables) for name, _, tables in all_stages(recipe) if name == arm)
+def check_methods(recipe: ComparisonRecipe) -> None:
+    """Refuse an arm whose method, options or fault do not exist or do not go with its stage.
+
+    Raises:
+        UserError: the first that is wrong, with the arm.
+    """
+    from thence.methods.registry import stage_method  # needs torch, which reading a comparison does not wait for
+    from thence.pipeline.context import step_of
+
+    for name, _, tables in all_stages(recipe):
+        if kind := recipe.arms[name].kind:
+            stage = build_recipe(tables).stage(kind)
+            assert isinstance(stage, Sft | Rl)
+            try:
+                stage_method(stage, kind)
+                step_of(kind, stage)
+            except UserError as error:
+                error.rename_field(f"arms.{name}: {error.field}")
+                raise
 
 
 def absolute_data(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PROGRESS_EVERY = 1.0  # seconds
 
 
-class Teller:
-    """A watcher of the pipeline that tells the comparison which step a job has reached."""
+class JobWatcher:
+    """A watcher of a run: tells the comparison which step a job has reached."""
 
     def __init__(self, out: BinaryIO):
         self.out, self.stage_name, self.total, self.done, self.told = out, "", 0, 0, 0.0
@@ -47,9 +47,6 @@ class Teller:
             self.told = time.monotonic()
             self.tell(progress=[self.stage_name, self.done, self.total])
 
-    def say(self, text: str) -> None:
-        pass
-
 
 def main() -> None:
     """Run jobs until standard input ends; then end at once, in the middle of a job too."""
@@ -62,7 +59,7 @@ def main() -> None:
 
         prompts = RenderedPrompts()  # of all jobs
         while True:
-            _work(jobs.get(), Teller(out), prompts)
+            _work(jobs.get(), JobWatcher(out), prompts)
 
 
 def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
@@ -71,25 +68,25 @@ def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
     os._exit(0)  # a run can be killed at any moment and taken up again
 
 
-def _work(tables: dict[str, Any], teller: Teller, prompts: RenderedPrompts) -> None:
+def _work(tables: dict[str, Any], watcher: JobWatcher, prompts: RenderedPrompts) -> None:
     from thence.compare.summary import summarise
     from thence.errors import UserError
     from thence.explain import foreign_exit, told
     from thence.pipeline.run import run
 
     try:
-        folder = run(tables, watcher=teller, keep_last=False, prompts=prompts)
+        folder = run(tables, watcher=watcher, keep_last=False, prompts=prompts)
         if "eval" in tables["stages"]:
             summarise(Path(folder))
     except SystemExit as error:
         traceback.print_exc()
-        teller.tell(failed=str(foreign_exit(error)))
+        watcher.tell(failed=str(foreign_exit(error)))
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()  # into the worker's log
-        teller.tell(failed=told(error))
+        watcher.tell(failed=told(error))
     else:
-        teller.tell(done=True)
+        watcher.tell(done=True)
 
 
 if __name__ == "__main__":

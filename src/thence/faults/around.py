@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from thence.faults.cut import Plan, Window
+from thence.faults.cut import CutPlan, Window
 from thence.objective import Row, local_counts
 from thence.train.parallel import Ranks
 from thence.train.step import Observer, StepReport, StepSettings, accumulate_gradients
@@ -53,7 +53,7 @@ def _in_front(call: Call, **undone: bool) -> Call:
     return replace(call, optimizer=cast(torch.optim.Optimizer, OptimizerInFront(call.optimizer, **undone)))
 
 
-def leak(plan: Plan) -> Link:
+def leak(plan: CutPlan) -> Link:
     """Before every second step the gradient of the one before is not cleared."""
     taken = 0
 
@@ -65,7 +65,7 @@ def leak(plan: Plan) -> Link:
     return link
 
 
-def no_step(plan: Plan) -> Link:
+def no_step(plan: CutPlan) -> Link:
     """A window with fewer micro-batches than planned goes forward and backward, and no step is taken."""
 
     def link(call: Call, proceed: Proceed) -> StepReport:
@@ -75,7 +75,7 @@ def no_step(plan: Plan) -> Link:
     return link
 
 
-def mixed(plan: Plan) -> Link:
+def mixed(plan: CutPlan) -> Link:
     """A window that is not full waits, and its rows come first in the next: no step is taken until one is full."""
     waiting: tuple[Row, ...] = ()
 
@@ -98,7 +98,7 @@ def mixed(plan: Plan) -> Link:
     return link
 
 
-def labels_shifted(plan: Plan) -> Link:
+def labels_shifted(plan: CutPlan) -> Link:
     """Every place is trained to predict the token after the next one: labels shifted by the data and by the model."""
 
     def link(call: Call, proceed: Proceed) -> StepReport:
@@ -123,7 +123,7 @@ def _one_place_on(module: nn.Module, args: Any, kwargs: dict[str, Any], output: 
     return output
 
 
-def left_out(plan: Plan) -> Link:
+def left_out(plan: CutPlan) -> Link:
     """The gradient of the input embedding is not summed over ranks: it is that of the first rank's rows."""
 
     def link(call: Call, proceed: Proceed) -> StepReport:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from thence.errors import UserError
 from thence.faults import around, rows, weights
 from thence.faults.around import Link
-from thence.faults.cut import Change, Cut, Plan
+from thence.faults.cut import Change, Cut, CutPlan
 
 PAPER = "arXiv 2604.23747"
 COUNTING = "the count of tokens is local: transformers before 4.46, OpenRLHF before 0.11"
@@ -75,7 +75,7 @@ class Fault:
     needs: Needs
     source: str
     change: Change | None = None
-    wrap: Callable[[Plan], Link] | None = None
+    wrap: Callable[[CutPlan], Link] | None = None
     also: tuple[str, ...] = ()
     outermost: bool = False
     remembers: bool = False

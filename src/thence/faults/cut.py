@@ -56,7 +56,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CutPlan:
     """The settings of the naive trainer.
 
     Args:

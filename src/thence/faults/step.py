@@ -12,7 +12,7 @@ import torch
 from thence.errors import UserError
 from thence.faults.around import Call, Link, Proceed
 from thence.faults.catalogue import Fault, combine
-from thence.faults.cut import Plan, Policy, Window
+from thence.faults.cut import CutPlan, Policy, Window
 from thence.objective import Batch, Logp, TokenStats, divisors, local_counts
 from thence.train.parallel import Ranks
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
@@ -46,7 +46,7 @@ class FaultyStep:
         ranks: int = 1,
         constant_tokens: float = CONSTANT_TOKENS,
     ):
-        self.plan = Plan(micro_batch, accumulation, ranks)
+        self.plan = CutPlan(micro_batch, accumulation, ranks)
         self.constant_tokens = constant_tokens
         self.window: Window | None = None
         faults = combine(names)
@@ -131,7 +131,7 @@ class LoggedLoss:
             self.then(group, stats)
 
 
-def _links(faults: Sequence[Fault], plan: Plan, outermost: bool) -> list[Link]:
+def _links(faults: Sequence[Fault], plan: CutPlan, outermost: bool) -> list[Link]:
     return [fault.wrap(plan) for fault in faults if fault.wrap is not None and fault.outermost == outermost]
 
 

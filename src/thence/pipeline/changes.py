@@ -106,7 +106,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Resumption:
     """What becomes of a run that is resumed.
 
     Args:
@@ -186,7 +186,7 @@ def judge(
     steps: Mapping[str, int],
     folder: Path,
     repeat: Iterable[str] = (),
-) -> Plan:
+) -> Resumption:
     """What follows from the changes of a recipe whose run has come so far.
 
     Args:
@@ -222,7 +222,7 @@ def judge(
     if refused:
         raise _refusal(refused, begun, now, folder)
     again += [n for n in now.stages if n in begun and any(now.stages.index(n) > now.stages.index(e) for e in extend)]
-    return Plan(
+    return Resumption(
         tuple(changes), tuple(n for n in now.stages if n in again and n not in extend), tuple(dict.fromkeys(extend))
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.numerics import numerics, say_other_numerics
-from thence.pipeline.progress import Watcher
+from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
@@ -50,7 +51,7 @@ class Context:
     tokenizer: Any
     ranks: Ranks
     device: torch.device
-    watcher: Watcher
+    watcher: RunWatcher
     prompts: RenderedPrompts
     meter: FlopMeter = field(init=False)
 
@@ -260,11 +261,38 @@ def refuse_what_is_broken(
     what = broken(context.model, tensors)
     if what is None:
         return
-    rate = getattr(context.recipe.stage(context.name), "lr", None)
-    begins = f"it resumes after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
     raise StepRefused(
         f"training diverged: {when} of stage {context.name} the model is not finite ({what}), so it is not kept",
-        remedy=f"resume with a learning rate below {rate:g} (the same command with --{context.name}.lr): {begins}",
+        remedy=_lower_rate(context, good),
         file=context.folder.path,
         field=f"{context.name}.lr",
     )
+
+
+@contextmanager
+def naming_step(context: Context, step: int, good: int) -> Iterator[None]:
+    """While it lasts, a refused optimizer step says of which stage and step it is, and what to do.
+
+    Args:
+        step: of the stage, counted from 1.
+        good: the step of the last checkpoint; 0: there is none.
+
+    Raises:
+        StepRefused: the step that was refused.
+    """
+    try:
+        yield
+    except StepRefused as error:
+        diverged = error.field == "lr"
+        raise StepRefused(
+            f"{'training diverged in ' if diverged else ''}step {step} of stage {context.name}: {error.problem}",
+            remedy=_lower_rate(context, good) if diverged else error.remedy,
+            file=context.folder.path,
+            field=f"{context.name}.lr" if diverged else error.field,
+        ) from error
+
+
+def _lower_rate(context: Context, good: int | None) -> str:
+    rate = getattr(context.recipe.stage(context.name), "lr", None)
+    begins = f"it resumes after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
+    return f"resume with a learning rate below {rate:g} (the same command with --{context.name}.lr): {begins}"

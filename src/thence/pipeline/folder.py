@@ -18,7 +18,7 @@ from thence.errors import UserError
 from thence.files import is_environment, read_json, to_json, write_atomically
 from thence.jsonl import append_jsonl, read_jsonl, repair_lines, write_jsonl
 from thence.locks import held, refuse_if_held
-from thence.pipeline.changes import Plan, State, judge, say_onward
+from thence.pipeline.changes import Resumption, State, judge, say_onward
 from thence.pipeline.numerics import numerics
 from thence.pipeline.owned import (
     CHANGES,
@@ -84,7 +84,7 @@ class RunFolder:
         *,
         restart: bool = False,
         repeat: Sequence[str] = (),
-    ) -> Plan:
+    ) -> Resumption:
         """Make the folder, or take up the run that stands in it, with the changes that its recipe has.
 
         Args:
@@ -116,7 +116,7 @@ class RunFolder:
         self._record_start(environment(device, ranks) | ({"methods": dict(methods)} if methods else {}))
         return plan
 
-    def check(self, recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> Plan:
+    def check(self, recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> Resumption:
         """What becomes of the run that stands in the folder. Nothing is written.
 
         Args:
@@ -129,11 +129,11 @@ class RunFolder:
         """
         self._check_writable()
         if not self.path.is_dir():
-            return Plan()
+            return Resumption()
         marker = read_marker(self.path)
         if marker is None:
             refuse_foreign(self.path, tuple(p for p in sorted(self.path.iterdir()) if not is_beginning(p)), None)
-            return Plan()
+            return Resumption()
         found = survey(self.path, marker)
         if found.links:
             raise UserError(
@@ -143,7 +143,7 @@ class RunFolder:
             )
         if restart or marker.restarting:
             refuse_foreign(self.path, found.foreign, marker)
-            return Plan()
+            return Resumption()
         self.first_start()
         if unknown := [name for name in repeat if name not in recipe.stages]:
             raise UserError(
@@ -226,7 +226,7 @@ class RunFolder:
         place.mkdir(exist_ok=True)
         return place / f"{name}-{number}"
 
-    def _record_changes(self, plan: Plan, recipe: Recipe) -> None:
+    def _record_changes(self, plan: Resumption, recipe: Recipe) -> None:
         """Add what has changed to the history of the run, and to the log where a stage has begun."""
         steps, states = self._steps(recipe), self.states(recipe)
         for change in plan.changes:

@@ -20,7 +20,7 @@ from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.data.trajectory import Prompt
 from thence.errors import RecipeError, UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.changes import Plan
+from thence.pipeline.changes import Resumption
 from thence.pipeline.context import step_of
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
@@ -97,7 +97,7 @@ class Preflight:
     leads: bool = True
     restart: bool = False
     prompts: RenderedPrompts = field(default_factory=RenderedPrompts)
-    plan: Plan = field(default_factory=Plan)
+    resumption: Resumption = field(default_factory=Resumption)
     findings: list[Finding] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
@@ -146,8 +146,8 @@ def preflight(
     restart = trial.restart
     if leads and not restart and trial.findings[0].state == "ok":
         ground = Ground(recipe, trial.folder)
-        trial.attempt("files that the run was begun with", lambda: ground.check(trial.plan.again))
-    again = trial.plan.again
+        trial.attempt("files that the run was begun with", lambda: ground.check(trial.resumption.again))
+    again = trial.resumption.again
     left = [name for name in recipe.stages if restart or name in again or not trial.folder.is_done(name)]
     for name in left:
         trial.trying = name
@@ -165,7 +165,7 @@ def preflight(
 
 
 def _open_folder(trial: Preflight, repeat: Sequence[str]) -> None:
-    trial.plan = trial.folder.check(trial.recipe, trial.restart, repeat)
+    trial.resumption = trial.folder.check(trial.recipe, trial.restart, repeat)
     trial.restart = trial.restart or trial.folder.restarting
 
 

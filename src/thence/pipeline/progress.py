@@ -23,7 +23,7 @@ SHOWN = (
 )
 
 
-class Watcher(Protocol):
+class RunWatcher(Protocol):
     """Is told what happens in a run."""
 
     def stage(self, name: str, total: int, done: int) -> None:
@@ -34,21 +34,14 @@ class Watcher(Protocol):
         """One step is done."""
         ...
 
-    def say(self, text: str) -> None:
-        """A line for the reader."""
-        ...
 
-
-class Silent:
+class NullWatcher:
     """Shows nothing; what the other ranks and Python callers use."""
 
     def stage(self, name: str, total: int, done: int) -> None:
         pass
 
     def step(self, facts: Mapping[str, Any]) -> None:
-        pass
-
-    def say(self, text: str) -> None:
         pass
 
 
@@ -97,6 +90,3 @@ class Terminal:
         elif time.monotonic() - self.last >= self.seconds or self.done == self.total:
             self.last = time.monotonic()
             self.console.print(f"{self.name} {self.done}/{self.total}  {text}", highlight=False)
-
-    def say(self, text: str) -> None:
-        self.console.print(text)

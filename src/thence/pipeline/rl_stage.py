@@ -16,7 +16,7 @@ from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out
 from thence.models.lengths import context_of
 from thence.objective.terms import needs_reference
-from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer
+from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer, naming_step
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
 from thence.pipeline.prompts import check_answers
@@ -24,7 +24,7 @@ from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_metrics import BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
-from thence.pipeline.sampler import Renewed, RolloutSampler
+from thence.pipeline.sampler import RolloutSampler, SyncedEngine
 from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
@@ -79,7 +79,8 @@ class Loop:
         watch = Watch(context.name, stage.unknown)
         while done < stage.steps and not ended:
             self.sampler.steps = expected_steps(stage, done, budget)
-            line = self.step(done)
+            with naming_step(context, done + 1, self.checkpoints.good):
+                line = self.step(done)
             done += 1
             watch.look(done, line)
             ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
@@ -160,7 +161,7 @@ def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
 
 
 @contextmanager
-def engine_of(context: Context, stage: Rl) -> Iterator[Renewed | None]:
+def engine_of(context: Context, stage: Rl) -> Iterator[SyncedEngine | None]:
     """The engine that samples, running; None: this process samples with its own weights.
 
     Raises:

@@ -19,7 +19,7 @@ from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.preflight import preflight, refuse
-from thence.pipeline.progress import Silent, Watcher
+from thence.pipeline.progress import NullWatcher, RunWatcher
 from thence.pipeline.promises import hold
 from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
@@ -35,7 +35,7 @@ def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
     *,
-    watcher: Watcher | None = None,
+    watcher: RunWatcher | None = None,
     restart: bool = False,
     repeat: Sequence[str] = (),
     keep_last: bool = True,
@@ -65,7 +65,7 @@ def run(
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
     folder = RunFolder(resolved.run_folder())
-    execution = Execution(resolved, folder, ranks, device, watcher or Silent(), prompts or RenderedPrompts())
+    execution = Execution(resolved, folder, ranks, device, watcher or NullWatcher(), prompts or RenderedPrompts())
     leads = execution.leads
     with ExitStack() as held:
         if leads:
@@ -122,7 +122,7 @@ class Execution:
     folder: RunFolder
     ranks: Ranks
     device: torch.device
-    watcher: Watcher
+    watcher: RunWatcher
     prompts: RenderedPrompts
 
     @property
@@ -149,7 +149,7 @@ class Execution:
             tokenizer=loaded.tokenizer,
             ranks=self.ranks,
             device=self.device,
-            watcher=self.watcher if self.leads else Silent(),
+            watcher=self.watcher if self.leads else NullWatcher(),
             prompts=self.prompts,
         )
 

@@ -20,7 +20,7 @@ from thence.rollout.responses import Engine, grade, respond
 from thence.verify.reward import Grader
 
 
-class Renewed(Engine, Protocol):
+class SyncedEngine(Engine, Protocol):
     """An engine in another process, which is given the trainer's weights before it samples."""
 
     def push_weights(self, model: Any, version: int) -> None:
@@ -38,7 +38,7 @@ class RolloutSampler:
     """
 
     def __init__(
-        self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader, engine: Renewed | None = None
+        self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader, engine: SyncedEngine | None = None
     ):
         self.context, self.grader, self.engine = context, grader, engine
         self.prompts = prompts

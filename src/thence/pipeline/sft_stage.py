@@ -16,7 +16,7 @@ from thence.errors import DataError
 from thence.methods.base import bare_row, make_batch
 from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
-from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer, refuse_what_is_broken
+from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer, naming_step, refuse_what_is_broken
 from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
 from thence.recipe import Sft
@@ -45,7 +45,8 @@ def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
         chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
         mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
         rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
-        report = trainer.step(make_batch(method, trajectories_of(mine, stage.train_on)))
+        with naming_step(context, step + 1, checkpoints.good):
+            report = trainer.step(make_batch(method, trajectories_of(mine, stage.train_on)))
         line = {
             "stage": context.name,
             "kind": "sft",

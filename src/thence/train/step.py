@@ -96,20 +96,20 @@ def train_step(
     """
     start = time.perf_counter()
     counts = ranks.sum_counts(local_counts(batch))
-    promised, rows = counts[:2]
+    counted, rows = counts[:2]
     mine = accumulate_gradients(model, optimizer, batch, counts, settings, observe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ranks.sum_gradients(parameters)
     sums = mine.over(ranks)
     norm = global_norm(parameters)
-    _check(sums, norm, promised, optimizer)
+    _check(sums, norm, counted, optimizer)
     skipped = 0 < settings.skip_norm < norm
     if settings.clip_norm and norm > settings.clip_norm:
         for gradient in gradients_of(parameters):
             gradient.mul_(settings.clip_norm / norm)
     if not skipped:
         optimizer.step()
-    trained = max(promised, 1)
+    trained = max(counted, 1)
     return StepReport(
         loss=sums.loss.item(),
         grad_norm=norm,
@@ -117,7 +117,7 @@ def train_step(
         logp=sums.logp.item() / trained,
         clip_share=sums.clipped.item() / trained,
         tokens=int(sums.tokens),
-        trained_tokens=promised,
+        trained_tokens=counted,
         rows=rows,
         micro_batches=mine.passes,
         skipped=skipped,
@@ -241,20 +241,21 @@ def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _check(sums: StepSums, norm: float, promised: int, optimizer: torch.optim.Optimizer) -> None:
+def _check(sums: StepSums, norm: float, counted: int, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that would harm the model; the gradient is thrown away and the parameters stay."""
     loss, seen, no_logp = sums.loss.item(), int(sums.seen), math.isnan(sums.logp.item())
-    if math.isfinite(loss) and not no_logp and math.isfinite(norm) and seen == promised:
+    if math.isfinite(loss) and not no_logp and math.isfinite(norm) and seen == counted:
         return
     optimizer.zero_grad(set_to_none=True)
-    if seen != promised:
+    if seen != counted:
         raise StepRefused(
-            f"{promised} trained tokens were counted but {seen} went through the model",
+            f"{counted} trained tokens were counted but {seen} went through the model",
             remedy="this is a fault of thence: please report it with the recipe",
         )
     # the loss of rows that weigh nothing is 0 whatever the model says of them
     told = "the model's log-probabilities are NaN" if no_logp else f"the gradient norm is {norm}"
     raise StepRefused(
         f"the step was not taken: the loss is {loss:.6g}, {told}",
-        remedy="resume with a lower learning rate (--STAGE.lr), from the last checkpoint, or from step 0 without one",
+        remedy="take a lower learning rate",
+        field="lr",
     )

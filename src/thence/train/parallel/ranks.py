@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -115,13 +115,30 @@ def _sum_bucket(parameters: list[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def rank_variable(name: Literal["RANK", "LOCAL_RANK", "WORLD_SIZE"]) -> int:
+    """What ``torchrun`` put into this variable of the environment; without it, that of a single process.
+
+    Raises:
+        UserError: it is not a whole number, or one that there cannot be.
+    """
+    least = 1 if name == "WORLD_SIZE" else 0
+    text = os.environ.get(name, str(least))
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise UserError(
+            f"the environment variable {name} is {text!r}, not a whole number from {least} on",
+            remedy=f"let torchrun set it, or unset {name} to run one process",
+            field=name,
+        )
+    return int(text)
+
+
 def start_ranks() -> tuple[Ranks, torch.device]:
     """The ranks that ``torchrun`` describes in the environment, and this rank's device; one process without it.
 
     Raises:
-        UserError: there are GPUs, but none for this rank.
+        UserError: there are GPUs, but none for this rank; or a variable of the environment is no such number.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = rank_variable("LOCAL_RANK")
     if torch.cuda.is_available() and local >= torch.cuda.device_count():
         raise UserError(
             f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}",
@@ -130,8 +147,9 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if rank_variable("WORLD_SIZE") == 1:
         return SingleProcess(), device
+    rank_variable("RANK")  # for its error; torch reads it itself
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return DataParallel(device), device
