@@ -22,8 +22,8 @@ from thence.accounting.flops import (
     training_flops,
 )
 from thence.accounting.memory import LOGIT_BYTES, Memory, activation_memory, rollout_memory, state_memory
-from thence.accounting.show import plan_view
 from thence.errors import UserError
+from thence.pages.plan import plan_view
 from thence.recipe import load_recipe, shipped_recipes
 
 SMALL = {
@@ -284,7 +284,7 @@ def test_every_shipped_recipe_plans_and_prints(name):
 
 def test_planning_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; from thence.accounting.budget import plan; from thence.accounting.show import plan_view;"
+        "import sys; from thence.accounting.budget import plan; from thence.pages.plan import plan_view;"
         "from thence.recipe import load_recipe; plan_view(plan(load_recipe('paper-llama')));"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )

@@ -173,7 +173,8 @@ OF_A_RUN = (
     "stages/sft/done.json",
     "stages/eval/ground.json",
     "stages/eval/done.json",
-    "stages/eval/parts/test-1.0.json",
+    "stages/eval/evaluation/evaluation.toml",
+    "stages/eval/evaluation/environment.json",
 )
 
 
@@ -186,17 +187,32 @@ def test_a_run_refuses_its_damaged_files_and_the_remedy_works(
     recipe, folder = one
     if name != "stages/eval/done.json":
         reopened(folder)
-    if not (folder / name).exists():
-        name = str(next(folder.glob("stages/eval/parts/*.json")).relative_to(folder))
     harm(folder / name, kind)
     error = refused(lambda: run(recipe), folder / name, kind)
-    assert "rename it" in error.remedy
+    assert "rename" in error.remedy
     if kind in ("cut", "number"):  # the remedy is the same for all kinds
         before = weights(folder, "sft")
-        (folder / name).rename(folder / f"{name}.aside")
+        moved = folder / name
+        if "evaluation" in moved.parts:  # a store is measured again as a whole
+            moved = moved.parent
+        assert str(moved) in error.remedy or "rename it" in error.remedy
+        moved.rename(moved.with_name(f"{moved.name}.aside"))
         run(recipe)
         assert (folder / "stages" / "eval" / "result.json").exists()
         assert all(value.equal(before[key]) for key, value in weights(folder, "sft").items())
+
+
+@pytest.mark.parametrize("lines", ["samples", "grades"])
+def test_damaged_lines_of_a_runs_evaluation_are_made_again(one: tuple[dict[str, Any], Path], lines: str) -> None:
+    recipe, folder = one
+    reopened(folder)
+    stage = folder / "stages" / "eval"
+    before = {name: (stage / name).read_bytes() for name in ("samples.jsonl", "result.json")}
+    (file,) = (stage / "evaluation" / lines).glob("*.jsonl")
+    file.write_bytes(b'{"problem": 3}\n' + file.read_bytes().split(b"\n", 1)[1])
+    run(recipe)
+    assert {name: (stage / name).read_bytes() for name in before} == before
+    assert file.with_name(f"{file.name}.damaged").read_bytes() == b'{"problem": 3}\n'
 
 
 @sampled

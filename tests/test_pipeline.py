@@ -13,8 +13,14 @@ import torch
 from recipes import world_recipe
 from safetensors.torch import load_file
 
+from thence.compare.result import NOTHING, Run
+from thence.compare.statistics import estimate_of
+from thence.compare.summary import summarise
 from thence.data.worlds.vocabulary import VOCABULARY
 from thence.errors import UserError
+from thence.evaluate.metrics import avg_at_k
+from thence.files import write_jsonl
+from thence.pages.run.page import write_page
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
 
@@ -137,14 +143,41 @@ def test_an_evaluation_that_was_cut_off_keeps_the_measurements_that_were_made(re
     folder = run(recipe)
     stage = folder / "stages" / "eval"
     result, samples = (stage / "result.json").read_bytes(), (stage / "samples.jsonl").read_bytes()
-    kept, lost = (next(stage.rglob(f"*{temperature}.json")) for temperature in (0.5, 1.0))
-    before = kept.stat().st_mtime_ns
-    for path in (stage / "done.json", stage / "result.json", lost):
+    kept, lost = (stage / "evaluation" / "samples" / f"test-{temperature}.jsonl" for temperature in (0.5, 1.0))
+    before, lines = kept.stat().st_mtime_ns, lost.read_text().splitlines(keepends=True)
+    for path in (stage / "done.json", stage / "result.json"):
         path.unlink()
+    lost.write_text(lines[0])  # killed while it was written
     run(recipe)
     assert kept.stat().st_mtime_ns == before
+    assert lost.read_text().splitlines(keepends=True) == lines
     assert (stage / "result.json").read_bytes() == result
     assert (stage / "samples.jsonl").read_bytes() == samples
+
+
+def test_the_same_samples_have_the_same_interval_in_a_run_an_evaluation_a_page_and_a_comparison(
+    recipes: Recipes, tmp_path: Path
+) -> None:
+    (tmp_path / "even.py").write_text("def even(prompt, response, answer):\n    return len(response) % 4 == 0\n")
+    recipe = recipes(["eval"], eval={"reward": f"{tmp_path}/even.py:even", "samples": 2, "temperatures": [1.0]})
+    recipe["eval"]["data"]["limit"] = 30
+    folder = run(recipe)
+    stage = folder / "stages" / "eval"
+    lines = [json.loads(line) for line in (stage / "samples.jsonl").read_text().splitlines()]
+    right = [sum(line["verdict"] == "right" for line in lines if line["index"] == i) for i in range(30)]
+    assert 0 < sum(right) < 60
+    score = avg_at_k(right, 2)  # what `thence eval` prints
+    expected = pytest.approx((score.value, score.low, score.high), abs=1e-12)
+
+    (row,) = json.loads((stage / "result.json").read_text())["rows"]
+    assert (row["accuracy"], row["low"], row["high"]) == expected
+    write_page(folder)
+    (shown,) = json.loads((folder / "report.json").read_text())["results"]
+    assert (shown["accuracy"], shown["low"], shown["high"]) == expected
+    write_jsonl(folder / "metrics.jsonl", [])  # nothing was trained
+    (measured,) = summarise(folder).measured
+    estimate = estimate_of([Run("arm", "base", 0, {}, NOTHING, NOTHING, (measured,), {})], measured.column)
+    assert estimate is not None and (estimate.mean, estimate.low, estimate.high) == expected
 
 
 # The run folder.

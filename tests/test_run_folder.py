@@ -90,7 +90,8 @@ def test_a_recipe_alone_is_no_run_and_is_not_written_over(short: Tables, tmp_pat
 PLACES = (
     *("thesis.txt", "report.html.bak", "recipe.toml.bak", "runs/thesis.txt", "stages/thesis.txt", "stages/mine/thesis"),
     *("stages/sft/thesis.txt", "stages/sft/model/thesis.txt", "stages/sft/checkpoints/thesis.txt"),
-    *("stages/sft/checkpoints/best/model.safetensors", "stages/eval/parts/thesis.txt", "stages/sft/model/sub/thesis"),
+    *("stages/sft/checkpoints/best/model.safetensors", "stages/sft/model/sub/thesis"),
+    *("stages/eval/evaluation/thesis.txt", "stages/eval/evaluation/samples/thesis.txt"),
 )
 
 
@@ -162,7 +163,8 @@ def test_beginning_anew_removes_all_that_thence_wrote_and_nothing_else(finished:
     assert left == {
         *(".thence-run.json", "recipe.toml", "environment.json", "ground.json"),
         *("stages/eval/ground.json", "stages/eval/done.json", "stages/eval/result.json", "stages/eval/samples.jsonl"),
-        *("stages/eval/parts/test-0.6.json", "stages/eval/parts/test-0.6.jsonl"),
+        *(f"stages/eval/evaluation/{name}" for name in ("evaluation.toml", "environment.json", "problems.json")),
+        *("stages/eval/evaluation/samples/test-0.6.jsonl", "stages/eval/evaluation/grades/test-0.6.jsonl"),
     }
 
 

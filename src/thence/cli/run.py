@@ -70,7 +70,7 @@ def run_command(
 def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
     """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
     from thence.accounting.budget import plan
-    from thence.accounting.show import plan_view
+    from thence.pages.plan import plan_view
     from thence.pipeline.preflight import preflight, refuse
     from thence.pipeline.prompts import RenderedPrompts
     from thence.terminal import make_console

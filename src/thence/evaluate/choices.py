@@ -49,7 +49,7 @@ def grade_letter(problem: Problem, response: str) -> Grade:
     label = find_letter(response, choices)
     if label is None:
         return wrong(None, "no letter found")
-    return right(label) if label == problem.answer.strip() else wrong(label)
+    return right(label) if label == (problem.answer or "").strip() else wrong(label)
 
 
 def find_letter(response: str, choices: Mapping[str, str]) -> str | None:

@@ -119,7 +119,7 @@ def harness_samples(store: Store, row: TaskResult) -> Iterator[dict[str, Any]]:
             "metrics": [metric],
             "doc_hash": _sha(to_json(doc)),
             "prompt_hash": _sha(prompt),
-            "target_hash": _sha(first.answer),
+            "target_hash": _sha(first.answer or ""),
             metric: level,
             "verdicts": [grades[sample.place].verdict for sample in samples],
         }
@@ -212,7 +212,7 @@ def _own(store: Store, result: Result) -> dict[str, Any]:
         plain = asdict(row)
         plain["task"] = row.task.model_dump(mode="json")
         plain["passed"] = {str(k): asdict(score) for k, score in row.passed.items()}
-        plain.pop("shares")
+        del plain["shares"], plain["mean_reward"]
         rows.append(plain)
     groups = [asdict(group) for group in result.groups]
     return {

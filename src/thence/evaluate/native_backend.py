@@ -88,11 +88,7 @@ class NativeBackend:
         return {
             "backend": self.name,
             "model": self.settings.path,
-            "weights": fingerprint(self.model),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "context": self.context,
+            **model_facts(self.model),
             "chat_template": self.prompts.chat.template,
             "template_variables": dict(self.prompts.chat.variables),
             "rows": self.rows,
@@ -131,6 +127,18 @@ def refused_for_length(
         if rooms[request.problem.key] == 0:
             length = len(prompts[request.problem.key])
             yield request, Refused("too long", f"the prompt has {length:,} tokens, the model's context {context:,}")
+
+
+def model_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """What a number depends on of a model at hand: its weights by their fingerprint, its size, where it is."""
+    some = next(model.parameters())
+    return {
+        "weights": fingerprint(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(some.dtype).removeprefix("torch."),
+        "device": str(some.device),
+        "context": context_of(model.config),
+    }
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -32,7 +32,8 @@ class Problem:
             system message left out), so that it does not depend on sampling, shuffling or the place in the file.
         messages: (role, content) of every turn that the model is given.
         text: the problem itself, as it is shown: with its options in their shown order.
-        answer: the gold answer; of a problem with `options` the letter of the right one.
+        answer: the gold answer; of a problem with `options` the letter of the right one; None where there is none, for
+            a grader that needs none.
         options: the texts of the options in the order shown, letters A, B, ...; empty where they stand in the text.
         source: "file:line".
         plain: the one message is text to go on from, without a chat template.
@@ -42,7 +43,7 @@ class Problem:
     key: str
     messages: tuple[tuple[str, str], ...]
     text: str
-    answer: str
+    answer: str | None
     options: tuple[str, ...] = ()
     source: str = ""
     plain: bool = False

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from thence.errors import UserError
-from thence.jsonl import read_lines
+from thence.evaluate.store_lines import Whole, read_store_lines
 
 ENOUGH = 5  # problems refused while none was answered
 
@@ -26,7 +25,7 @@ class Refusal:
     """
 
     problem: str
-    sample: int
+    sample: Whole
     question: str
     kind: str
     reason: str
@@ -46,10 +45,10 @@ def refusals_path(folder: Path, task: str) -> Path:
 def read_refusals(folder: Path, task: str, answered: Collection[tuple[str, int]]) -> dict[tuple[str, int], Refusal]:
     """The last refusal of each request that is not among the `answered`.
 
-    A line that cannot be read is passed over: its request counts as not made, and is made at the next start.
+    A line that cannot be read is left out: its request counts as not made, and is made at the next start.
     """
-    lines = read_lines(refusals_path(folder, task))
-    found = {one.place: one for one in map(_from_line, lines.values) if one is not None}
+    lines = read_store_lines(refusals_path(folder, task), Refusal, "it is left out; its request is made again")
+    found = {one.place: one for one in lines}
     return {place: one for place, one in found.items() if place not in answered}
 
 
@@ -73,10 +72,3 @@ def nothing_answered(reasons: Iterable[tuple[str, str]], folder: Path) -> UserEr
         remedy=f"{remedy}; then run the command again",
         file=folder,
     )
-
-
-def _from_line(line: dict[str, Any]) -> Refusal | None:
-    row = {field.name: line.get(field.name, "") for field in fields(Refusal)}
-    sample = row.pop("sample")
-    whole = isinstance(sample, int) and all(isinstance(value, str) for value in row.values())
-    return Refusal(sample=sample, **row) if whole else None

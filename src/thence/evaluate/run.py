@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import ENOUGH, Refusal, nothing_answered
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.verify.grader import Grader
 from thence.verify.loading import function_file
 from thence.verify.math import RULES_VERSION
 from thence.verify.reward import load_reward
@@ -52,6 +54,10 @@ class Watcher(Protocol):
         """So many samples of a task are about to be graded."""
         ...
 
+    def graded(self, task: str) -> None:
+        """A task is complete: whatever of it was answered is graded and kept."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -71,6 +77,18 @@ class Silent:
     def grading(self, task: str, total: int) -> None:
         pass
 
+    def graded(self, task: str) -> None:
+        pass
+
+
+SeedOf = Callable[[Task, Problem, int], int]
+"""The seed of a problem's response of this number, from 0."""
+
+
+def own_seed(task: Task, problem: Problem, number: int) -> int:
+    """The seed of a response where nothing else is asked for: it follows from the task's seed and the problem."""
+    return stable_seed(task.seed, task.name, problem.key, number)
+
 
 def evaluate(
     settings: Settings,
@@ -80,8 +98,10 @@ def evaluate(
     *,
     environment: Callable[[], Mapping[str, Any]] = dict,
     watcher: Watcher | None = None,
+    seed_of: SeedOf = own_seed,
+    checker: Grader | None = None,
 ) -> Store:
-    """Run an evaluation, or go on with it where it was.
+    """Run an evaluation, or resume it where it was.
 
     Args:
         settings: what to do; the folder refuses others than those it was begun with.
@@ -90,6 +110,8 @@ def evaluate(
         make_backend: opens what generates; called only if a sample is missing.
         environment: facts to keep beside the backend's own; called with `make_backend`.
         watcher: is told of progress; nobody when absent.
+        seed_of: the seeds of the responses.
+        checker: grades all tasks, and stays open; default: the one that each task names is opened.
 
     Returns:
         The store, with every sample and its grade, and with what could not be asked and why; that is asked again when
@@ -102,43 +124,40 @@ def evaluate(
     store, watcher = Store(folder), watcher or Silent()
     store.check(settings)  # before anything is written, the lock included
     with store.held():
-        missing = {name: _missing(store, task, problems[name]) for name, task in settings.tasks.items()}
+        missing = {name: _missing(store, task, problems[name], seed_of) for name, task in settings.tasks.items()}
         # opened first: a model or server that is refused leaves no folder that then holds other settings
         backend = make_backend() if any(missing.values()) else None
         try:
             store.begin(settings)
             store.write_problems({name: [problem.key for problem in problems[name]] for name in settings.tasks})
             watcher.begin(sum(map(len, missing.values())))
-            if backend is not None:
-                totals = {name: len(problems[name]) * task.samples for name, task in settings.tasks.items()}
-                _sample_all(store, settings, backend, missing, totals, environment, watcher)
+            refusing = _Refusing(store, any(store.samples(name) for name in settings.tasks))
+            with _recorded(store, backend, environment):
+                for name, task in settings.tasks.items():
+                    if backend is not None:
+                        total = len(problems[name]) * task.samples
+                        _sample(store, task, backend, missing[name], total, watcher, refusing)
+                    grade(store, task, task.grader, watcher=watcher, checker=checker)
+                    watcher.graded(name)
+                refusing.end()
         finally:
             if backend is not None:
                 backend.close()
-        for task in settings.tasks.values():
-            grade(store, task, task.grader, watcher=watcher)
     return store
 
 
-def _sample_all(
-    store: Store,
-    settings: Settings,
-    backend: Backend,
-    missing: Mapping[str, Sequence[Request]],
-    totals: Mapping[str, int],
-    environment: Callable[[], Mapping[str, Any]],
-    watcher: Watcher,
-) -> None:
+@contextmanager
+def _recorded(store: Store, backend: Backend | None, environment: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Keep what the samples of this start depend on; a server shows only when asked what it does not take."""
+    if backend is None:
+        yield
+        return
     facts = backend.facts()
     store.record_start({**environment(), **facts})
-    refusing = _Refusing(store, any(store.samples(name) for name in settings.tasks))
     try:
-        for name, task in settings.tasks.items():
-            _sample(store, task, backend, missing[name], totals[name], watcher, refusing)
-            grade(store, task, task.grader, watcher=watcher)
-        refusing.end()
+        yield
     finally:
-        found = backend.facts()  # a server shows only when asked what it does not take
+        found = backend.facts()
         if found != facts:
             store.amend_start({key: value for key, value in found.items() if facts.get(key) != value})
 
@@ -162,20 +181,32 @@ def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = N
     return store
 
 
-def grade(store: Store, task: Task, grader: str, *, again: bool = False, watcher: Watcher | None = None) -> None:
+def grade(
+    store: Store,
+    task: Task,
+    grader: str,
+    *,
+    again: bool = False,
+    watcher: Watcher | None = None,
+    checker: Grader | None = None,
+) -> None:
     """Grade the samples of a task that have no grade of this grader in its present version; all of them `again`.
 
     Of multiple choice, the lenient letter rule is kept beside it, as the grader `letter`.
+
+    Args:
+        checker: the grader, which stays open; default: the one of this name is opened.
     """
     samples, version = store.samples(task.name), grader_version(grader)
     have = set() if again else set(store.graded(task.name, grader, version))
     todo = [sample for sample in samples if sample.place not in have]
     if todo:
         (watcher or Silent()).grading(task.name, len(todo))
-        with (
-            load_reward(grader, seconds=task.grader_seconds, setting="grader_seconds") as checker,
-            store.write_grades(task.name) as lines,
-        ):
+        with ExitStack() as opened:
+            if checker is None:
+                named = load_reward(grader, seconds=task.grader_seconds, setting="grader_seconds")
+                checker = opened.enter_context(named)
+            lines = opened.enter_context(store.write_grades(task.name))
             for start in range(0, len(todo), GRADED_AT_ONCE):
                 part = todo[start : start + GRADED_AT_ONCE]
                 texts = [sample.text for sample in part]
@@ -211,7 +242,7 @@ def grader_version(grader: str) -> str:
     return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
 
-def _missing(store: Store, task: Task, problems: Sequence[Problem]) -> list[Request]:
+def _missing(store: Store, task: Task, problems: Sequence[Problem], seed_of: SeedOf) -> list[Request]:
     """The samples that are not in the store yet, problem by problem.
 
     Raises:
@@ -231,7 +262,7 @@ def _missing(store: Store, task: Task, problems: Sequence[Problem]) -> list[Requ
         have.add(sample.place)
     return [
         Request(
-            *(problem, number, stable_seed(task.seed, task.name, problem.key, number)),
+            *(problem, number, seed_of(task, problem, number)),
             refused_before=(problem.key, number) in refused,
         )
         for problem in problems

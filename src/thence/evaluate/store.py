@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict, TypeAdapter
 
 from thence.errors import DamagedFile, UserError, first_line
 from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
-from thence.evaluate.store_lines import is_texts, wrong_with_grade, wrong_with_refusal, wrong_with_sample
+from thence.evaluate.store_lines import Whole, read_store_lines, wrong_with
 from thence.evaluate.suites import Task
 from thence.files import is_environment, keep_damaged, read_json, to_json, write_atomically
 from thence.http_client import shown_address, shown_addresses
-from thence.jsonl import read_lines, repair_lines, say_bad_lines
+from thence.jsonl import repair_lines
 from thence.locks import LOCK, held
 from thence.records import read_record
 from thence.settings.limits import Count, Name
@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 SETTINGS = "evaluation.toml"
 LETTER = "letter"
 """Name under which grades by the lenient letter rule are kept."""
+LEFT_OUT = "it is left out; `thence eval` samples again what it held"
 SYNC_SECONDS = 2.0
+_KEYS = TypeAdapter(dict[str, list[str]])
 BEGINNINGS = (LOCK, f".{SETTINGS}.writing")
 """What a process leaves that is killed before it has written the settings."""
 
@@ -87,18 +89,18 @@ class Sample:
     """
 
     problem: str
-    sample: int
-    seed: int
+    sample: Whole
+    seed: Whole
     prompt: tuple[tuple[str, str], ...]
     question: str
-    answer: str
+    answer: str | None
     text: str
-    tokens: int | None
+    tokens: Whole | None
     finish: str
-    room: int | None = None
+    room: Whole | None = None
     options: tuple[str, ...] = ()
     source: str = ""
-    plain: bool = False
+    plain: Annotated[bool, Strict()] = False
 
     def as_problem(self, task: str) -> Problem:
         """The problem that it answers."""
@@ -117,11 +119,11 @@ class GradeLine:
     """One grade of one response; several graders may grade it, and of one grader the last line counts."""
 
     problem: str
-    sample: int
+    sample: Whole
     grader: str
     version: str
-    verdict: str
-    score: float
+    verdict: Literal["right", "wrong", "graded", "unknown"]
+    score: Annotated[float, Strict()]
     extracted: str | None = None
     reason: str = ""
 
@@ -219,17 +221,15 @@ class Store:
         if not path.exists():
             return {}
         remedy = "run the `thence eval` command of this folder again: it is then written anew, and this one kept beside"
-        return read_json(path, remedy=remedy, shape=lambda keys: bool(keys) and all(map(is_texts, keys.values())))
+        return read_json(path, remedy=remedy, shape=lambda keys: bool(keys) and _KEYS.validate_python(keys))
 
     def samples(self, task: str) -> list[Sample]:
         """All samples of a task, in the order in which they ended; damaged lines are named in the log and left out."""
-        path = self.folder / "samples" / f"{task}.jsonl"
-        return [_sample(line) for line in _read(path, wrong_with_sample)]
+        return read_store_lines(self.folder / "samples" / f"{task}.jsonl", Sample, LEFT_OUT)
 
     def grades(self, task: str) -> list[GradeLine]:
         """All grades of a task, in the order in which they were given; damaged lines are named and left out."""
-        path = self.folder / "grades" / f"{task}.jsonl"
-        return [_known(GradeLine, line) for line in _read(path, wrong_with_grade)]
+        return read_store_lines(self.folder / "grades" / f"{task}.jsonl", GradeLine, LEFT_OUT)
 
     def graded(self, task: str, grader: str, version: str | None = None) -> dict[tuple[str, int], GradeLine]:
         """The last grade that a grader (of this version, if one is named) gave to each response."""
@@ -252,15 +252,15 @@ class Store:
 
     def write_refusals(self, task: str) -> Lines:
         """Where refusals of a task are added; a context manager."""
-        return Lines(refusals_path(self.folder, task), wrong_with_refusal)
+        return Lines(refusals_path(self.folder, task), wrong_with(Refusal))
 
     def write_samples(self, task: str) -> Lines:
         """Where samples of a task are added; a context manager."""
-        return Lines(self.folder / "samples" / f"{task}.jsonl", wrong_with_sample)
+        return Lines(self.folder / "samples" / f"{task}.jsonl", wrong_with(Sample))
 
     def write_grades(self, task: str) -> Lines:
         """Where grades of a task are added; a context manager."""
-        return Lines(self.folder / "grades" / f"{task}.jsonl", wrong_with_grade)
+        return Lines(self.folder / "grades" / f"{task}.jsonl", wrong_with(GradeLine))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -304,22 +304,6 @@ class Lines:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
-
-
-def _read(path: Path, check: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
-    found = read_lines(path, check)
-    say_bad_lines(path, found.bad, "it is left out; `thence eval` samples again what it held")
-    return found.values
-
-
-def _sample(line: dict[str, Any]) -> Sample:
-    prompt = tuple((role, content) for role, content in line["prompt"])
-    return _known(Sample, {**line, "prompt": prompt, "options": tuple(line.get("options", ()))})
-
-
-def _known(kind: type, line: dict[str, Any]) -> Any:
-    names = {field.name for field in fields(kind)}
-    return kind(**{key: value for key, value in line.items() if key in names})
 
 
 def _check_same(kept: Settings, asked: Settings, file: Path) -> None:

@@ -1,68 +1,59 @@
-"""What a line of an evaluation's store must hold, so that a damaged one is found before it is used."""
+"""Lines of an evaluation's store as dataclasses: what a line must hold is what its class says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Strict, TypeAdapter, ValidationError
+
+from thence.files import read_lines, say_bad_lines
 from thence.wording import json_kind
 
-VERDICTS = ("right", "wrong", "graded", "unknown")
-_SAMPLE_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("problem", "question", "answer", "text", "finish", "source"), (str,)),
-    **dict.fromkeys(("sample", "seed", "tokens", "room"), (int,)),
-    **dict.fromkeys(("prompt", "options"), (list,)),
-    "plain": (bool,),
-}
-_GRADE_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("problem", "grader", "version", "verdict", "extracted", "reason"), (str,)),
-    "sample": (int,),
-    "score": (int, float),
-}
-_REFUSAL_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("problem", "question", "kind", "reason", "when"), (str,)),
-    "sample": (int,),
-}
-_OPTIONAL = ("room", "options", "source", "plain", "extracted", "reason")
-_MAY_BE_NULL = ("tokens", "room", "extracted")
+Line = TypeVar("Line")
+Whole = Annotated[int, Strict()]
+"""A whole number, not one written as text."""
 
 
-def wrong_with_sample(line: dict[str, Any]) -> str | None:
-    """What a line of ``samples/`` lacks; None: nothing."""
-    if why := _wrong_types(line, _SAMPLE_TYPES):
-        return why
-    prompt, options = line["prompt"], line.get("options", [])
-    if not all(isinstance(turn, list) and len(turn) == 2 and is_texts(turn) for turn in prompt):
-        return "prompt is no list of roles and texts"
-    return None if is_texts(options) else "options are no texts"
+def read_store_lines(path: Path, kind: type[Line], what_follows: str) -> list[Line]:
+    """The lines of a file. Those that cannot be read, or lack something, are named in the log and left out.
+
+    Args:
+        kind: class of a line; other keys of a line are ignored.
+        what_follows: what becomes of a line that is left out, for the log.
+    """
+    found = read_lines(path, wrong_with(kind))
+    say_bad_lines(path, found.bad, what_follows)
+    return [_adapter(kind).validate_python(line) for line in found.values]
 
 
-def wrong_with_grade(line: dict[str, Any]) -> str | None:
-    """What a line of ``grades/`` lacks; None: nothing."""
-    if why := _wrong_types(line, _GRADE_TYPES):
-        return why
-    return None if line["verdict"] in VERDICTS else f"no such verdict: {line['verdict'][:40]!r}"
+@cache
+def wrong_with(kind: type) -> Callable[[dict[str, Any]], str | None]:
+    """What says why an object is no line of this class; None: it is one."""
+
+    def why(line: dict[str, Any]) -> str | None:
+        try:
+            _adapter(kind).validate_python(line)
+        except ValidationError as error:
+            return _said(error)
+        return None
+
+    return why
 
 
-def wrong_with_refusal(line: dict[str, Any]) -> str | None:
-    """What a line of ``refused/`` lacks; None: nothing."""
-    return _wrong_types(line, _REFUSAL_TYPES)
+@cache
+def _adapter(kind: type[Line]) -> TypeAdapter[Line]:
+    return TypeAdapter(kind)
 
 
-def _wrong_types(line: dict[str, Any], types: Mapping[str, tuple[type, ...]]) -> str | None:
-    for name, kinds in types.items():
-        if name not in line:
-            if name not in _OPTIONAL:
-                return f"it lacks {name}"
-            continue
-        value = line[name]
-        if value is None and name in _MAY_BE_NULL:
-            continue
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            return f"{name} is {json_kind(value)}"
-    return None
-
-
-def is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts."""
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+def _said(error: ValidationError) -> str:
+    """The first thing that is wrong."""
+    found = error.errors(include_url=False, include_context=False)[0]
+    name, value = found["loc"][0], found["input"]
+    if found["type"] == "missing" and len(found["loc"]) == 1:
+        return f"it lacks {name}"
+    if found["type"] == "literal_error" and isinstance(value, str):
+        return f"no such {name}: {value[:40]!r}"
+    return f"{name} {'is' if len(found['loc']) == 1 else 'holds'} {json_kind(value)}"

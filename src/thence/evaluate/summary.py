@@ -37,7 +37,8 @@ class TaskResult:
         right, wrong, unknown: verdicts over all samples counted. Unknown is counted as not right.
         graded: scores that are a degree without a threshold. Where there are any, nothing that needs right and wrong
             is defined: `avg`, `passed` and `majority` are empty, and `reward` takes their place.
-        reward: mean score of the samples that have one; None where right and wrong are known, or no sample has one.
+        reward: `mean_reward`; None where right and wrong are known.
+        mean_reward: mean score of the samples that have one; None where no sample has.
         truncated: responses cut by the limit of tokens or by the context.
         short: responses for which the context left less than `max_tokens`.
         mean_tokens: mean length of a response; None where the server did not tell.
@@ -68,6 +69,7 @@ class TaskResult:
     other_ends: dict[str, int] = field(default_factory=dict)
     graded: int = 0
     reward: Score | None = None
+    mean_reward: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def summarise(store: Store, grader: str | None = None) -> Result:
     settings = store.settings()
     keys = store.problems()
     rows = tuple(
-        _task_result(store, task, grader or task.grader, keys.get(name)) for name, task in settings.tasks.items()
+        task_result(store, task, grader or task.grader, keys.get(name)) for name, task in settings.tasks.items()
     )
     if grader is not None and not any(row.versions for row in rows):
         raise UserError(
@@ -129,7 +131,13 @@ def summarise(store: Store, grader: str | None = None) -> Result:
     return Result(settings, store.environment(), rows, _groups(rows))
 
 
-def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | None) -> TaskResult:
+def task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | None) -> TaskResult:
+    """One task's numbers.
+
+    Args:
+        grader: whose grades count.
+        keys: of the task's problems; None: of those that have samples.
+    """
     grades = store.graded(task.name, grader)
     by_problem: dict[str, dict[int, tuple[Sample, GradeLine]]] = defaultdict(dict)
     for sample in store.samples(task.name):
@@ -154,6 +162,7 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
     answers = [[(grade.extracted, grade.verdict == "right") for _, grade in pairs] for pairs in complete.values()]
     graded = verdicts.count("graded")
     scores = [[grade.score for _, grade in pairs if grade.verdict != "unknown"] for pairs in complete.values()]
+    level = mean_reward_of(scores, k) if any(scores) else None
     told = [sample.tokens for sample, _ in counted if sample.tokens is not None]
     return TaskResult(
         task=task,
@@ -177,7 +186,8 @@ def _task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | No
         not_answered_kinds=dict(Counter(refusal.kind for refusal in not_answered.values())),
         other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", "length"))),
         graded=graded,
-        reward=mean_reward_of(scores, k) if graded else None,
+        reward=level if graded else None,
+        mean_reward=level,
     )
 
 

@@ -40,6 +40,7 @@ class Table:
         headers: of the label and of each cell.
         notes: how to read it.
         paper: whether the numbers are a paper's, not those of the page.
+        words: which cells of a row are words, read from the left and broken where there is no room.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     paper: bool = False
+    words: tuple[int, ...] = ()
 
 
 NOTHING = Cell("–")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +16,8 @@ from thence.pages.table import Cell, Row, Table
 _GAP = 2
 _MOST_LABEL = 34
 _UNBROKEN = 8
+_GLUE = "\0"
+"""Stands for a space; no text for a page holds it."""
 
 
 class TableView:
@@ -41,7 +44,15 @@ class TableView:
                 parts.append([])
             parts[-1].append(index)
         for columns in parts:
-            yield _drawn(table, columns, [labels, *(widths[i] for i in columns)], columns is parts[0])
+            if title := visible(table.title) + ("" if columns is parts[0] else " (further columns)"):
+                yield Text(title, style="table.title")
+            left_over = width - labels - sum(_GAP + widths[index] for index in columns)
+            for index in columns:
+                if index in table.words:  # words take the room that is there
+                    longest = max(len(row.cells[index].text) for row in table.rows)
+                    wider = max(0, min(left_over, longest - widths[index]))
+                    widths[index], left_over = widths[index] + wider, left_over - wider
+            yield _drawn(table, columns, [labels, *(widths[i] for i in columns)])
 
 
 def with_notes(table: Table) -> Group:
@@ -49,13 +60,13 @@ def with_notes(table: Table) -> Group:
     return Group(TableView(table), *(Text(visible(note), style="dim") for note in table.notes))
 
 
-def _drawn(table: Table, columns: Sequence[int], widths: Sequence[int], first: bool) -> Drawn:
-    title = Text(visible(table.title) + ("" if first else " (further columns)"))
+def _drawn(table: Table, columns: Sequence[int], widths: Sequence[int]) -> Drawn:
     look = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, _GAP - 1, 0, 0)}
-    drawn = Drawn(title=title, title_justify="left", **look)
-    drawn.add_column(Text(visible(table.headers[0])), width=widths[0], overflow="fold")
+    drawn = Drawn(**look)
+    drawn.add_column(_head(table.headers[0], widths[0]), width=widths[0], overflow="fold")
     for index, width in zip(columns, widths[1:], strict=True):
-        drawn.add_column(Text(visible(table.headers[index + 1])), justify="right", overflow="fold", width=width)
+        side = "left" if index in table.words else "right"
+        drawn.add_column(_head(table.headers[index + 1], width), justify=side, overflow="fold", width=width)
     group = ""
     for row in table.rows:
         if row.apart:
@@ -65,6 +76,15 @@ def _drawn(table: Table, columns: Sequence[int], widths: Sequence[int], first: b
             drawn.add_row(Text(visible(group), style="dim italic"))
         drawn.add_row(*_texts(row, columns))
     return drawn
+
+
+def _head(header: str, width: int) -> Text:
+    return Text("\n".join(textwrap.wrap(_glued(header), width)).replace(_GLUE, " "))
+
+
+def _glued(header: str) -> str:
+    """A header that cannot be broken at an equals sign."""
+    return visible(header).replace(" = ", f"{_GLUE}={_GLUE}")
 
 
 def _texts(row: Row, columns: Sequence[int]) -> list[Text]:
@@ -83,4 +103,6 @@ def _needs(cell: Cell) -> int:
 
 def _narrowest(header: str) -> int:
     """Characters that a header needs: short ones stay on a line."""
-    return len(header) if 0 < len(header) <= _UNBROKEN else max([len(word) for word in header.split()] or [1])
+    return (
+        len(header) if 0 < len(header) <= _UNBROKEN else max([len(word) for word in _glued(header).split(" ")] or [1])
+    )

@@ -30,7 +30,11 @@ SHOWN = 3  # things of others that an error names
 _OF_RUN = {RECIPE, ENVIRONMENT, CHANGES, "ground.json", "metrics.jsonl", "summary.json", MARKER, LOCK}
 _OF_RUN |= {"report.html", "report.json", "report.csv"}
 _OF_STAGE = {"ground.json", "result.json", "samples.jsonl", "done.json", "metrics.jsonl"}
-_PART = re.compile(r".+-[\d.e+-]+\.jsonl?")
+EVALUATION = "evaluation"
+"""The store in the folder of an evaluation stage."""
+_OF_EVALUATION = {"evaluation.toml", ENVIRONMENT, "problems.json", LOCK, "report.html", "results.json", "results.csv"}
+_DATED = re.compile(r"results_.+\.json|samples_.+\.jsonl")
+_PART = re.compile(r".+-[\d.e+-]+\.jsonl?")  # of an evaluation by an older version
 _BESIDE = re.compile(r"\.(?P<hidden>.+)\.(?:writing|new)|(?P<kept>.+)\.damaged(?:-\d+)?")
 
 
@@ -194,7 +198,9 @@ def _place_of(place: str, name: str, marker: Marker) -> str | None:
         return "stage" if re.sub(r"-\d+$", "", name) in marker.stages else None
     if place == "stage":
         known = {"model": "model", f"{REPLACED}model": "model", ".model-writing": "temporary"}
-        return (known | {"checkpoints": "checkpoints", "parts": "parts"}).get(name)
+        return (known | {"checkpoints": "checkpoints", "parts": "parts", EVALUATION: EVALUATION}).get(name)
+    if place == EVALUATION:
+        return "lines" if name in ("samples", "grades", "refused") else None
     if place == "checkpoints":
         if re.fullmatch(rf"({re.escape(REPLACED)})?step-\d+", name):
             return "model"
@@ -211,6 +217,10 @@ def _is_own_file(place: str, name: str, named: frozenset[str]) -> bool:
         return name in _OF_STAGE
     if place == "parts":
         return bool(_PART.fullmatch(name))
+    if place == EVALUATION:
+        return name in _OF_EVALUATION or bool(_DATED.fullmatch(name))
+    if place == "lines":
+        return name.endswith(".jsonl")
     return place == "temporary" or (place == "model" and name in named)
 
 

@@ -9,13 +9,13 @@ import torch
 
 from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
-from thence.evaluate.measure import sample_record
 from thence.files import to_json
 from thence.methods.unknown import scores_of
 from thence.objective import Batch, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.pipeline.context import Context
 from thence.pipeline.lessons import Lessons, each_of
+from thence.pipeline.sample_lines import rollout_line
 from thence.pipeline.sampler import RolloutSampler
 from thence.train.parallel import Ranks
 from thence.train.step import Observer, StepReport
@@ -189,7 +189,7 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for trajectory in trajectories[:SAMPLES_KEPT]:
-            file.write(to_json(sample_record(trajectory, stage=context.name, step=step)) + "\n")
+            file.write(to_json(rollout_line(trajectory, stage=context.name, step=step)) + "\n")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -45,7 +45,7 @@ def respond(
     seeds = []
     for prompt, times in zip(prompts, times_before(prompts) if again is None else again, strict=True):
         parts = (*seed_parts, times) if times else seed_parts
-        seeds += [stable_seed(*parts, prompt.index, j) for j in range(n)]
+        seeds += [response_seed(parts, prompt, j) for j in range(n)]
     token_ids = [prompt.token_ids for prompt in repeated]
     responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
     found = [
@@ -53,6 +53,11 @@ def respond(
         for prompt, r in zip(repeated, responses, strict=True)
     ]
     return found if grader is None else grade(tokenizer, grader, found, sampling.stop_ids)
+
+
+def response_seed(seed_parts: tuple[object, ...], prompt: Prompt, number: int) -> int:
+    """The seed of a prompt's response of this number, from 0."""
+    return stable_seed(*seed_parts, prompt.index, number)
 
 
 def times_before(prompts: Sequence[Prompt]) -> list[int]:

@@ -26,9 +26,10 @@ from thence.audit.figures import (
 from thence.audit.judge.findings import CATALOGUE
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.report import Report
-from thence.audit.result import CaseResult, PublicReport, Role, StepResult
+from thence.audit.result import RESPONSE_ROLES, CaseResult, PublicReport, Role, StepResult
 from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
+from thence.pages.table import NOTHING, Cell, Row, Table
 from thence.pages.template import render
 from thence.wording import percent
 
@@ -77,9 +78,10 @@ def render_page(report: Report) -> str:
         view=view,
         shades=[(n, round(8 + 92 * n / SHADES)) for n in range(1, SHADES + 1)],
         legend=[(shade(ratio, 1.0, 0.0, 0.0), words) for ratio, words in _LEGEND],
-        steps=[_step(result, step) for result in judged(report) for step in result.steps],
+        steps=[_step(result, step) for result, step in _steps(report)],
         stepless=[_stepless(result) for result in judged(report) if not result.steps],
         roles=_roles(report),
+        meanings=_meanings(report),
         examples=_examples(report),
         others=[(head, said, _others(report, status)) for status, head, said in _STATUSES if _others(report, status)],
         objectives=[(o.title, o.formula, key == verdict.asked, key in found) for key, o in OBJECTIVES.items()],
@@ -149,8 +151,7 @@ def _findings(report: Report) -> list[dict[str, Any]]:
 def _step(result: CaseResult, step: StepResult) -> dict[str, Any]:
     findings = (*result.findings, *step.findings)
     return {
-        "case": result.case.name,
-        "step": f"step {step.index}" if len(result.steps) > 1 else "",
+        "case": _name(result, step),
         "settings": settings(result.case),
         "bad": any(f.kind == "fault" for f in findings),
         "objective": objective_title(step.objective),
@@ -176,42 +177,45 @@ def _stepless(result: CaseResult) -> dict[str, Any]:
     }
 
 
-def _roles(report: Report) -> dict[str, Any]:
-    """A table of the mean ratio by role, and what was lost of each."""
-    steps = [(result, step) for result in judged(report) for step in result.steps]
-    present: list[Role] = [role for role in ROLES if any(role in step.roles for _, step in steps)]
+def _meanings(report: Report) -> list[tuple[Role, str]]:
+    """The roles that occur, and what they mean."""
+    steps = [step for result in judged(report) for step in result.steps]
+    return [(role, meaning) for role, meaning in ROLES.items() if any(role in step.roles for step in steps)]
+
+
+def _roles(report: Report) -> Table:
+    """The mean ratio by role, and what was lost of each."""
+    present: list[Role] = [role for role, _ in _meanings(report)]
     rows = []
-    for result, step in steps:
+    for result, step in _steps(report):
         lost = lost_by_role(step)
-        cells = [
-            None
-            if role not in step.roles
-            else (ratio_text(step.roles[role]), percent(lost[role]) if lost.get(role, 0.0) >= 0.0005 else "")
-            for role in present
-        ]
-        name = result.case.name + (f", step {step.index}" if len(result.steps) > 1 else "")
-        rows.append((name, cells))
-    return {"heads": [(role, ROLES[role]) for role in present], "rows": rows}
+        cells = []
+        for role in present:
+            sub = f"{percent(lost[role])} lost" if lost.get(role, 0.0) >= 0.0005 else ""
+            cells.append(Cell(ratio_text(step.roles[role]), sub) if role in step.roles else NOTHING)
+        rows.append(Row(_name(result, step), tuple(cells)))
+    return Table("", ("Case", *present), tuple(rows))
 
 
-def _examples(report: Report) -> list[dict[str, Any]]:
+def _examples(report: Report) -> Table:
     """The heat map in words and figures: a row an example of a step."""
-    return [
-        {
-            "case": result.case.name + (f", step {step.index}" if len(result.steps) > 1 else ""),
-            "rows": [
-                (
-                    row.example + 1,
-                    place(row.rank, row.micro_batch, result.case.ranks),
-                    sum(t.role in ("first", "body", "end") for t in row.tokens),
-                    ratio_text(row.weight),
-                )
-                for row in step.sequences
-            ],
-        }
-        for result in judged(report)
-        for step in result.steps
-    ]
+    rows = []
+    for result, step in _steps(report):
+        for row in step.sequences:
+            tokens = sum(t.role in RESPONSE_ROLES for t in row.tokens)
+            where = place(row.rank, row.micro_batch, result.case.ranks)
+            cells = (Cell(str(tokens)), Cell(where), Cell(ratio_text(row.weight)))
+            rows.append(Row(f"example {row.example + 1}", cells, _name(result, step)))
+    headers = ("Case, example", "Tokens of the response", "Where", "Weight over ideal")
+    return Table("", headers, tuple(rows), words=(1,))
+
+
+def _steps(report: Report) -> list[tuple[CaseResult, StepResult]]:
+    return [(result, step) for result in judged(report) for step in result.steps]
+
+
+def _name(result: CaseResult, step: StepResult) -> str:
+    return result.case.name + (f", step {step.index}" if len(result.steps) > 1 else "")
 
 
 def _others(report: Report, status: str) -> list[tuple[str, str, str]]:

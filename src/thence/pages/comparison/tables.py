@@ -303,7 +303,7 @@ def _tuning(section: Tuning, statistics: Statistics, base: str) -> Table:
         notes.append(
             f"Chosen at the edge of what was tried, so that a better value may lie beyond: {', '.join(edges)}."
         )
-    return Table(base, headers, tuple(rows), tuple(notes))
+    return Table(base, headers, tuple(rows), tuple(notes), words=(1, 3))
 
 
 def _at_edge(chosen: Mapping[str, object], tried: list[Mapping[str, object]]) -> bool:
