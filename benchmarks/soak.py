@@ -77,7 +77,7 @@ OWN = """import time
 def reward(prompt, response, answer):
     if response == "slow":
         time.sleep(1000)
-    return float(response.endswith(answer))
+    return float(response == answer)
 """
 EVERY = 200  # of so many answers one is hostile
 TOWER = "The answer is $9^{9^{9^{9}}}$"  # one multiplication in C that no exception can interrupt

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import thence.data
-from thence.cli.flags import split_flags
+from thence.cli.fields import take_fields
 from thence.data.numbers import normal_answer, number_text, without_separators
 from thence.data.readers import read_examples
 from thence.errors import DataError, UserError
@@ -138,7 +138,7 @@ PLAIN = {"model": {"path": "m"}, "stages": ["rl", "eval-late"]}
 
 
 def given(*flags: str) -> Any:
-    return load_recipe(PLAIN, split_flags(flags, ())[2])
+    return load_recipe(PLAIN, take_fields(flags)[1])
 
 
 @pytest.mark.parametrize(

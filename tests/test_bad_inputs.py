@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,9 +13,7 @@ from bad_inputs.ground import Ground, make_ground
 from bad_inputs.harness import campaign, counted, one
 from bad_inputs.kinds import KINDS
 
-import thence.cli.report
-import thence.cli.run
-import thence.cli.sample
+import thence.cli
 
 QUICK = {name: make for name, make in KINDS.items() if name != "comparison-folder"}
 
@@ -48,18 +46,24 @@ def _flag_cases(ground: Ground, folder: Path) -> set[str]:
     return {wrong.split(":")[0] for failed in failures for wrong in failed["wrong"]}
 
 
+def put_in_place_of(monkeypatch: pytest.MonkeyPatch, command: str, act: Callable[..., int]) -> None:
+    """Let a command be something else, which takes its command line unread."""
+    real = thence.cli._command
+    monkeypatch.setattr(thence.cli, "_command", lambda name: act if name == command else real(name))
+
+
 def test_an_exception_that_nobody_explains_is_found(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> int:
         raise KeyError("mutant")
 
-    monkeypatch.setattr(thence.cli.sample, "sample_command", broken)
+    put_in_place_of(monkeypatch, "sample", broken)
     assert _flag_cases(ground, tmp_path) == {"blamed on thence"}
 
 
 def test_accepted_nonsense_is_found(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thence.cli.report, "report_command", lambda argv: 0)
+    put_in_place_of(monkeypatch, "report", lambda argv: 0)
     assert _flag_cases(ground, tmp_path) == {"nonsense was accepted"}
 
 
@@ -70,7 +74,7 @@ def test_a_refusal_that_changes_a_file_is_found(
         Path("recipe.toml").write_text("")
         return 2
 
-    monkeypatch.setattr(thence.cli.run, "run_command", writes)
+    put_in_place_of(monkeypatch, "run", writes)
     assert _flag_cases(ground, tmp_path) == {"refused, but changed on disk"}
 
 

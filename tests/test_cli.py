@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from thence.cli import main
+from thence.cli.app import COMMANDS, make_app
+from thence.cli.fields import field_flags
+from thence.cli.parsing import flags_of
 from thence.jsonl import write_jsonl
 
 SAMPLE = {
@@ -43,6 +46,56 @@ def test_help_comes_without_torch(arguments):
     assert len(done.stdout.splitlines()) > 1
 
 
+def test_the_page_of_all_commands_needs_no_heavy_package():
+    code = "import sys; from thence.cli import main; main(['--help']); print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(said.splitlines()[-1].split())
+    assert not loaded & {"torch", "transformers", "matplotlib", "numpy", "pyarrow", "pydantic"}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_page_shows_examples_and_every_flag_and_fits(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    examples = page.split("Example")[-1]
+    assert f"thence {command}" in examples
+    assert max(map(len, page.splitlines())) <= width
+    assert [flag for flag in flags_of(make_app()[command]) if flag not in page] == []
+
+
+def test_the_examples_of_the_help_pages_name_flags_that_there_are(capsys):
+    for command in COMMANDS:
+        main([command, "--help"])
+        examples = capsys.readouterr().out.split("Example")[-1]
+        flags = flags_of(make_app()[command]).keys() | set(field_flags())
+        for line in examples.splitlines():
+            words = line.partition(f"thence {command} ")[2].split(" -- ")[0].split()
+            assert {word for word in words if word.startswith("--")} <= flags
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_knows_commands_flags_and_fields(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in ("compare", "dry-run", "rl.steps", "ungraded"))
+
+
+def test_completion_is_installed_for_a_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["completion", "fish", "--install"]) == 0
+    said = capsys.readouterr().out
+    assert [str(file) for file in tmp_path.rglob("*.fish") if str(file) in said]
+
+
+def test_a_shell_may_ask_for_the_names_of_recipes():
+    asked = [sys.executable, "-m", "thence", "__complete", "run", ""]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[1] == "\x1fbegin"
+    assert "quickstart" in said.splitlines()
+
+
 def test_importing_thence_does_not_import_torch():
     code = "import thence, sys; print('torch' in sys.modules, callable(thence.load_recipe))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False True"
@@ -68,6 +121,28 @@ def test_a_request_that_makes_no_sense_says_so_and_exits_with_2(arguments, messa
     told = capsys.readouterr().err
     assert message in told
     assert "remedy:" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", "Zq7hunter2Zq7"], "thence: no such flag: --api-key\n"),
+        (["--api-key=Zq7hunter2Zq7"], "thence: no such flag: --api-key\n"),
+        (["--tasks", "nope"], "thence: --tasks: no task 'nope'"),
+        (["--set", "tasks=nope"], "thence: --set tasks: no task 'nope'"),
+        (["--template", "x"], "thence: --template: template is neither"),
+        (["--set", "sampels=1"], "thence: --set sampels: unknown key"),
+        (
+            ["--endpoint", "http://h/v1", "--key-variable", "NO_SUCH"],
+            "thence: --key-variable: the environment variable",
+        ),
+    ],
+)
+def test_an_error_of_eval_names_the_flag_that_was_typed(arguments, message, capsys):
+    assert main(["eval", "m", "--suite", "embedded", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert "hunter2" not in said
 
 
 def test_a_dry_run_prints_a_recipe_that_can_be_run_and_its_budget(capsys, tmp_path, monkeypatch):
@@ -101,14 +176,12 @@ def test_sample_shows_responses_as_they_are_and_filters_by_verdict(finished_run,
 
 
 def test_flags_reach_the_recipe():
-    from thence.cli.flags import split_flags
+    from thence.cli.fields import take_fields
     from thence.recipe import load_recipe
 
-    positional, on, overrides = split_flags(
-        ["quickstart", "--sft.lr=1e-4", "--data.skip-bad", "--seed", "3", "--dry-run"], ("--dry-run",)
-    )
-    recipe = load_recipe(positional[0], overrides)
-    assert on == {"--dry-run"}
+    rest, overrides = take_fields(["quickstart", "--sft.lr=1e-4", "--data.skip-bad", "--seed", "3", "--dry-run"])
+    recipe = load_recipe(rest[0], overrides)
+    assert rest == ["quickstart", "--dry-run"]
     assert recipe.seed == 3
     assert recipe.data.skip_bad is True
     assert recipe.stage("sft").model_dump()["lr"] == 1e-4

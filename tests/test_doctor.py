@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from thence.cli import doctor as module
-from thence.cli.doctor import doctor
+from thence.cli.doctor import doctor_command
 from thence.errors import UserError
 from thence.known_faults import load_known_faults
 
@@ -36,7 +36,7 @@ def environment(monkeypatch, **packages):
 )
 def test_a_known_bad_version_is_named_with_its_source_and_fails(monkeypatch, capsys, package, version, fault):
     environment(monkeypatch, **{package: version})
-    assert doctor([]) == 1
+    assert doctor_command() == 1
     told = capsys.readouterr().out
     assert f"known bad: {package} {version}" in told
     assert fault in told
@@ -57,20 +57,20 @@ def test_a_known_bad_version_is_named_with_its_source_and_fails(monkeypatch, cap
 )
 def test_versions_that_were_run_and_are_right_pass(monkeypatch, capsys, package, version):
     environment(monkeypatch, **{package: version})
-    assert doctor([]) == 0
+    assert doctor_command() == 0
     assert "no installed version is known to be bad" in capsys.readouterr().out
 
 
 def test_an_uncertain_report_is_a_note_and_never_an_error(monkeypatch, capsys):
     environment(monkeypatch, llamafactory="0.9.3")
-    assert doctor([]) == 0
+    assert doctor_command() == 0
     told = capsys.readouterr().out
     assert "note: llamafactory" in told and "reported" in told
 
 
 def test_all_lists_what_is_not_installed(monkeypatch, capsys):
     environment(monkeypatch)
-    assert doctor(["--all"]) == 0
+    assert doctor_command(all_=True) == 0
     told = capsys.readouterr().out
     assert all(fault.id in told for fault in load_known_faults())
 
@@ -97,19 +97,19 @@ def test_another_environment_is_asked_through_its_python(monkeypatch, capsys, tm
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: DeepSpeed\nVersion: 0.18.9\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "160")
-    assert doctor(["--python", sys.executable]) == 1
+    assert doctor_command(python=sys.executable) == 1
     assert "known bad: deepspeed 0.18.9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false", "/bin/echo"])
 def test_a_python_that_does_not_answer_is_a_user_error(executable):
     with pytest.raises(UserError, match="--python"):
-        doctor(["--python", executable])
+        doctor_command(python=executable)
 
 
 def test_this_environment_is_described(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
-    assert doctor([]) == 0
+    assert doctor_command() == 0
     told = capsys.readouterr().out
     for what in ("Python", "torch", "transformers", "Threads", "BLAS", "Disk free", "Devices"):
         assert what in told

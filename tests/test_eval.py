@@ -76,6 +76,14 @@ def run(folder: Path, settings: Settings, backend: Counting) -> Store:
     return evaluate(settings, problems_of(settings), folder, lambda: backend)
 
 
+def test_an_error_of_a_grader_names_the_flag(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "e", settings_of(data), Counting())
+    assert main(["eval", "--regrade", str(tmp_path / "e"), "--grader", "mth"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("thence: --grader: ")
+    assert "reward:" not in said
+
+
 def test_a_finished_evaluation_is_not_sampled_again(tmp_path: Path, data: Path) -> None:
     settings = settings_of(data)
     first, second = Counting(), Counting()

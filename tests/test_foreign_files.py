@@ -72,8 +72,6 @@ def test_what_an_audit_keeps_goes_into_a_folder_of_its_own(tmp_path: Path) -> No
 def test_an_audits_report_takes_the_place_of_an_earlier_one_alone(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import thence.cli.audit as audit
-
     mine = write(tmp_path / "train.py")
     assert main(["audit", "thence", "--quick", f"--{kind}", str(mine)]) == 2
     assert f"--{kind}: the file is there already" in capsys.readouterr().err
@@ -81,8 +79,7 @@ def test_an_audits_report_takes_the_place_of_an_earlier_one_alone(
     arguments = ["thence", "--quick", "--quiet", "--only", "micro 8 x 1", f"--{kind}", str(tmp_path / "report")]
     first = main(["audit", *arguments])
     assert first in (0, 1, 2) and (tmp_path / "report").stat().st_size
-    again = audit._parser().parse(arguments)
-    audit._refuse_to_write_over(again)
+    assert main(["audit", *arguments]) == first  # its own report may be replaced
 
 
 def test_two_reports_of_an_audit_do_not_share_a_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thence.cli import main
-from thence.cli.flags import describe_fields
+from thence.cli.fields import describe_fields
 from thence.compare import engine, worker
 from thence.compare.recipe import load_comparison
 from thence.compare.result import Failure

@@ -224,11 +224,11 @@ def test_a_forgotten_value_is_not_taken_for_one(capsys: pytest.CaptureFixture[st
 
 
 def test_a_true_or_false_flag_stands_alone_and_takes_nothing_that_follows() -> None:
-    from thence.cli.flags import split_flags
+    from thence.cli.fields import take_fields
 
-    assert split_flags(["--data.skip-bad", "mine.toml"], ()) == (["mine.toml"], set(), {"data.skip-bad": "true"})
+    assert take_fields(["--data.skip-bad", "mine.toml"]) == (["mine.toml"], {"data.skip-bad": "true"})
     for value in ("true", "false"):
-        positional, _, overrides = split_flags(["mine", "--data.skip-bad", value], ())
+        positional, overrides = take_fields(["mine", "--data.skip-bad", value])
         assert positional == ["mine"]
         assert load_recipe({"model": MODEL}, overrides).data.skip_bad is (value == "true")
 
@@ -327,11 +327,11 @@ def test_help_is_given_wherever_it_is_asked_for(command: str, flag: str, capsys:
 
 
 def test_values_that_begin_with_a_dash_or_hold_one_are_read() -> None:
-    from thence.cli.flags import split_flags
+    from thence.cli.fields import take_fields
 
-    _, _, overrides = split_flags(["--data.system", "- be brief", "--data.template=--x--", "--seed", "-1"], ())
+    _, overrides = take_fields(["--data.system", "- be brief", "--data.template=--x--", "--seed", "-1"])
     assert overrides == {"data.system": "- be brief", "data.template": "--x--", "seed": "-1"}
-    assert split_flags(["--data.system", ""], ())[2] == {"data.system": ""}
+    assert take_fields(["--data.system", ""])[1] == {"data.system": ""}
 
 
 def test_a_value_cannot_smuggle_in_another_field() -> None:

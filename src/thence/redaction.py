@@ -31,7 +31,7 @@ _OF_TEXT = re.compile(
     "prompt|response|per|each|every|text|word|sub|byte|prefix|suffix|middle|fim|boi|eoi|vocab|sentinel|any|one|a|the|"
     "of|that|this|no|unexpected|invalid|unknown|trained|is|by"
 )
-_PROSE = re.compile("none|null|true|false|is|was|for|not|the|a|and|or|of|to|in|on|no|must|has|here|with")
+_PROSE = re.compile("none|null|true|false|is|was|for|not|the|a|and|or|of|to|in|on|no|must|has|here|with|remedy:")
 
 # a path made of an address has one slash; limits on lengths keep hostile text from taking long
 _USER_INFO = re.compile(r"(?<=:/)(/?)(?:[^\s/?#'\"<>]{0,500}@|[^\s/@:?#'\"<>]{0,100}:(?!\d+[/?#])[^\s@'\"<>]{0,200}@)")

@@ -146,7 +146,6 @@ SECRETS = [
         "A variable for the key that is not set",
         f"{ASK} --key-variable NO_SUCH_KEY",
         PROBLEMS,
-        writes=True,
         around=serving(failed(401)),
     ),
 ]

@@ -10,29 +10,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from thence.cli.arguments import Done
 from thence.errors import UserError
 from thence.explain import TRACEBACK, explained, foreign_exit, keep_traceback, of_thence, traceback_text
 from thence.streams import OutputLost, give_up, guarded
-
-USAGE = """\
-thence: SFT, thence RL. Post-train language models to reason, correct by construction.
-
-  thence run RECIPE [--table.field value ...]   run a recipe, or resume it where it was
-  thence run RECIPE --dry-run                   the resolved recipe, its budget and memory; trains nothing
-  thence recipes                                the recipes that come with thence
-  thence methods [NAME]                         the training methods, or one explained
-  thence compare COMPARISON                     arms x bases x seeds at equal FLOPs, with intervals
-  thence check MODEL [--data FILE]              what training relies on, tried on this model and these rows
-  thence sample FOLDER                          prompts with the model's responses and verdicts
-  thence report RUN                             write the report page again and print the table
-  thence eval MODEL --suite NAME                measure a model on benchmarks; --compare two, --regrade one
-  thence audit TARGET                           what weight does a trainer really give to every token?
-  thence doctor                                 environment, versions, known-bad versions of other stacks
-  thence --version
-
-`thence COMMAND --help` says more. RECIPE is the name of a shipped recipe or a TOML file."""
-
 
 # commands whose work is lost to the reader when nobody reads on; the others end quietly, as `cat` does
 WORKING = ("run", "compare", "check", "eval", "audit")
@@ -48,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Nothing but a command's own return gives 0: not an exit that foreign code asks for, nor output that nobody got.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["__complete"]:  # asked by the scripts of `thence completion`, which read control characters
+        from thence.cli.app import make_app
+
+        return make_app()(arguments, result_action="return_zero")
     with guarded(), _ended_by_sigterm():
         try:
             code = _answer(arguments)
@@ -65,16 +49,15 @@ def _answer(arguments: list[str]) -> int:
     name, *rest = arguments or [""]
     try:
         if name in ("", "-h", "--help", "help"):
-            print(USAGE)
-            return 0 if arguments else 2
+            from thence.cli.app import print_help
+
+            return print_help() if arguments else print_help() or 2
         if name in ("-V", "--version"):
             from thence import __version__
 
             print(f"thence {__version__}")
             return 0
         return _command(name)(rest)
-    except Done:
-        return 0
     except OutputLost as error:
         return _lost(error, arguments)
     except Terminated:
@@ -153,26 +136,6 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
-    if name == "run":
-        from thence.cli.run import run_command as command
-    elif name == "recipes":
-        from thence.cli.recipes import recipes_command as command
-    elif name == "methods":
-        from thence.cli.methods import methods_command as command
-    elif name == "compare":
-        from thence.cli.compare import compare_command as command
-    elif name == "check":
-        from thence.cli.check import check_command as command
-    elif name == "sample":
-        from thence.cli.sample import sample_command as command
-    elif name == "report":
-        from thence.cli.report import report_command as command
-    elif name == "eval":
-        from thence.cli.eval import eval_command as command
-    elif name == "audit":
-        from thence.cli.audit import audit_command as command
-    elif name == "doctor":
-        from thence.cli.doctor import doctor as command
-    else:
-        raise UserError(f"unknown command {name!r}", remedy="`thence --help` lists the commands")
-    return command
+    from thence.cli.app import command
+
+    return command(name)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from thence.cli.arguments import Parser, of
+from cyclopts import Group, Parameter
+
+from thence.cli.app import quiet_libraries
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
 from thence.settings.limits import Rate, Seconds, Seed
@@ -22,39 +23,81 @@ if TYPE_CHECKING:
     from thence.audit.report import Report
     from thence.audit.result import CaseResult
 
-USAGE = """\
-thence audit TARGET [--python ENV/bin/python]     a training stack that has an adapter
-thence audit command -- PROGRAM ... {model} ...   any program that reads a Hugging Face folder and a JSONL file
-
-Placeholders of `command`: {model} {data} {out}, and of {micro_batch} {accumulation} {ranks} {epochs} {steps} {lr}
-{seed} {precision} {port} those that the program has. Exit code: 0 no finding, 1 finding, 2 could not judge."""
-OUTPUTS = ("json", "html", "junit")
+PROGRAM = Group("Only for the target `command`", sort_key=9)
 
 
-def audit_command(argv: Sequence[str]) -> int:
-    """Audit, print the report, write the files asked for. Returns 0: no finding; 1: finding; 2: could not judge."""
-    argv = list(argv)
-    program: list[str] = []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, program = argv[:cut], argv[cut + 1 :]
-    args = _parser().parse(argv)
-    if args.target == "list":
+def audit_command(
+    target: str,
+    /,
+    *,
+    python: Annotated[str | None, Parameter(metavar="ENV/bin/python")] = None,
+    quick: bool = False,
+    all_: bool = False,
+    only: Annotated[tuple[str, ...], Parameter(metavar="PART")] = (),
+    model_type: Annotated[str, Parameter(metavar="TYPE")] = "llama",
+    seed: Seed = 0,
+    time_limit: Annotated[Seconds, Parameter(metavar="SECONDS")] = 120.0,
+    keep: Annotated[Path | None, Parameter(metavar="FOLDER")] = None,
+    json_: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    html: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    junit: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    quiet: bool = False,
+    layout: Annotated[str, Parameter(group=PROGRAM, metavar="NAME")] = "prompt-completion",
+    asked: Annotated[str, Parameter(group=PROGRAM, metavar="NAME")] = "token-mean",
+    lr: Annotated[Rate | None, Parameter(group=PROGRAM)] = None,
+    program: Annotated[list[str], Parameter(parse=False)],
+) -> int:
+    """Recover the weight every token got from a trainer's real optimizer steps, and name the fault.
+
+    The target `command` audits any program that reads a Hugging Face folder and a JSONL file; it stands after --. Its
+    placeholders are {model} {data} {out}, and of {micro_batch} {accumulation} {ranks} {epochs} {steps} {lr} {seed}
+    {precision} {port} those that the program has. Exit code: 0 no finding, 1 finding, 2 could not judge.
+
+    Examples:
+
+      thence audit trl-sft --python ENV/bin/python --html audit.html
+      thence audit command -- python train.py {model} {data} {out} --lr {lr}
+
+    Args:
+        target: An adapter's name or file, `command`, or `list` for the adapters' names.
+        python: The Python in which the stack is installed.
+        quick: Only the cases that matter most.
+        all_: Also settings that nobody has by default.
+        only: Only cases with PART in their name. May be given several times.
+        model_type: Family of the tiny model.
+        seed: Seed of the probe.
+        time_limit: Time limit of one case.
+        keep: Keep here what the stack wrote.
+        json_: Write the report as JSON.
+        html: Write the report as a page.
+        junit: Write the report as JUnit XML.
+        quiet: Print nothing; the exit code tells.
+        layout: Layout of {data}: rows, messages, prompt-completion ...
+        asked: The objective that the program is meant to have.
+        lr: Learning rate of the program, if it takes plain SGD steps.
+    """
+    if target == "list":
         return _list()
-    for flag in OUTPUTS:
-        _check_output(f"--{flag}", getattr(args, flag))
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    _refuse_to_write_over(args)
+    files = {kind: path for kind, path in (("json", json_), ("html", html), ("junit", junit)) if path is not None}
+    _check_outputs(files)
+    quiet_libraries()
     console = make_console()
-    live = sys.stdout.isatty() and not args.quiet
-    report = (
-        _program(args, program, console, live) if args.target == "command" else _stack(args, program, console, live)
-    )
+    shared: dict[str, Any] = {
+        "quick": quick,
+        "only": list(only),
+        "model_type": model_type,
+        "seed": seed,
+        "seconds": time_limit,
+        "keep": keep,
+        "tell": _teller(console, sys.stdout.isatty() and not quiet),
+    }
+    if target == "command":
+        report = _program(program, layout=layout, asked=asked, lr=lr, **shared)
+    else:
+        report = _stack(target, program, python=python, extra=all_, **shared)
     # The files first: a pipe that is closed early must not cost them. Nor may a full disk cost what is printed.
-    failed = _write(args, report)
-    if not args.quiet:
+    failed = _write(files, report)
+    if not quiet:
         from thence.audit.text import report_text
 
         # cleaned before it was coloured, so it goes beneath the guard
@@ -65,28 +108,6 @@ def audit_command(argv: Sequence[str]) -> int:
     return report.verdict.exit_code
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="thence audit", usage=USAGE, description=(__doc__ or "").split(": ", 1)[1], add_help=True)
-    parser.add_argument("target", metavar="TARGET", help="an adapter's name or file, `command`, or `list`")
-    parser.add_argument("--python", metavar="PATH", help="the Python in which the stack is installed")
-    parser.add_argument("--quick", action="store_true", help="only the cases that matter most")
-    parser.add_argument("--all", action="store_true", help="also settings that nobody has by default")
-    parser.add_argument("--only", action="append", default=[], metavar="PART", help="cases with PART in their name")
-    parser.add_argument("--model-type", default="llama", metavar="TYPE", help="family of the tiny model")
-    parser.add_argument("--seed", type=of(Seed), default=0, help="of the probe")
-    parser.add_argument("--time-limit", type=of(Seconds), default=120.0, metavar="SECONDS", help="for one case")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what the stack wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the report as JUnit XML")
-    parser.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
-    group = parser.add_argument_group("only for `command`")
-    group.add_argument("--layout", default="prompt-completion", help="of {data}: rows, messages, prompt-completion ...")
-    group.add_argument("--asked", default="token-mean", help="the objective that the program is meant to have")
-    group.add_argument("--lr", type=of(Rate), help="learning rate of the program, if it takes plain SGD steps")
-    return parser
-
-
 def _list() -> int:
     from thence.audit.run.runner import adapter_names
 
@@ -94,43 +115,20 @@ def _list() -> int:
     return 0
 
 
-def _stack(args: argparse.Namespace, program: list[str], console: Console, live: bool) -> Report:
+def _stack(target: str, program: list[str], **settings: Any) -> Report:
     from thence.audit.run.stack import audit_stack
 
     if program:
         raise UserError("a program after -- needs the target `command`", remedy="thence audit command -- PROGRAM ...")
-    return audit_stack(
-        args.target,
-        python=args.python,
-        quick=args.quick,
-        extra=args.all,
-        only=args.only,
-        model_type=args.model_type,
-        seed=args.seed,
-        seconds=args.time_limit,
-        keep=args.keep,
-        tell=_teller(console, live),
-    )
+    return audit_stack(target, **settings)
 
 
-def _program(args: argparse.Namespace, program: list[str], console: Console, live: bool) -> Report:
+def _program(program: list[str], **settings: Any) -> Report:
     from thence.audit.run.program import audit_program
 
     if not program:
         raise UserError("no program was given", remedy="thence audit command -- PROGRAM --model {model} ...")
-    return audit_program(
-        program,
-        layout=args.layout,
-        asked=args.asked,
-        lr=args.lr,
-        quick=args.quick,
-        only=args.only,
-        model_type=args.model_type,
-        seed=args.seed,
-        seconds=args.time_limit,
-        keep=args.keep,
-        tell=_teller(console, live),
-    )
+    return audit_program(program, **settings)
 
 
 def _teller(console: Console, live: bool):
@@ -143,31 +141,25 @@ def _teller(console: Console, live: bool):
     return tell
 
 
-def _check_output(flag: str, path: Path | None) -> None:
-    """Refuse a file that could not be written, before the audit has run. Raises UserError."""
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise UserError("a folder, where a file was expected", remedy="give the path of a file", file=path, field=flag)
-    if flag == "--html" and path.exists() and not path.is_file():  # a page is put in place by renaming
-        raise UserError("not a plain file", remedy="give the path of a file", file=path, field=flag)
-    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        problem = f"cannot be written: {folder} is no folder that you may write to"
-        raise UserError(problem, remedy="make the folder, or give another file", file=path, field=flag)
-
-
-def _refuse_to_write_over(args: argparse.Namespace) -> None:
-    """Raise UserError, before anything is audited, if a report would take the place of a file that is none."""
-    asked = [(kind, getattr(args, kind)) for kind in ("json", "html", "junit") if getattr(args, kind)]
-    for kind, path in asked:
-        if path.is_dir() or sum(other.absolute() == path.absolute() for _, other in asked) > 1:
-            problem = "this is a folder" if path.is_dir() else "two reports would be written into this file"
+def _check_outputs(files: Mapping[str, Path]) -> None:
+    """Refuse, before anything is audited, what cannot be written or is no report. Raises UserError."""
+    for kind, path in files.items():
+        folder = path.absolute().parent
+        there = path.exists()
+        if path.is_dir():
+            problem, remedy = "a folder, where a file was expected", "give the path of a file"
+        elif kind == "html" and there and not path.is_file():  # a page is put in place by renaming
+            problem, remedy = "not a plain file", "give the path of a file"
+        elif not folder.is_dir() or not os.access(path if there else folder, os.W_OK):
+            problem = f"cannot be written: {folder} is no folder that you may write to"
+            remedy = "make the folder, or give another file"
+        elif sum(other.absolute() == path.absolute() for other in files.values()) > 1:
+            problem, remedy = "two reports would be written into this file", "give another file"
         elif path.is_file() and path.stat().st_size and not _is_report(kind, path.read_bytes()):
-            problem = f"the file is there already, and is no {kind} report of an audit"
+            problem, remedy = f"the file is there already, and is no {kind} report of an audit", "give another file"
         else:
             continue
-        raise UserError(problem, remedy="give another file", file=path, field=f"--{kind}")
+        raise UserError(problem, remedy=remedy, file=path, field=f"--{kind}")
 
 
 def _is_report(kind: str, content: bytes) -> bool:
@@ -189,26 +181,18 @@ def _put(path: Path, text: str) -> None:
         write_atomically(path, text)
 
 
-def _write(args: argparse.Namespace, report: Report) -> OSError | None:
+def _write(files: Mapping[str, Path], report: Report) -> OSError | None:
     """Write the files that were asked for, all that can be written. Returns the first error."""
     from thence.audit.junit import junit_xml
     from thence.pages.audit.page import write_page
 
-    def as_json(path: Path) -> None:
-        _put(path, to_json(report.to_dict(), indent=1) + "\n")
-
-    def as_junit(path: Path) -> None:
-        _put(path, junit_xml(report))
-
     failed = None
-    for path, write in (
-        (args.json, as_json),
-        (args.html, lambda path: write_page(report, path)),
-        (args.junit, as_junit),
-    ):
+    for kind, path in files.items():
         try:
-            if path is not None:
-                write(path)
+            if kind == "html":
+                write_page(report, path)
+            else:
+                _put(path, junit_xml(report) if kind == "junit" else to_json(report.to_dict(), indent=1) + "\n")
         except OSError as error:
             failed = failed or error
     return failed

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from thence.cli.arguments import only
-from thence.cli.flags import split_flags
+from cyclopts import Parameter
+
+from thence.cli.app import quiet_libraries
 from thence.errors import UserError
 from thence.recipe import Data, Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = """\
-thence check MODEL [--data FILE] [--table.field value ...]
-thence check RECIPE [--table.field value ...]
-
-  MODEL       a Hugging Face folder or hub name, a run, a GGUF file, world:chain/rich, package:NAME
-  RECIPE      a shipped recipe or a TOML file: all that it names is tried too
-  --data      rows to render: JSONL, Parquet or a hub name; several with commas between
-
-Try on the model itself what training relies on: the step's gradient against plain autograd, packed rows, sampling,
-saving and resuming, end tokens, and one example with the trained tokens marked. Exit code 1: something does not
-hold."""
 PART_WIDTH = 26
 MARKS = {"ok": ("✓", "green"), "refused": ("✗", "red"), "unverified": ("?", "yellow"), "unused": ("–", "yellow")}
 
@@ -71,23 +61,41 @@ class Checked:
             self.unverified.append(part)
 
 
-def check_command(argv: Sequence[str]) -> int:
-    """Print a verdict for each promise. Returns 1 where one does not hold."""
-    positional, on, overrides = split_flags(argv, (), {"--data": "--data.source"})
-    if on:
-        print(HELP)
-        return 0
-    name = only(positional, "thence check takes one model or recipe", HELP.splitlines()[0])
-    sources = str(overrides.get("data.source", ""))
-    if "," in sources and not sources.startswith("["):
-        overrides["data.source"] = sources.split(",")
+def check_command(
+    model: Annotated[str, Parameter(completer=lambda _: [*shipped_recipes()])],
+    /,
+    *,
+    data: Annotated[str | None, Parameter(metavar="FILE,FILE")] = None,
+    overrides: Annotated[dict[str, Any], Parameter(parse=False)],
+) -> int:
+    """Try on the model itself what training relies on.
+
+    The step's gradient against plain autograd, packed rows, sampling, saving and resuming, end tokens, and one example
+    with the trained tokens marked. MODEL is a Hugging Face folder or hub name, a run, a GGUF file, world:chain/rich or
+    package:NAME. It may be a recipe instead, shipped or a TOML file: then all that the recipe names is tried too. Any
+    field of a recipe is a flag; `thence run --fields` lists them. Exit code 1: something does not hold.
+
+    Examples:
+
+      thence check ./my-model --data train.jsonl
+      thence check mine.toml --data.template chat.jinja
+
+    Args:
+        model: What is tried: a model or a recipe.
+        data: Rows to render: JSONL, Parquet or a hub name. Several: with commas between.
+    """
+    if data is not None:
+        if "data.source" in overrides:
+            problem = "the field is given twice, as --data and as --data.source"
+            raise UserError(problem, remedy="give it once", field="--data")
+        overrides["data.source"] = data.split(",") if "," in data and not data.startswith("[") else data
     from rich.text import Text
 
     from thence.terminal import make_console
 
     console = make_console()
-    is_recipe = name in shipped_recipes() or name.endswith(".toml")
-    recipe = load_recipe(name, overrides) if is_recipe else _recipe_of(name, overrides)
+    is_recipe = model in shipped_recipes() or model.endswith(".toml")
+    recipe = load_recipe(model, overrides) if is_recipe else _recipe_of(model, overrides)
     checked = Checked(console)
     if is_recipe:
         _check_recipe(checked, recipe)
@@ -121,14 +129,12 @@ def _check_recipe(checked: Checked, recipe: Recipe) -> None:
 
 def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from thence.rollout.choice import choice_of
     from thence.train.model import load_model
     from thence.train.probe import check_files, check_gradient
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_libraries()
     found: list[Any] = []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -4,85 +4,88 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from thence.cli.arguments import SWITCH, Option, only, read_flag, take_apart
+from cyclopts import Parameter
+
+from thence.cli.parsing import none_given, read_flag
 from thence.errors import UserError
-from thence.settings.annotations import takes
-from thence.settings.limits import Place, Processes, Seed
-
-HELP = """\
-thence compare COMPARISON [--jobs N] [--only ARM,ARM] [--seeds 0,1] [--bases rich] [--folder F] [--dry-run] [--report]
-
-  COMPARISON  a shipped comparison (`thence compare --list`) or a TOML file: arms x bases x seeds at one budget
-  --jobs      processes side by side; default: one a CPU core
-  --threads   threads of each process; default 1
-  --only      run these arms, and those that they come after
-  --seeds     run these of the reported seeds
-  --bases     run from these bases
-  --folder    where everything is kept; default: runs/<name>
-  --dry-run   what would be run, and what is done already
-  --report    write the report of what is there; run nothing
-
-Run the same command again after a crash or Ctrl-C: finished runs are never repeated, others go on from their last
-checkpoint. The report is FOLDER/report.html; the numbers are in results.json, report.json, runs.csv and summary.csv."""
-SWITCHES = ("--dry-run", "--report", "--list", "--fields")
-VALUES = {
-    "--jobs": takes(Processes),
-    "--threads": takes(Processes),
-    "--only": "names of arms, with commas between",
-    "--seeds": "seeds, with commas between",
-    "--bases": "names of bases, with commas between",
-    "--folder": "a folder",
-}
-OPTIONS = {flag: SWITCH for flag in SWITCHES} | {flag: Option(words=words) for flag, words in VALUES.items()}
+from thence.settings.limits import Processes, Seed
 
 
-def compare_command(argv: Sequence[str]) -> int:
-    """Run a comparison, print its tables and the path of its report. Returns 1 where runs failed or are missing."""
-    found = take_apart(argv, OPTIONS)
-    if found.help:
-        print(HELP)
-        return 0
-    on, values = found.given, {flag: found.given[flag][0] for flag in VALUES if flag in found.given}
-    if "--fields" in on:
+def compare_command(
+    comparison: str | None = None,
+    /,
+    *,
+    jobs: Processes | None = None,
+    threads: Processes = 1,
+    only: Annotated[str | None, Parameter(metavar="ARM,ARM")] = None,
+    seeds: Annotated[str | None, Parameter(metavar="0,1")] = None,
+    bases: Annotated[str | None, Parameter(metavar="NAME,NAME")] = None,
+    folder: Path | None = None,
+    dry_run: bool = False,
+    report: bool = False,
+    list_: bool = False,
+    fields: bool = False,
+) -> int:
+    """Compare methods: arms x bases x seeds at one budget, with intervals.
+
+    Run the same command again after a crash or Ctrl-C: finished runs are never repeated, others resume from their last
+    checkpoint. The report is FOLDER/report.html; the numbers are in results.json, report.json, runs.csv and
+    summary.csv. Exit code 1: runs failed or are missing.
+
+    Examples:
+
+      thence compare quick --dry-run
+      thence compare mine.toml --jobs 2 --seeds 0,1
+
+    Args:
+        comparison: A shipped comparison or a TOML file.
+        jobs: Processes side by side. Default: one per CPU core.
+        threads: Threads of each process.
+        only: Run these arms, and those that they come after.
+        seeds: Run these of the reported seeds.
+        bases: Run from these bases.
+        folder: Where everything is kept. Default: runs/NAME.
+        dry_run: Print what would be run, and what is done already.
+        report: Write the report of what is there; run nothing.
+        list_: List the shipped comparisons.
+        fields: List every field of a comparison.
+    """
+    if fields:
         print(_fields())
         return 0
     from thence.compare.recipe import load_comparison, shipped_comparisons
 
-    if "--list" in on:
+    if list_:
         for name in shipped_comparisons():
             print(f"{name:<16} {load_comparison(name).description}")
         return 0
-    name = only(found.positional, "thence compare takes one comparison", "`thence compare --list` lists them")
-    recipe = load_comparison(name)
-    if "--folder" in values:
-        recipe = recipe.model_copy(update={"folder": read_flag("--folder", values["--folder"], Place)})
-    numbers = {flag: read_flag(flag, values[flag], Processes) for flag in ("--jobs", "--threads") if flag in values}
-    arms, bases = _names(values, "--only", recipe.arms), _names(values, "--bases", recipe.bases)
-    seeds = [read_flag("--seeds", text, Seed) for text in _split("--seeds", values.get("--seeds", ""))]
-    if unknown := set(seeds) - set(recipe.seeds):
+    if comparison is None:
+        raise none_given("compare", "comparison")
+    recipe = load_comparison(comparison)
+    if folder is not None:
+        recipe = recipe.model_copy(update={"folder": str(folder)})
+    arms, some_bases = _names("--only", only, recipe.arms), _names("--bases", bases, recipe.bases)
+    some_seeds = [read_flag("--seeds", text, Seed) for text in _split("--seeds", seeds)]
+    if unknown := set(some_seeds) - set(recipe.seeds):
         raise UserError(
             f"not among the comparison's seeds: {sorted(unknown)}", remedy=f"they are {recipe.seeds}", field="--seeds"
         )
-    folder = recipe.path()
-    if "--dry-run" in on:
-        return _dry_run(recipe, arms, seeds, bases)
-    if "--report" in on:
-        return _report(recipe, folder, collect_again=True)
-    _run(recipe, numbers, arms, seeds, bases)
-    return _report(recipe, folder, collect_again=False)
-
-
-def _run(recipe, numbers, arms, seeds, bases) -> None:
+    if dry_run:
+        return _dry_run(recipe, arms, some_seeds, some_bases)
+    if report:
+        return _report(recipe, recipe.path(), collect_again=True)
     from thence.compare.engine import compare
     from thence.compare.live import LiveTable
     from thence.terminal import make_console
 
-    jobs, threads = numbers.get("--jobs", len(os.sched_getaffinity(0))), numbers.get("--threads", 1)
+    jobs = jobs or len(os.sched_getaffinity(0))
     with LiveTable(make_console(), jobs) as watcher:
-        compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=seeds, bases=bases, watcher=watcher)
+        compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=some_seeds, bases=some_bases, watcher=watcher)
+    return _report(recipe, recipe.path(), collect_again=False)
 
 
 def _report(recipe, folder: Path, collect_again: bool) -> int:
@@ -127,7 +130,7 @@ def _dry_run(recipe, arms, seeds, bases) -> int:
     return 0
 
 
-def _split(flag: str, text: str) -> list[str]:
+def _split(flag: str, text: str | None) -> list[str]:
     """The parts of a list with commas. Raises UserError where one is empty or there twice."""
     parts = [part.strip() for part in text.split(",")] if text else []
     if "" in parts or len(set(parts)) < len(parts):
@@ -135,8 +138,8 @@ def _split(flag: str, text: str) -> list[str]:
     return parts
 
 
-def _names(values, flag: str, known) -> list[str]:
-    names = _split(flag, values.get(flag, ""))
+def _names(flag: str, text: str | None, known: Mapping[str, object]) -> list[str]:
+    names = _split(flag, text)
     for name in names:
         if name not in known:
             raise UserError(f"no {name!r} in the comparison", remedy=f"there are: {', '.join(known)}", field=flag)
@@ -144,7 +147,7 @@ def _names(values, flag: str, known) -> list[str]:
 
 
 def _fields() -> str:
-    from thence.cli.flags import describe_section
+    from thence.cli.fields import describe_section
     from thence.compare.recipe import ArmTable, Base, Budget, ComparisonRecipe, Tuning
 
     tables = {"": ComparisonRecipe, "budget": Budget, "bases.NAME": Base, "arms.NAME": ArmTable, "tuning": Tuning}

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from thence.cli.arguments import Parser
 from thence.errors import UserError
 from thence.known_faults import KnownFault, load_known_faults
 from thence.terminal import make_console
@@ -33,22 +34,26 @@ print(json.dumps({"python": platform.python_version(), "executable": sys.executa
 """
 
 
-def doctor(argv: Sequence[str]) -> int:
-    """Print the environment and the known faults of installed versions.
+def doctor_command(
+    *, python: Annotated[str | None, Parameter(metavar="ENV/bin/python")] = None, all_: bool = False
+) -> int:
+    """Print what is installed, and which of it is known to train wrongly. Exit code 1: a known-bad version.
 
-    Returns:
-        1 if an installed version is known bad, else 0.
+    Examples:
+
+      thence doctor
+      thence doctor --python ENV/bin/python
+
+    Args:
+        python: Look at the environment of this Python instead of this one.
+        all_: List also the known faults that are not installed here.
 
     Raises:
-        UserError: the Python given by ``--python`` cannot be run.
+        UserError: that Python cannot be run.
     """
-    parser = Parser(prog="thence doctor", description=(__doc__ or "").split(": ", 1)[1])
-    parser.add_argument("--python", metavar="ENV/bin/python", help="look at another environment instead of this one")
-    parser.add_argument("--all", action="store_true", help="list also the known faults that are not installed here")
-    args = parser.parse(argv)
     console = make_console()
-    if args.python:
-        about, packages = _other_environment(args.python)
+    if python:
+        about, packages = _other_environment(python)
     else:
         about, packages = _this_environment(), _installed()
     faults = load_known_faults()
@@ -57,7 +62,7 @@ def doctor(argv: Sequence[str]) -> int:
     console.print(_verdict(found, packages))
     for fault in found:
         console.print(_card(fault, packages[fault.package]))
-    if args.all:
+    if all_:
         rest = [fault for fault in faults if fault not in found]
         console.print(Text("\nKnown faults that do not match the versions installed here, or name no version:"))
         for fault in rest:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from thence.cli.arguments import Parser, of
+from cyclopts import Group, Parameter
+
+from thence.cli.app import quiet_libraries
 from thence.errors import RecipeError, UserError
 from thence.settings.annotations import type_at
-from thence.settings.limits import Count, Processes, Rows, Seconds
+from thence.settings.limits import Count, Processes, Rows, Seconds, Seed, SomeShare, Temperature, Tokens
 from thence.settings.text_values import parse_value, read_value
 from thence.wording import counted
 
@@ -20,86 +23,127 @@ if TYPE_CHECKING:
 
     from thence.evaluate.backends import Backend
     from thence.evaluate.store import Settings, Store
+    from thence.evaluate.suites import Suite
 
-USAGE = """\
-thence eval MODEL --suite NAME [--data DIR] [--limit N] [--samples K] [--folder OUT]
-       thence eval --endpoint URL [--model-name NAME] --suite NAME ...
-       thence eval --compare A B
-       thence eval --regrade FOLDER [--grader NAME]
-       thence eval --list"""
-EPILOG = """\
-MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
-package:NAME, or a GGUF file. NAME of a suite is one of `thence eval --list`, a TOML file, or a .jsonl or .parquet file.
-Run again after a crash or Ctrl-C: it resumes where it was. `thence sample FOLDER` shows what the model said.
-Exit code 1: done, but a server did not answer some problems; they are counted apart, and the same command asks again.
-An endpoint's URL may hold user:password@, a query, and ${NAME} for an environment variable: none of it is kept."""
-FIELDS = ("samples", "temperature", "top_p", "max_tokens", "seed", "grader", "template", "system")
+ONLY_SERVED = "the only one served"
+KEY_VARIABLE = "OPENAI_API_KEY"
+BackendName = Literal["native", "vllm", "endpoint"]
 
 
-def eval_command(argv: Sequence[str]) -> int:
-    """Run, compare, regrade or list."""
-    args = _parser().parse(argv)
-    if args.list:
+@Parameter(name="*", group=Group("Fields of all tasks (default: those of the suite)", sort_key=3))
+@dataclass(frozen=True, kw_only=True)
+class TaskFields:
+    """What is set for every task of the suite.
+
+    Args:
+        tasks: Only these tasks.
+        samples: Responses for each problem.
+        temperature: Sampling temperature. 0 is greedy.
+        top_p: Nucleus sampling. 1: off.
+        max_tokens: Longest response.
+        seed: Seed of sampling.
+        grader: exact, math, math-after-think, math-boxed, or your own function.
+        template: own, question, boxed, letter, steps, or a text with {question}.
+        system: System message. It may be empty.
+    """
+
+    tasks: Annotated[str | None, Parameter(metavar="A,B")] = None
+    samples: Rows | None = None
+    temperature: Temperature | None = None
+    top_p: SomeShare | None = None
+    max_tokens: Tokens | None = None
+    seed: Seed | None = None
+    grader: Annotated[str | None, Parameter(metavar="NAME")] = None
+    template: Annotated[str | None, Parameter(metavar="NAME")] = None
+    system: Annotated[str | None, Parameter(metavar="TEXT")] = None
+
+
+@Parameter(name="*", group=Group("What generates", sort_key=4))
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """What generates the responses.
+
+    Args:
+        backend: Default: native, or endpoint where --endpoint is given.
+        chat_template: own, none, or a Jinja file.
+        template_variable: A variable of the chat template, for example enable_thinking=false.
+        gguf_file: A GGUF file inside MODEL.
+        rows: Responses sampled side by side by the native backend. Default: 64.
+        vllm: A setting of vLLM, see docs/vllm.md.
+        endpoint: An OpenAI-compatible server. Passwords in the address and ${NAME} of the environment are not kept.
+        model_name: The model's name on the server.
+        key_variable: The environment variable that holds the server's API key. Default: OPENAI_API_KEY.
+        concurrency: Requests under way at a time.
+        timeout: Longest time for a response.
+    """
+
+    backend: BackendName | None = None
+    chat_template: Annotated[str, Parameter(metavar="NAME")] = "own"
+    template_variable: Annotated[tuple[str, ...], Parameter(metavar="NAME=VALUE")] = ()
+    gguf_file: Annotated[str | None, Parameter(metavar="NAME")] = None
+    rows: Rows | None = None
+    vllm: Annotated[tuple[str, ...], Parameter(metavar="FIELD=VALUE")] = ()
+    endpoint: Annotated[str | None, Parameter(metavar="URL")] = None
+    model_name: Annotated[str | None, Parameter(metavar="NAME")] = None
+    key_variable: Annotated[str | None, Parameter(metavar="NAME")] = None
+    concurrency: Processes = 8
+    timeout: Annotated[Seconds, Parameter(metavar="SECONDS")] = 600.0
+
+    def kind(self) -> BackendName:
+        """The backend's name."""
+        return self.backend or ("endpoint" if self.endpoint else "native")
+
+
+INSTEAD = Group("Instead of measuring", sort_key=5)
+
+
+def eval_command(
+    model: str | None = None,
+    /,
+    *,
+    suite: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    data: Annotated[Path | None, Parameter(metavar="FOLDER")] = None,
+    limit: Count | None = None,
+    folder: Annotated[Path | None, Parameter(metavar="FOLDER")] = None,
+    set_: Annotated[tuple[str, ...], Parameter(metavar="[TASK.]FIELD=VALUE")] = (),
+    fields: TaskFields = TaskFields(),
+    generator: Generator = Generator(),
+    compare: Annotated[tuple[str, str] | None, Parameter(group=INSTEAD, metavar="A B")] = None,
+    regrade: Annotated[str | None, Parameter(group=INSTEAD, metavar="FOLDER")] = None,
+    list_: Annotated[bool, Parameter(group=INSTEAD)] = False,
+) -> int:
+    """Measure a model on benchmarks, compare two evaluations, grade one again.
+
+    MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
+    package:NAME, or a GGUF file. Run the same command again after a crash or Ctrl-C: it resumes. `thence sample FOLDER`
+    shows what the model said. Exit code 1: done, but a server did not answer some problems; they are counted apart, and
+    the same command asks again.
+
+    Examples:
+
+      thence eval runs/mine --suite gsm8k --limit 100
+      thence eval --endpoint http://host:8000/v1 --suite mine.jsonl --grader exact
+      thence eval --compare evals/gsm8k-base evals/gsm8k-mine
+
+    Args:
+        model: What is measured.
+        suite: The benchmarks: a name of --list, a TOML file, or a .jsonl or .parquet file.
+        data: Folder (or file) with the benchmarks' data. Default: the hub.
+        limit: Only the first problems of every task.
+        folder: Where everything is kept. Default: evals/SUITE-MODEL.
+        set_: Any other field of the tasks.
+        compare: Two evaluations: paired differences, B minus A.
+        regrade: Grade an evaluation again without generating, with --grader or each task's own grader.
+        list_: List the shipped suites.
+    """
+    if list_:
         return _list()
-    if args.compare:
-        return _compare(args)
-    if args.regrade:
-        return _regrade(args)
-    return _evaluate(args)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="thence eval",
-        usage=USAGE,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.may_be_empty = frozenset({"--system"})
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="what is measured")
-    add("--suite", metavar="NAME", help="the benchmarks")
-    add("--data", metavar="DIR", type=Path, help="folder (or file) with the benchmarks' data; default: the hub")
-    add("--limit", metavar="N", type=of(Count), help="only the first N problems of every task")
-    add("--folder", metavar="OUT", type=Path, help="where everything is kept; default: evals/SUITE-MODEL")
-    add("--set", metavar="[TASK.]FIELD=VALUE", action="append", default=[], help="any other field of the tasks")
-    tasks = parser.add_argument_group("fields of all tasks (default: the suite's)")
-    tasks.add_argument("--tasks", metavar="A,B", help="only these tasks")
-    tasks.add_argument("--samples", metavar="K", help="responses for each problem")
-    tasks.add_argument("--temperature", metavar="T", help="of sampling; 0 is greedy")
-    tasks.add_argument("--top-p", metavar="P", help="nucleus sampling; 1: off")
-    tasks.add_argument("--max-tokens", metavar="N", help="longest response")
-    tasks.add_argument("--seed", metavar="N", help="of sampling")
-    tasks.add_argument("--grader", metavar="NAME", help="exact, math, math-after-think, math-boxed, your own function")
-    tasks.add_argument("--template", metavar="NAME", help="own, question, boxed, letter, steps or text with {question}")
-    tasks.add_argument("--system", metavar="TEXT", help="system message")
-    backend = parser.add_argument_group("what generates")
-    backend.add_argument("--backend", choices=("native", "vllm", "endpoint"), help="default: native, or endpoint")
-    backend.add_argument("--chat-template", metavar="NAME", default="own", help="own, none, or a Jinja file")
-    backend.add_argument(
-        "--template-variable",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="a variable of the chat template, for example enable_thinking=false",
-    )
-    backend.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside MODEL")
-    backend.add_argument("--rows", metavar="N", type=of(Rows), help="responses sampled side by side (native; 64)")
-    backend.add_argument(
-        "--vllm", metavar="FIELD=VALUE", action="append", default=[], help="a setting of vLLM, see docs/vllm.md"
-    )
-    backend.add_argument(
-        "--endpoint", metavar="URL", help="an OpenAI-compatible server, for example http://host:8000/v1"
-    )
-    backend.add_argument("--model-name", metavar="NAME", help="the model's name on the server")
-    backend.add_argument("--key-variable", metavar="NAME", default="OPENAI_API_KEY", help="holds the server's API key")
-    backend.add_argument("--concurrency", metavar="N", type=of(Processes), default=8, help="requests under way (8)")
-    backend.add_argument("--timeout", metavar="S", type=of(Seconds), default=600.0, help="seconds for a response (600)")
-    other = parser.add_argument_group("instead of measuring")
-    other.add_argument("--compare", metavar=("A", "B"), nargs=2, help="two evaluations: paired differences, B minus A")
-    other.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation again without generating")
-    other.add_argument("--list", action="store_true", help="list the shipped suites")
-    return parser
+    if compare:
+        return _compare(compare, suite, fields.grader)
+    if regrade:
+        return _regrade(regrade, fields.grader)
+    settings = _settings(model, _suite(suite, fields, set_), data, limit, generator)
+    return _evaluate(settings, folder, generator)
 
 
 def _list() -> int:
@@ -115,27 +159,26 @@ def _list() -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> int:
     from thence.evaluate.problems import load_problems
     from thence.evaluate.progress import Terminal
     from thence.evaluate.run import evaluate
     from thence.terminal import logging_to, make_console
 
-    settings = _settings(args)
-    folder = args.folder or Path("evals") / _folder_name(settings)
-    problems = {name: load_problems(task, args.data, args.limit) for name, task in settings.tasks.items()}
+    folder = folder or Path("evals") / _folder_name(settings)
+    data = None if settings.data is None else Path(settings.data)
+    problems = {name: load_problems(task, data, settings.limit) for name, task in settings.tasks.items()}
     console = make_console()
-    console.print(
-        f"{settings.suite}: {counted(sum(map(len, problems.values())), 'problem')}, into {folder}", highlight=False
-    )
+    count = counted(sum(map(len, problems.values())), "problem")
+    console.print(f"{settings.suite}: {count}, into {folder}", highlight=False)
     try:
         with logging_to(console), Terminal(console) as watcher:
             store = evaluate(
                 settings,
                 problems,
                 folder,
-                _backend_maker(args, settings),
-                environment=lambda: _environment(args.endpoint),
+                lambda: _backend(settings, generator),
+                environment=lambda: _environment(generator.endpoint),
                 watcher=watcher,
             )
     except KeyboardInterrupt:
@@ -157,52 +200,72 @@ def _notice(store: Store) -> int:
     return 1 if count else 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _suite(name: str | None, fields: TaskFields, assigned: Sequence[str]) -> Suite:
+    """The suite with the fields that were set. Raises UserError, which names the flag that was typed."""
+    from thence.evaluate.suites import load_suite
+
+    if not name:
+        raise UserError("which benchmarks?", remedy="give --suite NAME; see `thence eval --list`", field="--suite")
+    by_flag = {field: value for field, value in vars(fields).items() if value is not None}
+    if fields.tasks is not None:
+        by_flag["tasks"] = fields.tasks.split(",")
+    by_set = dict(_assignment(text) for text in assigned)
+    try:
+        return load_suite(name, by_flag | by_set)
+    except RecipeError as error:
+        if error.field in by_set:
+            flag = f"--set {error.field}"
+        elif error.field in by_flag:
+            flag = f"--{error.field.replace('_', '-')}"
+        else:
+            raise
+        raise RecipeError(error.problem, remedy=error.remedy, field=flag) from None
+
+
+def _settings(model: str | None, suite: Suite, data: Path | None, limit: int | None, generator: Generator) -> Settings:
     from thence.evaluate.origin import find_model
     from thence.evaluate.store import Settings
-    from thence.evaluate.suites import load_suite
     from thence.http_client import shown_address
 
-    if not args.suite:
-        raise UserError("which benchmarks?", remedy="give --suite NAME; see `thence eval --list`", field="--suite")
-    backend = args.backend or ("endpoint" if args.endpoint else "native")
-    if (backend == "endpoint") != bool(args.endpoint):
+    backend, endpoint = generator.kind(), generator.endpoint
+    served = backend == "endpoint"
+    if served != bool(endpoint):
         remedy = "give --endpoint URL for a server, or leave it out"
         raise UserError(f"--backend {backend} and --endpoint do not go together", remedy=remedy, field="--endpoint")
-    name = (args.model_name or args.model) if backend == "endpoint" else args.model
-    if backend != "endpoint" and args.model_name:
+    name = (generator.model_name or model) if served else model
+    if not served and generator.model_name:
         raise UserError("--model-name is for servers", remedy="leave it out", field="--model-name")
-    if not name and backend != "endpoint":
+    if not name and not served:
         raise UserError("which model?", remedy="thence eval MODEL --suite NAME", field="MODEL")
-    overrides: dict[str, Any] = {f: value for f in FIELDS if (value := getattr(args, f)) is not None}
-    overrides |= dict(_assignment(text) for text in args.set)
-    if args.tasks:
-        overrides["tasks"] = args.tasks.split(",")
-    if args.endpoint:
-        from thence.evaluate.endpoint import server_address
-
-        server_address(args.endpoint)  # a wrong one is said before data are read
-    try:
-        suite = load_suite(args.suite, overrides)
-    except RecipeError as error:
-        if error.field not in overrides:
-            raise
-        flag = f"--{error.field.replace('_', '-')}" if error.field in FIELDS else f"--set {error.field}"
-        raise RecipeError(error.problem, remedy=error.remedy, field=flag) from None
-    model, stage = find_model(name, args.gguf_file) if name and backend != "endpoint" else (None, None)
+    _check_server(generator)
+    found, stage = find_model(name, generator.gguf_file) if name and not served else (None, None)
     return Settings(
-        model=name or "the only one served",
+        model=name or ONLY_SERVED,
         stage=stage,
-        gguf_file=model.gguf_file if model else None,
+        gguf_file=found.gguf_file if found else None,
         backend=backend,
-        endpoint=shown_address(args.endpoint) if args.endpoint else None,
-        chat_template=args.chat_template,
-        template_variables=_variables(args),
+        endpoint=shown_address(endpoint) if endpoint else None,
+        chat_template=generator.chat_template,
+        template_variables=_variables(generator),
         suite=suite.name,
-        data=None if args.data is None else str(args.data),
-        limit=args.limit,
+        data=None if data is None else str(data),
+        limit=limit,
         tasks={task.name: task for task in suite.tasks},
     )
+
+
+def _check_server(generator: Generator) -> None:
+    """Raise UserError for an address or a key that cannot be used, before data are read."""
+    if generator.endpoint:
+        from thence.evaluate.endpoint import server_address
+
+        server_address(generator.endpoint)
+    if generator.key_variable and not os.environ.get(generator.key_variable):
+        raise UserError(
+            f"the environment variable {generator.key_variable} is not set",
+            remedy="set it to the server's API key, or leave the flag out",
+            field="--key-variable",
+        )
 
 
 def _assignment(text: str, flag: str = "--set") -> tuple[str, str]:
@@ -212,8 +275,8 @@ def _assignment(text: str, flag: str = "--set") -> tuple[str, str]:
     return name, value
 
 
-def _variables(args: argparse.Namespace) -> dict[str, Any]:
-    pairs = (_assignment(text, "--template-variable") for text in args.template_variable)
+def _variables(generator: Generator) -> dict[str, Any]:
+    pairs = (_assignment(text, "--template-variable") for text in generator.template_variable)
     return {name: parse_value(value) for name, value in pairs}
 
 
@@ -221,43 +284,43 @@ def _folder_name(settings: Settings) -> str:
     from thence.evaluate.origin import short_name
 
     name = settings.model
-    if settings.endpoint and name == "the only one served":
+    if settings.endpoint and name == ONLY_SERVED:
         scheme, _, place = settings.endpoint.partition("?")[0].partition("://")
         name = f"{scheme}://{place.rpartition('@')[2]}"
     stage = f"-{settings.stage}" if settings.stage and not settings.model.endswith(f":{settings.stage}") else ""
     return f"{settings.suite}-{short_name(name or '')}{stage}"
 
 
-def _backend_maker(args: argparse.Namespace, settings: Settings) -> Callable[[], Backend]:
-    """How the backend is opened, when it turns out to be needed."""
+def _backend(settings: Settings, generator: Generator) -> Backend:
+    if settings.backend == "endpoint":
+        from thence.evaluate.endpoint import EndpointBackend, EndpointSettings
 
-    def make() -> Backend:
-        if settings.backend == "endpoint":
-            from thence.evaluate.endpoint import EndpointBackend, EndpointSettings
+        name = None if settings.model == ONLY_SERVED else settings.model
+        return EndpointBackend(
+            EndpointSettings(
+                generator.endpoint or "",
+                name,
+                generator.key_variable or KEY_VARIABLE,
+                generator.concurrency,
+                generator.timeout,
+            ),
+            settings.template_variables,
+        )
+    from thence.evaluate.origin import find_model
 
-            return EndpointBackend(
-                EndpointSettings(
-                    args.endpoint, args.model_name or args.model, args.key_variable, args.concurrency, args.timeout
-                ),
-                settings.template_variables,
-            )
-        from thence.evaluate.origin import find_model
+    quiet_libraries()
+    model, _ = find_model(settings.model, settings.gguf_file)
+    if settings.backend == "vllm":
+        from thence.evaluate.vllm_backend import VllmBackend
+        from thence.rollout.vllm.settings import VllmSettings, vllm_settings
 
-        _quiet_libraries()
-        model, _ = find_model(settings.model, settings.gguf_file)
-        if settings.backend == "vllm":
-            from thence.evaluate.vllm_backend import VllmBackend
-            from thence.rollout.vllm.settings import VllmSettings, vllm_settings
+        given = [_assignment(text, "--vllm") for text in generator.vllm]
+        table = {name: read_value(value, type_at(VllmSettings, [name])) for name, value in given}
+        vllm = vllm_settings(table, "--vllm")
+        return VllmBackend(model, settings.chat_template, vllm, settings.template_variables)
+    from thence.evaluate.native_backend import ROWS, NativeBackend
 
-            given = [_assignment(text, "--vllm") for text in args.vllm]
-            table = {name: read_value(value, type_at(VllmSettings, [name])) for name, value in given}
-            vllm = vllm_settings(table, "--vllm")
-            return VllmBackend(model, settings.chat_template, vllm, settings.template_variables)
-        from thence.evaluate.native_backend import ROWS, NativeBackend
-
-        return NativeBackend(model, settings.chat_template, args.rows or ROWS, settings.template_variables)
-
-    return make
+    return NativeBackend(model, settings.chat_template, generator.rows or ROWS, settings.template_variables)
 
 
 def _environment(endpoint: str | None) -> dict[str, Any]:
@@ -273,15 +336,21 @@ def _environment(endpoint: str | None) -> dict[str, Any]:
     return facts
 
 
-def _regrade(args: argparse.Namespace) -> int:
+def _regrade(name: str, grader: str | None) -> int:
     from thence.evaluate.progress import Terminal
     from thence.evaluate.run import regrade
     from thence.terminal import logging_to, make_console
 
     console = make_console()
-    with logging_to(console), Terminal(console) as watcher:
-        store = regrade(_existing(args.regrade).folder, args.grader, watcher)
-    return _present(console, store, args.grader)
+    try:
+        with logging_to(console), Terminal(console) as watcher:
+            store = regrade(_existing(name).folder, grader, watcher)
+    except UserError as error:
+        if error.field != "reward":
+            raise
+        flag = "--grader" if grader else "grader"
+        raise UserError(error.problem, remedy=error.remedy, file=error.file, line=error.line, field=flag) from None
+    return _present(console, store, grader)
 
 
 def _present(console: Console, store: Store, grader: str | None = None) -> int:
@@ -305,14 +374,14 @@ def _present(console: Console, store: Store, grader: str | None = None) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare(names: tuple[str, str], suite: str | None, grader: str | None) -> int:
     from thence.evaluate.summary import compare
     from thence.pages.evaluation.tables import comparison_table
     from thence.pages.terminal import with_notes
     from thence.terminal import make_console
 
-    a, b = (_existing(name, args.suite) for name in args.compare)
-    make_console().print(with_notes(comparison_table(compare(a, b, args.grader))))
+    a, b = (_existing(name, suite) for name in names)
+    make_console().print(with_notes(comparison_table(compare(a, b, grader))))
     return 0
 
 
@@ -329,11 +398,3 @@ def _existing(name: str, suite: str | None = None) -> Store:
             return Store(folder)
     hint = "" if suite else ", or name models and say --suite"
     raise UserError("no evaluation here", remedy=f"give the folder that `thence eval` printed{hint}", file=name)
-
-
-def _quiet_libraries() -> None:
-    """transformers' own bars would break ours."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

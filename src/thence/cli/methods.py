@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from typing import Annotated
 
-from thence.cli.arguments import only, take_apart
+from cyclopts import Parameter
+
 from thence.errors import UserError
 from thence.methods.registry import methods
 
 
-def methods_command(argv: Sequence[str]) -> int:
-    """List the methods, or explain one."""
-    found = take_apart(argv, {})
-    if found.help:
-        print("thence methods [NAME]\n\nList the training methods, or explain one.")
-        return 0
+def methods_command(name: Annotated[str | None, Parameter(completer=lambda _: [*methods()])] = None, /) -> int:
+    """List the training methods, or explain one.
+
+    Examples:
+
+      thence methods
+      thence methods dapo
+
+    Args:
+        name: The method to explain.
+    """
     known = methods()
-    if not found.positional:
+    if name is None:
         for name, method in known.items():
             print(f"{name:<14} {method.stage:<4} {method.exactness:<15} {method.formula}\n{'':<34} {method.source}")
         return 0
-    name = only(found.positional, "thence methods explains one method", "`thence methods` lists them")
     if name not in known:
         raise UserError(f"unknown method {name!r}", remedy=f"use one of {', '.join(known)}")
     method = known[name]

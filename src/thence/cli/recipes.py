@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated
 
-from thence.cli.arguments import only, take_apart
+from cyclopts import Parameter
+
 from thence.errors import UserError
 from thence.recipe import load_recipe, shipped_recipes
 
 
-def recipes_command(argv: Sequence[str]) -> int:
-    """List the shipped recipes, or print one's file."""
-    found = take_apart(argv, {})
-    if found.help:
-        print("thence recipes [NAME]\n\nList the shipped recipes, or print one's file.")
-        return 0
+def recipes_command(name: Annotated[str | None, Parameter(completer=lambda _: [*shipped_recipes()])] = None, /) -> int:
+    """List the recipes that come with thence, or print the file of one.
+
+    Examples:
+
+      thence recipes
+      thence recipes quickstart > mine.toml
+
+    Args:
+        name: The recipe to print.
+    """
     shipped = shipped_recipes()
-    if found.positional:
-        name = only(found.positional, "thence recipes prints one recipe", "`thence recipes` lists them")
+    if name is not None:
         if name not in shipped:
             raise UserError(f"no shipped recipe {name!r}", remedy=f"use one of {', '.join(shipped)}")
         print(shipped[name].read_text(encoding="utf-8"), end="")

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from thence.cli.arguments import only, take_apart
 from thence.errors import UserError
 
-HELP = "thence report RUN\n\nWrite a run's report page again and print its table."
 
+def report_command(run: str, /) -> int:
+    """Write the report page of a run again and print its table.
 
-def report_command(argv: Sequence[str]) -> int:
-    """Write a run's report page again and print its table."""
-    found = take_apart(argv, {})
-    if found.help:
-        print(HELP)
-        return 0
-    name = only(found.positional, "thence report takes one run folder", "thence report runs/quickstart-seed0")
+    Example:
+
+      thence report runs/quickstart-seed0
+
+    Args:
+        run: The folder that `thence run` printed, or its name under runs/.
+    """
     from thence.pages.run.page import write_page
     from thence.pages.run.tables import results_table
     from thence.pages.terminal import with_notes
     from thence.pipeline.run_files import read_run
     from thence.terminal import make_console
 
-    folder = existing_run(name, to_write=True)
+    folder = existing_run(run, to_write=True)
     page = write_page(folder)
     console = make_console()
     console.print(with_notes(results_table(read_run(folder))))

@@ -5,73 +5,69 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from thence.cli.arguments import only
-from thence.cli.flags import describe_fields, split_flags
+from cyclopts import Parameter
+
+from thence.cli.app import quiet_libraries
+from thence.cli.parsing import none_given
 from thence.errors import UserError
 from thence.files import read_json
-from thence.recipe import Recipe, load_recipe
+from thence.recipe import Recipe, load_recipe, shipped_recipes
 from thence.redaction import redacted_values
 from thence.toml import to_toml
 
 if TYPE_CHECKING:
     from thence.pipeline.prompts import RenderedPrompts
 
-HELP = """\
-thence run RECIPE [--table.field value ...] [--dry-run] [--repeat STAGE] [--restart]
 
-  RECIPE      a shipped recipe (`thence recipes`) or a TOML file
-  --dry-run   try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop
-  --repeat    set this stage aside and run it again, with the settings of now; for several: --repeat a,b
-  --restart   remove what an earlier run wrote into the folder, and begin anew
-  --fields    list every field of a recipe, with its default, and what may change when a run is resumed
+def run_command(
+    recipe: Annotated[str | None, Parameter(completer=lambda _: [*shipped_recipes()])] = None,
+    /,
+    *,
+    dry_run: bool = False,
+    repeat: Annotated[tuple[str, ...], Parameter(metavar="STAGE")] = (),
+    restart: bool = False,
+    fields: bool = False,
+    overrides: Annotated[dict[str, Any], Parameter(parse=False)],
+) -> int:
+    """Run a recipe, or resume it where it stopped; print its table and the path of its report.
 
-Fields: --sft.lr 2e-5, --rl.steps 50, --data.source train.jsonl, --data.skip-bad, --seed 1, --folder runs/mine.
-Tables: --data.columns question=problem,answer=solution, or the flag once for each.
-Run again after a crash or Ctrl-C: it resumes where it was.
-Several processes: torchrun --nproc-per-node N -m thence run RECIPE"""
-SWITCHES = ("--dry-run", "--restart", "--fields")
+    Any field of a recipe is a flag; --fields lists them. A field that is true or false needs no value. A table takes
+    entries: --data.columns question=problem,answer=solution, or the flag once for each entry. Run the same command
+    again after a crash or Ctrl-C: it resumes.
 
+    Examples:
 
-def run_command(argv: Sequence[str]) -> int:
-    """Run a recipe and print its table and the path of its report."""
-    argv, repeat = _repeated(argv)
-    positional, on, overrides = split_flags(argv, SWITCHES)
-    if "--help" in on:
-        print(HELP)
-        return 0
-    if "--fields" in on:
+      thence run quickstart
+      thence run mine.toml --sft.lr 1e-5 --rl.steps 4 --data.source train.jsonl
+      thence run mine.toml --dry-run
+      torchrun --nproc-per-node 2 -m thence run mine.toml
+
+    Args:
+        recipe: A shipped recipe (`thence recipes`) or a TOML file.
+        dry_run: Try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop.
+        repeat: Set this stage aside and run it again, with the settings of now. Several: --repeat a,b.
+        restart: Remove what an earlier run wrote into the folder, and start again.
+        fields: List every field of a recipe with its default, and what may change when a run is resumed.
+    """
+    if fields:
+        from thence.cli.fields import describe_fields
         from thence.pipeline.changes import describe_rules
 
         print(f"{describe_fields()}\n\n{describe_rules()}")
         return 0
-    name = only(positional, "thence run takes one recipe", "`thence recipes` lists the shipped ones")
-    recipe = load_recipe(name, overrides)
-    restart = "--restart" in on
-    if restart and repeat:
+    if recipe is None:
+        raise none_given("run", "recipe")
+    loaded, stages = load_recipe(recipe, overrides), [part.strip() for text in repeat for part in text.split(",")]
+    if not all(stages):
+        raise UserError("it names no stage", remedy="write --repeat STAGE, for example eval", field="--repeat")
+    if restart and stages:
         raise UserError("--restart and --repeat do not go together", remedy="give one of them", field="--repeat")
-    return dry_run(recipe, restart, repeat) if "--dry-run" in on else execute(recipe, restart, repeat)
+    return plan_run(loaded, restart, stages) if dry_run else execute(loaded, restart, stages)
 
 
-def _repeated(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take ``--repeat STAGE`` out of a command line. Raises UserError where it names no stage."""
-    rest: list[str] = []
-    stages: list[str] = []
-    given = iter(argv)
-    for argument in given:
-        name, equals, value = argument.partition("=")
-        if name != "--repeat":
-            rest.append(argument)
-            continue
-        named = [part.strip() for part in (value if equals else next(given, "")).split(",")]
-        if not all(named) or named[0].startswith("-"):
-            raise UserError("it names no stage", remedy="write --repeat STAGE, for example eval", field="--repeat")
-        stages += named
-    return rest, stages
-
-
-def dry_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
+def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
     """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
     from thence.accounting.budget import plan
     from thence.pages.plan import plan_view
@@ -82,7 +78,7 @@ def dry_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -
 
     console = make_console()
     print(to_toml(redacted_values(recipe.resolved())))  # not through rich: a recipe must not be wrapped
-    _quiet_libraries()
+    quiet_libraries()
     ranks = rank_variable("WORLD_SIZE")
     prompts = RenderedPrompts()
     findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
@@ -111,7 +107,7 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
 
     console = make_console()
     leads = rank_variable("RANK") == 0
-    _quiet_libraries()
+    quiet_libraries()
     with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
@@ -156,11 +152,3 @@ def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:
         "mean_prompt_tokens": sum(len(p.token_ids) for p in rows) / len(rows),
         "mean_response_tokens": sum(responses) / len(responses) if responses else None,
     }
-
-
-def _quiet_libraries() -> None:
-    """transformers' own bars would break ours."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from thence.cli.arguments import Option, only, read_flag, take_apart
 from thence.cli.report import existing_run
 from thence.errors import UserError
 from thence.foreign_text import clean
@@ -17,45 +18,55 @@ from thence.settings.limits import Rows
 from thence.terminal import make_console
 from thence.wording import json_kind
 
-HELP = """\
-thence sample FOLDER [--n 5] [--verdict right|wrong|graded|unknown] [--stage NAME]
-                     [--task NAME] [--problem KEY] [--grader NAME]
-
-Print prompts with the model's responses and verdicts: of a run (--stage), or of an evaluation (--task; --problem with
-the first letters of a problem's key shows its samples; --grader letter shows the lenient letter rule)."""
 COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
-OF_RUNS, OF_EVALUATIONS = ("--stage",), ("--task", "--problem", "--grader")
-OPTIONS = ("--n", "--verdict", *OF_RUNS, *OF_EVALUATIONS)
-VERDICTS = ("right", "wrong", "graded", "unknown", "ungraded")
+Verdict = Literal["right", "wrong", "graded", "unknown", "ungraded"]
 
 
-def sample_command(argv: Sequence[str]) -> int:
-    """Print kept samples of a run's stages or an evaluation's tasks."""
-    found = take_apart(argv, {option: Option() for option in OPTIONS})
-    if found.help:
-        print(HELP)
-        return 0
-    chosen = {flag: values[0] for flag, values in found.given.items()}
-    name = only(found.positional, "thence sample takes one run or evaluation", HELP.splitlines()[0])
-    n = read_flag("--n", chosen.get("--n", "5"), Rows)
-    if chosen.get("--verdict", "right") not in VERDICTS:
-        raise UserError("no such verdict", remedy=f"give one of {', '.join(VERDICTS)}", field="--verdict")
-    evaluation = _evaluation(name)
-    folder = evaluation or existing_run(name)
-    for option in OF_RUNS if evaluation else OF_EVALUATIONS:
-        if option in chosen:
+def sample_command(
+    folder: str,
+    /,
+    *,
+    n: Rows = 5,
+    verdict: Verdict | None = None,
+    stage: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    task: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    problem: Annotated[str | None, Parameter(metavar="KEY")] = None,
+    grader: Annotated[str | None, Parameter(metavar="NAME")] = None,
+) -> int:
+    """Show prompts with the model's responses and verdicts, of a run or of an evaluation.
+
+    Examples:
+
+      thence sample runs/quickstart-seed0 --verdict wrong
+      thence sample evals/gsm8k-mine --task gsm8k --n 3
+
+    Args:
+        folder: A run or an evaluation: its path, or its name under runs/ or evals/.
+        n: Samples of each stage or task.
+        verdict: Only samples with this verdict.
+        stage: Of a run: only this stage.
+        task: Of an evaluation: only this task.
+        problem: Of an evaluation: the first letters of a problem's key.
+        grader: Of an evaluation: verdicts of another grader; letter is the lenient letter rule.
+    """
+    evaluation = _evaluation(folder)
+    place = evaluation or existing_run(folder)
+    of_runs, of_evaluations = {"--stage": stage}, {"--task": task, "--problem": problem, "--grader": grader}
+    for flag, value in (of_runs if evaluation else of_evaluations).items():
+        if value is not None:
             kind = "an evaluation" if evaluation else "a run"
-            raise UserError(f"{option} is not for {kind}", remedy="leave it out", file=folder, field=option)
+            raise UserError(f"{flag} is not for {kind}", remedy="leave it out", file=place, field=flag)
     console, shown = make_console(verbatim=True), 0
-    for part, lines in _evaluated(folder, chosen) if evaluation else _run(folder, chosen.get("--stage")):
-        fitting = [line for line in lines if chosen.get("--verdict") in (None, line["verdict"])]
+    for part, lines in _evaluated(place, task, problem or "", grader) if evaluation else _run(place, stage):
+        fitting = [line for line in lines if verdict in (None, line["verdict"])]
         # spread over the file, so that every split and temperature has its turn
         for line in fitting[:: max(1, len(fitting) // n)][:n]:
             _show(console, part, line)
             shown += 1
     if not shown:
-        given = ", ".join(option for option in chosen if option != "--n") or "the filters"
-        raise UserError("no such samples", remedy=f"leave out {given}", file=folder)
+        chosen = of_runs | of_evaluations | {"--verdict": verdict}
+        given = ", ".join(flag for flag, value in chosen.items() if value is not None) or "the filters"
+        raise UserError("no such samples", remedy=f"leave out {given}", file=place)
     return 0
 
 
@@ -89,21 +100,20 @@ def _evaluation(name: str) -> Path | None:
     return next((f for f in (Path(name), Path("evals") / name) if (f / "evaluation.toml").is_file()), None)
 
 
-def _evaluated(folder: Path, chosen: dict[str, str]) -> Iterator[tuple[str, list[dict]]]:
+def _evaluated(folder: Path, wanted: str | None, problem: str, grader: str | None) -> Iterator[tuple[str, list[dict]]]:
     """The samples of an evaluation with their last grades, task by task. Raises UserError."""
     from thence.evaluate.store import Store
 
     store = Store(folder)
     tasks = store.settings().tasks
-    wanted = chosen.get("--task")
     if wanted is not None and wanted not in tasks:
         raise UserError(f"no task {wanted!r} here", remedy=f"tasks: {', '.join(tasks)}", file=folder, field="--task")
     for name in [wanted] if wanted is not None else tasks:
-        grades = store.graded(name, chosen.get("--grader", tasks[name].grader))
+        grades = store.graded(name, grader or tasks[name].grader)
         lines = []
         for sample in store.samples(name):
             grade = grades.get(sample.place)
-            if not sample.problem.startswith(chosen.get("--problem", "")):
+            if not sample.problem.startswith(problem):
                 continue
             lines.append(
                 {

@@ -175,7 +175,8 @@ def load_suite(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
     except RecipeError as error:
         task, _, field = (error.field or "").removeprefix("tasks.").partition(".")
         plain = {name.replace("-", "_"): name for name in given}
-        set_by = plain.get(f"{task}.{field}") or plain.get(field)
+        # what a task says of several fields begins with the name of the one at fault
+        set_by = plain.get(f"{task}.{field}") or plain.get(field or error.problem.split()[0])
         if set_by is None:
             raise
         raise RecipeError(error.problem, remedy=error.remedy, field=set_by) from None  # not from the file

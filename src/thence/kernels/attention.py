@@ -130,7 +130,7 @@ def _backward(library: ctypes.CDLL, saved: tuple[Tensor, ...], scale: float) -> 
 
 @functools.cache
 def _library(head_size: int) -> ctypes.CDLL | None:
-    return load_library("attention.c", head_size, functools.partial(_is_torchs, head_size))
+    return load_library("attention.c", head_size, _is_torchs)
 
 
 def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:

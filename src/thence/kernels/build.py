@@ -31,7 +31,7 @@ SOURCES = ("attention.c", "decode.c")
 SECONDS = 120.0
 """Longest time that a compiler, or the trial of what it made, may take."""
 
-Test = Callable[[ctypes.CDLL], bool]
+Test = Callable[[int, ctypes.CDLL], bool]
 _failed: dict[str, str] = {}
 
 
@@ -55,7 +55,8 @@ def load_library(source: str, head_size: int, test: Test) -> ctypes.CDLL | None:
     Set the environment variable ``THENCE_KERNELS=off`` to do without.
 
     Args:
-        test: whether the library's results are torch's; asked before the library is used.
+        test: whether the library's results are torch's for a head size; asked once, before the library is used. Give
+            the same function each time: an answer is kept for each.
     """
     if (why := _without(head_size)) is not None:
         log.info("no C kernels: %s; running in plain torch", why)
@@ -122,7 +123,7 @@ def _tested(source: str, head_size: int, test: Test, folder: Path) -> ctypes.CDL
         library = kept or _build(source, head_size, found, folder, stem)
         try:
             loaded = ctypes.CDLL(str(library))
-            if test(loaded):
+            if test(head_size, loaded):
                 return loaded
             why = "its results are not torch's"
         except (OSError, AttributeError) as error:  # AttributeError: a function is missing

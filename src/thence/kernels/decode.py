@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class DecodeKernels:
 
 def decode_kernels(head_size: int) -> DecodeKernels | None:
     """The kernels for a head size, or None where they cannot be built."""
-    library = load_library("decode.c", head_size, functools.partial(_is_torchs, head_size))
+    library = load_library("decode.c", head_size, _is_torchs)
     return None if library is None else DecodeKernels(library)
 
 
