@@ -518,7 +518,7 @@ def test_a_worker_of_a_comparison_explains_its_end(error, words, monkeypatch, ca
 
     monkeypatch.setattr("thence.pipeline.run.run", run)
     told_by = Told()
-    worker._work({"stages": []}, told_by)  # type: ignore[arg-type]
+    worker._work({"stages": []}, told_by, None)  # type: ignore[arg-type]
     assert words in (told_by.last or {})["failed"]
 
 
