@@ -51,12 +51,12 @@ def test_without_a_compiler_the_result_is_the_same(monkeypatch):
 def test_a_broken_compiler_means_no_kernels_and_no_error(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert load_library.__wrapped__("decode.c", 16, lambda library: True) is None
+    assert load_library.__wrapped__("decode.c", 16, lambda head_size, library: True) is None
 
 
 def test_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("THENCE_KERNELS", "off")
-    assert load_library.__wrapped__("decode.c", 8, lambda library: True) is None
+    assert load_library.__wrapped__("decode.c", 8, lambda head_size, library: True) is None
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "_failed", {})
 
-    def load(test=lambda library: True, head_size=8):
+    def load(test=lambda head_size, library: True, head_size=8):
         return load_library.__wrapped__("attention.c", head_size, test)
 
     load.cache = tmp_path / "thence"
@@ -75,6 +75,17 @@ def fresh(tmp_path, monkeypatch):
 def only_library(cache):
     (library,) = cache.glob("*.so")
     return library
+
+
+def test_kernels_are_loaded_and_tested_once_though_every_batch_asks_for_them(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(build, "_tested", lambda *arguments: loaded.append(arguments))
+    load_library.cache_clear()
+    for _ in range(3):
+        decode.decode_kernels(8)
+        attention._library.__wrapped__(8)
+    load_library.cache_clear()
+    assert [source for source, *_ in loaded] == ["decode.c", "attention.c"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text"])
