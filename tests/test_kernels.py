@@ -121,7 +121,7 @@ def test_a_damaged_library_does_not_end_the_process(fresh, tmp_path):
 def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, caplog):
     asked = []
 
-    def wrong(library):
+    def wrong(head_size, library):
         asked.append(library)
         return False
 
