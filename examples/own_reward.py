@@ -1,4 +1,4 @@
-"""Train an own tiny model with an own reward function, from the pieces: sampler, method, step."""
+"""Trains your own tiny model with your own reward function, from the pieces: sampler, method, step."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

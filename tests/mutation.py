@@ -23,7 +23,7 @@ from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import forward_rows
 from thence.audit.solve.sequences import KnownExample
 from thence.faults.catalogue import FAULTS, Fault, Needs
-from thence.faults.cut import Plan, Policy, Window
+from thence.faults.cut import CutPlan, Policy, Window
 from thence.faults.step import FaultyStep
 from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term
 from thence.train.parallel import SingleProcess
@@ -60,8 +60,8 @@ class Probe:
     seed: int
 
     @property
-    def plan(self) -> Plan:
-        return Plan(self.case.micro_batch, self.case.accumulation, self.case.ranks)
+    def plan(self) -> CutPlan:
+        return CutPlan(self.case.micro_batch, self.case.accumulation, self.case.ranks)
 
 
 def draw_probe(draw: random.Random, fault: Fault | None = None) -> Probe:

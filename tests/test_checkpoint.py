@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ class Killed(BaseException):
     """Nothing in the code under test may catch it."""
 
 
-@pytest.mark.parametrize("moment", ["save_file", "publish", "_flush", "_sha256"])
+@pytest.mark.parametrize("moment", ["save_file", "publish", "flush", "_sha256"])
 def test_killed_while_writing_the_earlier_checkpoint_stands_and_the_next_try_succeeds(
     model, tmp_path, monkeypatch, moment
 ):
@@ -149,8 +150,8 @@ def test_killed_while_writing_a_step_again_leaves_one_whole_checkpoint(model, tm
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", die)
         patch.setattr(Path, "replace", die)
-        patch.setattr(checkpoint.os, "rename", die)
-        patch.setattr(checkpoint.os, "replace", die)
+        patch.setattr(os, "rename", die)
+        patch.setattr(os, "replace", die)
         with pytest.raises(Killed):
             write(tmp_path, 1, model)
     assert newest_checkpoint(tmp_path) is not None

@@ -315,7 +315,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_costs_no_other(tiny_model, t
 
     model = tiny_model(torch.float32)
     write_checkpoint(tmp_path, 1, model, NoTokenizer(), {}, {"m": torch.ones(2)})
-    for name in ("save_file", "_flush"):
+    for name in ("save_file", "flush"):
         with monkeypatch.context() as patched:
             patched.setattr(f"thence.train.checkpoint.{name}", no_space)
             error = raised(lambda: write_checkpoint(tmp_path, 2, model, NoTokenizer(), {}, {"m": torch.ones(2)}))

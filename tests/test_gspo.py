@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from oracle import gradient, relative, row_statistics, weights_of
+from recipes import world_recipe
 from torch import Tensor
 
+from thence.cli import main
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
 from thence.methods.base import Method, TokenFacts, Weights, bare_row
 from thence.methods.gspo import Gspo, sequence_ratio
+from thence.methods.registry import make_method
 from thence.objective import Logp, Normaliser, Term
 from thence.pipeline.rehearsal import rehearse
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.rl_update import Update
+from thence.pipeline.run import run
 from thence.recipe import Rl
 from thence.train.parallel import SingleProcess
 from thence.train.step import StepSettings, train_step
@@ -214,3 +223,44 @@ def test_the_old_policy_costs_a_pass_over_all_steps_but_the_first(tiny_model, mo
     steps_of(model, Gspo(), make_trajectories(model))
     assert passes == [GROUP] * (MINIS - 1) + [GROUP] * MINIS  # old, then current before each step
     assert bare_row(make_trajectories(model)[0]).n_trained == LENGTHS[0][1]
+
+
+# The package of the documentation.
+
+PACKAGE = Path(__file__).parent.parent / "examples" / "own_method"
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The example, installed with pip as a user does, where only this test sees it."""
+    copy = shutil.copytree(PACKAGE, tmp_path / "source")  # a build leaves files beside the sources
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(tmp_path / "site"), str(copy)]
+    subprocess.run(command, check=True, timeout=120)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield
+    sys.modules.pop("sequence_ratio", None)
+
+
+def test_the_example_package_is_found_explained_and_weighs_as_gspo_does(installed, tiny_model, capsys):
+    assert main(["methods", "sequence_ratio"]) == 0
+    told = capsys.readouterr().out
+    assert "one importance ratio a response" in told and "exactness: reconstruction" in told and "band" in told
+    theirs = make_method("sequence_ratio", {"band": 0.02}, "rl")
+    ours = Gspo({"clip_low": 0.02, "clip_high": 0.02, "std": False})
+    ends = []
+    for method in (theirs, ours):
+        model = tiny_model()
+        ends.append(torch.cat([got for _, _, got in steps_of(model, method, make_trajectories(model))]))
+    assert relative(*ends) <= 1e-9
+
+
+@pytest.mark.parametrize("method", ["sequence_ratio", "gspo"])
+def test_a_run_with_a_ratio_of_responses_and_two_optimizer_steps_a_batch(installed, tmp_path, method):
+    rl = {"method": method, "mini_batch": 2, "steps": 2, "max_tokens": 8}
+    value = "float(sum(map(ord, response)) % 3 == 0)"
+    recipe = world_recipe(tmp_path, ["rl"], value, data={"limit": 8}, rl=rl)
+    folder = run({**recipe, "folder": str(tmp_path / "run")})
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(line["grad_norm"] > 0 for line in lines)

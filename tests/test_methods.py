@@ -285,7 +285,7 @@ def test_other_methods_take_what_is_sampled_once():
         ("sft", {}, "rl", "rl.method", "belongs into a stage of kind sft"),
         ("grpo", {}, "sft", "sft.method", "use one of sft"),
         ("grpo", {"clip_hgih": 0.3}, "rl", "rl.options.clip_hgih", "clip_high"),
-        ("dapo", {"clip_low": -1}, "rl", "rl.options.clip_low", "greater than or equal to 0"),
+        ("dapo", {"clip_low": -1}, "rl", "rl.options.clip_low", "must be at least 0"),
         ("dapo", {"overlong_buffer": 9, "overlong_tokens": 8}, "rl", "rl.options", "longer than overlong_tokens"),
         ("sft", {"clip_low": 0.2}, "sft", "sft.options.clip_low", "method sft"),
     ],

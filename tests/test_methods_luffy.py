@@ -401,7 +401,7 @@ def test_a_run_that_broke_off_and_went_on_ends_with_the_same_bits(recipe, tmp_pa
     # the third step's grading fails: 16 of every step's trajectories are graded, demonstrations among them
     file.write_text(
         "calls = 0\n"
-        "def first(prompt, response, answer):\n"
+        "def share(prompt, response, answer):\n"
         "    global calls\n"
         "    calls += 1\n"
         "    if calls > 40:\n"
@@ -409,7 +409,7 @@ def test_a_run_that_broke_off_and_went_on_ends_with_the_same_bits(recipe, tmp_pa
         "    return float(response[:1] in '0123')\n"
     )
     options = {"options": {"entropy_level": "batch"}} if method == "srft" else {}
-    broken = recipe(method, "broken", **options, reward=f"{file}:first")
+    broken = recipe(method, "broken", **options, reward=f"{file}:share")
     with pytest.raises(UserError, match="out of order"):
         run(broken)
     assert len(metrics(tmp_path / "broken")) == 2

@@ -19,7 +19,7 @@ from thence.compare.summary import summarise
 from thence.data.worlds.vocabulary import VOCABULARY
 from thence.errors import UserError
 from thence.evaluate.metrics import avg_at_k
-from thence.files import write_jsonl
+from thence.jsonl import write_jsonl
 from thence.pages.run.page import write_page
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
@@ -302,8 +302,8 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(recipes: Recipes)
     assert not same(first, final("other", 2))
 
 
-def test_a_broken_reward_function_stops_the_run_and_a_mended_one_goes_on(recipes: Recipes) -> None:
-    file = recipes.folder / "own.py"
+def test_a_broken_reward_function_stops_the_run_and_a_fixed_one_resumes(recipes: Recipes) -> None:
+    file = recipes.folder / "breaking.py"
     # it breaks in the second step, of 16 responses each; the first has left a checkpoint
     file.write_text(
         "calls = 0\n"
@@ -320,7 +320,7 @@ def test_a_broken_reward_function_stops_the_run_and_a_mended_one_goes_on(recipes
     folder = recipes.folder / "run"
     assert [line["stage"] for line in metrics(folder)] == ["sft", "sft", "rl"]
     sft = files(folder / "stages" / "sft")
-    file.write_text(recipes.reward.read_text())
+    file.write_text((recipes.folder / "own.py").read_text())
     run(recipe)
     assert files(folder / "stages" / "sft") == sft
     assert [line["step"] for line in metrics(folder)] == [1, 2, 1, 2]
@@ -398,7 +398,7 @@ def test_rl_raises_a_trivial_reward(recipes: Recipes, method: str) -> None:
 
 @pytest.mark.parametrize("found", ["none", "one"])
 def test_a_step_of_dapo_that_finds_too_few_groups_trains_what_it_has(recipes: Recipes, found: str) -> None:
-    file = recipes.folder / "own.py"
+    file = recipes.folder / "differs.py"
     # "one": the responses to one prompt of twenty differ in reward, those to the others never do
     differs = {"none": "False", "one": "prompt == first"}[found]
     file.write_text(

@@ -106,6 +106,7 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 
 QUICK = {
     "grpo": {"method": "grpo", "mini_batch": 2},
+    "gspo": {"method": "gspo", "mini_batch": 2, "options": {"clip_low": 0.01, "clip_high": 0.02}},
     "dapo": {"method": "dapo", "mini_batch": 2, "options": {"overlong_tokens": 12, "overlong_buffer": 4}},
 }
 SLOW = {

@@ -116,7 +116,7 @@ def arm(point):
     before(RunFolder, "log", log)
     before(context, "write_checkpoint", checkpoint_begins)
     before(checkpoint, "save_file", weights_written)
-    before(checkpoint, "_flush", flush)
+    before(checkpoint, "flush", flush)
     before(RunFolder, "finish", lambda *rest: fate.at("model-published", 0))
 
 

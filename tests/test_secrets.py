@@ -348,10 +348,10 @@ def test_what_a_worker_of_a_comparison_tells_has_no_secret(monkeypatch):
         raise RuntimeError(f"https://u:{S}@h refused")
 
     monkeypatch.setattr("thence.pipeline.run.run", run)
-    told = io.StringIO()
+    told = io.BytesIO()
     worker._work({"stages": []}, worker.JobWatcher(told), RenderedPrompts())
-    assert "refused" in told.getvalue()
-    assert S not in told.getvalue()
+    assert b"refused" in told.getvalue()
+    assert S.encode() not in told.getvalue()
 
 
 def test_a_warning_of_a_library_on_standard_error_has_no_secret():

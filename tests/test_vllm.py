@@ -408,7 +408,7 @@ def test_a_python_without_vllm_is_named_with_what_to_do(
 ) -> None:
     (packages / "vllm.py").unlink()
     if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(UserError, match=r"No module named 'vllm'(.|\n)*install vLLM in an environment of its own"):
+        with pytest.raises(UserError, match=r"No module named 'vllm'(.|\n)*install vLLM in a separate environment"):
             VllmEngine(fake(), folder)
     with pytest.raises(UserError, match="no such Python"):
         VllmEngine(fake(python="/nowhere/bin/python"), folder)

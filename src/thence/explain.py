@@ -120,7 +120,7 @@ def traceback_text(error: BaseException) -> str:
 
 
 def keep_traceback(error: BaseException) -> Path | None:
-    """Write the traceback to a file of its own among the temporary ones, for the user's eyes only; None: it cannot."""
+    """Write the traceback to a new temporary file that only the user can read; None if it cannot."""
     with contextlib.suppress(OSError):
         handle, name = tempfile.mkstemp(prefix="thence-traceback-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -45,6 +45,15 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def flush(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, written to disk before this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """A plain value as JSON; NaN and infinity become null."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
@@ -132,8 +141,7 @@ def keep_damaged(path: Path, word: str = "damaged") -> Path:
         number += 1
     with kept.open("xb") as copy:
         copy.write(path.read_bytes())
-        copy.flush()
-        os.fsync(copy.fileno())
+    flush(kept)
     return kept
 
 

@@ -180,7 +180,7 @@ def send(
     seconds: float,
     largest: int = LARGEST,
 ) -> Answer:
-    """One request on a connection of its own, and the whole answer to it.
+    """One request on a new connection, and the whole answer to it.
 
     Args:
         address: its query and credentials are sent; a header Authorization in `headers` does not replace them.

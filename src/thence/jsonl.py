@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thence.errors import first_line
-from thence.files import to_json, write_atomically, write_bytes_atomically
+from thence.files import flush, to_json, write_atomically, write_bytes_atomically
 from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
@@ -138,8 +137,7 @@ def set_aside(path: Path, bad: Sequence[BadLine]) -> None:
     say_bad_lines(path, bad, f"it is set aside in {aside.name}, the other lines are kept")
     with aside.open("ab") as file:
         file.write(b"".join(line.raw + b"\n" for line in bad))
-        file.flush()
-        os.fsync(file.fileno())
+    flush(aside)
 
 
 def damaged_lines(path: Path) -> Path:

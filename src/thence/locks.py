@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that the system lets go of when its process ends, in whatever way."""
+"""One writer per folder: a lock that the system releases when its process ends, in any way."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def redacted(text: str) -> str:
 
 
 def redacted_values(value: Any, name: str = "") -> Any:
-    """A plain value (of JSON or TOML) with its secrets hidden, those under a secret's name whatever they look like."""
+    """A plain value (of JSON or TOML) with its secrets hidden; a value under a secret's name is always hidden."""
     if isinstance(value, Mapping):
         return {key: redacted_values(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
 """Standard output and standard error as everything that prints gets them while a command runs.
 
-Whatever is printed, by thence or by a library, passes through :func:`thence.redaction.redacted` and
+Everything that thence or a library prints passes through :func:`thence.redaction.redacted` and
 :func:`thence.foreign_text.clean`. What thence draws itself with colours (`terminal.py`) goes to the stream beneath,
 after the same. A character that the terminal's encoding lacks is written out.
 """

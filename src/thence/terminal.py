@@ -1,4 +1,4 @@
-"""The one console that thence draws with: tables, bars and styles of its own, foreign text without effect.
+"""The one console that thence draws with: its tables, bars and styles; foreign text has no effect.
 
 Square brackets and colons mean nothing in a string (no markup, no emoji), and every character that a terminal would
 obey is written out before it is styled. For styled text of our own: ``rich.text.Text`` or ``Text.from_markup``.

@@ -44,7 +44,7 @@ class StagePlan:
     kind: str
     optimizer_steps: int | None = None
     trained_tokens: float | None = None
-    """Tokens with a gradient of their own: responses, or whole rows where prompts are trained too."""
+    """Trained tokens: responses, or whole rows if prompts are trained too."""
     generated_tokens: float | None = None
     rule_flops: float | None = None
     """:func:`thence.accounting.flops.rule_flops`, prompts left out, as the paper does."""

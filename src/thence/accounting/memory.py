@@ -103,7 +103,7 @@ def rollout_memory(counts: Counts, rows: int, length: int, cache_bytes: int = 4)
     """The sampler: its rearranged copy of the weights, the cache for the longest row, and one step's logits.
 
     Args:
-        rows: responses sampled side by side on this rank.
+        rows: responses sampled in parallel on this rank.
         length: prompt and response tokens of the longest row.
         cache_bytes: bytes of a number in the weights' copy and the cache; the native sampler works in float32.
     """

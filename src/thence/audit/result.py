@@ -31,7 +31,7 @@ class Case:
         epochs: passes over the data set.
         steps: stop after that many optimizer steps.
         optimizer: ``sgd``; ``adamw`` with betas (0, 0.999) and the epsilon below, linear in the gradient; ``unknown``:
-            whatever the program has, seen from its first update.
+            that of the program, as seen from its first update.
         lr: learning rate, constant.
         eps: epsilon of adamw.
         clip: global-norm clipping; 0: off.

@@ -44,7 +44,7 @@ class Base(Section):
     path: Source | None = None
     """A folder, hub name or `world:chain/rich`; `{seed}` in it is the run's seed."""
     recipe: Source | None = None
-    """Instead: a recipe that pretrains it, once for every seed (which becomes the recipe's `seed` and `data.seed`)."""
+    """A recipe that pretrains the base, instead of `path`. It runs once per seed, with that `seed` and `data.seed`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -54,10 +54,10 @@ class Base(Section):
 
 
 class Budget(Section):
-    """What an arm may spend from the base on, earlier arms included; it stops at the step nearest to it."""
+    """The budget of an arm and the arms before it, counted from the base. Training stops at the nearest step."""
 
     flops: Flops | None = None
-    """6N a trained token, 2N a generated one, with N parameters."""
+    """FLOPs: 6N per trained token, 2N per sampled one, with N parameters."""
     tokens: TokenBudget | None = None
     """Trained tokens."""
     steps: Steps | None = None
@@ -88,32 +88,32 @@ class Tuning(Section):
     """How settings are chosen: on splits and seeds that are never reported."""
 
     seeds: list[Seed] = Field(default=[TUNING_SEED], min_length=1)
-    """Seeds of the tries; none of the reported ones."""
+    """Seeds for tuning. They differ from the reported seeds."""
     eval: dict[str, Any] = {}
-    """Laid over [eval] for the tries. The accuracy of a try is the mean over its columns and seeds."""
+    """Changes to [eval] for tuning. The accuracy of a setting is the mean over its columns and seeds."""
 
 
 class ArmTable(Section):
-    """An arm."""
+    """An arm: one training stage, or a base that is only measured."""
 
     title: Text = ""
-    """What tables call it; default: its name."""
+    """Name of the arm in tables. Default: its key."""
     group: Text = ""
-    """Heading under which tables put it."""
+    """Heading of the arm in tables."""
     after: Text = ""
-    """The arm whose model it starts from; empty: the base."""
+    """The arm whose model this arm starts from. Empty: the base."""
     kind: Literal["sft", "rl", ""] = ""
-    """Kind of its training stage; empty: nothing is trained, the base itself is measured."""
+    """Kind of the training stage. Empty: nothing is trained, and the base is measured."""
     settings: dict[str, Any] = {}
-    """Laid over the shared table of its kind."""
+    """Changes to the shared [sft] or [rl] table."""
     like: Text = ""
-    """Another arm, whose tuned values it takes: what shows a fault alone, at the settings of the clean arm."""
+    """Another arm, whose tuned values this arm uses. This isolates a fault, at the settings of the clean arm."""
     grid: dict[str, list[Any]] = {}
-    """Fields and the values to try, all combinations."""
+    """Fields and values to tune. All combinations are tried."""
     budget: bool = True
-    """Whether the comparison's budget ends it."""
+    """Whether the comparison's budget ends this arm."""
     paper: dict[str, Signed] = {}
-    """What the paper reports for it, by base; shown beside."""
+    """The paper's figures for this arm, by base. Tables show them."""
     note: Text = ""
     """One line for the reader."""
 
@@ -128,26 +128,26 @@ class ComparisonRecipe(Section):
     """A whole comparison."""
 
     name: Name = "comparison"
-    """Names the folder."""
+    """Name of the comparison and of its folder."""
     description: Text = ""
-    """One line."""
+    """A line of description."""
     folder: Place | None = None
-    """Default: runs/<name>."""
+    """Folder of the comparison. Default: runs/<name>."""
     reference: Text
-    """The arm that paired differences are taken to."""
+    """The arm with which all others are compared."""
     seeds: list[Seed] = Field(min_length=1)
-    """Seeds that are reported."""
+    """Seeds of the reported runs."""
     budget: Budget | None = None
-    """None: every arm goes to its own end."""
+    """Budget of every arm. Default: every arm runs to its own end."""
     bases: dict[Name, Base] = Field(min_length=1)
     """Models to start from, by name."""
     arms: dict[Name, ArmTable] = Field(min_length=1)
-    """What is compared, by name."""
+    """The compared arms, by name."""
     tuning: Tuning = Tuning()
     data: dict[str, Any] = {}
     """As in a recipe, shared by all arms."""
     model: dict[str, Any] = {}
-    """As in a recipe, except for the path."""
+    """As in a recipe, without the path."""
     sft: dict[str, Any] = {}
     """As in a recipe, shared by all arms of the kind."""
     rl: dict[str, Any] = {}
@@ -155,7 +155,7 @@ class ComparisonRecipe(Section):
     eval: dict[str, Any] = {}
     """The test sets on which arms are reported; the first split at the first temperature is the headline."""
     sections: list[dict[str, Any]] = []
-    """Tables and figures of the report; default: what fits the arms."""
+    """Tables and figures of the report. Default: those that fit the arms."""
 
     def path(self) -> Path:
         """The comparison's folder. Raises RecipeError where no folder can be."""
@@ -255,7 +255,7 @@ def _check_names(recipe: ComparisonRecipe, file: str | None) -> None:
         if arm.grid and arm.like:
             raise refuse("an arm has a grid, or is tuned like another", f"arms.{name}.like")
         if arm.like and (recipe.arms[arm.like].like or recipe.arms[arm.like].kind != arm.kind):
-            raise refuse("`like` names an arm of the same kind with settings of its own", f"arms.{name}.like")
+            raise refuse("`like` names an arm of the same kind with its own settings", f"arms.{name}.like")
         if not arm.kind and (arm.settings or arm.grid or arm.after):
             raise refuse("an arm that trains has a kind: sft or rl", f"arms.{name}.kind")
         if any(not values for values in arm.grid.values()):

@@ -45,7 +45,7 @@ class Rendered:
         truncated: the response was cut to the limit, and so has no end token: a cut must not teach to stop there.
         opening: the think tag that the prompt ends with ("<think>\\n"), which a grader has to put back before the
             response; else "".
-        notes: what the template adds or leaves out, in words, where that is no error.
+        notes: what the template adds or leaves out without an error, in words.
     """
 
     prompt_ids: list[int]
@@ -98,7 +98,7 @@ def render(
     end-of-turn token. A think tag that the prompt already opens is taken off the demonstration. Where the template
     renders whole conversations, prompt and response together are what it renders for this one up to the end-of-turn
     token; blanks around the demonstration follow the template. Every text of the row is in the prompt or in the
-    response, but for the thinking of earlier turns where the template leaves it out: a note says so.
+    response, except thinking of earlier turns that the template leaves out; a note says so.
 
     Args:
         example: what to render.

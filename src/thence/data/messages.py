@@ -276,7 +276,7 @@ def _content(value: object, field: str, role: str, calls: bool) -> str:
         if calls:
             return ""
         raise RowProblem(field, "missing or null", "give the text of the turn")
-    # An empty system turn is a statement of its own: it keeps templates from adding their default one.
+    # An empty system turn has a meaning: it keeps templates from adding their default one.
     return text(value, field, may_be_empty=calls or role in FIRST_ROLES)
 
 

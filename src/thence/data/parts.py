@@ -30,7 +30,7 @@ class Part:
 
 
 class Marks:
-    """Puts a word of its own behind every text, so that a rendering tells which of them the template writes."""
+    """Adds a separate word to every text, so that a rendering tells which texts the template writes."""
 
     def __init__(self) -> None:
         self.words: list[tuple[Part, str]] = []

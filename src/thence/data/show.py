@@ -40,7 +40,7 @@ class Check:
         name: what was looked at, a few words.
         ok: whether it is as it should be; None: it cannot be told here, and the reason says why.
         reason: what was found, one sentence.
-        remedy: what to do where it is not as it should be; else "".
+        remedy: what to do if the check fails; else "".
     """
 
     name: str
@@ -50,7 +50,7 @@ class Check:
 
 
 def segments(row: Rendered, tokenizer: Any) -> list[Segment]:
-    """The tokens of a rendered example as text, in order; every special token is a segment of its own."""
+    """The tokens of a rendered example as text, in order; every special token is a separate segment."""
     tokens = [(token, False) for token in row.prompt_ids] + [(token, True) for token in row.response_ids or ()]
     found = []
     for (trained, number), part in groupby(enumerate(tokens), lambda item: _kind(*item, tokenizer)):
@@ -193,7 +193,7 @@ def _same_as_whole(example: Example, row: Rendered, tokenizer: Any, chat: ChatFo
         False,
         f"they differ at token {at} (the response begins at {len(row.prompt_ids)}): {near[0]!r} here, {near[1]!r} in "
         "the whole",
-        "sampling goes on from the prompt's tokens, so what is trained is what the model will see; a template that "
+        "sampling continues from the prompt's tokens, so what is trained is what the model will see; a template that "
         "ends its generation prompt with a special token or a line break has no such border",
     )
 

@@ -179,7 +179,7 @@ def _skipped(text: str, at: int) -> int:
 def _dropped_thinking(place: Place, turn: Message, literal: str | None) -> Written | None:
     """The response where the prompt opens thinking and the template leaves the thinking of past turns out.
 
-    The prompt is what the model will see, so the response goes on from it: the thinking, the closing tag, the rest.
+    The model will see the prompt, so the response continues from it: the thinking, the closing tag, the rest.
 
     Args:
         turn: the demonstration with its reasoning by itself.

@@ -69,7 +69,7 @@ class Refused:
 
 
 class Backend(Protocol):
-    """Generates responses. `close` ends whatever it holds and may be called twice."""
+    """Generates responses. `close` ends its processes and may be called twice."""
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ class Trouble(Exception):
 
     Attributes:
         wait: seconds that the server asks for.
-        everywhere: it is the server's or the network's trouble, whatever is asked.
+        everywhere: it is the server's or the network's fault, for any question.
         dear: a further try would cost as much time or memory.
     """
 

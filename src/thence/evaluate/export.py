@@ -1,7 +1,7 @@
 """An evaluation's numbers for other tools: the layout of lm-evaluation-harness, and CSV.
 
 The harness's metric key is `metric,filter`. The share of right answers is `exact_match,none` here, with `repeats` in a
-task's configuration for the samples a problem; pass@k and maj@k are metrics of their own. What the harness has no place
+task's configuration for the samples a problem; pass@k and maj@k are separate metrics. What the harness has no place
 for (intervals, verdicts, versions of graders) stands under the key `thence`.
 """
 

@@ -42,12 +42,15 @@ def maj_at_k(answers_per_problem: Sequence[Sequence[tuple[str | None, bool]]], k
     It is the exact expectation over every choice of k of a problem's n samples and over fair draws between answers
     that are equally frequent. Samples without an answer (None) do not vote; if none of the k votes, the result is
     wrong. Answers count as the same when their normal forms are (`thence.verify.boxed.normal_form`): the gold answer
-    has no part in that, as it would have none in a real vote. An answer that won is right to the share of its own
-    samples that are.
+    has no part in that, as it would have none in a real vote. A winning answer counts as right by the share of its
+    samples that are right.
 
     Args:
         answers_per_problem: (extracted answer, right?) of every sample; as many for every problem.
         k: 1 to the number of samples.
+
+    Raises:
+        ValueError: the problems have different numbers of samples, or there are fewer than k.
     """
     samples = len(answers_per_problem[0]) if answers_per_problem else 0
     if any(len(answers) != samples for answers in answers_per_problem):

@@ -33,7 +33,7 @@ class NativeBackend:
     Args:
         settings: the model, as in a recipe.
         chat_template: "own", "none" or a Jinja file, see `thence.data.template.chat_format`.
-        rows: most responses sampled side by side; fewer need less memory.
+        rows: most responses sampled in parallel; fewer need less memory.
         variables: of the chat template.
 
     Raises:

@@ -139,7 +139,7 @@ def _open(task: Task, data: Path | None) -> Table:
 def _file(task: Task, data: Path | None) -> Path | None:
     if data is not None and data.is_file():
         return data
-    # A file with an absolute path (of an own suite) stays what it is under any folder.
+    # A file with an absolute path (of the user's suite) is the same under any folder.
     paths = [Path(name) if data is None else data / name for name in task.files]
     return next((path for path in paths if path.is_absolute() or data is not None if path.is_file()), None)
 

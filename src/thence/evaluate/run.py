@@ -32,14 +32,14 @@ NAMED = 3  # refusals of a task that are logged one by one
 
 
 class Watcher(Protocol):
-    """Is told how an evaluation goes on."""
+    """Is told of the progress of an evaluation."""
 
     def begin(self, missing: int) -> None:
         """So many samples are missing in all tasks together."""
         ...
 
     def sampling(self, task: str, total: int, done: int) -> None:
-        """A task begins, or goes on after ``done`` of ``total`` samples."""
+        """A task begins, or resumes after ``done`` of ``total`` samples."""
         ...
 
     def sampled(self, generation: Generation) -> None:
@@ -230,7 +230,11 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
 
 
 def grader_version(grader: str) -> str:
-    """What a grade by this grader depends on: the checker's version, or the text of an own function's file."""
+    """What a grade by this grader depends on: the checker's version, or the text of the user's function.
+
+    Raises:
+        UserError: there is no such function.
+    """
     if ":" not in grader:
         if grader in ("exact", LETTER):
             return f"thence {__version__}"

@@ -154,7 +154,7 @@ class Store:
         write_atomically(self.folder / SETTINGS, to_toml(settings.model_dump(mode="json", exclude_none=True)))
 
     def check(self, settings: Settings) -> None:
-        """Raise the error of :meth:`begin`, and write nothing."""
+        """Raise the UserError of :meth:`begin`, and write nothing."""
         if self.exists:
             _check_same(self.settings(), settings, self.folder / SETTINGS)
             self.environment()
@@ -212,7 +212,7 @@ class Store:
         try:
             self.problems()
         except DamagedFile as error:
-            log.warning("%s; it is kept as %s and written anew", first_line(error), keep_damaged(path).name)
+            log.warning("%s; it is kept as %s and written again", first_line(error), keep_damaged(path).name)
         write_atomically(path, to_json(keys, indent=1) + "\n")
 
     def problems(self) -> dict[str, list[str]]:
@@ -220,7 +220,7 @@ class Store:
         path = self.folder / "problems.json"
         if not path.exists():
             return {}
-        remedy = "run the `thence eval` command of this folder again: it is then written anew, and this one kept beside"
+        remedy = "run this folder's `thence eval` command again: it writes the file, and keeps this one aside"
         return read_json(path, remedy=remedy, shape=lambda keys: bool(keys) and _KEYS.validate_python(keys))
 
     def samples(self, task: str) -> list[Sample]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Strict, TypeAdapter, ValidationError
 
-from thence.files import read_lines, say_bad_lines
+from thence.jsonl import read_lines, say_bad_lines
 from thence.wording import json_kind
 
 Line = TypeVar("Line")

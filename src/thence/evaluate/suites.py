@@ -62,7 +62,7 @@ class Task(Section):
     split: Place = "test"
     """Split of `source`."""
     files: tuple[Place, ...] = ()
-    """Names looked for in the folder given as --data, in this order. In an own suite also beside its TOML file."""
+    """Names looked for in the folder given as --data, in this order. For the user's suite also beside its TOML file."""
     columns: dict[str, Text | Annotated[tuple[Text, ...], Strict(False)]] = Field(default_factory=dict)
     """Renames: field = column. Fields are those of data sets, and `options` (a list, or several columns) and
     `answer_index`. A rename whose column a file lacks is not applied to it."""
@@ -231,7 +231,7 @@ def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], p
         for name in wanted:
             _check_task(name, names, path, "tasks")
         tasks = [task for task in tasks if task.get("name") in wanted]
-    # What holds for all tasks goes first, so that what is said of one task wins whatever the order.
+    # What holds for all tasks goes first, so that what is said of one task wins in any order.
     for dotted, value in sorted(values.items(), key=lambda item: "." in item[0]):
         name, _, field = dotted.rpartition(".")
         if name:

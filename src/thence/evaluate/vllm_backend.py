@@ -1,4 +1,4 @@
-"""Evaluation with vLLM in an environment of its own: the same prompts, seeds and limits as the native backend."""
+"""Evaluation with vLLM in a separate environment: the same prompts, seeds and limits as the native backend."""
 
 from __future__ import annotations
 

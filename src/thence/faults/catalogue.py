@@ -251,7 +251,7 @@ _ALL = (
 )  # fmt: skip
 
 FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in _ALL}
-"""In the order of application, whatever the order in which they are asked for."""
+"""In the order of application, which does not depend on the order of the names."""
 
 
 def combine(names: Sequence[str]) -> tuple[Fault, ...]:

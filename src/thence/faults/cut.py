@@ -71,7 +71,7 @@ class CutPlan:
 
     @property
     def rows(self) -> int:
-        """Rows of a full window; 0: whatever comes is one."""
+        """Rows of a full window; 0: all rows are one window."""
         return self.micro_batch * self.accumulation * self.ranks
 
     def cut(self, n_rows: int) -> Cut:

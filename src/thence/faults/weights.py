@@ -78,7 +78,7 @@ def _means(batch: Batch, groups: Sequence[Sequence[int]], shares: Sequence[float
 
 
 def constant_divisor(window: Window, policy: Policy) -> Window:
-    """Divided by rows times a constant, whatever the window holds."""
+    """Divided by rows times a constant, for any window."""
     batch = window.batch
     factor_J = divisors_of(batch) / (max(len(batch.rows), 1) * policy.constant_tokens)
     return replace(window, batch=scaled(batch, [factor_J] * len(batch.rows)))

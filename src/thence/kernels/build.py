@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from thence.files import flush
+
 log = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=c11")
 SOURCES = ("attention.c", "decode.c")
@@ -98,7 +100,7 @@ def _asked(command: tuple[str, ...]) -> Compiler | None:
 
 
 def _without(head_size: int) -> str | None:
-    """Why there are no kernels to be tried; None where they may be."""
+    """Why there are no kernels to try; None if there may be."""
     if os.environ.get("THENCE_KERNELS") == "off":
         return "THENCE_KERNELS=off"
     if compiler() is None:
@@ -141,7 +143,7 @@ def _whole(folder: Path, stem: str) -> Path | None:
 
 
 def _build(source: str, head_size: int, found: Compiler, folder: Path, stem: str) -> Path:
-    """Compile, try in a process of its own, flush and put into place. Raises NotBuilt."""
+    """Compile, try in a separate process, flush and move into place. Raises NotBuilt."""
     code, runtime = Path(__file__).with_name(source), _openmp_runtime()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         compiled, built = Path(place) / "kernels.o", Path(place) / "kernels.so"
@@ -154,8 +156,7 @@ def _build(source: str, head_size: int, found: Compiler, folder: Path, stem: str
         # instructions that this processor lacks end the process, so the first to call them is another one
         trial = Path(__file__).with_name("trial.py")
         _run([sys.executable, "-I", str(trial), str(built), source, str(head_size)], "it does not run here")
-        with built.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(built)
         # processes that compile at the same moment each put a whole file in place
         return built.replace(folder / f"{stem}-{_checksum(built)}.so")
 

@@ -111,7 +111,7 @@ class TokenFacts:
 
 @dataclass(frozen=True)
 class SideStep:
-    """An optimizer step of a second kind, with an optimizer state of its own.
+    """An optimizer step of a second kind, with its own optimizer state.
 
     Args:
         name: of the kind; the optimizer belongs to it.

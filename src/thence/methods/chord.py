@@ -58,11 +58,11 @@ class ChordOptions(MixedOptions):
     clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     expert_share: float = Field(default=0.2, gt=0, lt=1)
-    """Expert rows among all rows."""
+    """Share of expert rows."""
     peak: Share = 0.9
     """Largest mu."""
     valley: Share = 0.05
-    """Last mu."""
+    """Final mu."""
     warmup: Natural = 0
     """Rollout batches in which mu rises to its peak."""
     decay: Natural = 200
@@ -75,7 +75,7 @@ class ChordPhiOptions(ChordOptions):
     peak: Share = 0.1
     """Largest mu."""
     valley: Share = 0.1
-    """Last mu."""
+    """Final mu."""
     decay: Natural = 0
     """Rollout batches in which mu falls to its valley."""
     token_weight: Literal["p(1-p)", "p"] = "p(1-p)"

@@ -32,17 +32,17 @@ class DapoOptions(GrpoOptions):
     """GRPO's, with DAPO's values and its own."""
 
     dual_clip: Ceiling = 3.0
-    """Largest ratio that a negative advantage acts through; inf: off."""
+    """Dual clip: largest ratio of a negative advantage. inf: off."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
     dynamic_sampling: bool = True
-    """Drop groups that teach nothing and sample others."""
+    """Drop groups without a learning signal and sample others."""
     max_generations: Count = 10
-    """Most generation rounds for one batch; it is then trained with the groups that were found."""
+    """Most generation rounds for one batch. After them, the groups found so far are trained."""
     overlong_tokens: Tokens | None = None
-    """Longest response, L of the penalty; none: the stage's max_tokens."""
+    """Longest response, L of the penalty. none: the stage's max_tokens."""
     overlong_buffer: Natural | None = None
-    """Length b over which the penalty grows; none: a fifth of L, as published; 0: no penalty."""
+    """Length b over which the penalty grows. none: a fifth of L, as published. 0: no penalty."""
     overlong_factor: Coefficient = 1.0
     """Penalty at the longest response."""
 

@@ -39,15 +39,15 @@ class ExGrpoOptions(MixedOptions):
     """Settings of ExGRPO."""
 
     replay: Share = 0.5
-    """Share of prompts from the pool, if it holds so many."""
+    """Share of prompts from the pool, if it holds that many."""
     start: Share = 0.35
-    """Replay begins after the first rollout batch with a higher share of right responses."""
+    """Replay starts after the first rollout batch with a higher share of right responses."""
     gamma: SomeCoefficient = 0.1
-    """Of the shaped ratio of replayed tokens."""
+    """Gamma of the shaped ratio of replayed tokens."""
     buckets: Literal["counts", "fractions"] = "counts"
-    """What the normal distribution over buckets is of: successes, or successes over group size."""
+    """The variable of the normal distribution over buckets: successes, or successes over group size."""
     sigma: SomeCoefficient = 1.0
-    """Its standard deviation."""
+    """Standard deviation of the distribution over buckets."""
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,20 @@ class GrpoOptions(Options):
     clip_high: Coefficient = 0.28
     """Clip range of the ratio above one."""
     dual_clip: Ceiling = math.inf
-    """Largest ratio that a negative advantage acts through; inf: off."""
+    """Dual clip: largest ratio of a negative advantage. inf: off."""
     std: bool = False
     """Divide advantages by the group's standard deviation."""
     singleton: Literal["zero", "reward"] = "zero"
-    """Advantage of a response that is alone in its group."""
+    """Advantage of a single response in its group."""
     aggregation: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
-    """token-mean: over all tokens of the step. sequence-mean: of each response, then over responses. constant: the
+    """token-mean: over all tokens of the step. sequence-mean: over each response, then over responses. constant: the
     sum divided by responses times `constant_tokens` (Dr. GRPO)."""
     constant_tokens: Tokens = 8192
     """The constant length of aggregation = "constant"."""
     kl: Coefficient = 0.0
-    """Coefficient of the KL to the model that the stage started from."""
+    """Coefficient of the KL to the model at the start of the stage."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """k3 is GRPO's; k1 has no gradient in expectation."""
+    """Estimator of the KL. k3 is GRPO's; k1 has no gradient in expectation."""
     entropy: Signed = 0.0
     """Coefficient of the entropy bonus."""
 

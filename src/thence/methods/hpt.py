@@ -50,9 +50,9 @@ class HptOptions(GatedOptions):
     """Settings of HPT."""
 
     gate: PartShare = 0.0
-    """The demonstration is trained where the mean score is at most this: 0 for Qwen models, 0.25 for Llama."""
+    """The demonstration is trained if the mean score is at most this: 0 for Qwen models, 0.25 for Llama."""
     coefficient: Coefficient = 1.0
-    """Of the likelihood of demonstrations; 0.3 for Qwen2.5-Math-1.5B."""
+    """Coefficient of the likelihood of demonstrations. 0.3 for Qwen2.5-Math-1.5B."""
 
 
 class Gated(Method):

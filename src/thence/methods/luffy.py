@@ -32,17 +32,17 @@ class LuffyOptions(MixedOptions):
     """Settings of LUFFY."""
 
     shaping: Literal["shape", "probability", "logp"] = "shape"
-    """How expert tokens act. shape: pi / (pi + gamma). probability: pi. logp: log pi."""
+    """Surrogate of expert tokens. shape: pi / (pi + gamma). probability: pi. logp: log pi."""
     gamma: SomeCoefficient = 0.1
-    """Of the shaping; the paper tried 0.05 to 0.5."""
+    """Gamma of the shaping. The paper tried 0.05 to 0.5."""
     demonstration_weight: Coefficient = 1.0
-    """Factor on the expert tokens' term; 1 in the released run."""
+    """Factor of the expert tokens' term. 1 in the released run."""
     clip: bool = False
     """Clip the own tokens' ratio to 1 - clip_range ... max(clip_upper, 1 + clip_range); off in the released run."""
     clip_range: PartShare = 0.2
     """Clip range of the ratio below one, and above it unless `clip_upper` is larger."""
     clip_upper: Coefficient = 1.0
-    """Upper bound of the ratio where it is larger than 1 + clip_range."""
+    """Upper bound of the ratio, if it is larger than 1 + clip_range."""
 
 
 class Luffy(Method):

@@ -18,7 +18,7 @@ class MixedPolicyOptions(LuffyOptions):
     """LUFFY's, without shaping."""
 
     shaping: Literal["shape", "probability", "logp"] = "probability"
-    """How expert tokens act. shape: pi / (pi + gamma). probability: pi. logp: log pi."""
+    """Surrogate of expert tokens. shape: pi / (pi + gamma). probability: pi. logp: log pi."""
 
 
 class MixedPolicy(Luffy):

@@ -22,7 +22,7 @@ class OnPolicyOptions(MixedOptions):
     """Settings of the on-policy baseline."""
 
     clip: bool = True
-    """Clip the ratio; false is the paper's ablation without."""
+    """Clip the ratio. false: the paper's ablation without a clip."""
     clip_range: PartShare = 0.2
     """Clip range of the ratio, below and above one."""
 

@@ -1,4 +1,4 @@
-"""Prefix-RFT (arXiv 2507.01679): one rollout of every group goes on from the beginning of the demonstration.
+"""Prefix-RFT (arXiv 2507.01679): one rollout of every group continues a prefix of the demonstration.
 
     L = - (1 / Z) sum_i sum_t min(r A_it, clip(r, 0.8, 1.2) A_it), dual clip 3   - eta * entropy
     A_it = (R_i - mean of all n) * keep_it,   keep = 0 on the 80% of prefix tokens with the lowest entropy, else 1
@@ -45,18 +45,18 @@ class PrefixRftOptions(MixedOptions):
     estimator: Literal["dr_grpo", "dr_grpo_prefix"] = "dr_grpo"
     """dr_grpo: one group of all n. dr_grpo_prefix: see above."""
     keep_ratio: Share = 0.2
-    """Share of prefix tokens that are trained, those of the highest entropy; 1: no mask."""
+    """Share of prefix tokens that are trained: those with the highest entropy. 1: all."""
     clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
     clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     dual_clip: Ceiling = 3.0
-    """Largest ratio that a negative advantage acts through; inf: off."""
+    """Dual clip: largest ratio of a negative advantage. inf: off."""
     prefix_surrogate: Literal["clip", "ratio", "logp"] = "clip"
-    """Of prefix tokens. clip: as the others. ratio: the repository's enable_clip = False. logp: its
+    """Surrogate of prefix tokens. clip: as for other tokens. ratio: the repository's enable_clip = False. logp: its
     replace_old_log_prob = True, a ratio that is always one, with the same gradient."""
     entropy_mode: Literal["response_only", "all"] = "response_only"
-    """Tokens with the entropy bonus, a mean over them: without the prefix, or all."""
+    """Tokens with the entropy bonus (a mean over them): without the prefix, or all."""
     high: Share = 0.95
     """Largest fraction of the demonstration."""
     low_first: Share = 0.95
@@ -64,7 +64,7 @@ class PrefixRftOptions(MixedOptions):
     low_last: Share = 0.05
     """Smallest fraction at the end of the schedule."""
     schedule_steps: Steps | None = None
-    """Rollout batches of the cosine schedule; none: the stage's. Published: 500, the whole run."""
+    """Rollout batches of the cosine schedule. none: the stage's. Published: 500, the whole run."""
     min_prefix: Natural = 1
     """Shortest prefix, in tokens. The published value is not known."""
 

@@ -49,11 +49,11 @@ class RedOptions(MixedOptions):
     clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     coefficient: Coefficient = 0.1
-    """Of the demonstrations' likelihood, before the two factors."""
+    """Coefficient of the demonstrations' likelihood, before the two factors."""
     largest: float = Field(default=5.0, ge=1, le=1e6)
-    """G: the largest value of each of the two factors."""
+    """G: largest value of each of the two factors."""
     smoothing: PartShare = 0.99
-    """Decay of the moving averages of both entropies; 0: none."""
+    """Decay of the moving averages of both entropies. 0: no averages."""
 
 
 class Red(Method):

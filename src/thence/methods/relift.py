@@ -4,7 +4,7 @@
     SFT step:  - (1 / N_sft) sum_t [log pi(y*_t) + sft_entropy H_t],   N_sft = demonstration tokens of the step
 
 After sampling, every prompt whose rollouts all scored zero puts its demonstration in front of a buffer. When the
-buffer holds ``sft_batch`` or more, one SFT step with an AdamW state of its own follows the RL update on the newest
+buffer holds ``sft_batch`` or more, one SFT step with its own AdamW state follows the RL update on the newest
 ``sft_batch`` of them; the rest stays and ages. A prompt may be in the buffer more than once. All ranks hold the same
 buffer, and each trains its share of what is taken from it.
 
@@ -35,13 +35,13 @@ class ReliftOptions(MixedOptions):
     """Settings of ReLIFT."""
 
     clip: SomeCoefficient | None = None
-    """Clip range of the ratio in RL steps; none: no clip, as the released script. The paper prints 0.2."""
+    """Clip range of the ratio in RL steps. none: no clip, as in the released script. The paper has 0.2."""
     sft_batch: Rows = 128
-    """Demonstrations of an SFT step over all ranks, and how many the buffer must hold for one."""
+    """Demonstrations per SFT step over all ranks. A step needs this many in the buffer."""
     sft_lr: Rate | None = None
-    """Learning rate of SFT steps; none: the stage's. Published: 1e-6, the same."""
+    """Learning rate of SFT steps. none: the stage's. Published: 1e-6, the same."""
     sft_clip_norm: Norm = 1.0
-    """Largest gradient norm of SFT steps; 0: no clipping."""
+    """Largest gradient norm of SFT steps. 0: no clipping."""
     sft_entropy: Coefficient = 0.001
     """Coefficient alpha of the entropy bonus in SFT steps: 0.001 in the script, 1e-4 best in the paper."""
 

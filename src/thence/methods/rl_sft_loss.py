@@ -32,7 +32,7 @@ class RlSftLossOptions(MixedOptions):
     """Settings of RL with SFT loss."""
 
     coefficient: Coefficient = 1.0
-    """Of the demonstrations' likelihood term."""
+    """Coefficient of the demonstrations' likelihood term."""
 
 
 class RlSftLoss(Method):

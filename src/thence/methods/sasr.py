@@ -37,9 +37,9 @@ class SasrOptions(MixedOptions):
     """Settings of SASR."""
 
     warmup_steps: Steps = 20
-    """SFT steps before the first coin. The published number is not known; this one was chosen here."""
+    """SFT steps before the first coin. The published number is not known; this default was chosen here."""
     gamma: Coefficient = 1.0
-    """Weight of the warm-up's gradient norm; larger: fewer SFT steps. Not known; 1 makes the first coin a fair one."""
+    """Weight of the warm-up's gradient norm. Larger: fewer SFT steps. Not published; 1 makes the first coin fair."""
     clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
     clip_high: Coefficient = 0.2
@@ -47,13 +47,13 @@ class SasrOptions(MixedOptions):
     std: bool = True
     """Divide advantages by the group's standard deviation."""
     kl: Coefficient = 0.0
-    """Coefficient of the KL to the model that the stage started from."""
+    """Coefficient of the KL to the model at the start of the stage."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """k3 is GRPO's; k1 has no gradient in expectation."""
+    """Estimator of the KL. k3 is GRPO's; k1 has no gradient in expectation."""
     entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus in GRPO steps."""
     sft_lr: Rate | None = None
-    """Learning rate of SFT steps; none: the stage's."""
+    """Learning rate of SFT steps. none: the stage's."""
 
 
 class Sasr(Method):

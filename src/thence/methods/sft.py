@@ -21,7 +21,7 @@ class SftOptions(Options):
     """Settings of SFT."""
 
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
-    """token-mean: over all response tokens of the step. sequence-mean: of each response, then over responses."""
+    """token-mean: over all response tokens of the step. sequence-mean: over each response, then over responses."""
 
 
 class Sft(Method):

@@ -49,19 +49,19 @@ class SrftOptions(MixedOptions):
     sft_entropy_sign: Literal[-1, 1] = -1
     """Sign of H in the weight of the expert's log-likelihood: -1 paper, 1 official code."""
     entropy_level: Literal["sequence", "token", "batch"] = "sequence"
-    """H is the mean over a response, of the token alone, or the mean over all responses of the optimizer step."""
+    """H is the mean over a response, the token's own, or the mean over all responses of the optimizer step."""
     demonstration: Literal["shape", "probability"] = "shape"
-    """Expert tokens under their advantage. shape: pi / (pi + gamma), the codes. probability: pi, the paper."""
+    """Surrogate of expert tokens with advantages. shape: pi / (pi + gamma), the codes. probability: pi, the paper."""
     gamma: SomeCoefficient = 0.1
-    """Of the shaping."""
+    """Gamma of the shaping."""
     own: Literal["logp", "probability", "ratio"] = "logp"
-    """Own tokens: log pi (paper, default of the codes; log pi - log pi_old has the same gradient), pi or the ratio."""
+    """Surrogate of sampled tokens: log pi (paper, codes; log pi - log pi_old has the same gradient), pi or ratio."""
     sft_weight: Coefficient = 0.5
     """Constant of the expert's log-likelihood."""
     right_weight: Coefficient = 0.1
-    """Constant of right own responses."""
+    """Constant of right sampled responses."""
     wrong_weight: Coefficient = 1.0
-    """Constant of wrong own responses."""
+    """Constant of wrong sampled responses."""
 
 
 class Srft(Method):

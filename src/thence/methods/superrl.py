@@ -34,7 +34,7 @@ class SuperRlOptions(GatedOptions):
     """Settings of SuperRL."""
 
     gate: Literal["hard", "advantage"] = "hard"
-    """What a rollout must have for its prompt to be learned from rewards: a reward or an advantage above zero."""
+    """RL trains a prompt if a rollout has a reward, or an advantage, above zero. Otherwise SFT does."""
     clip_low: Coefficient = 0.2
     """Clip range of the ratio below one."""
     clip_high: Coefficient = 0.2

@@ -15,7 +15,7 @@ of 500, n = 4, mini-batches of 64 of 256 prompts, lr 1e-6.
 
 Other than in the released code: it cuts the text between sentences, into min(5, number of sentences) parts, and pastes
 the hint as text into a prompt without a chat template. Here the demonstration's tokens are cut, without its end token,
-and the hint begins the response, in whatever template the data has; it counts towards the longest response, and the
+and the hint begins the response, in any template of the data; it counts towards the longest response, and the
 verifier reads it too. The code limits logits to +-100 in the hint's term, which is not done here. A prompt without a
 demonstration has no hint. Chosen here, since not known: that k of ``r3`` may be 0 and ``slices`` and that its hints end
 with ``hint_steps``; that the hint's weight of ``stage`` is that of ``uft``.
@@ -45,7 +45,7 @@ class UftOptions(Options):
     """Settings of UFT."""
 
     hints: Literal["uft", "r3", "stage"] = "uft"
-    """How many slices a hint has: see above."""
+    """How the number of slices of a hint is drawn (see the formula)."""
     slices: Count = 5
     """Parts of a demonstration."""
     hint_steps: Steps = 300
@@ -58,7 +58,7 @@ class UftOptions(Options):
     """Coefficient of the hint tokens' likelihood, a mean over them; none: 0.001, and 0 with r3."""
     normaliser: Literal["clean", "code", "paper"] = "clean"
     """clean: policy, KL and entropy over all response tokens of the step, hint tokens included. code, paper: over the
-    tokens that the policy wrote. The hint's term is in each a mean over the hint tokens."""
+    tokens that the policy wrote. The hint's term is always a mean over the hint tokens."""
     std: bool = True
     """Divide advantages by the group's standard deviation."""
     clip_low: Coefficient = 0.2
@@ -66,7 +66,7 @@ class UftOptions(Options):
     clip_high: Coefficient = 0.2
     """Clip range of the ratio above one."""
     kl: Coefficient = 0.001
-    """Coefficient of the KL (k3) to the model that the stage started from; 0: no reference model is held."""
+    """Coefficient of the KL (k3) to the model at the start of the stage. 0: no reference model is kept."""
     entropy: Coefficient = 0.001
     """Coefficient of the entropy bonus on the tokens that the policy wrote."""
 

@@ -44,7 +44,7 @@ def check_model(model: Any) -> None:
     """Make sure, on a few tokens and once for every model, of what every step relies on.
 
     The logits are the last hidden states through :func:`output_head`; no token changes what stands before it, so that
-    rows can be padded on the right without a mask; rows side by side do not change one another.
+    rows can be padded on the right without a mask; rows of one batch do not change one another.
 
     Raises:
         UserError: the model is of another kind.

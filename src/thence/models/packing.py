@@ -6,7 +6,7 @@ Two ways, tried in this order on the model at hand:
     The model's attention is replaced by :func:`packed_attention` while rows are packed. Fast; windows, soft-capping and
     attention sinks are known to it. The model has to use transformers' attention interface and to hand keywords on.
 ``mask``
-    Positions begin anew with every row, and transformers makes the mask of it. Its memory grows with the square of
+    Positions start at 0 in every row, and transformers makes the mask from them. Its memory grows with the square of
     the tokens.
 
 A model that gives other hidden states packed than padded by both is refused.
@@ -148,7 +148,7 @@ def _matching_way(model: Any, lengths: tuple[int, ...], expected: Tensor) -> Way
         try:
             with _replaced_attention(model) if way == "attention" else nullcontext():
                 packed = packed_hidden_states(decoder_of(model), token_ids, lengths, way)[0]
-        except Exception as error:  # whatever a model's own code raises, the answer is the same: not this way
+        except Exception as error:  # any error of a model's own code means: not this way
             reasons.append(first_line(error))
             continue
         difference = largest_difference(packed, expected)

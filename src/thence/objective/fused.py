@@ -1,9 +1,9 @@
 """The objective from hidden states, in chunks of tokens, so that the logits of all tokens are never held at once.
 
-The loss is a weighted sum of elementwise functions of each token's log-probability (and entropy), with weights and
-divisors known beforehand. So the gradient with respect to a chunk's logits is known as soon as the chunk's logits
-are: it is taken in the forward pass, and nothing is recomputed and no logits are kept for the backward pass. Extra
-memory: one chunk of logits, whatever the number of tokens.
+The loss is a weighted sum of elementwise functions of each token's log-probability (and entropy). Weights and divisors
+are known before the forward pass, so the gradient with respect to a chunk's logits is known as soon as the logits are.
+The forward pass computes it. Nothing is recomputed, and no logits are kept for the backward pass. Extra memory: one
+chunk of logits for any number of tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TokenInputs:
         target_T: the token that was taken, shape (T,), int64.
         weight_JT: weights, one row a term, shape (J, T).
         behaviour_T: see :class:`~thence.objective.surrogates.Context`.
-        reference_T: likewise.
+        reference_T: the same under the reference policy.
     """
 
     target_T: Tensor
@@ -205,7 +205,7 @@ def _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C):
 
 
 def _logits(hidden_CD: Tensor, head: Head, temperature: float) -> Tensor:
-    """Logits over the temperature, float32 or better, in memory of their own."""
+    """Logits over the temperature, float32 or better, in new memory."""
     logits_CV = (hidden_CD @ head.weight_VD.to(hidden_CD.dtype).T).to(_wide(hidden_CD.dtype))
     if head.bias_V is not None:
         logits_CV.add_(head.bias_V)

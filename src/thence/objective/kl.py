@@ -3,7 +3,7 @@
 With ``d = logp - reference``: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (J. Schulman, "Approximating KL
 divergence"; k3 is the term of GRPO, arXiv 2402.03300 eq. 4).
 
-The exponential of k3 is bounded: above an exponent of 20 it goes on along its tangent, ``exp(20) (1 - d - 20)``. Value
+The exponential of k3 is bounded: above an exponent of 20 it follows its tangent, ``exp(20) (1 - d - 20)``. Value
 and slope are then finite and continuous, and the slope keeps its sign: a policy that has lost a token is still pulled
 back to it. TRL has no bound, so a difference of 100 is infinite in float32. verl bounds the exponent to +-20 and then
 k3 to 10, OpenRLHF k3 to 10: a token past that has no gradient there, and the penalty lets go of it.

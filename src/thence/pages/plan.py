@@ -30,7 +30,7 @@ def _headline(plan: Plan) -> str:
     counts = plan.counts
     return (
         f"{plan.model}: {counts.total:,} parameters ({counts.matmul:,} in the layers' matrices, "
-        f"{counts.embedding:,} in the embedding, {counts.head:,} in a head of its own)"
+        f"{counts.embedding:,} in the embedding, {counts.head:,} in a separate head)"
     )
 
 

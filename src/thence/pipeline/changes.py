@@ -304,7 +304,7 @@ def _shown(value: Any) -> str:
 
 
 def say_onward(change: Change, now: Recipe) -> str:
-    """What a change of a stage that goes on means for its numbers, for the log and the history."""
+    """What a change of a resumed stage means for its numbers, for the log and the history."""
     stage = now.stage(change.stage) if change.stage in now.stages and change.stage else None
     if change.rule.key == "length" and isinstance(stage, Optimization):
         if stage.schedule != "constant" or stage.warmup:

@@ -194,6 +194,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: it does not fit, or holds weights that are not finite.
+            UserError: the checkpoint is beyond the last step of the stage.
         """
         found = newest_checkpoint(self.folder)
         if found is not None:

@@ -37,7 +37,7 @@ def resume_position(context: Context, own: Mapping[str, Any], sampler: RolloutSa
     """Take up where the checkpoint left sampler and method, on the same or another number of ranks.
 
     Raises:
-        UserError: every rank had a state of its own, and there are now more or fewer of them.
+        UserError: every rank had its own state, and there are now more or fewer ranks.
     """
     world, drawn, states = context.ranks.world, own["drawn"], own["method"]
     if isinstance(drawn[0], list):  # an older version, in which every rank had its own share of the data

@@ -121,7 +121,7 @@ class RunFolder:
         """What becomes of the run that stands in the folder. Nothing is written.
 
         Args:
-            restart: what thence wrote of it will be removed, whatever its settings.
+            restart: what thence wrote of it will be removed, under any settings.
             repeat: stages to be run again.
 
         Raises:
@@ -213,7 +213,7 @@ class RunFolder:
         log.warning("stage %s: %s; what it had left is in %s", name, why, aside)
 
     def _reopen(self, name: str) -> None:
-        """Make a stage that is done one that goes on from its last checkpoint; the model that it left is set aside."""
+        """Reopen a finished stage, to resume from its last checkpoint. The published model is set aside."""
         aside = self._aside(name)
         aside.mkdir()
         (self.stage(name) / "done.json").rename(aside / "done.json")

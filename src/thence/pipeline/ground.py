@@ -281,5 +281,5 @@ def _said(state: State | None) -> str:
 
 
 def _contents(files: Mapping[str, State], named: bool) -> list[tuple[str, str, int]]:
-    """What files hold, whatever folder they lie in, with their names in it or without."""
+    """What files hold, in any folder, with their names in it or without."""
     return sorted((Path(file).name if named else "", state["digest"], state["bytes"]) for file, state in files.items())

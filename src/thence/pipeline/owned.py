@@ -230,7 +230,7 @@ def is_beginning(path: Path) -> bool:
 
 
 def clear(folder: Path, marker: Marker) -> None:
-    """Remove what thence wrote of a run, but for the marker, the lock and ``recipe.toml``, which are written anew.
+    """Remove what thence wrote of a run, but for the marker, the lock and ``recipe.toml``, which are written again.
 
     Killed in the middle, the folder is cleared when it is opened again.
 

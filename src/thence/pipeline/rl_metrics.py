@@ -9,7 +9,7 @@ import torch
 
 from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
-from thence.files import to_json
+from thence.jsonl import append_jsonl
 from thence.methods.unknown import scores_of
 from thence.objective import Batch, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
@@ -187,9 +187,8 @@ def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int
     """Write the first group's responses for the reader; a crash can lose them, a resumed run writes them again."""
     path = context.folder.stage(context.name) / "samples.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for trajectory in trajectories[:SAMPLES_KEPT]:
-            file.write(to_json(rollout_line(trajectory, stage=context.name, step=step)) + "\n")
+    kept = trajectories[:SAMPLES_KEPT]
+    append_jsonl(path, (rollout_line(trajectory, stage=context.name, step=step) for trajectory in kept))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -94,7 +94,7 @@ def total_steps(examples: int, stage: Sft) -> int:
 def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int, n_parameters: int) -> int:
     """Optimizer steps of the stage, fewer where its budget ends earlier; at least one.
 
-    The order of the data is known beforehand, so the learning-rate schedule ends where the budget does.
+    The order of the data is known before the first step, so the learning-rate schedule ends with the budget.
     """
     most, budget = total_steps(len(prompts), stage), budget_of(stage)
     for step in range(most if budget is not None else 0):

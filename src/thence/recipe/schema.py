@@ -275,15 +275,15 @@ class Recipe(Section):
     """A whole run: a model and the stages it goes through."""
 
     name: Name = "run"
-    """Names the run's folder."""
+    """Name of the run and of its folder."""
     description: Text = ""
-    """One line, shown by `thence recipes`."""
+    """A line of description for `thence recipes`."""
     seed: Seed = 0
-    """Every random number of the run follows from it."""
+    """Seed of all random numbers of the run."""
     folder: Place | None = None
-    """Run folder; default: runs/<name>-seed<seed>."""
+    """Run folder. Default: runs/<name>-seed<seed>."""
     stages: list[Name] = ["sft", "rl", "eval"]
-    """Names in order; the part before the first `-` is the kind: sft, rl or eval."""
+    """Stages in order. The part of a name before the first `-` is the kind: sft, rl or eval."""
     model: Model
     data: Data = Data()
     tables: dict[str, Sft | Rl | Eval] = Field(default={}, exclude=True)

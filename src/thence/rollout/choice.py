@@ -65,7 +65,7 @@ def _found(model: Any, plain: bool) -> Choice:
         for choice in (*candidates, Choice(TransformersDecoder, True), Choice(TransformersDecoder, False)):
             try:
                 difference = _difference(model, choice)
-            except Exception as error:  # whatever a model's own code raises, the answer is the same: not this decoder
+            except Exception as error:  # any error of a model's own code means: not this decoder
                 reasons.append(first_line(error))
                 continue
             if difference <= 10 * tolerance(torch.float32, next(model.parameters()).device):

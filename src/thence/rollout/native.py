@@ -29,7 +29,7 @@ class Sampling:
         top_p: nucleus; 1: off.
         top_k: 0: off.
         stop_ids: tokens that end a response; the one that ended it is part of the response.
-        rows: most responses sampled side by side.
+        rows: most responses sampled in parallel.
 
     Raises:
         UserError: a value that cannot be sampled with, NaN among them.
@@ -78,7 +78,7 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
     Args:
         model: a Hugging Face causal language model.
         prompts: token ids, at least one token each; repeated prompts are read once.
-        seeds: one a prompt. The same prompt, seed and weights give the same tokens whatever is sampled beside them
+        seeds: one a prompt. The same prompt, seed and weights give the same tokens in any batch
             (up to the last bits of floating-point sums).
 
     Returns:
@@ -114,7 +114,7 @@ def stream(
 
 
 def _waves(order: list[int], lengths: list[int] | None, rows: int) -> Iterator[list[int]]:
-    """Prompts that are sampled side by side: at most so many, and of one length where ``lengths`` are given."""
+    """Prompts that are sampled in parallel: at most ``rows``, and of one length where ``lengths`` are given."""
     wave: list[int] = []
     for i in order:
         if wave and (len(wave) == rows or (lengths is not None and lengths[i] != lengths[wave[0]])):

@@ -39,7 +39,7 @@ def mean_share(shares: Sequence[float], samples: int) -> Score:
 
 
 def wilson(p: float, n: float, z: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion ``p`` of ``n``. It holds ``p`` itself, whatever the rounding."""
+    """Wilson's score interval of a proportion ``p`` of ``n``. It contains ``p`` under any rounding."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))

@@ -3,7 +3,7 @@
 Scores are a matrix, one row a seed and one column a problem. Two things are resampled with replacement: seeds, and
 problems within them. Problem indices are drawn once a replicate and used for all seeds. That is right whether or not
 the seeds share their problems: where they do, a hard problem is hard in every seed and its column moves as one; where
-they do not, the columns hold unrelated problems and their differences average out. Drawing anew for each seed would
+they do not, the columns hold unrelated problems and their differences average out. Separate draws for each seed would
 be right in the second case only.
 
 The plain percentile interval of such draws fails in two ways. Five seeds resampled from five spread too little, by

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thence.errors import CheckpointError
-from thence.files import to_json
+from thence.files import flush, to_json
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -94,13 +93,13 @@ def publish(temporary: Path, final: Path) -> None:
     manifest = {str(path.relative_to(temporary)): _sha256(path) for path in files}
     (temporary / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, temporary]:
-        _flush(path)
+        flush(path)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     discard(replaced)
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     discard(replaced)
 
 
@@ -243,11 +242,3 @@ def _misfit(folder: Path, why: str) -> CheckpointError:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -68,7 +68,7 @@ def weighted_micro_batches(
 ) -> Iterator[tuple[list[int], MicroBatch, bool]]:
     """The micro-batches of an optimizer step, as :func:`micro_batches`, and whether each has a gradient.
 
-    Rows without any weight (a group whose rewards are all equal, ...) go into micro-batches of their own, last. They
+    Rows without any weight (a group whose rewards are all equal, ...) go into separate micro-batches, last. They
     need no backward pass.
     """
     live = [bool(row.weights.any()) for row in rows]

@@ -74,7 +74,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
     except Exception as error:  # a model's code and files may raise anything
         if isinstance(error, UserError) or is_of_system(error):
             raise
-        if "weights_only" in str(error):  # torch goes on to advise how to run what is in the file
+        if "weights_only" in str(error):  # torch then advises how to run what is in the file
             raise RecipeError(
                 f"cannot open {settings.path}: its files of weights hold more than tensors, which would be run",
                 remedy="give a model with safetensors files",

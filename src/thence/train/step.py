@@ -252,7 +252,7 @@ def _check(sums: StepSums, norm: float, counted: int, optimizer: torch.optim.Opt
             f"{counted} trained tokens were counted but {seen} went through the model",
             remedy="this is a fault of thence: please report it with the recipe",
         )
-    # the loss of rows that weigh nothing is 0 whatever the model says of them
+    # the loss of rows without weight is 0
     told = "the model's log-probabilities are NaN" if no_logp else f"the gradient norm is {norm}"
     raise StepRefused(
         f"the step was not taken: the loss is {loss:.6g}, {told}",

@@ -9,7 +9,7 @@ import re
 
 BOX = "\\boxed"
 NORMAL_CHARS = 1000
-"""Longer texts are no final answers; they are not brought into a normal form."""
+"""Longer texts are not final answers and are not normalised."""
 
 _SPACES = re.compile(r"(?:\s+|\\[ ,;:!]|~|\\quad|\\qquad)+")
 _DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\^\{?\\circ\}?|\\?\$")

@@ -15,7 +15,7 @@ from thence.verify.boxed import last_box
 from thence.verify.quantities import quantity, split_unit
 
 MAX_CHARS = 1000
-"""Longer texts are no final answer; nothing is objected to them."""
+"""Longer texts are not a final answer and are not checked."""
 TAIL = 20_000
 """Of longer responses without marks, only the end is searched."""
 AROUND = 60  # characters before and after an answer that can say something about it
@@ -193,7 +193,7 @@ def denied(response: str, gold: str) -> bool:
 
 
 def stated(response: str) -> bool:
-    """Whether a response without a box marks a final answer that is no bare word or letter: `#### 18`, "Answer: 4"."""
+    """Whether a response without a box marks a final answer beyond a bare word or letter: `#### 18`, "Answer: 4"."""
     claim = find_claim(response)
     return claim is not None and claim.mark in ("####", "answer") and re.search(r"[\d=\\]", claim.text) is not None
 

@@ -68,7 +68,7 @@ def as_number(value: Any) -> float | None:
         return None
     try:
         score = float(value)
-    except Exception:  # of whatever class `value` is: it is no number
+    except Exception:  # any class of `value`: it is not a number
         return None
     return score if math.isfinite(score) else None
 
@@ -106,7 +106,7 @@ def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _end_with(parent: int, started_by_main_thread: bool) -> None:
-    """End with the parent, whatever way it ends, in the middle of a call too."""
+    """End with the parent, however it ends, also in the middle of a call."""
     told = False
     if started_by_main_thread and sys.platform == "linux":  # the signal comes when the thread that started us ends
         told = ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGKILL) == 0

@@ -9,7 +9,7 @@ from thence.verify.verdict import Grade
 
 
 class Grader(ABC):
-    """Grades responses. A context manager; `close` ends whatever processes it holds."""
+    """Grades responses. A context manager; `close` ends all its processes."""
 
     @abstractmethod
     def grade_many(

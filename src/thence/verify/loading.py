@@ -43,7 +43,7 @@ def load_function(spec: str) -> RewardFunction:
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """The file or module of an own function, and its name. Raises UserError where the spec names neither."""
+    """The file or module of the user's function, and its name. Raises UserError where the spec names neither."""
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         raise UserError(
@@ -54,7 +54,7 @@ def split_spec(spec: str) -> tuple[str, str]:
     if place == "__main__":
         raise UserError(
             f"reward {spec}: a function of the script that runs cannot be loaded by another process",
-            remedy="move it into a file of its own and give path/to/file.py:function",
+            remedy="move it into a separate file and give path/to/file.py:function",
             field="reward",
         )
     return place, name
@@ -82,7 +82,7 @@ def stated_threshold(function: Callable[..., Any], spec: str) -> tuple[bool, flo
 
 
 def function_file(spec: str) -> Path | None:
-    """The file that an own function stands in; None where that is not known. Nothing of it is run to find out."""
+    """The file of the user's function; None if it is not known. None of its code is run to find out."""
     place = spec.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place)

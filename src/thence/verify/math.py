@@ -37,7 +37,7 @@ def graded_part(response: str, rule: Rule) -> str | None:
     that LUFFY and ReLIFT train with). The opening `<think>` belongs to the prompt there and counts as given, so that
     only a response without `</think>`, for example one that was cut off while thinking, has no part to grade.
     boxed: the last `\\boxed{...}` alone (reward version 6, the one of HPT and its baselines). A response without a box
-    has no part to grade, whatever it says (see `unboxed_part`).
+    has no part to grade (see `unboxed_part`).
     """
     if rule == "plain":
         return finished(response)

@@ -1,8 +1,8 @@
-"""Reward functions of the user's own, each in a process of its own: what they do wrong is theirs alone.
+"""The user's reward functions, each in a separate process, so that their faults do not reach the run.
 
-The process starts afresh with this one's environment, working directory and module path, loads the function once and
-is then asked for one response after the other, in order. So a function may keep state from call to call, a `sys.exit`,
-a crash or an endless loop ends that process and not the run, and a time limit holds whatever the function does.
+The new process has this one's environment, working directory and module path. It loads the function once and then gets
+one response after the other, in order. So a function may keep state from call to call. A `sys.exit`, a crash or an
+endless loop ends that process and not the run, and a time limit holds for anything that the function does.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class FunctionProcess:
 
 
 class FunctionGrader(Grader):
-    """An own reward function. Its number is the score; who is right follows from the threshold that it states.
+    """The user's reward function. Its number is the score; who is right follows from the threshold that it states.
 
     The verdict of a score is RIGHT from `right_from` on and WRONG below. Without a threshold 1 (or True) is RIGHT and
     0 (or False) WRONG, and anything else is GRADED: a degree, which says neither. None is UNKNOWN, and so is a response

@@ -30,7 +30,7 @@ class ChildProcess:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], stderr: int | None, seconds: float):
-        # A session of its own: Ctrl-C at the terminal is the parent's to handle, which then ends the child.
+        # A new session: the parent handles Ctrl-C at the terminal, and then ends the child.
         self._popen = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-r"""Plain numbers, numbers in another base, and units, as they stand in a final answer. Standard library only."""
+r"""Plain numbers, numbers in another base, and units of a final answer. Standard library only."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ def load_reward(
     """The grader that a recipe's `reward` names.
 
     Args:
-        spec: `exact`, `math`, `math-after-think`, `math-boxed`, or an own function: `package.module:function` or
+        spec: `exact`, `math`, `math-after-think`, `math-boxed`, or the user's function: `package.module:function` or
             `path/to/file.py:function`, with the signature `reward(prompt, response, answer) -> float | None`.
         seconds: wall-clock limit of one response.
-        workers, memory_mb: limits of `GradingPool`; an own function has one process and no limit of memory.
-        right_from: the score from which an own function means right; default: what it states itself.
-        slow_in_a_row: so many responses in a row for which an own function takes too long are an error.
+        workers, memory_mb: limits of `GradingPool`; the user's function has one process and no memory limit.
+        right_from: the lowest score of the user's function that is right; default: what the function states.
+        slow_in_a_row: this many time-outs of the user's function in a row are an error.
         setting: what the time limit is called where it is set, for messages.
 
     Raises:

@@ -4,7 +4,7 @@ The rows of the data set are the probe's examples; ``model.generate`` answers ea
 response, and TRL does the rest: it tokenizes prompts, cuts completions at the end token, asks for rewards, forms
 advantages, shuffles rows inside a generation batch, and computes the loss. Successive examples count as the
 generations of one prompt: groups go by place in TRL, and its sampler, which repeats one prompt, is replaced by one
-that lays the examples side by side.
+that puts the examples next to each other.
 
 Options, beside any argument of ``GRPOConfig``: ``num_generations`` (default 4), ``loss_type`` (default dapo),
 ``scale_rewards`` (default group). The advantages that these ask for are computed here from the rewards.

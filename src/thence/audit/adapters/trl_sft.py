@@ -6,7 +6,7 @@ Options, beside any argument of ``SFTConfig``: ``layout``, one of ``chat-prompt-
 Switched off: shuffling (a sequential sampler; accelerate still deals batches to the ranks), clipping unless the case
 asks for it, warm-up, logging and saving; TRL's own defaults of bf16 and activation checkpointing follow the case.
 
-Limits: packing and padding-free batches run with the model's default attention, for want of flash attention on a CPU.
+Limits: packing and padding-free batches run with the model's default attention, since a CPU has no flash attention.
 """
 
 # pyright: reportMissingImports=false

@@ -99,7 +99,7 @@ def run(case: dict, session) -> None:
         return norm
 
     engine.optimizer_step = watched_step
-    # verl saves after its last step, whatever the settings.
+    # verl saves after its last step under all settings.
     trainer.ckpt_handler.save_checkpoint = lambda step: session.stop()
     session.watch(engine.module)
     session.parameters(gathered(engine.module))

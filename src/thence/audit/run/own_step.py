@@ -36,7 +36,7 @@ def check(
     """Recover the weight that every token gets in your own training step.
 
     ``step(model, rows)`` trains the model in place on rows of ``input_ids`` and ``labels`` (lists of int; -100: not
-    trained) with one optimizer step, by an optimizer that it makes anew. If it takes ``micro_batch`` and
+    trained) with one optimizer step, by a new optimizer. If it takes ``micro_batch`` and
     ``accumulation`` too, the same rows are cut in several ways, which is what tells most rules apart.
 
     Args:

@@ -184,7 +184,7 @@ class _Program:
 
 
 def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
-    """One case: the program in a process of its own, then its model against the one it began with."""
+    """One case: run the program in a separate process, then compare its model with the one before."""
     out = folder / "out"
     values = _values(program, case, folder, out)
     begun = time.monotonic()

@@ -124,7 +124,7 @@ def start_processes(run: StackRun, ranks: int) -> StackProcesses:
 
 @contextlib.contextmanager
 def started_processes(run: StackRun, ranks: int) -> Iterator[StackProcesses]:
-    """:func:`start_processes`; whatever happens, the processes end with the block."""
+    """:func:`start_processes`; the processes always end with the block."""
     started = start_processes(run, ranks)
     try:
         yield started

@@ -82,7 +82,7 @@ class Problem:
 
 
 def split_of(prompt: str) -> str:
-    """The in-distribution split that a prompt belongs to, whatever the seed: train 80%, dev 10%, test 10%."""
+    """The in-distribution split that a prompt belongs to under any seed: train 80%, dev 10%, test 10%."""
     bucket = hashlib.sha256(prompt.encode()).digest()[0]
     return "dev" if bucket < 26 else "test" if bucket < 52 else "train"
 
@@ -207,7 +207,7 @@ def look_up(rng: random.Random) -> str:
 
 
 def exercise(rng: random.Random) -> str:
-    """A labelled list, then its entries in another order, each worked on a value of its own: never a chain.
+    """A labelled list, then its entries in another order, each worked on a separate value: never a chain.
 
     The list ends with `?` as a prompt does, and the first value is the list's start value, so that reading a prompt is
     known before SFT; working it from left to right and naming an answer are not.

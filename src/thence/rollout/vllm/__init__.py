@@ -1,1 +1,1 @@
-"""Sampling with vLLM, which runs in a Python environment of its own (docs/vllm.md)."""
+"""Sampling with vLLM, which runs in its own Python environment (docs/vllm.md)."""

@@ -45,14 +45,14 @@ framed = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(framed)
 
 LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
-QUEUED = 2  # requests held by vLLM for every row it samples side by side
+QUEUED = 2  # requests held by vLLM for every row it samples in parallel
 ALIVE_SECONDS = 1.0
 POLL_SECONDS = 1.0
 GREETING_SECONDS = 10.0
 SEND_SECONDS = 1800.0  # a client that reads nothing for so long is dropped
 FAREWELL_SECONDS = 5.0
 
-# Python puts the folder of a script first in its path. What is installed shall be found before it.
+# Python puts the folder of a script first in its path. Installed packages must be found before it.
 sys.path.append(sys.path.pop(0))
 
 # Set unless the user has set them. One process: no engine that outlives this one, and a sampler within reach.
@@ -67,7 +67,7 @@ ENVIRONMENT = {
 
 
 class Client:
-    """The other side of a conversation: what it asks for, read by a thread of its own."""
+    """The other side of a conversation: what it asks for, read by a separate thread."""
 
     def __init__(self, wire: Any):
         self.wire = wire
@@ -314,7 +314,7 @@ def serve_parent(options: argparse.Namespace) -> int:
         client.read(lambda: os.getppid() == parent)
         for folder in options.scratch:
             shutil.rmtree(folder, ignore_errors=True)
-        # The engine started this process as the leader of a group: whatever vLLM has started goes with it.
+        # The engine started this process as the leader of a group, so that vLLM's children end with it.
         os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -386,7 +386,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="Hugging Face folder with safetensors")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--max-model-len", type=int, default=0, help="longest prompt and response; 0: the model's")
-    parser.add_argument("--max-rows", type=int, default=64, help="most responses sampled side by side")
+    parser.add_argument("--max-rows", type=int, default=64, help="most responses sampled in parallel")
     parser.add_argument("--kv-cache-gb", type=float, default=2.0, help="memory for keys and values; 0: vLLM's choice")
     parser.add_argument("--threads", type=int, default=0, help="0: what OMP_NUM_THREADS says, else all cores")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")

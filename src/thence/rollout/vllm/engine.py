@@ -1,4 +1,4 @@
-"""Sampling with vLLM in a process of its own: the same words as the native sampler, and weights that can be renewed.
+"""Sampling with vLLM in a separate process: the interface of the native sampler, and weights that can be replaced.
 
 Every response carries a stamp, the version and digest of the weights that it was sampled with; one of other weights is
 refused. Log-probabilities are those of the whole softmax at the sampling temperature, as the trainer computes them.
@@ -42,7 +42,7 @@ class VllmEngine:
 
     Args:
         settings: where vLLM runs and what it may use.
-        model: Hugging Face folder with safetensors; None: whatever a server has, which weights must then be pushed to.
+        model: Hugging Face folder with safetensors; None: the server's model, to which weights must then be pushed.
 
     Raises:
         UserError: vLLM is missing, does not start, is out of memory or too slow; the server does not answer, wants
@@ -86,7 +86,7 @@ class VllmEngine:
             prompts: token ids, at least one token each.
             seeds: one a prompt; the same seed gives the same tokens (up to the last bits of floating-point sums),
                 but not those of the native sampler.
-            sampling: `rows` is not used; how many run side by side was said when vLLM was started.
+            sampling: `rows` is not used; vLLM was told at its start how many run in parallel.
 
         Returns:
             The responses in the order of the prompts. Those that reach the end of the model's context end there with
@@ -151,7 +151,7 @@ class VllmEngine:
             raise self._link.failed(f"vLLM left out {len(left)} of {len(prompts)} responses")
 
     def push_weights(self, model: Any, version: int) -> None:
-        """Give the running vLLM other weights. Whatever it has cached of the old ones is forgotten.
+        """Give the running vLLM other weights. It drops everything that it cached with the old ones.
 
         Both sides then read the same short text with them: if their log-probabilities differ by more than rounding,
         the weights did not arrive. `last_push` tells by how much they differ.

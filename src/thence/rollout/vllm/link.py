@@ -27,7 +27,7 @@ _OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "_
 
 
 class Link:
-    """One conversation. Whatever goes wrong ends it: `close` is called, and a UserError raised."""
+    """One conversation. Any failure ends it: `close` is called, and a UserError raised."""
 
     def __init__(self, wire: Wire, popen: subprocess.Popen[bytes] | None, log: Path | None, server: str):
         self._wire: Wire | None = wire
@@ -78,7 +78,7 @@ class Link:
         return message
 
     def not_understood(self, error: ValueError) -> UserError:
-        """End the conversation; the error to raise about a message that is none."""
+        """End the conversation; the error to raise about a malformed message."""
         return self.failed(f"{self.name} does not speak thence's protocol ({one_line(str(error), 200)})")
 
     def failed(self, problem: str, detail: str = "", ended: bool = False) -> UserError:
@@ -103,7 +103,7 @@ class Link:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             popen.wait(STOP_SECONDS)
-        # It leads a group of its own: what vLLM has started ends with it.
+        # It leads its own process group, so that vLLM's children end with it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(popen.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a disk cannot be killed

@@ -1,4 +1,4 @@
-"""The shape of vLLM's messages: what is not as it should be is told at once, and not as an error of our own later."""
+"""The shape of vLLM's messages. A malformed message is reported at once, not as an error of thence later."""
 
 from __future__ import annotations
 

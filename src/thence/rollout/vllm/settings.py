@@ -21,7 +21,7 @@ from thence.settings.validation import validated
 
 PYTHON_VARIABLE = "THENCE_VLLM_PYTHON"
 CHILD = Path(__file__).with_name("child.py")
-INSTALL = "install vLLM in an environment of its own (docs/vllm.md) and name its Python"
+INSTALL = "install vLLM in a separate environment (docs/vllm.md) and set its Python"
 
 
 class VllmSettings(Section):
@@ -36,7 +36,7 @@ class VllmSettings(Section):
     max_model_len: Annotated[int, Field(ge=8, le=10**7)] | None = None
     """Longest prompt and response together, in tokens; default: what the model was made for."""
     max_rows: Rows = 64
-    """Most responses sampled side by side."""
+    """Most responses sampled in parallel."""
     kv_cache_gb: Gigabytes = 2.0
     """Memory for keys and values; 0 leaves it to vLLM, which takes most of what there is."""
     threads: Processes | None = None
