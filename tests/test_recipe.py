@@ -170,7 +170,9 @@ def test_a_stage_without_a_kind_is_refused(stages: list[str]) -> None:
 
 @pytest.mark.parametrize("stages", ["sft", [], [1], {"sft": 1}])
 def test_stages_have_to_be_a_list_of_names(stages: Any) -> None:
-    assert "stages" in refused({"model": MODEL, "stages": stages}).problem
+    error = refused({"model": MODEL, "stages": stages})
+    assert error.field == "stages"
+    assert 'write stages = ["sft", "rl"]' in error.remedy
 
 
 def test_a_stage_named_twice_is_refused() -> None:
