@@ -157,7 +157,7 @@ def test_the_box_rule_keeps_what_makes_a_difference() -> None:
 
 
 def test_reading_a_claim_takes_no_time_on_hostile_text() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for hostile in ("answer is " * 40_000, "\\boxed{" * 30_000, "1\\,234" * 50_000, "\\text{ or " * 30_000):
         for text in (hostile, hostile + "}", "√(" + hostile, hostile + "####" + hostile):
             claim = find_claim(tidy(finished(text)))
@@ -168,4 +168,4 @@ def test_reading_a_claim_takes_no_time_on_hostile_text() -> None:
                 sides(claim.text)
     for hostile in ("9" * 100_000, "9," * 50_000, "=" * 100_000, "<think>" * 40_000):
         tidy(hostile), quantity(hostile), based(hostile), split_unit(hostile), finished(hostile), sides(hostile)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5

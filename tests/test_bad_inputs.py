@@ -28,6 +28,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
         huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
+@pytest.mark.slow
 def test_200_bad_inputs_are_refused_or_survived(ground: Ground, tmp_path: Path) -> None:
     result = counted(campaign(QUICK, ground, tmp_path, range(200), seed=1))
     assert result["cases"] == 200

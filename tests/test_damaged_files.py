@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from comparisons import make_comparison
+from recipes import changed, file_recipe
 from test_eval import Counting, data, settings_of  # noqa: F401 - data is a fixture
 from test_eval import run as evaluated
 from test_pipeline import Recipes, metrics, recipes, weights  # noqa: F401 - fixtures
@@ -213,6 +214,19 @@ def test_damaged_lines_of_a_runs_evaluation_are_made_again(one: tuple[dict[str, 
     run(recipe)
     assert {name: (stage / name).read_bytes() for name in before} == before
     assert file.with_name(f"{file.name}.damaged").read_bytes() == b'{"problem": 3}\n'
+
+
+def test_a_changed_note_of_a_model_does_not_set_aside_the_stage_that_was_trained_on_it(tmp_path: Path) -> None:
+    recipe = changed(file_recipe(tmp_path), {"stages": ["sft", "rl"], "rl.steps": 1})
+    folder = run(recipe)
+    done = folder / "stages" / "sft" / "done.json"
+    noted = json.loads(done.read_text())["model"]
+    done.write_text(done.read_text().replace(noted, f"{int(noted, 16) ^ 1:016x}"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(DamagedFile) as refused:
+        run(recipe)
+    assert refused.value.file == str(done)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
 @sampled

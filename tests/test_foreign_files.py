@@ -68,6 +68,7 @@ def test_what_an_audit_keeps_goes_into_a_folder_of_its_own(tmp_path: Path) -> No
             (folder / "case-0").mkdir(exist_ok=True)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["json", "html", "junit"])
 def test_an_audits_report_takes_the_place_of_an_earlier_one_alone(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

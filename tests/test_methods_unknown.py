@@ -207,7 +207,7 @@ def test_many_dead_steps_in_a_row_are_warned_of(caplog):
 
 # Settings with which nothing would be learned.
 
-NEED_TWO = {"grpo", "dr_grpo", "dapo", "rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
+NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
 
 
 @pytest.mark.parametrize("name", [name for name, m in registry.methods().items() if m.stage == "rl"])

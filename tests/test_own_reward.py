@@ -324,7 +324,7 @@ def test_functions_that_cannot_be_used_are_refused_when_loaded(lines: str, said:
 
 
 def test_a_function_of_the_running_script_is_explained() -> None:
-    with pytest.raises(UserError, match="move it into a file of its own"):
+    with pytest.raises(UserError, match="move it into a separate file"):
         load_reward("__main__:reward")
 
 

@@ -6,9 +6,6 @@ the hub without network, is not verified, and that is said.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,15 +30,15 @@ from thence.pipeline.sft_stage import put_aside
 from thence.pipeline.test_sets import test_sets
 from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft, naming_fields_of
 from thence.rollout.native import Sampling
-from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token, vllm_settings
+from thence.rollout.vllm.ready import check_vllm
+from thence.rollout.vllm.settings import vllm_settings
 from thence.train.context_length import context_of, open_config
 from thence.train.model import load_tokenizer
 from thence.train.model_files import resolve
+from thence.train.written import check_manifest, check_written
 from thence.verify.reward import is_own
 from thence.verify.verdict import Verdict
 
-VLLM_SECONDS = 60.0
-_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 DEGREES = (
     "a score of {:g} and no threshold, so results are a mean reward: for an accuracy state from which score a response "
     "is right: reward_right_from, or the function's attribute right_from"
@@ -153,6 +150,8 @@ def preflight(
         trial.trying = name
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))
     trial.trying = ""
+    if not restart:
+        trial.attempt("models of finished stages", lambda: _check_models(trial, left))
     if left:
         trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
         trial.attempt("model: configuration", lambda: _open_config(trial))
@@ -198,7 +197,7 @@ def _settings(trial: Preflight, name: str) -> None:
         check_settings(name, stage, trial.ranks)
         Sampling(stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
         if stage.engine == "vllm" and trial.leads:
-            _try_vllm(settings, name)
+            check_vllm(settings, f"{name}.vllm")
     if isinstance(stage, Eval):
         for temperature in stage.temperatures:
             if not 0 <= temperature < float("inf"):
@@ -226,6 +225,19 @@ def _open_config(trial: Preflight) -> str:
     trial.context = context_of(_opened(model.path or "", lambda: open_config(model)))
     _check_weights(model)
     return f"context {trial.context:,} tokens" if trial.context else "no limit of the context is told"
+
+
+def _check_models(trial: Preflight, left: Sequence[str]) -> None:
+    """Raise DamagedFile where the model of a finished stage is not as it was written, before anything follows from it."""
+    stages = trial.recipe.stages
+    trained = [name for name in stages if isinstance(trial.recipe.stage(name), Sft | Rl)]
+    for name in trained:
+        if name not in left:
+            check_manifest(trial.folder.stage(name) / "model")
+    for name in left:
+        before = [other for other in trained if stages.index(other) < stages.index(name)]
+        if before and before[-1] not in left:
+            check_written(trial.folder.stage(before[-1]) / "model")
 
 
 def _opened(name: str, load: Callable[[], Any]) -> Any:
@@ -366,38 +378,3 @@ def _try_reward(trial: Preflight, stage: Rl | Eval, prompts: Sequence[Prompt]) -
     degrees = found.verdict is Verdict.GRADED
     _tried_rewards[key] = DEGREES.format(found.score) if degrees else ""
     return _tried_rewards[key]
-
-
-def _try_vllm(settings: VllmSettings, name: str) -> None:
-    """Whether vLLM can be started or reached. Raises UserError."""
-    if settings.server:
-        shared_token()
-        try:
-            socket.create_connection(settings.address(), timeout=5).close()
-        except OSError as error:
-            raise UserError(
-                f"no vLLM server listens at {settings.server}: {error}",
-                remedy="start it first (docs/vllm.md), or let thence start vLLM: leave server out",
-                field=f"{name}.vllm.server",
-            ) from None
-        return
-    python = settings.interpreter()
-    environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
-    asked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    try:
-        done = subprocess.run(
-            [python, "-c", asked],
-            env=environment | settings.environment,
-            capture_output=True,
-            text=True,
-            timeout=VLLM_SECONDS,
-        )
-        failed = done.returncode != 0
-    except (OSError, subprocess.TimeoutExpired):
-        failed = True
-    if failed:
-        raise UserError(
-            f"{python} cannot import vLLM",
-            remedy=f"give the Python of an environment in which vLLM is installed (vllm.python or {PYTHON_VARIABLE})",
-            field=f"{name}.vllm.python",
-        )

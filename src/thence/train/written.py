@@ -34,6 +34,21 @@ def check_written(folder: Path) -> None:
         raise DamagedFile(f"this file of a model that thence wrote {gone}", remedy=_remedy(folder, run), file=damaged)
 
 
+def check_manifest(folder: Path) -> None:
+    """Raise DamagedFile if the manifest of a stage's model is not the one that the stage has noted when it was done.
+
+    One of the two files has changed since. A stage that was trained on this model would seem outdated. No weights are
+    read.
+    """
+    noted = _left(folder)
+    if noted is not None and (folder / MANIFEST).is_file() and noted != _digest(folder):
+        raise DamagedFile(
+            f"it notes the model's manifest as {noted}, and {MANIFEST} is {_digest(folder)}: one of them has changed",
+            remedy=_remedy(folder, _run_of(folder)),
+            file=folder.parent / "done.json",
+        )
+
+
 def _run_of(folder: Path) -> Path | None:
     """The run whose stage's model this is, by its place; None: it lies elsewhere."""
     place = folder.absolute()

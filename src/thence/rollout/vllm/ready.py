@@ -1,0 +1,55 @@
+"""Whether vLLM could be used, tried without starting it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+
+from thence.errors import UserError
+from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token
+
+VLLM_SECONDS = 60.0
+_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+
+
+def check_vllm(settings: VllmSettings, table: str) -> None:
+    """Make sure that vLLM can be started or reached.
+
+    Args:
+        table: what the settings are called in the recipe, for messages.
+
+    Raises:
+        UserError: no server listens, or the Python given has no vLLM.
+    """
+    if settings.server:
+        shared_token()
+        try:
+            socket.create_connection(settings.address(), timeout=5).close()
+        except OSError as error:
+            raise UserError(
+                f"no vLLM server listens at {settings.server}: {error}",
+                remedy="start it first (docs/vllm.md), or let thence start vLLM: leave server out",
+                field=f"{table}.server",
+            ) from None
+        return
+    python = settings.interpreter()
+    environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
+    asked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run(
+            [python, "-c", asked],
+            env=environment | settings.environment,
+            capture_output=True,
+            text=True,
+            timeout=VLLM_SECONDS,
+        )
+        failed = done.returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        failed = True
+    if failed:
+        raise UserError(
+            f"{python} cannot import vLLM",
+            remedy=f"give the Python of an environment in which vLLM is installed (vllm.python or {PYTHON_VARIABLE})",
+            field=f"{table}.python",
+        )
