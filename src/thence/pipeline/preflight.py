@@ -228,7 +228,7 @@ def _open_config(trial: Preflight) -> str:
 
 
 def _check_models(trial: Preflight, left: Sequence[str]) -> None:
-    """Raise DamagedFile where the model of a finished stage is not as it was written, before anything follows from it."""
+    """Raise DamagedFile where a finished stage's model is not as it was written, before anything follows from it."""
     stages = trial.recipe.stages
     trained = [name for name in stages if isinstance(trial.recipe.stage(name), Sft | Rl)]
     for name in trained:
