@@ -216,13 +216,13 @@ def test_a_case_that_fails_crashes_or_hangs_costs_no_other(tmp_path: Path) -> No
     """A stack's process that dies or never answers is started again for the cases that are left."""
     path = tmp_path / "my_stack.py"
     path.write_text(ADAPTER)
-    report = audit_stack(str(path), only=["skip", "raise", "exit", "hang", "train"], seconds=6.0)
+    report = audit_stack(str(path), only=["skip", "raise", "exit", "hang", "train"], seconds=20.0)
     found = {case.case.name: (case.status, case.reason) for case in report.cases}
     assert found["train"] == ("judged", "")
     assert found["skip"] == ("skipped", "this version has no such thing")
     assert found["raise"] == ("failed", "ValueError: the disk is full")
     assert found["exit"][0] == "failed" and "ended" in found["exit"][1]
-    assert found["hang"][0] == "failed" and "6 s" in found["hang"][1]
+    assert found["hang"][0] == "failed" and "20 s" in found["hang"][1]
     assert report.verdict.outcome == "no finding"
     assert "not judged" in report.verdict.sentences[1]
 
