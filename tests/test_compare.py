@@ -203,7 +203,7 @@ def test_kept_results_alone_are_enough_to_repeat_nothing_but_what_is_built_on(do
     assert watcher.finished_runs == [] and again.pending == 0
     assert without_times(again) == without_times(result)
 
-    # another arm after SFT runs SFT's models, and these their bases; nothing else is made again
+    # another arm after SFT runs SFT's models, and these their bases; nothing else is repeated
     own["arms"] = {**own["arms"], "hotter": {"after": "sft", "kind": "rl", "settings": {"temperature": 1.2}}}
     more = compare(load_comparison(own), jobs=2, watcher=watcher)
     assert {(run.arm, run.seed) for run in watcher.finished_runs} == {

@@ -50,7 +50,7 @@ def bad_evaluation(ground: Ground, folder: Path, rng: Random) -> Case:
 
 
 def bad_comparison(ground: Ground, folder: Path, rng: Random) -> Case:
-    """A file of a finished comparison; its report is made again."""
+    """A file of a finished comparison; its report is written again."""
     copy = folder / "comparison"
     shutil.copytree(ground.path("comparison"), copy)
     (folder / "comparison.toml").write_text(to_toml({**ground.comparison, "folder": str(copy)}))

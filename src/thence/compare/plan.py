@@ -199,7 +199,7 @@ class Planner:
         return not before or self.has_model(before[-1])
 
     def to_run(self) -> list[PlannedRun]:
-        """What is not done, and what of the rest has to be made again for its model; in the order of `runs`."""
+        """What is not done, and what of the rest has to be repeated for its model; in the order of `runs`."""
         runs = list(self.runs())
         wanted = {run for run in runs if run.arm and self.summary(run) is None}
         for run in list(wanted):

@@ -47,7 +47,7 @@ def read_refusals(folder: Path, task: str, answered: Collection[tuple[str, int]]
 
     A line that cannot be read is left out: its request counts as not made, and is made at the next start.
     """
-    lines = read_store_lines(refusals_path(folder, task), Refusal, "it is left out; its request is made again")
+    lines = read_store_lines(refusals_path(folder, task), Refusal, "it is left out; its request is repeated")
     found = {one.place: one for one in lines}
     return {place: one for place, one in found.items() if place not in answered}
 

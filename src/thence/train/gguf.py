@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def read_once() -> Iterator[None]:
     """While it lasts, a GGUF file that transformers reads for configuration, tokenizer and weights is parsed once.
 
-    Parsing the vocabulary takes seconds, and so does the map of names, which is made again for every module.
+    Parsing the vocabulary takes seconds, and so does the map of names, which would be built for every module.
     """
     try:
         import gguf

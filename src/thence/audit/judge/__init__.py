@@ -1,1 +1,1 @@
-"""From token weights to words: the objective that they amount to, the faults, and one verdict over all cases."""
+"""From token weights to words: the objective that they give, the faults, and one verdict over all cases."""

@@ -1,4 +1,4 @@
-"""From the recovered weights of a step to words: what do they amount to, what is missing, doubled or too large?"""
+"""From the recovered weights of a step to words: which objective they give, what is missing, doubled or too large?"""
 
 from __future__ import annotations
 

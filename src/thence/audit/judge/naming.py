@@ -1,4 +1,4 @@
-"""Name the objective that the weights of a step amount to, and what keeps it from being exact."""
+"""Name the objective that the weights of a step give, and what keeps it from being exact."""
 
 from __future__ import annotations
 
