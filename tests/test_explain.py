@@ -198,7 +198,7 @@ def test_help_ends_with_0_and_nonsense_with_2(arguments, capfd):
     assert main(arguments) == 0
     assert "Usage: thence" in capfd.readouterr().out
     assert main([arguments[0], "--no-such-flag"]) == 2
-    assert "--no-such-flag: no such flag" in capfd.readouterr().err
+    assert "no such flag: --no-such-flag" in capfd.readouterr().err
 
 
 def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[bytes]:

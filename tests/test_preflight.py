@@ -115,7 +115,8 @@ def test_a_stage_that_is_done_is_not_tried_again(tables: Tables, tmp_path: Path)
     run(tables)
     (tmp_path / "own.py").rename(tmp_path / "gone.py")  # RL is over
     findings = preflight(load_recipe(tables))
-    assert [finding.state for finding in findings] == ["ok", "ok"]  # its folder, and what its stages have read
+    names = ["run folder", "files that the run was begun with", "models of finished stages"]
+    assert [(finding.part, finding.state) for finding in findings] == [(name, "ok") for name in names]
 
 
 def test_each_data_table_is_rendered_once_for_the_trial_and_its_stages(

@@ -23,6 +23,7 @@ def series(**changes: Callable[[float], float]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "seconds": float(seconds),
             "done": 2 * seconds,
+            "cpu_seconds": 0.8 * seconds,
             "rss_mb": 500 + min(seconds, 600) / 6 + noise.uniform(-3, 3),
             "children_rss_mb": 200 + noise.uniform(0, 150),
             "fds": 20 + (noise.random() < 0.1),
@@ -36,6 +37,13 @@ def series(**changes: Callable[[float], float]) -> list[dict[str, Any]]:
 def test_a_level_series_is_level() -> None:
     found = soak.verdict(series())
     assert (found["verdict"], found["wrong"]) == ("level", [])
+
+
+def test_other_work_on_the_machine_is_not_the_programs_slowness() -> None:
+    late = {"done": lambda t: -0.4 * max(0, t - 1800), "cpu_seconds": lambda t: -0.16 * max(0, t - 1800)}
+    found = soak.verdict(series(**late))
+    assert found["verdict"] == "level"
+    assert found["speed_change_percent"] < -15  # and still in the record
 
 
 @pytest.mark.parametrize(
