@@ -39,11 +39,16 @@ def test_a_level_series_is_level() -> None:
     assert (found["verdict"], found["wrong"]) == ("level", [])
 
 
-def test_other_work_on_the_machine_is_not_the_programs_slowness() -> None:
+def test_other_work_on_the_machine_is_told_from_the_programs_own_slowness() -> None:
     late = {"done": lambda t: -0.4 * max(0, t - 1800), "cpu_seconds": lambda t: -0.16 * max(0, t - 1800)}
     found = soak.verdict(series(**late))
-    assert found["verdict"] == "level"
-    assert found["speed_change_percent"] < -15  # and still in the record
+    assert found["wrong"] == ["speed changes by -20.0%, by +0.0% for a second of processor time"]
+
+
+def test_a_program_that_needs_more_processor_time_is_named_on_a_machine_that_hides_it() -> None:
+    found = soak.verdict(series(cpu_seconds=lambda t: 0.4 * max(0, t - 1800)))
+    assert found["verdict"] == "not level"
+    assert "speed changes by +0.0%, by -33.3%" in found["wrong"][0]
 
 
 @pytest.mark.parametrize(
