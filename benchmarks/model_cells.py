@@ -29,6 +29,7 @@ from thence.rollout.native import Sampling, sample
 from thence.train.checkpoint import load_weights, newest_checkpoint, publish, write_checkpoint
 from thence.train.model import load_model, save_model
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.probe import check_gradient
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import Trainer
@@ -295,7 +296,7 @@ def _step(model: Any, packing: bool, expected: Restated) -> dict[str, float]:
         measured.update(zip(group, stats.logp_T.split(sizes), strict=True))
 
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    report = train_step(model, still, made, SingleProcess(), StepSettings(BUDGET, packing, 0.0, dtype), observe)
+    report = train_step(Policy(model), still, made, SingleProcess(), StepSettings(BUDGET, packing, 0.0, dtype), observe)
     loss, logps, gradients = expected
     figures = {
         "loss": abs(report.loss - loss) / max(1.0, abs(loss)),

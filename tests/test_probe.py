@@ -23,6 +23,7 @@ from thence.rollout.llama import is_plain_llama
 from thence.rollout.native import Sampling, sample
 from thence.train.checkpoint import checkpoints, load_weights, write_checkpoint
 from thence.train.model import load_model, load_tokenizer, save_model
+from thence.train.policy import Policy
 from thence.train.probe import check_files, check_gradient
 from thence.train.step import StepSettings, accumulate_gradients
 
@@ -80,7 +81,9 @@ def rows_of(lengths, vocabulary: int = 40):
 def step_of(model, rows, packing):
     batch = Batch((SFT,), tuple(rows))
     settings = StepSettings(100, packing, 0.0, next(model.parameters()).dtype)
-    loss = accumulate_gradients(model, torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings).loss
+    loss = accumulate_gradients(
+        Policy(model), torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings
+    ).loss
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return loss.item(), found
 

@@ -29,6 +29,7 @@ from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
 from thence.train.model import save_model
+from thence.train.policy import Policy
 
 
 def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
     minis = mini_batches_of(stage)
-    reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
+    reference = Policy(copy.deepcopy(context.model).requires_grad_(False)) if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
     checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, stage.steps)
     done, own = checkpoints.resume()

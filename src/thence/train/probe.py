@@ -21,6 +21,7 @@ from thence.models.probing import largest_difference, probe_tokens, tolerance
 from thence.objective import Batch, Logp, Normaliser, Row, Term, local_counts, trained_tokens
 from thence.train.checkpoint import checkpoints, load_weights, write_checkpoint
 from thence.train.model import save_model
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 
 ROWS = ((2, 7), (3, 2), (1, 9), (4, 5))  # prompt and response tokens of the rows of the check
@@ -57,7 +58,7 @@ def check_gradient(model: Any, packing: bool = False) -> str:
     try:
         optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
         settings = StepSettings(micro_batch_tokens=24, packing=packing, compute_dtype=next(model.parameters()).dtype)
-        accumulate_gradients(model, optimizer, batch, local_counts(batch), settings)
+        accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), settings)
         whole = sum(_norm(gradient) ** 2 for gradient in expected.values()) ** 0.5
         allowed = 10 * tolerance(next(model.parameters()).dtype, device)
         for name, parameter in parameters.items():

@@ -1,4 +1,7 @@
-"""Sums over ranks. A step needs three: of integer counts, of gradients, of what is logged. There is no average."""
+"""Sums over ranks. A step needs four: of integer counts, of gradients, of their squares, of what is logged.
+
+There is no average.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,14 @@ class Ranks(Protocol):
         """Replace every gradient by its sum over ranks; a parameter without a gradient on some rank counts as zero."""
         ...
 
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        """Euclidean norm of the whole gradient, once it is summed over ranks."""
+        ...
+
+    def equal_passes(self, passes: int) -> int:
+        """How many passes this rank makes, of which so many are its own."""
+        ...
+
     def gather(self, value: Any) -> list[Any]:
         """A plain value of every rank, in rank order, on every rank."""
         ...
@@ -56,6 +67,12 @@ class SingleProcess:
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         pass
+
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        return local_norm(gradients)
+
+    def equal_passes(self, passes: int) -> int:
+        return passes
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -98,6 +115,12 @@ class DataParallel:
         if bucket:
             _sum_bucket(bucket)
 
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        return local_norm(gradients)
+
+    def equal_passes(self, passes: int) -> int:
+        return passes
+
     def gather(self, value: Any) -> list[Any]:
         result: list[Any] = [None] * self.world
         dist.all_gather_object(result, value)
@@ -105,6 +128,12 @@ class DataParallel:
 
     def wait(self) -> None:
         dist.barrier()
+
+
+def local_norm(gradients: Sequence[Tensor]) -> float:
+    """Euclidean norm of these tensors together, in float64."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
 
 
 def _sum_bucket(parameters: list[nn.Parameter]) -> None:

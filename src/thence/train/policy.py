@@ -1,0 +1,96 @@
+"""The one door to a model that is trained: its body, its output layer and the objective in one module call.
+
+FSDP gathers weights before a module's ``forward`` and frees them after it. So whatever reads the output layer's weight
+must run inside of the same call as the body. Whoever trains or scores goes through here; nobody else calls the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from thence.models.layers import check_model, output_head
+from thence.models.packing import way_of
+from thence.objective import Term, TokenInputs, TokenStats, objective, token_statistics
+from thence.train.forward import compute_context, hidden_states
+from thence.train.micro_batches import MicroBatch
+
+
+class Policy(nn.Module):
+    """A causal language model as the training step sees it.
+
+    Args:
+        model: a Hugging Face causal language model. Its parameters may be shards: see
+            :func:`thence.train.parallel.shard.shard`.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        micro: MicroBatch,
+        inputs: TokenInputs,
+        terms: Sequence[Term],
+        divisor_J: Sequence[float],
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, TokenStats]:
+        """The loss of one micro-batch, and what was measured on the way.
+
+        Args:
+            inputs, terms, divisor_J, temperature: as for :func:`thence.objective.objective`.
+
+        Raises:
+            UserError: the rows are packed, and the model cannot be; a row is longer than the model's context.
+        """
+        hidden_TD = hidden_states(self.model, micro)
+        return objective(hidden_TD, output_head(self.model), inputs, terms, divisor_J, temperature)
+
+    def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the trained tokens of one micro-batch. Shapes (T,), (T,).
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        hidden_TD = hidden_states(self.model, micro)
+        return token_statistics(hidden_TD, output_head(self.model), micro.target_T, temperature)
+
+    def check(self, packing: bool = False) -> None:
+        """Make sure of what every step relies on; shards were checked as a whole model before they were cut.
+
+        Raises:
+            UserError: the step would get this model's gradient wrong, or its rows cannot be packed as asked.
+        """
+        if not self.sharded:
+            check_model(self.model)
+        if packing:
+            way_of(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of every parameter."""
+        return isinstance(self, FSDPModule)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained, in the model's order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def computing(self, dtype: torch.dtype) -> AbstractContextManager:
+        """Where a forward pass runs; shards are cast when they are gathered."""
+        return nullcontext() if self.sharded else compute_context(self.device, dtype)
+
+    def settle(self) -> None:
+        """Free what the last pass has gathered. The optimizer is about to change the shards it was gathered from."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
