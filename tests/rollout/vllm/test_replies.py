@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.vllm.test_vllm import Make, Unigram, fake, folder, packages, script
+from tests.rollout.vllm.stand_in import Make, Unigram
 from thence.errors import UserError
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import VllmSettings
 
-__all__ = ["fake", "folder", "packages", "script"]
 Script = Callable[[str], VllmSettings]
 
 READY = "ask(); tell({'ready': ready})\n"
