@@ -26,11 +26,12 @@ from thence.errors import UserError
 from thence.objective import Batch, Logp, Row, Term
 from thence.recipe import Model
 from thence.rollout.native import Sampling, sample
-from thence.train.checkpoint import load_weights, newest_checkpoint, publish, write_checkpoint
+from thence.train.checkpoint import newest_checkpoint, publish, write_checkpoint
 from thence.train.model import load_model, save_model
 from thence.train.parallel import SingleProcess
 from thence.train.policy import Policy
 from thence.train.probe import check_gradient
+from thence.train.state import load_weights
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import Trainer
 

@@ -344,7 +344,7 @@ def test_without_faults_the_step_is_the_clean_one(tiny_model, packing):
     report = step(
         Policy(ours), optimizers[0], batch, SingleProcess(), settings, lambda group, stats: seen.extend(group)
     )
-    expected = train_step(Policy(clean), optimizers[1], *rest)
+    expected = train_step(Policy(clean), optimizers[1], batch, SingleProcess(), settings)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), clean.parameters(), strict=True))
     assert (report.loss, report.grad_norm, report.trained_tokens) == (
         expected.loss,

@@ -51,7 +51,8 @@ _OPTIMIZATION = {
     **_all(FIXED, "betas eps weight_decay fault"),
 }
 RULES: Mapping[str, Mapping[str, Rule]] = {
-    "": {**_all(FREE, "name description folder"), "seed": FIXED, "stages": STAGES},
+    "": {**_all(FREE, "name description folder parallel"), "seed": FIXED, "stages": STAGES},
+    "sharding": _all(FREE, "replicas reshard_after_forward sum_every_pass offload"),
     "model": {
         **_all(CONTENT, "path tokenizer"),
         **_all(FIXED, "gguf_file init config_overrides compute_dtype"),

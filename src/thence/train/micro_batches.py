@@ -72,12 +72,14 @@ class Pass:
         group: the indices of its rows; empty: a pass that this rank makes only because others make one.
         micro, inputs: its rows, laid out, and what the objective needs of them.
         learns: whether it has a gradient.
+        last: whether it is the last one of the step that has.
     """
 
     group: list[int]
     micro: MicroBatch
     inputs: TokenInputs
     learns: bool
+    last: bool
 
 
 def step_passes(batch: Batch, budget: int, packing: bool, device: torch.device, ranks: Ranks) -> Iterator[Pass]:
@@ -91,11 +93,14 @@ def step_passes(batch: Batch, budget: int, packing: bool, device: torch.device, 
         own = [i for i, is_live in enumerate(live) if is_live == learns]
         rows = [batch.rows[i] for i in own]
         groups = plan([len(row.token_ids) for row in rows], budget, packing)
-        for number in range(ranks.equal_passes(len(groups))):
+        passes = ranks.equal_passes(len(groups))
+        for number in range(passes):
             group = groups[number] if number < len(groups) else []
             chosen = [rows[i] for i in group] or [_nothing(batch)]
             micro = lay_out(chosen, packing, device)
-            yield Pass([own[i] for i in group], micro, token_inputs(chosen, micro), learns)
+            yield Pass(
+                [own[i] for i in group], micro, token_inputs(chosen, micro), learns, learns and number == passes - 1
+            )
 
 
 def scoring_passes(

@@ -27,11 +27,25 @@ class Policy(nn.Module):
     Args:
         model: a Hugging Face causal language model. Its parameters may be shards: see
             :func:`thence.train.parallel.shard.shard`.
+
+    Attributes:
+        sum_every_pass: shards are summed over ranks after every backward pass, not once a step.
+        skeleton: what :func:`thence.train.weights.whole` fills with whole weights; None: ``model`` has whole weights.
     """
 
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
+        self.sum_every_pass = True
+        self._skeleton: list[Any] = []  # in a list, so that torch does not take it for a part of the policy
+
+    @property
+    def skeleton(self) -> Any:
+        return self._skeleton[0] if self._skeleton else None
+
+    @skeleton.setter
+    def skeleton(self, model: Any) -> None:
+        self._skeleton = [model]
 
     def forward(
         self,
@@ -89,6 +103,11 @@ class Policy(nn.Module):
     def computing(self, dtype: torch.dtype) -> AbstractContextManager:
         """Where a forward pass runs; shards are cast when they are gathered."""
         return nullcontext() if self.sharded else compute_context(self.device, dtype)
+
+    def sum_after(self, *, last: bool) -> None:
+        """Say of the next backward pass whether it is the last one of its step: shards may be summed then alone."""
+        if isinstance(self, FSDPModule) and not self.sum_every_pass:
+            self.set_requires_gradient_sync(last)
 
     def settle(self) -> None:
         """Free what the last pass has gathered. The optimizer is about to change the shards it was gathered from."""

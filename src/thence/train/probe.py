@@ -19,9 +19,10 @@ from thence.errors import UserError, first_line
 from thence.models.layers import check_model
 from thence.models.probing import largest_difference, probe_tokens, tolerance
 from thence.objective import Batch, Logp, Normaliser, Row, Term, local_counts, trained_tokens
-from thence.train.checkpoint import checkpoints, load_weights, write_checkpoint
+from thence.train.checkpoint import checkpoints, write_checkpoint
 from thence.train.model import save_model
 from thence.train.policy import Policy
+from thence.train.state import load_weights
 from thence.train.step import StepSettings, accumulate_gradients
 
 ROWS = ((2, 7), (3, 2), (1, 9), (4, 5))  # prompt and response tokens of the rows of the check
@@ -117,7 +118,7 @@ def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
                 remedy="this architecture is not supported: please report it",
             )
         shutil.rmtree(folder)
-        write_checkpoint(folder, 0, model, tokenizer, {}, {"probe": torch.zeros(1)})
+        write_checkpoint(folder, 0, model, tokenizer, {}, {"probe/step": torch.zeros(1)})
         with torch.no_grad():
             for value in opened.state_dict().values():
                 value.zero_()

@@ -195,6 +195,7 @@ def accumulate_gradients(
             with torch.set_grad_enabled(learns), policy.computing(settings.compute_dtype):
                 loss, stats = policy(micro, step_pass.inputs, batch.terms, divisor_J, batch.temperature)
             if learns:
+                policy.sum_after(last=step_pass.last)
                 loss.backward()
                 learned = True
             if step_pass.group:  # without rows it only keeps other ranks company

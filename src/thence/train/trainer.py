@@ -115,6 +115,22 @@ class Trainer:
                     tensors[f"{kind}/{name}/{field}"] = value
         return {"steps_taken": self.steps_taken, "optimizers": sorted(self._optimizers)}, tensors
 
+    def empty_state(self, plain: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Tensors to be filled with a state that was written: of a parameter's shape, cut as the parameter is.
+
+        Args:
+            plain: what :meth:`state` gave besides the tensors.
+            shapes: of the tensors that were written, by name; others than those of :meth:`state` are left alone.
+        """
+        parameters, found = dict(self.model.named_parameters()), {}
+        for key, shape in shapes.items():
+            kind, _, rest = key.partition("/")
+            name, _, _ = rest.partition("/")
+            if kind in plain["optimizers"] and (parameter := parameters.get(name)) is not None:
+                like = shape == parameter.shape and parameter.ndim
+                found[key] = torch.zeros_like(parameter.detach()) if like else torch.zeros(shape)
+        return found
+
     def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take up a state that :meth:`state` gave; the model's weights are restored by the caller."""
         self.steps_taken = plain["steps_taken"]

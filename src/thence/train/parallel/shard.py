@@ -36,7 +36,7 @@ class Sharding:
     Args:
         replicas: groups of ranks that each hold a whole copy, cut within the group (HSDP); 1: one copy over all ranks.
         compute_dtype: weights are gathered in it; shards and the sums of gradients stay as the weights are.
-        reshard_after_forward: free a layer's weights after its forward pass and gather them again for the backward pass.
+        reshard_after_forward: free weights after the forward pass, gather them again for the backward pass.
         sum_every_pass: reduce gradients after every backward pass; otherwise after the last one, from whole gradients.
         offload: shards, gradients and the optimizer's step are in host memory.
     """
@@ -131,6 +131,7 @@ def shard(policy: Any, ranks: DataParallel, sharding: Sharding) -> Sharded:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their average
             module.set_force_sum_reduction_for_comms(True)
+    policy.sum_every_pass = sharding.sum_every_pass
     register_fsdp_forward_method(policy, "statistics")
     return Sharded(ranks.device, mesh)
 
