@@ -15,8 +15,9 @@ import pytest
 
 from tests import ROOT
 from tests.compare.comparisons import make_comparison
-from tests.evaluate.test_eval import Counting, data, settings_of  # noqa: F401 - data is a fixture
-from tests.evaluate.test_eval import run as evaluated
+from tests.evaluate.conftest import data  # noqa: F401 - data is a fixture
+from tests.evaluate.counting import Counting, settings_of
+from tests.evaluate.counting import run as evaluated
 from tests.pipeline.test_pipeline import Recipes, metrics, recipes, weights  # noqa: F401 - fixtures
 from tests.recipes import changed, file_recipe
 from thence.cli import main

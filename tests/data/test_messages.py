@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.test_data import CHATML, CHATML_THINK, decode, make_tokenizer, write_jsonl
+from tests.data.chatml import CHATML, CHATML_THINK, decode, make_tokenizer, write_jsonl
 from thence.data.chat import chat_format, render, render_all
 from thence.data.example import Example, Message, ToolCall
 from thence.data.layouts import parse_row

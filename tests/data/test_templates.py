@@ -12,7 +12,7 @@ import pytest
 from transformers import GenerationConfig
 
 from tests import ROOT
-from tests.data.test_data import CHATML, CHATML_THINK, INST, ask, decode, make_tokenizer
+from tests.data.chatml import CHATML, CHATML_THINK, INST, ask, decode, make_tokenizer
 from thence.data.chat import chat_format, end_token_ids, render
 from thence.data.example import Example, Message
 from thence.data.show import Check, checks, segments, shown

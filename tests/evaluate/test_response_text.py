@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_tiny_model
-from tests.data.test_data import CHATML, CHATML_THINK, make_tokenizer
+from tests.data.chatml import CHATML, CHATML_THINK, make_tokenizer
 from thence.cli import main
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
