@@ -117,9 +117,6 @@ def test_the_line_of_a_decoding_error_is_counted():
     assert said.line == 3
 
 
-# --- the command line ---
-
-
 def command(monkeypatch, act) -> None:
     monkeypatch.setattr(thence.cli, "_command", lambda _: act)
 

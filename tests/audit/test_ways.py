@@ -251,7 +251,7 @@ def test_the_pytest_plugin_shows_the_weights(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from tests.conftest import make_tiny_model
+from tests.tiny_model import make_tiny_model
 from tests.audit.test_ways import counted_step, own_step
 
 def test_right(audit_token_mean):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import thence.compare.engine as engine
-from tests.compare.test_compare import Quiet
-from tests.compare.test_compare import tables as comparison_tables
-from tests.pipeline.test_run_folder import THESIS, content, write
+from tests.compare.small import Quiet
+from tests.compare.small import tables as comparison_tables
+from tests.folders import THESIS, content, write
 from thence.audit.run.stack import working_folder
 from thence.cli import main
 from thence.compare.engine import compare

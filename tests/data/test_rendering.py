@@ -195,9 +195,6 @@ def test_rows_that_cannot_be_rendered_are_listed_when_asked(chatml: PreTrainedTo
         render_all([*rows, rows[1]], chatml, skip_bad=True)
 
 
-# --- what is trained -----------------------------------------------------------------------------------------------
-
-
 def test_trained_share_counts_tokens():
     rows = [Rendered([1, 2, 3], [4]), Rendered([1, 2], [4, 5, 6, 7]), Rendered([1, 2, 3], None)]
     assert trained_share(rows) == 5 / 10

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_tiny_model
 from tests.data.chatml import CHATML, CHATML_THINK, make_tokenizer
+from tests.tiny_model import make_tiny_model
 from thence.cli import main
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError

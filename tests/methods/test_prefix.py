@@ -29,8 +29,6 @@ from thence.pipeline.run import run
 from thence.train.step import StepSettings, accumulate_gradients
 from thence.train.trainer import Trainer
 
-# Published numbers.
-
 METHODS: tuple[type[Method], ...] = (PrefixRft, Uft, ChordMu, ChordPhi, ExGrpo)
 
 
@@ -147,8 +145,6 @@ def test_expert_rows_are_outside_of_every_group() -> None:
         pytest.approx([0, 0.9]),
     ]
 
-
-# Gradients.
 
 SIZES = [(3, 7), (2, 9), (3, 5), (4, 6), (2, 8), (3, 4), (2, 11), (3, 6)]
 
@@ -288,9 +284,6 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
             moved = torch.cat([row_statistics(model, t)[0].detach() - b for t, b in zip(rows, old, strict=True)])
             assert ((moved > math.log(1.2)) | (moved < math.log(0.8))).any()
             assert isinstance(method, ExGrpo) or sums.clipped > 0  # the clip holds something back
-
-
-# Whole runs.
 
 
 def make_recipe(folder: Path, name: str, method: type[Method], options: dict[str, Any]) -> dict[str, Any]:

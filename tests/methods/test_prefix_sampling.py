@@ -22,8 +22,6 @@ from thence.methods.prefix_rft import PrefixRft, prefix_length
 from thence.methods.uft import Uft
 from thence.pipeline.dealing import mini_batches
 
-# What they sample.
-
 
 class Desk:
     """A sampler without a model: the j-th rollout of a prompt is right if ``right`` says so."""

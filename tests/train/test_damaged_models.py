@@ -15,9 +15,9 @@ import torch
 
 import thence.pipeline.run as running
 import thence.train.checkpoint as checkpoint
-from tests.pipeline.test_ground import stop_in_rl
 from tests.recipes import Tables, changed, file_recipe
-from tests.train.test_checkpoint import write as write_step
+from tests.runs import stop_in_rl
+from tests.train.writing import write as write_step
 from thence.cli import main
 from thence.errors import UserError
 from thence.evaluate.native_backend import NativeBackend
