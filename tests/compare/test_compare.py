@@ -122,16 +122,22 @@ def test_an_arm_that_is_changed_is_run_again_and_the_others_are_not(done) -> Non
     assert [run.arm for run in planner.runs() if not planner.is_done(run)] == ["rl", "rl"]
 
 
-def test_kept_results_alone_are_enough_to_repeat_nothing_but_what_is_built_on(done, tmp_path: Path) -> None:
+def test_kept_results_alone_are_enough_to_repeat_nothing(done, tmp_path: Path) -> None:
+    folder, result, _ = done
+    (tmp_path / RESULTS).write_bytes((folder / "comparison" / RESULTS).read_bytes())
+    watcher = Quiet()
+    again = compare(load_comparison({**tables(folder), "folder": str(tmp_path)}), jobs=2, watcher=watcher)
+    assert watcher.finished_runs == [] and again.pending == 0
+    assert without_times(again) == without_times(result)
+
+
+@pytest.mark.slow
+def test_another_arm_on_kept_results_repeats_nothing_but_what_it_is_built_on(done, tmp_path: Path) -> None:
+    """Another arm after SFT runs SFT's models, and these their bases."""
     folder, result, _ = done
     (tmp_path / RESULTS).write_bytes((folder / "comparison" / RESULTS).read_bytes())
     own = {**tables(folder), "folder": str(tmp_path)}
     watcher = Quiet()
-    again = compare(load_comparison(own), jobs=2, watcher=watcher)
-    assert watcher.finished_runs == [] and again.pending == 0
-    assert without_times(again) == without_times(result)
-
-    # another arm after SFT runs SFT's models, and these their bases; nothing else is repeated
     own["arms"] = {**own["arms"], "hotter": {"after": "sft", "kind": "rl", "settings": {"temperature": 1.2}}}
     more = compare(load_comparison(own), jobs=2, watcher=watcher)
     assert {(run.arm, run.seed) for run in watcher.finished_runs} == {
