@@ -100,6 +100,7 @@ def label(method: Method) -> str:
     return "-".join([method.name, *(f"{k}={v}" for k, v in method.options.model_dump(exclude_unset=True).items())])
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("method", VARIANTS, ids=label)
 def test_gradients_are_those_of_the_formula_before_and_after_the_policy_moved(tiny_model, method):
     model = tiny_model()
@@ -183,6 +184,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in untimed} for line in found]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("name", "options", "steps"),
     [

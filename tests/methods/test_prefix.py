@@ -244,6 +244,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize(
     "method",
     VARIANTS,
@@ -293,6 +294,7 @@ def make_recipe(folder: Path, name: str, method: type[Method], options: dict[str
     return world_recipe(folder, ["rl"], value, folder=place, seed=3, data={"limit": 12}, rl=rl)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("method", "options", "kinds"),
     [

@@ -82,6 +82,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_run_is_not_resumed_on_changed_ground(
     name: str, recipe: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

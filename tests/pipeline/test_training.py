@@ -64,6 +64,7 @@ def test_the_loss_of_sft_falls(recipes: Recipes) -> None:
     assert lines[-1]["held_out_loss"] < 0.75 * lines[0]["held_out_loss"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo"])
 def test_rl_raises_a_trivial_reward(recipes: Recipes, method: str) -> None:
     # groups that agree stay in: the mean reward of those that do not says little about the policy
