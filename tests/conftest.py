@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ from tests.recipes import Recipes, Tables, file_recipe, world_recipe
 from tests.tiny_model import make_tiny_model
 
 torch.set_num_threads(1)
+
+# the first example of a test may wait for an import or for a busy machine: no time limit on single examples
+hypothesis.settings.register_profile("thence", deadline=None)
+hypothesis.settings.load_profile("thence")
 
 
 @pytest.fixture(scope="session")
