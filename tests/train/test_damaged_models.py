@@ -131,7 +131,7 @@ def test_a_manifest_of_other_programs_says_nothing(recipe: Tables, tmp_path: Pat
     shutil.copytree(model_of(recipe), copy)
     for text in ('{"version": 3}', "[1]", "not JSON", '{"config.json": "sha1"}'):
         (copy / "manifest.json").write_text(text)
-        load_model(Model(path=str(copy)), CPU)
+        assert load_model(Model(path=str(copy)), CPU) is not None
 
 
 def test_the_remedy_works_and_what_was_built_on_the_model_stands(recipe: Tables, capsys: Any) -> None:
