@@ -134,9 +134,9 @@ class VllmEngine:
                     ended = True
                     break
                 if "done" in message:
-                    number, response = self._response(message, logps, left, most)
-                    left.remove(number)
-                    yield number, response
+                    place, response = _response(self._link, [self.version, self._digest], message, logps, left, most)
+                    left.remove(place)
+                    yield place, response
                     moved = time.monotonic()
                 elif message.get("alive") != steps:
                     steps, moved = message.get("alive"), time.monotonic()
@@ -211,24 +211,6 @@ class VllmEngine:
             link.close()
         self._removed()
 
-    def _response(
-        self, message: dict[str, Any], logps: bool, left: set[int], limits: Sequence[int]
-    ) -> tuple[int, Response]:
-        try:
-            number, response = checked_response(message, left, limits)
-        except ValueError as error:
-            raise self._link.not_understood(error) from None
-        if message["stamp"] != [self.version, self._digest]:
-            raise self._link.failed(
-                f"a response was sampled with weights {message['stamp']}, not with {[self.version, self._digest]}",
-                "other weights",
-            )
-        if response.finish not in ("stop", "length"):
-            raise self._link.failed(f"vLLM ended a response for another reason: {response.finish}")
-        if logps and (len(response.logps) != len(response.token_ids) or not all(map(math.isfinite, response.logps))):
-            raise self._link.failed("vLLM gave a response without a finite log-probability for every token")
-        return number, response
-
     def _cancel(self, number: int) -> None:
         """Stop sampling and read what was already on its way, so that the next request gets its own answers."""
         if not self._link.open:
@@ -261,3 +243,19 @@ def _open_link(settings: VllmSettings, model: Path | None, scratch: list[Path]) 
         )
     path = Path(settings.log).expanduser() if settings.log else scratch[-1] / "vllm.log"
     return start(settings, model.resolve(), scratch, path), ""
+
+
+def _response(
+    link: Link, stamp: list[Any], message: dict[str, Any], logps: bool, left: set[int], limits: Sequence[int]
+) -> tuple[int, Response]:
+    try:
+        place, response = checked_response(message, left, limits)
+    except ValueError as error:
+        raise link.not_understood(error) from None
+    if message["stamp"] != stamp:
+        raise link.failed(f"a response was sampled with weights {message['stamp']}, not with {stamp}", "other weights")
+    if response.finish not in ("stop", "length"):
+        raise link.failed(f"vLLM ended a response for another reason: {response.finish}")
+    if logps and (len(response.logps) != len(response.token_ids) or not all(map(math.isfinite, response.logps))):
+        raise link.failed("vLLM gave a response without a finite log-probability for every token")
+    return place, response
