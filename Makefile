@@ -31,7 +31,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# Newest TRL and DeepSpeed, for tests/test_audit_stacks.py: 1.5 GB, about 90 s, once. Without them those tests skip.
+# Newest TRL and DeepSpeed, for tests/audit/test_stacks.py: 1.5 GB, about 90 s, once. Without them those tests skip.
 stacks:
 	@folder="$(STACKS)"; [ -f "$$folder/installed" ] || \
 	  { mkdir -p "$$folder" && echo "installing the audited stacks into $$folder" && \
@@ -39,7 +39,7 @@ stacks:
 	    touch "$$folder/installed"; } 2> /dev/null || \
 	  echo "the packages of the audited stacks could not be installed, their tests skip: $$folder/log says why"
 
-# vLLM for the CPU, for tests/test_vllm.py: 3.3 GB, about 2 minutes, once. Without it those tests skip.
+# vLLM for the CPU, for tests/rollout/vllm: 3.3 GB, about 2 minutes, once. Without it those tests skip.
 vllm:
 	@folder="$(VLLM)"; [ -f "$$folder/installed" ] || \
 	  { mkdir -p "$$folder" && echo "installing vLLM into $$folder" && \

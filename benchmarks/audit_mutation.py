@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-import mutation  # noqa: E402  # pyright: ignore[reportMissingImports]
+sys.path.insert(0, str(ROOT))
 
 import thence  # noqa: E402
+from tests.audit import mutation  # noqa: E402  # pyright: ignore[reportMissingImports]
 from thence.faults.catalogue import FAULTS, Fault  # noqa: E402
 
 EVIDENCE = ROOT / "docs" / "evidence" / "audit-mutation.json"

@@ -3,8 +3,8 @@
     python benchmarks/chat_templates.py            # write docs/chat-templates.md
     python benchmarks/chat_templates.py --check    # exit with 1 where the page is not what the code does
 
-The templates are in tests/templates: our own short versions of what each family documents. Tokenizers are made here, a
-token a character besides the family's special tokens, so that nothing is downloaded.
+The templates are in tests/data/templates: our own short versions of what each family documents. Tokenizers are made
+here, a token a character besides the family's special tokens, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from thence.data.show import checks
 from thence.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATES = ROOT / "tests" / "templates"
+TEMPLATES = ROOT / "tests" / "data" / "templates"
 PAGE = ROOT / "docs" / "chat-templates.md"
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 WEATHER = {
@@ -115,7 +115,7 @@ class Cell:
 
 
 def families() -> list[Family]:
-    """All families of tests/templates/families.toml, in its order."""
+    """All families of tests/data/templates/families.toml, in its order."""
     found = tomllib.loads((TEMPLATES / "families.toml").read_text(encoding="utf-8"))
     return [
         Family(key, jinja=(TEMPLATES / f"{key}.jinja").read_text(encoding="utf-8"), **about)
@@ -194,9 +194,9 @@ def page() -> str:
     lines = [
         "# Chat templates",
         "",
-        "`python benchmarks/chat_templates.py` writes this page; `tests/test_templates.py` checks it. The templates",
-        "are short versions of what each family documents (`tests/templates`), with its peculiarities. For your own",
-        "model, run `thence check MODEL --data FILE`.",
+        "`python benchmarks/chat_templates.py` writes this page; `tests/data/test_templates.py` checks it. The",
+        "templates are short versions of what each family documents (`tests/data/templates`), with its peculiarities.",
+        "For your own model, run `thence check MODEL --data FILE`.",
         "",
         "`⏎` is a line break. A **refused** row stops the run with file and line, or is listed with `skip_bad`. Every",
         "text of a row is in the prompt or in the trained response, or the row is refused. The log counts what a",

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import tiny_models
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.models import tiny_models
 from thence.data.worlds.vocabulary import build_tokenizer
 from thence.errors import UserError
 from thence.objective import Batch, Logp, Row, Term

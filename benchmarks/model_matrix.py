@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 LIMIT = 120.0  # seconds for all cells of one architecture
 
@@ -47,7 +47,7 @@ def child(kind: str, out: Connection) -> None:
 
 def run_all(kinds: list[str], jobs: int, results: dict[str, dict[str, Any]]) -> None:
     """Fill in the cells by architecture; ``made`` holds the reason where no tiny model can be made."""
-    from tiny_models import not_made
+    from tests.models.tiny_models import not_made
 
     context = multiprocessing.get_context("forkserver")
     # modules of these two folders are found by the children only: the server does not take this process's path over
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="store the results and docs/models.md")
     parser.add_argument("--json", type=Path, help="store the results here")
     options = parser.parse_args()
-    from tiny_models import SAMPLE, architectures, variants
+    from tests.models.tiny_models import SAMPLE, architectures, variants
 
     kinds = [*architectures(), *variants()]
     if options.only:
@@ -145,7 +145,8 @@ def make_report(results: dict[str, dict[str, Any]], seconds: float) -> dict[str,
     import model_cells
     import torch
     import transformers
-    from tiny_models import class_of
+
+    from tests.models.tiny_models import class_of
 
     counts = {
         name: dict(Counter(cells[name].verdict for cells in results.values() if name in cells))

@@ -14,7 +14,7 @@ by a program; do not edit it by hand:
 
     .venv/bin/python benchmarks/model_matrix.py --jobs 2 --write        # all of them, some minutes
     .venv/bin/python benchmarks/model_matrix.py --only mistral,gpt_oss  # some of them, nothing is written
-    .venv/bin/python -m pytest tests/test_models.py                     # the families that the tests run
+    .venv/bin/python -m pytest tests/models/test_models.py              # the families that the tests run
 
 Every architecture is small: random weights, a hidden size of {hidden}, one layer of each kind that it has, windows of {window}
 tokens, and biases, norms and attention sinks that are not zero. Rows are longer than the window. Everything is compared
@@ -44,7 +44,7 @@ padding, packing or cache.
 
 def write_page(report: dict[str, Any], path: Path) -> None:
     """Write the page; what a person wrote under "Siblings" stays."""
-    import tiny_models
+    from tests.models import tiny_models
 
     kept = _siblings(path)
     tolerances, versions = report["tolerances"], report["versions"]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import Tables, file_recipe
+
+from tests.recipes import Tables, file_recipe
 
 torch.set_num_threads(1)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparisons import make_comparison
-from recipes import changed, file_recipe
-from test_eval import Counting, data, settings_of  # noqa: F401 - data is a fixture
-from test_eval import run as evaluated
-from test_pipeline import Recipes, metrics, recipes, weights  # noqa: F401 - fixtures
 
+from tests import ROOT
+from tests.compare.comparisons import make_comparison
+from tests.evaluate.test_eval import Counting, data, settings_of  # noqa: F401 - data is a fixture
+from tests.evaluate.test_eval import run as evaluated
+from tests.pipeline.test_pipeline import Recipes, metrics, recipes, weights  # noqa: F401 - fixtures
+from tests.recipes import changed, file_recipe
 from thence.cli import main
 from thence.compare.result import RESULTS, read_results, to_json, write_results
 from thence.compare.summary import read_summary, summarise
@@ -126,8 +127,7 @@ def test_results_of_another_comparison_are_kept_beside_the_new_ones(comparison: 
 
 
 def test_the_study_is_not_judged_from_damaged_results_and_keeps_its_own(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    shutil.copytree(root / "studies" / "embedded-world", tmp_path / "study")
+    shutil.copytree(ROOT / "studies" / "embedded-world", tmp_path / "study")
     content = harm(tmp_path / "study" / RESULTS, "conflict")
     for arguments in ([], ["--kept", str(tmp_path / "new")]):
         done = subprocess.run(

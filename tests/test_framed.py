@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import thence.framed
-from thence.framed import Inbox, pack, read
+from thence.framed import Inbox, Wire, pack, read
 
 FILE = Path(thence.framed.__file__)
 
@@ -37,3 +38,23 @@ def test_the_file_needs_the_standard_library_only() -> None:
     code = f"import runpy; found = runpy.run_path({str(FILE)!r}); print(found['pack']({{'a': 1}}))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == str(pack({"a": 1})), done.stderr
+
+
+def test_messages_survive_any_cutting_and_a_pause_in_the_middle() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        wire = Wire(right)
+        recorder, reader = socket.socketpair()
+        Wire(recorder).send({"text": "ünï\ud800"})
+        Wire(recorder).send({"next": 1})
+        data = reader.recv(1000)
+        left.sendall(data[:7])
+        with pytest.raises(TimeoutError):
+            wire.receive(0.01)
+        left.sendall(data[7:])
+        assert wire.receive(1) == {"text": "ünï\ud800"}
+        assert wire.receive(1) == {"next": 1}
+        left.close()
+        assert wire.receive(1) is None
+        recorder.close()
+        reader.close()

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import Tables, changed
-from test_compare import Quiet
-from test_compare import tables as comparison_tables
-from test_run_folder import content, finished, kept  # noqa: F401 - fixtures
 
 import thence.pipeline.folder as folders
 import thence.pipeline.run as running
+from tests.compare.test_compare import Quiet
+from tests.compare.test_compare import tables as comparison_tables
+from tests.pipeline.test_run_folder import content, finished, kept  # noqa: F401 - fixtures
+from tests.recipes import Tables, changed
 from thence.cli import main
 from thence.compare.engine import compare
 from thence.compare.recipe import load_comparison

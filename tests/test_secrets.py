@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from thence.cli import main
 from thence.cli.fields import describe_fields
 from thence.compare import engine, worker
@@ -123,12 +124,11 @@ def test_innocent_text_stays_as_it_is(text):
 
 def test_thence_s_own_words_hold_no_secret():
     """Documents, recipes and messages of this project as a sample of innocent text."""
-    root = Path(__file__).parents[1]
     files = [
-        *root.glob("*.md"),
-        *(path for path in root.glob("docs/**/*.md") if path.name != "errors.md"),  # it shows planted ones
-        *root.glob("src/**/*.toml"),
-        *root.glob("studies/**/*.toml"),
+        *ROOT.glob("*.md"),
+        *(path for path in ROOT.glob("docs/**/*.md") if path.name != "errors.md"),  # it shows planted ones
+        *ROOT.glob("src/**/*.toml"),
+        *ROOT.glob("studies/**/*.toml"),
     ]
     changed = [
         (path.name, line)

@@ -4,7 +4,7 @@
 #   benchmarks/audit_targets/environments.sh FOLDER [NAME ...]
 #
 # NAME: tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
-# Further: ci, the newest TRL and DeepSpeed in one environment, which `make test` makes for tests/test_audit_stacks.py.
+# Further: ci, the newest TRL and DeepSpeed in one environment, which `make test` makes for tests/audit/test_stacks.py.
 set -euo pipefail
 if [ "$#" -lt 1 ]; then
     echo "usage: $0 FOLDER [NAME ...]" >&2

@@ -20,7 +20,7 @@ def run(device: torch.device, small: bool, record: Record) -> None:
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     if small:
-        command += ["tests/test_step.py", "tests/test_checkpoint.py"]
+        command += ["tests/train/test_step.py", "tests/train/test_checkpoint.py"]
     environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     lines = done.stdout.splitlines()

@@ -18,8 +18,6 @@ from typing import Any
 import huggingface_hub.constants
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from .ground import Ground, make_ground
 from .harness import campaign, counted, failure, one
 from .kinds import KINDS

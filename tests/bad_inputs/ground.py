@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import file_recipe
-
+from tests.recipes import file_recipe
 from thence.cli import main
 from thence.toml import to_toml
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from recipes import ROWS
 
+from tests.recipes import ROWS
 from thence.toml import to_toml
 
 from .damage import damaged

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from test_endpoint import Answer, Server, failed
-
 import thence.evaluate.endpoint as endpoint
 import thence.pipeline.preflight as preflight
+from tests.evaluate.test_endpoint import Answer, Server, failed
 
 from .case import Case, Prepare, write
 

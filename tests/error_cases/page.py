@@ -40,7 +40,7 @@ INTRODUCTION = """\
 folder and copied its output. Paths, dates, process numbers, ports and versions are replaced.
 
 ```
-python -m tests.error_cases    # writes this page; tests/test_error_cases.py says whether it is up to date
+python -m tests.error_cases    # writes this page; tests/error_cases/test_error_cases.py says whether it is up to date
 ```
 
 A message names the file with its line, the field or flag, the problem, and after `remedy:` what to do. A command that

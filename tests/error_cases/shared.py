@@ -12,9 +12,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from comparisons import make_comparison
-from recipes import ROWS, Tables, changed, file_recipe, write_rows
-
+from tests.compare.comparisons import make_comparison
+from tests.recipes import ROWS, Tables, changed, file_recipe, write_rows
 from thence.cli import main
 from thence.compare.result import RESULTS, to_json
 from thence.toml import to_toml

@@ -1,0 +1,328 @@
+"""RL on 1, 2 and 4 ranks: the same prompts in the same order, the same random numbers, tokens and weights.
+
+A driver imports everything once and forks the ranks of every run (gloo). Each rank writes down what it samples.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.recipes import world_recipe
+from thence.errors import UserError
+from thence.methods.base import Method
+from thence.pipeline.dealing import resume_position, same_or_each
+from thence.pipeline.folder import RunFolder
+from thence.toml import to_toml
+
+DRIVER = """
+import json, os, socket, sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama
+
+import thence.pipeline.rl_stage as rl_stage
+import thence.pipeline.sampler as sampler
+import thence.pipeline.sft_stage as sft_stage
+import thence.train.parallel as parallel
+from thence.pipeline.folder import RunFolder
+from thence.pipeline.run import run
+
+torch.set_num_threads(1)
+os.fsync = lambda handle: None
+
+
+class Stopped(Exception):
+    pass
+
+
+def listen(folder, rank, stop):
+    respond, log, made = sampler.respond, RunFolder.log, []
+
+    def heard(*given, **named):
+        found = respond(*given, **named)
+        made.extend([t.prompt.index, t.prompt.draw, list(t.prompt.token_ids), list(t.response_ids)] for t in found)
+        (folder / f"sampled-{rank}.json").write_text(json.dumps(made))
+        return found
+
+    def begins(loop, at):
+        if at == stop:
+            raise Stopped
+        return step(loop, at)
+
+    def batch_at(n, batch, seed, at):
+        if at == stop:
+            raise Stopped
+        return batches(n, batch, seed, at)
+
+    step, batches = rl_stage.Loop.step, sft_stage.batch_at
+    sampler.respond, rl_stage.Loop.step, sft_stage.batch_at = heard, begins, batch_at
+
+
+def rank_of(case, rank, port):
+    folder = Path(case["recipe"]["folder"])
+    folder.parent.mkdir(exist_ok=True, parents=True)
+    notes = folder.with_name(folder.name + case.get("suffix", "") + "-notes")
+    notes.mkdir(exist_ok=True, parents=True)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case["world"]), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    listen(notes, rank, case.get("stop"))
+    try:
+        run(case["recipe"])
+    except Stopped:
+        pass
+    except Exception as error:
+        import traceback
+
+        (notes / f"error-{rank}").write_text(traceback.format_exc())
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+for case in json.loads(Path(sys.argv[1]).read_text()):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(case["world"]):
+        child = os.fork()
+        if child == 0:
+            rank_of(case, rank, port)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+"""
+
+QUICK = {
+    "grpo": {"method": "grpo", "mini_batch": 2},
+    "gspo": {"method": "gspo", "mini_batch": 2, "options": {"clip_low": 0.01, "clip_high": 0.02}},
+    "dapo": {"method": "dapo", "mini_batch": 2, "options": {"overlong_tokens": 12, "overlong_buffer": 4}},
+}
+SLOW = {
+    "luffy": {"method": "luffy"},
+    "srft": {"method": "srft", "options": {"entropy_level": "batch"}},
+    "relift": {"method": "relift", "rollouts": 2, "options": {"sft_batch": 3}},
+    "prefix_rft": {"method": "prefix_rft"},
+    "hpt": {"method": "hpt", "options": {"gate": 0.3}},
+    "superrl": {"method": "superrl"},
+    "chord": {"method": "chord_phi", "rollouts": 3, "options": {"normaliser": "paper"}},
+    "uft": {"method": "uft"},
+    "sasr": {"method": "sasr", "options": {"warmup_steps": 1}},
+    "exgrpo": {"method": "exgrpo", "steps": 5, "options": {"start": 0.0}},
+    "red": {"method": "red"},
+    "bread": {"method": "bread", "rollouts": 2},
+    "reference": {"method": "grpo", "options": {"kl": 0.05}},
+    "trust": {"method": "grpo", "importance_bound": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Seven prompts and batches of four, so that a batch may hold a prompt twice."""
+    place = tmp_path_factory.mktemp("base")
+    rl = {"steps": 4, "max_tokens": 12, "checkpoint_every": 1}
+    recipe = world_recipe(place, ["rl"], "float(sum(map(ord, response)) % 3 == 0)", data={"limit": 7}, rl=rl)
+    recipe["model"]["compute_dtype"] = "float64"  # so that what differs is not rounding, which Adam makes large
+    return recipe
+
+
+def drive(folder: Path, cases: list[dict[str, Any]]) -> None:
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "job.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(folder / "driver.py"), str(folder / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def case(base: dict[str, Any], folder: Path, world: int, rl: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"recipe": {**base, "folder": str(folder), "rl": {**base["rl"], **rl}}, "world": world, **more}
+
+
+def sampled(folder: Path, suffix: str = "") -> list[Any]:
+    notes = folder.with_name(folder.name + suffix + "-notes")
+    errors = [path.read_text() for path in notes.glob("error-*")]
+    assert not errors, errors[0]
+    return sorted(row for path in notes.glob("sampled-*.json") for row in json.loads(path.read_text()))
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stages" / stage / "model" / "model.safetensors")
+
+
+def largest_difference(a: Path, b: Path, stage: str = "rl") -> float:
+    found, expected = weights(a, stage), weights(b, stage)
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(folder: Path, alone: Path) -> None:
+    """The same run on ranks as alone: responses one by one, then the weights and what was logged."""
+    assert sampled(folder) == sampled(alone)
+    assert largest_difference(folder, alone) < 1e-6
+    assert_same_lines(folder, alone)
+
+
+def assert_same_lines(folder: Path, alone: Path) -> None:
+    """The same metrics, step by step, to 1e-4."""
+    compared = {"loss", "grad_norm", "reward", "accuracy", "response_tokens", "trained_tokens", "flops"}
+    for got, expected in zip(lines(folder), lines(alone), strict=True):
+        for name in compared & expected.keys():
+            assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def quick(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quick")
+    cases = [case(base, folder / f"{name}-{w}", w, rl) for name, rl in QUICK.items() for w in (1, 2)]
+    moved = folder / "moved"
+    cases += [case(base, moved, 1, QUICK["grpo"], stop=2), case(base, moved, 2, QUICK["grpo"], suffix="-more")]
+    sft = {**base, "stages": ["sft"], "sft": {"lr": 1e-2, "batch": 3, "steps": 6, "checkpoint_every": 1}}
+    cases += [case(sft, folder / "sft-alone", 1, {}), case(sft, folder / "sft", 2, {}, stop=4)]
+    cases += [case(sft, folder / "sft", 1, {}, suffix="-more")]
+    drive(folder, cases)
+    return folder
+
+
+def test_sft_of_two_ranks_is_resumed_by_one(quick: Path) -> None:
+    assert not list(quick.glob("sft*-notes/error-*"))
+    assert largest_difference(quick / "sft", quick / "sft-alone", "sft") < 1e-6
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_ranks_sample_and_train_what_one_does(name: str, quick: Path) -> None:
+    assert_same(quick / f"{name}-2", quick / f"{name}-1")
+    drawn = sorted({(index, draw) for index, draw, *_ in sampled(quick / f"{name}-1")})
+    assert len(drawn) > 4
+
+
+def test_a_run_of_one_rank_is_resumed_by_two(quick: Path) -> None:
+    assert sampled(quick / "moved") + sampled(quick / "moved", "-more")  # no error in either
+    assert len(lines(quick / "moved")) == 4
+    assert largest_difference(quick / "moved", quick / "grpo-1") < 1e-6
+
+
+@pytest.fixture(scope="module")
+def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slow")
+    cases = [case(base, folder / f"{name}-{w}", w, rl) for name, rl in SLOW.items() for w in (1, 2)]
+    cases += [case(base, folder / f"{name}-4", 4, {**rl, "mini_batch": 4}) for name, rl in (QUICK | SLOW).items()]
+    cases += [case(base, folder / f"{name}-1", 1, {**rl, "mini_batch": 4}) for name, rl in QUICK.items()]
+    for name in ("relift", "exgrpo", "red", "sasr"):
+        moved = folder / f"{name}-moved"
+        cases += [case(base, moved, 2, SLOW[name], stop=2), case(base, moved, 1, SLOW[name], suffix="-more")]
+    drive(folder, cases)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_two_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
+    assert_same(slow / f"{name}-2", slow / f"{name}-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK | SLOW)
+def test_four_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
+    assert_same(slow / f"{name}-4", slow / f"{name}-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["relift", "exgrpo", "red", "sasr"])
+def test_methods_with_a_state_of_their_own_are_resumed_by_another_number_of_ranks(name: str, slow: Path) -> None:
+    sampled(slow / f"{name}-moved"), sampled(slow / f"{name}-moved", "-more")
+    assert largest_difference(slow / f"{name}-moved", slow / f"{name}-1") < 1e-6
+
+
+# The whole command, as a user starts it.
+
+
+@pytest.mark.slow
+def test_the_run_command_under_torchrun_does_what_one_process_does(base: dict[str, Any], tmp_path: Path) -> None:
+    evaluation = {"samples": 2, "max_tokens": 12, "reward": base["rl"]["reward"], "data": {"split": "dev", "limit": 5}}
+    recipe = {
+        **base,
+        "stages": ["sft", "rl", "eval"],
+        "sft": {"lr": 1e-2, "batch": 4, "steps": 4},
+        "rl": {**base["rl"], "prompts": 2, "steps": 3},
+        "eval": evaluation,
+    }
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder, launcher in ((alone, []), (both, torchrun)):
+        command = [sys.executable, *launcher, "-m", "thence", "run", str(tmp_path / "recipe.toml")]
+        done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("report: ") == 1, "one rank speaks"
+    for stage in ("sft", "rl"):
+        assert largest_difference(both, alone, stage) < 1e-6
+    assert len(lines(alone)) == 4 + 3
+    assert_same_lines(both, alone)
+    found, expected = (responses(folder, "rl") for folder in (both, alone))
+    assert found == [row for row in expected if row in found] and len(found) == len(expected) / 2  # the first rank's
+    assert responses(both, "eval") == responses(alone, "eval") != []
+
+
+def responses(folder: Path, stage: str) -> list[tuple[Any, ...]]:
+    """What a stage kept of its responses, in order."""
+    rows = [json.loads(line) for line in (folder / "stages" / stage / "samples.jsonl").read_text().splitlines()]
+    return [(row["step"], row["index"], row["response"], row["score"]) for row in rows]
+
+
+# What a checkpoint of other ranks says.
+
+
+class Stateful(Method):
+    name, stage = "mine", "rl"
+    terms = ()
+
+    def weigh(self, trajectories: Any, facts: Any = ()) -> list[torch.Tensor]:
+        return []
+
+    def restore(self, state: Any) -> None:
+        self.taken = state
+
+
+def resumed(world: int, own: dict[str, Any]) -> tuple[Any, Stateful]:
+    ranks: Any = SimpleNamespace(rank=world - 1, world=world)
+    context: Any = SimpleNamespace(ranks=ranks, name="rl", folder=RunFolder(Path("run")))
+    sampler, method = SimpleNamespace(), Stateful()
+    resume_position(context, own, sampler, method)  # type: ignore[arg-type]
+    return sampler, method
+
+
+def test_a_state_that_all_ranks_share_is_kept_once_and_any_number_takes_it_up() -> None:
+    state = same_or_each([{"seen": 3}, {"seen": 3}])
+    assert state == [{"seen": 3}]
+    sampler, method = resumed(4, {"drawn": [12, 5], "method": state})
+    assert (sampler.drawn, sampler.expert_drawn, method.taken) == (12, 5, {"seen": 3})
+
+
+def test_states_of_each_rank_go_back_to_them_and_another_number_of_ranks_is_refused() -> None:
+    states = same_or_each([{"seen": 3}, {"seen": 4}])
+    assert resumed(2, {"drawn": [12, 5], "method": states})[1].taken == {"seen": 4}
+    with pytest.raises(UserError, match=r"2 ranks wrote the checkpoint, and now there are 3[\s\S]*nproc-per-node 2"):
+        resumed(3, {"drawn": [12, 5], "method": states})
+
+
+def test_an_older_checkpoint_of_one_process_is_taken_up_and_one_of_several_ranks_is_refused() -> None:
+    sampler, _ = resumed(2, {"drawn": [[12, 5]], "method": [{}]})
+    assert (sampler.drawn, sampler.expert_drawn) == (12, 5)
+    for world in (1, 2):
+        with pytest.raises(UserError, match="2 ranks of an older version"):
+            resumed(world, {"drawn": [[6, 5], [6, 5]], "method": [{}, {}]})
