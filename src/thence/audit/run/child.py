@@ -49,7 +49,6 @@ class Session:
         Path(self.scratch).mkdir(exist_ok=True)
         self._data = job["data"]
         self.record: dict = {"forwards": [], "said": {}, "steps": 0, "status": "running"}
-        self._names: dict[str, str] = {}
         self._handles: list = []
 
     def data(self, layout: str) -> str:
