@@ -18,7 +18,7 @@ from tests.audit.made_reports import (
     judged,
     token_mean,
 )
-from thence.audit.figures import lost_by_role, micro_batches, same
+from thence.audit.figures import lost_by_role, micro_batches, steps_alike
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.junit import junit_xml
 from thence.audit.result import (
@@ -109,7 +109,7 @@ def test_later_steps_have_lines_of_their_own_only_where_they_differ():
     assert "step 3" in lines[1]
     assert "windows mixed across epochs" in lines[1]
     assert lines[0].startswith("✗")
-    assert not same(alike.steps[0], third)
+    assert not steps_alike(alike.steps[0], third)
 
 
 def test_rows_whose_micro_batch_is_not_known_get_a_bar_each():

@@ -16,7 +16,7 @@ from thence.cli import main
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Refused
 from thence.evaluate.store import Store
-from thence.evaluate.summary import compare
+from thence.evaluate.summary import compare_evaluations
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_comparing_leaves_out_what_one_of_them_was_not_answered(
             )
         )
         stores.append(Store(evaluation.folder))
-    found = compare(*stores)
+    found = compare_evaluations(*stores)
     assert found.rows[0].paired.problems == 6 and found.rows[0].a == found.rows[0].b == pytest.approx(5 / 6)
     capsys.readouterr()
     assert main(["eval", "--compare", *(str(store.folder) for store in stores)]) == 0

@@ -15,7 +15,7 @@ from thence.evaluate.backends import Generation, Request
 from thence.evaluate.run import regrade
 from thence.evaluate.store import Store
 from thence.evaluate.suites import Task
-from thence.evaluate.summary import compare, summarise
+from thence.evaluate.summary import compare_evaluations, summarise
 
 
 def test_numbers_of_a_known_case(tmp_path: Path, data: Path) -> None:
@@ -80,7 +80,7 @@ def test_degrees_of_a_grader_are_a_mean_reward_everywhere_and_no_share_of_right_
     assert "mean reward" in write_page(store, result).read_text()
     again = run(tmp_path / "f", settings_of(data, "other", grader=f"{own}:reward"), Counting())
     with pytest.raises(UserError, match=r"no shares of right answers[\s\S]*right_from"):
-        compare(store, again)
+        compare_evaluations(store, again)
 
 
 def test_a_new_version_of_the_grader_replaces_old_grades(
@@ -95,24 +95,28 @@ def test_a_new_version_of_the_grader_replaces_old_grades(
 def test_paired_differences_of_two_models(tmp_path: Path, data: Path) -> None:
     a = run(tmp_path / "a", settings_of(data, "a"), Counting(right=lambda r: r.sample == 0))
     b = run(tmp_path / "b", settings_of(data, "b"), Counting(right=lambda r: r.sample <= int(r.problem.answer) % 3))
-    row = compare(a, b).rows[0]
+    row = compare_evaluations(a, b).rows[0]
     expected = [sum(s <= (2 * i) % 3 for s in range(3)) / 3 - 1 / 3 for i in range(6)]
     assert row.paired.difference == pytest.approx(sum(expected) / 6)
     assert row.paired.low < row.paired.difference < row.paired.high and row.paired.problems == 6
-    assert compare(a, b).unlike == ()
+    assert compare_evaluations(a, b).unlike == ()
 
 
 def test_comparing_names_what_else_differs_and_refuses_other_problems(tmp_path: Path, data: Path) -> None:
     a = run(tmp_path / "a", settings_of(data, "a"), Counting())
     b = run(tmp_path / "b", settings_of(data, "b", temperature=1.0, template="boxed"), Counting())
-    assert {name for name, _, _ in compare(a, b).unlike} == {"sums: temperature", "sums: template", "sums: prompts"}
+    assert {name for name, _, _ in compare_evaluations(a, b).unlike} == {
+        "sums: temperature",
+        "sums: template",
+        "sums: prompts",
+    }
     few = run(tmp_path / "few", settings_of(data, "c", limit=3), Counting())
     with pytest.raises(UserError, match="different problems"):
-        compare(a, few)
+        compare_evaluations(a, few)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "half", settings_of(data, "d"), Counting(stop_after=3))
     with pytest.raises(UserError, match="not finished"):
-        compare(a, Store(tmp_path / "half"))
+        compare_evaluations(a, Store(tmp_path / "half"))
 
 
 def test_multiple_choice_has_a_lenient_column(tmp_path: Path) -> None:
