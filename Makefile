@@ -9,6 +9,9 @@ BASES := src/thence/data/worlds/bases
 STACKS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/audit-$(shell \
   cat benchmarks/audit_targets/environments.sh constraints.txt | cksum | cut -d ' ' -f 1)
 
+# One process runs a file's tests, so that what they share is made once.
+BY_FILE := --dist loadscope --no-loadscope-reorder
+
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
@@ -20,10 +23,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
 	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
-	  sh -c '$(BIN)/python -m pytest -q -n auto -m "not slow or matrix" && $(BIN)/python -m pytest -q -m "slow and not matrix"'
+	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow or matrix" && $(BIN)/python -m pytest -q -m "slow and not matrix"'
 
 test-quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from answer_forms import form_of
 from gold_answers import copies_of, cpu_name
-from paraphrase_forms import Written, form_of, near_misses, paraphrases
+from paraphrase_forms import Written, near_misses, paraphrases
 
 from thence.evaluate.problems import load_problems
 from thence.evaluate.suites import Task, load_suite

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and a random model small enough for a float64 oracle."""
+"""Shared by all tests: one thread, tiny models and recipes, and which cases of a matrix are quick."""
 
 from __future__ import annotations
 
@@ -6,44 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
-from tests.recipes import Tables, file_recipe
+from tests.recipes import Recipes, Tables, file_recipe, world_recipe
+from tests.tiny_model import make_tiny_model
 
 torch.set_num_threads(1)
 
-VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, POSITIONS = 40, 32, 2, 4, 2, 512
-
-
-def make_tiny_model(dtype: torch.dtype = torch.float64, kind: str = "llama", seed: int = 0) -> Any:
-    """A random causal language model in eval mode; its weights are large enough that probabilities differ much.
-
-    One seed gives the same weights in every dtype (they are drawn in float32).
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "initializer_range": 0.2,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    if kind == "gpt2":
-        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    else:
-        sizes |= {"num_key_value_heads": KV_HEADS, "intermediate_size": 2 * HIDDEN, "head_dim": HIDDEN // HEADS}
-    config = AutoConfig.for_model(kind, **sizes)
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
-    torch.set_rng_state(state)
-    return model
+# the first example of a test may wait for an import or for a busy machine: no time limit on single examples
+hypothesis.settings.register_profile("thence", deadline=None)
+hypothesis.settings.load_profile("thence")
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tables(tmp_path: Path) -> Tables:
     """SFT, RL and an evaluation on files; everything but the model's size is as a user would have it."""
     return file_recipe(tmp_path)
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Recipes:
+    """``recipes(stages, **tables)``: a recipe of a tiny model, in the test's own folder."""
+    return Recipes(tmp_path)
+
+
+@pytest.fixture
+def rl_recipe(tmp_path: Path) -> Tables:
+    """Three steps of RL with a checkpoint after each."""
+    rl = {"steps": 3, "max_tokens": 9, "clip_norm": 0, "checkpoint_every": 1}
+    value, sizes = "response.count('1') / 9", {"max_position_embeddings": 128}
+    return world_recipe(tmp_path, ["rl"], value, sizes, data={"limit": 12}, rl=rl)

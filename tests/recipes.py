@@ -100,3 +100,25 @@ def changed(tables: Tables, flags: Tables) -> Tables:
             node = node.setdefault(part, {})
         node[leaf] = value
     return result
+
+
+LETTER = "a"
+
+
+class Recipes:
+    """Makes recipes of a tiny model in one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, stages: list[str], **tables: Any) -> dict[str, Any]:
+        own: dict[str, Any] = {
+            "folder": str(self.folder / "run"),
+            "data": {"limit": 20},
+            "sft": {"steps": 2, "micro_batch_tokens": 512},
+            "rl": {"steps": 2, "max_tokens": 12},
+            "eval": {"data": {"split": "test", "limit": 3}},
+        }
+        merged = {k: {**own.get(k, {}), **v} if isinstance(v, dict) else v for k, v in (own | tables).items()}
+        value = f"response.count({LETTER!r}) / max(1, len(response))"
+        return world_recipe(self.folder, stages, value, {"tie_word_embeddings": True}, **merged)

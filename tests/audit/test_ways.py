@@ -16,6 +16,7 @@ import torch
 from tests import ROOT
 from thence.audit import audit_stack, check, random_rows
 from thence.audit.run.program import audit_program, narrowed, placeholders
+from thence.audit.run.runner import load_adapter
 from thence.cli import main
 from thence.errors import UserError
 
@@ -251,7 +252,7 @@ def test_the_pytest_plugin_shows_the_weights(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from tests.conftest import make_tiny_model
+from tests.tiny_model import make_tiny_model
 from tests.audit.test_ways import counted_step, own_step
 
 def test_right(audit_token_mean):
@@ -271,3 +272,12 @@ def test_asked(audit_objective):
     assert "2 passed" in done.stdout and "1 failed" in done.stdout, done.stdout
     assert "mean of micro-batch means" in done.stdout
     assert "test_wrong" in done.stdout
+
+
+def test_an_adapter_may_import_the_file_beside_it(tmp_path: Path) -> None:
+    for folder, axis in (("a", "ranks"), ("b", "packing")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "beside.py").write_text(f"AXES = {{{axis!r}}}\n")
+        text = "from .beside import AXES\nSTACK, PACKAGES, CASES = 'mine', (), ()\n"
+        (tmp_path / folder / "my.adapter.py").write_text(text)
+        assert load_adapter(str(tmp_path / folder / "my.adapter.py")).axes == {axis}

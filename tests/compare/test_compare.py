@@ -14,87 +14,15 @@ from typing import Any
 
 import pytest
 
-from tests.recipes import model_table, write_reward
+from tests.compare.small import Quiet, tables
 from thence.cli import main
 from thence.compare.collect import collect
 from thence.compare.engine import compare
-from thence.compare.plan import PlannedRun, Planner
+from thence.compare.plan import Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
 from thence.compare.result import RESULTS, Comparison, Run, Spent, read_results, to_json
 from thence.errors import UserError
 from thence.toml import to_toml
-
-
-class Quiet:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.finished_runs: list[PlannedRun] = []
-        self.failures: dict[PlannedRun, str] = {}
-
-    def begin(self, planner, runs) -> None:
-        self.runs = list(runs)
-
-    def progress(self, job, stage, done, total) -> None:
-        pass
-
-    def finished(self, job, seconds) -> None:
-        self.finished_runs.append(job.run)
-
-    def failed(self, run, why) -> None:
-        self.failures[run] = why
-
-
-def tables(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A comparison of tiny models: a tuned SFT, the same with a fault, RL after it, and RL from the base."""
-    folder.mkdir(parents=True, exist_ok=True)
-    reward = write_reward(folder, "response.count('1') / max(1, len(response))", after="share.right_from = 1e-9")
-    base = {
-        "stages": ["sft-pretrain", "eval"],
-        "model": model_table(folder, tie_word_embeddings=True),
-        "data": {"source": ["world:chain"], "limit": 16},
-        "sft-pretrain": {"lr": 1e-2, "batch": 8, "steps": 2},
-        "eval": {"data": {"limit": 2}},
-    }
-    (folder / "base.toml").write_text(to_toml(base))
-    own: dict[str, Any] = {
-        "name": "tiny",
-        "folder": str(folder / "comparison"),
-        "reference": "sft-then-rl",
-        "seeds": [0, 1],
-        "budget": {"tokens": 1500},
-        "bases": {"small": {"recipe": str(folder / "base.toml")}},
-        "tuning": {"eval": {"splits": {"dev": {"split": "dev", "limit": 4}}}},
-        "data": {"source": ["world:chain"]},
-        "sft": {"lr": 1e-2, "batch": 8, "epochs": 2, "data": {"limit": 16}, "checkpoint_every": 1},
-        "rl": {
-            "lr": 1e-2,
-            "prompts": 4,
-            "rollouts": 4,
-            "max_tokens": 8,
-            "reward": reward,
-            "data": {"limit": 20},
-            "checkpoint_every": 1,
-        },
-        "eval": {"max_tokens": 8, "samples": 2, "reward": reward, "data": {"split": "test", "limit": 5}},
-        "arms": {
-            "base": {},
-            "sft": {"kind": "sft", "grid": {"lr": [1e-3, 1e-2]}},
-            "broken": {
-                "kind": "sft",
-                "like": "sft",
-                "settings": {"fault": {"names": ["first-micro-batch-only"], "accumulation": 4}},
-            },
-            "same": {
-                "kind": "sft",
-                "like": "sft",
-                "settings": {"fault": {"names": ["first-and-last-only"], "accumulation": 2}},
-            },
-            "sft-then-rl": {"after": "sft", "kind": "rl"},
-            "rl": {"kind": "rl"},
-        },
-    }
-    return {**own, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -194,16 +122,22 @@ def test_an_arm_that_is_changed_is_run_again_and_the_others_are_not(done) -> Non
     assert [run.arm for run in planner.runs() if not planner.is_done(run)] == ["rl", "rl"]
 
 
-def test_kept_results_alone_are_enough_to_repeat_nothing_but_what_is_built_on(done, tmp_path: Path) -> None:
+def test_kept_results_alone_are_enough_to_repeat_nothing(done, tmp_path: Path) -> None:
+    folder, result, _ = done
+    (tmp_path / RESULTS).write_bytes((folder / "comparison" / RESULTS).read_bytes())
+    watcher = Quiet()
+    again = compare(load_comparison({**tables(folder), "folder": str(tmp_path)}), jobs=2, watcher=watcher)
+    assert watcher.finished_runs == [] and again.pending == 0
+    assert without_times(again) == without_times(result)
+
+
+@pytest.mark.slow
+def test_another_arm_on_kept_results_repeats_nothing_but_what_it_is_built_on(done, tmp_path: Path) -> None:
+    """Another arm after SFT runs SFT's models, and these their bases."""
     folder, result, _ = done
     (tmp_path / RESULTS).write_bytes((folder / "comparison" / RESULTS).read_bytes())
     own = {**tables(folder), "folder": str(tmp_path)}
     watcher = Quiet()
-    again = compare(load_comparison(own), jobs=2, watcher=watcher)
-    assert watcher.finished_runs == [] and again.pending == 0
-    assert without_times(again) == without_times(result)
-
-    # another arm after SFT runs SFT's models, and these their bases; nothing else is repeated
     own["arms"] = {**own["arms"], "hotter": {"after": "sft", "kind": "rl", "settings": {"temperature": 1.2}}}
     more = compare(load_comparison(own), jobs=2, watcher=watcher)
     assert {(run.arm, run.seed) for run in watcher.finished_runs} == {

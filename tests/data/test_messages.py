@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.test_data import CHATML, CHATML_THINK, decode, make_tokenizer, write_jsonl
+from tests.data.chatml import CHATML, CHATML_THINK, decode, make_tokenizer, write_jsonl
 from thence.data.chat import chat_format, render, render_all
 from thence.data.example import Example, Message, ToolCall
 from thence.data.layouts import parse_row
@@ -52,9 +52,6 @@ def prompt_of(example: Example, template: str) -> str:
     return decode(tokenizer, render(example, tokenizer).prompt_ids)
 
 
-# --- reasoning -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_trained_in_the_templates_form_or_the_row_is_refused(key: str):
     example = parse(USER, {**SAID, key: "hm"})
@@ -80,9 +77,6 @@ def test_reasoning_of_an_earlier_turn_is_in_the_prompt_or_noted_or_refused():
     assert done.notes == {"the template leaves out the thinking of earlier assistant turns": 1}
     with pytest.raises(DataError, match=r"messages\[1\]\.reasoning_content: .* leaves it out"):
         prompt_of(example, CHATML)
-
-
-# --- tools ---------------------------------------------------------------------------------------------------------
 
 
 def test_tools_and_calls_go_through_the_template():
@@ -124,9 +118,6 @@ def test_a_template_that_fails_on_a_row_refuses_it_without_a_traceback():
         prompt_of(parse(USER, SAID), CHATML + "{{ 1 + messages[0].content }}")
 
 
-# --- weights -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0.0}])
 def test_a_turn_that_is_switched_off_is_not_trained(off: dict[str, Any]):
     assert parse(USER, {**SAID, **off}).demonstration is None
@@ -152,9 +143,6 @@ def test_weights_that_a_row_cannot_honour_are_refused():
         parse_row("prompt-completion", row, source="f:1", group="f")
     off = {"prompt": [USER], "completion": [{**SAID, "weight": 0}]}
     assert parse_row("prompt-completion", off, source="f:1", group="f").demonstration is None
-
-
-# --- other keys ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,9 +207,6 @@ def test_evaluation_refuses_problems_that_it_would_render_in_part(tmp_path: Path
         load_problems(task, None, None)
 
 
-# --- think tags ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("opens", "closes"), [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<reasoning>", "</reasoning>")]
 )
@@ -235,8 +220,6 @@ def test_thinking_that_is_opened_and_never_closed_is_refused(opens: str, closes:
     tokenizer = make_tokenizer(opened)
     assert render(parse(USER, answer="4"), tokenizer).opening == f"{opens}\n"
 
-
-# --- template variables --------------------------------------------------------------------------------------------
 
 SWITCH = CHATML.replace("assistant\n{% endif %}", "assistant\n{% if think is false %}<no>{% endif %}{% endif %}")
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import GenerationConfig
 
 from tests import ROOT
-from tests.data.test_data import CHATML, CHATML_THINK, INST, ask, decode, make_tokenizer
+from tests.data.chatml import CHATML, CHATML_THINK, INST, ask, decode, make_tokenizer
 from thence.data.chat import chat_format, end_token_ids, render
 from thence.data.example import Example, Message
 from thence.data.show import Check, checks, segments, shown
@@ -96,9 +96,6 @@ def test_a_template_that_drops_thinking_trains_it_where_its_prompt_opens_it() ->
     assert decode(tokenizer, row.response_ids) == "hm</think>4<｜end▁of▁sentence｜>"
 
 
-# --- end tokens ----------------------------------------------------------------------------------------------------
-
-
 def model_with(generation: Any = None, config: Any = None) -> SimpleNamespace:
     def holder(value: Any) -> SimpleNamespace | None:
         return None if value is None else SimpleNamespace(eos_token_id=value)
@@ -133,9 +130,6 @@ def test_a_padding_token_that_ends_responses_still_does() -> None:
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<|endoftext|>"
     assert tokenizer.pad_token_id in end_token_ids(tokenizer, "own", model_with([tokenizer.pad_token_id]))
-
-
-# --- what is shown -------------------------------------------------------------------------------------------------
 
 
 def found(example: Example, tokenizer: Any, template: str = "own", **more: Any) -> dict[str, Check]:

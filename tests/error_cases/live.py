@@ -8,7 +8,7 @@ from pathlib import Path
 
 import thence.evaluate.endpoint as endpoint
 import thence.pipeline.preflight as preflight
-from tests.evaluate.test_endpoint import Answer, Server, failed
+from tests.evaluate.answering_server import Answer, Server, failed
 
 from .case import Case, Prepare, write
 

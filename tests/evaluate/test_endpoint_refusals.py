@@ -1,72 +1,22 @@
-"""Servers that answer some requests and not others, or in odd forms: nothing is lost, stopped or counted wrong."""
+"""Servers that answer some requests and not others: nothing is lost, stopped or counted wrong."""
 
 from __future__ import annotations
 
 import csv
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.evaluate.test_endpoint import TASK, Answer, Server, backend_for, failed, requests_of, said, server
+from tests.evaluate.answering_server import TASK, Answer, Server, backend_for, failed, requests_of, said
+from tests.evaluate.asking import TOO_LONG, Evaluation, asked, short
 from thence.cli import main
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Refused
-from thence.evaluate.completion import outcome
 from thence.evaluate.store import Store
-from thence.evaluate.summary import compare, summarise
-from thence.http_client import Answer as HttpAnswer
-
-__all__ = ["server"]
-Behave = Callable[[int, str, dict[str, Any]], Answer | None]
-
-
-def short(value: Any) -> str:
-    return str(value)[:40]
-
-
-class Evaluation:
-    """`thence eval` of `problems` sums on the test's server. `refuse(i)` is what the i-th problem gets, or None."""
-
-    def __init__(self, server: Server, folder: Path, problems: int = 8):
-        self.server, self.folder = server, folder / "e"
-        self.data = folder / "sums.jsonl"
-        rows = [{"question": f"{i:04d}+{i}=?", "answer": str(2 * i)} for i in range(problems)]
-        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(self, refuse: Callable[[int], Answer | None] = lambda i: None, *flags: str, url: str = "") -> int:
-        def answer(count: int, path: str, body: dict[str, Any]) -> Answer | None:
-            i = asked(body)
-            return refuse(i) or said(f"#{2 * i}")
-
-        self.server.answer = answer
-        return self.again(*flags, url=url)
-
-    def again(self, *flags: str, url: str = "") -> int:
-        arguments = ["--suite", str(self.data), "--grader", "exact", "--folder", str(self.folder), *flags]
-        concurrency = [] if "--concurrency" in flags else ["--concurrency", "1"]
-        return main(["eval", "--endpoint", url or f"{self.server.url}/v1", *arguments, *concurrency])
-
-    @property
-    def row(self) -> Any:
-        return summarise(Store(self.folder)).tasks[0]
-
-
-def asked(body: dict[str, Any]) -> int:
-    return int(body["messages"][-1]["content"].partition("+")[0])
-
-
-@pytest.fixture
-def evaluation(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("thence.evaluate.endpoint.LONGEST_WAIT", 0.01)
-    return Evaluation(server, tmp_path)
-
-
-TOO_LONG = "This model's maximum context length is 64 tokens. However, your messages have 99."
+from thence.evaluate.summary import compare_evaluations
 
 
 @pytest.mark.parametrize(
@@ -222,14 +172,11 @@ def test_comparing_leaves_out_what_one_of_them_was_not_answered(
             )
         )
         stores.append(Store(evaluation.folder))
-    found = compare(*stores)
+    found = compare_evaluations(*stores)
     assert found.rows[0].paired.problems == 6 and found.rows[0].a == found.rows[0].b == pytest.approx(5 / 6)
     capsys.readouterr()
     assert main(["eval", "--compare", *(str(store.folder) for store in stores)]) == 0
     assert "problems not answered" in " ".join(capsys.readouterr().out.split())
-
-
-# --- What a server does not take --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("status", "words"), [(400, "Unsupported parameter: 'seed'"), (422, "seed: Extra inputs")])
@@ -271,108 +218,6 @@ def test_a_long_prompt_about_seeds_does_not_cost_the_others_their_seed(server: S
     assert "seed" in server.seen[2][1] and "not_sent" not in backend.facts()
 
 
-# --- Forms of an answer -----------------------------------------------------------------------------------------------
-
-
-def read(value: Any, status: int = 200, **headers: str) -> Generation | Refused:
-    body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    answer = HttpAnswer(status, headers, body)
-    return outcome(answer, hide=str, remedy=lambda status: "remedy", file="url")
-
-
-def completion(content: Any, finish: Any = "stop", usage: Any = None, **message: Any) -> dict[str, Any]:
-    return {"choices": [{"message": {"content": content, **message}, "finish_reason": finish}], "usage": usage}
-
-
-PARTS = [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]
-THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]}
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (completion("4", None), Generation("4", None, "not told")),
-        (completion("4", 7), Generation("4", None, "not told")),
-        ({"choices": [{"message": {"content": "4"}}]}, Generation("4", None, "not told")),
-        (completion("4", "MAX_TOKENS"), Generation("4", None, "length")),
-        (completion("4", "eos"), Generation("4", None, "stop")),
-        (completion("", "length", {"completion_tokens": 64}), Generation("", 64, "length")),
-        (completion(None, "length"), Generation("", None, "length")),
-        (completion("", "stop", {"completion_tokens": 1}), Generation("", 1, "stop")),
-        (completion(None, "tool_calls", tool_calls=[{"id": 1}]), Generation("", None, "tool_calls")),
-        (completion(None, "stop", tool_calls=[{"id": 1}]), Generation("", None, "tool_calls")),
-        (completion(None, "stop", refusal="I cannot"), Generation("I cannot", None, "refusal")),
-        (completion([{"type": "refusal", "refusal": "No."}]), Generation("No.", None, "stop")),
-        (completion(PARTS), Generation("four", None, "stop")),
-        (completion(["fo", "ur"]), Generation("four", None, "stop")),
-        (completion([THOUGHT, *PARTS]), Generation("<think>\n2 and 2\n</think>\nfour", None, "stop")),
-        (completion("", "length", reasoning="2 and"), Generation("<think>\n2 and", None, "length")),
-        (completion("x\ud800y"), Generation("x\ufffdy", None, "stop")),
-        *(
-            (completion("4", "stop", usage), Generation("4", None, "stop"))
-            for usage in (None, [], "5", {}, {"completion_tokens": None}, {"completion_tokens": "5"})
-        ),
-        *(
-            (completion("4", "stop", {"completion_tokens": tokens}), Generation("4", None, "stop"))
-            for tokens in (-1, 10**30, True, 1.5, float("nan"), float("inf"))
-        ),
-        (
-            {
-                "choices": [
-                    {"index": 1, "message": {"content": "5"}, "finish_reason": "stop"},
-                    {"index": 0, "message": {"content": "4"}, "finish_reason": "stop"},
-                ],
-                "usage": {"completion_tokens": 9},
-            },
-            Generation("4", None, "stop"),
-        ),
-    ],
-    ids=short,
-)
-def test_a_response_is_read_from_every_form_of_it(value: Any, expected: Generation) -> None:
-    assert read(value) == expected
-
-
-@pytest.mark.parametrize("word", ["content_filter", "SAFETY", "recitation"])
-def test_what_a_filter_cut_is_not_the_models_answer(word: str) -> None:
-    found = read(completion("half an ans", word))
-    assert isinstance(found, Refused) and found.kind == "filtered" and word in found.reason
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        *({"choices": choices} for choices in ([], None, {}, "x", [None], [3], [{}], [{"message": None}])),
-        *(completion(content) for content in (4, {"text": "4"}, [3], [{"type": "image_url"}], [None])),
-        completion(None, None),
-        completion("", None),
-        completion(None, "stop"),
-        completion("partial", "error"),
-        {"choices": [{"error": {"code": 502}, "message": {"content": ""}, "finish_reason": "stop"}]},
-        {"error": {"message": "overloaded", "code": 503}},
-        {"error": "overloaded"},
-        *([], 3, None, "text", {}),
-        *(b"", b"{", b"\xff\xfe{}", b"<html>", b"[" * 100_000, b"1" * 9000),
-    ],
-    ids=short,
-)
-def test_what_holds_no_response_is_trouble_and_never_a_wrong_answer(value: Any) -> None:
-    from thence.evaluate.completion import Trouble
-
-    with pytest.raises(Trouble):
-        read(value)
-
-
-@pytest.mark.parametrize(("code", "stops"), [(401, True), ("404", True), (400, False)])
-def test_an_error_with_status_200_means_what_it_says(code: Any, stops: bool) -> None:
-    value = {"error": {"code": code, "message": "no"}}
-    if stops:
-        with pytest.raises(UserError, match=str(code)):
-            read(value)
-    else:
-        assert isinstance(read(value), Refused)
-
-
 def test_other_ends_are_shown_beside_the_table(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
     ends = {1: said("", finish="tool_calls"), 2: said("#4", finish=""), 3: said("\x1b", finish="\x1b[2J")}
     assert evaluation.run(ends.get) == 0
@@ -381,91 +226,12 @@ def test_other_ends_are_shown_beside_the_table(evaluation: Evaluation, capsys: p
     assert evaluation.row.other_ends == {"not told": 1, "tool_calls": 1, "\\x1b[2j": 1}
 
 
-# --- Time and secrets -------------------------------------------------------------------------------------------------
-
-
-def test_a_redirect_is_not_followed_with_the_key(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sesame-open")
-    place = f"{evaluation.server.url}/elsewhere?token=sesame-open"
-    assert evaluation.run(lambda i: (307, {"Location": place}, "")) == 2
-    err = capsys.readouterr().err
-    assert "HTTP 307" in err and "/elsewhere" in err and "sesame" not in err
-    assert len(evaluation.server.seen) == 1
-
-
 @pytest.mark.parametrize("value", ["NaN", "inf", "1e400", "-5", "Fri, 31 Dec 9999 23:59:59 GMT", "99999999", "x"])
 def test_no_retry_after_makes_a_request_wait_for_ever(server: Server, monkeypatch: Any, value: str) -> None:
     monkeypatch.setattr("thence.evaluate.endpoint.LONGEST_WAIT", 0.05)
     server.answer = lambda n, path, body: failed(429, **{"Retry-After": value}) if n == 1 else said("4")
     ((_, found),) = backend_for(server).generate(requests_of(1), TASK)
     assert isinstance(found, Generation)
-
-
-SECRETS = ("hunter22", "p%40ss", "p@ss", "q-u-e-r-y", "kkeeyy", "robert")
-
-
-def test_no_secret_of_an_address_or_key_is_kept_or_printed(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "kkeeyy")
-    place = evaluation.server.url.removeprefix("http://")
-    url = f"http://robert:hunter22'p%40ss@{place}/v1?api_key=q-u-e-r-y"
-    echo = f"no: {url} kkeeyy hunter22'p@ss \x1b[31m"
-    monkeypatch.setattr("sys.argv", ["thence", "eval", "--endpoint", url, "--suite", "x"])
-    assert evaluation.run(lambda i: failed(400, echo) if i == 0 else None, url=url) == 1
-    headers = evaluation.server.seen[0][2]
-    assert headers["Authorization"].startswith("Basic ") and evaluation.server.seen[0][0].endswith("?api_key=q-u-e-r-y")
-    assert evaluation.run(lambda i: failed(401, echo), url=url) == 2
-    texts = list(capsys.readouterr())
-    texts += [path.read_text() for path in evaluation.folder.rglob("*") if path.is_file()]
-    assert len(texts) > 10 and all("robert" not in path.name for path in evaluation.folder.parent.rglob("*"))
-    for text in texts:
-        assert not [secret for secret in (*SECRETS, "\x1b", headers["Authorization"]) if secret in text]
-    # the same server with another password, and without one in the address, is the same evaluation
-    other = url.replace("hunter22", "changed!").replace("q-u-e-r-y", "other")
-    assert evaluation.run(url=other) == 0
-    assert evaluation.run(url=f"http://{place}/v1?other=1") == 2
-    assert "holds an evaluation with" in capsys.readouterr().err
-
-
-def test_a_password_in_a_variable_is_sent_and_the_folder_is_named_without_secrets(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SERVER_PASSWORD", "open/sesame")
-    place = evaluation.server.url.removeprefix("http://")
-    evaluation.server.answer = lambda n, path, body: said(f"#{2 * asked(body)}")
-    for user in ("me:${SERVER_PASSWORD}", "me:another"):
-        url = f"http://{user}@{place}/v1?token=${{SERVER_PASSWORD}}"
-        assert main(["eval", "--endpoint", url, "--suite", str(evaluation.data), "--grader", "exact"]) == 0
-    assert evaluation.server.seen[0][0] == "/v1/chat/completions?token=open%2Fsesame"
-    assert evaluation.server.seen[0][2]["Authorization"] == "Basic bWU6b3Blbi9zZXNhbWU="
-    (folder,) = Path("evals").iterdir()
-    assert folder.name == f"sums-http-{place.replace(':', '-')}-v1"
-
-
-def test_an_evaluation_begun_with_a_password_in_clear_is_resumed_and_cleaned(evaluation: Evaluation) -> None:
-    url = evaluation.server.url.replace("http://", "http://robert:hunter22@") + "/v1"
-    assert evaluation.run(url=url) == 0
-    for name in ("evaluation.toml", "environment.json"):
-        path = evaluation.folder / name
-        path.write_text(path.read_text().replace("[hidden]@", "robert:hunter22@"))
-    environment = json.loads(path.read_text())
-    path.write_text(json.dumps(environment | {"command": f"thence eval --endpoint '{url}?key=hunter22' --limit 3"}))
-    assert evaluation.run(lambda i: None, "--samples", "2", url=url) == 0
-    for path in evaluation.folder.rglob("*.*"):
-        assert "hunter22" not in path.read_text(), path
-
-
-@pytest.mark.parametrize("key", ["two words", "line\nend", "ünï"])
-def test_a_key_that_no_header_can_hold_is_named_and_not_shown(
-    server: Server, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    monkeypatch.setenv("MY_KEY", key)
-    with pytest.raises(UserError, match="MY_KEY") as caught:
-        backend_for(server, key_variable="MY_KEY")
-    assert key not in str(caught.value)
 
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_tiny_model
-from tests.data.test_data import CHATML, CHATML_THINK, make_tokenizer
+from tests.data.chatml import CHATML, CHATML_THINK, make_tokenizer
+from tests.tiny_model import make_tiny_model
 from thence.cli import main
+from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
-from thence.evaluate.backends import Generation, response_text
+from thence.evaluate.backends import Generation
 from thence.evaluate.completion import outcome
 from thence.http_client import Answer
 from thence.pipeline.run import run

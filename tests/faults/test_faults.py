@@ -2,157 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.faults.restated import (
+    CELLS,
+    CLOSE,
+    SETTINGS,
+    added,
+    by_token,
+    cut_off,
+    faulty_gradients,
+    gradient,
+    lengths_of,
+    make_batch,
+    mean_over,
+    only,
+    padded,
+    sums,
+    together,
+    token_losses,
+    whole,
+    with_prompt,
+)
 from tests.oracle import relative
-from thence.audit.judge.findings import CATALOGUE
 from thence.errors import UserError
-from thence.faults.catalogue import FAULTS, Needs, combine
-from thence.faults.cut import Cut, cut_rows
+from thence.faults.catalogue import FAULTS
 from thence.faults.step import FaultyStep
-from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term, trained_tokens
+from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term
 from thence.train.parallel import SingleProcess
 from thence.train.policy import Policy
 from thence.train.step import StepSettings, train_step
-
-CLOSE = 1e-10
-PROMPTS, RESPONSES = (3, 2, 4, 2, 3, 1, 2), (2, 9, 4, 1, 12, 5, 3)
-CELLS = [[0, 1], [2, 3], [4, 5], [6]]
-PAD = 1  # the end token: the model has no padding token of its own
-SETTINGS = StepSettings(40, False, 0.0, torch.float64)
-
-
-def make_batch(count: int = 6, advantages: Sequence[float] | None = None, first: int = 0) -> Batch:
-    """A token mean over random rows; with advantages, groups of three share a prompt."""
-    generator = torch.Generator().manual_seed(7 + first)
-    rows = []
-    for i in range(count):
-        prompt, response = PROMPTS[(i + first) % 7], RESPONSES[(i + first) % 7]
-        ids = torch.randint(2, 40, (prompt + response,), generator=generator)
-        if advantages is not None:
-            ids[:prompt] = torch.tensor([9, 8, 7, 6])[:prompt] + (10 if i >= 3 else 0)
-            ids = torch.cat([torch.tensor([9, 8, 7]) + (10 if i >= 3 else 0), ids[prompt:]])
-            prompt = 3
-        weight = 1.0 if advantages is None else advantages[i]
-        weights = torch.full((1, response), weight, dtype=torch.float64)
-        rows.append(Row(ids, trained_tokens(prompt, len(ids)), weights))
-    surrogate = Logp() if advantages is None else Clip()
-    return Batch((Term("loss", surrogate, Normaliser("tokens")),), tuple(rows))
-
-
-def token_losses(model: Any, row: Row, shift: int = 0) -> tuple[Tensor, Tensor]:
-    """Negative log-probabilities of the trained tokens and entropies, from the model's own logits."""
-    log_p = model(input_ids=row.token_ids[None], use_cache=False).logits[0].log_softmax(-1)
-    places = row.trained.nonzero()[:, 0]
-    before = (places - 1 - shift).clamp(min=0)
-    return -log_p[before, row.token_ids[places]], -(log_p.exp() * log_p).sum(-1)[before]
-
-
-def gradient(model: Any, loss: Tensor) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-def faulty_gradients(model: Any, names: Sequence[str], batches: Sequence[Batch], plan=(2, 3, 1)):
-    """The gradient that each batch's step applied, with a learning rate of zero: the model stays where it is."""
-    step = FaultyStep(names, micro_batch=plan[0], accumulation=plan[1], ranks=plan[2], constant_tokens=17.0)
-    return [applied(model, step, batch) for batch in batches]
-
-
-def applied(model: Any, step: FaultyStep, batch: Batch) -> Tensor | None:
-    """None: no step was taken."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    found: list[Tensor] = []
-    optimizer.register_step_post_hook(
-        lambda *_: found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
-    )
-    step(Policy(model), optimizer, batch, SingleProcess(), SETTINGS)
-    return found[0] if found else None
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
     return tiny_model()
-
-
-def sums(model: Any, batch: Batch) -> list[Tensor]:
-    """Sum of the token losses of every row, times its weight."""
-    return [(token_losses(model, row)[0] * row.weights[0]).sum() for row in batch.rows]
-
-
-def lengths_of(batch: Batch) -> list[int]:
-    return [row.n_trained for row in batch.rows]
-
-
-def added(parts: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum()
-
-
-def mean_over(model: Any, batch: Batch, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Mean over groups of the group's token mean."""
-    found, n = sums(model, batch), lengths_of(batch)
-    means = [added(found[i] for i in group) / sum(n[i] for i in group) for group in groups]
-    return added(means) / len(groups)
-
-
-def only(model: Any, batch: Batch, rows: Sequence[int]) -> Tensor:
-    """The token mean of the window, of which only some rows arrive."""
-    found = sums(model, batch)
-    return added(found[i] for i in rows) / sum(lengths_of(batch))
-
-
-def whole(model: Any, batch: Batch) -> Tensor:
-    return only(model, batch, range(len(batch.rows)))
-
-
-def by_token(model: Any, batch: Batch, weight: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    parts = [token_losses(model, row) for row in batch.rows]
-    return added((nll * weight(nll, h).detach()).sum() for nll, h in parts) / sum(lengths_of(batch))
-
-
-def with_prompt(batch: Batch) -> Batch:
-    rows = [
-        Row(r.token_ids, trained_tokens(1, len(r.token_ids)), torch.ones(1, len(r.token_ids) - 1)) for r in batch.rows
-    ]
-    return replace(batch, rows=tuple(rows))
-
-
-def cut_off(batch: Batch, first: int, last: int) -> Batch:
-    """Without some trained tokens at the two ends of every response."""
-    rows = []
-    for row in batch.rows:
-        places = row.trained.nonzero()[:, 0][first : row.n_trained - last]
-        trained = torch.zeros_like(row.trained)
-        trained[places] = True
-        rows.append(Row(row.token_ids, trained, torch.ones(1, len(places))))
-    return replace(batch, rows=tuple(rows))
-
-
-def padded(batch: Batch, cells: Sequence[Sequence[int]]) -> Batch:
-    rows = list(batch.rows)
-    for cell in cells:
-        longest = max(len(batch.rows[i].token_ids) for i in cell)
-        for i in cell:
-            row, missing = batch.rows[i], longest - len(batch.rows[i].token_ids)
-            ids = torch.cat([row.token_ids, torch.full((missing,), PAD)])
-            trained = torch.cat([row.trained, torch.ones(missing, dtype=torch.bool)])
-            rows[i] = Row(ids, trained, torch.ones(1, int(trained.sum())))
-    return replace(batch, rows=tuple(rows))
-
-
-def together(batch: Batch, cells: Sequence[Sequence[int]]) -> Batch:
-    def join(name: str, cell: Sequence[int], dim: int = 0) -> Tensor:
-        return torch.cat([getattr(batch.rows[i], name) for i in cell], dim=dim)
-
-    rows = tuple(Row(join("token_ids", c), join("trained", c), join("weights", c, 1)) for c in cells)
-    return replace(batch, rows=rows)
 
 
 SIX, SEVEN, RANKED = (2, 3, 1), (2, 2, 2), (1, 3, 2)
@@ -390,43 +280,6 @@ def test_every_fault_takes_steps_on_odd_batches(tiny_model, name):
         report = step(Policy(model), optimizer, batch, SingleProcess(), StepSettings(40, False, 1.0, torch.float32))
         assert report.grad_norm == report.grad_norm
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-@given(st.integers(0, 40), st.integers(1, 5), st.integers(0, 4), st.integers(1, 4))
-def test_a_cut_holds_every_row_once_in_micro_batches_of_the_given_size(n, micro_batch, accumulation, ranks):
-    cut = cut_rows(n, micro_batch, accumulation, ranks)
-    assert sorted(i for cell in cut.micro_batches for i in cell) == list(range(n))
-    sizes = [len(cell) for cell in cut.micro_batches]
-    assert all(size == micro_batch for size in sizes if size != n % micro_batch)
-    assert sum(size != micro_batch for size in sizes) <= 1
-    assert cut.ranks == ranks
-    assert {len(slots) for slots in cut.cells} <= {cut.slots, max(cut.slots - 1, 0)}
-
-
-def test_micro_batches_are_dealt_to_the_ranks_in_turn():
-    assert cut_rows(7, 2, 2, 2) == Cut((((0, 1), (4, 5)), ((2, 3), (6,))), 2)
-
-
-def test_needs_say_what_a_cut_lacks():
-    assert FAULTS["first-and-last-only"].needs.unmet(cut_rows(4, 2, 2)) == ["3 micro-batches a rank"]
-    assert FAULTS["rank-means"].needs.unmet(cut_rows(6, 2, 3)) == ["2 ranks with rows"]
-    assert FAULTS["no-step"].needs.unmet(cut_rows(6, 2, 3)) == ["fewer micro-batches than planned"]
-    assert FAULTS["no-step"].needs.unmet(cut_rows(4, 2, 3)) == []
-    assert Needs(micro_batch=2, short=True).unmet(cut_rows(2, 1, 2)) == [
-        "2 rows in a micro-batch", "micro-batches of unequal numbers of rows",
-    ]  # fmt: skip
-
-
-def test_every_fault_names_findings_that_exist():
-    for fault in FAULTS.values():
-        assert fault.finds and {*fault.finds, *fault.also} <= set(CATALOGUE)
-        assert (fault.change is None) != (fault.wrap is None)
-        assert fault.title and fault.source
-
-
-def test_an_unknown_fault_is_refused_by_name():
-    with pytest.raises(UserError, match="mean-of-means"):
-        combine(["mean-of-mean"])
 
 
 def test_several_real_processes_are_refused(model):

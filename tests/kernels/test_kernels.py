@@ -88,6 +88,7 @@ def test_kernels_are_loaded_and_tested_once_though_every_batch_asks_for_them(mon
     assert [source for source, *_ in loaded] == ["decode.c", "attention.c"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text"])
 def test_a_damaged_library_is_built_again(fresh, damage, caplog):
     assert fresh() is not None
@@ -133,6 +134,7 @@ def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, c
     assert build.kernel_facts() == "torch (attention.c: its results are not torch's)"
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("source", "right", "wrong"),
     [

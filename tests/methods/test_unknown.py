@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.methods.test_gates import FakeSampler
+from tests.methods.gates_cases import FakeSampler
 from tests.oracle import weights_of
-from tests.pipeline.test_rl_engine import recipe, trained  # noqa: F401 - `recipe` is a fixture
+from tests.runs import trained
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
 from thence.methods import registry
@@ -148,47 +148,44 @@ def test_an_unknown_reward_never_becomes_a_number_on_its_way_to_a_weight():
             weights_of(method, group([1.0, None]))
 
 
-# In a run.
-
-
 def own_reward(folder: Path, body: str) -> str:
     (folder / "judge.py").write_text(f"def judge(prompt, response, answer):\n    {body}\n")
     return f"{folder / 'judge.py'}:judge"
 
 
-def test_a_run_counts_unknown_responses_and_trains_the_others_only(recipe, tmp_path, caplog):  # noqa: F811
+def test_a_run_counts_unknown_responses_and_trains_the_others_only(rl_recipe, tmp_path, caplog):
     reward = own_reward(tmp_path, "return None if response.count('2') % 2 else response.count('1') / 9")
     with caplog.at_level(logging.WARNING):
-        _, lines = trained(recipe, tmp_path / "out", reward=reward, steps=2)
+        _, lines = trained(rl_recipe, tmp_path / "out", reward=reward, steps=2)
     first = lines[0]
     assert first["unknown"] > 0 and first["unknown_share"] == first["unknown"] / 16
     assert first["sequences"] <= 16 - first["unknown"]
     assert caplog.text.count("nobody could judge") == 1 and "left out" in caplog.text
-    _, zero = trained(recipe, tmp_path / "zero", reward=reward, steps=2, unknown="zero")
+    _, zero = trained(rl_recipe, tmp_path / "zero", reward=reward, steps=2, unknown="zero")
     assert zero[0]["sequences"] == 16 and zero[0]["unknown"] == first["unknown"]
     assert zero[0]["reward"] < first["reward"]
     samples = [json.loads(line) for line in (tmp_path / "out/stages/rl/samples.jsonl").read_text().splitlines()]
     assert {s["score"] is None for s in samples if s["verdict"] == "unknown"} <= {True}
 
 
-def test_the_update_is_that_of_the_known_responses_alone(recipe, tmp_path):  # noqa: F811
+def test_the_update_is_that_of_the_known_responses_alone(rl_recipe, tmp_path):
     """With `unknown = "zero"` the same responses pull the mean down and are pushed down themselves."""
     reward = own_reward(tmp_path, "return None if response.count('2') % 2 else response.count('1') / 9")
-    out, _ = trained(recipe, tmp_path / "out", reward=reward, steps=1)
-    zero, _ = trained(recipe, tmp_path / "zero", reward=reward, steps=1, unknown="zero")
+    out, _ = trained(rl_recipe, tmp_path / "out", reward=reward, steps=1)
+    zero, _ = trained(rl_recipe, tmp_path / "zero", reward=reward, steps=1, unknown="zero")
     assert any(not torch.equal(out[name], zero[name]) for name in out)
 
 
-def test_a_run_of_unknown_responses_alone_takes_no_step(recipe, tmp_path):  # noqa: F811
-    _, lines = trained(recipe, tmp_path / "out", reward=own_reward(tmp_path, "return None"), steps=2)
+def test_a_run_of_unknown_responses_alone_takes_no_step(rl_recipe, tmp_path):
+    _, lines = trained(rl_recipe, tmp_path / "out", reward=own_reward(tmp_path, "return None"), steps=2)
     assert [(line["unknown_share"], line["dead_groups"], line["sequences"]) for line in lines] == [(1.0, 1.0, 0)] * 2
 
 
-def test_dead_groups_and_kl_are_logged(recipe, tmp_path):  # noqa: F811
-    _, lines = trained(recipe, tmp_path / "kl", options={"kl": 0.1})
+def test_dead_groups_and_kl_are_logged(rl_recipe, tmp_path):
+    _, lines = trained(rl_recipe, tmp_path / "kl", options={"kl": 0.1})
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 1e-6
     assert all(0 <= line["dead_groups"] < 1 for line in lines)
-    _, equal = trained(recipe, tmp_path / "equal", reward=own_reward(tmp_path, "return 1.0"), steps=1)
+    _, equal = trained(rl_recipe, tmp_path / "equal", reward=own_reward(tmp_path, "return 1.0"), steps=1)
     assert equal[0]["dead_groups"] == 1.0 and "kl" not in equal[0]
 
 
@@ -204,8 +201,6 @@ def test_many_dead_steps_in_a_row_are_warned_of(caplog):
         watch.look(99, {"dead_groups": 1.0, "reward": 0.0})
     assert f"last {DEAD_STEPS} steps" in caplog.text
 
-
-# Settings with which nothing would be learned.
 
 NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
 

@@ -51,13 +51,8 @@ def cells_of(kind: str) -> dict[str, Cell]:
     return dict(run_cells(kind))
 
 
-# Families whose way through a model another one of the sample takes too.
-SLOW = ("qwen2", "phi3", "olmo3", "qwen3_moe", "gemma2", "cohere2")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in tiny_models.SAMPLE]
-)
+@pytest.mark.matrix(6)
+@pytest.mark.parametrize("kind", tiny_models.SAMPLE)
 def test_a_family_is_right_or_refused(kind):
     cells = cells_of(kind)
     bad = {name: f"{c.verdict}: {c.detail}" for name, c in cells.items() if c.verdict in ("wrong", "traceback")}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.test_ground import stop_in_rl
 from tests.recipes import Tables, changed, file_recipe, write_rows
+from tests.runs import stop_in_rl
 from thence.cli import main
 from thence.errors import UserError
 from thence.pages.run.page import write_page
@@ -340,7 +340,7 @@ def test_files_that_were_moved_are_the_same_files_and_others_are_not(
 
 
 def test_several_changes_at_once_are_all_named_and_nothing_is_written(begun: Tables) -> None:
-    from tests.pipeline.test_run_folder import content
+    from tests.folders import content
 
     before = content(Path(begun["folder"]))
     with pytest.raises(UserError) as error:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import thence.pipeline.prompts as prompts
-import thence.pipeline.run as running
 from tests.recipes import ROWS, Tables, changed, write_rows
+from tests.runs import stop_in_rl
 from thence.cli import main
 from thence.errors import UserError
 from thence.pipeline.run import run
@@ -33,17 +33,6 @@ def recipe(tables: Tables, tmp_path: Path) -> Tables:
     return changed(
         tables, {"model": {"path": str(tmp_path / "base")}, "rl.data": chat, "stages": ["sft", "eval", "rl"]}
     )
-
-
-def stop_in_rl(recipe: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SFT and the evaluation are done, and RL has just begun."""
-
-    def interrupted(context: Any, stage: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(running, "run_rl", interrupted)
-        run(recipe)
 
 
 def grow(file: Path) -> None:
@@ -93,6 +82,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_run_is_not_resumed_on_changed_ground(
     name: str, recipe: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: stages in any order, what the run folder keeps, and that training trains."""
+"""Whole runs on a tiny model: stages in any order, and what the run folder keeps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.recipes import world_recipe
+from tests.recipes import LETTER, Recipes
+from tests.runs import metrics, weights
 from thence.compare.result import NOTHING, Run
 from thence.compare.statistics import estimate_of
 from thence.compare.summary import summarise
@@ -24,45 +24,11 @@ from thence.pages.run.page import write_page
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
 
-LETTER = "a"
 COMMON = {"stage", "kind", "step", "loss", "grad_norm", "lr", "entropy", "sequences", "tokens", "trained_tokens"}
 COMMON |= {"flops", "seconds", "tokens_per_s"}
 OF_SFT = COMMON | {"epoch"}
 OF_RL = COMMON | {"clip_share", "reward", "reward_std", "accuracy", "unknown", "truncated", "response_tokens"}
 OF_RL |= {"mismatch_kl", "sample_seconds", "train_seconds"}
-
-
-class Recipes:
-    """Makes recipes of a tiny model in one folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __call__(self, stages: list[str], **tables: Any) -> dict[str, Any]:
-        own: dict[str, Any] = {
-            "folder": str(self.folder / "run"),
-            "data": {"limit": 20},
-            "sft": {"steps": 2, "micro_batch_tokens": 512},
-            "rl": {"steps": 2, "max_tokens": 12},
-            "eval": {"data": {"split": "test", "limit": 3}},
-        }
-        merged = {k: {**own.get(k, {}), **v} if isinstance(v, dict) else v for k, v in (own | tables).items()}
-        value = f"response.count({LETTER!r}) / max(1, len(response))"
-        return world_recipe(self.folder, stages, value, {"tie_word_embeddings": True}, **merged)
-
-
-@pytest.fixture
-def recipes(tmp_path: Path) -> Recipes:
-    return Recipes(tmp_path)
-
-
-def metrics(folder: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if stage is None or line["stage"] == stage]
-
-
-def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "stages" / stage / "model" / "model.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -74,9 +40,6 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     of_starts = ("environment.json", ".lock")
     found = [path for path in folder.rglob("*") if path.is_file() and path.name not in of_starts]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
-
-
-# Stages.
 
 
 def test_stages_run_in_the_order_asked_for_each_from_the_model_before_it(recipes: Recipes) -> None:
@@ -178,9 +141,6 @@ def test_the_same_samples_have_the_same_interval_in_a_run_an_evaluation_a_page_a
     (measured,) = summarise(folder).measured
     estimate = estimate_of([Run("arm", "base", 0, {}, NOTHING, NOTHING, (measured,), {})], measured.column)
     assert estimate is not None and (estimate.mean, estimate.low, estimate.high) == expected
-
-
-# The run folder.
 
 
 def test_the_run_folder_says_what_was_run_and_where(recipes: Recipes) -> None:
@@ -326,90 +286,3 @@ def test_a_broken_reward_function_stops_the_run_and_a_fixed_one_resumes(recipes:
     assert [line["step"] for line in metrics(folder)] == [1, 2, 1, 2]
     undisturbed = run(recipe, {"folder": str(recipes.folder / "undisturbed")})
     assert same(weights(folder, "rl"), weights(undisturbed, "rl"))
-
-
-# What the data become.
-
-
-def test_every_example_is_trained_once_an_epoch_and_held_out_ones_never(recipes: Recipes) -> None:
-    data = recipes.folder / "data.jsonl"
-    rows = [{"prompt": f"{i}?", "completion": "1" * (1 + i % 7)} for i in range(21)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipes(["sft"], data={"source": [str(data)]})
-    recipe["sft"] = {"epochs": 2, "batch": 8}
-    lines = metrics(run(recipe))
-    assert [line["sequences"] for line in lines] == [8, 8, 4, 8, 8, 4]  # limit = 20
-    responses = sum(len(row["completion"]) + 1 for row in rows[:20])
-    assert sum(line["trained_tokens"] for line in lines) == 2 * responses
-    assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
-    recipe["sft"] |= {"held_out": 5}
-    lines = metrics(run(recipe, {"folder": str(recipes.folder / "held")}))
-    assert [line["sequences"] for line in lines] == [8, 7, 8, 7]
-    assert ["held_out_loss" in line for line in lines] == [True, False, False, True]
-
-
-def test_prompts_are_trained_only_when_asked_for(recipes: Recipes) -> None:
-    folder = str(recipes.folder / "all")
-    response, whole = (
-        metrics(run(recipes(["sft"])))[0],
-        metrics(run(recipes(["sft"], sft={"train_on": "all"}, folder=folder)))[0],
-    )
-    assert response["tokens"] == whole["tokens"]
-    assert whole["trained_tokens"] == whole["tokens"] - whole["sequences"]
-    assert response["trained_tokens"] < whole["trained_tokens"]
-
-
-def test_rl_draws_every_prompt_once_before_any_comes_again(recipes: Recipes) -> None:
-    log = recipes.folder / "asked.txt"
-    file = recipes.folder / "asking.py"
-    file.write_text(
-        "def reward(prompt, response, answer):\n"
-        f"    open({str(log)!r}, 'a').write(prompt + '\\n')\n"
-        "    return float(len(response))\n"
-    )
-    rl = {"steps": 10, "prompts": 4, "rollouts": 2, "reward": f"{file}:reward", "lr": 1e-6, "max_tokens": 2}
-    run(recipes(["rl"], rl=rl))  # 20 prompts: five steps a pass, two passes
-    asked = log.read_text().split("\n")[1:-1]  # the first call tries the function before the first step
-    assert len(asked) == 80
-    for half in (asked[:40], asked[40:]):
-        assert set(Counter(half).values()) == {2}
-
-
-# Training trains.
-
-
-def test_the_loss_of_sft_falls(recipes: Recipes) -> None:
-    sft = {"steps": 40, "lr": 3e-2, "held_out": 4, "batch": 16, "schedule": "constant", "warmup": 0.0}
-    lines = metrics(run(recipes(["sft"], sft=sft, data={"limit": 100})))
-    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
-    assert lines[-1]["held_out_loss"] < 0.75 * lines[0]["held_out_loss"]
-
-
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo"])
-def test_rl_raises_a_trivial_reward(recipes: Recipes, method: str) -> None:
-    # groups that agree stay in: the mean reward of those that do not says little about the policy
-    options = {"dynamic_sampling": False} if method == "dapo" else {}
-    rl = {"method": method, "options": options, "steps": 30, "prompts": 4, "rollouts": 8, "mini_batch": 2, "lr": 2e-2}
-    lines = metrics(run(recipes(["rl"], rl=rl)))
-    first, last = (sum(line["reward"] for line in part) / len(part) for part in (lines[:3], lines[-3:]))
-    assert first < 0.2
-    assert last > first + 0.4
-
-
-@pytest.mark.parametrize("found", ["none", "one"])
-def test_a_step_of_dapo_that_finds_too_few_groups_trains_what_it_has(recipes: Recipes, found: str) -> None:
-    file = recipes.folder / "differs.py"
-    # "one": the responses to one prompt of twenty differ in reward, those to the others never do
-    differs = {"none": "False", "one": "prompt == first"}[found]
-    file.write_text(
-        "first = None\n"
-        "def reward(prompt, response, answer):\n"
-        "    global first\n"
-        "    first = first or prompt\n"
-        f"    return float(len(set(response))) if {differs} else 0.5\n"
-    )
-    options = {"max_generations": 1, "overlong_buffer": 0}
-    rl = {"method": "dapo", "options": options, "steps": 1, "mini_batch": 2, "reward": f"{file}:reward"}
-    lines = metrics(run(recipes(["rl"], rl=rl)))
-    assert [line["sequences"] for line in lines] == [{"none": 0, "one": 4}[found]]
-    assert math.isfinite(lines[0]["loss"])

@@ -174,6 +174,7 @@ def remedied(tables: Tables, error: UserError, tmp_path: Path) -> int:
     return main(["run", str(file), *flags])
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -211,6 +212,7 @@ def test_a_length_that_is_not_set_is_cut_to_what_fits_and_said(
     assert run(str(folder / "recipe.toml"), {"folder": str(tmp_path / "again")}).exists()
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("method", ["prefix_rft", "uft", "bread"])
 def test_responses_that_the_expert_began_stay_within_the_context_of_learned_positions(
     method: str, tables: Tables, tmp_path: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import thence.pipeline.rl_stage as rl_stage
-from tests.recipes import world_recipe
+from tests.runs import trained
 from thence.cli import main
 from thence.errors import UserError
-from thence.pipeline.run import run
 from thence.rollout.native import Response, Sampling, sample
 from thence.toml import to_toml
 
@@ -42,20 +39,6 @@ class OwnCopy:
         return [replace(r, logps=[logp + self.shift for logp in r.logps]) for r in found]
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> dict[str, Any]:
-    rl = {"steps": 3, "max_tokens": 9, "clip_norm": 0, "checkpoint_every": 1}
-    value, sizes = "response.count('1') / 9", {"max_position_embeddings": 128}
-    return world_recipe(tmp_path, ["rl"], value, sizes, data={"limit": 12}, rl=rl)
-
-
-def trained(recipe: dict[str, Any], folder: Path, **rl: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Final weights and metrics of the recipe with other settings of its RL stage."""
-    run({**recipe, "folder": str(folder), "rl": {**recipe["rl"], **rl}})
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return load_file(folder / "stages" / "rl" / "model" / "model.safetensors"), lines
-
-
 def use(monkeypatch: pytest.MonkeyPatch, engine: OwnCopy) -> None:
     @contextmanager
     def engine_of(context: Any, stage: Any) -> Iterator[OwnCopy]:
@@ -65,53 +48,53 @@ def use(monkeypatch: pytest.MonkeyPatch, engine: OwnCopy) -> None:
 
 
 def test_another_engine_has_the_newest_weights_at_every_step(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native, _ = trained(recipe, tmp_path / "native")
+    native, _ = trained(rl_recipe, tmp_path / "native")
     engine = OwnCopy()
     use(monkeypatch, engine)
-    other, lines = trained(recipe, tmp_path / "other")
+    other, lines = trained(rl_recipe, tmp_path / "other")
     assert engine.versions == [0, 1, 2]
     assert all(torch.equal(native[name], other[name]) for name in native)
     assert all(line["mismatch_kl"] < 1e-9 for line in lines)
 
 
 def test_the_mismatch_of_sampler_and_trainer_is_measured(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, OwnCopy(shift=-0.1))
-    _, lines = trained(recipe, tmp_path / "run")
+    _, lines = trained(rl_recipe, tmp_path / "run")
     # k3 of a log-ratio of 0.1: exp(0.1) - 1 - 0.1
     assert [line["mismatch_kl"] for line in lines] == pytest.approx([0.00517] * 3, rel=1e-2)
 
 
 @pytest.mark.parametrize(("shift", "factor"), [(-0.3, 1.349859), (-3.0, 2.0), (0.7, 0.496585)])
 def test_tokens_are_weighed_by_the_truncated_importance_ratio_where_asked(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, factor: float
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, factor: float
 ) -> None:
     use(monkeypatch, OwnCopy(shift=shift))
-    _, plain = trained(recipe, tmp_path / "plain")
-    _, corrected = trained(recipe, tmp_path / "corrected", importance_bound=2.0)
+    _, plain = trained(rl_recipe, tmp_path / "plain")
+    _, corrected = trained(rl_recipe, tmp_path / "corrected", importance_bound=2.0)
     assert corrected[0]["grad_norm"] == pytest.approx(factor * plain[0]["grad_norm"], rel=1e-4)
 
 
 def test_a_run_whose_engine_ended_goes_on_with_a_new_one(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, _ = trained(recipe, tmp_path / "native")
+    undisturbed, _ = trained(rl_recipe, tmp_path / "native")
     use(monkeypatch, OwnCopy(dies_at=2))
     with pytest.raises(UserError, match="vLLM ended"):
-        trained(recipe, tmp_path / "run")
+        trained(rl_recipe, tmp_path / "run")
     use(monkeypatch, OwnCopy())
-    weights, lines = trained(recipe, tmp_path / "run")
+    weights, lines = trained(rl_recipe, tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
 
 
 def test_wrong_settings_of_vllm_are_refused_before_anything_is_computed(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rl_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = {**recipe, "folder": str(tmp_path / "run"), "rl": {**recipe["rl"], "engine": "vllm"}}
+    own = {**rl_recipe, "folder": str(tmp_path / "run"), "rl": {**rl_recipe["rl"], "engine": "vllm"}}
     file = tmp_path / "recipe.toml"
     for settings, said in (({"pyton": "python3"}, "rl.vllm.pyton"), ({"server": "10.0.0.1:80"}, "127.0.0.1")):
         file.write_text(to_toml({**own, "rl": {**own["rl"], "vllm": settings}}))
@@ -121,10 +104,12 @@ def test_wrong_settings_of_vllm_are_refused_before_anything_is_computed(
 
 
 def test_a_python_without_vllm_is_an_error_with_a_remedy(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("THENCE_VLLM_PYTHON", raising=False)
     file = tmp_path / "recipe.toml"
-    file.write_text(to_toml({**recipe, "folder": str(tmp_path / "run"), "rl": {**recipe["rl"], "engine": "vllm"}}))
+    file.write_text(
+        to_toml({**rl_recipe, "folder": str(tmp_path / "run"), "rl": {**rl_recipe["rl"], "engine": "vllm"}})
+    )
     assert main(["run", str(file)]) == 2
     assert "THENCE_VLLM_PYTHON" in capsys.readouterr().err

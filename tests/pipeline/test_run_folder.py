@@ -11,50 +11,19 @@ from typing import Any
 import pytest
 
 import thence.pipeline.owned as owned
-from tests.pipeline.test_ground import stop_in_rl
-from tests.recipes import Tables, changed, file_recipe
+from tests.folders import THESIS, content, write
+from tests.recipes import Tables, changed
+from tests.runs import stop_in_rl
 from thence.cli import main
 from thence.errors import UserError
 from thence.pipeline.run import run
 from thence.toml import to_toml
-
-THESIS = "ten years of work"
 
 
 @pytest.fixture
 def short(tables: Tables) -> Tables:
     """One SFT stage of one step."""
     return changed(tables, {"stages": ["sft"]})
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A finished run of SFT and an evaluation, to be copied."""
-    at = tmp_path_factory.mktemp("kept")
-    recipe = changed(file_recipe(at), {"stages": ["sft", "eval"]})
-    run(recipe)
-    return recipe
-
-
-@pytest.fixture
-def finished(kept: dict[str, Any], tmp_path: Path) -> Tables:
-    """The recipe of a finished run in a folder of its own."""
-    shutil.copytree(kept["folder"], tmp_path / "run")
-    return {**kept, "folder": str(tmp_path / "run")}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
-
-def write(path: Path, text: str = THESIS) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
 
 
 @pytest.mark.parametrize("restart", [["--restart"], []], ids=["restart", "resume"])

@@ -95,6 +95,7 @@ CASES = [
 ]
 
 
+@pytest.mark.matrix(60)
 @pytest.mark.parametrize(("name", "kind", "build"), CASES)
 def test_a_numeric_field_refuses_what_is_no_sensible_number(name: str, kind: Any, build: Any) -> None:
     for value in bad_values(name, kind):
@@ -249,6 +250,7 @@ NUMBER_FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize(("command", "flag"), NUMBER_FLAGS, ids=lambda part: part if isinstance(part, str) else part[0])
 def test_a_flag_for_a_number_refuses_everything_else(
     command: list[str], flag: str, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.oracle import VARIANTS, make_batch, make_case
+from tests.train.writing import FakeTokenizer, write
 from thence.errors import CheckpointError
 from thence.train import checkpoint
 from thence.train.checkpoint import newest_checkpoint, remove_checkpoints, write_checkpoint
@@ -20,11 +21,6 @@ from thence.train.trainer import Trainer
 LENGTHS = [(3, 7), (3, 12), (2, 4), (4, 1)]
 
 
-class FakeTokenizer:
-    def save_pretrained(self, folder):
-        (Path(folder) / "tokenizer.json").write_text("{}")
-
-
 @pytest.fixture
 def model(tiny_model):
     return tiny_model(torch.float32)
@@ -33,11 +29,6 @@ def model(tiny_model):
 def trainer_of(model) -> Trainer:
     dtype = next(model.parameters()).dtype
     return Trainer(model, lambda step: 0.01 / (step + 1), StepSettings(60, compute_dtype=dtype), weight_decay=0.1)
-
-
-def write(folder, step, model, plain=None, **options) -> Path:
-    tensors = {"main/a": torch.full((3,), float(step))}
-    return write_checkpoint(folder, step, model, FakeTokenizer(), plain or {"note": step}, tensors, **options)
 
 
 def train(trainer, plain_model, seeds):

@@ -15,9 +15,9 @@ import torch
 
 import thence.pipeline.run as running
 import thence.train.checkpoint as checkpoint
-from tests.pipeline.test_ground import stop_in_rl
 from tests.recipes import Tables, changed, file_recipe
-from tests.train.test_checkpoint import write as write_step
+from tests.runs import stop_in_rl
+from tests.train.writing import write as write_step
 from thence.cli import main
 from thence.errors import UserError
 from thence.evaluate.native_backend import NativeBackend
@@ -131,7 +131,7 @@ def test_a_manifest_of_other_programs_says_nothing(recipe: Tables, tmp_path: Pat
     shutil.copytree(model_of(recipe), copy)
     for text in ('{"version": 3}', "[1]", "not JSON", '{"config.json": "sha1"}'):
         (copy / "manifest.json").write_text(text)
-        load_model(Model(path=str(copy)), CPU)
+        assert load_model(Model(path=str(copy)), CPU) is not None
 
 
 def test_the_remedy_works_and_what_was_built_on_the_model_stands(recipe: Tables, capsys: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import thence.pipeline.run as running
-from tests.pipeline.test_pipeline import Recipes, recipes  # noqa: F401 - fixtures
+from tests.recipes import Recipes
 from thence.cli import main
 from thence.errors import CheckpointError, RecipeError, StepRefused, UserError
 from thence.pipeline.run import run
@@ -49,7 +49,7 @@ def poison_after(monkeypatch: pytest.MonkeyPatch, step: int, value: float = floa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_model_that_breaks_in_the_last_step_is_not_published(
-    recipes: Recipes,  # noqa: F811
+    recipes: Recipes,
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
     value: float,
@@ -70,7 +70,7 @@ def test_a_model_that_breaks_in_the_last_step_is_not_published(
 
 
 def test_the_command_line_exits_with_2_and_the_metrics_are_json(
-    recipes: Recipes,  # noqa: F811
+    recipes: Recipes,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -87,7 +87,7 @@ def test_the_command_line_exits_with_2_and_the_metrics_are_json(
 
 
 def test_weights_so_large_that_logits_overflow_are_not_published(
-    recipes: Recipes,  # noqa: F811
+    recipes: Recipes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     poison_after(monkeypatch, 1, 1e25)
@@ -96,7 +96,7 @@ def test_weights_so_large_that_logits_overflow_are_not_published(
 
 
 def test_a_checkpoint_that_an_older_version_wrote_with_nan_is_refused_and_the_remedy_works(
-    recipes: Recipes,  # noqa: F811
+    recipes: Recipes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipes(["sft"], sft={"checkpoint_every": 1})
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_an_older_version_wrote_with_nan_is_refused_and_the_re
     assert (folder / "stages" / "sft" / "done.json").exists()
 
 
-def test_a_model_file_with_nan_is_refused_by_its_name(recipes: Recipes, tmp_path: Path) -> None:  # noqa: F811
+def test_a_model_file_with_nan_is_refused_by_its_name(recipes: Recipes, tmp_path: Path) -> None:
     loaded = load_model(Model(**recipes([])["model"]), torch.device("cpu"))
     save_model(loaded.model, loaded.tokenizer, tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests import ROOT
-from tests.conftest import make_tiny_model
 from tests.oracle import VARIANTS, make_batch, make_case, relative
+from tests.tiny_model import make_tiny_model
 from thence.errors import StepRefused, UserError
 from thence.objective import Batch, Row
 from thence.train.parallel import SingleProcess, ranks, start_ranks

@@ -9,158 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from thence.data.trajectory import Prompt, Trajectory
+from tests.train.small_models import CPU, MIXTURE, SLIDING, make, plain, rows_of, step_of
 from thence.errors import UserError
-from thence.methods.base import make_rows
 from thence.models.layers import check_model
-from thence.models.packing import way_of
-from thence.objective import Batch, Logp, Normaliser, Term, local_counts
 from thence.recipe import Model
 from thence.rollout.choice import choice_of
 from thence.rollout.llama import is_plain_llama
 from thence.rollout.native import Sampling, sample
 from thence.train.checkpoint import checkpoints, write_checkpoint
 from thence.train.model import load_model, load_tokenizer, save_model
-from thence.train.policy import Policy
 from thence.train.probe import check_files, check_gradient
 from thence.train.state import load_weights
-from thence.train.step import StepSettings, accumulate_gradients
-
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-WINDOWED = {
-    "mistral": {"sliding_window": 16},
-    "phi3": {"sliding_window": 16},
-    "starcoder2": {"sliding_window": 16},
-    "gemma2": SLIDING,
-    "gemma3_text": SLIDING,
-    "cohere2": SLIDING,
-    "olmo3": SLIDING,
-    "gpt_oss": {**SLIDING, **MIXTURE},
-}
-CPU = torch.device("cpu")
-
-
-def make(kind: str, dtype: torch.dtype = torch.float64, **fields) -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **fields}), dtype=dtype).eval()
-    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    for name, parameter in model.named_parameters():
-        if name.endswith(("sinks", "bias")):
-            nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-SFT = Term("sft", Logp(), Normaliser("tokens"))
-
-
-def rows_of(lengths, vocabulary: int = 40):
-    generator = torch.Generator().manual_seed(1)
-    trajectories = [
-        Trajectory(Prompt(i, tuple(ids[:3])), tuple(ids[3:]))
-        for i, n in enumerate(lengths)
-        for ids in [torch.randint(1, vocabulary, (n,), generator=generator).tolist()]
-    ]
-    return make_rows([SFT], trajectories, [{"sft": 1.0 + i} for i in range(len(trajectories))])
-
-
-def step_of(model, rows, packing):
-    batch = Batch((SFT,), tuple(rows))
-    settings = StepSettings(100, packing, 0.0, next(model.parameters()).dtype)
-    loss = accumulate_gradients(
-        Policy(model), torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings
-    ).loss
-    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return loss.item(), found
-
-
-def plain(model, rows):
-    """Loss and gradient by the model's own logits, one row at a time."""
-    model.zero_grad()
-    total = 0.0
-    trained = sum(row.n_trained for row in rows)
-    for row in rows:
-        logp = model(input_ids=row.token_ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-        taken = logp.gather(1, row.token_ids[1:, None])[:, 0][row.trained[1:]]
-        loss = -(taken * row.weights[0]).sum() / trained
-        loss.backward()
-        total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_packed_rows_longer_than_the_window_have_the_gradient_of_rows_alone(kind):
-    model = make(kind, **WINDOWED[kind])
-    rows = rows_of([40, 25, 40, 9])
-    expected, gradient = plain(model, rows)
-    for packing in (True, False, True):  # a padded step after a packed one is as it would have been
-        loss, found = step_of(model, rows, packing)
-        assert loss == pytest.approx(expected, rel=1e-7)
-        assert torch.linalg.vector_norm(found - gradient) <= 1e-6 * torch.linalg.vector_norm(gradient)
-
-
-def test_a_window_is_seen_by_the_test_above():
-    """Without its window the model has another loss: a packed step that forgot it would be found out."""
-    rows = rows_of([40, 25])
-    assert (
-        abs(plain(make("mistral", sliding_window=16), rows)[0] - plain(make("mistral", sliding_window=99), rows)[0])
-        > 0.01
-    )
-
-
-def test_a_packed_pass_leaves_the_attention_as_it_was():
-    model = make("gpt_oss", **WINDOWED["gpt_oss"])
-    before = [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
-    token_ids = torch.arange(1, 30)[None]
-    expected = model(input_ids=token_ids).logits
-    step_of(model, rows_of([30, 12]), True)
-    assert [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")] == before
-    assert torch.equal(model(input_ids=token_ids).logits, expected)
-
-
-@pytest.mark.parametrize("kind", ["stablelm", "nemotron", "gptj", "gpt_neo"])
-def test_models_that_do_not_hand_on_where_rows_end_are_packed_by_a_mask(kind):
-    fields = {"gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}}.get(kind, {})
-    if kind == "gpt_neo":
-        fields = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16}
-    model = make(kind, **fields)
-    rows = rows_of([40, 25, 9])
-    expected, gradient = plain(model, rows)
-    assert way_of(model) == "mask"
-    loss, found = step_of(model, rows, True)
-    assert loss == pytest.approx(expected, rel=1e-7)
-    assert torch.linalg.vector_norm(found - gradient) <= 1e-6 * torch.linalg.vector_norm(gradient)
-
-
-@pytest.mark.parametrize("kind", ["bloom", "mamba"])
-def test_models_that_cannot_be_packed_are_refused_with_a_remedy(kind):
-    fields = {"n_head": 4, "n_layer": 2} if kind == "bloom" else {"state_size": 4}
-    model = make(kind, **fields)
-    with pytest.raises(UserError, match="cannot be packed") as caught:
-        step_of(model, rows_of([12, 9]), True)
-    assert "packing = false" in str(caught.value)
-    step_of(model, rows_of([12, 9]), False)
-
-
-def test_state_that_runs_across_rows_is_found_out():
-    model = make("lfm2", layer_types=["conv", "full_attention"])
-    with pytest.raises(UserError, match="cannot be packed"):
-        way_of(model)
 
 
 @pytest.mark.parametrize(
@@ -403,14 +264,3 @@ def test_a_row_beyond_the_context_is_refused_and_never_an_index_error():
     for kind in ("gpt2", "llama"):
         with pytest.raises(UserError, match="longer than the 32"):
             step_of(make(kind, max_position_embeddings=32), rows_of([40, 9]), False)
-
-
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_rows_whose_angles_would_follow_from_their_neighbours_are_refused(rope):
-    table = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-    if rope == "longrope":
-        table |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    model = make("llama", rope_parameters=table)
-    step_of(model, rows_of([30, 9]), False)
-    with pytest.raises(UserError, match="longer than the 32"):
-        step_of(model, rows_of([40, 9]), False)

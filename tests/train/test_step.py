@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 
 from tests.oracle import (
     VARIANTS,
-    Case,
-    Variant,
     contributions,
     gradient,
     make_batch,
@@ -24,6 +21,18 @@ from tests.oracle import (
     row_statistics,
     weights_of,
 )
+from tests.train.stepping import (
+    CPU,
+    DAPO,
+    LENGTHS,
+    MOVED,
+    PAPER,
+    SFT,
+    oracle_step,
+    parameters_of,
+    plain_adamw,
+    trainer_of,
+)
 from thence.errors import StepRefused
 from thence.models.packing import packed_attention, way_of
 from thence.objective import Batch, Logp, Row, Term, local_counts, trained_tokens
@@ -31,14 +40,9 @@ from thence.train.forward import hidden_states
 from thence.train.micro_batches import lay_out, plan, token_inputs
 from thence.train.parallel import SingleProcess
 from thence.train.policy import Policy
-from thence.train.schedule import learning_rate
 from thence.train.step import StepSettings, accumulate_gradients, train_step
-from thence.train.trainer import Trainer
 
-CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-SFT, MOVED, PAPER, DAPO = VARIANTS[0], VARIANTS[2], VARIANTS[3], VARIANTS[-1]
-LENGTHS = [(3, 7), (3, 12), (2, 4), (4, 1), (5, 9), (1, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +63,6 @@ def engine(model, batch: Batch, budget: int = 10_000, packing: bool = False):
     chosen = StepSettings(budget, packing, 0.0, dtype)
     loss = accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), chosen).loss
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def trainer_of(model, rate: Any = 0.01, clip_norm=0.0, budget=60, **options) -> Trainer:
-    return Trainer(model, rate, StepSettings(budget, False, clip_norm, next(model.parameters()).dtype), **options)
-
-
-def parameters_of(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
 
 @st.composite
@@ -295,95 +291,6 @@ def test_no_step_is_taken_above_the_norm_that_is_skipped(tiny_model):
         assert report.grad_norm == pytest.approx(norm) and report.skipped != moved
         taken.append(moved)
     assert taken == [True, False, True]
-
-
-@pytest.mark.parametrize("clip_norm", [0.0, 0.3, 1e6], ids=["off", "clips", "too large to clip"])
-def test_clipping_is_that_of_torch_on_the_plain_gradient(tiny_model, clip_norm):
-    model = tiny_model()
-    case = make_case(model, SFT, LENGTHS, 3, 0)
-    plain = gradient(model, contributions(model, case, SFT)[0].sum())
-    alone = torch.nn.Parameter(torch.zeros_like(plain))
-    alone.grad = plain.clone()
-    torch.nn.utils.clip_grad_norm_([alone], clip_norm or float("inf"))
-    before = parameters_of(model)
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-    report = train_step(
-        Policy(model), sgd, make_batch(case, SFT), SingleProcess(), StepSettings(60, False, clip_norm, torch.float64)
-    )
-    update = before - parameters_of(model)
-    assert report.grad_norm == pytest.approx(plain.norm().item(), rel=1e-12)
-    assert relative(update, alone.grad) <= 1e-5  # torch adds 1e-6 to the norm
-    if clip_norm == 0.3:
-        assert update.norm().item() == pytest.approx(0.3, rel=1e-12)
-    else:
-        assert relative(update, plain) <= 1e-12
-
-
-def plain_adamw(model, decay: float) -> torch.optim.AdamW:
-    """torch's own loop over tensors; matrices are decayed, vectors are not."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-7, foreach=False)
-
-
-def oracle_step(model, optimizer: torch.optim.Optimizer, case: Case, variant: Variant) -> None:
-    optimizer.zero_grad()
-    contributions(model, case, variant)[0].sum().backward()
-    optimizer.step()
-
-
-def test_updates_are_those_of_adamw_on_the_plain_gradient_with_a_state_for_each_kind_of_step(tiny_model):
-    model, twin = tiny_model(kind="qwen2"), tiny_model(kind="qwen2")
-    cases = [make_case(model, SFT, LENGTHS, 3, seed) for seed in range(4)]
-    kinds = ["main", "demonstrations", "main", "main"]
-    trainer = trainer_of(model, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1)
-    adamws = {kind: plain_adamw(twin, 0.1) for kind in kinds}
-    for case, kind in zip(cases, kinds, strict=True):
-        trainer.step(make_batch(case, SFT), optimizer=kind)
-        oracle_step(twin, adamws[kind], case, SFT)
-    assert relative(parameters_of(model), parameters_of(twin)) <= 1e-12
-    plain, tensors = trainer.state()
-    steps = {key.split("/")[0]: value.item() for key, value in tensors.items() if key.endswith("/step")}
-    assert steps == {"main": 3, "demonstrations": 1}
-    assert plain == {"steps_taken": 3, "optimizers": ["demonstrations", "main"]}
-
-
-def test_the_learning_rate_follows_the_number_of_steps_taken(tiny_model):
-    model = tiny_model()
-    trainer = trainer_of(model, lambda step: (0.01, 0.0)[step])
-    batch = make_batch(make_case(model, SFT, LENGTHS, 3, 0), SFT)
-    start = parameters_of(model)
-    trainer.step(batch)
-    first = parameters_of(model)
-    trainer.step(batch)
-    assert not torch.equal(first, start)
-    assert torch.equal(parameters_of(model), first)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "floor", "expected"),
-    [
-        ("constant", 0.0, 0.0, [2, 2, 2, 2, 2]),
-        ("constant", 0.4, 0.0, [1, 2, 2, 2, 2]),
-        ("linear", 0.0, 0.0, [2, 1.5, 1, 0.5, 0]),
-        ("linear", 0.0, 0.5, [2, 1.75, 1.5, 1.25, 1]),
-        ("linear", 0.2, 0.1, [2, 2, 1.4, 0.8, 0.2]),
-        ("cosine", 0.0, 0.0, [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0]),
-        ("cosine", 0.4, 0.1, [1, 2, 2, 1.1, 0.2]),
-        ("cosine", 1.0, 0.1, [0.4, 0.8, 1.2, 1.6, 2]),
-    ],
-)
-def test_schedules(schedule, warmup, floor, expected):
-    rates = [learning_rate(t, 5, peak=2.0, schedule=schedule, warmup=warmup, floor=floor) for t in range(5)]
-    assert rates == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_schedule_of_one_step_trains_and_an_unknown_one_is_an_error():
-    assert learning_rate(0, 1, peak=2.0, schedule="cosine", warmup=0.1, floor=0.1) == 2.0
-    with pytest.raises(ValueError, match="wavy"):
-        learning_rate(0, 1, peak=2.0, schedule="wavy", warmup=0.0, floor=0.0)
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])

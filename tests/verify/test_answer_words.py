@@ -20,7 +20,8 @@ from thence.verify.notation import tidy, tidy_gold
 from thence.verify.quantities import based, quantity, split_unit
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from paraphrase_forms import digits_of, form_of, near_misses, paraphrases, scientific
+from answer_forms import digits_of, form_of, scientific
+from paraphrase_forms import near_misses, paraphrases
 
 RIGHT, WRONG = Verdict.RIGHT, Verdict.WRONG
 GOLDS = ["42", "142.0", "-50", "1.25", "3e8", "2.7778e-6", "\\frac{14}{3}", "90^\\circ", "(6,31,-1)", "(3,4]"]

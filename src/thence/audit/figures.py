@@ -111,14 +111,14 @@ def judged(report: Report) -> list[CaseResult]:
     return [result for result in report.cases if result.status == "judged"]
 
 
-def wrong(report: Report) -> list[CaseResult]:
+def faulty(report: Report) -> list[CaseResult]:
     """The judged cases with a fault."""
     return [result for result in judged(report) if faults(result)]
 
 
 def extremes(report: Report) -> dict[str, Extreme]:
     """``smallest`` and ``largest`` ratio and ``lost`` share over the judged cases (those with a fault, if any)."""
-    steps = [(result.case.name, step) for result in wrong(report) or judged(report) for step in result.steps]
+    steps = [(result.case.name, step) for result in faulty(report) or judged(report) for step in result.steps]
     if not steps:
         return {}
     least, most = min(steps, key=lambda s: s[1].smallest), max(steps, key=lambda s: s[1].largest)
@@ -132,11 +132,11 @@ def extremes(report: Report) -> dict[str, Extreme]:
 
 def step_with_most_lost(report: Report) -> StepResult | None:
     """The step of which the figure ``lost`` of :func:`extremes` speaks."""
-    steps = [step for result in wrong(report) or judged(report) for step in result.steps]
+    steps = [step for result in faulty(report) or judged(report) for step in result.steps]
     return max(steps, key=lambda step: step.lost, default=None)
 
 
-def same(a: StepResult, b: StepResult) -> bool:
+def steps_alike(a: StepResult, b: StepResult) -> bool:
     """Whether two steps are to be told in one line."""
     near = max(zero_bound(a), zero_bound(b)) / 2
     return (

@@ -17,16 +17,16 @@ from thence.audit.figures import (
     amounts_to,
     extremes,
     faults,
+    faulty,
     headline,
     judged,
     lost_by_role,
     micro_batches,
     objective_title,
     ratio_text,
-    same,
     step_with_most_lost,
+    steps_alike,
     title,
-    wrong,
     zero_bound,
 )
 from thence.audit.result import CaseResult, StepResult
@@ -103,7 +103,7 @@ def case_line(result: CaseResult, *, names: int = _NAME) -> Text:
     line = Text.assemble(("✗ ", "bold red") if bad else ("✓ ", "green"), f"{name:<{names}}  ")
     if not result.steps:
         return line.append(", ".join(title(f) for f in bad) or "no step", "red" if bad else "")
-    apart = [step for step in result.steps[1:] if not same(result.steps[0], step)]
+    apart = [step for step in result.steps[1:] if not steps_alike(result.steps[0], step)]
     many = len(result.steps) > 1
     note = "" if not many else (f" ({len(result.steps)} steps alike)" if not apart else " (step 1)")
     line.append_text(_step(result, result.steps[0], note, whole=True))
@@ -181,7 +181,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             )
         else:
             facts.append(("Gradient lost", "none"))
-    cases = wrong(report)
+    cases = faulty(report)
     names = ": " + "; ".join(_line(result.case.name) for result in cases) if cases else ""
     facts.append(("Cases with a fault", f"{len(cases)} of {len(judged(report))} judged{names}"))
     return facts

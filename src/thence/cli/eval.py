@@ -172,14 +172,14 @@ def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> 
     count = counted(sum(map(len, problems.values())), "problem")
     console.print(f"{settings.suite}: {count}, into {folder}", highlight=False)
     try:
-        with logging_to(console), Terminal(console) as watcher:
+        with logging_to(console), Terminal(console) as progress:
             store = evaluate(
                 settings,
                 problems,
                 folder,
                 lambda: _backend(settings, generator),
                 environment=lambda: _environment(generator.endpoint),
-                watcher=watcher,
+                progress=progress,
             )
     except KeyboardInterrupt:
         print(f"\nwhat was sampled is kept in {folder}", file=sys.stderr)
@@ -343,8 +343,8 @@ def _regrade(name: str, grader: str | None) -> int:
 
     console = make_console()
     try:
-        with logging_to(console), Terminal(console) as watcher:
-            store = regrade(_existing(name).folder, grader, watcher)
+        with logging_to(console), Terminal(console) as progress:
+            store = regrade(_existing(name).folder, grader, progress)
     except UserError as error:
         if error.field != "reward":
             raise
@@ -375,13 +375,13 @@ def _present(console: Console, store: Store, grader: str | None = None) -> int:
 
 
 def _compare(names: tuple[str, str], suite: str | None, grader: str | None) -> int:
-    from thence.evaluate.summary import compare
+    from thence.evaluate.summary import compare_evaluations
     from thence.pages.evaluation.tables import comparison_table
     from thence.pages.terminal import with_notes
     from thence.terminal import make_console
 
     a, b = (_existing(name, suite) for name in names)
-    make_console().print(with_notes(comparison_table(compare(a, b, grader))))
+    make_console().print(with_notes(comparison_table(compare_evaluations(a, b, grader))))
     return 0
 
 

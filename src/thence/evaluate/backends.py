@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -13,9 +14,9 @@ from thence.data.response import response_text
 if TYPE_CHECKING:
     from thence.evaluate.problems import Problem
     from thence.evaluate.suites import Task
+    from thence.rollout.native import Response
 
-__all__ = ["Backend", "Generation", "Prompts", "Refused", "Request", "response_text", "room_for"]
-
+log = logging.getLogger(__name__)
 ROOM_STEP = 64
 
 
@@ -89,6 +90,26 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A request as a sampler reads it.
+
+    Attributes:
+        token_ids: of its prompt.
+        stop_ids: tokens that end a response.
+        room: most tokens of a response.
+        cut: `room`, where that is fewer than the task's `max_tokens`; else None.
+        opening: the think tag that the prompt has opened, or nothing.
+    """
+
+    request: Request
+    token_ids: Sequence[int]
+    stop_ids: tuple[int, ...]
+    room: int
+    cut: int | None
+    opening: str
+
+
 class Prompts:
     """Turns problems into tokens and says where their responses end.
 
@@ -119,9 +140,40 @@ class Prompts:
         example = Example(messages=messages, answer=problem.answer, source=problem.source or problem.key)
         return render(example, self.tokenizer, template=self.plain if problem.plain else self.chat)
 
-    def stop_ids(self, problem: Problem) -> tuple[int, ...]:
-        """The tokens that end a response to it."""
-        return self._stop_ids[self.plain.template if problem.plain else self.chat.template]
+    def prepare(
+        self, requests: Sequence[Request], task: Task, context: int | None
+    ) -> tuple[list[Ready], list[tuple[Request, Refused]]]:
+        """The requests that can be sampled, longest prompts first and the samples of a problem side by side; and those
+        whose prompt leaves nothing of the model's context: no response is made up for them.
+
+        Prompts that leave less than `max_tokens` of the context are counted in the log.
+        """
+        rendered = {r.problem.key: self.rendered(r.problem) for r in requests}
+        rooms = {key: room_for(len(row.prompt_ids), task.max_tokens, context) for key, row in rendered.items()}
+        short = [room for room in rooms.values() if 0 < room < task.max_tokens]
+        if short:
+            log.warning(
+                "%s: %d of %d prompts leave fewer than max_tokens = %d of the model's context of %s; their responses "
+                "are cut earlier, the shortest at %d tokens",
+                *(task.name, len(short), len(rooms), task.max_tokens, context, min(short)),
+            )
+        ready, refused = [], []
+        for request in requests:
+            row, room = rendered[request.problem.key], rooms[request.problem.key]
+            if room == 0:
+                reason = f"the prompt has {len(row.prompt_ids):,} tokens, the model's context {context:,}"
+                refused.append((request, Refused("too long", reason)))
+                continue
+            stop_ids = self._stop_ids[(self.plain if request.problem.plain else self.chat).template]
+            cut = room if room < task.max_tokens else None
+            ready.append(Ready(request, row.prompt_ids, stop_ids, room, cut, row.opening))
+        ready.sort(key=lambda one: (-len(one.token_ids), one.request.problem.key, one.request.sample))
+        return ready, refused
+
+    def generation(self, ready: Ready, response: Response) -> Generation:
+        """What a sampler answered, as text."""
+        text = response_text(self.tokenizer, response.token_ids, ready.stop_ids, ready.opening)
+        return Generation(text, len(response.token_ids), response.finish, ready.cut)
 
 
 def room_for(prompt_tokens: int, max_tokens: int, context: int | None) -> int:

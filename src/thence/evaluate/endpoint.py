@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from thence.errors import UserError
@@ -67,12 +68,7 @@ class EndpointBackend:
 
     def __init__(self, settings: EndpointSettings, variables: Mapping[str, Any] | None = None):
         self.variables = dict(variables or {})
-        if not (1 <= settings.concurrency <= MOST_AT_ONCE) or settings.tries < 1:
-            remedy = f"set concurrency to 1 to {MOST_AT_ONCE}, and tries to 1 or more"
-            raise UserError("so many requests cannot be sent", remedy=remedy, field="--concurrency")
-        if not (math.isfinite(settings.seconds) and settings.seconds > 0):
-            remedy = "give a number of seconds above 0"
-            raise UserError(f"a time limit of {settings.seconds} s", remedy=remedy, field="--timeout")
+        _check_numbers(settings)
         self.settings = settings
         self.base = server_address(settings.url)
         self._key = _key(settings.key_variable)
@@ -191,15 +187,20 @@ class EndpointBackend:
 
         A server that objects to something that can be left out gets the same request without it.
         """
-        body, without = self._body(request, task), self._without
+        whole = {"model": self.model, **_request_body(request, task, self.variables)}
+        without = self._without
         while True:
-            answer = self._send("POST", "/completions" if request.problem.plain else "/chat/completions", body(without))
-            objected = objection(answer, body(without), _droppable(task))
+            # The newer name of "max_tokens", which some servers insist on.
+            names = {name: "max_completion_tokens" if name == "max_tokens" else None for name in without}
+            body = {new: value for name, value in whole.items() if (new := names.get(name, name))}
+            answer = self._send("POST", "/completions" if request.problem.plain else "/chat/completions", body)
+            objected = objection(answer, body, _droppable(task))
             if objected is None:
                 break
             without |= {objected}
         with self._reading:  # JSON takes many times its length: one answer at a time
-            found = outcome(answer, hide=self._hide, remedy=self._remedy, file=self.base.shown)
+            remedy = partial(_remedy, key_variable=self.settings.key_variable)
+            found = outcome(answer, hide=self._hide, remedy=remedy, file=self.base.shown)
         if isinstance(found, Generation) and without - self._without:
             self._remember(without)
         return found
@@ -211,33 +212,6 @@ class EndpointBackend:
         for name in sorted(new - {"max_tokens"}):
             more = ": the same command gives other responses" if name == "seed" else ""
             log.warning("the server refuses %r: requests are sent without%s", name, more)
-
-    def _body(self, request: Request, task: Task) -> Any:
-        messages, plain = request.problem.messages, request.problem.plain
-        asked: dict[str, Any] = (
-            {"prompt": "\n\n".join(content for _, content in messages)}
-            if plain
-            else {"messages": [{"role": role, "content": content} for role, content in messages]}
-        )
-        if self.variables and not plain:
-            asked["chat_template_kwargs"] = self.variables  # the name that vLLM and SGLang give it
-        whole = {
-            "model": self.model,
-            **asked,
-            "temperature": task.temperature,
-            "top_p": task.top_p,
-            "max_tokens": task.max_tokens,
-            "seed": request.seed % SEED_RANGE,
-            "n": 1,
-            "stream": False,
-        }
-
-        def body(without: frozenset[str]) -> dict[str, Any]:
-            # The newer name, which some servers insist on.
-            names = {name: "max_completion_tokens" if name == "max_tokens" else "" for name in without}
-            return {names.get(name, name): value for name, value in whole.items() if names.get(name, name)}
-
-        return body
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
         """One request. Raises Trouble where no whole answer came."""
@@ -264,7 +238,7 @@ class EndpointBackend:
             ) from None
         if answer.status in (401, 403):
             said = f"HTTP {answer.status}: {message(answer, self._hide)}"
-            raise UserError(said, remedy=self._remedy(answer.status), file=self.base.shown)
+            raise UserError(said, remedy=_remedy(answer.status, self.settings.key_variable), file=self.base.shown)
         try:
             names = [str(row["id"]) for row in answer.value()["data"]] if answer.status == 200 else []
             return [name for name in names if len(name) <= LONGEST_NAME]
@@ -283,15 +257,14 @@ class EndpointBackend:
     def _hide(self, text: str) -> str:
         return self.base.hide(text, self._key)
 
-    def _remedy(self, status: int) -> str:
-        if status in (401, 403):
-            variable = self.settings.key_variable
-            return f"put the API key into the environment variable {variable}, or name another: --key-variable"
-        if status == 404:
-            return "check the address (it ends in /v1 with most servers) and --model-name"
-        if 300 <= status < 400:
-            return "give --endpoint the address that the server itself answers at"
-        return "change what the server objects to, for example --max-tokens; what was sampled is kept"
+
+def _check_numbers(settings: EndpointSettings) -> None:
+    if not (1 <= settings.concurrency <= MOST_AT_ONCE) or settings.tries < 1:
+        remedy = f"set concurrency to 1 to {MOST_AT_ONCE}, and tries to 1 or more"
+        raise UserError("so many requests cannot be sent", remedy=remedy, field="--concurrency")
+    if not (math.isfinite(settings.seconds) and settings.seconds > 0):
+        remedy = "give a number of seconds above 0"
+        raise UserError(f"a time limit of {settings.seconds} s", remedy=remedy, field="--timeout")
 
 
 def server_address(url: str) -> Address:
@@ -310,10 +283,40 @@ def _in_order(requests: Sequence[Request]) -> list[Request]:
     return [requests[place], *sorted(rest, key=lambda request: request.refused_before)]
 
 
+def _request_body(request: Request, task: Task, variables: Mapping[str, Any]) -> dict[str, Any]:
+    messages, plain = request.problem.messages, request.problem.plain
+    asked: dict[str, Any] = (
+        {"prompt": "\n\n".join(content for _, content in messages)}
+        if plain
+        else {"messages": [{"role": role, "content": content} for role, content in messages]}
+    )
+    if variables and not plain:
+        asked["chat_template_kwargs"] = variables  # the name that vLLM and SGLang give it
+    return {
+        **asked,
+        "temperature": task.temperature,
+        "top_p": task.top_p,
+        "max_tokens": task.max_tokens,
+        "seed": request.seed % SEED_RANGE,
+        "n": 1,
+        "stream": False,
+    }
+
+
 def _droppable(task: Task) -> list[str]:
     """What may be left out of a request: seeds, which are an offer, and what says no more than leaving it out does."""
     defaults = [name for name in ("top_p", "temperature") if getattr(task, name) == 1.0]
     return ["seed", "stream", "n", *defaults]
+
+
+def _remedy(status: int, key_variable: str) -> str:
+    if status in (401, 403):
+        return f"put the API key into the environment variable {key_variable}, or name another: --key-variable"
+    if status == 404:
+        return "check the address (it ends in /v1 with most servers) and --model-name"
+    if 300 <= status < 400:
+        return "give --endpoint the address that the server itself answers at"
+    return "change what the server objects to, for example --max-tokens; what was sampled is kept"
 
 
 def _key(variable: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thence.evaluate.backends import Generation, Prompts, Refused, Request, response_text, room_for
+from thence.evaluate.backends import Generation, Prompts, Ready, Refused, Request
 from thence.models.lengths import context_of
 from thence.recipe import Model
 from thence.rollout.native import Sampling, stream
@@ -19,7 +18,6 @@ from thence.train.model import load_model
 if TYPE_CHECKING:
     from thence.evaluate.suites import Task
 
-log = logging.getLogger(__name__)
 ROWS = 64
 FINGERPRINT_VALUES = 1024  # of each weight tensor
 
@@ -58,28 +56,19 @@ class NativeBackend:
         self.context = context_of(self.model.config)
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
-        """See `Backend`. Prompts that leave less than `max_tokens` of the context are counted in the log."""
-        rendered = {r.problem.key: self.prompts.rendered(r.problem) for r in requests}
-        prompts = {key: row.prompt_ids for key, row in rendered.items()}
-        rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
-        warn_of_rooms(task, rooms, self.context)
-        groups: dict[tuple[int, tuple[int, ...]], list[Request]] = {}
-        for request in sorted(requests, key=lambda r: (-len(prompts[r.problem.key]), r.problem.key, r.sample)):
-            place = rooms[request.problem.key], self.prompts.stop_ids(request.problem)
-            groups.setdefault(place, []).append(request)
+        """See `Backend`. What does not fit the context comes last: others' answers show that not all are at fault."""
+        ready, refused = self.prompts.prepare(requests, task, self.context)
+        groups: dict[tuple[int, tuple[int, ...]], list[Ready]] = {}
+        for one in ready:
+            groups.setdefault((one.room, one.stop_ids), []).append(one)
         for (room, stop_ids), group in groups.items():
-            cut = room if room < task.max_tokens else None
-            if room == 0:
-                continue
             sampling = Sampling(room, task.temperature, task.top_p, stop_ids=stop_ids, rows=self.rows)
             for start in range(0, len(group), self.rows):
                 wave = group[start : start + self.rows]
-                own_prompts, seeds = [prompts[r.problem.key] for r in wave], [r.seed for r in wave]
-                for i, response in stream(self.model, own_prompts, seeds, sampling):
-                    opening = rendered[wave[i].problem.key].opening
-                    text = response_text(self.tokenizer, response.token_ids, stop_ids, opening)
-                    yield wave[i], Generation(text, len(response.token_ids), response.finish, cut)
-        yield from refused_for_length(requests, prompts, rooms, self.context)
+                token_ids, seeds = [one.token_ids for one in wave], [one.request.seed for one in wave]
+                for i, response in stream(self.model, token_ids, seeds, sampling):
+                    yield wave[i].request, self.prompts.generation(wave[i], response)
+        yield from refused
 
     def facts(self) -> dict[str, Any]:
         """See `Backend`. `weights` identifies the weights: the same number for the same values."""
@@ -100,33 +89,6 @@ class NativeBackend:
     def close(self) -> None:
         """Let go of the model."""
         self.model = None
-
-
-def warn_of_rooms(task: Task, rooms: dict[str, int], context: int | None) -> None:
-    """Say how many prompts leave less of the context than the task's `max_tokens`."""
-    short = [room for room in rooms.values() if 0 < room < task.max_tokens]
-    if short:
-        log.warning(
-            "%s: %d of %d prompts leave fewer than max_tokens = %d of the model's context of %s; their responses are "
-            "cut earlier, the shortest at %d tokens",
-            *(task.name, len(short), len(rooms), task.max_tokens, context, min(short)),
-        )
-
-
-def refused_for_length(
-    requests: Sequence[Request], prompts: Mapping[str, Sequence[int]], rooms: Mapping[str, int], context: int | None
-) -> Iterator[tuple[Request, Refused]]:
-    """The requests whose prompt leaves nothing of the model's context: no response is made up for them.
-
-    They come last: others that were answered show that the fault is not everybody's.
-
-    Args:
-        prompts, rooms: tokens of the prompt, and most tokens of a response, by the problem's key.
-    """
-    for request in requests:
-        if rooms[request.problem.key] == 0:
-            length = len(prompts[request.problem.key])
-            yield request, Refused("too long", f"the prompt has {length:,} tokens, the model's context {context:,}")
 
 
 def model_facts(model: torch.nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The progress of an evaluation on a terminal."""
+"""The progress of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,29 @@ from thence.evaluate.backends import Generation, Refused
 from thence.wording import counted, duration
 
 
-class Terminal:
+class EvaluationProgress:
+    """Is told of the progress of an evaluation. This one shows nothing."""
+
+    def begin(self, missing: int) -> None:
+        """So many samples are missing in all tasks together."""
+
+    def sampling(self, task: str, total: int, done: int) -> None:
+        """A task begins, or resumes after ``done`` of ``total`` samples."""
+
+    def sampled(self, generation: Generation) -> None:
+        """One more sample is kept."""
+
+    def refused(self, refused: Refused) -> None:
+        """One more request got no response, and that is kept."""
+
+    def grading(self, task: str, total: int) -> None:
+        """So many samples of a task are about to be graded."""
+
+    def graded(self, task: str) -> None:
+        """A task is complete: whatever of it was answered is graded and kept."""
+
+
+class Terminal(EvaluationProgress):
     """Shows a bar where there is a terminal, else a line every ``seconds``: samples, tokens a second, time left.
 
     The time that is left is for the samples of all tasks. Samples may end in bursts (a wave of rows at a time), so
@@ -61,15 +83,16 @@ class Terminal:
             self.console.print(f"{task}: {begun}", highlight=False)
 
     def sampled(self, generation: Generation) -> None:
-        self.done, self.made, self.last = self.done + 1, self.made + 1, time.monotonic()
+        self.made, self.last = self.made + 1, time.monotonic()
         self.tokens += generation.tokens or 0
-        if self.console.is_terminal and self.task is not None:
-            self.bar.update(self.task, completed=self.done, facts=self._facts())
-        elif self.done == self.total:
-            self._line()
+        self._advance()
 
     def refused(self, refused: Refused) -> None:
-        self.done, self.missing = self.done + 1, max(0, self.missing - 1)
+        self.missing = max(0, self.missing - 1)
+        self._advance()
+
+    def _advance(self) -> None:
+        self.done += 1
         if self.console.is_terminal and self.task is not None:
             self.bar.update(self.task, completed=self.done, facts=self._facts())
         elif self.done == self.total:
@@ -78,9 +101,6 @@ class Terminal:
     def grading(self, task: str, total: int) -> None:
         if not self.console.is_terminal:
             self.console.print(f"{task}: grading {counted(total, 'sample')}", highlight=False)
-
-    def graded(self, task: str) -> None:
-        pass
 
     def _tick(self) -> None:
         while not self._closed.wait(self.seconds):

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from thence import __version__
 from thence.data.order import stable_seed
 from thence.errors import UserError
-from thence.evaluate.backends import Backend, Generation, Refused, Request
+from thence.evaluate.backends import Backend, Refused, Request
 from thence.evaluate.choices import grade_letter
 from thence.evaluate.problems import Problem
+from thence.evaluate.progress import EvaluationProgress
 from thence.evaluate.refusals import ENOUGH, Refusal, nothing_answered
 from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
@@ -29,56 +30,6 @@ from thence.verify.verdict import Grade
 log = logging.getLogger(__name__)
 GRADED_AT_ONCE = 256
 NAMED = 3  # refusals of a task that are logged one by one
-
-
-class Watcher(Protocol):
-    """Is told of the progress of an evaluation."""
-
-    def begin(self, missing: int) -> None:
-        """So many samples are missing in all tasks together."""
-        ...
-
-    def sampling(self, task: str, total: int, done: int) -> None:
-        """A task begins, or resumes after ``done`` of ``total`` samples."""
-        ...
-
-    def sampled(self, generation: Generation) -> None:
-        """One more sample is kept."""
-        ...
-
-    def refused(self, refused: Refused) -> None:
-        """One more request got no response, and that is kept."""
-        ...
-
-    def grading(self, task: str, total: int) -> None:
-        """So many samples of a task are about to be graded."""
-        ...
-
-    def graded(self, task: str) -> None:
-        """A task is complete: whatever of it was answered is graded and kept."""
-        ...
-
-
-class Silent:
-    """Shows nothing."""
-
-    def begin(self, missing: int) -> None:
-        pass
-
-    def sampling(self, task: str, total: int, done: int) -> None:
-        pass
-
-    def sampled(self, generation: Generation) -> None:
-        pass
-
-    def refused(self, refused: Refused) -> None:
-        pass
-
-    def grading(self, task: str, total: int) -> None:
-        pass
-
-    def graded(self, task: str) -> None:
-        pass
 
 
 SeedOf = Callable[[Task, Problem, int], int]
@@ -97,7 +48,7 @@ def evaluate(
     make_backend: Callable[[], Backend],
     *,
     environment: Callable[[], Mapping[str, Any]] = dict,
-    watcher: Watcher | None = None,
+    progress: EvaluationProgress | None = None,
     seed_of: SeedOf = own_seed,
     checker: Grader | None = None,
 ) -> Store:
@@ -109,7 +60,7 @@ def evaluate(
         folder: where everything is kept.
         make_backend: opens what generates; called only if a sample is missing.
         environment: facts to keep beside the backend's own; called with `make_backend`.
-        watcher: is told of progress; nobody when absent.
+        progress: is told of progress; nobody when absent.
         seed_of: the seeds of the responses.
         checker: grades all tasks, and stays open; default: the one that each task names is opened.
 
@@ -121,7 +72,7 @@ def evaluate(
         UserError: other settings, problems or weights than in the folder; a backend or grader that gives up; not one
             request is answered. What was sampled and graded before stands.
     """
-    store, watcher = Store(folder), watcher or Silent()
+    store, progress = Store(folder), progress or EvaluationProgress()
     store.check(settings)  # before anything is written, the lock included
     with store.held():
         missing = {name: _missing(store, task, problems[name], seed_of) for name, task in settings.tasks.items()}
@@ -130,15 +81,15 @@ def evaluate(
         try:
             store.begin(settings)
             store.write_problems({name: [problem.key for problem in problems[name]] for name in settings.tasks})
-            watcher.begin(sum(map(len, missing.values())))
+            progress.begin(sum(map(len, missing.values())))
             refusing = _Refusing(store, any(store.samples(name) for name in settings.tasks))
             with _recorded(store, backend, environment):
                 for name, task in settings.tasks.items():
                     if backend is not None:
                         total = len(problems[name]) * task.samples
-                        _sample(store, task, backend, missing[name], total, watcher, refusing)
-                    grade(store, task, task.grader, watcher=watcher, checker=checker)
-                    watcher.graded(name)
+                        _sample(store, task, backend, missing[name], total, progress, refusing)
+                    grade(store, task, task.grader, progress=progress, checker=checker)
+                    progress.graded(name)
                 refusing.end()
         finally:
             if backend is not None:
@@ -162,7 +113,7 @@ def _recorded(store: Store, backend: Backend | None, environment: Callable[[], M
             store.amend_start({key: value for key, value in found.items() if facts.get(key) != value})
 
 
-def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = None) -> Store:
+def regrade(folder: Path, grader: str | None = None, progress: EvaluationProgress | None = None) -> Store:
     """Grade the samples of a folder again, without generating; the new grades stand beside the old ones.
 
     Args:
@@ -177,7 +128,7 @@ def regrade(folder: Path, grader: str | None = None, watcher: Watcher | None = N
     store.problems()
     with store.held():
         for task in tasks.values():
-            grade(store, task, grader or task.grader, again=True, watcher=watcher)
+            grade(store, task, grader or task.grader, again=True, progress=progress)
     return store
 
 
@@ -187,7 +138,7 @@ def grade(
     grader: str,
     *,
     again: bool = False,
-    watcher: Watcher | None = None,
+    progress: EvaluationProgress | None = None,
     checker: Grader | None = None,
 ) -> None:
     """Grade the samples of a task that have no grade of this grader in its present version; all of them `again`.
@@ -201,7 +152,7 @@ def grade(
     have = set() if again else set(store.graded(task.name, grader, version))
     todo = [sample for sample in samples if sample.place not in have]
     if todo:
-        (watcher or Silent()).grading(task.name, len(todo))
+        (progress or EvaluationProgress()).grading(task.name, len(todo))
         with ExitStack() as opened:
             if checker is None:
                 named = load_reward(grader, seconds=task.grader_seconds, setting="grader_seconds")
@@ -314,10 +265,10 @@ def _sample(
     backend: Backend,
     requests: Sequence[Request],
     total: int,
-    watcher: Watcher,
+    progress: EvaluationProgress,
     refusing: _Refusing,
 ) -> None:
-    watcher.sampling(task.name, total, total - len(requests))
+    progress.sampling(task.name, total, total - len(requests))
     if not requests:
         return
     with store.write_samples(task.name) as lines:
@@ -325,7 +276,7 @@ def _sample(
             problem = request.problem
             if isinstance(generation, Refused):
                 refusing.add(task.name, request, generation)
-                watcher.refused(generation)
+                progress.refused(generation)
                 continue
             refusing.now = True
             lines.add(
@@ -345,4 +296,4 @@ def _sample(
                     source=problem.source,
                 )
             )
-            watcher.sampled(generation)
+            progress.sampled(generation)

@@ -224,7 +224,7 @@ def _groups(rows: Sequence[TaskResult]) -> tuple[GroupResult, ...]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TaskDifference:
     """B minus A on one task."""
 
     task: Task
@@ -234,7 +234,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EvaluationComparison:
     """Two evaluations side by side.
 
     Attributes:
@@ -246,13 +246,13 @@ class Comparison:
 
     a: Result
     b: Result
-    rows: tuple[Difference, ...]
+    rows: tuple[TaskDifference, ...]
     groups: tuple[tuple[str, float, float, float], ...]
     unlike: tuple[tuple[str, Any, Any], ...]
     only: tuple[str, ...]
 
 
-def compare(a: Store, b: Store, grader: str | None = None) -> Comparison:
+def compare_evaluations(a: Store, b: Store, grader: str | None = None) -> EvaluationComparison:
     """Two evaluations on the same problems, task by task: B minus A.
 
     Args:
@@ -270,10 +270,10 @@ def compare(a: Store, b: Store, grader: str | None = None) -> Comparison:
     rows = tuple(_difference(one, other, (a, b)) for one, other in pairs)
     names_a, names_b = ({row.task.name for row in result.tasks} for result in (first, second))
     unlike = tuple(difference for one, other in pairs for difference in _unlike(one, other))
-    return Comparison(first, second, rows, _group_differences(rows), unlike, tuple(sorted(names_a ^ names_b)))
+    return EvaluationComparison(first, second, rows, _group_differences(rows), unlike, tuple(sorted(names_a ^ names_b)))
 
 
-def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store]) -> Difference:
+def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store]) -> TaskDifference:
     for row, store in zip((one, other), stores, strict=True):
         if row.graded:
             raise UserError(
@@ -297,7 +297,7 @@ def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store])
             remedy="run the two `thence eval` commands again: what was not answered is asked again",
             file=stores[1].folder,
         )
-    return Difference(one.task, fmean(first.values()), fmean(second.values()), paired(second, first))
+    return TaskDifference(one.task, fmean(first.values()), fmean(second.values()), paired(second, first))
 
 
 def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
@@ -314,9 +314,9 @@ def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:
     return [(f"{one.task.name}: {key}", a, b) for key, a, b in found]
 
 
-def _group_differences(rows: Sequence[Difference]) -> tuple[tuple[str, float, float, float], ...]:
+def _group_differences(rows: Sequence[TaskDifference]) -> tuple[tuple[str, float, float, float], ...]:
     """Means over groups, see :func:`thence.stats.proportion.joined`."""
-    by_name: dict[str, list[Difference]] = defaultdict(list)
+    by_name: dict[str, list[TaskDifference]] = defaultdict(list)
     for row in rows:
         if row.task.group:
             by_name[row.task.group].append(row)

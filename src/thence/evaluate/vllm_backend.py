@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from thence.evaluate.backends import Generation, Prompts, Refused, Request, response_text, room_for
-from thence.evaluate.native_backend import context_of, refused_for_length, warn_of_rooms
+from thence.evaluate.backends import Generation, Prompts, Ready, Refused, Request
+from thence.models.lengths import context_of
 from thence.recipe import Model
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.engine import VllmEngine
@@ -62,32 +62,24 @@ class VllmBackend:
         self.context = min(self.engine.max_model_len, told or self.engine.max_model_len)
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
-        """See `Backend`. Long prompts come first, and the samples of a problem one after the other."""
-        rendered = {r.problem.key: self.prompts.rendered(r.problem) for r in requests}
-        prompts = {key: row.prompt_ids for key, row in rendered.items()}
-        rooms = {key: room_for(len(ids), task.max_tokens, self.context) for key, ids in prompts.items()}
-        warn_of_rooms(task, rooms, self.context)
-        groups: dict[tuple[int, ...], list[Request]] = {}
-        for request in sorted(requests, key=lambda r: (-len(prompts[r.problem.key]), r.problem.key, r.sample)):
-            if rooms[request.problem.key]:
-                groups.setdefault(self.prompts.stop_ids(request.problem), []).append(request)
+        """See `Backend`."""
+        ready, refused = self.prompts.prepare(requests, task, self.context)
+        groups: dict[tuple[int, ...], list[Ready]] = {}
+        for one in ready:
+            groups.setdefault(one.stop_ids, []).append(one)
         for stop_ids, group in groups.items():
             stream = self.engine.stream(
-                [prompts[r.problem.key] for r in group],
-                [r.seed for r in group],
+                [one.token_ids for one in group],
+                [one.request.seed for one in group],
                 Sampling(task.max_tokens, task.temperature, task.top_p, stop_ids=stop_ids),
-                limits=[rooms[r.problem.key] for r in group],
+                limits=[one.room for one in group],
                 logps=False,
             )
             # Left early, it has to stop at once, not when it is collected.
             with contextlib.closing(stream):
                 for i, response in stream:
-                    room = rooms[group[i].problem.key]
-                    opening = rendered[group[i].problem.key].opening
-                    text = response_text(self.tokenizer, response.token_ids, stop_ids, opening)
-                    cut = room if room < task.max_tokens else None
-                    yield group[i], Generation(text, len(response.token_ids), response.finish, cut)
-        yield from refused_for_length(requests, prompts, rooms, self.context)
+                    yield group[i].request, self.prompts.generation(group[i], response)
+        yield from refused
 
     def facts(self) -> dict[str, Any]:
         """See `Backend`. `weights` is the digest of the safetensors files that vLLM has loaded."""

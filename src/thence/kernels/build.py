@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from thence.errors import first_line
 from thence.files import flush
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def load_library(source: str, head_size: int, test: Test) -> ctypes.CDLL | None:
         with _cache_folder() as folder:
             return _tested(source, head_size, test, folder)
     except (OSError, subprocess.SubprocessError, NotBuilt) as error:
-        _failed[source] = _said(error)
+        _failed[source] = first_line(error)
         log.warning("%s cannot be used: %s; running in plain torch, which is slower", source, _failed[source])
         return None
 
@@ -127,7 +128,7 @@ def _tested(source: str, head_size: int, test: Test, folder: Path) -> ctypes.CDL
                 return loaded
             why = "its results are not torch's"
         except (OSError, AttributeError) as error:  # AttributeError: a function is missing
-            why = _said(error)
+            why = first_line(error)
         log.warning("%s: %s", library, why)
         library.unlink(missing_ok=True)
     raise NotBuilt(why)
@@ -187,7 +188,7 @@ def _cache_folder() -> Iterator[Path]:
         writable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         folder, writable = None, False
-        log.info("compiled kernels are not kept: %s", _said(error))
+        log.info("compiled kernels are not kept: %s", first_line(error))
     if folder is not None and writable:
         yield folder
         return
@@ -198,10 +199,6 @@ def _cache_folder() -> Iterator[Path]:
 def _checksum(library: Path) -> str:
     with library.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def _said(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _openmp_runtime() -> str | None:

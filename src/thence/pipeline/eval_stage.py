@@ -16,7 +16,8 @@ from thence.errors import DamagedFile
 from thence.evaluate.backends import Generation, Request
 from thence.evaluate.native_backend import model_facts
 from thence.evaluate.problems import Problem
-from thence.evaluate.run import Silent, evaluate
+from thence.evaluate.progress import EvaluationProgress
+from thence.evaluate.run import evaluate
 from thence.evaluate.store import Settings, Store
 from thence.evaluate.suites import Task
 from thence.evaluate.summary import TaskResult, task_result
@@ -103,7 +104,7 @@ def _evaluate(context: Context, stage: Eval, parts: Mapping[str, Part], backend:
             store.folder,
             lambda: backend,
             environment=lambda: environment(str(context.device), context.ranks.world),
-            watcher=progress,
+            progress=progress,
             seed_of=seed_of,
             checker=checker,
         )
@@ -214,7 +215,7 @@ class RanksBackend:
         return Generation(text, len(ids), trajectory.finish)
 
 
-class _Progress(Silent):
+class _Progress(EvaluationProgress):
     """Makes the row of every part that is complete, and tells the run's watcher."""
 
     def __init__(self, context: Context, store: Store, parts: Mapping[str, Part]):

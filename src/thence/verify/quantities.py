@@ -3,8 +3,10 @@ r"""Plain numbers, numbers in another base, and units of a final answer. Standar
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 MAX_CHARS = 200
 """Longer texts are no single number."""
@@ -107,48 +109,13 @@ def based(text: str) -> tuple[int, int] | None:
         return None
 
 
-# Units: name, what is measured, how much of its first unit. Names are in the singular and in lower case, but for `M`.
-_UNITS: dict[str, tuple[str, Fraction]] = {}
-
-
-def _unit(kind: str, size: Fraction | int | str, *names: str) -> None:
-    for name in names:
-        _UNITS[name] = (kind, Fraction(size))
-
-
-_unit("length", 1, "m", "meter", "metre")
-_unit("length", 1000, "km", "kilometer", "kilometre")
-_unit("length", "0.01", "cm", "centimeter", "centimetre")
-_unit("length", "0.001", "mm", "millimeter", "millimetre")
-_unit("length", "0.000001", "\\mum", "micrometer", "micron")
-_unit("length", "0.000000001", "nm", "nanometer", "nanometre")
-_unit("length", "0.0254", "in", "inch", "inche")
-_unit("length", "0.3048", "ft", "foot", "feet")
-_unit("length", "0.9144", "yd", "yard")
-_unit("length", "1609.344", "mi", "mile")
-_unit("mass", 1, "g", "gram", "gm")
-_unit("mass", 1000, "kg", "kilogram")
-_unit("mass", "0.001", "mg", "milligram")
-_unit("mass", 1_000_000, "tonne")
-_unit("mass", "453.59237", "lb", "pound")
-_unit("time", 1, "s", "sec", "second")
-_unit("time", "0.001", "ms", "millisecond")
-_unit("time", 60, "min", "minute")
-_unit("time", 3600, "h", "hr", "hour")
-_unit("time", 86400, "day")
-_unit("time", 604800, "week")
-_unit("calendar", 1, "month")
-_unit("calendar", 12, "year", "yr")
-_unit("volume", 1, "l", "liter", "litre")
-_unit("volume", "0.001", "ml", "milliliter", "millilitre")
-_unit("money", 1, "cent")
-_unit("money", 100, "dollar", "\\$")
-_unit("euro", 1, "euro")
-_unit("angle", 1, "^\\circ", "degree", "deg")
-_unit("radian", 1, "radian", "rad")
-_unit("speed in miles", 1, "mph")
-_unit("speed in kilometres", 1, "kmh", "km/h", "kph")
-_unit("percent", 1, "%", "\\%", "percent")
+_UNITS: dict[str, tuple[str, Fraction]] = {
+    name: (kind, Fraction(size))
+    for kind, sizes in tomllib.loads(Path(__file__).with_name("units.toml").read_text(encoding="utf-8")).items()
+    for size, names in sizes.items()
+    for name in names
+}
+"""By name: what is measured, and the size in the first unit of its kind."""
 
 _TAIL = re.compile(
     r"(?:\\(?:text|mathrm|mbox|textrm|operatorname) ?\{ *([^{}]{1,40}?)\.? *\}|(?<=[\d}\s,;])(\\?[A-Za-z/]{1,20}|\\?%)"

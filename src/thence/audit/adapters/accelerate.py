@@ -14,9 +14,10 @@ Limits: accelerate has neither packing nor label smoothing; those belong to the 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from pathlib import Path
 from typing import Any
+
+from . import transformers as hf
+from ._shared import optimizer
 
 STACK = "accelerate"
 PACKAGES = ("accelerate", "transformers", "torch")
@@ -30,19 +31,9 @@ CASES: tuple[dict, ...] = (
 )
 
 
-def _sibling(name: str):
-    """The adapter beside this one, by its path: thence is not installed where this runs."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"audited_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def prepare() -> None:
     """Import the stack."""
-    _sibling("transformers").quiet()
+    hf.quiet()
     import accelerate  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
@@ -61,7 +52,6 @@ def run(case: dict, session: Any) -> None:
         mixed_precision="bf16" if case["precision"] == "autocast" else "no",
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if session.ranks > 1 else None,
     )
-    hf = _sibling("transformers")
     bare = hf.load_model(case, session).train()
     if case["checkpointing"]:
         bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -72,11 +62,11 @@ def run(case: dict, session: Any) -> None:
         batch_size=case["micro_batch"],
         collate_fn=hf.padding_collator(bare.config.pad_token_id),
     )
-    model, optimizer, data = accelerator.prepare(bare, _optimizer(case, bare), data)
+    prepared = accelerator.prepare(bare, optimizer(case, bare.parameters()), data)
     loops = {"counted": _counted_epoch, "documented": _documented_epoch}
     loop = loops[case["options"].get("loop", "counted")]
     for _ in range(case["epochs"]):
-        loop(case, session, accelerator, bare, model, optimizer, data)
+        loop(case, session, accelerator, bare, *prepared)
 
 
 def _documented_epoch(case, session, accelerator, bare, model, optimizer, data) -> None:
@@ -121,13 +111,3 @@ def _loss_sum(model: Any, batch: dict[str, Any]):
 
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-
-
-def _optimizer(case: dict, model: Any):
-    import torch
-
-    if case["optimizer"] == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), lr=case["lr"], betas=(0.0, 0.999), eps=case["eps"], weight_decay=0.0
-        )
-    return torch.optim.SGD(model.parameters(), lr=case["lr"])

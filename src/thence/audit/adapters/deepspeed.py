@@ -18,8 +18,10 @@ accelerator with gloo. Not covered: DeepSpeed's own CPU Adam, offloaded paramete
 
 import contextlib
 import os
-import socket
 import sys
+
+from ._shared import join_alone, optimizer
+from .transformers import padding_collator
 
 STACK = "deepspeed"
 PACKAGES = ("deepspeed", "transformers", "torch")
@@ -59,28 +61,23 @@ CASES = (
 def prepare() -> None:
     """Import the stack on its CPU accelerator and join the ranks."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    import deepspeed
+    join_alone()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # Both look modules up late; resolving them here keeps their import out of the first case.
     AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("llama"))]
     with contextlib.suppress(ImportError):
-        import deepspeed.runtime.zero.muon.muon_optimizer
+        pass
+
+    start()
+
+
+def start() -> None:
+    """Join the ranks under gloo, with what does not work on a CPU replaced."""
+    import deepspeed
 
     # A compiled operator for inference on CPUs that training does not use; building it takes minutes.
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    _mend_bucket_on_cpu(deepspeed)
-
-
-def _mend_bucket_on_cpu(deepspeed) -> None:
     # 0.18.7 to 0.18.9 ask for the free memory before they reduce a bucket; on a CPU the answer leads them to a view
     # of a split tensor that autograd refuses to have changed in place. Without free memory they take the plain way.
     numbers = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3] if part.isdigit())
@@ -88,6 +85,7 @@ def _mend_bucket_on_cpu(deepspeed) -> None:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().available_memory = lambda *_: 0
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def run(case, session) -> None:
@@ -106,7 +104,7 @@ def run(case, session) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     by_hand = options["accumulation_by"] == "hand"
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=_optimizer(model, case), config=_config(case, options, by_hand)
+        model=model, optimizer=optimizer(case, model.parameters()), config=_config(case, options, by_hand)
     )
     session.watch(engine.module)
     session.say(lr=case["lr"], note=f"ZeRO stage {options['stage']}, optimizer offload: {options['offload']}")
@@ -118,16 +116,6 @@ def run(case, session) -> None:
                 break
     finally:
         engine.destroy()
-
-
-def _optimizer(model, case):
-    import torch
-
-    if case["optimizer"] == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=case["lr"])
-    return torch.optim.AdamW(
-        model.parameters(), lr=case["lr"], betas=(0.0, 0.999), eps=case["eps"], weight_decay=0.0
-    )  # fmt: skip
 
 
 def _config(case, options, by_hand) -> dict:
@@ -179,15 +167,9 @@ def _summed_loss(engine, rows):
     """Negative log-likelihood of the trained tokens of a padded micro-batch, nats, summed."""
     import torch
 
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values, filling):
-        return torch.tensor([[*v, *[filling] * (longest - len(v))] for v in values])
-
-    ids_BT = padded([row["input_ids"] for row in rows], 0)
-    labels_BT = padded([row["labels"] for row in rows], -100)
-    mask_BT = padded([[1] * len(row["input_ids"]) for row in rows], 0)
-    logits_BTV = engine(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    batch = padding_collator(0)(rows)
+    labels_BT = batch.pop("labels")
+    logits_BTV = engine(**batch, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )

@@ -25,21 +25,11 @@ import sys
 import types
 from pathlib import Path
 
+from . import transformers as hf
+
 STACK = "llamafactory"
 PACKAGES = ("llamafactory", "transformers", "accelerate", "datasets", "torch")
-AXES = frozenset(
-    {
-        "ranks",
-        "incomplete",
-        "epochs",
-        "adamw",
-        "bfloat16",
-        "autocast",
-        "packing",
-        "checkpointing",
-        "label_smoothing",
-    }
-)
+AXES = hf.AXES | {"packing"}
 CASES = (
     {"name": "packing, micro 1 x 2", "micro_batch": 1, "accumulation": 2, "packing": True},
     {

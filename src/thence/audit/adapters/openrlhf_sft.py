@@ -17,10 +17,12 @@ taken for one of OpenRLHF's: audit that with the adapter ``deepspeed``. Not cove
 import importlib.machinery
 import os
 import runpy
-import socket
 import sys
 import types
 from typing import Any
+
+from ._shared import join_alone, optimizer
+from .deepspeed import start
 
 STACK = "openrlhf"
 PACKAGES = ("openrlhf", "deepspeed", "transformers", "torch")
@@ -44,27 +46,15 @@ class _Current:
 def prepare() -> None:
     """Import OpenRLHF as it is without a GPU, and replace what needs one."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    import deepspeed
+    join_alone()
+    import deepspeed  # noqa: F401
     import transformers  # noqa: F401
-    from deepspeed.accelerator import get_accelerator
 
     _stand_in_for_flash_attn()
     _without_cuda()
     import openrlhf.cli.train_sft  # noqa: F401
 
-    # DeepSpeed 0.18.7 to 0.18.9 ask for the free memory before they reduce a bucket, and on a CPU with several ranks
-    # the answer leads them to an operation that autograd refuses.
-    get_accelerator().available_memory = lambda *_: 0
-    # A compiled operator for inference on CPUs that training does not use; building it takes minutes.
-    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    start()
     _replace_in_openrlhf()
 
 
@@ -187,7 +177,9 @@ def _replace_in_openrlhf() -> None:
     make_mesh = strategy.init_device_mesh
     strategy.init_device_mesh = lambda _device, *args, **names: make_mesh("cpu", *args, **names)
     if hasattr(strategy.DeepspeedStrategy, "create_optimizer"):
-        strategy.DeepspeedStrategy.create_optimizer = lambda _self, model, **_: _optimizer(model.parameters())
+        strategy.DeepspeedStrategy.create_optimizer = lambda _self, model, **_: optimizer(
+            _Current.session.case, model.parameters()
+        )
     strategy.DeepspeedStrategy.save_model = lambda *_, **__: None
     openrlhf.utils.utils.convert_to_torch_dtype = lambda _: _dtype()
     _with(DistributedSampler, shuffle=False)
@@ -224,12 +216,7 @@ def _dtype():
 
 
 def _optimizer(parameters):
-    import torch
-
-    case = _Current.session.case
-    if case["optimizer"] == "sgd":
-        return torch.optim.SGD(parameters, lr=case["lr"])
-    return torch.optim.AdamW(parameters, lr=case["lr"], betas=(0.0, 0.999), eps=case["eps"], weight_decay=0.0)
+    return optimizer(_Current.session.case, parameters)
 
 
 def _complete_configuration(config) -> None:

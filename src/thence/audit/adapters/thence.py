@@ -13,8 +13,9 @@ Limits: weights are float32 (arithmetic may be bfloat16), and there is no label 
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
+
+from ._shared import advantages, policy_case, rewards
 
 STACK = "thence"
 PACKAGES = ("thence", "transformers", "torch")
@@ -25,35 +26,25 @@ LONGEST = 48
 STD_EPS = 1e-6
 
 
-def _case(name: str, asked: str, micro: int = 2, accumulation: int = 4, ranks: int = 1, **options: Any) -> dict:
-    return {
-        "name": name,
-        "micro_batch": micro,
-        "accumulation": accumulation,
-        "ranks": ranks,
-        "asked": asked,
-        "options": options,
-    }
-
-
 _DR_GRPO = {"method": "dr_grpo", "constant_tokens": LONGEST}
 _PAPER = {"method": "grpo", "aggregation": "sequence-mean", "std": True}
 
+_STEPS = {"epochs": 2, "steps": 3, "lr": 0.1}
 CASES: tuple[dict, ...] = (
-    _case("sft by sequence mean, micro 2 x 4", "sequence-mean", aggregation="sequence-mean") | {"quick": True},
-    _case("sft by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, aggregation="sequence-mean"),
-    _case("grpo, micro 2 x 4", "token-mean", method="grpo") | {"quick": True},
-    _case("grpo, micro 2 x 2, 2 ranks", "token-mean", 2, 2, 2, method="grpo"),
-    _case("grpo by sequence mean, micro 2 x 4", "sequence-mean", **_PAPER),
-    _case("grpo by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, **_PAPER),
-    _case("dr_grpo, micro 2 x 4", "constant-divisor", **_DR_GRPO),
-    _case("dr_grpo, 2 ranks", "constant-divisor", 2, 2, 2, **_DR_GRPO),
-    _case("dapo, micro 2 x 4", "token-mean", method="dapo"),
-    _case("dapo, 2 ranks", "token-mean", 2, 2, 2, method="dapo"),
-    _case("dapo, packing, micro 1 x 1", "token-mean", 1, 1, method="dapo") | {"packing": True},
-    _case("grpo, three steps, micro 2 x 2", "token-mean", 2, 2, method="grpo") | {"epochs": 2, "steps": 3, "lr": 0.1},
-    _case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2)
-    | {"packing": True, "examples": 10, "epochs": 2, "steps": 3, "lr": 0.1},
+    policy_case("sft by sequence mean, micro 2 x 4", "sequence-mean", aggregation="sequence-mean") | {"quick": True},
+    policy_case("sft by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, aggregation="sequence-mean"),
+    policy_case("grpo, micro 2 x 4", "token-mean", method="grpo") | {"quick": True},
+    policy_case("grpo, micro 2 x 2, 2 ranks", "token-mean", 2, 2, 2, method="grpo"),
+    policy_case("grpo by sequence mean, micro 2 x 4", "sequence-mean", **_PAPER),
+    policy_case("grpo by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, **_PAPER),
+    policy_case("dr_grpo, micro 2 x 4", "constant-divisor", **_DR_GRPO),
+    policy_case("dr_grpo, 2 ranks", "constant-divisor", 2, 2, 2, **_DR_GRPO),
+    policy_case("dapo, micro 2 x 4", "token-mean", method="dapo"),
+    policy_case("dapo, 2 ranks", "token-mean", 2, 2, 2, method="dapo"),
+    policy_case("dapo, packing, micro 1 x 1", "token-mean", 1, 1, method="dapo") | {"packing": True},
+    policy_case("grpo, three steps, micro 2 x 2", "token-mean", 2, 2, method="grpo")
+    | {"epochs": 2, "steps": 3, "lr": 0.1},
+    policy_case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2) | _STEPS | {"packing": True, "examples": 10},
 )
 
 
@@ -99,37 +90,21 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
     examples, _ = read_examples(session.data("messages"))
     rows = render_all(examples, tokenizer).rows
     supervised = method.stage == "sft"
-    rewards = _rewards(len(rows))
+    given = rewards(len(rows))
     found = []
     for i, row in enumerate(rows):
         prompt = Prompt(i if supervised else i // GROUP, tuple(row.prompt_ids))
         origin = "demonstration" if supervised else "rollout"
-        score = None if supervised else rewards[i]
+        score = None if supervised else given[i]
         found.append(Trajectory(prompt, tuple(row.response_ids or ()), origin=origin, score=score))
     if not supervised:
         session.say(
-            rewards=rewards,
+            rewards=given,
             groups=[i // GROUP for i in range(len(rows))],
-            advantages=_advantages(rewards, method.options.std),
+            advantages=advantages(given, GROUP, "group" if method.options.std else "none", STD_EPS),
             longest=method.options.constant_tokens,
         )
     return method, found
-
-
-def _rewards(size: int) -> list[float]:
-    """Rewards whose advantages are far from zero, with other means and spreads by group."""
-    pattern = (-3.0, -1.0, 1.5, 2.5)
-    return [2.0 + i // 4 + pattern[i % 4] * (1.0 + 0.5 * (i // 4)) for i in range(size)]
-
-
-def _advantages(rewards: list[float], std: bool) -> list[float]:
-    """Reward minus mean of the group, over its standard deviation where asked."""
-    result = []
-    for start in range(0, len(rewards), GROUP):
-        group = rewards[start : start + GROUP]
-        spread = statistics.stdev(group) + STD_EPS if std else 1.0
-        result += [(reward - statistics.fmean(group)) / spread for reward in group]
-    return result
 
 
 def _batches(case: dict, method: Any, trajectories: list[Any]):

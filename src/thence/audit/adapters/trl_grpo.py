@@ -19,11 +19,12 @@ default, 0.2, is an upper bound of the ratio itself there and makes every update
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from . import transformers as hf
+from . import trl_sft as sft
+from ._shared import advantages, policy_case, rewards
 
 STACK = "trl"
 PACKAGES = ("trl", "transformers", "accelerate", "datasets", "torch")
@@ -34,50 +35,29 @@ EPSILON = 1e-4
 """What TRL adds to the standard deviation (with Bessel's correction) that it divides by."""
 
 
-def _case(name: str, asked: str, micro: int = 2, accumulation: int = 4, ranks: int = 1, **options: Any) -> dict:
-    return {
-        "name": name,
-        "micro_batch": micro,
-        "accumulation": accumulation,
-        "ranks": ranks,
-        "asked": asked,
-        "options": options,
-    }
-
-
 CASES: tuple[dict, ...] = (
-    _case("grpo, micro 2 x 4", "sequence-mean", loss_type="grpo"),
-    _case("grpo, micro 2 x 2, 2 ranks", "sequence-mean", 2, 2, 2, loss_type="grpo"),
-    _case("dr_grpo, micro 2 x 4", "constant-divisor", loss_type="dr_grpo"),
-    _case("dr_grpo, micro 2 x 2, 2 ranks", "constant-divisor", 2, 2, 2, loss_type="dr_grpo"),
-    _case("bnpo, micro 2 x 4", "micro-batch-mean", loss_type="bnpo"),
-    _case("bnpo, micro 2 x 2, 2 ranks", "micro-batch-mean", 2, 2, 2, loss_type="bnpo"),
-    _case("cispo, micro 2 x 4", "token-mean", loss_type="cispo", epsilon_high=5.0),
-    _case("sapo, micro 2 x 4", "sequence-mean", loss_type="sapo"),
-    _case("vespo, micro 2 x 4", "token-mean", loss_type="vespo"),
-    _case("luspo, micro 2 x 4", "constant-divisor", loss_type="luspo", importance_sampling_level="sequence"),
-    _case("grpo, sequence-level ratio", "sequence-mean", loss_type="grpo", importance_sampling_level="sequence"),
-    _case("dapo, 4 prompts x 2", "token-mean", num_generations=2),
-    _case("dapo, rewards scaled by the batch", "token-mean", scale_rewards="batch"),
-    _case("dapo, rewards not scaled", "token-mean", scale_rewards="none"),
-    _case("dapo, three steps, micro 2 x 2", "token-mean", accumulation=2) | {"epochs": 2, "steps": 3, "lr": 0.1},
-    _case("dapo, one generation for two steps", "constant-divisor", micro=1, steps_per_generation=8),
+    policy_case("grpo, micro 2 x 4", "sequence-mean", loss_type="grpo"),
+    policy_case("grpo, micro 2 x 2, 2 ranks", "sequence-mean", 2, 2, 2, loss_type="grpo"),
+    policy_case("dr_grpo, micro 2 x 4", "constant-divisor", loss_type="dr_grpo"),
+    policy_case("dr_grpo, micro 2 x 2, 2 ranks", "constant-divisor", 2, 2, 2, loss_type="dr_grpo"),
+    policy_case("bnpo, micro 2 x 4", "micro-batch-mean", loss_type="bnpo"),
+    policy_case("bnpo, micro 2 x 2, 2 ranks", "micro-batch-mean", 2, 2, 2, loss_type="bnpo"),
+    policy_case("cispo, micro 2 x 4", "token-mean", loss_type="cispo", epsilon_high=5.0),
+    policy_case("sapo, micro 2 x 4", "sequence-mean", loss_type="sapo"),
+    policy_case("vespo, micro 2 x 4", "token-mean", loss_type="vespo"),
+    policy_case("luspo, micro 2 x 4", "constant-divisor", loss_type="luspo", importance_sampling_level="sequence"),
+    policy_case("grpo, sequence-level ratio", "sequence-mean", loss_type="grpo", importance_sampling_level="sequence"),
+    policy_case("dapo, 4 prompts x 2", "token-mean", num_generations=2),
+    policy_case("dapo, rewards scaled by the batch", "token-mean", scale_rewards="batch"),
+    policy_case("dapo, rewards not scaled", "token-mean", scale_rewards="none"),
+    policy_case("dapo, three steps, micro 2 x 2", "token-mean", accumulation=2) | {"epochs": 2, "steps": 3, "lr": 0.1},
+    policy_case("dapo, one generation for two steps", "constant-divisor", micro=1, steps_per_generation=8),
 )
-
-
-def _sibling(name: str):
-    """The adapter beside this one, by its path: thence is not installed where this runs."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"audited_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prepare() -> None:
     """Import the stack."""
-    _sibling("trl_sft").prepare()
+    sft.prepare()
     from trl import GRPOConfig, GRPOTrainer  # noqa: F401  # pyright: ignore
 
 
@@ -87,13 +67,12 @@ def run(case: dict, session: Any) -> None:
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore
 
-    hf, sft = _sibling("transformers"), _sibling("trl_sft")
     options = {"num_generations": 4, "loss_type": "dapo", "scale_rewards": "group", **case["options"]}
     batch = _generation_batch(case, options)
     _check(case, options, batch, session)
     sft.require_choice(GRPOConfig, "loss_type", options["loss_type"], session)
-    rewards = _rewards(case["examples"])
-    _say(rewards, options, batch, session)
+    given = rewards(case["examples"])
+    _say(given, options, batch, session)
     options["scale_rewards"] = _scaling(GRPOConfig, options["scale_rewards"], session)
     wanted = hf.settings(case, session) | {
         "max_completion_length": COMPLETION_LIMIT,
@@ -105,8 +84,8 @@ def run(case: dict, session: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(session.model)
     model = hf.load_model(case, session)
     rows = session.rows()
-    model.generate = _answer(rows, tokenizer.pad_token_id)
-    prompts = _prompts(session)
+    model.generate = _answer(rows, tokenizer.pad_token_id)  # pyright: ignore
+    prompts = [row["prompt"] for row in session.rows("chat-prompt-completion")]
 
     class SideBySide(GRPOTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any):
@@ -118,7 +97,7 @@ def run(case: dict, session: Any) -> None:
         args=arguments,
         reward_funcs=_given_reward,
         train_dataset=Dataset.from_list(
-            [{"prompt": p, "given_reward": r} for p, r in zip(prompts, rewards, strict=True)]
+            [{"prompt": p, "given_reward": r} for p, r in zip(prompts, given, strict=True)]
         ),
         callbacks=[hf.watch_steps(session, model)],
         **{sft.tokenizer_argument(GRPOTrainer): tokenizer},
@@ -138,19 +117,13 @@ def _check(case: dict, options: dict[str, Any], batch: int, session: Any) -> Non
         session.skip(f"TRL drops incomplete generation batches: {case['examples']} examples, {batch} rows in each")
 
 
-def _rewards(size: int) -> list[float]:
-    """Rewards whose advantages are far from zero in groups of 2, 4 and 8, with other means and spreads by group."""
-    pattern = (-3.0, -1.0, 1.5, 2.5)
-    return [2.0 + i // 4 + pattern[i % 4] * (1.0 + 0.5 * (i // 4)) for i in range(size)]
-
-
-def _say(rewards: Sequence[float], options: dict[str, Any], batch: int, session: Any) -> None:
+def _say(given: Sequence[float], options: dict[str, Any], batch: int, session: Any) -> None:
     """Tell what the settings ask for."""
     size = options["num_generations"]
     session.say(
-        rewards=list(rewards),
-        groups=[i // size for i in range(len(rewards))],
-        advantages=_advantages(rewards, size, batch, options["scale_rewards"]),
+        rewards=list(given),
+        groups=[i // size for i in range(len(given))],
+        advantages=advantages(given, size, options["scale_rewards"], EPSILON, batch),
     )
     if options["loss_type"] == "dr_grpo":
         session.say(longest=options.get("max_completion_length", COMPLETION_LIMIT))
@@ -162,22 +135,6 @@ def _say(rewards: Sequence[float], options: dict[str, Any], batch: int, session:
     if options["loss_type"] == "luspo":
         # A sequence's mean times its length: the sum over tokens, averaged over rows.
         session.say(longest=1)
-
-
-def _advantages(rewards: Sequence[float], size: int, batch: int, scale: str) -> list[float]:
-    """Reward minus the group's mean, over the standard deviation of the group or of the generation batch."""
-    result = []
-    for start in range(0, len(rewards), batch):
-        chunk = rewards[start : start + batch]
-        for at in range(0, len(chunk), size):
-            group = chunk[at : at + size]
-            spread = {
-                "group": statistics.stdev(group) + EPSILON,
-                "batch": statistics.stdev(chunk) + EPSILON,
-                "none": 1.0,
-            }[scale]
-            result += [(reward - statistics.fmean(group)) / spread for reward in group]
-    return result
 
 
 def _scaling(config: Any, wanted: str, session: Any) -> str | bool:
@@ -208,13 +165,6 @@ def _answer(rows: list[dict], pad: int):
         return torch.cat([ids, torch.tensor(filled, device=ids.device)], dim=1)
 
     return generate
-
-
-def _prompts(session: Any) -> list[list[dict]]:
-    import json
-
-    lines = Path(session.data("chat-prompt-completion")).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
 
 
 def _given_reward(completions: Sequence[Any], given_reward: Sequence[float], **_: Any) -> list[float]:

@@ -13,28 +13,15 @@ Limits: packing and padding-free batches run with the model's default attention,
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import json
 import os
-from pathlib import Path
 from typing import Any
+
+from . import transformers as hf
 
 STACK = "trl"
 PACKAGES = ("trl", "transformers", "accelerate", "datasets", "torch")
-AXES = frozenset(
-    {
-        "ranks",
-        "incomplete",
-        "epochs",
-        "adamw",
-        "bfloat16",
-        "autocast",
-        "packing",
-        "checkpointing",
-        "label_smoothing",
-    }
-)
+AXES = hf.AXES | {"packing"}
 PACKED_LENGTH = 64
 """Tokens in a packed row of the own cases: the probe's examples fill several such rows."""
 CASES: tuple[dict, ...] = (
@@ -60,19 +47,9 @@ CASES: tuple[dict, ...] = (
 )
 
 
-def _sibling(name: str):
-    """The adapter beside this one, by its path: thence is not installed where this runs."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"audited_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def prepare() -> None:
     """Import the stack."""
-    _sibling("transformers").prepare()
+    hf.prepare()
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from trl import SFTConfig, SFTTrainer  # noqa: F401  # pyright: ignore
 
@@ -84,7 +61,6 @@ def run(case: dict, session: Any) -> None:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
-    hf = _sibling("transformers")
     options = dict(case["options"])
     layout = options.pop("layout", "chat-prompt-completion")
     if "loss_type" in options:
@@ -97,7 +73,6 @@ def run(case: dict, session: Any) -> None:
         options.setdefault("max_length", 512)
     arguments = hf.build(SFTConfig, wanted, options, session)
     model = hf.load_model(case, session)
-    lines = Path(session.data(layout)).read_text(encoding="utf-8").splitlines()
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any):
@@ -106,7 +81,7 @@ def run(case: dict, session: Any) -> None:
     trainer = InOrder(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+        train_dataset=Dataset.from_list(session.rows(layout)),
         callbacks=[hf.watch_steps(session, model)],
         **{tokenizer_argument(SFTTrainer): AutoTokenizer.from_pretrained(session.model)},
     )

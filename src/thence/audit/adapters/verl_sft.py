@@ -18,17 +18,16 @@ case is skipped.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import types
 from pathlib import Path
 
+from ._shared import join_alone
+
 STACK = "verl"
 PACKAGES = ("verl", "transformers", "tensordict", "torch")
-AXES = frozenset(
-    {"ranks", "incomplete", "epochs", "adamw", "bfloat16", "autocast", "packing", "checkpointing"},
-)
+AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "bfloat16", "autocast", "packing", "checkpointing"})
 CASES = (
     {"name": "padding removed, micro 2 x 4", "options": {"model.use_remove_padding": True}},
     {
@@ -62,9 +61,7 @@ PRECISION = {
 
 def prepare() -> None:
     """Import the stack and give it a CPU platform; verl wants the variables of a world even for one process."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    join_alone()
     os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_ENGINE_VENDOR": "nvidia"}
     os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -151,9 +148,8 @@ def write_parquet(session) -> str:
     import pyarrow
     import pyarrow.parquet
 
-    lines = Path(session.data("messages")).read_text(encoding="utf-8").splitlines()
     path = Path(session.scratch) / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([json.loads(line) for line in lines]), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(session.rows("messages")), path)
     return str(path)
 
 

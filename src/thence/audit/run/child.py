@@ -15,6 +15,8 @@ import os
 import sys
 import time
 import traceback
+import types
+import zlib
 from pathlib import Path
 
 
@@ -47,7 +49,6 @@ class Session:
         Path(self.scratch).mkdir(exist_ok=True)
         self._data = job["data"]
         self.record: dict = {"forwards": [], "said": {}, "steps": 0, "status": "running"}
-        self._names: dict[str, str] = {}
         self._handles: list = []
 
     def data(self, layout: str) -> str:
@@ -60,9 +61,10 @@ class Session:
             write_first(source, cut, self.case["examples"])
         return str(cut)
 
-    def rows(self) -> list[dict]:
-        """The rows of the case: ``input_ids`` and ``labels`` (-100: not trained), lists of int."""
-        return [json.loads(line) for line in Path(self.data("rows")).read_text(encoding="utf-8").splitlines()]
+    def rows(self, layout: str = "rows") -> list[dict]:
+        """The examples of the case in a layout of :meth:`data` that has one a line, by default dicts of ``input_ids``
+        and ``labels`` (-100: not trained), lists of int."""
+        return [json.loads(line) for line in Path(self.data(layout)).read_text(encoding="utf-8").splitlines()]
 
     def watch(self, model) -> None:
         """Note the inputs of every forward pass of ``model`` that builds a graph. Call it once, on the module whose
@@ -159,8 +161,16 @@ def clean_name(name: str) -> str:
 
 
 def load_adapter(path: str):
-    """Import an adapter from its file. Raises ImportError where it is not a Python file."""
-    spec = importlib.util.spec_from_file_location("audited_adapter", path)
+    """Import an adapter from its file, as part of a package of its folder, so that it can import the files beside it.
+
+    Raises:
+        ImportError: it is not a Python file.
+    """
+    file = Path(path).resolve()
+    package = types.ModuleType(f"audited_{zlib.crc32(os.fsencode(file.parent)):08x}")
+    package.__path__ = [str(file.parent)]
+    sys.modules.setdefault(package.__name__, package)
+    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem.replace('.', '_')}", file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)

@@ -80,7 +80,7 @@ class StackProcesses:
 
 def adapter_names() -> list[str]:
     """Names of the adapters that come with thence."""
-    return sorted(p.stem.replace("_", "-") for p in ADAPTERS.glob("*.py") if p.stem != "__init__")
+    return sorted(p.stem.replace("_", "-") for p in ADAPTERS.glob("*.py") if not p.stem.startswith("_"))
 
 
 def load_adapter(name: str) -> Adapter:

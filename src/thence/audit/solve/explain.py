@@ -39,7 +39,7 @@ def _leaked(solver: StepSolver, update: Update) -> Explanation | None:
     design, fit, factors = found
     back = int(np.argmax(np.abs(factors)))
     detail = f"{factors[back]:.3g} times the update of {back + 1} step{'s' * (back > 0)} before is applied again"
-    return solver.explanation(design, fit, update, ("leak",), {"leak": float(factors[0])}, detail)
+    return solver.explanation(design, fit, update, ("leak",), detail)
 
 
 def _decayed(solver: StepSolver, update: Update) -> Explanation | None:
@@ -49,7 +49,7 @@ def _decayed(solver: StepSolver, update: Update) -> Explanation | None:
         return None
     design, fit, (factor,) = found
     detail = f"the parameters themselves enter with factor {factor:.3g}"
-    return solver.explanation(design, fit, update, ("weight-decay",), {"weight-decay": float(factor)}, detail)
+    return solver.explanation(design, fit, update, ("weight-decay",), detail)
 
 
 def _with_vectors(
@@ -113,7 +113,7 @@ def _contaminated(solver: StepSolver, update: Update) -> Explanation | None:
         design = DesignMatrix(targets, columns, np.ones(len(targets), dtype=int), base.features)
         detail = "positions count on through the row" if counting else "positions begin again with each example"
         fit = solver.regression(columns).solve(update.gradient)
-        found = solver.explanation(design, fit, update, ("contaminated",), detail=detail)
+        found = solver.explanation(design, fit, update, ("contaminated",), detail)
         if found.fits:
             return found
     return None
@@ -158,7 +158,7 @@ def _smoothed(solver: StepSolver, update: Update) -> Explanation | None:
     errors = fit.errors[:size] + fit.errors[size:]
     total = replace(fit, weights=fit.weights[:size] + fit.weights[size:], errors=errors)
     detail = f"label smoothing {share:.3g} where {update.smoothing:g} was asked for"
-    return solver.explanation(design, total, update, ("smoothing",), {"smoothing": float(share)}, detail)
+    return solver.explanation(design, total, update, ("smoothing",), detail)
 
 
 ALTERNATIVES: tuple[Callable[[StepSolver, Update], Explanation | None], ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -95,7 +95,6 @@ class Explanation:
         residual_sequences: residual of the fit with one weight per sequence.
         fits: whether the residual is within the tolerance.
         assumed: finding ids: what the fit needed beyond weights of the tokens (``leak``, ``labels-shifted`` ...).
-        extra: coefficients of what was added, by name.
         detail: on what was assumed.
     """
 
@@ -106,7 +105,6 @@ class Explanation:
     residual_sequences: float
     fits: bool
     assumed: tuple[str, ...] = ()
-    extra: dict[str, float] = field(default_factory=dict)
     detail: str = ""
 
 
@@ -205,7 +203,6 @@ class StepSolver:
         fit: Fit,
         update: Update,
         assumed: tuple[str, ...] = (),
-        extra: dict[str, float] | None = None,
         detail: str = "",
     ) -> Explanation:
         """A fit over a design, its weights handed out to the targets; targets that share a column share its weight."""
@@ -219,7 +216,6 @@ class StepSolver:
             self.regression(design.by_piece(len(update.pieces))).solve(update.gradient).residual,
             fit.residual <= update.tolerance,
             assumed,
-            extra or {},
             detail,
         )
 

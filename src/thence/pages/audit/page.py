@@ -13,6 +13,7 @@ from thence.audit.figures import (
     amounts_to,
     extremes,
     faults,
+    faulty,
     headline,
     judged,
     lost_by_role,
@@ -21,7 +22,6 @@ from thence.audit.figures import (
     ratio_text,
     settings,
     title,
-    wrong,
 )
 from thence.audit.judge.findings import CATALOGUE
 from thence.audit.judge.objectives import OBJECTIVES
@@ -108,7 +108,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         )
         where = _in(most["lost"].case) if most["lost"].value >= 0.0005 else "in any case"
         tiles.append(("Gradient lost", percent(most["lost"].value), where))
-    tiles.append(("Cases with a fault", f"{len(wrong(report))} of {len(checked)}", "that could be judged"))
+    tiles.append(("Cases with a fault", f"{len(faulty(report))} of {len(checked)}", "that could be judged"))
     return tiles
 
 

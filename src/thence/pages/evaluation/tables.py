@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from thence.evaluate.summary import Comparison, Result, TaskResult
+from thence.evaluate.summary import EvaluationComparison, Result, TaskResult
 from thence.foreign_text import one_line
 from thence.pages.table import NOTHING, Cell, Row, Table
 from thence.stats.spread import Score
@@ -134,7 +134,7 @@ def _not_answered(result: Result) -> list[str]:
     return lines
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: EvaluationComparison) -> Table:
     """Paired differences of two evaluations; a row a task, and the means of groups."""
     a, b = comparison.a.settings, comparison.b.settings
     rows = []

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hmac
-import importlib.util
 import os
 import queue
 import shutil
@@ -30,27 +29,18 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from client import Client, framed, tell_failure  # pyright: ignore[reportMissingImports]
 from wire import PROTOCOL, TOKEN_VARIABLE, weight_files, weights_digest  # pyright: ignore[reportMissingImports]
-
-# It lies two folders up. That folder is not put into the path, where the other modules in it would be found.
-_SPEC = importlib.util.spec_from_file_location("thence_framed", Path(__file__).resolve().parents[2] / "framed.py")
-assert _SPEC is not None and _SPEC.loader is not None
-framed = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(framed)
 
 LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
 QUEUED = 2  # requests held by vLLM for every row it samples in parallel
 ALIVE_SECONDS = 1.0
-POLL_SECONDS = 1.0
 GREETING_SECONDS = 10.0
-SEND_SECONDS = 1800.0  # a client that reads nothing for so long is dropped
-FAREWELL_SECONDS = 5.0
 
 # Python puts the folder of a script first in its path. Installed packages must be found before it.
 sys.path.append(sys.path.pop(0))
@@ -64,38 +54,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-
-
-class Client:
-    """The other side of a conversation: what it asks for, read by a separate thread."""
-
-    def __init__(self, wire: Any):
-        self.wire = wire
-        self.asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.cancelled: Any = None
-        self.gone = False
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send a message. Raises OSError where the client is gone or does not read."""
-        self.wire.send(message, SEND_SECONDS)
-
-    def read(self, alive: Callable[[], bool]) -> None:
-        """Read until the conversation ends or `alive` says no."""
-        while alive():
-            try:
-                message = self.wire.receive(POLL_SECONDS)
-            except TimeoutError:
-                continue
-            except (OSError, ValueError):
-                break
-            if message is None:
-                break
-            if message.get("op") == "cancel":
-                self.cancelled = message.get("id")
-            else:
-                self.asked.put(message)
-        self.gone = True
-        self.asked.put(None)
 
 
 class Engine:
@@ -296,13 +254,6 @@ def converse(engine: Engine, client: Client) -> None:
         pass
     except Exception as error:
         tell_failure(client.wire, error)
-
-
-def tell_failure(wire: Any, error: BaseException) -> None:
-    """Write the traceback to the log, and tell the client, who may be gone."""
-    traceback.print_exception(error)
-    with contextlib.suppress(OSError):
-        wire.send({"failed": f"{type(error).__name__}: {error}"[:100_000]}, FAREWELL_SECONDS)
 
 
 def serve_parent(options: argparse.Namespace) -> int:

@@ -18,8 +18,9 @@ from typing import Any
 
 from thence.errors import UserError
 from thence.rollout.native import Response, Sampling
-from thence.rollout.vllm.link import Link, connect, start
-from thence.rollout.vllm.replies import checked_probe, checked_ready, checked_response
+from thence.rollout.vllm.link import SEND_SECONDS, Link, connect, greet, start
+from thence.rollout.vllm.replies import checked_probe, checked_response
+from thence.rollout.vllm.request import check_room, generate_request
 from thence.rollout.vllm.settings import VllmSettings, shared_token
 from thence.rollout.vllm.weights import (
     TOLERANCE,
@@ -30,10 +31,9 @@ from thence.rollout.vllm.weights import (
     scratch_folders,
     write_weights,
 )
-from thence.rollout.vllm.wire import PROTOCOL, weights_digest
+from thence.rollout.vllm.wire import weights_digest
 
 log = logging.getLogger(__name__)
-SEND_SECONDS = 120.0
 CANCEL_SECONDS = 30.0
 
 
@@ -58,10 +58,8 @@ class VllmEngine:
         self._scratch = scratch_folders()
         self._removed = weakref.finalize(self, _remove, self._scratch)
         try:
-            self._link, token = self._opened(model)
-            self._link.ask({"op": "hello", "token": token}, SEND_SECONDS)
-            reply = self._link.answer(settings.start_seconds, "starting")
-            self._about = self._checked(reply.get("ready"), model)
+            self._link, token = _open_link(settings, model, self._scratch)
+            self._about, self._digest = greet(self._link, token, settings, model)
         except BaseException:
             self.close()
             raise
@@ -122,12 +120,12 @@ class VllmEngine:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         if not prompts:
             return
-        self._check_room(prompts)
+        check_room(prompts, self.max_model_len)
         self._asked += 1
-        number = self._asked
-        self._link.ask(self._request(number, prompts, seeds, sampling, limits, logps), SEND_SECONDS)
-        left, ended = set(range(len(prompts))), False
+        asked = self._asked
         most = [sampling.max_tokens] * len(prompts) if limits is None else limits
+        self._link.ask(generate_request(asked, prompts, seeds, most, sampling, logps), SEND_SECONDS)
+        left, ended = set(range(len(prompts))), False
         steps, moved = -1, time.monotonic()
         try:
             while True:
@@ -136,9 +134,9 @@ class VllmEngine:
                     ended = True
                     break
                 if "done" in message:
-                    number, response = self._response(message, logps, left, most)
-                    left.remove(number)
-                    yield number, response
+                    place, response = _response(self._link, [self.version, self._digest], message, logps, left, most)
+                    left.remove(place)
+                    yield place, response
                     moved = time.monotonic()
                 elif message.get("alive") != steps:
                     steps, moved = message.get("alive"), time.monotonic()
@@ -146,7 +144,7 @@ class VllmEngine:
                     raise self._link.failed(f"vLLM made no token for {self.settings.silence_seconds:g} s")
         finally:
             if not ended:
-                self._cancel(number)
+                self._cancel(asked)
         if left:
             raise self._link.failed(f"vLLM left out {len(left)} of {len(prompts)} responses")
 
@@ -213,97 +211,6 @@ class VllmEngine:
             link.close()
         self._removed()
 
-    def _opened(self, model: Path | None) -> tuple[Link, str]:
-        if self.settings.server:
-            return connect(self.settings), shared_token()
-        if model is None:
-            raise UserError("vLLM needs a model to start with", remedy="give a Hugging Face folder")
-        if not (model / "config.json").is_file() or not list(model.glob("*.safetensors")):
-            raise UserError(
-                "no Hugging Face folder with config.json and safetensors, which vLLM needs",
-                remedy="save the model with thence.train.model.save_model, or give its folder",
-                file=model,
-            )
-        path = Path(self.settings.log).expanduser() if self.settings.log else self._scratch[-1] / "vllm.log"
-        return start(self.settings, model.resolve(), self._scratch, path), ""
-
-    def _checked(self, about: Any, model: Path | None) -> dict[str, Any]:
-        """What vLLM says about itself, if it is what was asked for."""
-        if not isinstance(about, dict) or about.get("protocol") != PROTOCOL:
-            raise self._link.failed(f"{self._link.name} is not of this version of thence")
-        try:
-            about = checked_ready(about)
-        except ValueError as error:
-            raise self._link.not_understood(error) from None
-        if about["dtype"] != self.settings.dtype:
-            problem = f"{self._link.name} computes in {about['dtype']}, asked for was {self.settings.dtype}"
-            raise UserError(problem, remedy="set vllm.dtype or restart the server", field="vllm.dtype")
-        if model is not None:
-            if about["model"] != str(model.resolve()):
-                problem = f"{self._link.name} has the model {about['model']}, asked for was {model}"
-                raise UserError(problem, remedy="start a server with this model", field="vllm.server")
-            # Weights that somebody else has pushed have another version, and are refused when sampling begins.
-            self._digest = about["stamp"][1] if about["stamp"][0] == 0 else None
-        return about
-
-    def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
-        if not all(len(prompt) for prompt in prompts):
-            raise ValueError("a prompt has no token; give it at least a beginning token")
-        longest = max(map(len, prompts))
-        if longest >= self.max_model_len:
-            raise UserError(
-                f"a prompt has {longest} tokens, and vLLM was started for {self.max_model_len} with the response",
-                remedy="raise vllm.max_model_len, or leave such prompts out with data.max_prompt_tokens",
-                field="vllm.max_model_len",
-            )
-
-    def _request(
-        self,
-        number: int,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        limits: Sequence[int] | None,
-        logps: bool,
-    ) -> dict[str, Any]:
-        """Every different prompt is sent once."""
-        place: dict[tuple[int, ...], int] = {}
-        rows = [
-            [place.setdefault(tuple(prompt), len(place)), seed, sampling.max_tokens if limits is None else limits[i]]
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-        return {
-            "op": "generate",
-            "id": number,
-            "prompts": [list(prompt) for prompt in place],
-            "rows": rows,
-            "sampling": {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "stop_ids": list(sampling.stop_ids),
-                "logps": logps,
-            },
-        }
-
-    def _response(
-        self, message: dict[str, Any], logps: bool, left: set[int], limits: Sequence[int]
-    ) -> tuple[int, Response]:
-        try:
-            number, response = checked_response(message, left, limits)
-        except ValueError as error:
-            raise self._link.not_understood(error) from None
-        if message["stamp"] != [self.version, self._digest]:
-            raise self._link.failed(
-                f"a response was sampled with weights {message['stamp']}, not with {[self.version, self._digest]}",
-                "other weights",
-            )
-        if response.finish not in ("stop", "length"):
-            raise self._link.failed(f"vLLM ended a response for another reason: {response.finish}")
-        if logps and (len(response.logps) != len(response.token_ids) or not all(map(math.isfinite, response.logps))):
-            raise self._link.failed("vLLM gave a response without a finite log-probability for every token")
-        return number, response
-
     def _cancel(self, number: int) -> None:
         """Stop sampling and read what was already on its way, so that the next request gets its own answers."""
         if not self._link.open:
@@ -320,3 +227,35 @@ class VllmEngine:
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_link(settings: VllmSettings, model: Path | None, scratch: list[Path]) -> tuple[Link, str]:
+    """A conversation with a server, or with a new process; and the token to greet it with."""
+    if settings.server:
+        return connect(settings), shared_token()
+    if model is None:
+        raise UserError("vLLM needs a model to start with", remedy="give a Hugging Face folder")
+    if not (model / "config.json").is_file() or not list(model.glob("*.safetensors")):
+        raise UserError(
+            "no Hugging Face folder with config.json and safetensors, which vLLM needs",
+            remedy="save the model with thence.train.model.save_model, or give its folder",
+            file=model,
+        )
+    path = Path(settings.log).expanduser() if settings.log else scratch[-1] / "vllm.log"
+    return start(settings, model.resolve(), scratch, path), ""
+
+
+def _response(
+    link: Link, stamp: list[Any], message: dict[str, Any], logps: bool, left: set[int], limits: Sequence[int]
+) -> tuple[int, Response]:
+    try:
+        place, response = checked_response(message, left, limits)
+    except ValueError as error:
+        raise link.not_understood(error) from None
+    if message["stamp"] != stamp:
+        raise link.failed(f"a response was sampled with weights {message['stamp']}, not with {stamp}", "other weights")
+    if response.finish not in ("stop", "length"):
+        raise link.failed(f"vLLM ended a response for another reason: {response.finish}")
+    if logps and (len(response.logps) != len(response.token_ids) or not all(map(math.isfinite, response.logps))):
+        raise link.failed("vLLM gave a response without a finite log-probability for every token")
+    return place, response

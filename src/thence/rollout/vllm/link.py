@@ -16,14 +16,14 @@ from thence.errors import UserError
 from thence.foreign_text import one_line
 from thence.framed import Wire
 from thence.rollout.vllm.failures import failure
+from thence.rollout.vllm.replies import checked_ready
 from thence.rollout.vllm.settings import CHILD, VllmSettings, shared_token
-from thence.rollout.vllm.wire import TOKEN_VARIABLE
+from thence.rollout.vllm.wire import PROTOCOL, TOKEN_VARIABLE
 
 STOP_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
+SEND_SECONDS = 120.0
 LARGEST_REPLY = 64 * 2**20  # bytes; a response of a million tokens has 30 MB, and other servers' greetings look longer
-# They belong to this Python, and would lead the other one astray.
-_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 
 class Link:
@@ -120,7 +120,6 @@ class Link:
 def start(settings: VllmSettings, model: Path, scratch: Sequence[Path], log: Path) -> Link:
     """Start `child.py` in vLLM's environment. Raises UserError."""
     ours, theirs = socket.socketpair()
-    environment = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
     arguments = [*settings.arguments(model), "--fd", str(theirs.fileno())]
     arguments += [f"--scratch={folder}" for folder in scratch]
     try:
@@ -130,7 +129,7 @@ def start(settings: VllmSettings, model: Path, scratch: Sequence[Path], log: Pat
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment | settings.environment,
+                env=settings.variables(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -159,3 +158,27 @@ def connect(settings: VllmSettings) -> Link:
             field="vllm.server",
         ) from error
     return Link(Wire(sock), None, None, settings.server)
+
+
+def greet(link: Link, token: str, settings: VllmSettings, model: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Wait until vLLM is ready: what it says about itself, and the digest of its weights if they are the model's.
+
+    Raises:
+        UserError: it does not start, wants another token, or has another dtype or model than asked for.
+    """
+    link.ask({"op": "hello", "token": token}, SEND_SECONDS)
+    about = link.answer(settings.start_seconds, "starting").get("ready")
+    if not isinstance(about, dict) or about.get("protocol") != PROTOCOL:
+        raise link.failed(f"{link.name} is not of this version of thence")
+    try:
+        about = checked_ready(about)
+    except ValueError as error:
+        raise link.not_understood(error) from None
+    if about["dtype"] != settings.dtype:
+        problem = f"{link.name} computes in {about['dtype']}, asked for was {settings.dtype}"
+        raise UserError(problem, remedy="set vllm.dtype or restart the server", field="vllm.dtype")
+    if model is not None and about["model"] != str(model.resolve()):
+        problem = f"{link.name} has the model {about['model']}, asked for was {model}"
+        raise UserError(problem, remedy="start a server with this model", field="vllm.server")
+    # Weights that somebody else has pushed have another version, and are refused when sampling begins.
+    return about, about["stamp"][1] if model is not None and about["stamp"][0] == 0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 
@@ -10,7 +9,6 @@ from thence.errors import UserError
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token
 
 VLLM_SECONDS = 60.0
-_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 
 def check_vllm(settings: VllmSettings, table: str) -> None:
@@ -34,12 +32,11 @@ def check_vllm(settings: VllmSettings, table: str) -> None:
             ) from None
         return
     python = settings.interpreter()
-    environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
     asked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         done = subprocess.run(
             [python, "-c", asked],
-            env=environment | settings.environment,
+            env=settings.variables(),
             capture_output=True,
             text=True,
             timeout=VLLM_SECONDS,

@@ -20,6 +20,8 @@ from thence.settings.section import Section
 from thence.settings.validation import validated
 
 PYTHON_VARIABLE = "THENCE_VLLM_PYTHON"
+# They belong to this Python, and would lead the other one astray.
+_OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "install vLLM in a separate environment (docs/vllm.md) and set its Python"
 
@@ -97,6 +99,11 @@ class VllmSettings(Section):
                 field="vllm.python" if self.python else PYTHON_VARIABLE,
             )
         return found
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables of vLLM's process."""
+        inherited = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
+        return inherited | self.environment
 
     def arguments(self, model: Path) -> list[str]:
         """Command-line arguments of `child.py` for these settings."""

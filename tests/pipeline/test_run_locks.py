@@ -16,9 +16,9 @@ import pytest
 
 import thence.pipeline.folder as folders
 import thence.pipeline.run as running
-from tests.compare.test_compare import Quiet
-from tests.compare.test_compare import tables as comparison_tables
-from tests.pipeline.test_run_folder import content, finished, kept  # noqa: F401 - fixtures
+from tests.compare.small import Quiet
+from tests.compare.small import tables as comparison_tables
+from tests.folders import content
 from tests.recipes import Tables, changed
 from thence.cli import main
 from thence.compare.engine import compare
@@ -45,7 +45,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 
 def test_a_second_process_is_refused_with_the_number_and_host_of_the_first(
-    finished: Tables,  # noqa: F811
+    finished: Tables,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = Path(finished["folder"])
