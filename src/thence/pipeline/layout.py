@@ -51,7 +51,7 @@ def layout_of(recipe: Recipe, name: str, settings: Model, ranks: Ranks, device: 
         return "none"
     width = 8 if settings.compute_dtype == "float64" else 4
     need = 4 * width * sum(p.numel() for p in empty_model(settings).parameters())  # weights, gradient, two moments
-    room = FITS * _memory(device)
+    room = FITS * memory_of(device)
     kind: Layout = "ddp" if need <= room else "fsdp2"
     if ranks.rank == 0:
         log.info(
@@ -98,7 +98,7 @@ def cut(context: Context, packing: bool) -> None:
     if packing:
         way = on_first_rank(ranks, lambda: way_of(context.model))
         know_way(context.model, ranks.gather(way)[0])
-    context.policy.skeleton = skeleton_of(context.model)
+    context.policy.keep_skeleton(skeleton_of(context.model))
     context.ranks = cut_policy(context.policy, context.recipe, ranks, context.device)
 
 
@@ -112,10 +112,10 @@ def cut_policy(policy: Policy, recipe: Recipe, ranks: Ranks, device: torch.devic
         sum_every_pass=settings.sum_every_pass,
         offload=settings.offload,
     )
-    return shard(policy, ranks if isinstance(ranks, DataParallel) else DataParallel(device), sharding)
+    return shard(policy, ranks if isinstance(ranks, DataParallel) else DataParallel.alone(device), sharding)
 
 
-def _memory(device: torch.device) -> float:
+def memory_of(device: torch.device) -> float:
     """Bytes that a rank has: of its GPU, or its share of this machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

@@ -37,15 +37,16 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.sum_every_pass = True
-        self._skeleton: list[Any] = []  # in a list, so that torch does not take it for a part of the policy
+        self._skeleton: list[Any] = []
 
     @property
     def skeleton(self) -> Any:
+        """See :meth:`keep_skeleton`."""
         return self._skeleton[0] if self._skeleton else None
 
-    @skeleton.setter
-    def skeleton(self, model: Any) -> None:
-        self._skeleton = [model]
+    def keep_skeleton(self, model: Any) -> None:
+        """Keep the model without its weights, as it was before it was cut: it is filled where whole ones are needed."""
+        self._skeleton = [model]  # in a list: torch would take a module for a part of the policy
 
     def forward(
         self,
@@ -111,5 +112,6 @@ class Policy(nn.Module):
 
     def settle(self) -> None:
         """Free what the last pass has gathered. The optimizer is about to change the shards it was gathered from."""
-        if isinstance(self, FSDPModule):
-            self.reshard()
+        for module in self.modules():  # layers too: with reshard_after_forward off they stay whole after a last forward
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from thence.errors import CheckpointError
 from thence.train.weights import first_names, named_parts
@@ -30,7 +31,7 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
         The files of this rank.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _quiet() as how:
+    with _quiet(_ranks()) as how:
         save({name: value.detach() for name, value in tensors.items()}, storage_writer=writer, **how)
     number = dist.get_rank() + 1 if _ranks() else 1
     return sorted(folder.glob(f"shard-{number:05d}-*.safetensors"))
@@ -42,7 +43,7 @@ def stored(folder: Path) -> dict[str, torch.Size]:
 
 
 def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fill these tensors in place, each rank its part. All ranks call it.
+    """Fill these tensors in place, each rank its part. All ranks call it, where one of the tensors is cut.
 
     Raises:
         CheckpointError: a tensor is not there, or has another shape.
@@ -54,7 +55,7 @@ def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
         if found[name] != target.shape:
             raise misfit(folder, f"{name} of shape {tuple(found[name])} is of shape {tuple(target.shape)} here")
     filled: dict[str, Any] = {name: target.detach() for name, target in targets.items()}
-    with _quiet() as how:
+    with _quiet(any(isinstance(value, DTensor) for value in filled.values())) as how:
         load(filled, storage_reader=HuggingFaceStorageReader(str(folder)), **how)
 
 
@@ -96,11 +97,11 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[dict[str, Any]]:
-    """How torch is called without ranks; it warns of what was asked for."""
+def _quiet(ranks: bool) -> Iterator[dict[str, Any]]:
+    """Whether torch talks to other ranks; where it shall not, it warns of what was asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield {"no_dist": not _ranks()}
+        yield {"no_dist": not ranks}
 
 
 def _ranks() -> bool:

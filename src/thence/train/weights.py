@@ -51,7 +51,10 @@ def whole(policy: Policy, *, first_rank_only: bool = False) -> Iterator[Any]:
         yield None
         return
     device = torch.device("cpu") if first_rank_only else policy.device
-    empty = fill(policy.skeleton, {name: value.to(device) for name, value in tensors})
+    found = {name: value.to(device) for name, value in tensors}
+    # a rank that was sent its weights has no buffers in the skeleton either
+    found |= {name: value.to(device) for name, value in policy.model.named_buffers()}
+    empty = fill(policy.skeleton, found)
     try:
         yield policy.skeleton
     finally:
@@ -70,7 +73,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put these tensors in the place of the model's own, without a copy; what is shared stays shared.
 
     Args:
-        tensors: by the names of :func:`named_parts`.
+        tensors: parameters and buffers, by their first names.
 
     Returns:
         What stood there before.
@@ -78,7 +81,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         KeyError: a name that the model has not.
     """
-    before = dict(named_parts(model))
+    before: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     made: dict[int, Tensor] = {}
     for name, value in tensors.items():
         old = before[name]

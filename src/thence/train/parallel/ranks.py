@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,13 @@ class DataParallel:
 
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Self:
+        """A single process that is a group of ranks nevertheless, without ``torchrun``."""
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        return cls(device)
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         total = torch.tensor(list(counts), dtype=torch.int64, device=self.device)
@@ -180,5 +187,9 @@ def start_ranks() -> tuple[Ranks, torch.device]:
         return SingleProcess(), device
     rank_variable("RANK")  # for its error; torch reads it itself
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(_backend(device))
     return DataParallel(device), device
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
