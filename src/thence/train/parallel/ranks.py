@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import HashStore
 
 from thence.errors import UserError
 
@@ -94,7 +95,7 @@ class DataParallel:
     def alone(cls, device: torch.device) -> Self:
         """A single process that is a group of ranks nevertheless, without ``torchrun``."""
         if not dist.is_initialized():
-            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
         return cls(device)
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
