@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -308,6 +309,31 @@ def test_another_package_can_add_a_method(monkeypatch):
     method = registry.make_method("mine", {"clip_low": 0.1}, "rl")
     assert isinstance(method, Mine)
     assert method.options.clip_low == 0.1
+
+
+def test_a_method_with_the_name_of_another_is_refused(tmp_path, monkeypatch):
+    def install(package: str, entry: str) -> None:
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[thence.methods]\n{entry} = {package}:Other\n")
+        (tmp_path / f"{package}.py").write_text(
+            "from thence.methods.grpo import Grpo\nclass Other(Grpo):\n    exactness = 'exact'\n"
+        )
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install("clash_a", "clash")
+    install("clash_b", "clash")
+    with pytest.raises(UserError, match="two methods are called 'clash'") as caught:
+        registry.methods()
+    for package in ("clash_a", "clash_b"):
+        assert f"{package}:Other of the package {package}" in caught.value.problem
+        assert f"the package {package}" in caught.value.remedy
+    for package in ("clash_a", "clash_b"):
+        shutil.rmtree(tmp_path / f"{package}-1.0.dist-info")
+    install("clash_c", "grpo")
+    with pytest.raises(UserError, match="two methods are called 'grpo': clash_c:Other of the package clash_c, and one"):
+        registry.make_method("grpo", {}, "rl")
 
 
 class Silent(Grpo):

@@ -153,6 +153,7 @@ def parts_of(context: Context, stage: Eval) -> Iterator[Part]:
                 max_tokens=sampling.max_tokens,
                 grader=stage.reward,
                 grader_seconds=stage.reward_seconds,
+                right_from=stage.reward_right_from,
                 seed=context.recipe.seed,
             )
             keyed = dict(zip(problem_keys(task.name, prompts), prompts, strict=True))

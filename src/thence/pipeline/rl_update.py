@@ -58,16 +58,17 @@ class Update:
                 if number == 0 and method.uses_old:  # the policy has not moved yet
                     old |= {i: logp for i, (logp, _) in now.items()}
                 was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
-                weights = method.weigh(chosen, [TokenFacts(*now[i], was[i]) for i in part])
+                facts = [TokenFacts(*now[i], was[i]) for i in part]
+                weights = method.weigh(chosen, facts)
             else:
-                weights = [whole[i] for i in part]
+                facts, weights = [], [whole[i] for i in part]
             if trust is not None:
                 weights = [trusted(method.terms, w, trust[i]) for i, w in zip(part, weights, strict=True)]
             rows = make_rows(method.terms, chosen, weights, old=_of(old, part), reference=_of(reference, part))
             batch = Batch(method.terms, tuple(rows), temperature)
             metrics.weighed(batch, chosen)
             report = trainer.step(batch, observe=metrics.observer(chosen, rows))
-            metrics.reports.append(report)
+            metrics.stepped(report, method.clipped(chosen, facts))
             method.took_step("main", report.grad_norm)
 
     def take_side_steps(self, sampler: Sampler, metrics: BatchMetrics) -> None:
