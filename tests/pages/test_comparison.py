@@ -23,7 +23,7 @@ from thence.compare.statistics import Statistics, statistics
 from thence.errors import RecipeError, UserError
 from thence.pages.comparison.figures import score_against_flops_png, section_figures
 from thence.pages.comparison.outcome import outcome
-from thence.pages.comparison.page import parts_of, print_comparison, render_page, write_page
+from thence.pages.comparison.page import print_comparison, render_page, shown_sections, write_page
 from thence.pages.comparison.points import label_places
 from thence.pages.comparison.series import dynamics_series
 from thence.pages.comparison.tables import section_tables
@@ -368,7 +368,7 @@ def test_recipe_without_sections_gets_those_that_fit(comparison: Comparison):
 )
 def test_section_that_makes_no_sense_is_refused_with_a_remedy(comparison: Comparison, section: dict, said: str):
     with pytest.raises(RecipeError, match=said.replace("'", ".")):
-        parts_of(statistics(replace(comparison, sections=(section,)), 50))
+        shown_sections(statistics(replace(comparison, sections=(section,)), 50))
 
 
 @given(st.lists(st.floats(0, 1), max_size=40))

@@ -35,7 +35,7 @@ ROLES: Mapping[Role, str] = {
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchRatio:
     """Rows that went through the model together.
 
     Args:
@@ -59,7 +59,7 @@ class Extreme:
     case: str
 
 
-def micro_batches(step: StepResult) -> list[MicroBatch]:
+def micro_batches(step: StepResult) -> list[MicroBatchRatio]:
     """The micro-batches of a step, by rank, in order. Rows whose micro-batch is not known stand alone."""
     groups: dict[tuple[int, int, int], list[SequenceWeights]] = {}
     for place, row in enumerate(step.sequences):
@@ -67,7 +67,7 @@ def micro_batches(step: StepResult) -> list[MicroBatch]:
         rank = -1 if row.rank is None else row.rank
         groups.setdefault((rank, -1 if row.micro_batch is None else row.micro_batch, alone), []).append(row)
     return [
-        MicroBatch(
+        MicroBatchRatio(
             rows[0].rank,
             rows[0].micro_batch,
             mean_ratio(token for row in rows for token in row.tokens),

@@ -25,15 +25,14 @@ from thence.methods.red import Red
 from thence.methods.relift import Relift
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.sasr import Sasr
-from thence.methods.sft import Sft
+from thence.methods.sft import SftMethod
 from thence.methods.srft import Srft
 from thence.methods.superrl import SuperRl
 from thence.methods.uft import Uft
-from thence.recipe import Rl, kind_of
-from thence.recipe import Sft as SftStage
+from thence.recipe import Rl, Sft, kind_of
 
 OWN: tuple[type[Method], ...] = (
-    Sft, Grpo, DrGrpo, Dapo, Gspo,
+    SftMethod, Grpo, DrGrpo, Dapo, Gspo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
 )  # fmt: skip
@@ -73,7 +72,7 @@ def stated(name: str, method: Any) -> type[Method]:
     return method
 
 
-def stage_method(stage: SftStage | Rl, where: str, max_tokens: int | None = None) -> Method:
+def stage_method(stage: Sft | Rl, where: str, max_tokens: int | None = None) -> Method:
     """The method of a stage, made ready for the stage's settings.
 
     Args:

@@ -29,7 +29,7 @@ from thence.audit.report import Report
 from thence.audit.result import RESPONSE_ROLES, CaseResult, PublicReport, Role, StepResult
 from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
-from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.pages.table import NOTHING, Cell, Table, TableRow
 from thence.pages.template import render
 from thence.wording import percent
 
@@ -193,7 +193,7 @@ def _roles(report: Report) -> Table:
         for role in present:
             sub = f"{percent(lost[role])} lost" if lost.get(role, 0.0) >= 0.0005 else ""
             cells.append(Cell(ratio_text(step.roles[role]), sub) if role in step.roles else NOTHING)
-        rows.append(Row(_name(result, step), tuple(cells)))
+        rows.append(TableRow(_name(result, step), tuple(cells)))
     return Table("", ("Case", *present), tuple(rows))
 
 
@@ -205,7 +205,7 @@ def _examples(report: Report) -> Table:
             tokens = sum(t.role in RESPONSE_ROLES for t in row.tokens)
             where = place(row.rank, row.micro_batch, result.case.ranks)
             cells = (Cell(str(tokens)), Cell(where), Cell(ratio_text(row.weight)))
-            rows.append(Row(f"example {row.example + 1}", cells, _name(result, step)))
+            rows.append(TableRow(f"example {row.example + 1}", cells, _name(result, step)))
     headers = ("Case, example", "Tokens of the response", "Where", "Weight over ideal")
     return Table("", headers, tuple(rows), words=(1,))
 

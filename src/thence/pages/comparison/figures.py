@@ -20,7 +20,7 @@ from thence.compare.sections import (
 from thence.compare.statistics import Statistics
 from thence.pages.comparison.points import Point, along, back, ends_of_axis, label_places, points_of, side_by_side
 from thence.pages.comparison.series import Series, dynamics_series, quantities_of, training_series, unit_of
-from thence.pages.comparison.tables import Line, sweep_lines, sweep_places
+from thence.pages.comparison.tables import SweepLine, sweep_lines, sweep_places
 from thence.pages.comparison.words import column_label, label
 from thence.pages.figure import LIGHT, PAGE, Figure, Key, Palette, canvas, inline, plain_axes, settings, write_png
 
@@ -175,7 +175,7 @@ def _sweep_figure(section: Sensitivity, statistics: Statistics, base: str) -> Fi
 
 
 def _draw_line(
-    axes: Axes, line: Line, index: int, places: list, statistics: Statistics, base: str, column: Column
+    axes: Axes, line: SweepLine, index: int, places: list, statistics: Statistics, base: str, column: Column
 ) -> None:
     colour, dash = PAGE.line(index)
     held = {place: statistics.estimates.get((arm.name, base, column)) for place, arm in line.at}
