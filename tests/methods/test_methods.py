@@ -337,7 +337,7 @@ def test_a_method_of_another_package_that_does_not_say_what_it_is_is_refused(mon
 def test_every_method_states_its_exactness_in_its_own_class():
     assert not hasattr(Method, "exactness")
     for method in registry.OWN:
-        assert registry.stated(method.name, method) is method
+        assert registry.checked_method(method.name, method) is method
 
 
 def test_sft_can_count_every_response_the_same():

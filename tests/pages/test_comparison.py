@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.compare.comparisons import COLUMNS, make_comparison
-from thence.compare.result import Arm, Comparison, Failure, to_json
+from thence.compare.result import Arm, Comparison, Failure, results_json
 from thence.compare.sections import read_section, sections_of
 from thence.compare.statistics import Statistics, statistics
 from thence.errors import RecipeError, UserError
@@ -125,7 +125,7 @@ class Page(HTMLParser):
 
 
 def test_report_is_written_beside_the_results(tmp_path: Path, comparison: Comparison):
-    (tmp_path / "results.json").write_text(to_json(replace(comparison, sections=SECTIONS[:2])))
+    (tmp_path / "results.json").write_text(results_json(replace(comparison, sections=SECTIONS[:2])))
     assert write_page(tmp_path) == tmp_path / "report.html"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "report.html",
@@ -292,7 +292,7 @@ def test_unfinished_comparison_says_so(tmp_path: Path, comparison: Comparison):
     part = tuple(run for run in comparison.runs if run.arm in ("long", "clean") and run.seed < 2)
     failed = (Failure("luffy", "rich", 1, "loss not finite at step 3"),)
     unfinished = replace(comparison, runs=part, pending=7, failures=failed, sections=SECTIONS)
-    (tmp_path / "results.json").write_text(to_json(unfinished))
+    (tmp_path / "results.json").write_text(results_json(unfinished))
     text = write_page(tmp_path).read_text()
     assert "7 runs are still to come" in text and "loss not finite at step 3" in text and "So far" in text
     assert "SFT (2 of 4)" in text
@@ -300,7 +300,7 @@ def test_unfinished_comparison_says_so(tmp_path: Path, comparison: Comparison):
 
 def test_comparison_without_any_run_still_has_a_report(tmp_path: Path, comparison: Comparison):
     empty = replace(comparison, runs=(), tries=(), pending=72, sections=SECTIONS)
-    (tmp_path / "results.json").write_text(to_json(empty))
+    (tmp_path / "results.json").write_text(results_json(empty))
     assert "No arm can be compared with SFT then RL yet." in write_page(tmp_path).read_text()
     assert json.loads((tmp_path / "report.json").read_text())["results"] == []
 
@@ -311,7 +311,7 @@ def test_folder_without_results_is_refused(tmp_path: Path):
 
 
 def test_files_have_the_numbers(tmp_path: Path, comparison: Comparison):
-    (tmp_path / "results.json").write_text(to_json(replace(comparison, sections=SECTIONS[:1])))
+    (tmp_path / "results.json").write_text(results_json(replace(comparison, sections=SECTIONS[:1])))
     write_page(tmp_path)
     runs = list(csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text())))
     assert len(runs) == len(comparison.runs) * len(COLUMNS)

@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from rich.console import Console
 
 import thence.pages
-from thence.pages.figure import PAGE, canvas, inline, plain_axes, settings
+from thence.pages.figure import PAGE, canvas, drawing_settings, inline, plain_axes
 from thence.pages.samples import EACH, ShownSample, excerpt, first_of_each
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.template import _environment, render
@@ -55,7 +55,7 @@ def test_a_value_that_a_page_lacks_is_an_error():
 def test_words_in_a_figure_cannot_end_it():
     import matplotlib
 
-    with matplotlib.rc_context(settings("s")):
+    with matplotlib.rc_context(drawing_settings("s")):
         figure = canvas(3, 2)
         plain_axes(figure.subplots(), PAGE, "</svg><script>", "y \x07 $x$")
         svg = inline(figure, HOSTILE)

@@ -59,7 +59,7 @@ class Extreme:
     case: str
 
 
-def micro_batches(step: StepResult) -> list[MicroBatchRatio]:
+def micro_batch_ratios(step: StepResult) -> list[MicroBatchRatio]:
     """The micro-batches of a step, by rank, in order. Rows whose micro-batch is not known stand alone."""
     groups: dict[tuple[int, int, int], list[SequenceWeights]] = {}
     for place, row in enumerate(step.sequences):
@@ -197,7 +197,7 @@ def headline(report: Report) -> str:
     }[report.verdict.outcome]
 
 
-def settings(case: Case) -> str:
+def case_settings(case: Case) -> str:
     """The settings of a case, as far as they are not those of every case."""
     parts = [f"{_count(case.micro_batch, 'row')} × {_count(case.accumulation, 'micro-batch', 'micro-batches')}"]
     parts[0] += f" × {case.ranks} ranks" if case.ranks > 1 else ""

@@ -43,15 +43,15 @@ def methods() -> dict[str, type[Method]]:
     """Every method by name; an installed package adds its own under the entry point group ``thence.methods``.
 
     Raises:
-        UserError: see :func:`stated`.
+        UserError: see :func:`checked_method`.
     """
     found = {method.name: method for method in OWN}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        found[entry.name] = stated(entry.name, entry.load())
+        found[entry.name] = checked_method(entry.name, entry.load())
     return found
 
 
-def stated(name: str, method: Any) -> type[Method]:
+def checked_method(name: str, method: Any) -> type[Method]:
     """A method of another package, if it says what it is.
 
     Raises:

@@ -79,7 +79,7 @@ def audit_program(
     """
     start = time.monotonic()
     have = placeholders(program)
-    chosen, reasons = narrowed(have, asked, quick=quick)
+    chosen, reasons = allowed_cases(have, asked, quick=quick)
     if only:
         chosen = [(case, reason) for case, reason in chosen if any(part in case.name for part in only)]
     with working_folder(keep) as folder:
@@ -134,7 +134,7 @@ def placeholders(program: Sequence[str]) -> set[str]:
     return have
 
 
-def narrowed(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
+def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
     """The cases that a program's placeholders allow, and sentences on what is missing for the rest."""
     axes = {"incomplete"}
     axes |= {"ranks"} & have
@@ -192,7 +192,7 @@ def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     waited = time.monotonic() - begun
     if problem:
         return CaseResult(case, "failed", problem, seconds=waited)
-    trained = find_model(out)
+    trained = newest_model(out)
     if trained is None:
         reason = f"no model (*.safetensors) was written below {{out}} ({out.name})"
         return CaseResult(case, "failed", reason, seconds=waited)
@@ -254,7 +254,7 @@ def _call(words: Sequence[str], place: Path, seconds: float) -> str:
     return f"exit code {code}: {(lines or ['it printed nothing'])[-1][:300]}"
 
 
-def find_model(out: Path) -> Path | None:
+def newest_model(out: Path) -> Path | None:
     """The folder with a model's safetensors below ``out``; of several the one written last."""
     files = [p for p in out.rglob("*.safetensors") if "optim" not in p.name]
     return max(files, key=lambda p: p.stat().st_mtime_ns).parent if files else None

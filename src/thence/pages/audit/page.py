@@ -11,6 +11,7 @@ from typing import Any
 from thence.audit.figures import (
     ROLES,
     amounts_to,
+    case_settings,
     extremes,
     faults,
     faulty,
@@ -20,7 +21,6 @@ from thence.audit.figures import (
     objective_title,
     place,
     ratio_text,
-    settings,
     title,
 )
 from thence.audit.judge.findings import CATALOGUE
@@ -152,7 +152,7 @@ def _step(result: CaseResult, step: StepResult) -> dict[str, Any]:
     findings = (*result.findings, *step.findings)
     return {
         "case": _name(result, step),
-        "settings": settings(result.case),
+        "settings": case_settings(result.case),
         "bad": any(f.kind == "fault" for f in findings),
         "objective": objective_title(step.objective),
         "alike": ", ".join(objective_title(key) for key in step.alike),
@@ -171,7 +171,7 @@ def _step(result: CaseResult, step: StepResult) -> dict[str, Any]:
 def _stepless(result: CaseResult) -> dict[str, Any]:
     return {
         "case": result.case.name,
-        "settings": settings(result.case),
+        "settings": case_settings(result.case),
         "bad": bool(faults(result)),
         "findings": [(f.kind, title(f), f.detail) for f in result.all_findings],
     }
@@ -219,7 +219,9 @@ def _name(result: CaseResult, step: StepResult) -> str:
 
 
 def _others(report: Report, status: str) -> list[tuple[str, str, str]]:
-    return [(r.case.name, settings(r.case), r.reason or "no reason given") for r in report.cases if r.status == status]
+    return [
+        (r.case.name, case_settings(r.case), r.reason or "no reason given") for r in report.cases if r.status == status
+    ]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ def results_table(result: Result, whole: bool = False) -> Table:
         label, group = (row.task.title or row.task.name, row.task.group) if whole else (row.task.name, "")
         found.append(TableRow(label, tuple(cell(row) for cell in columns.values()), group))
     for group in result.groups:
-        mean = {level: Cell(percent(group.score), ends(group.score) if whole else "", strong=True)}
+        mean = {level: Cell(score_text(group.score), ends(group.score) if whole else "", strong=True)}
         mean |= {"interval": Cell(ends(group.score))}
         cells = tuple(mean.get(name, Cell("")) for name in names)
         found.append(TableRow(f"{group.name} mean of {len(group.tasks)}", cells, apart=True))
@@ -46,7 +46,7 @@ def _columns(result: Result, level: str, whole: bool, mark: str) -> dict[str, Ca
     rows = result.tasks
 
     def scored(score: Score | None) -> Cell:
-        return NOTHING if score is None else Cell(percent(score), ends(score) if whole else "")
+        return NOTHING if score is None else Cell(score_text(score), ends(score) if whole else "")
 
     columns: dict[str, Callable[[TaskResult], Cell]] = {"n": _problems}
     if result.not_answered:
@@ -156,7 +156,7 @@ def comparison_table(comparison: EvaluationComparison) -> Table:
     return Table(title, ("task", "n", "A", "B", "B - A", "interval", "p"), tuple(rows), tuple(lines))
 
 
-def percent(score: Score | None) -> str:
+def score_text(score: Score | None) -> str:
     """A score in per cent."""
     return "–" if score is None else f"{100 * score.value:.1f}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thence.pages.figure import PAGE, Figure, fitted_canvas, inline, plain_axes, settings
+from thence.pages.figure import PAGE, Figure, drawing_settings, fitted_canvas, inline, plain_axes
 from thence.pipeline.run_files import StageMetrics
 
 
@@ -57,7 +57,7 @@ def _draw(quantity: Curve, main: tuple[list, list], second: tuple[list, list], s
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(settings(salt)):
+    with matplotlib.rc_context(drawing_settings(salt)):
         figure = fitted_canvas(4.0, 2.3)
         axes = figure.subplots()
         plain_axes(axes, PAGE, "step", quantity.unit)
