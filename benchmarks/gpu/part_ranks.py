@@ -14,9 +14,11 @@ from models import VOCAB, tiny
 from record import Record
 from rows import LENGTHS, relative, sft_batch, trajectories
 
-from thence.train.parallel import DataParallel, Ranks, SingleProcess
+from thence.train.parallel import DataParallel, Ranks, Sharding, SingleProcess, shard
+from thence.train.policy import Policy
 from thence.train.step import StepSettings
 from thence.train.trainer import Trainer
+from thence.train.weights import named_weights
 
 
 def run(device: torch.device, small: bool, record: Record) -> None:
@@ -31,19 +33,35 @@ def run(device: torch.device, small: bool, record: Record) -> None:
     name = f"one process over {backend}: the parameters of a single process, bit by bit"
     record.true(name, torch.equal(found, alone))
     record.true("gather and wait", ranks.gather({"rank": 0}) == [{"rank": 0}])
+    for name, sharding in LAYOUTS.items():
+        cut = steps(ranks, device, sharding)
+        record.most(
+            f"weights cut by FSDP2 over {backend}, {name}: parameters after 3 steps", relative(cut, alone), 1e-5
+        )
     ranks.wait()
     dist.destroy_process_group()
     record.most("two processes on this device over gloo, parameters after 3 steps", two_processes(device, alone), 1e-5)
 
 
-def steps(ranks: Ranks, device: torch.device) -> torch.Tensor:
+LAYOUTS = {
+    "weights freed after each pass": Sharding(),
+    "weights kept, sums once a step": Sharding(reshard_after_forward=False, sum_every_pass=False),
+    "weights and optimizer in host memory": Sharding(offload=True),
+}
+
+
+def steps(ranks: Ranks, device: torch.device, sharding: Sharding | None = None) -> torch.Tensor:
     """The parameters after three steps; every rank takes its share of the rows."""
-    model = tiny("llama", device=device)
-    trainer = Trainer(model, 1e-3, StepSettings(100), ranks=ranks)
+    policy = Policy(tiny("llama", device=device))
+    policy.check()
+    if sharding is not None:
+        assert isinstance(ranks, DataParallel)
+        ranks = shard(policy, ranks, sharding)
+    trainer = Trainer(policy, 1e-3, StepSettings(100), ranks=ranks)
     for seed in range(3):
         batch = sft_batch(trajectories(LENGTHS, VOCAB, seed))
         trainer.step(replace(batch, rows=batch.rows[ranks.rank :: ranks.world]))
-    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+    return torch.cat([value.flatten().cpu() for _, value in named_weights(policy)])
 
 
 def two_processes(device: torch.device, alone: torch.Tensor) -> float:
