@@ -5,12 +5,16 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 import thence.cli
@@ -86,7 +90,6 @@ def test_a_write_that_fails_names_its_file_though_the_system_does_not(tmp_path, 
         (UnicodeDecodeError("utf-8", b"a\nb\xff", 3, 4, "invalid start byte"), "not UTF-8 text: byte 0xff"),
         (json.JSONDecodeError("Expecting value", "{\n?", 2), "not valid JSON"),
         (zipfile.BadZipFile("not a zip file"), "damaged"),
-        (EOFError("ran out of input"), "damaged"),
         (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn"), "flash_attn cannot be imported"),
         (ValueError("embedded null byte"), "NUL"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
@@ -101,6 +104,41 @@ def test_errors_of_libraries_are_explained(error, words):
     assert said is not None
     assert words in str(said)
     assert said.remedy
+
+
+class Answer(BaseModel):
+    value: int
+
+
+def of_thence(text: str, **names: object) -> Callable[[], object]:
+    """An expression as a module of thence runs it, with these local names."""
+    module = {"__name__": "thence.reading", "Answer": Answer, "sys": sys, "json": json}
+    exec(f"def act({', '.join(names)}):\n    {text}", module)
+    act: Any = module["act"]
+    return lambda: act(*names.values())
+
+
+@pytest.mark.parametrize("text", ["raise EOFError('ran out of input')", "Answer(value='x')"])
+def test_only_a_file_that_was_read_is_called_damaged(text, tmp_path):
+    file = tmp_path / "kept.bin"
+    file.write_text("x")
+    said = explained(raised(of_thence(text, path=file)))
+    assert said is not None
+    assert said.file == str(file)
+    assert "put back a whole copy" in said.remedy
+    assert explained(raised(of_thence(text, folder=tmp_path))) is None
+    assert explained(raised(of_thence(text, file=sys.stdin))) is None
+
+
+def _ends() -> None:
+    raise EOFError
+
+
+@pytest.mark.parametrize("own", [lambda: Answer.model_validate({"value": "x"}), lambda: json.loads("no"), _ends])
+def test_an_error_in_code_of_the_user_is_not_called_a_damaged_file(own, tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("x")
+    assert explained(raised(of_thence("return function()", function=own, path=file))) is None
 
 
 def test_only_what_nobody_foresaw_is_left():

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -213,16 +214,24 @@ def _text(error: BaseException) -> UserError | None:
 
 
 def _damaged(error: BaseException) -> UserError | None:
+    """What a file holds that could not be read. Errors that the user's own code raises say nothing about a file."""
+    if (reader := _raiser(error)) is not None and not _is_of_thence(reader):
+        return None
     remedy = f"put back a whole copy of the file, or move it away, {AGAIN}"
     if isinstance(error, json.JSONDecodeError):
         return UserError(f"not valid JSON: {error.msg}", remedy=remedy, file=_file_of(error), line=error.lineno)
     if type(error).__name__ == "TOMLDecodeError":
         return UserError(f"not valid TOML: {first_line(error)}", remedy=remedy, file=_file_of(error))
-    if type(error).__name__ in _OF_FILES or isinstance(error, EOFError):
+    if type(error).__name__ in _OF_FILES:
         return UserError(f"a damaged file: {first_line(error)}", remedy=remedy, file=_file_of(error))
+    file = None if reader is None else _file_in(reader)  # these errors may come from a pipe or from values in memory
+    if file is None or not Path(file).is_file():
+        return None
+    if isinstance(error, EOFError):
+        return UserError(f"a damaged file: {first_line(error)}", remedy=remedy, file=file)
     if type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic"):
         problem = f"values that do not fit: {'; '.join(line.strip() for line in str(error).splitlines()[1:3])}"
-        return UserError(problem, remedy=remedy, file=_file_of(error))
+        return UserError(problem, remedy=remedy, file=file)
     return None
 
 
@@ -253,18 +262,34 @@ def _frames(trace: TracebackType | None) -> Iterator[TracebackType]:
         trace = trace.tb_next
 
 
+def _is_of_thence(trace: TracebackType) -> bool:
+    return str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "thence"
+
+
+def _raiser(error: BaseException) -> TracebackType | None:
+    """The innermost place that is not in a library: in thence, or in the user's own code."""
+    libraries = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    for trace in reversed(list(_frames(error.__traceback__))):
+        if _is_of_thence(trace) or not trace.tb_frame.f_code.co_filename.startswith(("<", *libraries)):
+            return trace
+    return None
+
+
 def _file_of(error: BaseException) -> str | None:
     """The file that thence was working on: a write that fails does not say which one it was for."""
-    for trace in reversed(list(_frames(error.__traceback__))):
-        if str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] != "thence":
-            continue
-        seen = trace.tb_frame.f_locals
-        for name in _NAMES_OF_FILES:
-            value = seen.get(name)
-            if isinstance(value, Path):
-                return str(value)
-            if isinstance(getattr(value, "name", None), str) and hasattr(value, "write"):
-                return value.name  # type: ignore[union-attr]
+    places = reversed(list(_frames(error.__traceback__)))
+    return next((file for trace in places if _is_of_thence(trace) and (file := _file_in(trace)) is not None), None)
+
+
+def _file_in(trace: TracebackType) -> str | None:
+    """The file that a place in thence works on."""
+    seen = trace.tb_frame.f_locals
+    for name in _NAMES_OF_FILES:
+        value = seen.get(name)
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(getattr(value, "name", None), str) and hasattr(value, "write"):
+            return value.name  # type: ignore[union-attr]
     return None
 
 

@@ -176,6 +176,29 @@ def test_the_command_line_refuses_what_makes_no_sense(capsys: pytest.CaptureFixt
     assert "--python" in capsys.readouterr().err
 
 
+def test_an_unknown_objective_case_or_model_type_is_refused_with_those_that_there_are(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"no objective 'token_mean'.*\n.*token-mean, sequence-mean"):
+        check(counted_step, model=tiny_model(torch.float32), asked="token_mean")
+    with pytest.raises(UserError, match=r"no objective 'mean'"):
+        audit_program(WORDS, asked="mean")
+    with pytest.raises(UserError, match=r"no case has 'micro 9'.*\n.*'micro 8 x 1'"):
+        audit_program(WORDS, only=["micro 9"])
+    with pytest.raises(UserError, match=r"no case has 'micro 9'"):
+        audit_stack("thence", only=["micro 9"])
+    with pytest.raises(UserError, match=r"no causal language model of type 'lama'.*\n.*'llama'"):
+        audit_program(WORDS, model_type="lama")
+    adapter = tmp_path / "mine.py"
+    case = {"name": "a", "micro_batch": 8, "accumulation": 1, "asked": "mean"}
+    adapter.write_text(f"STACK, PACKAGES, AXES, CASES = 'mine', (), (), ({case!r},)\n")
+    with pytest.raises(UserError, match=r"no objective 'mean'"):
+        audit_stack(str(adapter))
+    adapter.write_text("STACK, PACKAGES, AXES, CASES = 'mine', (), ('rank',), ()\n")
+    with pytest.raises(UserError, match=r"unknown axis 'rank'.*\n.*ranks, incomplete"):
+        load_adapter(str(adapter))
+
+
 ADAPTER = """
 import os, time
 STACK, PACKAGES, AXES = "torch", ("torch",), frozenset()

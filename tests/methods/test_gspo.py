@@ -70,19 +70,22 @@ def make_trajectories(model: Any) -> list[Trajectory]:
     return found
 
 
-def steps_of(model: Any, method: Method, trajectories: list[Trajectory], budget: int = 64, packing: bool = False):
+def steps_of(
+    model: Any, method: Method, trajectories: list[Trajectory], budget: int = 64, packing: bool = False, metrics=None
+):
     """The weights before, the report and the gradient of each optimizer step on a rollout batch."""
     taken = []
 
-    def step_and_tell(model, optimizer, batch, *rest):
+    def step_and_tell(policy, optimizer, batch, *rest):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        report = train_step(model, optimizer, batch, *rest)
+        report = train_step(policy, optimizer, batch, *rest)
         taken.append((before, report, torch.cat([p.grad.flatten() for p in model.parameters()])))
         return report
 
     trainer = Trainer(model, 1e-2, StepSettings(budget, packing, 0.0, torch.float64), take_step=step_and_tell)
     stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None)
-    Update(stage, method, trainer, None, MINIS).take(trajectories, BatchMetrics(SingleProcess(), method.terms))
+    metrics = metrics or BatchMetrics(SingleProcess(), method.terms)
+    Update(stage, method, trainer, None, MINIS).take(trajectories, metrics)
     return taken
 
 
@@ -132,6 +135,23 @@ def test_gradients_of_all_optimizer_steps_are_those_of_the_sequence_ratio(tiny_m
     assert not any(held_back[:GROUP])
     assert any(held_back) == isinstance(method, Gspo)  # the clip is tried, on some responses
     assert not all(held_back[GROUP:])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["plug-in", "gspo", "gspo wide"])
+def test_tokens_of_responses_that_are_held_back_are_clipped_tokens(tiny_model, method):
+    model = tiny_model()
+    trajectories = make_trajectories(model)
+    old = [row_statistics(model, t)[0].detach() for t in trajectories]
+    metrics = BatchMetrics(SingleProcess(), method.terms)
+    taken = steps_of(model, method, trajectories, metrics=metrics)
+    for number, (before, _, _) in enumerate(taken):
+        model.load_state_dict(before)
+        part = slice(number * GROUP, (number + 1) * GROUP)
+        sizes = [len(t.response_ids) for t in trajectories[part]]
+        held = stated_loss(method, model, trajectories[part], old[part])[1]
+        clipped = sum(size for size, back in zip(sizes, held, strict=True) if back)
+        assert metrics.reports[number].clip_share == pytest.approx(clipped / sum(sizes))
+    assert any(report.clip_share for report in metrics.reports) == isinstance(method, Gspo)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["plug-in", "gspo", "gspo wide"])

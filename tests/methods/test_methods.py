@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from thence.methods.sft import SftMethod
 from thence.objective import Clip, Context, Logp, Normaliser, Term, local_counts
 from thence.pipeline.rehearsal import rehearse
 from thence.recipe import Rl
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 
 LENGTHS = [(3, 7), (3, 12), (2, 4), (4, 1), (5, 9), (1, 20)]
@@ -43,7 +45,7 @@ def test_loss_and_gradient_are_those_of_the_formula_written_out(tiny_model, vari
     batch = batch_of(case, variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     chosen = StepSettings(40, packing, 0.0, torch.float64)
-    sums = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen)
+    sums = accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), chosen)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert variant.moved == (int(clipped.sum()) > 0)  # the clips are tried where the policy moved
     assert int(sums.clipped) == int(clipped.sum())
@@ -307,6 +309,31 @@ def test_another_package_can_add_a_method(monkeypatch):
     method = registry.make_method("mine", {"clip_low": 0.1}, "rl")
     assert isinstance(method, Mine)
     assert method.options.clip_low == 0.1
+
+
+def test_a_method_with_the_name_of_another_is_refused(tmp_path, monkeypatch):
+    def install(package: str, entry: str) -> None:
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[thence.methods]\n{entry} = {package}:Other\n")
+        (tmp_path / f"{package}.py").write_text(
+            "from thence.methods.grpo import Grpo\nclass Other(Grpo):\n    exactness = 'exact'\n"
+        )
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install("clash_a", "clash")
+    install("clash_b", "clash")
+    with pytest.raises(UserError, match="two methods are called 'clash'") as caught:
+        registry.methods()
+    for package in ("clash_a", "clash_b"):
+        assert f"{package}:Other of the package {package}" in caught.value.problem
+        assert f"the package {package}" in caught.value.remedy
+    for package in ("clash_a", "clash_b"):
+        shutil.rmtree(tmp_path / f"{package}-1.0.dist-info")
+    install("clash_c", "grpo")
+    with pytest.raises(UserError, match="two methods are called 'grpo': clash_c:Other of the package clash_c, and one"):
+        registry.make_method("grpo", {}, "rl")
 
 
 class Silent(Grpo):

@@ -105,7 +105,7 @@ def test_a_finished_run_has_table_curves_samples_recipe_and_command(tmp_path):
     assert not Tags(text).open
     assert text.count("<svg") == 4 + 7
     for needed in (
-        "10.0 ±2.0",
+        "8.0 to 12.0",
         "38.0 to 42.0",
         "n = 512 × 4",
         "thence run trial --seed 0",
@@ -259,7 +259,8 @@ def test_two_evaluations_of_one_model_share_a_row(tmp_path):
     assert run.subjects == ["sft", "rl"]
     assert run.columns == [("AIME", 0.6), ("MATH", 0.6)]
     table = results_table(run)
-    assert [row.cells[0].text for row in table.rows] == ["50.0 ±2.0 (2 unknown)", "–", "512 x 4"]
+    assert [row.cells[0].text for row in table.rows] == ["50.0 (2 unknown)", "–", "512 x 4"]
+    assert table.rows[0].cells[0].sub == "48.0 to 52.0"
 
 
 def test_the_terminal_table_prints_models_by_split_and_temperature(tmp_path):
@@ -268,7 +269,8 @@ def test_the_terminal_table_prints_models_by_split_and_temperature(tmp_path):
         console.print(TableView(results_table(read_run(make_run(tmp_path / "run")))))
     printed = captured.get()
     assert "T = 0.6" in printed and "512 x 4" in printed
-    assert re.search(r"rl\s+50\.0 ±2\.0", printed)
+    assert re.search(r"rl\s+50\.0.*\n\s+48\.0 to 52\.0", printed)
+    assert "±" not in printed  # an interval of a proportion is not symmetric
 
 
 def test_the_same_run_gives_the_same_page(tmp_path):

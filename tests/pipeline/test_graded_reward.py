@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,26 @@ def test_with_a_threshold_there_is_an_accuracy(after: str, field: float | None, 
     assert (row["accuracy"], row["right"], row["graded"]) == (1.0, 8, 0)
     assert row["reward"] == pytest.approx(0.1)
     assert "Accuracy, %" in printed(folder) and "100.0" in printed(folder)
+
+
+def test_the_threshold_of_the_recipe_is_kept_for_grading_again(tmp_path: Path) -> None:
+    folder = run(tables(tmp_path, "return 0.1", eval={"reward_right_from": 0.1}))
+    kept = folder / "stages" / "eval" / "evaluation"
+    assert main(["eval", "--regrade", str(kept)]) == 0
+    (row,) = csv.DictReader((kept / "results.csv").read_text().splitlines())
+    assert (row["right"], row["graded"]) == ("8", "0")
+
+
+def test_an_evaluation_that_kept_no_threshold_is_resumed_and_graded_with_it(tmp_path: Path) -> None:
+    recipe = tables(tmp_path, "return 0.1", eval={"reward_right_from": 0.1})
+    folder = run(recipe)
+    stage = folder / "stages" / "eval"
+    settings = stage / "evaluation" / "evaluation.toml"
+    settings.write_text(re.sub(r"right_from = .*\n", "", settings.read_text()))
+    (stage / "done.json").unlink()
+    run(recipe)
+    assert row_of(folder)["right"] == 8
+    assert "right_from = 0.1" in settings.read_text()
 
 
 @pytest.mark.parametrize("value", ["answer is None", "float(answer is None)"])

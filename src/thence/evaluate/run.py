@@ -148,14 +148,16 @@ def grade(
     Args:
         checker: the grader, which stays open; default: the one of this name is opened.
     """
-    samples, version = store.samples(task.name), grader_version(grader)
+    right_from = task.right_from if grader == task.grader else None
+    samples, version = store.samples(task.name), grader_version(grader, right_from)
     have = set() if again else set(store.graded(task.name, grader, version))
     todo = [sample for sample in samples if sample.place not in have]
     if todo:
         (progress or EvaluationProgress()).grading(task.name, len(todo))
         with ExitStack() as opened:
             if checker is None:
-                named = load_reward(grader, seconds=task.grader_seconds, setting="grader_seconds")
+                limits = {"seconds": task.grader_seconds, "setting": "grader_seconds"}
+                named = load_reward(grader, right_from=right_from, **limits)
                 checker = opened.enter_context(named)
             lines = opened.enter_context(store.write_grades(task.name))
             for start in range(0, len(todo), GRADED_AT_ONCE):
@@ -180,8 +182,11 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
     )
 
 
-def grader_version(grader: str) -> str:
+def grader_version(grader: str, right_from: float | None = None) -> str:
     """What a grade by this grader depends on: the checker's version, or the text of the user's function.
+
+    Args:
+        right_from: the score from which a response is right, where it is not the function's own.
 
     Raises:
         UserError: there is no such function.
@@ -194,7 +199,8 @@ def grader_version(grader: str) -> str:
     file = function_file(grader)
     if file is None or not file.is_file():
         raise UserError(f"grader {grader} is not there", remedy="check the path or module", field="grader")
-    return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    threshold = "" if right_from is None else f", right from {right_from:g}"
+    return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}{threshold}"
 
 
 def _missing(store: Store, task: Task, problems: Sequence[Problem], seed_of: SeedOf) -> list[Request]:

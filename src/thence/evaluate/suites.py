@@ -24,6 +24,7 @@ from thence.settings.limits import (  # fmt: skip
     Rows,
     Seconds,
     Seed,
+    Signed,
     SomeShare,
     Temperature,
     Text,
@@ -95,6 +96,8 @@ class Task(Section):
     """exact, math, math-after-think, math-boxed, or your own function: package.module:function or file.py:function."""
     grader_seconds: Seconds = 10.0
     """Time limit of one answer check, or of one call of your own function."""
+    right_from: Signed | None = None
+    """The score from which a response is right, for your own function. Default: what the function states."""
     seed: Seed = 0
     """Every random number of sampling follows from it."""
 
@@ -104,6 +107,8 @@ class Task(Section):
             raise ValueError("no data: set files or source")
         if self.source == WORLD and self.problems is None:
             raise ValueError("world:chain makes as many problems as asked: set problems")
+        if self.right_from is not None and ":" not in self.grader:
+            raise ValueError(f"right_from is for a function of your own, not for the grader {self.grader}")
         if self.template != OWN and "{question}" not in self.template_text:
             names = ", ".join((OWN, *TEMPLATES))
             raise ValueError(f"template is neither one of {names} nor a text with {{question}}")

@@ -208,6 +208,14 @@ class Method(ABC):
             tensor of shape (n,). All terms are named: one that the trajectory has no part in gets 0.
         """
 
+    def clipped(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> int:
+        """How many response tokens a clip of the method's own holds back; default: 0.
+
+        For the metrics. The step counts clips within a surrogate; it cannot tell a weight of 0 that comes from a clip
+        in :meth:`weigh` from any other 0. The arguments are those of :meth:`weigh`.
+        """
+        return 0
+
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         """This rank's trajectories of one rollout batch, whole groups; default: ``n`` rollouts for each prompt.
 

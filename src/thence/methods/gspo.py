@@ -6,8 +6,8 @@
 B responses in the step, T_i tokens in response i. The gradient is ``A_i s_i keep_i (1 / T_i) sum_t grad log pi``, with
 keep_i = 0 where the clip holds a response back. So each token has the weight ``A_i s_i keep_i / T_i`` on its
 log-probability: s_i follows from the policy before the optimizer step and is a constant to it. The logged loss is the
-weighted log-probability; it has GSPO's gradient, not its value. A response that is held back has no weight at all, and
-``clip_share`` (of clips within a surrogate) stays 0.
+weighted log-probability; it has GSPO's gradient, not its value. A response that is held back has no weight, and all its
+tokens count in ``clip_share``.
 
 The bounds are narrow, 3e-4 and 4e-4, because s_i is a geometric mean over the response. The clip acts from the second
 optimizer step of a rollout batch on; published: four, so ``mini_batch = prompts / 4``. Every response counts the same;
@@ -16,7 +16,7 @@ TRL's default normaliser weighs long ones more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -60,14 +60,25 @@ class Gspo(Grpo):
         return (policy, Term("entropy", Entropy(), Normaliser("tokens"))) if self.options.entropy else (policy,)
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
+        entropy = switched_on(entropy=self.options.entropy)
+        return [
+            {"policy": 0.0 if held else advantage * ratio / max(len(fact.logp), 1), **entropy}
+            for fact, (advantage, ratio, held) in zip(facts, self._ratios(trajectories, facts), strict=True)
+        ]
+
+    def clipped(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> int:
+        held_back = zip(facts, self._ratios(trajectories, facts), strict=True)
+        return sum(len(fact.logp) for fact, (_, _, held) in held_back if held)
+
+    def _ratios(
+        self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts]
+    ) -> Iterator[tuple[float, float, bool]]:
+        """Of each response the advantage, the ratio s, and whether the clip holds it back."""
         o = self.options
-        weights = []
         for advantage, fact in zip(self.advantages(trajectories).tolist(), facts, strict=True):
             ratio = sequence_ratio(fact.log_ratio)
-            held = ratio > 1 + o.clip_high if advantage > 0 else ratio < 1 - o.clip_low
-            policy = 0.0 if held else advantage * ratio / max(len(fact.logp), 1)
-            weights.append({"policy": policy, **switched_on(entropy=o.entropy)})
-        return weights
+            held = ratio > 1 + o.clip_high if advantage > 0 else advantage < 0 and ratio < 1 - o.clip_low
+            yield advantage, ratio, held
 
 
 def sequence_ratio(log_ratio_n: Tensor) -> float:

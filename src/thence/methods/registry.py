@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from thence.errors import RecipeError, UserError
@@ -43,12 +43,30 @@ def methods() -> dict[str, type[Method]]:
     """Every method by name; an installed package adds its own under the entry point group ``thence.methods``.
 
     Raises:
-        UserError: see :func:`checked_method`.
+        UserError: two methods have one name; or see :func:`checked_method`.
     """
     found = {method.name: method for method in OWN}
+    others: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name in found:
+            raise _one_name(entry, others.get(entry.name))
         found[entry.name] = checked_method(entry.name, entry.load())
+        others[entry.name] = entry
     return found
+
+
+def _one_name(entry: EntryPoint, other: EntryPoint | None) -> UserError:
+    """The refusal of an entry point with the name of another one, or of a method of thence (None)."""
+    whose = "one of thence's own" if other is None else f"{other.value} of {_package(other)}"
+    change = f"rename the entry point in {_package(entry)}, or uninstall that package"
+    return UserError(
+        f"two methods are called {entry.name!r}: {entry.value} of {_package(entry)}, and {whose}",
+        remedy=change if other is None else f"{change} or {_package(other)}",
+    )
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"the package {entry.dist.name}" if entry.dist is not None else "an installed package"
 
 
 def checked_method(name: str, method: Any) -> type[Method]:

@@ -153,6 +153,7 @@ def eval_parts(context: StageContext, stage: Eval) -> Iterator[EvalPart]:
                 max_tokens=sampling.max_tokens,
                 grader=stage.reward,
                 grader_seconds=stage.reward_seconds,
+                right_from=stage.reward_right_from,
                 seed=context.recipe.seed,
             )
             keyed = dict(zip(problem_keys(task.name, prompts), prompts, strict=True))

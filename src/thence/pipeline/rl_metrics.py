@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ class BatchMetrics:
         """Take in one optimizer step; its rows are those of the trajectories."""
         self.shares.add(batch, trajectories)
         self.lessons.add(trajectories, batch.rows)
+
+    def stepped(self, report: StepReport, clipped: int) -> None:
+        """Take in what an optimizer step was.
+
+        Args:
+            clipped: tokens of this rank that a clip of the method's own held back (:meth:`Method.clipped`). The report
+                counts clips within surrogates only.
+        """
+        share = self.ranks.sum_counts([clipped])[0] / max(report.trained_tokens, 1)
+        self.reports.append(replace(report, clip_share=report.clip_share + share))
 
     def observer(self, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> Observer | None:
         """For :meth:`Trainer.step` on these trajectories' rows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
+from thence.train.policy import Policy
 from thence.train.step import policy_statistics
 from thence.train.trainer import Trainer
 
@@ -36,7 +36,7 @@ class Update:
     stage: Rl
     method: Method
     trainer: Trainer
-    reference: Any = None
+    reference: Policy | None = None
     minis: int = 1
 
     def take(self, trajectories: Sequence[Trajectory], metrics: BatchMetrics) -> None:
@@ -58,16 +58,17 @@ class Update:
                 if number == 0 and method.uses_old:  # the policy has not moved yet
                     old |= {i: logp for i, (logp, _) in now.items()}
                 was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
-                weights = method.weigh(chosen, [TokenFacts(*now[i], was[i]) for i in part])
+                facts = [TokenFacts(*now[i], was[i]) for i in part]
+                weights = method.weigh(chosen, facts)
             else:
-                weights = [whole[i] for i in part]
+                facts, weights = [], [whole[i] for i in part]
             if trust is not None:
                 weights = [trusted(method.terms, w, trust[i]) for i, w in zip(part, weights, strict=True)]
             rows = make_rows(method.terms, chosen, weights, old=_of(old, part), reference=_of(reference, part))
             batch = Batch(method.terms, tuple(rows), temperature)
             metrics.weighed(batch, chosen)
             report = trainer.step(batch, observe=metrics.observer(chosen, rows))
-            metrics.reports.append(report)
+            metrics.stepped(report, method.clipped(chosen, facts))
             method.took_step("main", report.grad_norm)
 
     def take_side_steps(self, sampler: Sampler, metrics: BatchMetrics) -> None:
@@ -112,7 +113,8 @@ class Update:
             return {}
         if self.trainer.meter is not None:
             self.trainer.meter.scored([len(row.token_ids) for row in bare], sum(row.n_trained for row in bare))
-        found = policy_statistics(self.reference, bare, self.stage.temperature, self.trainer.settings)
+        trainer = self.trainer
+        found = policy_statistics(self.reference, bare, self.stage.temperature, trainer.settings, trainer.ranks)
         return {i: logp for i, (logp, _) in enumerate(found)}
 
     def _importance_weights(self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]) -> list[Tensor] | None:

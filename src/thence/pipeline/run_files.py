@@ -65,11 +65,6 @@ class Level:
         return "–" if self.value is None else self._shown(self.value)
 
     @property
-    def half(self) -> str | None:
-        """Half of the interval, in the same unit."""
-        return None if self.low is None or self.high is None else self._shown((self.high - self.low) / 2)
-
-    @property
     def interval(self) -> str | None:
         """Both ends of the interval."""
         return None if self.low is None or self.high is None else f"{self._shown(self.low)} to {self._shown(self.high)}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from thence.errors import UserError
+
 
 @dataclass(frozen=True)
 class StepRows:
@@ -103,3 +105,13 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
 }
 """In the order in which they are tried: where several give the same weights, the first is named."""
+
+
+def check_objective(name: str) -> None:
+    """Refuse an objective that there is not.
+
+    Raises:
+        UserError: with the names that there are.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f"there is no objective {name!r}", remedy=f"use one of {', '.join(OBJECTIVES)}", field="asked")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from thence.audit.result import Case
+from thence.errors import UserError
 
 AXES = {
     "ranks": "two data-parallel ranks",
@@ -61,3 +62,18 @@ def cases_for(
     ]
     chosen += [(case, "") for case in own if extra or not case.extra]
     return [(case, reason) for case, reason in chosen if case.quick or not quick]
+
+
+def named_like(cases: Sequence[tuple[Case, str]], parts: Sequence[str]) -> Sequence[tuple[Case, str]]:
+    """The cases that have one of the parts in their names; all without parts.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = [(case, reason) for case, reason in cases if not parts or any(part in case.name for part in parts)]
+    if not chosen:
+        names = ", ".join(repr(case.name) for case, _ in cases)
+        raise UserError(
+            f"no case has {' or '.join(map(repr, parts))} in its name", remedy=f"the cases are {names}", field="only"
+        )
+    return chosen

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.probe import LENGTHS
@@ -50,9 +51,11 @@ def check(
         seed: of the random rows.
 
     Raises:
-        UserError: rows without labels, or none given and the model's vocabulary size is not known.
+        UserError: an unknown objective; rows without labels, or none given and the model's vocabulary size is not
+            known.
     """
     start = time.monotonic()
+    check_objective(asked)
     rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
     _validate(rows)
     cut = _takes_a_cut(step)

@@ -15,9 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
-from thence.audit.run.cases import cases_for
+from thence.audit.run.cases import cases_for, named_like
 from thence.audit.run.child import write_first
 from thence.audit.run.runner import free_port
 from thence.audit.run.stack import OnCase, working_folder
@@ -75,13 +76,14 @@ def audit_program(
         quick, only, model_type, seed, seconds, keep, tell: as in :func:`thence.audit.audit_stack`.
 
     Raises:
-        UserError: unknown or missing placeholders, unknown layout, or a program that does not exist.
+        UserError: unknown or missing placeholders, an unknown objective, layout or model type, no case that has
+            ``only`` in its name, or a program that does not exist.
     """
     start = time.monotonic()
+    check_objective(asked)
     have = placeholders(program)
     chosen, reasons = allowed_cases(have, asked, quick=quick)
-    if only:
-        chosen = [(case, reason) for case, reason in chosen if any(part in case.name for part in only)]
+    chosen = named_like(chosen, only)
     with working_folder(keep) as folder:
         probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
         if layout not in probe.data:

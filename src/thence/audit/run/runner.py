@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from thence.audit.result import Case
+from thence.audit.run.cases import AXES
 from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import Probe
 from thence.errors import UserError
@@ -87,7 +88,7 @@ def load_adapter(name: str) -> Adapter:
     """An adapter by its name, or from a file ``path/to/adapter.py``.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it has an axis that there is not.
     """
     if name.endswith(".py"):
         from thence.audit.run.child import load_adapter as load_file
@@ -105,6 +106,10 @@ def load_adapter(name: str) -> Adapter:
             )
         path = ADAPTERS / f"{name.replace('-', '_')}.py"
         module = importlib.import_module(f"thence.audit.adapters.{path.stem}")
+    if unknown := sorted(set(module.AXES) - AXES.keys()):
+        raise UserError(
+            f"the adapter has an unknown axis {unknown[0]!r}", remedy=f"axes are {', '.join(AXES)}", file=path
+        )
     cases = tuple(Case(**fields) for fields in module.CASES)
     return Adapter(Path(name).stem.replace("_", "-"), path, module.STACK, frozenset(module.AXES), cases)
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from thence import __version__
+from thence.audit.judge.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import CaseResult
-from thence.audit.run.cases import cases_for
+from thence.audit.run.cases import cases_for, named_like
 from thence.audit.run.runner import StackRun, load_adapter, run_cases, started_processes
 from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import write_probe
@@ -51,15 +52,15 @@ def audit_stack(
         tell: called with every case as it is judged.
 
     Raises:
-        UserError: unknown adapter, the stack does not start, or no case is left.
+        UserError: an unknown adapter, objective of its cases, or model type; the stack does not start, or no case is
+            left.
     """
     start = time.monotonic()
     adapter = load_adapter(name)
     chosen = cases_for(adapter.axes, adapter.cases, quick=quick, extra=extra or bool(only))
-    if only:
-        chosen = [(case, reason) for case, reason in chosen if any(part in case.name for part in only)]
-        if not chosen:
-            raise UserError(f"no case of {name} has {' or '.join(only)} in its name", remedy="leave --only out")
+    chosen = named_like(chosen, only)
+    for case, _ in chosen:
+        check_objective(case.asked)
     python = python or sys.executable
     cases = [case for case, reason in chosen if not reason]
     with contextlib.ExitStack() as opened:

@@ -6,6 +6,7 @@ tokens, whether 8, 7 or 5 examples are taken; so a mean of means never looks lik
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import string
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from thence.errors import UserError
 
 LENGTHS = (2, 34, 3, 21, 5, 13, 8, 4, 17, 6, 11, 3)
 """Response tokens of the examples, end token included."""
@@ -67,6 +70,9 @@ def write_probe(folder: Path, *, model_type: str = "llama", lengths: Sequence[in
     Args:
         model_type: any causal language model that transformers can configure with the usual sizes.
         lengths: response tokens of each example, end token included; at least 2.
+
+    Raises:
+        UserError: transformers has no causal language model of this type.
     """
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
@@ -132,10 +138,22 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_model(folder: Path, model_type: str, seed: int) -> None:
-    """A random model of the family, with weights large enough that gradients of different tokens point apart."""
+    """A random model of the family, with weights large enough that gradients of different tokens point apart.
+
+    Raises:
+        UserError: transformers has no causal language model of this type.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+        raise UserError(
+            f"transformers has no causal language model of type {model_type!r}",
+            remedy=f"did you mean {' or '.join(map(repr, near))}?" if near else "use llama, qwen3 or gpt2, for example",
+            field="model_type",
+        )
     ids = vocabulary()
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY_SIZE,

@@ -12,18 +12,18 @@ NO_THRESHOLD = (
     "(docs/evaluation.md)."
 )
 _HOW_TO_READ = (
-    "Rows are models: the base, or the model after the stage of that name. ± is half of the 95% interval, which is "
-    "written below it; n is problems × samples a problem. T is the sampling temperature, 0 is greedy. The interval "
+    "Rows are models: the base, or the model after the stage of that name. The 95% interval is written below each "
+    "number; n is problems × samples a problem. T is the sampling temperature, 0 is greedy. The interval "
     "speaks of the choice of problems"
 )
 
 
 def results_table(run: RunFiles, whole: bool = False) -> Table:
-    """Accuracy in per cent, or mean reward, with half its 95% interval; a row a model, a column a test set.
+    """Accuracy in per cent, or mean reward, with its 95% interval below it; a row a model, a column a test set.
 
     Args:
         run: what was measured.
-        whole: with intervals and sizes below the numbers, as a page has room for; else sizes stand in a last row.
+        whole: with sizes below the numbers, as a page has room for; else sizes stand in a last row.
     """
     by_reward = [run.by_reward(column) for column in run.columns]
     mixed = any(by_reward) and not all(by_reward)
@@ -42,7 +42,7 @@ def results_table(run: RunFiles, whole: bool = False) -> Table:
     if run.columns:
         sizes = [_sizes([cell for cell in run.cells if cell.column == column]) for column in run.columns]
         rows.append(TableRow("problems x samples", tuple(map(Cell, sizes)), apart=True))
-    title = f"{what} (± half of the 95% interval)"
+    title = f"{what} (95% interval below)"
     return Table(title, tuple(headers), tuple(rows), (NO_THRESHOLD,) if any(by_reward) else ())
 
 
@@ -50,11 +50,10 @@ def _cell(run: RunFiles, cell: Measurement | None, whole: bool) -> Cell:
     if cell is None:
         return NOTHING
     level = run.level(cell)
-    text = level.shown if level.half is None else f"{level.shown} ±{level.half}"
     if not whole:
-        return Cell(f"{text} ({cell.unknown} unknown)" if cell.unknown else text)
+        return Cell(f"{level.shown} ({cell.unknown} unknown)" if cell.unknown else level.shown, level.interval or "")
     size = _count(cell.problems) + (f" × {cell.samples:,}" if (cell.samples or 1) > 1 else "")
-    return Cell(text, "\n".join(filter(None, [level.interval, f"n = {size}"])))
+    return Cell(level.shown, "\n".join(filter(None, [level.interval, f"n = {size}"])))
 
 
 def _sizes(cells: Sequence[Measurement]) -> str:
