@@ -149,12 +149,12 @@ def test_entropy_of_the_batch_is_that_of_all_ranks():
     told: list[int] = []
     for part in (slice(0, 3), slice(3, 6)):  # each rank says its sums
         method = Srft({"entropy_level": "batch"})
-        method._sampler = SimpleNamespace(total=lambda count: (told.append(count), count)[1])  # type: ignore
+        method.sampler = SimpleNamespace(total=lambda count: (told.append(count), count)[1])  # type: ignore
         method.weigh(whole[part], facts[part])
     for part in (slice(0, 3), slice(3, 6)):
         sums = iter([told[0] + told[2], told[1] + told[3]])
         method = Srft({"entropy_level": "batch"})
-        method._sampler = SimpleNamespace(total=lambda count, sums=sums: next(sums))  # type: ignore
+        method.sampler = SimpleNamespace(total=lambda count, sums=sums: next(sums))  # type: ignore
         for got, weight in zip(weights_of(method, whole[part], facts[part]), expected[part], strict=True):
             torch.testing.assert_close(got, weight, rtol=1e-9, atol=0)
 
@@ -190,8 +190,8 @@ def test_a_demonstration_takes_a_place_in_its_group_and_a_rollout_where_there_is
     assert [t.origin == "demonstration" for t in found] == [False] * 5 + [True] + [False] * 5 + [True]
     assert [t.response_ids for t in found[:6]] == [(4, 5, 0), (4, 5, 1), (4, 5, 2), (4, 5, 0), (4, 5, 1), (9, 1)]
     assert len(method().compose(FakeSampler(), 1, 2)) == 2
-    with pytest.raises(RecipeError, match="no room"):
-        method().compose(FakeSampler(), 4, 1)
+    with pytest.raises(RecipeError, match="learns nothing from 1 rollout"):
+        method().prepare(1, 8)
 
 
 def test_the_on_policy_baseline_leaves_demonstrations_alone():

@@ -22,8 +22,9 @@ from thence.methods import registry
 from thence.methods.base import Method, TokenFacts, bare_row, make_batch
 from thence.methods.chord import ChordMu, ChordPhi, share_of_sft
 from thence.methods.exgrpo import ExGrpo
-from thence.methods.prefix_rft import PrefixRft, keep_highest, lowest_fraction
-from thence.methods.uft import Uft, slice_probability, stage_slices
+from thence.methods.mixed import cosine
+from thence.methods.prefix_rft import PrefixRft, keep_highest
+from thence.methods.uft import Uft, stage_slices
 from thence.objective import Context, local_counts
 from thence.pipeline.run import run
 from thence.train.policy import Policy
@@ -34,7 +35,10 @@ METHODS: tuple[type[Method], ...] = (PrefixRft, Uft, ChordMu, ChordPhi, ExGrpo)
 
 
 def test_prefix_fractions_are_the_published_ones() -> None:
-    assert [lowest_fraction(s, 500) for s in (0, 250, 500, 600)] == pytest.approx([0.95, 0.5, 0.05, 0.05])
+    o = PrefixRft().options
+    assert [cosine(s, 500, o.low_first, o.low_last) for s in (0, 250, 500, 600)] == pytest.approx(
+        [0.95, 0.5, 0.05, 0.05]
+    )
 
 
 def test_the_entropy_mask_is_the_published_one() -> None:
@@ -46,7 +50,8 @@ def test_the_entropy_mask_is_the_published_one() -> None:
 
 
 def test_hint_probabilities_and_stages_are_the_published_ones() -> None:
-    assert [slice_probability(s, 300) for s in (0, 150, 300)] == pytest.approx([0.95, 0.5, 0.05])
+    o = Uft().options
+    assert [cosine(s, 300, o.p_first, o.p_last) for s in (0, 150, 300)] == pytest.approx([0.95, 0.5, 0.05])
     assert [stage_slices(s, 5, 300) for s in (0, 49, 50, 250, 300, 301)] == [5, 5, 4, 0, 0, 0]
 
 

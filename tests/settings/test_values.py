@@ -79,7 +79,7 @@ def places() -> Iterator[tuple[str, type[Section], Callable[[str, Any], Any]]]:
     from thence.compare import recipe as compare
     from thence.compare import sections
 
-    yield "budget", compare.Budget, lambda name, value: load_comparison({**COMPARISON, "budget": {name: value}})
+    yield "budget", compare.ArmBudget, lambda name, value: load_comparison({**COMPARISON, "budget": {name: value}})
     for kind, section in sections.KINDS.items():
 
         def build(name: str, value: Any, kind: str = kind) -> Any:

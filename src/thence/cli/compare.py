@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from cyclopts import Parameter
 
 from thence.cli.parsing import none_given, read_flag
 from thence.errors import UserError
+from thence.machine import usable_cores
 from thence.settings.limits import Processes, Seed
 
 
@@ -82,7 +82,7 @@ def compare_command(
     from thence.compare.live import LiveTable
     from thence.terminal import make_console
 
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or usable_cores()
     with LiveTable(make_console(), jobs) as watcher:
         compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=some_seeds, bases=some_bases, watcher=watcher)
     return _report(recipe, recipe.path(), collect_again=False)

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from thence.errors import UserError
 from thence.known_faults import KnownFault, load_known_faults
+from thence.machine import cpu_name, usable_cores
 from thence.terminal import make_console
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
@@ -97,7 +97,7 @@ def _this_environment() -> dict[str, str]:
     about = {
         "Python": f"{platform.python_version()} ({sys.executable})",
         "Platform": platform.platform(),
-        "CPU": f"{_cpu_name()}, {_usable_cores()} cores usable",
+        "CPU": f"{cpu_name()}, {usable_cores()} cores usable",
         "Memory": _memory(),
         "Disk free here": f"{free:,.1f} GiB",
     }
@@ -156,19 +156,6 @@ def _card(fault: KnownFault, version: str | None) -> Group:
     rows.add_row("sources", Text("\n".join(fault.sources)))
     title = Text(f"\n{fault.level}: {fault.package} {affected} ({here})  [{fault.id}]", style=style)
     return Group(title, rows)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> str:

@@ -136,7 +136,6 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
 
 def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:
     """Lengths of the training data, where it is at hand and the tokenizer too; else nothing, and the plan assumes."""
-    from thence.errors import UserError
     from thence.train.model import load_tokenizer
 
     training = [recipe.stage(name) for name in recipe.stages if not name.startswith("eval")]

@@ -172,6 +172,14 @@ class Planner:
         self._jobs[run] = Job(run, {**tables, "folder": str(folder)}, folder)
         return self._jobs[run]
 
+    def _job_if_any(self, run: PlannedRun) -> Job | None:
+        try:
+            return self.job(run)
+        except DamagedFile:
+            raise
+        except UserError:  # it can never start
+            return None
+
     def is_done(self, run: PlannedRun) -> bool:
         """Whether nothing is left to do: the run is complete, or it is a base that no run to come starts from."""
         if run.arm:
@@ -181,12 +189,7 @@ class Planner:
 
     def has_model(self, run: PlannedRun) -> bool:
         """Whether a run has left its model in its folder."""
-        try:
-            job = self.job(run)
-        except DamagedFile:
-            raise
-        except UserError:  # it can never start
-            return False
+        job = self._job_if_any(run)
         if job is None:
             return False
         if not run.arm:
@@ -212,15 +215,8 @@ class Planner:
     def summary(self, run: PlannedRun) -> Summary | None:
         """What a finished run measured and spent; None while it is not finished."""
         if run not in self._summaries:
-            try:
-                job = self.job(run)
-            except DamagedFile:
-                raise
-            except UserError:  # it can never start
-                return None
-            found = None
-            if job is not None:
-                found = read_summary(self.folder / job.folder) or self._kept.get(str(job.folder))
+            job = self._job_if_any(run)
+            found = job and (read_summary(self.folder / job.folder) or self._kept.get(str(job.folder)))
             if found is None:
                 return None
             self._summaries[run] = found
@@ -258,7 +254,7 @@ class Planner:
         tables: dict[str, Any] = {
             "name": run.arm,
             "seed": run.seed,
-            "stages": [*([arm.kind] if arm.kind else []), "eval"],
+            "stages": arm.stages,
             "model": {**recipe.model, "path": model},
             "data": recipe.data,
             "eval": {**recipe.eval, **(recipe.tuning.eval if tuning else {})},

@@ -117,6 +117,11 @@ class ArmTable(Section):
     note: Text = ""
     """One line for the reader."""
 
+    @property
+    def stages(self) -> list[str]:
+        """Of the arm's recipe."""
+        return [self.kind, "eval"] if self.kind else ["eval"]
+
     def candidates(self) -> list[dict[str, Any]]:
         """Every combination of the grid; one empty combination where there is no grid. Raises ValueError: too many."""
         if (tries := prod(map(len, self.grid.values()))) > MOST_TRIES:
@@ -288,9 +293,8 @@ def all_stages(recipe: ComparisonRecipe) -> Iterator[tuple[str, dict[str, Any], 
     """Of every arm and value of its grid: its name, the value, and a recipe's tables with its stage."""
     for name, arm in recipe.arms.items():
         for chosen in arm.candidates():
-            stages = [*([arm.kind] if arm.kind else []), "eval"]
             tables: dict[str, Any] = {
-                "stages": stages,
+                "stages": arm.stages,
                 "model": {**recipe.model, "path": "base"},
                 "data": recipe.data,
                 "eval": recipe.eval,

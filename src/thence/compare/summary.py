@@ -87,9 +87,8 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
 def _steps_of_stage(path: Path) -> int:
     remedy = f"put a whole copy back, or rename {path.parent.parent.parent}: the run is then repeated"
-    return int(
-        read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("steps", 0), int)).get("steps", 0)
-    )
+    facts = read_json(path, remedy=remedy, shape=lambda facts: isinstance(facts.get("steps", 0), int))
+    return int(facts.get("steps", 0))
 
 
 def _rows(path: Path, remedy: str) -> list[dict[str, Any]]:

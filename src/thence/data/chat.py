@@ -19,17 +19,6 @@ from thence.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "ChatFormat",
-    "Rendered",
-    "RenderedSet",
-    "chat_format",
-    "end_token_ids",
-    "render",
-    "render_all",
-    "trained_share",
-]
-
 
 class PromptTooLong(RowProblem):
     """A rendered prompt is longer than allowed. Prompts are never cut: a cut problem is another problem."""

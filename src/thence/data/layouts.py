@@ -9,10 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from thence.data.example import Example, Message
-from thence.data.fields import absent
-from thence.data.fields import need as _need
-from thence.data.fields import text as _text
-from thence.data.fields import wrong_type as _wrong_type
+from thence.data.fields import absent, need, text, wrong_type
 from thence.data.messages import conversation, prompt_turns, read_tools, response_turn
 from thence.data.numbers import number_text, without_separators
 from thence.data.problems import RowProblem
@@ -133,13 +130,13 @@ def _prompt_completion_row(row: DataRow) -> Parts:
 
 
 def _question_answer_row(row: DataRow) -> Parts:
-    turns = (Message("user", _text(_need(row, "question"), "question")),)
-    return turns, _demonstration(row, "demonstration"), _answer(_need(row, "answer"), "answer")
+    turns = (Message("user", text(need(row, "question"), "question")),)
+    return turns, _demonstration(row, "demonstration"), _answer(need(row, "answer"), "answer")
 
 
 def _worked_row(row: DataRow) -> Parts:
-    turns = (Message("user", _text(_need(row, "question"), "question")),)
-    working = _text(_need(row, "answer"), "answer")
+    turns = (Message("user", text(need(row, "question"), "question")),)
+    working = text(need(row, "answer"), "answer")
     _, mark, final = working.rpartition(ANSWER_MARK)
     final = without_separators(final.strip())
     if not mark or not final:
@@ -154,13 +151,13 @@ def _worked_row(row: DataRow) -> Parts:
 def _verl_row(row: DataRow) -> Parts:
     reward = row.get("reward_model")
     if reward is not None and not isinstance(reward, Mapping):
-        raise _wrong_type("reward_model", reward, "an object with ground_truth")
+        raise wrong_type("reward_model", reward, "an object with ground_truth")
     truth = reward.get("ground_truth") if reward else None
     return _prompt_side(row), _demonstration(row, "target"), _answer(truth, "reward_model.ground_truth")
 
 
 def _text_row(row: DataRow) -> Parts:
-    return "", _text(_need(row, "text"), "text"), None
+    return "", text(need(row, "text"), "text"), None
 
 
 _PARSERS: dict[str, Callable[[DataRow], Parts]] = {
@@ -173,8 +170,8 @@ _PARSERS: dict[str, Callable[[DataRow], Parts]] = {
 
 
 def _prompt_side(row: DataRow) -> tuple[Message, ...] | str:
-    if isinstance(_need(row, "prompt"), str):
-        return _text(row["prompt"], "prompt")
+    if isinstance(need(row, "prompt"), str):
+        return text(row["prompt"], "prompt")
     return prompt_turns(row, "prompt")
 
 
@@ -184,7 +181,7 @@ def _demonstration(row: DataRow, field: str) -> Message | str | None:
     if value is None or value == []:
         return None
     if isinstance(value, str):
-        return _text(value, field)
+        return text(value, field)
     return response_turn(row, field)
 
 
@@ -196,5 +193,5 @@ def _answer(value: object, field: str) -> str | None:
             raise RowProblem(field, f"the answer is {value}", "give a finite number or text")
         return number_text(value)
     if not isinstance(value, str):
-        raise _wrong_type(field, value, "text or a number")
-    return _text(value, field).strip()
+        raise wrong_type(field, value, "text or a number")
+    return text(value, field).strip()

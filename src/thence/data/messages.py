@@ -111,17 +111,15 @@ def check_prompt(turns: Sequence[Message], field: str) -> None:
         raise RowProblem(field, "a system turn that is not the first", "move the system turn to the front")
 
 
-def read_tools(value: object, field: str = "tools") -> tuple[str, ...]:
+def read_tools(value: object) -> tuple[str, ...]:
     """The tools that a row offers, each a JSON object as text; the column holds a list, or a list as JSON text.
 
     Raises:
         RowProblem: no list of objects, each with a name.
     """
+    field = "tools"
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowProblem(field, f"not JSON: {error}", "give a list of JSON schemas") from None
+        value = _from_json(value, field, "give a list of JSON schemas")
     if absent(value):
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -131,10 +129,7 @@ def read_tools(value: object, field: str = "tools") -> tuple[str, ...]:
 
 def _tool(item: object, field: str) -> str:
     if isinstance(item, str):
-        try:
-            item = json.loads(item)
-        except ValueError as error:
-            raise RowProblem(field, f"not JSON: {error}", "give a JSON schema") from None
+        item = _from_json(item, field, "give a JSON schema")
     if not isinstance(item, Mapping):
         raise wrong_type(field, item, "a JSON schema")
     tool = _without_nulls(item)
@@ -226,10 +221,7 @@ def _tool_calls(fields: dict[str, Any], field: str, role: str) -> tuple[ToolCall
     if role != "assistant":
         raise RowProblem(field, f"a turn of role {role} calls tools", "only assistant turns call tools")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowProblem(field, f"not JSON: {error}", "give a list of calls") from None
+        value = _from_json(value, field, "give a list of calls")
     if not isinstance(value, Sequence):
         raise wrong_type(field, value, "a list of calls")
     return tuple(_tool_call(item, f"{field}[{position}]") for position, item in enumerate(value))
@@ -258,10 +250,7 @@ def _tool_call(item: object, field: str) -> ToolCall:
             "give the arguments as JSON text, or without nulls",
         )
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise RowProblem(f"{field}.arguments", f"not JSON: {error}", "give a JSON object") from None
+        arguments = _from_json(arguments or "{}", f"{field}.arguments", "give a JSON object")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise wrong_type(f"{field}.arguments", arguments, "a JSON object")
@@ -315,6 +304,13 @@ def _trained_place(turns: Sequence[Turn], field: str) -> int | None:
             "write one row for each of them, and set weight 0 on the other assistant turns of the row",
         )
     return trained[0] if trained else None
+
+
+def _from_json(text: str, field: str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RowProblem(field, f"not JSON: {error}", remedy) from None
 
 
 def _has_null(value: Any) -> bool:

@@ -56,9 +56,9 @@ def parts_of(messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Par
     return [part for part in found if part.text.strip()]
 
 
-def message_parts(message: Message, place: int, name: str = "messages") -> Iterator[Part]:
+def message_parts(message: Message, place: int) -> Iterator[Part]:
     """The texts of one turn."""
-    where = f"{name}[{place}]"
+    where = f"messages[{place}]"
     yield Part(f"{where}.content", message.content, "content", place)
     yield Part(f"{where}.reasoning_content", message.reasoning, "reasoning", place)
     for number, call in enumerate(message.tool_calls):

@@ -29,8 +29,8 @@ from pydantic import Field, model_validator
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.dapo import is_informative
-from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
-from thence.methods.uft import COUNTED
+from thence.methods.groups import sampled_groups
+from thence.methods.mixed import COUNTED, ClippedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.unknown import all_failed, scores_of
 from thence.objective import Clip, Normaliser, Term
 from thence.settings.limits import Coefficient, PartShare, SomeShare
@@ -38,17 +38,11 @@ from thence.settings.limits import Coefficient, PartShare, SomeShare
 Group = list[Trajectory]
 
 
-class BreadOptions(MixedOptions):
+class BreadOptions(ClippedOptions):
     """Settings of BREAD."""
 
-    std: bool = True
-    """Divide advantages by the group's standard deviation."""
     entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus, a mean over all response tokens."""
-    clip_low: Coefficient = 0.2
-    """Clip range of the ratio below one."""
-    clip_high: Coefficient = 0.2
-    """Clip range of the ratio above one."""
     episodes: int = Field(default=10, ge=2, le=10**6)
     """Parts of a demonstration."""
     least: SomeShare = 0.25
@@ -120,8 +114,7 @@ class Bread(Method):
         return (policy, *entropy_term(o))
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        found = sampler.rollouts(sampler.next_prompts(prompts), n)
-        groups = [found[i : i + n] for i in range(0, len(found), n)]
+        groups = sampled_groups(sampler, prompts, n)
         searches = {i: self.search(group) for i, group in enumerate(groups) if all_failed(group)}
         while open_ones := [s for s in searches.values() if s.middle is not None]:
             episodes = [s.middle or 0 for s in open_ones]

@@ -22,7 +22,6 @@ is left out.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,8 +35,9 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, in_turn, switched_on
 from thence.methods.groups import groups_of
 from thence.methods.mixed import (
-    MixedOptions,
+    ClippedOptions,
     advantages,
+    cosine,
     entropy_term,
     likelihood_normaliser,
     policy_normaliser,
@@ -46,17 +46,11 @@ from thence.objective import Clip, Logp, Normaliser, Term
 from thence.settings.limits import Coefficient, Natural, Share
 
 
-class ChordOptions(MixedOptions):
+class ChordOptions(ClippedOptions):
     """Settings of CHORD-mu."""
 
-    std: bool = True
-    """Divide advantages by the group's standard deviation."""
     entropy: Coefficient = 0.0
     """Coefficient of the entropy bonus, a mean over all response tokens."""
-    clip_low: Coefficient = 0.2
-    """Clip range of the ratio below one."""
-    clip_high: Coefficient = 0.2
-    """Clip range of the ratio above one."""
     expert_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of expert rows."""
     peak: Share = 0.9
@@ -155,13 +149,11 @@ def share_of_sft(step: int, peak: float, valley: float, warmup: int, decay: int)
     """mu after so many rollout batches."""
     if step < warmup:
         return peak * step / warmup
-    if step - warmup >= decay:
-        return valley
-    return valley + 0.5 * (peak - valley) * (1 + math.cos(math.pi * (step - warmup) / decay))
+    return cosine(step - warmup, decay, peak, valley) if decay else valley
 
 
 def placed(sampler: Sampler, groups: Sequence[list[Trajectory]], experts: Sequence[Trajectory]) -> list[Trajectory]:
-    """This rank's groups and expert rows, each with its place in the batch of all ranks: see :func:`spread`.
+    """This rank's groups and expert rows, each with its place in the batch of all ranks: see :func:`spread_evenly`.
 
     Args:
         groups, experts: this rank's share of each, dealt in turn.

@@ -21,6 +21,7 @@ from pydantic import model_validator
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.methods.base import Sampler
+from thence.methods.groups import sampled_groups
 from thence.methods.grpo import Grpo, GrpoOptions
 from thence.methods.unknown import scores_of
 from thence.settings.limits import Ceiling, Coefficient, Count, Natural, Tokens
@@ -100,8 +101,7 @@ class Dapo(Grpo):
         places: list[tuple[int, int, int]] = []  # of the groups of all ranks: draw, rank, place among the rank's own
         rounds = self.options.max_generations if self.options.dynamic_sampling else 1
         for _ in range(rounds):
-            sampled = sampler.rollouts(sampler.next_prompts(prompts), n)
-            groups = [sampled[i : i + n] for i in range(0, len(sampled), n)]
+            groups = sampled_groups(sampler, prompts, n)
             found = [g for g in groups if not self.options.dynamic_sampling or is_informative(g)]
             mine = [(g[0].prompt.draw, sampler.rank, len(kept) + i) for i, g in enumerate(found)]
             places += [place for part in sampler.gather(mine) for place in part]

@@ -6,8 +6,15 @@ import itertools
 from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
+from thence.methods.base import Sampler
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
     """Neighbouring trajectories of one draw of a prompt as lists."""
     return [list(group) for _, group in itertools.groupby(trajectories, key=lambda t: t.prompt.group_key)]
+
+
+def sampled_groups(sampler: Sampler, prompts: int, n: int) -> list[list[Trajectory]]:
+    """``n`` rollouts for each of this rank's share of the next ``prompts`` prompts, a list a prompt."""
+    found = sampler.rollouts(sampler.next_prompts(prompts), n)
+    return [found[i : i + n] for i in range(0, len(found), n)]

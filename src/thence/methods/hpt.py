@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
+from thence.methods.groups import sampled_groups
 from thence.methods.mixed import (
     MixedOptions,
     advantages,
@@ -66,8 +67,7 @@ class Gated(Method):
         """Whether a prompt with these rollouts is learned from its demonstration; never if no reward is known."""
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        found = sampler.rollouts(sampler.next_prompts(prompts), n)
-        groups = [found[i : i + n] for i in range(0, len(found), n)]
+        groups = sampled_groups(sampler, prompts, n)
         chosen = [bool(group[0].prompt.demonstration_ids) and self.imitates(group) for group in groups]
         experts = [group[0].prompt for group, imitated in zip(groups, chosen, strict=True) if imitated]
         demonstrations = iter(sampler.demonstrations(experts) if experts else ())

@@ -16,14 +16,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
-from thence.methods.mixed import (
-    MixedOptions,
-    advantages,
-    entropy_term,
-    groups_with_demonstration,
-    policy_normaliser,
-)
+from thence.methods.base import TokenFacts, Weights, switched_on
+from thence.methods.mixed import MixedOptions, WithDemonstration, advantages, entropy_term, policy_normaliser
 from thence.objective import Clip, Logp, Prob, Ratio, Shape, Surrogate, Term
 from thence.settings.limits import Coefficient, PartShare, SomeCoefficient
 
@@ -45,21 +39,14 @@ class LuffyOptions(MixedOptions):
     """Upper bound of the ratio, if it is larger than 1 + clip_range."""
 
 
-class Luffy(Method):
+class Luffy(WithDemonstration):
     """Policy gradient on groups that hold a demonstration."""
 
     name = "luffy"
-    stage = "rl"
-    demonstrations = "whole"
     formula = "-(1/Z) [sum_own r A + sum_expert pi/(pi + 0.1) A], A = R - mean of the group with its demonstration"
     source = "arXiv 2504.14945 eq. 5-8 with the settings of the released main run"
     exactness = "exact"
     Options = LuffyOptions
-
-    @property
-    def least_rollouts(self) -> int:
-        """One beside the demonstration."""
-        return 2
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -80,6 +67,3 @@ class Luffy(Method):
     def rewarded(self, trajectory: Trajectory) -> bool:
         """The demonstration has an advantage too."""
         return True
-
-    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)

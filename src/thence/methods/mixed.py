@@ -8,17 +8,22 @@ method's coefficients alone set the mixture; ``code`` is what the released train
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import RecipeError
-from thence.methods.base import Options, Sampler, group_numbers, reward_of
+from thence.data.trajectory import Trajectory
+from thence.methods.base import Method, Options, Sampler, group_numbers, reward_of
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 from thence.settings.limits import Coefficient, Processes, Tokens
+
+COUNTED = sys.float_info.min
+"""Weight of a token without advantage: it counts as one of its term's, and vanishes when divided or rounded."""
 
 
 class MixedOptions(Options):
@@ -35,6 +40,17 @@ class MixedOptions(Options):
     """Coefficient of the entropy bonus, a mean over all response tokens."""
     std: bool = False
     """Divide advantages by the group's standard deviation."""
+
+
+class ClippedOptions(MixedOptions):
+    """Settings of every such method whose policy term is the original GRPO's."""
+
+    std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    clip_low: Coefficient = 0.2
+    """Clip range of the ratio below one."""
+    clip_high: Coefficient = 0.2
+    """Clip range of the ratio above one."""
 
 
 def policy_normaliser(options: MixedOptions, paper: Normaliser | None = None) -> Normaliser:
@@ -54,6 +70,11 @@ def likelihood_normaliser(options: MixedOptions, paper: Normaliser | None = None
 def entropy_term(options: MixedOptions) -> tuple[Term, ...]:
     """The entropy bonus as the last term, if it is on."""
     return (Term("entropy", Entropy(), Normaliser("tokens")),) if options.entropy else ()
+
+
+def cosine(step: int, steps: int, first: float, last: float) -> float:
+    """A schedule from ``first`` at step 0 to ``last`` at ``steps`` and after."""
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
 def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool = False) -> Tensor:
@@ -77,27 +98,31 @@ def advantages(trajectories: Sequence[Trajectory], std: bool, *, own_only: bool 
     return result
 
 
-def groups_with_demonstration(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-    """``n`` trajectories for each prompt: ``n - 1`` rollouts and its demonstration, or ``n`` rollouts if it has none.
+class WithDemonstration(Method):
+    """Groups of ``n - 1`` rollouts and the prompt's demonstration, or of ``n`` rollouts where there is none.
 
-    Raises:
-        RecipeError: groups of one have no room for both.
+    Attributes:
+        sampler: of the last batch; None before the first.
     """
-    if n < 2:
-        raise RecipeError(
-            "a group of one has no room for a rollout beside the demonstration",
-            remedy="set rollouts to 2 or more",
-            field="rl.rollouts",
-        )
-    with_one = [prompt for prompt in prompts if prompt.demonstration_ids]
-    without = [prompt for prompt in prompts if not prompt.demonstration_ids]
-    own = iter(sampler.rollouts(with_one, n - 1) if with_one else [])
-    other = iter(sampler.rollouts(without, n) if without else [])
-    experts = iter(sampler.demonstrations(with_one) if with_one else [])
-    result: list[Trajectory] = []
-    for prompt in prompts:
-        if prompt.demonstration_ids:
-            result += [*(next(own) for _ in range(n - 1)), next(experts)]
-        else:
-            result += [next(other) for _ in range(n)]
-    return result
+
+    stage = "rl"
+    demonstrations = "whole"
+    sampler: Sampler | None = None
+
+    @property
+    def least_rollouts(self) -> int:
+        """One beside the demonstration."""
+        return 2
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        self.sampler = sampler
+        asked = sampler.next_prompts(prompts)
+        with_one = [prompt for prompt in asked if prompt.demonstration_ids]
+        without = [prompt for prompt in asked if not prompt.demonstration_ids]
+        own = iter(sampler.rollouts(with_one, n - 1) if with_one else [])
+        other = iter(sampler.rollouts(without, n) if without else [])
+        experts = iter(sampler.demonstrations(with_one) if with_one else [])
+        found: list[Trajectory] = []
+        for prompt in asked:
+            found += [*islice(own, n - 1), next(experts)] if prompt.demonstration_ids else islice(other, n)
+        return found

@@ -24,9 +24,9 @@ tokens of the whole optimizer step over all ranks, as in the paper, where the re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import model_validator
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, group_numbers, reward_of, switched_on
-from thence.methods.mixed import MixedOptions, advantages, policy_normaliser
+from thence.methods.mixed import MixedOptions, advantages, cosine, policy_normaliser
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
 from thence.settings.limits import Ceiling, Coefficient, Natural, Share, Steps
 
@@ -88,6 +88,7 @@ class PrefixRft(Method):
     exactness = "exact"
     uses_facts = True
     Options = PrefixRftOptions
+    sampler: Sampler | None = None  # of the last batch
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -97,16 +98,12 @@ class PrefixRft(Method):
         terms = (Term("policy", clip, normaliser), Term("prefix", prefix, normaliser))
         return (*terms, Term("entropy", Entropy(), Normaliser("term tokens"))) if o.entropy else terms
 
-    def __init__(self, options: Mapping[str, Any] | None = None):
-        super().__init__(options)
-        self._sampler: Sampler | None = None
-
     def compared(self, trajectory: Trajectory) -> bool:
         """With ``dr_grpo_prefix`` the baseline is that of the plain rollouts."""
         return self.options.estimator == "dr_grpo" or not trajectory.prefix
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        self._sampler = sampler
+        self.sampler = sampler
         asked = sampler.next_prompts(prompts)
         prefixes = [self.prefix(sampler, prompt) for prompt in asked]
         begun = [prompt for prompt, prefix in zip(asked, prefixes, strict=True) if prefix]
@@ -122,7 +119,7 @@ class PrefixRft(Method):
     def prefix(self, sampler: Sampler, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of the demonstration that the hybrid begins with."""
         o, expert = self.options, prompt.demonstration_ids or ()
-        low = lowest_fraction(sampler.step, o.schedule_steps or sampler.steps, o.low_first, o.low_last)
+        low = cosine(sampler.step, o.schedule_steps or sampler.steps, o.low_first, o.low_last)
         fraction = low + sampler.uniform("prefix", prompt.index) * (o.high - low)
         return expert[: prefix_length(fraction, len(expert), o.min_prefix)]
 
@@ -144,11 +141,11 @@ class PrefixRft(Method):
 
     def kept(self, trajectories: Sequence[Trajectory], entropies: Sequence[Tensor]) -> list[Tensor]:
         """Which prefix tokens are trained, shape (prefix,) for each trajectory: chosen among those of all ranks."""
-        rank = self._sampler.rank if self._sampler is not None else 0
+        rank = self.sampler.rank if self.sampler is not None else 0
         mine = [
             (t.prompt.draw, rank, i, e.tolist()) for i, (t, e) in enumerate(zip(trajectories, entropies, strict=True))
         ]
-        parts = self._sampler.gather(mine) if self._sampler is not None else [mine]
+        parts = self.sampler.gather(mine) if self.sampler is not None else [mine]
         whole = sorted(entry for part in parts for entry in part)
         flags = keep_highest(torch.tensor([x for *_, values in whole for x in values]), self.options.keep_ratio)
         found = zip(whole, flags.split([len(values) for *_, values in whole]), strict=True) if whole else ()
@@ -165,11 +162,6 @@ class PrefixRft(Method):
         of_prefix = group_advantages(of_rest, groups, baseline="on-policy", on_policy_N=plain)
         of_rest[plain] = group_advantages(of_rest[plain], groups[plain])
         return of_prefix, of_rest
-
-
-def lowest_fraction(step: int, steps: int, first: float = 0.95, last: float = 0.05) -> float:
-    """The smallest fraction of the demonstration that a prefix has: a cosine from ``first`` to ``last``."""
-    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
 def prefix_length(fraction: float, tokens: int, least: int) -> int:

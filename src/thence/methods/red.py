@@ -26,12 +26,12 @@ from pydantic import Field
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
+from thence.methods.base import TokenFacts, Weights, reward_of, switched_on
 from thence.methods.mixed import (
-    MixedOptions,
+    ClippedOptions,
+    WithDemonstration,
     advantages,
     entropy_term,
-    groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
 )
@@ -39,15 +39,9 @@ from thence.objective import Clip, Logp, Term
 from thence.settings.limits import Coefficient, PartShare
 
 
-class RedOptions(MixedOptions):
+class RedOptions(ClippedOptions):
     """Settings of RED."""
 
-    std: bool = True
-    """Divide advantages by the group's standard deviation."""
-    clip_low: Coefficient = 0.2
-    """Clip range of the ratio below one."""
-    clip_high: Coefficient = 0.2
-    """Clip range of the ratio above one."""
     coefficient: Coefficient = 0.1
     """Coefficient of the demonstrations' likelihood, before the two factors."""
     largest: float = Field(default=5.0, ge=1, le=1e6)
@@ -56,12 +50,10 @@ class RedOptions(MixedOptions):
     """Decay of the moving averages of both entropies. 0: no averages."""
 
 
-class Red(Method):
+class Red(WithDemonstration):
     """Policy gradient and likelihood of demonstrations, balanced by how fast either changes the entropy."""
 
     name = "red"
-    stage = "rl"
-    demonstrations = "whole"
     formula = "-(1/N) sum_own min(r A, clip(r) A) - (0.1/N) sum_expert w G^(1 - 2 acc) log pi, w = |dH_sft|/|dH_rl|"
     source = "arXiv 2508.16677 at second hand, and a port of it"
     exactness = "reconstruction"
@@ -74,22 +66,12 @@ class Red(Method):
         """Averages before the current optimizer step, of ``own`` and ``expert`` tokens."""
         self.weighed: dict[str, float] = {}
         """The same after it."""
-        self._sampler: Sampler | None = None
-
-    @property
-    def least_rollouts(self) -> int:
-        """One beside the demonstration."""
-        return 2
 
     @property
     def terms(self) -> tuple[Term, ...]:
         o = self.options
         policy = Term("policy", Clip(o.clip_low, o.clip_high), policy_normaliser(o))
         return (policy, Term("sft", Logp(), likelihood_normaliser(o)), *entropy_term(o))
-
-    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        self._sampler = sampler
-        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options
@@ -115,7 +97,7 @@ class Red(Method):
         for trajectory, fact in zip(trajectories, facts, strict=True):
             entropies["expert" if trajectory.origin == "demonstration" else "own"].append(fact.entropy.double())
         mine = {k: (sum(float(part.sum()) for part in p), sum(len(part) for part in p)) for k, p in entropies.items()}
-        ranks = self._sampler.gather(mine) if self._sampler is not None else [mine]
+        ranks = self.sampler.gather(mine) if self.sampler is not None else [mine]
         for kind in entropies:
             tokens = sum(rank[kind][1] for rank in ranks)
             if tokens:

@@ -25,6 +25,7 @@ from typing import Any
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
+from thence.methods.groups import sampled_groups
 from thence.methods.mixed import MixedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.unknown import all_failed
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Term
@@ -76,13 +77,12 @@ class Relift(Method):
         return (Term("policy", surrogate, policy_normaliser(o)), *entropy_term(o))
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        found = sampler.rollouts(sampler.next_prompts(prompts), n)
-        groups = [found[i : i + n] for i in range(0, len(found), n)]
+        groups = sampled_groups(sampler, prompts, n)
         failed = [group[0].prompt for group in groups if all_failed(group)]
         mine = [prompt for prompt in failed if prompt.demonstration_ids]
         everywhere = sorted((p for part in sampler.gather(mine) for p in part), key=lambda prompt: prompt.draw)
         self.buffer[:0] = [UnsolvedPrompt(sampler.step, prompt) for prompt in everywhere]
-        return found
+        return [trajectory for group in groups for trajectory in group]
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options

@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
+from thence.methods.base import TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
     MixedOptions,
+    WithDemonstration,
     advantages,
     entropy_term,
-    groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
 )
@@ -35,21 +35,14 @@ class RlSftLossOptions(MixedOptions):
     """Coefficient of the demonstrations' likelihood term."""
 
 
-class RlSftLoss(Method):
+class RlSftLoss(WithDemonstration):
     """Policy gradient on own responses, maximum likelihood on demonstrations."""
 
     name = "rl_sft_loss"
-    stage = "rl"
-    demonstrations = "whole"
     formula = "-(1/Z) sum_own r A - (1/Z_demo) sum_expert log pi, A = R - mean of the own responses"
     source = "arXiv 2504.14945, the baseline of its released scripts"
     exactness = "exact"
     Options = RlSftLossOptions
-
-    @property
-    def least_rollouts(self) -> int:
-        """One beside the demonstration."""
-        return 2
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -65,6 +58,3 @@ class RlSftLoss(Method):
             policy, likelihood = (0.0, o.coefficient) if trajectory.origin == "demonstration" else (advantage, 0.0)
             weights.append({"policy": policy, "likelihood": likelihood, **switched_on(entropy=o.entropy)})
         return weights
-
-    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)

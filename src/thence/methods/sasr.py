@@ -23,7 +23,7 @@ from typing import Any, Literal
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
-    MixedOptions,
+    ClippedOptions,
     advantages,
     entropy_term,
     likelihood_normaliser,
@@ -33,19 +33,13 @@ from thence.objective import Clip, Logp, NegativeKl, Normaliser, Term
 from thence.settings.limits import Coefficient, Rate, Steps
 
 
-class SasrOptions(MixedOptions):
+class SasrOptions(ClippedOptions):
     """Settings of SASR."""
 
     warmup_steps: Steps = 20
     """SFT steps before the first coin. The published number is not known; this default was chosen here."""
     gamma: Coefficient = 1.0
     """Weight of the warm-up's gradient norm. Larger: fewer SFT steps. Not published; 1 makes the first coin fair."""
-    clip_low: Coefficient = 0.2
-    """Clip range of the ratio below one."""
-    clip_high: Coefficient = 0.2
-    """Clip range of the ratio above one."""
-    std: bool = True
-    """Divide advantages by the group's standard deviation."""
     kl: Coefficient = 0.0
     """Coefficient of the KL to the model at the start of the stage."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -21,19 +21,19 @@ The log-likelihood of wrong responses is pushed down without bound: expect that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
+from thence.methods.base import TokenFacts, Weights, reward_of, switched_on
 from thence.methods.mixed import (
     MixedOptions,
+    WithDemonstration,
     advantages,
     entropy_term,
-    groups_with_demonstration,
     likelihood_normaliser,
     policy_normaliser,
 )
@@ -64,26 +64,15 @@ class SrftOptions(MixedOptions):
     """Constant of wrong sampled responses."""
 
 
-class Srft(Method):
+class Srft(WithDemonstration):
     """Two terms on the demonstration, one on own responses, weighted by entropy."""
 
     name = "srft"
-    stage = "rl"
-    demonstrations = "whole"
     formula = "-sum_expert (0.5 e^-H log pi + A f(pi)) - sum_right 0.1 e^H log pi + sum_wrong log pi, each over Z"
     source = "arXiv 2506.19767 eq. 4-11, with H and f as in the re-implementation in HPT's code"
     exactness = "exact"
     uses_facts = True
     Options = SrftOptions
-
-    def __init__(self, options: Mapping[str, Any] | None = None):
-        super().__init__(options)
-        self._sampler: Sampler | None = None
-
-    @property
-    def least_rollouts(self) -> int:
-        """One beside the demonstration."""
-        return 2
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -116,10 +105,6 @@ class Srft(Method):
         """The demonstration has an advantage too."""
         return True
 
-    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        self._sampler = sampler
-        return groups_with_demonstration(sampler, sampler.next_prompts(prompts), n)
-
     def _entropies(self, facts: Sequence[TokenFacts]) -> list[Tensor]:
         """H at every response token of each trajectory, shape (n,), float64."""
         entropies = [fact.entropy.double() for fact in facts]
@@ -132,4 +117,4 @@ class Srft(Method):
         return [torch.full_like(e, mean) for e in entropies]
 
     def _over_ranks(self, count: int) -> int:
-        return count if self._sampler is None else self._sampler.total(count)
+        return count if self.sampler is None else self.sampler.total(count)

@@ -23,8 +23,6 @@ with ``hint_steps``; that the hint's weight of ``stage`` is that of ``uft``.
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import Literal
@@ -33,12 +31,9 @@ import torch
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Options, Sampler, TokenFacts, Weights, switched_on
-from thence.methods.mixed import advantages
+from thence.methods.mixed import COUNTED, advantages, cosine
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
 from thence.settings.limits import Coefficient, Count, Share, Steps
-
-# On a token without advantage: makes it count as one of the policy term's, and vanishes when divided or rounded.
-COUNTED = sys.float_info.min
 
 
 class UftOptions(Options):
@@ -123,7 +118,7 @@ class Uft(Method):
             return stage_slices(sampler.step, slices, o.hint_steps)
         if o.hints == "r3":
             return int(sampler.uniform("hint", prompt.index) * (slices + 1))
-        p = slice_probability(sampler.step, o.hint_steps, o.p_first, o.p_last)
+        p = cosine(sampler.step, o.hint_steps, o.p_first, o.p_last)
         return sum(sampler.uniform("hint", prompt.index, trial) < p for trial in range(slices))
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
@@ -135,11 +130,6 @@ class Uft(Method):
             bonus = {name: own * weight for name, weight in switched_on(kl=o.kl, entropy=o.entropy).items()}
             weights.append({"policy": own * (advantage or COUNTED), "hint": (1 - own) * self.hint_weight, **bonus})
         return weights
-
-
-def slice_probability(step: int, steps: int, first: float = 0.95, last: float = 0.05) -> float:
-    """The probability of each slice: a cosine from ``first`` to ``last``."""
-    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
 def stage_slices(step: int, slices: int, steps: int) -> int:

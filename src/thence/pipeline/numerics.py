@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from thence.kernels.build import kernel_facts
+from thence.machine import cpu_name
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +40,3 @@ def say_other_numerics(kept: Mapping[str, Any] | None, whose: str) -> None:
         log.warning(
             "%s was made with other numerics (%s); last bits may differ from here on", whose, ", ".join(changed)
         )
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

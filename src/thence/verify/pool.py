@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from thence.errors import UserError
+from thence.machine import usable_cores
 from thence.verify.boxed import BOX
 from thence.verify.math import Rule, grade_by_text, graded_part, unboxed_part, without_reward
 from thence.verify.process import WorkerProcess
@@ -62,7 +63,7 @@ class GradingPool:
             remedy = f"set at least {MIN_MEMORY_MB}: the checker itself takes about 64"
             raise UserError(f"a memory limit of {memory_mb} MiB is too small", remedy=remedy, field="memory_mb")
         self.seconds, self.memory_mb = seconds, memory_mb
-        self._size = workers or min(_cpus(), MAX_WORKERS)
+        self._size = workers or min(usable_cores(), MAX_WORKERS)
         self._workers: list[WorkerProcess] = []
         self._failed_starts = 0
         self._lock = threading.Lock()
@@ -231,12 +232,6 @@ def _start_error(reason: str, memory_mb: int) -> UserError:
         remedy="check that `python -c 'import math_verify'` works in this environment, and that memory_mb "
         f"({memory_mb}) leaves room for it",
     )
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _kill_all(workers: list[WorkerProcess], owner: int) -> None:

@@ -19,7 +19,7 @@ from thence.compare.sections import (
 )
 from thence.compare.statistics import Statistics
 from thence.pages.comparison.points import Point, along, back, ends_of_axis, label_places, points_of, side_by_side
-from thence.pages.comparison.series import Series, dynamics_series, quantities_of, training_series, unit_of
+from thence.pages.comparison.series import UNITS, Series, dynamics_series, quantities_of, training_series
 from thence.pages.comparison.tables import SweepLine, sweep_lines, sweep_places
 from thence.pages.comparison.words import column_label, label
 from thence.pages.figure import (
@@ -222,7 +222,7 @@ def _curves_figure(section: Training | Dynamics, statistics: Statistics, base: s
         figure = canvas(_WIDTH, 2.7 if len(panels) > 1 else 3.2)
         drawn = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (quantity, held) in zip(drawn, panels.items(), strict=True):
-            plain_axes(axes, PAGE, "step", unit_of(quantity))
+            plain_axes(axes, PAGE, "step", UNITS[quantity])
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             for index, series in held:
                 colour, dash = PAGE.line(index)
@@ -230,7 +230,7 @@ def _curves_figure(section: Training | Dynamics, statistics: Statistics, base: s
                 if section.kind == "dynamics":
                     band = {"color": colour, "alpha": 0.13, "linewidth": 0}
                     axes.fill_between(series.steps, series.low, series.high, **band)
-        svg = inline(figure, f"{', '.join(map(unit_of, panels))} by step on {base}")
+        svg = inline(figure, f"{', '.join(UNITS[panel] for panel in panels)} by step on {base}")
     shown = sorted({index for held in panels.values() for index, _ in held})
     seeds = sorted({seed for held in panels.values() for _, series in held for seed in series.seeds})
     said = ", ".join(map(str, seeds))

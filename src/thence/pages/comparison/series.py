@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from thence.compare.result import Arm, Comparison, Run
 from thence.compare.sections import Dynamics, Training
 
-_UNITS = {
+UNITS = {
     "loss": "loss",
     "grad_norm": "gradient norm before clipping",
     "reward": "reward, mean over rollouts",
     "response_tokens": "response length, tokens",
     "entropy": "entropy, nats a token",
 }
+"""Quantities with their units."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,6 @@ class Series:
     low: tuple[float, ...]
     high: tuple[float, ...]
     seeds: tuple[int, ...]
-
-
-def unit_of(quantity: str) -> str:
-    """A quantity and its unit."""
-    return _UNITS[quantity]
 
 
 def quantities_of(section: Training | Dynamics) -> Sequence[str]:

@@ -147,13 +147,8 @@ def _waterfall(section: Waterfall, statistics: Statistics, base: str) -> Table:
         step = above.get(arm.name)
         cells.append(Cell(points(step), strong=step is not None and step.significant) if step else NOTHING)
         rows.append(TableRow(label(arm), tuple(cells)))
-    title = label(statistics.comparison.arm(clean))
-    note = (
-        f"Accuracy in per cent, mean ± standard deviation over seeds; second line: difference to {title}, in points, "
-        f"with its 95% interval. {STAR} and bold: significant after Holm's correction for the rows of this table."
-    )
     headers = ("", *map(column_label, columns), f"to the row above, {column_label(headline)}")
-    return Table(base, headers, tuple(rows), (note, *_missing(statistics, arms, base)))
+    return Table(base, headers, tuple(rows), (_to_note(statistics, clean, "rows"), *_missing(statistics, arms, base)))
 
 
 def _sensitivity(section: Sensitivity, statistics: Statistics, base: str) -> Table:
@@ -171,11 +166,11 @@ def _sensitivity(section: Sensitivity, statistics: Statistics, base: str) -> Tab
     return Table(base, headers, tuple(rows), (_to_note(statistics, other), *_missing(statistics, arms, base)))
 
 
-def _to_note(statistics: Statistics, other: str) -> str:
+def _to_note(statistics: Statistics, other: str, of: str = "arms") -> str:
     return (
         "Accuracy in per cent, mean ± standard deviation over seeds; second line: difference to "
         f"{label(statistics.comparison.arm(other))}, in points, with its 95% interval. {STAR} and bold: significant "
-        "after Holm's correction for the arms of this table."
+        f"after Holm's correction for the {of} of this table."
     )
 
 
