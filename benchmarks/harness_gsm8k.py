@@ -300,7 +300,8 @@ def record_of(args: argparse.Namespace, pairs: Sequence[Pair], harness: dict[str
 
 def scores(pairs: Sequence[Pair], rule: str) -> dict[str, Any]:
     """Both sides' accuracy by a rule with 95% intervals, and the paired difference, thence minus harness."""
-    from thence.evaluate.metrics import avg_at_k, paired
+    from thence.evaluate.metrics import avg_at_k
+    from thence.stats.paired import paired
 
     right = {side: {pair.key: float(pair.right[rule][side]) for pair in pairs} for side in ("thence", "harness")}
     difference = paired(right["thence"], right["harness"])

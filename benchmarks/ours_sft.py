@@ -16,10 +16,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import thence
     from thence.data.example import Example
+    from thence.methods.base import make_batch
     from thence.methods.sft import SftMethod
-    from thence.objective import Batch
     from thence.pipeline.prompts import to_prompts
-    from thence.pipeline.sft_stage import rows_of
+    from thence.pipeline.sft_stage import trajectories_of
     from thence.recipe import Data, Model
     from thence.train.model import load_model
     from thence.train.step import StepSettings
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     clock.start()
     for step in range(args.warmup + args.steps):
         chosen = [prompts[(step * batch + i) % len(prompts)] for i in range(batch)]
-        report = trainer.step(Batch(method.terms, tuple(rows_of(chosen, method, "response"))))
+        report = trainer.step(make_batch(method, trajectories_of(chosen, "response")))
         reports.append(report)
         clock.count(report.tokens, report.tokens)
         clock.end_step()

@@ -14,7 +14,7 @@ from models import VOCAB, tiny
 from record import Record
 from rows import LENGTHS, relative, sft_batch, trajectories
 
-from thence.train.parallel import DataParallel, Ranks, Sharding, SingleProcess, shard
+from thence.train.parallel import DataParallel, Ranks, ShardLayout, SingleProcess, shard
 from thence.train.policy import Policy
 from thence.train.step import StepSettings
 from thence.train.trainer import Trainer
@@ -44,13 +44,13 @@ def run(device: torch.device, small: bool, record: Record) -> None:
 
 
 LAYOUTS = {
-    "weights freed after each pass": Sharding(),
-    "weights kept, sums once a step": Sharding(reshard_after_forward=False, sum_every_pass=False),
-    "weights and optimizer in host memory": Sharding(offload=True),
+    "weights freed after each pass": ShardLayout(),
+    "weights kept, sums once a step": ShardLayout(reshard_after_forward=False, sum_every_pass=False),
+    "weights and optimizer in host memory": ShardLayout(offload=True),
 }
 
 
-def steps(ranks: Ranks, device: torch.device, sharding: Sharding | None = None) -> torch.Tensor:
+def steps(ranks: Ranks, device: torch.device, sharding: ShardLayout | None = None) -> torch.Tensor:
     """The parameters after three steps; every rank takes its share of the rows."""
     policy = Policy(tiny("llama", device=device))
     policy.check()

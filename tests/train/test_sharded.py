@@ -24,7 +24,7 @@ from tests.tiny_model import make_tiny_model
 from thence.errors import StepRefused, UserError
 from thence.objective import Batch
 from thence.train.cut_probe import check_cut, gradient_sums
-from thence.train.parallel import Ranks, Sharding, SingleProcess, on_first_rank, shard, start_ranks, together
+from thence.train.parallel import Ranks, ShardLayout, SingleProcess, on_first_rank, shard, start_ranks, together
 from thence.train.policy import Policy
 from thence.train.step import StepSettings
 from thence.train.trainer import Trainer
@@ -59,7 +59,7 @@ def model_of(case: dict[str, Any]) -> Any:
     return model
 
 
-def steps(case: dict[str, Any], ranks: Ranks, sharding: Sharding | None) -> dict[str, Any]:
+def steps(case: dict[str, Any], ranks: Ranks, sharding: ShardLayout | None) -> dict[str, Any]:
     """Three optimizer steps and a scoring pass: parameters, reports, log-probabilities of this rank's rows."""
     variant, policy = BY_NAME[case.get("variant", "sft")], Policy(model_of(case))
     settings = StepSettings(25, case.get("packing", False), 1.0, case.get("dtype", torch.float64))
@@ -96,7 +96,7 @@ def parameters(model: nn.Module) -> torch.Tensor:
 def refused(ranks: Any) -> bool:
     """One rank's rows are bad: whether all refuse the step."""
     policy = Policy(make_tiny_model())
-    shared = shard(policy, ranks, Sharding(compute_dtype=torch.float64))
+    shared = shard(policy, ranks, ShardLayout(compute_dtype=torch.float64))
     batch = share_of(make_batch(make_case(make_tiny_model(), BY_NAME["sft"], LENGTHS, 3, 1), BY_NAME["sft"]), "", ranks)
     if ranks.rank == ranks.world - 1:
         batch = replace(batch, rows=tuple(replace(row, weights=row.weights * float("nan")) for row in batch.rows))
@@ -111,7 +111,7 @@ def what_the_check_says(ranks: Any, break_it: Any) -> str:
     """Of a cut policy that was broken: the check's error, empty without one."""
     policy = Policy(make_tiny_model())
     expected = gradient_sums(policy)
-    shared = shard(policy, ranks, Sharding(compute_dtype=torch.float64))
+    shared = shard(policy, ranks, ShardLayout(compute_dtype=torch.float64))
     break_it(policy)
     try:
         check_cut(policy, shared, expected, torch.float64)
@@ -147,7 +147,7 @@ def fails_on_one(ranks: Any) -> str:
 
 def on_each_rank(replicas: int) -> dict[str, Any]:
     ranks, _ = start_ranks()
-    sharding = Sharding(replicas=replicas, compute_dtype=torch.float64)
+    sharding = ShardLayout(replicas=replicas, compute_dtype=torch.float64)
     silent = {"silent": {"share": ONLY_SILENT}}
     found: dict[str, Any] = {name: steps(case, ranks, sharding) for name, case in (CASES | silent).items()}
     found["refused"] = refused(ranks)

@@ -13,7 +13,7 @@ from thence.pipeline.context import Layout, StageContext
 from thence.recipe import Model, Optimization, Recipe
 from thence.train.cut_probe import Sums, check_cut, gradient_sums
 from thence.train.model import Loaded, compute_dtype, empty_model, load_model, load_tokenizer
-from thence.train.parallel import DataParallel, Ranks, Sharding, on_first_rank, shard, together
+from thence.train.parallel import DataParallel, Ranks, ShardLayout, on_first_rank, shard, together
 from thence.train.policy import Policy
 from thence.train.probe import NotVerified
 from thence.train.weights import skeleton_of
@@ -119,7 +119,7 @@ def _sums_or_none(policy: Policy) -> Sums | None:
 def cut_policy(policy: Policy, recipe: Recipe, ranks: Ranks, device: torch.device) -> Ranks:
     """Cut a policy as the recipe says. Returns the ranks to train it with."""
     settings = recipe.sharding
-    sharding = Sharding(
+    sharding = ShardLayout(
         replicas=settings.replicas,
         compute_dtype=compute_dtype(recipe.model, device),
         reshard_after_forward=settings.reshard_after_forward,

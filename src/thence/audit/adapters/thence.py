@@ -91,7 +91,7 @@ def run(case: dict, session: Any) -> None:
 
 def _laid_out(case: dict, model: Any, ranks: Any, device: Any) -> tuple[Any, Any]:
     """The policy as the case cuts it over ranks, and the ranks to train it with."""
-    from thence.train.parallel import DataParallel, Sharding, shard
+    from thence.train.parallel import DataParallel, ShardLayout, shard
     from thence.train.policy import Policy
 
     policy, parallel = Policy(model), case["options"].get("parallel")
@@ -99,7 +99,7 @@ def _laid_out(case: dict, model: Any, ranks: Any, device: Any) -> tuple[Any, Any
         return policy, ranks
     policy.check(case["packing"])
     ranks = ranks if isinstance(ranks, DataParallel) else DataParallel.alone(device)
-    return policy, shard(policy, ranks, Sharding(2 if parallel == "hsdp" else 1, _compute_dtype(case)))
+    return policy, shard(policy, ranks, ShardLayout(2 if parallel == "hsdp" else 1, _compute_dtype(case)))
 
 
 def _compute_dtype(case: dict) -> Any:

@@ -30,7 +30,7 @@ from thence.train.parallel.ranks import DataParallel, Ranks, local_norm
 
 
 @dataclass(frozen=True)
-class Sharding:
+class ShardLayout:
     """How a policy is cut. The update does not depend on it, memory and speed do.
 
     Args:
@@ -95,7 +95,7 @@ def make_mesh(device: torch.device, world: int, replicas: int) -> DeviceMesh:
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(policy: Any, ranks: DataParallel, sharding: Sharding) -> Sharded:
+def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
     """Cut the policy in place: every layer of the model by itself, everything else (embedding, norm, head) together.
 
     Weights come from the first rank, one layer at a time; on the others they may be on the meta device.
