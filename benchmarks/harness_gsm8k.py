@@ -182,7 +182,10 @@ def pair(args: argparse.Namespace, messages: Sequence[Any], harness: dict[str, A
                 number=i + 1,
                 key=sample.problem,
                 answer=sample.answer,
-                prompt_ids={"thence": prompts.ids(sample.as_problem("gsm8k")), "harness": other["prompt_ids"]},
+                prompt_ids={
+                    "thence": prompts.rendered(sample.as_problem("gsm8k")).prompt_ids,
+                    "harness": other["prompt_ids"],
+                },
                 texts={"thence": sample.text, "harness": other["text"]},
                 tokens={"thence": sample.tokens or 0, "harness": len(other["token_ids"])},
                 harness_ids=other["token_ids"],
