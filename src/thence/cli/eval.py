@@ -161,7 +161,7 @@ def _list() -> int:
 
 def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> int:
     from thence.evaluate.problems import load_problems
-    from thence.evaluate.progress import Terminal
+    from thence.evaluate.progress import EvaluationDisplay
     from thence.evaluate.run import evaluate
     from thence.terminal import logging_to, make_console
 
@@ -172,7 +172,7 @@ def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> 
     count = counted(sum(map(len, problems.values())), "problem")
     console.print(f"{settings.suite}: {count}, into {folder}", highlight=False)
     try:
-        with logging_to(console), Terminal(console) as progress:
+        with logging_to(console), EvaluationDisplay(console) as progress:
             store = evaluate(
                 settings,
                 problems,
@@ -337,13 +337,13 @@ def _environment(endpoint: str | None) -> dict[str, Any]:
 
 
 def _regrade(name: str, grader: str | None) -> int:
-    from thence.evaluate.progress import Terminal
+    from thence.evaluate.progress import EvaluationDisplay
     from thence.evaluate.run import regrade
     from thence.terminal import logging_to, make_console
 
     console = make_console()
     try:
-        with logging_to(console), Terminal(console) as progress:
+        with logging_to(console), EvaluationDisplay(console) as progress:
             store = regrade(_existing(name).folder, grader, progress)
     except UserError as error:
         if error.field != "reward":

@@ -100,7 +100,7 @@ def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) 
 
 def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     """Run, show progress, then print the results and the report's path."""
-    from thence.pipeline.progress import Terminal
+    from thence.pipeline.progress import RunDisplay
     from thence.pipeline.run import run
     from thence.terminal import logging_to, make_console
     from thence.train.parallel import rank_variable
@@ -108,7 +108,7 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     console = make_console()
     leads = rank_variable("RANK") == 0
     quiet_libraries()
-    with logging_to(console, logging.INFO if leads else logging.ERROR), Terminal(console) as watcher:
+    with logging_to(console, logging.INFO if leads else logging.ERROR), RunDisplay(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
         from thence.pages.run.page import write_page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
@@ -13,34 +12,25 @@ from rich.text import Text
 
 from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.recipe import ComparisonRecipe
+from thence.display import Display
 from thence.wording import duration
 
 REFRESHES = 2  # a second
 
 
-class LiveTable:
+class LiveTable(Display):
     """Arms by bases: how many of their runs are done, which one goes on, and how long the rest will take."""
 
     def __init__(self, console: Console, jobs: int):
-        self.console, self.jobs = console, jobs
-        self.live = Live(console=console, refresh_per_second=REFRESHES) if console.is_terminal else None
+        self.live = Live(console=console, refresh_per_second=REFRESHES)
+        super().__init__(console, self.live)
+        self.jobs = jobs
         self.runs: list[PlannedRun] = []
         self.ended: set[PlannedRun] = set()
         self.failures: dict[PlannedRun, str] = {}
         self.running: dict[PlannedRun, tuple[str, int, int]] = {}
         self.seconds: dict[str, list[float]] = {}
         self.began = time.monotonic()
-
-    def __enter__(self) -> LiveTable:
-        if self.live is not None:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.live is not None:
-            self.live.stop()
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         """See :class:`thence.compare.engine.ComparisonWatcher`."""
@@ -82,11 +72,10 @@ class LiveTable:
         return f"{counted}, about {duration(seconds / self.jobs)} left"
 
     def _show(self, line: str = "") -> None:
-        if self.live is None:
-            if line:
-                self.console.print(line, soft_wrap=True, highlight=False, markup=False)
-        else:
+        if self.animated:
             self.live.update(self.table(self.planner.recipe))
+        elif line:
+            self.line(line, wrap=False)
 
     def table(self, recipe: ComparisonRecipe) -> Table:
         """The table of arms and bases."""

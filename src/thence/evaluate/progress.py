@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from thence.display import BarDisplay
 from thence.evaluate.backends import Generation, Refused
 from thence.wording import counted, duration
 
@@ -35,7 +35,7 @@ class EvaluationProgress:
         """A task is complete: whatever of it was answered is graded and kept."""
 
 
-class Terminal(EvaluationProgress):
+class EvaluationDisplay(BarDisplay, EvaluationProgress):
     """Shows a bar where there is a terminal, else a line every ``seconds``: samples, tokens a second, time left.
 
     The time that is left is for the samples of all tasks. Samples may end in bursts (a wave of rows at a time), so
@@ -43,44 +43,33 @@ class Terminal(EvaluationProgress):
     """
 
     def __init__(self, console: Console, seconds: float = 5.0):
-        self.console, self.seconds = console, seconds
-        self.name, self.total, self.done, self.missing = "", 0, 0, 0
-        self.made = self.tokens = self.printed = 0
+        super().__init__(console, seconds, 16)
+        self.missing = self.made = self.tokens = self.printed = 0
         self.started = self.last = time.monotonic()
-        columns = [TextColumn("{task.description:<16}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()]
-        self.bar = Progress(*columns, TextColumn("{task.fields[facts]}", markup=False), console=console)
-        self.task: TaskID | None = None
         self._closed = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
 
-    def __enter__(self) -> Terminal:
-        if self.console.is_terminal:
-            self.bar.start()
-        else:
+    def __enter__(self) -> Self:
+        if not self.animated:
             self._clock.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._closed.set()
-        if self.console.is_terminal:
-            self.bar.stop()
-        else:
+        if not self.animated:
             self._clock.join()
+        super().__exit__(*error)
 
     def begin(self, missing: int) -> None:
         self.missing = missing
 
     def sampling(self, task: str, total: int, done: int) -> None:
-        self.name, self.total, self.done = task, total, done
         if not self.made:
             self.started = time.monotonic()  # loading the model is not sampling
-        if self.console.is_terminal:
-            self.task = self.bar.add_task(task, total=total, completed=done, facts="")
-        elif done < total:
+        self.start_task(task, total, done)
+        if done < total:
             begun = f"resumed after {done:,} of {total:,} samples" if done else counted(total, "sample")
-            self.console.print(f"{task}: {begun}", highlight=False)
+            self.line(f"{task}: {begun}")
 
     def sampled(self, generation: Generation) -> None:
         self.made, self.last = self.made + 1, time.monotonic()
@@ -93,23 +82,20 @@ class Terminal(EvaluationProgress):
 
     def _advance(self) -> None:
         self.done += 1
-        if self.console.is_terminal and self.task is not None:
-            self.bar.update(self.task, completed=self.done, facts=self._facts())
-        elif self.done == self.total:
-            self._line()
+        if not self.redraw(self._facts()) and self.done == self.total:
+            self._speed_line()
 
     def grading(self, task: str, total: int) -> None:
-        if not self.console.is_terminal:
-            self.console.print(f"{task}: grading {counted(total, 'sample')}", highlight=False)
+        self.line(f"{task}: grading {counted(total, 'sample')}")
 
     def _tick(self) -> None:
         while not self._closed.wait(self.seconds):
             if self.made != self.printed:
-                self._line()
+                self._speed_line()
 
-    def _line(self) -> None:
+    def _speed_line(self) -> None:
         self.printed = self.made
-        self.console.print(f"{self.name} {self.done:,}/{self.total:,}  {self._facts()}", highlight=False)
+        self.line(f"{self.name} {self.done:,}/{self.total:,}  {self._facts()}")
 
     def _facts(self) -> str:
         seconds = max(self.last - self.started, 1e-9)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
+from thence.display import BarDisplay
 from thence.wording import counted
 
 SHOWN = (
@@ -45,48 +45,23 @@ class NullWatcher:
         pass
 
 
-class Terminal:
+class RunDisplay(BarDisplay):
     """Shows a bar where there is a terminal, else a line every ``seconds``."""
 
     def __init__(self, console: Console, seconds: float = 5.0):
-        self.console, self.seconds = console, seconds
-        self.total = self.done = 0
-        self.name, self.last = "", 0.0
-        columns = [TextColumn("{task.description:<10}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn()]
-        self.bar = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}", markup=False),
-            console=console,
-            transient=False,
-        )
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> Terminal:
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
+        super().__init__(console, seconds, 10, TimeRemainingColumn())
+        self.last = 0.0
 
     def stage(self, name: str, total: int, done: int) -> None:
-        self.name, self.total, self.done, self.last = name, total, done, time.monotonic()
-        if self.console.is_terminal:
-            self.task = self.bar.add_task(name, total=total, completed=done, facts="")
-        else:
-            self.console.print(
-                f"{name}: " + (f"resumed after step {done} of {total}" if done else counted(total, "step"))
-            )
+        self.last = time.monotonic()
+        self.start_task(name, total, done)
+        self.line(f"{name}: " + (f"resumed after step {done} of {total}" if done else counted(total, "step")))
 
     def step(self, facts: Mapping[str, Any]) -> None:
         self.done += 1
         text = "  ".join(pattern.format(facts[key]) for key, pattern in SHOWN if facts.get(key) is not None)
-        if self.console.is_terminal and self.task is not None:
-            self.bar.update(self.task, completed=self.done, facts=text)
-        elif time.monotonic() - self.last >= self.seconds or self.done == self.total:
+        if self.redraw(text):
+            return
+        if time.monotonic() - self.last >= self.seconds or self.done == self.total:
             self.last = time.monotonic()
-            self.console.print(f"{self.name} {self.done}/{self.total}  {text}", highlight=False)
+            self.line(f"{self.name} {self.done}/{self.total}  {text}")
