@@ -113,7 +113,7 @@ def test_what_there_is_no_room_to_try_is_said_and_not_passed(bloom, tmp_path, mo
     def full(size, device):
         raise probe.NotVerified("99.0 GB of memory would be needed for it, 1.0 GB are free")
 
-    monkeypatch.setattr(probe, "_need_memory", full)
+    monkeypatch.setattr(probe, "need_memory", full)
     run(recipe_of(bloom), {"folder": str(tmp_path / "run")})
     assert "not verified: gradient, padded rows: 99.0 GB" in caplog.text
     assert "not verified: saving and resuming" in caplog.text
