@@ -113,3 +113,13 @@ def test_this_environment_is_described(monkeypatch, capsys):
     told = capsys.readouterr().out
     for what in ("Python", "torch", "transformers", "Threads", "BLAS", "Disk free", "Devices"):
         assert what in told
+
+
+def test_no_source_is_cut_on_a_narrow_terminal(monkeypatch, capsys):
+    environment(monkeypatch, transformers="4.45.2")
+    monkeypatch.setenv("COLUMNS", "50")
+    assert doctor_command() == 1
+    told = capsys.readouterr().out
+    fault = next(f for f in load_known_faults() if f.id == "transformers-mean-of-means")
+    assert "…" not in told
+    assert all(source in "".join(told.split()) for source in fault.sources)

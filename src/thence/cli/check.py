@@ -42,19 +42,16 @@ class Checked:
 
     def line(self, part: str, state: str, reason: str, remedy: str = "") -> None:
         """Print one verdict with its reason and remedy."""
-        from rich.table import Table
         from rich.text import Text
+
+        from thence.pages.terminal import facts
 
         mark, colour = MARKS[state]
         said = Text(reason)
         if remedy and state in ("refused", "unverified"):
             said.append(f"\nremedy: {remedy}", colour)
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(width=1)
-        grid.add_column(width=PART_WIDTH)
-        grid.add_column(overflow="fold")  # a long path is not cut
-        grid.add_row(Text(mark, f"bold {colour}"), Text(part, "bold"), said)
-        self.console.print(grid)
+        row = (Text(mark, f"bold {colour}"), Text(part, "bold"), said)
+        self.console.print(facts([row], widths=(1, PART_WIDTH), gap=1))
         if state == "refused":
             self.refused.append(part)
         if state == "unverified":

@@ -14,12 +14,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from thence.errors import UserError
 from thence.known_faults import KnownFault, load_known_faults
 from thence.machine import cpu_name, usable_cores
+from thence.pages.terminal import facts
 from thence.terminal import make_console
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
@@ -58,7 +58,7 @@ def doctor_command(
         about, packages = _this_environment(), _installed()
     faults = load_known_faults()
     found = [fault for fault in faults if fault.package in packages and fault.hits(packages[fault.package])]
-    console.print(_environment_table(about, packages))
+    console.print(_environment(about, packages))
     console.print(_verdict(found, packages))
     for fault in found:
         console.print(_card(fault, packages[fault.package]))
@@ -121,17 +121,12 @@ def _this_environment() -> dict[str, str]:
     }
 
 
-def _environment_table(about: Mapping[str, str], packages: Mapping[str, str]) -> Table:
-    table = Table(show_header=False, box=None, title="Environment", title_justify="left")
-    for key, value in about.items():
-        table.add_row(key, value)
-    for name in CORE:
-        table.add_row(name, packages.get(name, "not installed"))
+def _environment(about: Mapping[str, str], packages: Mapping[str, str]) -> Group:
+    core = [(name, packages.get(name, "not installed")) for name in CORE]
     there = [f"{name} {packages[name]}" for name in OPTIONAL if name in packages]
     absent = [name for name in OPTIONAL if name not in packages]
-    table.add_row("optional", ", ".join(there) or "none")
-    table.add_row("not installed", ", ".join(absent) or "none")
-    return table
+    rest = [("optional", ", ".join(there) or "none"), ("not installed", ", ".join(absent) or "none")]
+    return Group(Text("Environment", style="table.title"), facts([*about.items(), *core, *rest], indent=1))
 
 
 def _verdict(found: Sequence[KnownFault], packages: Mapping[str, str]) -> Text:
@@ -147,15 +142,9 @@ def _card(fault: KnownFault, version: str | None) -> Group:
     here = f"{version} installed" if version else "not installed"
     affected = fault.affected or "versions not known"
     style = "red" if fault.level == "fault" else "yellow"
-    rows = Table(show_header=False, box=None, padding=(0, 1, 0, 2))
-    rows.add_column(no_wrap=True)
-    rows.add_column()
-    for key in ("fault", "symptom", "settings", "remedy"):
-        rows.add_row(key, Text(getattr(fault, key)))
-    rows.add_row("confirmed", Text(fault.confirmed))
-    rows.add_row("sources", Text("\n".join(fault.sources)))
+    said = [(key, getattr(fault, key)) for key in ("fault", "symptom", "settings", "remedy", "confirmed")]
     title = Text(f"\n{fault.level}: {fault.package} {affected} ({here})  [{fault.id}]", style=style)
-    return Group(title, rows)
+    return Group(title, facts([*said, ("sources", "\n".join(fault.sources))], indent=2))
 
 
 def _memory() -> str:

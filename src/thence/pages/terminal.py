@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.padding import Padding
 from rich.table import Table as Drawn
 from rich.text import Text
 
@@ -58,6 +59,28 @@ class TableView:
 def with_notes(table: Table) -> Group:
     """A table and, below it, how to read it."""
     return Group(TableView(table), *(Text(visible(note), style="dim") for note in table.notes))
+
+
+def facts(
+    rows: Iterable[Sequence[str | Text]], *, widths: Sequence[int | None] = (), indent: int = 0, gap: int = _GAP
+) -> Padding:
+    """Rows without headings or rules: names, and last what is said of them, which wraps and is never cut.
+
+    Args:
+        rows: all of the same length, at least one.
+        widths: of the columns before the last; None or missing: that of their longest text.
+        indent: characters left of the first column.
+        gap: characters between two columns.
+    """
+    found = [[Text(visible(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    drawn = Drawn.grid(padding=(0, gap, 0, 0))
+    for index in range(len(found[0]) - 1):
+        width = widths[index] if index < len(widths) else None
+        drawn.add_column(width=width, no_wrap=width is None)
+    drawn.add_column(overflow="fold")
+    for row in found:
+        drawn.add_row(*row)
+    return Padding(drawn, (0, 0, 0, indent), expand=False)
 
 
 def _drawn(table: Table, columns: Sequence[int], widths: Sequence[int]) -> Drawn:
