@@ -16,7 +16,8 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
-from thence.methods.base import Options, Sampler, group_numbers, reward_of
+from thence.methods.base import Options, Sampler, reward_of
+from thence.methods.groups import group_numbers
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 from thence.settings.limits import Coefficient, Processes, Tokens
 
