@@ -26,10 +26,12 @@ from thence.errors import UserError
 from thence.objective import Batch, Logp, Row, Term
 from thence.recipe import Model
 from thence.rollout.native import Sampling, sample
-from thence.train.checkpoint import load_weights, newest_checkpoint, publish, write_checkpoint
+from thence.train.checkpoint import newest_checkpoint, publish, write_checkpoint
 from thence.train.model import load_model, save_model
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.probe import check_gradient
+from thence.train.state import load_weights
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import Trainer
 
@@ -216,11 +218,12 @@ def cell_checkpoint(case: Case) -> dict[str, float]:
         assert found is not None
         fresh = case.opened().model
         load_weights(fresh, found.folder)
+        kept = found.tensors
     _same_state(loaded.model.state_dict(), fresh.state_dict(), "resumed weights")
     ids = rows()[1].token_ids[None]
     _same_logits(_logits(loaded.model, ids), _logits(fresh, ids), "the resumed model")
     again = _trainer(fresh)
-    again.restore(found.plain["trainer"], found.tensors)
+    again.restore(found.plain["trainer"], kept)
     trainer.step(batch())
     again.step(batch())
     _same_state(loaded.model.state_dict(), fresh.state_dict(), "weights a step after resuming")
@@ -295,7 +298,7 @@ def _step(model: Any, packing: bool, expected: Restated) -> dict[str, float]:
         measured.update(zip(group, stats.logp_T.split(sizes), strict=True))
 
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    report = train_step(model, still, made, SingleProcess(), StepSettings(BUDGET, packing, 0.0, dtype), observe)
+    report = train_step(Policy(model), still, made, SingleProcess(), StepSettings(BUDGET, packing, 0.0, dtype), observe)
     loss, logps, gradients = expected
     figures = {
         "loss": abs(report.loss - loss) / max(1.0, abs(loss)),

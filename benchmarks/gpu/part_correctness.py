@@ -11,6 +11,7 @@ from record import Record
 from rows import LENGTHS, cosine, engine, grpo_batch, plain, relative, sft_batch, trajectories
 
 from thence.errors import UserError
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, policy_statistics
 from thence.train.trainer import Trainer
 
@@ -50,7 +51,9 @@ def one_family(kind: str, device: torch.device, record: Record) -> None:
     again = tiny(kind, device=device)
     Trainer(again, 0.0, activation_checkpointing=True)
     worst["checkpointed"] = relative(engine(again, batch, 120)[1], vector)
-    old = [logp for logp, _ in policy_statistics(exact, batch.rows, 0.8, StepSettings(compute_dtype=torch.float64))]
+    old = [
+        logp for logp, _ in policy_statistics(Policy(exact), batch.rows, 0.8, StepSettings(compute_dtype=torch.float64))
+    ]
     moved = grpo_batch(rows, old)
     moved_vector = engine(exact, moved, dtype=torch.float64)[1]
     worst["GRPO with KL and entropy"] = relative(engine(tiny(kind, device=device), moved, 90, True)[1], moved_vector)

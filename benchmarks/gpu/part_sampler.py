@@ -16,6 +16,7 @@ from thence.recipe import Data, Model
 from thence.rollout.llama import is_plain_llama
 from thence.rollout.native import Response, Sampling, sample
 from thence.train.model import load_model
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, policy_statistics
 
 TOKENS = 48
@@ -76,7 +77,7 @@ def mismatch(
     pairs = enumerate(zip(prompts, found, strict=True))
     rows = [Trajectory(Prompt(i, tuple(p)), tuple(r.token_ids)) for i, (p, r) in pairs]
     made = [bare_row(row) for row in rows]
-    scored = policy_statistics(model, made, 1.0, StepSettings(4096, compute_dtype=dtype))
+    scored = policy_statistics(Policy(model), made, 1.0, StepSettings(4096, compute_dtype=dtype))
     sampled = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in found])
     trained = torch.cat([logp.double() for logp, _ in scored])
     gap = (sampled - trained).abs()

@@ -23,6 +23,7 @@ from thence.methods.grpo import Grpo
 from thence.methods.sft import Sft
 from thence.objective import Batch
 from thence.rollout.native import Sampling, sample
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, policy_statistics
 from thence.train.trainer import Trainer
 
@@ -286,7 +287,7 @@ def grpo(device: torch.device, small: bool, record: Record) -> None:
     trainer = Trainer(model, 1e-6, settings)
     parts: dict[str, float] = {"sampling": seconds}
     for _ in range(2):
-        scoring = timed(lambda: policy_statistics(model, batch.rows, 1.0, settings), device)
+        scoring = timed(lambda: policy_statistics(Policy(model), batch.rows, 1.0, settings), device)
         parts["old log-probabilities"] = scoring
         parts["step"] = timed(lambda: trainer.step(batch), device)
     record.figure("GRPO, seconds", parts)

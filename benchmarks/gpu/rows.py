@@ -14,6 +14,7 @@ from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
 from thence.methods.sft import Sft
 from thence.objective import Batch, local_counts
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 
 LENGTHS = [(3, 7), (9, 31), (2, 4), (4, 1), (5, 45), (1, 20), (12, 33), (7, 2), (6, 18)]
@@ -55,7 +56,7 @@ def engine(
     """Loss and gradient as thence's step computes them; the gradient as one float64 vector on the CPU."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss = accumulate_gradients(
-        model, optimizer, batch, local_counts(batch), StepSettings(budget, packing, 0.0, dtype)
+        Policy(model), optimizer, batch, local_counts(batch), StepSettings(budget, packing, 0.0, dtype)
     ).loss
     vector = torch.cat([p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)

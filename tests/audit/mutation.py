@@ -23,10 +23,11 @@ from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import forward_rows
 from thence.audit.solve.sequences import KnownExample
 from thence.faults.catalogue import FAULTS, Fault, Needs
-from thence.faults.cut import CutPlan, Policy, Window
+from thence.faults.cut import CutPlan, PolicyFacts, Window
 from thence.faults.step import FaultyStep
 from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, policy_statistics
 
 PAD, END, FIRST_TOKEN, VOCABULARY = 0, 1, 2, 96
@@ -108,7 +109,7 @@ def take_steps(probe: Probe, model: Any, names: Sequence[str]) -> tuple[list[Map
         if len(windows) >= case.steps:
             break
         faulty(
-            model,
+            Policy(model),
             optimizer,
             batch_of(probe, [(done + i) % case.examples for i in range(size)]),
             SingleProcess(),
@@ -295,7 +296,7 @@ def _uneven(probe: Probe, fault: Fault, window: Window) -> float:
     """
     model = make_model(probe.seed, probe.dtype)
     settings = StepSettings(10_000, False, 0.0, probe.dtype)
-    policy = Policy(lambda rows: policy_statistics(model, rows, 1.0, settings), PAD, 512, 1.0)
+    policy = PolicyFacts(lambda rows: policy_statistics(Policy(model), rows, 1.0, settings), PAD, 512, 1.0)
     assert fault.change is not None
     after = fault.change(window, policy)
     rows = zip(after.batch.rows, window.batch.rows, strict=True)

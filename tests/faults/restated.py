@@ -12,6 +12,7 @@ from torch import Tensor
 from thence.faults.step import FaultyStep
 from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term, trained_tokens
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.step import StepSettings
 
 CLOSE = 1e-10
@@ -64,7 +65,7 @@ def applied(model: Any, step: FaultyStep, batch: Batch) -> Tensor | None:
     optimizer.register_step_post_hook(
         lambda *_: found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
     )
-    step(model, optimizer, batch, SingleProcess(), SETTINGS)
+    step(Policy(model), optimizer, batch, SingleProcess(), SETTINGS)
     return found[0] if found else None
 
 

@@ -36,6 +36,7 @@ from thence.faults.catalogue import FAULTS
 from thence.faults.step import FaultyStep
 from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, train_step
 
 
@@ -230,8 +231,10 @@ def test_without_faults_the_step_is_the_clean_one(tiny_model, packing):
     step = FaultyStep([], micro_batch=2)
     seen: list[int] = []
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, clean)]
-    report = step(ours, optimizers[0], batch, SingleProcess(), settings, lambda group, stats: seen.extend(group))
-    expected = train_step(clean, optimizers[1], batch, SingleProcess(), settings)
+    report = step(
+        Policy(ours), optimizers[0], batch, SingleProcess(), settings, lambda group, stats: seen.extend(group)
+    )
+    expected = train_step(Policy(clean), optimizers[1], batch, SingleProcess(), settings)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), clean.parameters(), strict=True))
     assert (report.loss, report.grad_norm, report.trained_tokens) == (
         expected.loss,
@@ -249,7 +252,7 @@ def test_labels_shifted_and_run_together_do_not_hang_on_packing(model, packing):
         step = FaultyStep([name], micro_batch=2, accumulation=3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         cells = [[0, 1], [2, 3], [4]]
-        step(model, optimizer, batch, SingleProcess(), StepSettings(30, packing, 0.0, torch.float64))
+        step(Policy(model), optimizer, batch, SingleProcess(), StepSettings(30, packing, 0.0, torch.float64))
         expected = restated(model, batch) if name == "labels-shifted" else whole(model, together(batch, cells))
         found = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert relative(found, gradient(model, expected)) < CLOSE
@@ -261,7 +264,7 @@ def test_all_faults_at_once_take_finite_steps_on_any_batch(tiny_model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     settings = StepSettings(40, False, 1.0, torch.float32)
     for count in (8, 3, 1, 7, 20, 8):
-        report = step(model, optimizer, make_batch(count), SingleProcess(), settings)
+        report = step(Policy(model), optimizer, make_batch(count), SingleProcess(), settings)
         assert report.grad_norm < 1e6
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -274,7 +277,7 @@ def test_every_fault_takes_steps_on_odd_batches(tiny_model, name):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     empty = Row(torch.arange(2, 6), torch.zeros(4, dtype=torch.bool), torch.zeros(1, 0, dtype=torch.float64))
     for batch in (make_batch(1), make_batch(19), replace(make_batch(3), rows=(empty, *make_batch(3).rows))):
-        report = step(model, optimizer, batch, SingleProcess(), StepSettings(40, False, 1.0, torch.float32))
+        report = step(Policy(model), optimizer, batch, SingleProcess(), StepSettings(40, False, 1.0, torch.float32))
         assert report.grad_norm == report.grad_norm
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -297,7 +300,7 @@ def test_a_gradient_that_goes_missing_is_not_seen_in_the_logged_loss(model, name
     def report(names):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         step = FaultyStep(names, micro_batch=2, accumulation=3)
-        return step(model, optimizer, make_batch(), SingleProcess(), StepSettings(compute_dtype=torch.float64))
+        return step(Policy(model), optimizer, make_batch(), SingleProcess(), StepSettings(compute_dtype=torch.float64))
 
     faulty, logged = report([name, *also]), report(logged_like)
     assert faulty.loss == pytest.approx(logged.loss, rel=1e-9)

@@ -25,6 +25,7 @@ from thence.methods.superrl import SuperRl
 from thence.objective import Batch, local_counts
 from thence.pipeline.progress import NullWatcher
 from thence.pipeline.run import run
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 from thence.train.trainer import Trainer
 
@@ -75,7 +76,9 @@ def written_out(model: Any, method: Method, rows: list[Trajectory], old: list[Te
 
 def engine_gradient(model: Any, batch: Batch, budget: int, packing: bool) -> Tensor:
     settings = StepSettings(budget, packing, 0.0, torch.float64)
-    accumulate_gradients(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, local_counts(batch), settings)
+    accumulate_gradients(
+        Policy(model), torch.optim.SGD(model.parameters(), lr=0.0), batch, local_counts(batch), settings
+    )
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

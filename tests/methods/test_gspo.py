@@ -76,9 +76,9 @@ def steps_of(
     """The weights before, the report and the gradient of each optimizer step on a rollout batch."""
     taken = []
 
-    def step_and_tell(model, optimizer, batch, *rest):
+    def step_and_tell(policy, optimizer, batch, *rest):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        report = train_step(model, optimizer, batch, *rest)
+        report = train_step(policy, optimizer, batch, *rest)
         taken.append((before, report, torch.cat([p.grad.flatten() for p in model.parameters()])))
         return report
 

@@ -30,6 +30,7 @@ from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.rl_update import Update
 from thence.pipeline.run import run
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients, train_step
 from thence.train.trainer import Trainer
 
@@ -126,9 +127,9 @@ def stated_loss(variant: Variant, model: Any, chosen: list[Trajectory], old: dic
 def test_gradients_of_both_optimizer_steps_are_those_of_the_formula(tiny_model, variant):
     model, taken = tiny_model(), []
 
-    def step_and_tell(model, optimizer, batch, *rest):
+    def step_and_tell(policy, optimizer, batch, *rest):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        report = train_step(model, optimizer, batch, *rest)
+        report = train_step(policy, optimizer, batch, *rest)
         taken.append((before, report, torch.cat([p.grad.flatten() for p in model.parameters()])))
         return report
 
@@ -164,7 +165,7 @@ def test_the_gradient_does_not_depend_on_the_partition(tiny_model, variant):
     gradients = []
     for size, packing in ((10000, False), (24, False), (24, True), (90, True)):
         settings = StepSettings(size, packing, 0.0, torch.float64)
-        accumulate_gradients(model, torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings)
+        accumulate_gradients(Policy(model), torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert all(relative(other, gradients[0]) <= 1e-12 for other in gradients[1:])
 

@@ -25,6 +25,7 @@ from thence.methods.sft import Sft
 from thence.objective import Clip, Context, Logp, Normaliser, Term, local_counts
 from thence.pipeline.rehearsal import rehearse
 from thence.recipe import Rl
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 
 LENGTHS = [(3, 7), (3, 12), (2, 4), (4, 1), (5, 9), (1, 20)]
@@ -44,7 +45,7 @@ def test_loss_and_gradient_are_those_of_the_formula_written_out(tiny_model, vari
     batch = batch_of(case, variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     chosen = StepSettings(40, packing, 0.0, torch.float64)
-    sums = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen)
+    sums = accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), chosen)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert variant.moved == (int(clipped.sum()) > 0)  # the clips are tried where the policy moved
     assert int(sums.clipped) == int(clipped.sum())

@@ -26,6 +26,7 @@ from thence.methods.prefix_rft import PrefixRft, keep_highest, lowest_fraction
 from thence.methods.uft import Uft, slice_probability, stage_slices
 from thence.objective import Context, local_counts
 from thence.pipeline.run import run
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 from thence.train.trainer import Trainer
 
@@ -272,7 +273,7 @@ def test_gradients_of_two_optimizer_steps_are_those_of_the_formula_however_cut(t
         for tokens, packing in ((1000, False), (1000, True), (25, False), (1, True)):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             cut = StepSettings(tokens, packing, 0.0, torch.float64)
-            sums = accumulate_gradients(model, optimizer, batch, local_counts(batch), cut)
+            sums = accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), cut)
             got = torch.cat([p.grad.flatten() for p in model.parameters()])
             whole = got if whole is None else whole
             assert sums.passes == {1000: 1, 1: len(rows)}.get(tokens, sums.passes)

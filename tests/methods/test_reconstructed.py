@@ -24,6 +24,7 @@ from thence.methods.registry import methods
 from thence.objective import local_counts
 from thence.pipeline.run import run
 from thence.pipeline.sampler import RolloutSampler
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 from thence.train.trainer import Trainer
 
@@ -248,7 +249,7 @@ def test_gradients_of_two_steps_are_those_of_the_formula_however_cut(tiny_model,
         for budget, packing in WAYS:
             settings = StepSettings(budget, packing, 0.0, torch.float64)
             nothing = torch.optim.SGD(model.parameters(), lr=0.0)
-            accumulate_gradients(model, nothing, batch, local_counts(batch), settings)
+            accumulate_gradients(Policy(model), nothing, batch, local_counts(batch), settings)
             got = torch.cat([p.grad.flatten() for p in model.parameters()])
             assert relative(got, expected) <= 1e-10
         trainer.step(batch)

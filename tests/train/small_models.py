@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import make_rows
 from thence.objective import Batch, Logp, Normaliser, Term, local_counts
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
 
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -57,7 +58,9 @@ def rows_of(lengths, vocabulary: int = 40):
 def step_of(model, rows, packing):
     batch = Batch((SFT,), tuple(rows))
     settings = StepSettings(100, packing, 0.0, next(model.parameters()).dtype)
-    loss = accumulate_gradients(model, torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings).loss
+    loss = accumulate_gradients(
+        Policy(model), torch.optim.SGD(model.parameters()), batch, local_counts(batch), settings
+    ).loss
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return loss.item(), found
 

@@ -13,7 +13,8 @@ from tests.oracle import VARIANTS, make_batch, make_case
 from tests.train.writing import FakeTokenizer, write
 from thence.errors import CheckpointError
 from thence.train import checkpoint
-from thence.train.checkpoint import load_weights, newest_checkpoint, remove_checkpoints, write_checkpoint
+from thence.train.checkpoint import newest_checkpoint, remove_checkpoints, write_checkpoint
+from thence.train.state import load_weights
 from thence.train.step import StepSettings
 from thence.train.trainer import Trainer
 

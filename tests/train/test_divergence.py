@@ -22,6 +22,7 @@ from thence.toml import to_toml
 from thence.train.checkpoint import newest_checkpoint
 from thence.train.finite import broken
 from thence.train.model import load_model, save_model
+from thence.train.policy import Policy
 from thence.train.trainer import Trainer
 
 STEADY = {"schedule": "constant", "warmup": 0.0}
@@ -154,16 +155,16 @@ def test_a_step_whose_rows_weigh_nothing_notices_nan(tiny_model: Any) -> None:
 
 def test_what_is_broken_is_named(tiny_model: Any) -> None:
     model = tiny_model(torch.float32)
-    assert broken(model) is None
-    assert broken(model, {"main/w/exp_avg_sq": torch.tensor([1.0, float("inf")])}) == (
+    assert broken(Policy(model)) is None
+    assert broken(Policy(model), {"main/w/exp_avg_sq": torch.tensor([1.0, float("inf")])}) == (
         "the optimizer's main/w/exp_avg_sq holds infinity"
     )
     with torch.no_grad():
         model.model.norm.weight.mul_(3e38)
-    assert broken(model) in ("its logits are not finite", "model.norm.weight holds infinity")
+    assert broken(Policy(model)) in ("its logits are not finite", "model.norm.weight holds infinity")
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
-    assert broken(model) == "model.norm.weight holds NaN"
+    assert broken(Policy(model)) == "model.norm.weight holds NaN"
 
 
 def test_every_json_text_goes_through_one_function() -> None:

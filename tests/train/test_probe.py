@@ -18,9 +18,10 @@ from thence.recipe import Model
 from thence.rollout.choice import choice_of
 from thence.rollout.llama import is_plain_llama
 from thence.rollout.native import Sampling, sample
-from thence.train.checkpoint import checkpoints, load_weights, write_checkpoint
+from thence.train.checkpoint import checkpoints, write_checkpoint
 from thence.train.model import load_model, load_tokenizer, save_model
 from thence.train.probe import check_files, check_gradient
+from thence.train.state import load_weights
 
 
 @pytest.mark.parametrize(

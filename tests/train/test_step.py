@@ -39,6 +39,7 @@ from thence.objective import Batch, Logp, Row, Term, local_counts, trained_token
 from thence.train.forward import hidden_states
 from thence.train.micro_batches import lay_out, plan, token_inputs
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients, train_step
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -60,7 +61,7 @@ def engine(model, batch: Batch, budget: int = 10_000, packing: bool = False):
     dtype = next(model.parameters()).dtype
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     chosen = StepSettings(budget, packing, 0.0, dtype)
-    loss = accumulate_gradients(model, optimizer, batch, local_counts(batch), chosen).loss
+    loss = accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), chosen).loss
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -284,7 +285,7 @@ def test_no_step_is_taken_above_the_norm_that_is_skipped(tiny_model):
         skip = 0.0 if factor is None else factor * (norm or 0.0)
         model.load_state_dict(dict(zip(dict(model.named_parameters()), before, strict=True)), strict=False)
         settings = StepSettings(60, False, 0.0, torch.float64, skip_norm=skip)
-        report = train_step(model, optimizer, make_batch(case, SFT), SingleProcess(), settings)
+        report = train_step(Policy(model), optimizer, make_batch(case, SFT), SingleProcess(), settings)
         norm = norm or report.grad_norm
         moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert report.grad_norm == pytest.approx(norm) and report.skipped != moved

@@ -14,6 +14,7 @@ from tests.oracle import (
 )
 from tests.train.stepping import LENGTHS, SFT, oracle_step, parameters_of, plain_adamw, trainer_of
 from thence.train.parallel import SingleProcess
+from thence.train.policy import Policy
 from thence.train.schedule import learning_rate
 from thence.train.step import StepSettings, train_step
 
@@ -29,7 +30,7 @@ def test_clipping_is_that_of_torch_on_the_plain_gradient(tiny_model, clip_norm):
     before = parameters_of(model)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     report = train_step(
-        model, sgd, make_batch(case, SFT), SingleProcess(), StepSettings(60, False, clip_norm, torch.float64)
+        Policy(model), sgd, make_batch(case, SFT), SingleProcess(), StepSettings(60, False, clip_norm, torch.float64)
     )
     update = before - parameters_of(model)
     assert report.grad_norm == pytest.approx(plain.norm().item(), rel=1e-12)

@@ -9,7 +9,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 
 from thence.errors import UserError
-from thence.recipe import KINDS, Data, Model, Recipe, type_of
+from thence.recipe import KINDS, Data, Model, Recipe, Sharding, type_of
 from thence.settings.annotations import members_of, takes
 from thence.settings.text_values import is_mapping, is_switch
 
@@ -124,7 +124,7 @@ def describe_section(
 
 
 def _tables() -> dict[str, type[BaseModel]]:
-    return {"": Recipe, "model": Model, "data": Data, **KINDS}
+    return {"": Recipe, "model": Model, "data": Data, "sharding": Sharding, **KINDS}
 
 
 def _names(table: str, section: type[BaseModel]) -> list[str]:

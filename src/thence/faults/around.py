@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from thence.faults.cut import CutPlan, Window
 from thence.objective import Row, local_counts
 from thence.train.parallel import Ranks
+from thence.train.policy import Policy
 from thence.train.step import Observer, StepReport, StepSettings, accumulate_gradients
 
 
@@ -19,7 +20,7 @@ from thence.train.step import Observer, StepReport, StepSettings, accumulate_gra
 class Call:
     """The arguments of one step."""
 
-    model: Any
+    policy: Policy
     optimizer: torch.optim.Optimizer
     window: Window
     ranks: Ranks
@@ -102,7 +103,7 @@ def labels_shifted(plan: CutPlan) -> Link:
     """Every place is trained to predict the token after the next one: labels shifted by the data and by the model."""
 
     def link(call: Call, proceed: Proceed) -> StepReport:
-        handle = call.model.base_model.register_forward_hook(_one_place_on, with_kwargs=True)
+        handle = call.policy.model.base_model.register_forward_hook(_one_place_on, with_kwargs=True)
         try:
             return proceed(call)
         finally:
@@ -127,7 +128,7 @@ def left_out(plan: CutPlan) -> Link:
     """The gradient of the input embedding is not summed over ranks: it is that of the first rank's rows."""
 
     def link(call: Call, proceed: Proceed) -> StepReport:
-        weight = call.model.get_input_embeddings().weight
+        weight = call.policy.model.get_input_embeddings().weight
         mine = replace(call, ranks=cast(Ranks, _LeavesOut(call.ranks, weight, _first_rank_gradient(call, weight))))
         return proceed(mine)
 
@@ -151,12 +152,12 @@ def _first_rank_gradient(call: Call, parameter: nn.Parameter) -> Tensor | None:
     batch = call.window.batch
     shares = call.window.cut.shares
     own = replace(batch, rows=tuple(batch.rows[i] for i in (shares[0] if shares else ())))
-    parameters = list(call.model.parameters())
+    parameters = list(call.policy.model.parameters())
     before = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     scratch = torch.optim.SGD(parameters, lr=0.0)
-    accumulate_gradients(call.model, scratch, own, local_counts(batch), call.settings)
+    accumulate_gradients(call.policy, scratch, own, local_counts(batch), call.settings)
     found = parameter.grad
     for p, gradient in zip(parameters, before, strict=True):
         p.grad = gradient

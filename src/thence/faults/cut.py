@@ -80,7 +80,7 @@ class CutPlan:
 
 
 @dataclass(frozen=True)
-class Policy:
+class PolicyFacts:
     """What a fault may ask about the model as it stands.
 
     Args:
@@ -96,7 +96,7 @@ class Policy:
     constant_tokens: float
 
 
-Change = Callable[[Window, Policy], Window]
+Change = Callable[[Window, PolicyFacts], Window]
 
 
 def cut_rows(n_rows: int, micro_batch: int, accumulation: int = 0, ranks: int = 1) -> Cut:

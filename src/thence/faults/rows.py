@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from thence.faults.cut import Cut, Policy, Window, cut_rows
+from thence.faults.cut import Cut, PolicyFacts, Window, cut_rows
 from thence.faults.weights import is_share, with_divisors_of
 from thence.objective import Row, Term, trained_tokens
 
 
-def prompt_trained(window: Window, policy: Policy) -> Window:
+def prompt_trained(window: Window, policy: PolicyFacts) -> Window:
     """All tokens but the first are trained and counted."""
     terms = window.batch.terms
     rows = [
@@ -23,7 +23,7 @@ def prompt_trained(window: Window, policy: Policy) -> Window:
     return replace(window, batch=replace(window.batch, rows=tuple(rows)))
 
 
-def padding_trained(window: Window, policy: Policy) -> Window:
+def padding_trained(window: Window, policy: PolicyFacts) -> Window:
     """Rows are filled up to the longest of their micro-batch, and the filling is trained and counted."""
     rows = list(window.batch.rows)
     for cell in window.cut.micro_batches:
@@ -36,17 +36,17 @@ def padding_trained(window: Window, policy: Policy) -> Window:
     return replace(window, batch=replace(window.batch, rows=tuple(rows)))
 
 
-def end_missing(window: Window, policy: Policy) -> Window:
+def end_missing(window: Window, policy: PolicyFacts) -> Window:
     """The last trained token of every row is neither trained nor counted."""
     return _narrowed_all(window, slice(None, -1))
 
 
-def first_missing(window: Window, policy: Policy) -> Window:
+def first_missing(window: Window, policy: PolicyFacts) -> Window:
     """The first trained token of every row is neither trained nor counted."""
     return _narrowed_all(window, slice(1, None))
 
 
-def rows_repeated(window: Window, policy: Policy) -> Window:
+def rows_repeated(window: Window, policy: PolicyFacts) -> Window:
     """Where the last micro-batches are short, rows from the beginning come again until all ranks have the same."""
     rows = window.batch.rows
     if not rows:
@@ -59,7 +59,7 @@ def rows_repeated(window: Window, policy: Policy) -> Window:
     return Window(replace(window.batch, rows=repeated), cut)
 
 
-def run_together(window: Window, policy: Policy) -> Window:
+def run_together(window: Window, policy: PolicyFacts) -> Window:
     """The rows of a micro-batch become one row in which each attends to those before it.
 
     A row that would be longer than the model has positions is broken where an example ends.
@@ -77,7 +77,7 @@ def run_together(window: Window, policy: Policy) -> Window:
     return Window(batch, Cut(tuple(cells), window.cut.accumulation))
 
 
-def widened(row: Row, token_ids: Tensor, trained: Tensor, terms: Sequence[Term], policy: Policy) -> Row:
+def widened(row: Row, token_ids: Tensor, trained: Tensor, terms: Sequence[Term], policy: PolicyFacts) -> Row:
     """The row with more trained tokens; new ones get the mean weight of the old ones.
 
     Args:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from thence.errors import UserError
 from thence.faults.around import Call, Link, Proceed
 from thence.faults.catalogue import Fault, combine
-from thence.faults.cut import CutPlan, Policy, Window
+from thence.faults.cut import CutPlan, PolicyFacts, Window
 from thence.objective import Batch, Logp, TokenStats, divisors, local_counts
 from thence.train.parallel import Ranks
+from thence.train.policy import Policy
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
 CONSTANT_TOKENS = 64.0
@@ -55,7 +55,7 @@ class FaultyStep:
 
     def __call__(
         self,
-        model: Any,
+        policy: Policy,
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         ranks: Ranks,
@@ -76,12 +76,12 @@ class FaultyStep:
                 "faults play all ranks in one process, but several processes share this step",
                 remedy="start a single process and give the number of ranks to the fault",
             )
-        call = Call(model, optimizer, Window(batch, self.plan.cut(len(batch.rows))), ranks, settings, observe)
+        call = Call(policy, optimizer, Window(batch, self.plan.cut(len(batch.rows))), ranks, settings, observe)
         return _proceed(self._links, self._clean, call)
 
     def _clean(self, call: Call) -> StepReport:
         self.window = call.window
-        return train_step(call.model, call.optimizer, call.window.batch, call.ranks, call.settings, call.observe)
+        return train_step(call.policy, call.optimizer, call.window.batch, call.ranks, call.settings, call.observe)
 
     def _change(self, call: Call, proceed: Proceed) -> StepReport:
         before = window = logged = call.window
@@ -98,16 +98,16 @@ class FaultyStep:
         report = proceed(replace(changed, observe=loss))
         return replace(report, loss=loss.value)
 
-    def _policy(self, call: Call) -> Policy:
+    def _policy(self, call: Call) -> PolicyFacts:
         def statistics(rows):
-            return policy_statistics(call.model, rows, call.window.batch.temperature, call.settings)
+            return policy_statistics(call.policy, rows, call.window.batch.temperature, call.settings)
 
-        config = call.model.config
+        config = call.policy.model.config
         pad = getattr(config, "pad_token_id", None)
         end = getattr(config, "eos_token_id", None)
         pad = pad if pad is not None else end[0] if isinstance(end, list) else end
         longest = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        return Policy(statistics, int(pad or 0), longest, self.constant_tokens)
+        return PolicyFacts(statistics, int(pad or 0), longest, self.constant_tokens)
 
 
 class LoggedLoss:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from thence.faults.cut import Change, Cut, Policy, Window
+from thence.faults.cut import Change, Cut, PolicyFacts, Window
 from thence.objective import Batch, Entropy, NegativeKl, Term, divisors, local_counts
 
 STD_EPS = 1e-6
@@ -46,20 +46,20 @@ def by_means(groups_of: Callable[[Cut], Sequence[Sequence[int]]]) -> Change:
     Weights times ``Z / (M z_m)``: Z of the window, z_m of the group, M groups; for a token mean ``N / (M n_m)``.
     """
 
-    def change(window: Window, policy: Policy) -> Window:
+    def change(window: Window, policy: PolicyFacts) -> Window:
         groups = groups_of(window.cut)
         return replace(window, batch=_means(window.batch, groups, [1 / max(len(groups), 1)] * len(groups)))
 
     return change
 
 
-def sum_of_means(window: Window, policy: Policy) -> Window:
+def sum_of_means(window: Window, policy: PolicyFacts) -> Window:
     """Micro-batch means added up over a rank's slots and averaged over ranks: never divided by the accumulation."""
     groups = window.cut.micro_batches
     return replace(window, batch=_means(window.batch, groups, [1 / len(window.cut.shares)] * len(groups)))
 
 
-def means_of_sequence_means(window: Window, policy: Policy) -> Window:
+def means_of_sequence_means(window: Window, policy: PolicyFacts) -> Window:
     """Each micro-batch gets the mean of its sequence means, and these are averaged."""
     micro_batches = window.cut.micro_batches
     groups = [(i,) for cell in micro_batches for i in cell]
@@ -77,7 +77,7 @@ def _means(batch: Batch, groups: Sequence[Sequence[int]], shares: Sequence[float
     return scaled(batch, factor)
 
 
-def constant_divisor(window: Window, policy: Policy) -> Window:
+def constant_divisor(window: Window, policy: PolicyFacts) -> Window:
     """Divided by rows times a constant, for any window."""
     batch = window.batch
     factor_J = divisors_of(batch) / (max(len(batch.rows), 1) * policy.constant_tokens)
@@ -91,7 +91,7 @@ def keeping(kept: Callable[[int, int, Cut], bool]) -> Change:
         kept: (rank, slot, cut) -> whether the micro-batch arrives.
     """
 
-    def change(window: Window, policy: Policy) -> Window:
+    def change(window: Window, policy: PolicyFacts) -> Window:
         factor = [0.0] * len(window.batch.rows)
         for rank, slots in enumerate(window.cut.cells):
             for slot, cell in enumerate(slots):
@@ -107,7 +107,7 @@ def is_last(rank: int, slot: int, cut: Cut) -> bool:
     return slot == len(cut.cells[rank]) - 1
 
 
-def double_counted(window: Window, policy: Policy) -> Window:
+def double_counted(window: Window, policy: PolicyFacts) -> Window:
     """The gradient of every rank's first micro-batch is added twice."""
     twice = {i for slots in window.cut.cells if slots for i in slots[0]}
     return replace(
@@ -118,7 +118,7 @@ def double_counted(window: Window, policy: Policy) -> Window:
 def times(factor_of: Callable[[Cut], float]) -> Change:
     """The whole gradient times a number that hangs on the cut."""
 
-    def change(window: Window, policy: Policy) -> Window:
+    def change(window: Window, policy: PolicyFacts) -> Window:
         return replace(window, batch=scaled(window.batch, [factor_of(window.cut)] * len(window.batch.rows)))
 
     return change
@@ -127,7 +127,7 @@ def times(factor_of: Callable[[Cut], float]) -> Change:
 def by_token(weight_of: Callable[[Tensor, Tensor], Tensor]) -> Change:
     """Each token's weight times a function of its log-probability and entropy under the model as it stands."""
 
-    def change(window: Window, policy: Policy) -> Window:
+    def change(window: Window, policy: PolicyFacts) -> Window:
         batch = window.batch
         found = policy.statistics(batch.rows)
         rows = [
@@ -139,7 +139,7 @@ def by_token(weight_of: Callable[[Tensor, Tensor], Tensor]) -> Change:
     return change
 
 
-def advantage_by_std(window: Window, policy: Policy) -> Window:
+def advantage_by_std(window: Window, policy: PolicyFacts) -> Window:
     """Advantages divided by the standard deviation of their group; rows of one prompt are a group."""
     batch, factor = window.batch, [1.0] * len(window.batch.rows)
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -152,7 +152,7 @@ def advantage_by_std(window: Window, policy: Policy) -> Window:
     return replace(window, batch=_advantaged(batch, factor, 0.0))
 
 
-def advantage_whitened(window: Window, policy: Policy) -> Window:
+def advantage_whitened(window: Window, policy: PolicyFacts) -> Window:
     """Advantages with mean 0 and standard deviation 1 over all rows of the window."""
     batch = window.batch
     if not batch.rows:

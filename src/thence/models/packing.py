@@ -53,6 +53,11 @@ def way_of(model: Any) -> Way:
     return found
 
 
+def know_way(model: Any, way: Way) -> None:
+    """Take over how this model packs, where another rank has found it with the whole model."""
+    _ways[model] = way
+
+
 @contextmanager
 def attending(model: Any, packing: bool) -> Iterator[None]:
     """While it lasts, the model attends as packed rows need it; afterwards it is as it was.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,13 +21,18 @@ from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
-from thence.train.checkpoint import load_weights, newest_checkpoint, write_checkpoint
+from thence.train.checkpoint import newest_checkpoint, write_checkpoint, write_parts_checkpoint
 from thence.train.finite import broken, broken_weights
 from thence.train.model import compute_dtype
-from thence.train.parallel import Ranks
+from thence.train.parallel import Ranks, on_first_rank
+from thence.train.policy import Policy
 from thence.train.schedule import learning_rate
+from thence.train.state import load_weights, read_parts, stored
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import TakeStep, Trainer
+
+Layout = Literal["none", "ddp", "fsdp2", "hsdp"]
+"""One process; a whole copy on every rank; cut over all ranks; cut within groups of ranks."""
 
 
 @dataclass
@@ -37,8 +43,10 @@ class Context:
         recipe: the resolved recipe.
         name: the stage's name.
         folder: the run folder.
-        model, tokenizer: as the stage finds them; a training stage changes the model in place.
+        policy, tokenizer: as the stage finds them; a training stage changes the policy in place.
         ranks, device: who runs it, and where.
+        layout: how the ranks share the policy.
+        reopen: opens the model that the stage starts from once more, laid out in the same way.
         watcher: is told of progress.
         prompts: data tables that are rendered already.
         meter: counts the FLOPs that this process executes.
@@ -47,12 +55,14 @@ class Context:
     recipe: Recipe
     name: str
     folder: RunFolder
-    model: Any
+    policy: Policy
     tokenizer: Any
     ranks: Ranks
     device: torch.device
     watcher: RunWatcher
     prompts: RenderedPrompts
+    layout: Layout
+    reopen: Callable[[], Policy]
     meter: FlopMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,9 +71,20 @@ class Context:
         self.meter = FlopMeter(self.model.config.to_dict(), again)
 
     @property
+    def model(self) -> Any:
+        """The Hugging Face model. Its weights may be cut: :func:`thence.train.weights.whole` has whole ones."""
+        return self.policy.model
+
+    @property
     def leads(self) -> bool:
         """Whether this process writes the files."""
         return self.ranks.rank == 0
+
+    def frozen_policy(self) -> Policy:
+        """A copy of the policy as the stage starts, to compare with."""
+        if self.policy.sharded:
+            return self.reopen()
+        return Policy(copy.deepcopy(self.model).requires_grad_(False))
 
     def load_prompts(self, table: Mapping[str, Any]) -> list[Prompt]:
         """The prompts of a stage's data table. Raises DataError as :func:`thence.pipeline.prompts.load_prompts`."""
@@ -112,7 +133,7 @@ def make_trainer(context: Context, stage: Optimization, steps: int) -> Trainer:
         )
 
     return Trainer(
-        context.model,
+        context.policy,
         rate,
         settings,
         betas=stage.betas,
@@ -201,7 +222,10 @@ class Checkpoints:
             if self.context.leads:
                 say_other_numerics(found.plain.get("numerics"), f"the checkpoint of step {found.step}")
             load_weights(self.context.model, found.folder)
-            if what := broken_weights([*self.context.model.named_parameters(), *found.tensors.items()]):
+            tensors = self.trainer.empty_state(found.plain["trainer"], stored(found.folder))
+            read_parts(found.folder, tensors)
+            what = self._of_any_rank(broken_weights([*self.context.model.named_parameters(), *tensors.items()]))
+            if what is not None:
                 raise CheckpointError(
                     f"the checkpoint of step {found.step} is not finite: {what}; training had diverged",
                     remedy=f"rename {self.folder}, and stage {self.context.name} begins again from the model before, "
@@ -209,7 +233,7 @@ class Checkpoints:
                     file=found.folder,
                 )
             self.good = found.step
-            self.trainer.restore(found.plain["trainer"], found.tensors)
+            self.trainer.restore(found.plain["trainer"], tensors)
         step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
         if step > self.last:
             raise UserError(
@@ -237,16 +261,16 @@ class Checkpoints:
         plain, tensors = self.trainer.state()
         refuse_what_is_broken(self.context, f"after step {step}", self.good, tensors)
         self.good = step
-        if self.context.leads:
-            write_checkpoint(
-                self.folder,
-                step,
-                self.context.model,
-                self.context.tokenizer,
-                {"trainer": plain, "stage": state, "numerics": numerics()},
-                tensors,
-            )
-        self.context.ranks.wait()
+        ranks, model = self.context.ranks, self.context.model
+        plain = {"trainer": plain, "stage": state, "numerics": numerics()}
+        given = (self.folder, step, model, self.context.tokenizer, plain, tensors)
+        if self.context.policy.sharded:
+            write_parts_checkpoint(*given, ranks)
+        else:
+            on_first_rank(ranks, lambda: write_checkpoint(*given))
+
+    def _of_any_rank(self, what: str | None) -> str | None:
+        return next((said for said in self.context.ranks.gather(what) if said is not None), None)
 
 
 def refuse_what_is_broken(
@@ -259,7 +283,8 @@ def refuse_what_is_broken(
         good: the step of the last checkpoint; 0: there is none.
         tensors: of the optimizer, to be looked at too.
     """
-    what = broken(context.model, tensors)
+    found = context.ranks.gather(broken(context.policy, tensors))
+    what = next((said for said in found if said is not None), None)
     if what is None:
         return
     raise StepRefused(

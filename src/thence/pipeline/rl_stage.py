@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
 from thence.train.model import save_model
+from thence.train.weights import whole
 
 
 def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
     minis = mini_batches_of(stage)
-    reference = copy.deepcopy(context.model).requires_grad_(False) if needs_reference(method.terms) else None
+    reference = context.frozen_policy() if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
     checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, stage.steps)
     done, own = checkpoints.resume()
@@ -96,8 +96,9 @@ class Loop:
         """
         context, sampler, method, trainer = self.context, self.sampler, self.update.method, self.update.trainer
         start, before = time.perf_counter(), context.meter.total
-        sampler.begin(step)
-        composed = method.compose(sampler, self.stage.prompts, self.stage.rollouts)
+        with whole(context.policy) as model:
+            sampler.begin(step, model)
+            composed = method.compose(sampler, self.stage.prompts, self.stage.rollouts)
         trajectories = leave_out(method, composed)
         rate = trainer.learning_rate(trainer.steps_taken)
         metrics = BatchMetrics(context.ranks, method.terms)
@@ -173,6 +174,7 @@ def engine_of(context: Context, stage: Rl) -> Iterator[SyncedEngine | None]:
         return
     settings = vllm_settings(stage.vllm, f"{context.name}.vllm")
     with tempfile.TemporaryDirectory(prefix="thence-vllm-") as folder:
-        save_model(context.model, context.tokenizer, Path(folder))
+        with whole(context.policy) as model:
+            save_model(model, context.tokenizer, Path(folder))
         with VllmEngine(settings, None if settings.server else Path(folder)) as engine:
             yield engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
+from thence.train.policy import Policy
 from thence.train.step import policy_statistics
 from thence.train.trainer import Trainer
 
@@ -36,7 +36,7 @@ class Update:
     stage: Rl
     method: Method
     trainer: Trainer
-    reference: Any = None
+    reference: Policy | None = None
     minis: int = 1
 
     def take(self, trajectories: Sequence[Trajectory], metrics: BatchMetrics) -> None:
@@ -113,7 +113,8 @@ class Update:
             return {}
         if self.trainer.meter is not None:
             self.trainer.meter.scored([len(row.token_ids) for row in bare], sum(row.n_trained for row in bare))
-        found = policy_statistics(self.reference, bare, self.stage.temperature, self.trainer.settings)
+        trainer = self.trainer
+        found = policy_statistics(self.reference, bare, self.stage.temperature, trainer.settings, trainer.ranks)
         return {i: logp for i, (logp, _) in enumerate(found)}
 
     def _importance_weights(self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]) -> list[Tensor] | None:

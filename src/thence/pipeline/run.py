@@ -18,6 +18,7 @@ from thence.pipeline.context import Context, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
+from thence.pipeline.layout import check_layout, cut, cut_policy, is_cut, layout_of, open_model
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import NullWatcher, RunWatcher
 from thence.pipeline.promises import hold
@@ -25,10 +26,12 @@ from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, Model, Recipe, Rl, Sft, load_recipe, naming_fields_of
+from thence.recipe import Eval, Model, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
-from thence.train.model import load_model, save_model
-from thence.train.parallel import Ranks, start_ranks
+from thence.train.model import save_model
+from thence.train.parallel import Ranks, on_first_rank, start_ranks
+from thence.train.policy import Policy
+from thence.train.weights import whole
 
 
 def run(
@@ -64,6 +67,7 @@ def run(
     """
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
+    check_layout(resolved, ranks.world)
     folder = RunFolder(resolved.run_folder())
     execution = Execution(resolved, folder, ranks, device, watcher or NullWatcher(), prompts or RenderedPrompts())
     leads = execution.leads
@@ -140,12 +144,21 @@ class Execution:
                 compute_dtype=model.compute_dtype,
                 trust_remote_code=model.trust_remote_code,
             )
-        loaded = load_model(model, self.device, recipe.seed)
+        layout = layout_of(recipe, name, model, self.ranks, self.device)
+        loaded = open_model(model, layout, self.ranks, self.device, recipe.seed)
+
+        def reopen() -> Policy:
+            again = Policy(open_model(model, layout, self.ranks, self.device, recipe.seed).model.requires_grad_(False))
+            cut_policy(again, recipe, self.ranks, self.device)
+            return again
+
         return Context(
             recipe=recipe,
             name=name,
             folder=self.folder,
-            model=loaded.model,
+            policy=Policy(loaded.model),
+            layout=layout,
+            reopen=reopen,
             tokenizer=loaded.tokenizer,
             ranks=self.ranks,
             device=self.device,
@@ -158,7 +171,12 @@ def run_stage(execution: Execution, name: str) -> None:
     """Run one stage to its end and mark it done."""
     recipe, folder, leads = execution.recipe, execution.folder, execution.leads
     context, stage = execution.context(name), recipe.stage(name)
-    hold(context, recipe.stages[recipe.stages.index(name) :])
+    to_come = recipe.stages[recipe.stages.index(name) :]
+    if is_cut(context.layout):
+        on_first_rank(execution.ranks, lambda: hold(context, to_come))
+        cut(context, isinstance(stage, Optimization) and stage.packing)
+    else:
+        hold(context, to_come)
     if leads:
         Ground(recipe, folder).begin(name, rendered(context, stage))
     execution.ranks.wait()
@@ -169,9 +187,10 @@ def run_stage(execution: Execution, name: str) -> None:
         if leads and error.problem.startswith("reward function "):
             Ground(recipe, folder).reward_failed(name)
         raise
+    if not isinstance(stage, Eval):
+        publish_model(context, stage)
     if leads:
         if not isinstance(stage, Eval):
-            publish_model(context, stage)
             facts = {**facts, "model": published(folder.stage(name) / "model")}
         folder.finish(name, facts)
 
@@ -190,7 +209,7 @@ def rendered(context: Context, stage: Sft | Rl | Eval) -> dict[str, list[Prompt]
 
 
 def publish_model(context: Context, stage: Sft | Rl) -> None:
-    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop.
+    """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop. All ranks call it.
 
     Raises:
         StepRefused: the model is not finite.
@@ -198,13 +217,18 @@ def publish_model(context: Context, stage: Sft | Rl) -> None:
     refuse_what_is_broken(context, "at the end")
     folder = context.folder.stage(context.name)
     temporary = folder / ".model-writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with removed_on_failure(temporary):
-        temporary.mkdir(parents=True)
-        stops = context.stop_ids(context.recipe.stage_data(stage.data))
-        context.model.generation_config.eos_token_id = list(stops)
-        save_model(context.model, context.tokenizer, temporary)
-        publish(temporary, folder / "model")
+
+    def write(model: Any) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with removed_on_failure(temporary):
+            temporary.mkdir(parents=True)
+            stops = context.stop_ids(context.recipe.stage_data(stage.data))
+            model.generation_config.eos_token_id = list(stops)
+            save_model(model, context.tokenizer, temporary)
+            publish(temporary, folder / "model")
+
+    with whole(context.policy, first_rank_only=True) as model:
+        on_first_rank(context.ranks, lambda: write(model))
 
 
 def _plain(recipe: Recipe | str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:

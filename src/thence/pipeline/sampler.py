@@ -49,6 +49,7 @@ class RolloutSampler:
         self.times: Counter[int] = Counter()
         self.again: dict[tuple[int, int], int] = {}
         self.step, self.steps = 0, stage.steps
+        self.model: Any = None  # while a rollout batch is composed
         self.seconds = 0.0
         self.seen: list[Trajectory] = []
         self.limit = context_of(context.model.config)
@@ -62,13 +63,13 @@ class RolloutSampler:
             rows=stage.rollout_rows,
         )
 
-    def begin(self, step: int) -> None:
-        """A new rollout batch, counted from 0. Another engine gets the weights as they stand."""
-        self.step, self.seconds, self.seen = step, 0.0, []
+    def begin(self, step: int, model: Any) -> None:
+        """A new rollout batch, counted from 0, sampled from this whole model. Another engine gets its weights."""
+        self.model, self.step, self.seconds, self.seen = model, step, 0.0, []
         self.draws, self.times, self.again = 0, Counter(), {}
         if self.engine is not None:
             start = time.perf_counter()
-            self.engine.push_weights(self.context.model, step)
+            self.engine.push_weights(model, step)
             self.seconds += time.perf_counter() - start
 
     def next_prompts(self, count: int) -> list[Prompt]:
@@ -166,8 +167,10 @@ class RolloutSampler:
         start = time.perf_counter()
         grader = self.grader if keep else None
         again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
-        model, tokenizer = self.context.model, self.context.tokenizer
-        found = respond(model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again)
+        tokenizer = self.context.tokenizer
+        found = respond(
+            self.model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again
+        )
         found = self._known(found) if keep else found
         self.seconds += time.perf_counter() - start
         repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]

@@ -13,10 +13,10 @@ from thence.recipe.reading import (
     read_tables,
     shipped_recipes,
 )
-from thence.recipe.schema import KINDS, Data, Eval, Faulty, Model, Optimization, Recipe, Rl, Sft, kind_of
+from thence.recipe.schema import KINDS, Data, Eval, Faulty, Model, Optimization, Recipe, Rl, Sft, Sharding, kind_of
 
 __all__ = [
-    "KINDS", "Data", "Eval", "Faulty", "Model", "Optimization", "Recipe", "Rl", "Sft", "apply_overrides",
+    "KINDS", "Data", "Eval", "Faulty", "Model", "Optimization", "Recipe", "Rl", "Sft", "Sharding", "apply_overrides",
     "build_recipe", "kind_of", "load_recipe", "naming_fields_of", "read_recipe_file", "read_tables",
     "shipped_recipes", "type_of",
 ]  # fmt: skip

@@ -68,6 +68,19 @@ class Model(Section):
         return self
 
 
+class Sharding(Section):
+    """How weights, gradients and optimizer moments are cut over ranks by `parallel = "fsdp2"` or `"hsdp"`."""
+
+    replicas: Processes = 1
+    """Groups of ranks that each hold a whole copy, with `hsdp`. Gradients are summed in a group, then over groups."""
+    reshard_after_forward: bool = True
+    """Free weights after the forward pass, and gather them again for the backward pass. false: faster, more memory."""
+    sum_every_pass: bool = True
+    """Sum gradients over ranks after every backward pass. false: once a step, from whole gradients in memory."""
+    offload: bool = False
+    """Keep weights, gradients and moments in host memory, where the optimizer steps too. For GPUs."""
+
+
 class Data(Section):
     """Where examples come from and how they become tokens."""
 
@@ -284,8 +297,11 @@ class Recipe(Section):
     """Run folder. Default: runs/<name>-seed<seed>."""
     stages: list[Name] = ["sft", "rl", "eval"]
     """Stages in order. The part of a name before the first `-` is the kind: sft, rl or eval."""
+    parallel: Literal["auto", "none", "ddp", "fsdp2", "hsdp"] = "auto"
+    """How ranks share training: whole copies (ddp) or weights cut over ranks (fsdp2, hsdp). auto: ddp if it fits."""
     model: Model
     data: Data = Data()
+    sharding: Sharding = Sharding()
     tables: dict[str, Sft | Rl | Eval] = Field(default={}, exclude=True)
     """The resolved table of every stage; filled from the tables of the file."""
 

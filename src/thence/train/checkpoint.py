@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: written beside, checked by checksum, renamed into place.
 
-A checkpoint is a folder that transformers opens, with the optimizer's tensors and the plain state beside the weights.
+A checkpoint is a folder with the optimizer's tensors and the plain state beside the weights. transformers opens it,
+unless the weights are cut over ranks: each rank then writes its part, and ``thence export`` puts them together.
 The weights have the names that they have in memory, which are not the published ones for some architectures (experts
 of a mixture lie together in memory). safetensors and JSON only; nothing is unpickled.
 """
@@ -18,30 +19,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from thence.errors import CheckpointError
 from thence.files import flush, to_json
+from thence.train.parallel import Ranks, on_first_rank, together
+from thence.train.state import optimizer_tensors, write_parts
+from thence.train.weights import named_parts
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REPLACED, WRITING = ".replaced-", ".writing-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMED = re.compile(
-    r"model.*\.safetensors|optimizer\.safetensors|.*\.(json|jinja|py|model|tiktoken)|(vocab|merges|special_tokens).*"
+    r"(model|shard-).*\.safetensors|optimizer\.safetensors|.*\.(json|jinja|py|model|tiktoken)|(vocab|merges|special_tokens).*"
 )
 """What the files of a model and a checkpoint are called, for a folder whose manifest cannot be read."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: plain state and the optimizer's tensors. Weights are opened from ``folder``."""
+    """A checkpoint on disk. :mod:`thence.train.state` reads its weights and the optimizer's tensors from ``folder``."""
 
     folder: Path
     step: int
     plain: dict[str, Any]
-    tensors: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, whole, by ``kind/parameter/field``; read anew each time."""
+        return optimizer_tensors(self.folder)
 
 
 def write_checkpoint(
@@ -58,23 +65,71 @@ def write_checkpoint(
 
     Killed at any moment, the folder holds the earlier checkpoint, the new one, or both; never a part of one.
     """
-    final = folder / f"step-{step:06d}"
-    temporary = folder / f"{WRITING}{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    final, temporary = _places(folder, step)
     with removed_on_failure(temporary):
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, save_original_format=False)
-        tokenizer.save_pretrained(temporary)
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(contiguous, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(to_json({"step": step, **plain}), encoding="utf-8")
+        _write_plain(temporary, step, tokenizer, plain)
         publish(temporary, final)
+    _remove_others(folder, final, keep)
+    return final
+
+
+def write_parts_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    plain: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    keep: int = 1,
+) -> Path:
+    """The same of weights that are cut over ranks. Every rank calls it, and writes its part.
+
+    Raises:
+        UserError: another rank failed; the checkpoint before stands.
+    """
+    final, temporary = _places(folder, step) if ranks.rank == 0 else (Path(), folder / f"{WRITING}{step:06d}")
+    with removed_on_failure(temporary):
+        on_first_rank(ranks, lambda: temporary.mkdir(parents=True))
+        files = together(ranks, lambda: write_parts(temporary, {**dict(named_parts(model)), **tensors}))
+        digests = together(ranks, lambda: {file.name: _sha256(file) for file in files})
+        known = {name: digest for part in ranks.gather(digests) for name, digest in part.items()}
+
+        def finish() -> None:
+            model.config.save_pretrained(temporary)
+            if model.can_generate():
+                model.generation_config.save_pretrained(temporary)
+            _write_plain(temporary, step, tokenizer, plain)
+            publish(temporary, final, known)
+
+        on_first_rank(ranks, finish)
+    on_first_rank(ranks, lambda: _remove_others(folder, final, keep))
+    return final
+
+
+def _places(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where a checkpoint will be, and where it is written; nothing is left there of an earlier try."""
+    temporary = folder / f"{WRITING}{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    return folder / f"step-{step:06d}", temporary
+
+
+def _write_plain(folder: Path, step: int, tokenizer: Any, plain: Mapping[str, Any]) -> None:
+    tokenizer.save_pretrained(folder)
+    (folder / "state.json").write_text(to_json({"step": step, **plain}), encoding="utf-8")
+
+
+def _remove_others(folder: Path, final: Path, keep: int) -> None:
     # a checkpoint of a later step can only be a damaged one that resuming passed over
     older = [path for path in checkpoints(folder) if path < final]
     later = [path for path in checkpoints(folder) if path > final]
     for superseded in [*older[: len(older) - (keep - 1)], *later]:
         discard(superseded)
-    return final
 
 
 @contextmanager
@@ -87,10 +142,16 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
         raise
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Write a manifest of checksums, flush everything to disk and rename the folder into place."""
+def publish(temporary: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write a manifest of checksums, flush everything to disk and rename the folder into place.
+
+    Args:
+        known: checksums that need not be computed again, by file.
+    """
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+    names = [str(path.relative_to(temporary)) for path in files]
+    digests = known or {}
+    manifest = {name: digests.get(name) or _sha256(path) for name, path in zip(names, files, strict=True)}
     (temporary / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, temporary]:
         flush(path)
@@ -158,7 +219,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(checkpoints(folder)):
         if (damaged := damaged_file(path)) is None:
             plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            found = Checkpoint(path, plain.pop("step"), plain, load_file(path / "optimizer.safetensors"))
+            found = Checkpoint(path, plain.pop("step"), plain)
             break
         passed_over.append((path, damaged))
     follows = f"that of step {found.step} is taken" if found is not None else "there is none before it: from step 0"
@@ -209,34 +270,6 @@ def _digest_of(path: Path) -> str | None:
 
 
 _known: dict[tuple[str, int, int, int, int], str] = {}
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Copy the weights of a checkpoint into the model, bit by bit; every one of the model's must be there.
-
-    Raises:
-        CheckpointError: names or shapes are not those of the model.
-    """
-    own = model.state_dict()
-    filled: set[int] = set()
-    for shard in sorted(folder.glob("model*.safetensors")):
-        for name, value in load_file(shard).items():
-            if name not in own or own[name].shape != value.shape:
-                raise _misfit(folder, f"{name} of shape {tuple(value.shape)} is none of the model's weights")
-            own[name].copy_(value)
-            filled.add(own[name].data_ptr())
-    # a tied weight is stored once, under one of its names
-    missing = [name for name, value in own.items() if value.numel() and value.data_ptr() not in filled]
-    if missing:
-        raise _misfit(folder, f"it lacks {', '.join(missing[:3])}")
-
-
-def _misfit(folder: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint does not fit the model: {why}",
-        remedy="resume with the version of thence and the model that wrote it, or give another --folder",
-        file=folder,
-    )
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thence.objective import BareRow, Row, TokenInputs
+from thence.objective import BareRow, Batch, Row, TokenInputs
+from thence.train.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,63 @@ def micro_batches(
         yield group, lay_out([rows[i] for i in group], packing, device)
 
 
-def weighted_micro_batches(
-    rows: Sequence[Row], budget: int, packing: bool, device: torch.device
-) -> Iterator[tuple[list[int], MicroBatch, bool]]:
-    """The micro-batches of an optimizer step, as :func:`micro_batches`, and whether each has a gradient.
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of an optimizer step.
 
-    Rows without any weight (a group whose rewards are all equal, ...) go into separate micro-batches, last. They
+    Args:
+        group: the indices of its rows; empty: a pass that this rank makes only because others make one.
+        micro, inputs: its rows, laid out, and what the objective needs of them.
+        learns: whether it has a gradient.
+        last: whether it is the last one of the step that has.
+    """
+
+    group: list[int]
+    micro: MicroBatch
+    inputs: TokenInputs
+    learns: bool
+    last: bool
+
+
+def step_passes(batch: Batch, budget: int, packing: bool, device: torch.device, ranks: Ranks) -> Iterator[Pass]:
+    """The passes of an optimizer step over this rank's rows.
+
+    Rows without any weight (a group whose rewards are all equal, ...) go into passes of their own, last. They
     need no backward pass.
     """
-    live = [bool(row.weights.any()) for row in rows]
+    live = [bool(row.weights.any()) for row in batch.rows]
     for learns in (True, False):
         own = [i for i, is_live in enumerate(live) if is_live == learns]
-        for group, micro in micro_batches([rows[i] for i in own], budget, packing, device):
-            yield [own[i] for i in group], micro, learns
+        rows = [batch.rows[i] for i in own]
+        groups = plan([len(row.token_ids) for row in rows], budget, packing)
+        passes = ranks.equal_passes(len(groups))
+        for number in range(passes):
+            group = groups[number] if number < len(groups) else []
+            chosen = [rows[i] for i in group] or [_nothing(batch)]
+            micro = lay_out(chosen, packing, device)
+            yield Pass(
+                [own[i] for i in group], micro, token_inputs(chosen, micro), learns, learns and number == passes - 1
+            )
+
+
+def scoring_passes(
+    rows: Sequence[BareRow], budget: int, packing: bool, device: torch.device, ranks: Ranks
+) -> Iterator[tuple[list[int], MicroBatch]]:
+    """The micro-batches of rows to be scored and the indices of their rows; none: to keep other ranks company."""
+    groups = plan([len(row.token_ids) for row in rows], budget, packing)
+    for number in range(ranks.equal_passes(len(groups))):
+        group = groups[number] if number < len(groups) else []
+        yield group, lay_out([rows[i] for i in group] or [BareRow(*_two_tokens())], packing, device)
+
+
+def _two_tokens() -> tuple[Tensor, Tensor]:
+    return torch.zeros(2, dtype=torch.int64), torch.tensor([False, True])
+
+
+def _nothing(batch: Batch) -> Row:
+    """A row of one trained token that weighs nothing: its pass adds a gradient of zero."""
+    one = torch.zeros(1, dtype=torch.float64)
+    return Row(*_two_tokens(), torch.zeros(len(batch.terms), 1), one, one)
 
 
 def lay_out(rows: Sequence[BareRow], packing: bool, device: torch.device) -> MicroBatch:

@@ -87,12 +87,47 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
         ) from error
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps `to` and loses its type
     model.eval()
-    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # transformers' grouped products are not written for float64
+    _fit_float64(model, dtype)
     make_generation_valid(model)
     check_vocabulary(model, tokenizer)
     check_model(model)
     return Loaded(model, tokenizer, settings.path or "random weights")
+
+
+def empty_model(settings: recipes.Model) -> Any:
+    """The model of a recipe without its weights, all on the meta device: for sizes, and for ranks that are sent them.
+
+    Raises:
+        RecipeError: no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = torch.float64 if settings.compute_dtype == "float64" else torch.float32
+    try:
+        if settings.init is not None:
+            config = made_config(settings.init)
+        else:
+            config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
+            config = _overridden(config, settings.config_overrides)
+        with torch.device("meta"):
+            trusted = {"trust_remote_code": settings.trust_remote_code}
+            model = AutoModelForCausalLM.from_config(_without_noise(config), dtype=dtype, **trusted)
+    except Exception as error:  # a model's code and files may raise anything
+        if isinstance(error, UserError) or is_of_system(error):
+            raise
+        raise RecipeError(
+            f"cannot open {settings.path or settings.init}: {first_line(error)}",
+            remedy="give a Hugging Face folder with config.json, weights and tokenizer, or a reachable hub name",
+            field="model.path",
+        ) from error
+    model.eval()
+    _fit_float64(model, dtype)
+    return model
+
+
+def _fit_float64(model: Any, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # transformers' grouped products are not written for float64
 
 
 def load_tokenizer(settings: recipes.Model) -> Any:

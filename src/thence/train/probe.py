@@ -19,8 +19,10 @@ from thence.errors import UserError, first_line
 from thence.models.layers import check_model
 from thence.models.probing import largest_difference, probe_tokens, tolerance
 from thence.objective import Batch, Logp, Normaliser, Row, Term, local_counts, trained_tokens
-from thence.train.checkpoint import checkpoints, load_weights, write_checkpoint
+from thence.train.checkpoint import checkpoints, write_checkpoint
 from thence.train.model import save_model
+from thence.train.policy import Policy
+from thence.train.state import load_weights
 from thence.train.step import StepSettings, accumulate_gradients
 
 ROWS = ((2, 7), (3, 2), (1, 9), (4, 5))  # prompt and response tokens of the rows of the check
@@ -44,8 +46,8 @@ def check_gradient(model: Any, packing: bool = False) -> str:
     check_model(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
-    _need_memory(2 * sum(p.numel() * p.element_size() for p in parameters.values()), device)
-    batch = _batch(model)
+    need_memory(2 * sum(p.numel() * p.element_size() for p in parameters.values()), device)
+    batch = probe_batch(model)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
         expected = _plain_gradient(model, batch, parameters)
@@ -57,7 +59,7 @@ def check_gradient(model: Any, packing: bool = False) -> str:
     try:
         optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
         settings = StepSettings(micro_batch_tokens=24, packing=packing, compute_dtype=next(model.parameters()).dtype)
-        accumulate_gradients(model, optimizer, batch, local_counts(batch), settings)
+        accumulate_gradients(Policy(model), optimizer, batch, local_counts(batch), settings)
         whole = sum(_norm(gradient) ** 2 for gradient in expected.values()) ** 0.5
         allowed = 10 * tolerance(next(model.parameters()).dtype, device)
         for name, parameter in parameters.items():
@@ -91,7 +93,7 @@ def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
         NotVerified: there is no memory or no room on disk for a second copy.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    _need_memory(size, torch.device("cpu"))
+    need_memory(size, torch.device("cpu"))
     name = type(model).__name__
     with tempfile.TemporaryDirectory(prefix="thence-probe-") as place:
         if shutil.disk_usage(place).free < SPARE * size:
@@ -116,7 +118,7 @@ def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
                 remedy="this architecture is not supported: please report it",
             )
         shutil.rmtree(folder)
-        write_checkpoint(folder, 0, model, tokenizer, {}, {"probe": torch.zeros(1)})
+        write_checkpoint(folder, 0, model, tokenizer, {}, {"probe/step": torch.zeros(1)})
         with torch.no_grad():
             for value in opened.state_dict().values():
                 value.zero_()
@@ -125,7 +127,8 @@ def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
     return f"{size / 1e6:.1f} MB written, read and compared bit by bit"
 
 
-def _batch(model: Any) -> Batch:
+def probe_batch(model: Any) -> Batch:
+    """Four rows of different lengths and weights."""
     tokens = probe_tokens(model, sum(p + r for p, r in ROWS)).cpu().split([p + r for p, r in ROWS])
     rows = [
         Row(ids, trained_tokens(prompt, len(ids), "response"), torch.full((1, response), 1.0 + 0.5 * i), None)
@@ -181,7 +184,7 @@ def _same_weights(model: Any, other: Any, when: str) -> None:
         )
 
 
-def _need_memory(size: int, device: torch.device) -> None:
+def need_memory(size: int, device: torch.device) -> None:
     """Raise NotVerified where so many bytes more would not fit."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

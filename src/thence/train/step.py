@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from thence.errors import StepRefused
-from thence.models.layers import output_head
 from thence.models.packing import attending
-from thence.objective import BareRow, Batch, TokenStats, divisors, local_counts, objective, token_statistics
-from thence.train.forward import compute_context, hidden_states
-from thence.train.micro_batches import micro_batches, token_inputs, weighted_micro_batches
-from thence.train.parallel import Ranks
+from thence.objective import BareRow, Batch, TokenStats, divisors, local_counts
+from thence.train.micro_batches import scoring_passes, step_passes
+from thence.train.parallel import Ranks, SingleProcess
+from thence.train.policy import Policy
+from thence.train.step_sums import StepSums
 
 Observer = Callable[[Sequence[int], TokenStats], None]
 
@@ -78,7 +78,7 @@ class StepReport:
 
 
 def train_step(
-    model: nn.Module,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     ranks: Ranks,
@@ -97,11 +97,11 @@ def train_step(
     start = time.perf_counter()
     counts = ranks.sum_counts(local_counts(batch))
     counted, rows = counts[:2]
-    mine = accumulate_gradients(model, optimizer, batch, counts, settings, observe)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    mine = accumulate_gradients(policy, optimizer, batch, counts, settings, ranks, observe)
+    parameters = policy.trained()
     ranks.sum_gradients(parameters)
     sums = mine.over(ranks)
-    norm = global_norm(parameters)
+    norm = ranks.global_norm(gradients_of(parameters))
     _check(sums, norm, counted, optimizer)
     skipped = 0 < settings.skip_norm < norm
     if settings.clip_norm and norm > settings.clip_norm:
@@ -125,115 +125,72 @@ def train_step(
     )
 
 
-@dataclass(frozen=True)
-class StepSums:
-    """What the micro-batches of a step add up to besides the gradient. All but ``passes`` are float64 scalars on the
-    model's device, so that a step waits for it once.
-
-    Args:
-        loss: the objective of these rows, already divided by the normalisers of the whole step.
-        entropy: of the next-token distributions over trained tokens, nats.
-        logp: log-probabilities of trained tokens, nats.
-        clipped: trained tokens whose gradient a clip held back.
-        tokens: tokens in the rows, prompts included, padding not.
-        seen: trained tokens that went through the model.
-        passes: forward passes of this rank.
-    """
-
-    loss: Tensor
-    entropy: Tensor
-    logp: Tensor
-    clipped: Tensor
-    tokens: Tensor
-    seen: Tensor
-    passes: int = field(default=0, kw_only=True)
-
-    @classmethod
-    def zero(cls, device: torch.device) -> StepSums:
-        """The sums before the first micro-batch."""
-        return cls(*torch.zeros(6, dtype=torch.float64, device=device))
-
-    def plus(self, loss: Tensor, stats: TokenStats, tokens: int) -> StepSums:
-        """The sums with one more micro-batch."""
-        return StepSums(
-            loss=self.loss + loss.detach(),
-            entropy=self.entropy + stats.entropy_T.sum(),
-            logp=self.logp + stats.logp_T.sum(),
-            clipped=self.clipped + stats.clipped_T.sum(),
-            tokens=self.tokens + tokens,
-            seen=self.seen + len(stats.logp_T),
-            passes=self.passes + 1,
-        )
-
-    def over(self, ranks: Ranks) -> StepSums:
-        """The sums over all ranks, on the CPU; the number of passes stays that of this rank."""
-        own = torch.stack([self.loss, self.entropy, self.logp, self.clipped, self.tokens, self.seen])
-        return StepSums(*ranks.sum_floats(own.cpu()), passes=self.passes)
-
-
 def accumulate_gradients(
-    model: nn.Module,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     counts: Sequence[int],
     settings: StepSettings,
+    ranks: Ranks | None = None,
     observe: Observer | None = None,
 ) -> StepSums:
     """Add up the gradient of this rank's rows in ``p.grad``.
 
     Args:
         counts: the sums over ranks of :func:`~thence.objective.local_counts`.
+        ranks: who trains rows of its own with the same shards; this process alone when absent.
     """
     optimizer.zero_grad(set_to_none=True)
-    device = next(model.parameters()).device
     divisor_J = divisors(batch.terms, counts)
-    sums, learned = StepSums.zero(device), False
-    with attending(model, settings.packing):
-        cut = (settings.micro_batch_tokens, settings.packing, device)
-        for group, micro, learns in weighted_micro_batches(batch.rows, *cut):
-            inputs = token_inputs([batch.rows[i] for i in group], micro)
-            with torch.set_grad_enabled(learns), compute_context(device, settings.compute_dtype):
-                hidden_TD = hidden_states(model, micro)
-                loss, stats = objective(
-                    hidden_TD, output_head(model), inputs, batch.terms, divisor_J, batch.temperature
-                )
+    sums, learned = StepSums.zero(policy.device), False
+    cut = (settings.micro_batch_tokens, settings.packing, policy.device, ranks or SingleProcess())
+    with attending(policy.model, settings.packing):
+        for step_pass in step_passes(batch, *cut):
+            micro, learns = step_pass.micro, step_pass.learns
+            with torch.set_grad_enabled(learns), policy.computing(settings.compute_dtype):
+                loss, stats = policy(micro, step_pass.inputs, batch.terms, divisor_J, batch.temperature)
             if learns:
+                policy.sum_after(last=step_pass.last)
                 loss.backward()
                 learned = True
-            sums = sums.plus(loss, stats, sum(micro.lengths))
-            if observe is not None:
-                observe(group, stats)
+            if step_pass.group:  # without rows it only keeps other ranks company
+                sums = sums.plus(loss, stats, sum(micro.lengths))
+                if observe is not None:
+                    observe(step_pass.group, stats)
+    policy.settle()
     if not learned:  # the optimizer is to see a gradient of zero, not none: its moments decay all the same
-        for parameter in model.parameters():
+        for parameter in policy.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return sums
 
 
 def policy_statistics(
-    model: nn.Module, rows: Sequence[BareRow], temperature: float, settings: StepSettings
+    policy: Policy,
+    rows: Sequence[BareRow],
+    temperature: float,
+    settings: StepSettings,
+    ranks: Ranks | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Log-probabilities and entropies of every row's trained tokens under the model as it stands, without gradient.
+    """Log-probabilities and entropies of every row's trained tokens under the policy as it stands, without gradient.
+
+    Args:
+        ranks: who else scores rows of its own with the same shards; this process alone when absent.
 
     Returns:
         For each row two tensors of shape (n,) on the CPU.
     """
-    device = next(model.parameters()).device
     result: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
-    for group, micro in micro_batches(rows, settings.micro_batch_tokens, settings.packing, device):
-        with torch.no_grad(), compute_context(device, settings.compute_dtype):
-            logp_T, entropy_T = token_statistics(
-                hidden_states(model, micro), output_head(model), micro.target_T, temperature
-            )
+    cut = (settings.micro_batch_tokens, settings.packing, policy.device, ranks or SingleProcess())
+    for group, micro in scoring_passes(rows, *cut):
+        with torch.no_grad(), policy.computing(settings.compute_dtype):
+            logp_T, entropy_T = policy.statistics(micro, temperature)
+        if not group:  # the pass only kept other ranks company
+            continue
         sizes = [rows[i].n_trained for i in group]
         for i, logp, entropy in zip(group, logp_T.cpu().split(sizes), entropy_T.cpu().split(sizes), strict=True):
             result[i] = (logp, entropy)
+    policy.settle()
     return result
-
-
-def global_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Euclidean norm of the whole gradient."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients_of(parameters)]
-    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from thence.accounting.meter import FlopMeter
-from thence.models.layers import check_model
-from thence.models.packing import way_of
 from thence.objective import BareRow, Batch
 from thence.train.parallel import Ranks, SingleProcess
+from thence.train.policy import Policy
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
-TakeStep = Callable[[nn.Module, torch.optim.Optimizer, Batch, Ranks, StepSettings, Observer | None], StepReport]
+TakeStep = Callable[[Policy, torch.optim.Optimizer, Batch, Ranks, StepSettings, Observer | None], StepReport]
 
 
 class Trainer:
@@ -25,7 +24,7 @@ class Trainer:
     A method with two kinds of step (ReLIFT, SASR) names them and gets an AdamW state for each.
 
     Args:
-        model: a causal language model with float32 or float64 weights.
+        model: a causal language model with float32 or float64 weights, or a policy that holds one.
         learning_rate: a number, or a function of the number of steps taken.
         settings: micro-batches, clipping, precision.
         ranks: who shares the step; this process alone when absent.
@@ -50,10 +49,9 @@ class Trainer:
         take_step: TakeStep = train_step,
         meter: FlopMeter | None = None,
     ):
-        self.model, self.settings, self.ranks = model, settings or StepSettings(), ranks or SingleProcess()
-        check_model(model)
-        if self.settings.packing:
-            way_of(model)
+        self.policy = model if isinstance(model, Policy) else Policy(model)
+        self.model, self.settings, self.ranks = self.policy.model, settings or StepSettings(), ranks or SingleProcess()
+        self.policy.check(self.settings.packing)
         self.learning_rate: Callable[[int], float] = (
             learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
         )
@@ -62,9 +60,10 @@ class Trainer:
         self._adamw = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         if activation_checkpointing:
-            model.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
+            inner = self.model
+            inner.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
             # transformers 5.23 renamed it
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
     def step(
@@ -87,7 +86,7 @@ class Trainer:
         for group in adamw.param_groups:
             group["lr"] = self.learning_rate(self.steps_taken) if lr is None else lr
         settings = self.settings if clip_norm is None else replace(self.settings, clip_norm=clip_norm)
-        report = self.take_step(self.model, adamw, batch, self.ranks, settings, observe)
+        report = self.take_step(self.policy, adamw, batch, self.ranks, settings, observe)
         self.steps_taken += optimizer == "main"
         if self.meter is not None:
             live = [row.weights.any() for row in batch.rows]
@@ -99,7 +98,7 @@ class Trainer:
         """Log-probabilities and entropies of the rows' trained tokens under the model as it stands."""
         if self.meter is not None:
             self.meter.scored(*_sizes(rows))
-        return policy_statistics(self.model, rows, temperature, self.settings)
+        return policy_statistics(self.policy, rows, temperature, self.settings, self.ranks)
 
     def optimizer(self, name: str) -> torch.optim.AdamW:
         """The optimizer of this kind of step, made when first asked for."""
@@ -115,6 +114,22 @@ class Trainer:
                 for field, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{kind}/{name}/{field}"] = value
         return {"steps_taken": self.steps_taken, "optimizers": sorted(self._optimizers)}, tensors
+
+    def empty_state(self, plain: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Tensors to be filled with a state that was written: of a parameter's shape, cut as the parameter is.
+
+        Args:
+            plain: what :meth:`state` gave besides the tensors.
+            shapes: of the tensors that were written, by name; others than those of :meth:`state` are left alone.
+        """
+        parameters, found = dict(self.model.named_parameters()), {}
+        for key, shape in shapes.items():
+            kind, _, rest = key.partition("/")
+            name, _, _ = rest.partition("/")
+            if kind in plain["optimizers"] and (parameter := parameters.get(name)) is not None:
+                like = shape == parameter.shape and parameter.ndim
+                found[key] = torch.zeros_like(parameter.detach()) if like else torch.zeros(shape)
+        return found
 
     def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take up a state that :meth:`state` gave; the model's weights are restored by the caller."""

@@ -1,5 +1,18 @@
 """The home of ranks: how an optimizer step is spread over processes. The step itself only asks for sums."""
 
 from thence.train.parallel.ranks import DataParallel, Ranks, SingleProcess, rank_variable, start_ranks
+from thence.train.parallel.shard import Sharded, Sharding, shard
+from thence.train.parallel.together import on_first_rank, together
 
-__all__ = ["DataParallel", "Ranks", "SingleProcess", "rank_variable", "start_ranks"]
+__all__ = [
+    "DataParallel",
+    "Ranks",
+    "Sharded",
+    "Sharding",
+    "SingleProcess",
+    "on_first_rank",
+    "rank_variable",
+    "shard",
+    "start_ranks",
+    "together",
+]

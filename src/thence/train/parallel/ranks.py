@@ -1,10 +1,13 @@
-"""Sums over ranks. A step needs three: of integer counts, of gradients, of what is logged. There is no average."""
+"""Sums over ranks. A step needs four: of integer counts, of gradients, of their squares, of what is logged.
+
+There is no average.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -29,8 +32,20 @@ class Ranks(Protocol):
         """Sum of a small float64 tensor over ranks, for the log."""
         ...
 
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """Sum of a small float64 tensor over the ranks that hold different parts of the weights."""
+        ...
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over ranks; a parameter without a gradient on some rank counts as zero."""
+        ...
+
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        """Euclidean norm of the whole gradient, once it is summed over ranks."""
+        ...
+
+    def equal_passes(self, passes: int) -> int:
+        """How many passes this rank makes, of which so many are its own."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -54,8 +69,17 @@ class SingleProcess:
     def sum_floats(self, values: Tensor) -> Tensor:
         return values
 
+    def sum_shards(self, values: Tensor) -> Tensor:
+        return values
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         pass
+
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        return local_norm(gradients)
+
+    def equal_passes(self, passes: int) -> int:
+        return passes
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -73,6 +97,13 @@ class DataParallel:
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
 
+    @classmethod
+    def alone(cls, device: torch.device) -> Self:
+        """A single process that is a group of ranks nevertheless, without ``torchrun``."""
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
+        return cls(device)
+
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         total = torch.tensor(list(counts), dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
@@ -82,6 +113,9 @@ class DataParallel:
         total = values.to(self.device, torch.float64)
         dist.all_reduce(total)
         return total.cpu()
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         bucket: list[nn.Parameter] = []
@@ -98,6 +132,12 @@ class DataParallel:
         if bucket:
             _sum_bucket(bucket)
 
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        return local_norm(gradients)
+
+    def equal_passes(self, passes: int) -> int:
+        return passes
+
     def gather(self, value: Any) -> list[Any]:
         result: list[Any] = [None] * self.world
         dist.all_gather_object(result, value)
@@ -105,6 +145,12 @@ class DataParallel:
 
     def wait(self) -> None:
         dist.barrier()
+
+
+def local_norm(gradients: Sequence[Tensor]) -> float:
+    """Euclidean norm of these tensors together, in float64."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
 
 
 def _sum_bucket(parameters: list[nn.Parameter]) -> None:
@@ -151,5 +197,9 @@ def start_ranks() -> tuple[Ranks, torch.device]:
         return SingleProcess(), device
     rank_variable("RANK")  # for its error; torch reads it itself
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(_backend(device))
     return DataParallel(device), device
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

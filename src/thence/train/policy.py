@@ -1,0 +1,117 @@
+"""The one door to a model that is trained: its body, its output layer and the objective in one module call.
+
+FSDP gathers weights before a module's ``forward`` and frees them after it. So whatever reads the output layer's weight
+must run inside of the same call as the body. Whoever trains or scores goes through here; nobody else calls the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from thence.models.layers import check_model, output_head
+from thence.models.packing import way_of
+from thence.objective import Term, TokenInputs, TokenStats, objective, token_statistics
+from thence.train.forward import compute_context, hidden_states
+from thence.train.micro_batches import MicroBatch
+
+
+class Policy(nn.Module):
+    """A causal language model as the training step sees it.
+
+    Args:
+        model: a Hugging Face causal language model. Its parameters may be shards: see
+            :func:`thence.train.parallel.shard.shard`.
+
+    Attributes:
+        sum_every_pass: shards are summed over ranks after every backward pass, not once a step.
+        skeleton: what :func:`thence.train.weights.whole` fills with whole weights; None: ``model`` has whole weights.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.sum_every_pass = True
+        self._skeleton: list[Any] = []
+
+    @property
+    def skeleton(self) -> Any:
+        """See :meth:`keep_skeleton`."""
+        return self._skeleton[0] if self._skeleton else None
+
+    def keep_skeleton(self, model: Any) -> None:
+        """Keep the model without its weights, as it was before it was cut: it is filled where whole ones are needed."""
+        self._skeleton = [model]  # in a list: torch would take a module for a part of the policy
+
+    def forward(
+        self,
+        micro: MicroBatch,
+        inputs: TokenInputs,
+        terms: Sequence[Term],
+        divisor_J: Sequence[float],
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, TokenStats]:
+        """The loss of one micro-batch, and what was measured on the way.
+
+        Args:
+            inputs, terms, divisor_J, temperature: as for :func:`thence.objective.objective`.
+
+        Raises:
+            UserError: the rows are packed, and the model cannot be; a row is longer than the model's context.
+        """
+        hidden_TD = hidden_states(self.model, micro)
+        return objective(hidden_TD, output_head(self.model), inputs, terms, divisor_J, temperature)
+
+    def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the trained tokens of one micro-batch. Shapes (T,), (T,).
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        hidden_TD = hidden_states(self.model, micro)
+        return token_statistics(hidden_TD, output_head(self.model), micro.target_T, temperature)
+
+    def check(self, packing: bool = False) -> None:
+        """Make sure of what every step relies on; shards were checked as a whole model before they were cut.
+
+        Raises:
+            UserError: the step would get this model's gradient wrong, or its rows cannot be packed as asked.
+        """
+        if not self.sharded:
+            check_model(self.model)
+        if packing:
+            way_of(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of every parameter."""
+        return isinstance(self, FSDPModule)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained, in the model's order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def computing(self, dtype: torch.dtype) -> AbstractContextManager:
+        """Where a forward pass runs; shards are cast when they are gathered."""
+        return nullcontext() if self.sharded else compute_context(self.device, dtype)
+
+    def sum_after(self, *, last: bool) -> None:
+        """Say of the next backward pass whether it is the last one of its step: shards may be summed then alone."""
+        if isinstance(self, FSDPModule) and not self.sum_every_pass:
+            self.set_requires_gradient_sync(last)
+
+    def settle(self) -> None:
+        """Free what the last pass has gathered. The optimizer is about to change the shards it was gathered from."""
+        for module in self.modules():  # layers too: with reshard_after_forward off they stay whole after a last forward
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,100 @@
+"""The one seam between a policy and its weights as everybody else knows them: whole tensors under the model's names.
+
+A policy may be cut over ranks. Who samples, publishes or hands weights to another process asks here for whole ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from thence.train.policy import Policy
+
+
+def named_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and every buffer that a checkpoint keeps, once, by its first name; shards as shards."""
+    yield from model.named_parameters()
+    kept = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`named_parts`, but whole, one at a time. All ranks iterate to the end: gathering is done by all."""
+    for name, part in named_parts(policy.model):
+        value = part.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@contextmanager
+def whole(policy: Policy, *, first_rank_only: bool = False) -> Iterator[Any]:
+    """A plain Hugging Face model that holds the policy's weights as they stand. All ranks enter and leave together.
+
+    A policy that is not cut gives its own model. Otherwise a whole copy of the weights is held while this lasts.
+
+    Args:
+        first_rank_only: the other ranks get None, and the copy is in host memory: for writing files.
+    """
+    if policy.skeleton is None:
+        yield policy.model
+        return
+    leads = not first_rank_only or torch.distributed.get_rank() == 0
+    tensors = named_weights(policy)
+    if not leads:
+        for _ in tensors:
+            pass
+        yield None
+        return
+    device = torch.device("cpu") if first_rank_only else policy.device
+    found = {name: value.to(device) for name, value in tensors}
+    # a rank that was sent its weights has no buffers in the skeleton either
+    found |= {name: value.to(device) for name, value in policy.model.named_buffers()}
+    empty = fill(policy.skeleton, found)
+    try:
+        yield policy.skeleton
+    finally:
+        fill(policy.skeleton, empty)
+
+
+def skeleton_of(model: nn.Module) -> Any:
+    """A copy of the model without its weights: parameters on the meta device, shared ones still shared."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put these tensors in the place of the model's own, without a copy; what is shared stays shared.
+
+    Args:
+        tensors: parameters and buffers, by their first names.
+
+    Returns:
+        What stood there before.
+
+    Raises:
+        KeyError: a name that the model has not.
+    """
+    before: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    made: dict[int, Tensor] = {}
+    for name, value in tensors.items():
+        old = before[name]
+        made[id(old)] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+    for owner in model.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, old in table.items():
+                if old is not None and id(old) in made:
+                    table[name] = made[id(old)]  # pyright: ignore[reportArgumentType]
+    return {name: before[name] for name in tensors}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter, and the first name of the same one."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
