@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import thence
     from thence.data.example import Example
-    from thence.methods.sft import Sft
+    from thence.methods.sft import SftMethod
     from thence.objective import Batch
     from thence.pipeline.prompts import to_prompts
     from thence.pipeline.sft_stage import rows_of
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     batch = args.micro_batch * args.accumulation
     examples = [Example(prompt=r["prompt"], demonstration=r["completion"]) for r in common.read_jsonl(args.data)]
     prompts = to_prompts(Data(template="none"), examples, loaded.tokenizer)
-    method, clock = Sft(), common.StepClock()
+    method, clock = SftMethod(), common.StepClock()
     settings = StepSettings(micro_batch_tokens=args.micro_batch_tokens, packing=args.packing)
     trainer = thence.Trainer(loaded.model, args.learning_rate, settings, weight_decay=0.0)
     reports = []

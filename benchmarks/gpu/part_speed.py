@@ -20,7 +20,7 @@ from thence.accounting.memory import Memory, activation_memory, logit_memory, re
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
-from thence.methods.sft import Sft
+from thence.methods.sft import SftMethod
 from thence.objective import Batch
 from thence.rollout.native import Sampling, sample
 from thence.train.policy import Policy
@@ -111,7 +111,7 @@ def ours(
 ) -> None:
     """thence's own step on these rows: tokens/s, share of the roofline, peak memory beside the plan."""
     free(device)
-    method, checkpointing = Sft(), budget > BUDGET
+    method, checkpointing = SftMethod(), budget > BUDGET
     batch = make_batch(method, trajectories)
     trainer = Trainer(
         model, 1e-6, StepSettings(budget, packing, 1.0, torch.bfloat16), activation_checkpointing=checkpointing
@@ -155,7 +155,7 @@ def profile(model: Any, trajectories: Sequence[Trajectory], device: torch.device
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    method = Sft()
+    method = SftMethod()
     batch = make_batch(method, trajectories)
     trainer = Trainer(model, 1e-6, StepSettings(BUDGET, True, 1.0, torch.bfloat16))
     trainer.step(batch)

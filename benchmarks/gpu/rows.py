@@ -12,7 +12,7 @@ from torch import Tensor
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
-from thence.methods.sft import Sft
+from thence.methods.sft import SftMethod
 from thence.objective import Batch, local_counts
 from thence.train.policy import Policy
 from thence.train.step import StepSettings, accumulate_gradients
@@ -34,7 +34,7 @@ def trajectories(lengths: Sequence[tuple[int, int]], vocabulary: int, seed: int 
 
 def sft_batch(rows: Sequence[Trajectory], silent: bool = False) -> Batch:
     """Plain maximum likelihood; ``silent``: every third row weighs nothing."""
-    batch = make_batch(Sft(), rows)
+    batch = make_batch(SftMethod(), rows)
     heard = [replace(r, weights=r.weights * float(not silent or i % 3 != 1)) for i, r in enumerate(batch.rows)]
     return replace(batch, rows=tuple(heard))
 

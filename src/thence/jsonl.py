@@ -40,7 +40,7 @@ class BadLine:
     why: str
 
 
-Row = tuple[int, dict[str, Any]]
+NumberedObject = tuple[int, dict[str, Any]]
 Check = Callable[[dict[str, Any]], str | None]
 """Says what is wrong with an object that a line holds; None: nothing."""
 
@@ -55,7 +55,7 @@ class Lines:
         torn: a last line that a killed process left unfinished; b"" where there is none.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[NumberedObject, ...]
     bad: tuple[BadLine, ...]
     torn: bytes
 
@@ -71,7 +71,7 @@ def read_lines(path: Path, check: Check | None = None) -> Lines:
     Args:
         check: what is wrong with an object that a line holds; such a line is bad too.
     """
-    rows: list[Row] = []
+    rows: list[NumberedObject] = []
     bad: list[BadLine] = []
     torn = b""
     for line in stream_lines(path, check):
@@ -84,7 +84,7 @@ def read_lines(path: Path, check: Check | None = None) -> Lines:
     return Lines(tuple(rows), tuple(bad), torn)
 
 
-def stream_lines(path: Path, check: Check | None = None) -> Iterator[Row | BadLine | bytes]:
+def stream_lines(path: Path, check: Check | None = None) -> Iterator[NumberedObject | BadLine | bytes]:
     """The lines of a file one by one, for large ones: rows and bad lines, and last the bytes of a torn line."""
     if not path.is_file():
         return
@@ -94,7 +94,7 @@ def stream_lines(path: Path, check: Check | None = None) -> Iterator[Row | BadLi
                 yield _line(number, raw, check)
 
 
-def _line(number: int, raw: bytes, check: Check | None) -> Row | BadLine | bytes:
+def _line(number: int, raw: bytes, check: Check | None) -> NumberedObject | BadLine | bytes:
     ended, raw = raw.endswith(b"\n"), raw.rstrip(b"\r\n")
     try:
         value = json.loads(raw.decode("utf-8"))

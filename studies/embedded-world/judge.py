@@ -24,11 +24,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from thence.compare.result import RESULTS, Comparison, Run, read_results, to_json
+from thence.compare.result import RESULTS, Comparison, Run, read_results, results_json
 from thence.compare.statistics import Difference, Statistics, statistics
 from thence.errors import UserError
-from thence.files import to_json as as_json
-from thence.files import write_atomically
+from thence.files import to_json, write_atomically
 from thence.pages.comparison.figures import score_against_flops_png
 from thence.pages.comparison.page import write_page
 
@@ -52,10 +51,10 @@ def main() -> None:
     predictions = tomllib.loads((HERE / "predictions.toml").read_text(encoding="utf-8"))
     found = statistics(comparison)
     verdicts = judge(found, predictions)
-    write_atomically(HERE / RESULTS, to_json(rounded(comparison)))
+    write_atomically(HERE / RESULTS, results_json(rounded(comparison)))
     write_page(HERE)
     (HERE / "report.json").unlink()  # what it holds is in results.json and summary.csv
-    write_atomically(HERE / "verdicts.json", as_json(verdicts, indent=1) + "\n")
+    write_atomically(HERE / "verdicts.json", to_json(verdicts, indent=1) + "\n")
     write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))
     write_atomically(HERE / "scores.md", scores(found))
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from thence.audit.judge.objectives import OBJECTIVES, StepRows
 from thence.audit.report import Report
 from thence.audit.result import (
+    AuditVerdict,
     Case,
     CaseResult,
     Finding,
@@ -22,7 +23,6 @@ from thence.audit.result import (
     SequenceWeights,
     StepResult,
     TokenWeight,
-    Verdict,
 )
 from thence.pages.audit.page import render_page
 
@@ -90,7 +90,7 @@ def judged(case: Case, weights: Weights, *findings: Finding, objective: str = "t
     return CaseResult(case, "judged", "", steps, seconds=1.25)
 
 
-def a_report(cases: Sequence[CaseResult], verdict: Verdict, target: str = "trl") -> Report:
+def a_report(cases: Sequence[CaseResult], verdict: AuditVerdict, target: str = "trl") -> Report:
     return Report(
         target,
         {"trl": "1.16.0", "transformers": "5.23.0", "torch": "2.13.0", "python": "3.11.9"},
@@ -124,7 +124,9 @@ def clean() -> Report:
         "In all 5 judged cases the weights are those of the token mean, which was asked for.",
         "Token weights lie between 1.000 and 1.000 of what they should be.",
     )
-    return a_report([judged(c, token_mean) for c in CASES], Verdict("no finding", "token-mean", "token-mean", said))
+    return a_report(
+        [judged(c, token_mean) for c in CASES], AuditVerdict("no finding", "token-mean", "token-mean", said)
+    )
 
 
 def dropping() -> Report:
@@ -150,7 +152,7 @@ def dropping() -> Report:
         ("https://github.com/deepspeedai/DeepSpeed/issues/1", "javascript:alert(1)"),
         True,
     )
-    verdict = Verdict("finding", "token-mean", "token-mean", said, "Switch the optimizer offload off.", (known,))
+    verdict = AuditVerdict("finding", "token-mean", "token-mean", said, "Switch the optimizer offload off.", (known,))
     report = a_report(cases, verdict, "deepspeed")
     return replace(report, not_told_apart=("Rank means and token means: no case with three ranks was judged.",))
 
@@ -166,7 +168,7 @@ def averaging() -> Report:
     hostile = replace(step, sequences=(replace(row, tokens=tokens), *step.sequences[1:]))
     cases[0] = replace(cases[0], steps=(hostile,))
     said = ("The weights are a mean of micro-batch means.", "Short responses are over-weighted.")
-    return a_report(cases, Verdict("finding", "micro-batch-mean", "token-mean", said, "Count the tokens first."))
+    return a_report(cases, AuditVerdict("finding", "micro-batch-mean", "token-mean", said, "Count the tokens first."))
 
 
 class Page(HTMLParser):

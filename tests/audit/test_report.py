@@ -18,7 +18,7 @@ from tests.audit.made_reports import (
     judged,
     token_mean,
 )
-from thence.audit.figures import lost_by_role, micro_batches, steps_alike
+from thence.audit.figures import lost_by_role, micro_batch_ratios, steps_alike
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.junit import junit_xml
 from thence.audit.result import (
@@ -115,7 +115,7 @@ def test_later_steps_have_lines_of_their_own_only_where_they_differ():
 def test_rows_whose_micro_batch_is_not_known_get_a_bar_each():
     step = judged(CASES[1], first_and_last_only).steps[0]
     rows = tuple(replace(row, micro_batch=None, rank=None) for row in step.sequences)
-    groups = micro_batches(replace(step, sequences=rows))
+    groups = micro_batch_ratios(replace(step, sequences=rows))
     assert [round(group.ratio) for group in groups] == [1, 1, 0, 0, 0, 0, 1, 1]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tests import ROOT
 from thence.audit import audit_stack, check, random_rows
-from thence.audit.run.program import audit_program, narrowed, placeholders
+from thence.audit.run.program import allowed_cases, audit_program, placeholders
 from thence.audit.run.runner import load_adapter
 from thence.cli import main
 from thence.errors import UserError
@@ -145,11 +145,11 @@ def test_a_program_with_adamw_and_clipping_is_judged_from_outside(tmp_path: Path
 
 def test_placeholders_that_a_program_lacks_narrow_the_matrix() -> None:
     have = placeholders(WORDS)
-    cases, reasons = narrowed(have, "token-mean", quick=False)
+    cases, reasons = allowed_cases(have, "token-mean", quick=False)
     assert any("ranks" in reason for reason in reasons)
     assert all(reason for case, reason in cases if case.ranks > 1)
     fewer = placeholders([w for w in WORDS if "micro" not in w and "accumulation" not in w])
-    cases, reasons = narrowed(fewer, "token-mean", quick=False)
+    cases, reasons = allowed_cases(fewer, "token-mean", quick=False)
     assert [case.name for case, reason in cases if not reason] == ["as the program cuts it"]
     assert any("{micro_batch}" in reason for reason in reasons)
 

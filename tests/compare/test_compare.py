@@ -20,7 +20,7 @@ from thence.compare.collect import collect
 from thence.compare.engine import compare
 from thence.compare.plan import Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
-from thence.compare.result import RESULTS, Comparison, Run, Spent, read_results, to_json
+from thence.compare.result import RESULTS, Comparison, Run, Spent, read_results, results_json
 from thence.errors import UserError
 from thence.toml import to_toml
 
@@ -44,7 +44,7 @@ def without_times(comparison: Comparison) -> str:
         return tuple(replace(r, spent=timeless(r.spent), own=timeless(r.own), folder="") for r in runs)
 
     kept = replace(comparison, runs=of(comparison.runs), tuning_runs=of(comparison.tuning_runs), environment={})
-    return to_json(kept)
+    return results_json(kept)
 
 
 def test_every_arm_is_measured_from_every_base_with_every_seed(done) -> None:
@@ -150,9 +150,9 @@ def test_another_arm_on_kept_results_repeats_nothing_but_what_it_is_built_on(don
 
 def test_results_survive_being_written_and_read(done, tmp_path: Path) -> None:
     folder, result, _ = done
-    (tmp_path / RESULTS).write_text(to_json(result))
+    (tmp_path / RESULTS).write_text(results_json(result))
     assert read_results(tmp_path) == result
-    assert to_json(read_results(tmp_path)) == to_json(result)
+    assert results_json(read_results(tmp_path)) == results_json(result)
     assert {run.seed for run in result.tuning_runs} == {100} and len(result.tuning_runs) == 2
     assert without_times(read_results(folder / "comparison")) == without_times(result)
 

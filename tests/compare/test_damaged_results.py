@@ -14,7 +14,7 @@ from tests import ROOT
 from tests.compare.comparisons import make_comparison
 from tests.damage import damaged, harm, refused, sampled
 from thence.cli import main
-from thence.compare.result import RESULTS, read_results, to_json, write_results
+from thence.compare.result import RESULTS, read_results, results_json, write_results
 from thence.toml import to_toml
 
 
@@ -25,7 +25,7 @@ def comparison(tmp_path: Path) -> tuple[Path, list[str]]:
     named = tuple(replace(r, folder=f"runs/{r.arm}-{r.seed}") for r in made.runs)
     folder = tmp_path / "c"
     folder.mkdir()
-    (folder / RESULTS).write_text(to_json(replace(made, runs=named)))
+    (folder / RESULTS).write_text(results_json(replace(made, runs=named)))
     tables = {
         "name": "trial",
         "reference": "sft",

@@ -15,7 +15,7 @@ from tests import ROOT
 from tests.data.chatml import CHATML, CHATML_THINK, INST, ask, decode, make_tokenizer
 from thence.data.chat import chat_format, end_token_ids, render
 from thence.data.example import Example, Message
-from thence.data.show import Check, checks, segments, shown
+from thence.data.show import Check, checks, segments, terminal_text
 
 FILE = ROOT / "benchmarks" / "chat_templates.py"
 SPEC = importlib.util.spec_from_file_location("chat_templates", FILE)
@@ -145,7 +145,7 @@ def test_segments_are_the_tokens_with_special_ones_by_themselves() -> None:
     assert "".join(part.text for part in parts) == decode(tokenizer, [*row.prompt_ids, *(row.response_ids or ())])
     assert [part.text for part in parts if part.trained] == ["It is 2.", "<|im_end|>"]
     assert [part.text for part in parts if part.special] == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
-    text = shown(parts)
+    text = terminal_text(parts)
     assert text.plain.endswith("It is 2.<|im_end|>")
     assert {str(span.style) for span in text.spans} == {"dim", "dim reverse", "bold green", "bold green reverse"}
 

@@ -30,7 +30,7 @@ def worked_out(prompt: str) -> list[int]:
     return values
 
 
-def every_split(n: int, seed: int = 0) -> dict[str, list[chain.Problem]]:
+def every_split(n: int, seed: int = 0) -> dict[str, list[chain.ChainProblem]]:
     return {split: chain.problems(split, n, seed) for split in chain.SPLITS}
 
 

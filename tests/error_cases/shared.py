@@ -15,7 +15,7 @@ from typing import Any
 from tests.compare.comparisons import make_comparison
 from tests.recipes import ROWS, Tables, changed, file_recipe, write_rows
 from thence.cli import main
-from thence.compare.result import RESULTS, to_json
+from thence.compare.result import RESULTS, results_json
 from thence.toml import to_toml
 from thence.train.trainer import Trainer
 
@@ -72,7 +72,7 @@ def comparison(here: Path) -> None:
     made = make_comparison({"sft": 0.0, "rl": 0.5}, seeds=3)
     named = tuple(replace(each, folder=f"runs/{each.arm}-{each.seed}") for each in made.runs)
     (here / "c").mkdir()
-    (here / "c" / RESULTS).write_text(to_json(replace(made, runs=named)))
+    (here / "c" / RESULTS).write_text(results_json(replace(made, runs=named)))
     described = {
         "name": "trial",
         "reference": "sft",

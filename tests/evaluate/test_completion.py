@@ -10,14 +10,14 @@ import pytest
 from tests.evaluate.asking import short
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Refused
-from thence.evaluate.completion import outcome
+from thence.evaluate.completion import request_outcome
 from thence.http_client import Answer as HttpAnswer
 
 
 def read(value: Any, status: int = 200, **headers: str) -> Generation | Refused:
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     answer = HttpAnswer(status, headers, body)
-    return outcome(answer, hide=str, remedy=lambda status: "remedy", file="url")
+    return request_outcome(answer, hide=str, remedy=lambda status: "remedy", file="url")
 
 
 def completion(content: Any, finish: Any = "stop", usage: Any = None, **message: Any) -> dict[str, Any]:

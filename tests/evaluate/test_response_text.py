@@ -15,7 +15,7 @@ from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
 from thence.evaluate.backends import Generation
-from thence.evaluate.completion import outcome
+from thence.evaluate.completion import request_outcome
 from thence.http_client import Answer
 from thence.pipeline.run import run
 from thence.rollout.responses import grade
@@ -42,7 +42,7 @@ def test_think_tags_that_are_special_tokens_reach_the_reward_and_the_end_does_no
 def test_a_server_whose_template_opens_the_thinking_gets_the_tag_put_back() -> None:
     def text(content: str) -> str:
         body = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
-        found = outcome(Answer(200, {}, body.encode()), hide=str, remedy=str, file="")
+        found = request_outcome(Answer(200, {}, body.encode()), hide=str, remedy=str, file="")
         assert isinstance(found, Generation)
         return found.text
 

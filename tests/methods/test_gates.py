@@ -9,7 +9,7 @@ import pytest
 from tests.methods.gates_cases import FakeSampler, kinds, right
 from tests.oracle import weights_of
 from thence.methods.hpt import Hpt
-from thence.methods.relift import Failure, Relift
+from thence.methods.relift import Relift, UnsolvedPrompt
 from thence.methods.sasr import Sasr, chance
 from thence.methods.superrl import SuperRl
 
@@ -91,7 +91,7 @@ def test_relift_buffer_golden_vector():
 @pytest.mark.parametrize(("held", "taken"), [(127, 0), (128, 128), (300, 128)])
 def test_relift_takes_one_batch_of_128_at_most(held, taken):
     method, sampler = Relift(), FakeSampler({})
-    method.buffer = [Failure(0, sampler.prompt(i)) for i in range(held)]
+    method.buffer = [UnsolvedPrompt(0, sampler.prompt(i)) for i in range(held)]
     steps = method.side_steps(sampler)
     assert [kinds(list(s.trajectories)) for s in steps] == [[(i, "demonstration") for i in range(128)]][: taken // 128]
     assert entries(method) == list(range(taken, held))

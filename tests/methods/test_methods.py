@@ -21,7 +21,7 @@ from thence.methods.base import Method, make_batch, make_rows
 from thence.methods.dapo import Dapo, overlong_penalty
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.grpo import Grpo
-from thence.methods.sft import Sft
+from thence.methods.sft import SftMethod
 from thence.objective import Clip, Context, Logp, Normaliser, Term, local_counts
 from thence.pipeline.rehearsal import rehearse
 from thence.recipe import Rl
@@ -174,7 +174,7 @@ def test_a_method_whose_weights_do_not_fit_its_terms_is_refused_before_the_first
 
 def test_rows_train_the_response_and_nothing_else():
     trajectory = Trajectory(Prompt(0, (7, 8, 9)), (4, 5))
-    (row,) = make_batch(Sft(), [trajectory]).rows
+    (row,) = make_batch(SftMethod(), [trajectory]).rows
     assert row.token_ids.tolist() == [7, 8, 9, 4, 5]
     assert row.trained.tolist() == [False, False, False, True, True]
     assert row.weights.tolist() == [[1.0, 1.0]]
@@ -364,16 +364,16 @@ def test_a_method_of_another_package_that_does_not_say_what_it_is_is_refused(mon
 def test_every_method_states_its_exactness_in_its_own_class():
     assert not hasattr(Method, "exactness")
     for method in registry.OWN:
-        assert registry.stated(method.name, method) is method
+        assert registry.checked_method(method.name, method) is method
 
 
 def test_sft_can_count_every_response_the_same():
     from thence.data.trajectory import Prompt, Trajectory
-    from thence.methods.sft import Sft
+    from thence.methods.sft import SftMethod
 
-    method = Sft({"aggregation": "sequence-mean"})
+    method = SftMethod({"aggregation": "sequence-mean"})
     weights = weights_of(method, [Trajectory(Prompt(i, (1,)), (2,) * n) for i, n in enumerate((1, 4, 0))])
     assert [w.sum().item() for w in weights] == [1.0, 1.0, 0.0]
     assert [w.shape for w in weights] == [(1, 1), (1, 4), (1, 0)]
     assert method.terms[0].normaliser.of == "sequences"
-    assert Sft().terms[0].normaliser.of == "tokens"
+    assert SftMethod().terms[0].normaliser.of == "tokens"

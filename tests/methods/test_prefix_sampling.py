@@ -16,7 +16,7 @@ from tests.methods.prefix_cases import trajectory
 from tests.oracle import weights_of
 from thence.data.order import stable_seed
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.chord import ChordMu, spread
+from thence.methods.chord import ChordMu, spread_evenly
 from thence.methods.exgrpo import ExGrpo, bucket_weight, lesson
 from thence.methods.prefix_rft import PrefixRft, prefix_length
 from thence.methods.uft import Uft
@@ -144,7 +144,7 @@ def test_expert_rows_are_spread_evenly_and_none_is_lost() -> None:
     groups = [[trajectory(i, 1.0)] * 2 for i in range(4)]
     for count in range(12):
         experts = [trajectory(i % 6, 1.0, origin="demonstration") for i in range(count)]
-        found = spread(groups, experts)
+        found = spread_evenly(groups, experts)
         assert sorted(t.prompt.index for t in found if t.origin == "demonstration") == sorted(
             i % 6 for i in range(count)
         )

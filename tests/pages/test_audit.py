@@ -25,9 +25,9 @@ from tests.audit.made_reports import (
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.report import Report
 from thence.audit.result import (
+    AuditVerdict,
     Case,
     CaseResult,
-    Verdict,
 )
 from thence.audit.text import verdict_text
 from thence.pages.audit.heatmap import heat_map, shade
@@ -146,7 +146,7 @@ def test_shades_are_neutral_at_the_ideal_and_grow_with_the_factor():
 
 def test_a_report_without_a_judged_case_still_makes_a_page():
     said = ("None of the 3 cases could be judged.", "The first reason: the stack has no rows laid end to end.")
-    report = a_report(LEFT, Verdict("cannot judge", None, "token-mean", said))
+    report = a_report(LEFT, AuditVerdict("cannot judge", None, "token-mean", said))
     page = Page.of(report)
     assert "no case could be judged" in page.text
     assert said[1] in page.text

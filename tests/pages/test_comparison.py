@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.compare.comparisons import COLUMNS, make_comparison
-from thence.compare.result import Arm, Comparison, Failure, to_json
+from thence.compare.result import Arm, Comparison, Failure, results_json
 from thence.compare.sections import read_section, sections_of
 from thence.compare.statistics import Statistics, statistics
 from thence.errors import RecipeError, UserError
 from thence.pages.comparison.figures import score_against_flops_png, section_figures
 from thence.pages.comparison.outcome import outcome
-from thence.pages.comparison.page import parts_of, print_comparison, render_page, write_page
+from thence.pages.comparison.page import print_comparison, render_page, shown_sections, write_page
 from thence.pages.comparison.points import label_places
 from thence.pages.comparison.series import dynamics_series
 from thence.pages.comparison.tables import section_tables
@@ -125,7 +125,7 @@ class Page(HTMLParser):
 
 
 def test_report_is_written_beside_the_results(tmp_path: Path, comparison: Comparison):
-    (tmp_path / "results.json").write_text(to_json(replace(comparison, sections=SECTIONS[:2])))
+    (tmp_path / "results.json").write_text(results_json(replace(comparison, sections=SECTIONS[:2])))
     assert write_page(tmp_path) == tmp_path / "report.html"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "report.html",
@@ -292,7 +292,7 @@ def test_unfinished_comparison_says_so(tmp_path: Path, comparison: Comparison):
     part = tuple(run for run in comparison.runs if run.arm in ("long", "clean") and run.seed < 2)
     failed = (Failure("luffy", "rich", 1, "loss not finite at step 3"),)
     unfinished = replace(comparison, runs=part, pending=7, failures=failed, sections=SECTIONS)
-    (tmp_path / "results.json").write_text(to_json(unfinished))
+    (tmp_path / "results.json").write_text(results_json(unfinished))
     text = write_page(tmp_path).read_text()
     assert "7 runs are still to come" in text and "loss not finite at step 3" in text and "So far" in text
     assert "SFT (2 of 4)" in text
@@ -300,7 +300,7 @@ def test_unfinished_comparison_says_so(tmp_path: Path, comparison: Comparison):
 
 def test_comparison_without_any_run_still_has_a_report(tmp_path: Path, comparison: Comparison):
     empty = replace(comparison, runs=(), tries=(), pending=72, sections=SECTIONS)
-    (tmp_path / "results.json").write_text(to_json(empty))
+    (tmp_path / "results.json").write_text(results_json(empty))
     assert "No arm can be compared with SFT then RL yet." in write_page(tmp_path).read_text()
     assert json.loads((tmp_path / "report.json").read_text())["results"] == []
 
@@ -311,7 +311,7 @@ def test_folder_without_results_is_refused(tmp_path: Path):
 
 
 def test_files_have_the_numbers(tmp_path: Path, comparison: Comparison):
-    (tmp_path / "results.json").write_text(to_json(replace(comparison, sections=SECTIONS[:1])))
+    (tmp_path / "results.json").write_text(results_json(replace(comparison, sections=SECTIONS[:1])))
     write_page(tmp_path)
     runs = list(csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text())))
     assert len(runs) == len(comparison.runs) * len(COLUMNS)
@@ -368,7 +368,7 @@ def test_recipe_without_sections_gets_those_that_fit(comparison: Comparison):
 )
 def test_section_that_makes_no_sense_is_refused_with_a_remedy(comparison: Comparison, section: dict, said: str):
     with pytest.raises(RecipeError, match=said.replace("'", ".")):
-        parts_of(statistics(replace(comparison, sections=(section,)), 50))
+        shown_sections(statistics(replace(comparison, sections=(section,)), 50))
 
 
 @given(st.lists(st.floats(0, 1), max_size=40))

@@ -12,9 +12,9 @@ from jinja2 import UndefinedError
 from rich.console import Console
 
 import thence.pages
-from thence.pages.figure import PAGE, canvas, inline, plain_axes, settings
-from thence.pages.samples import EACH, Sample, excerpt, first_of_each
-from thence.pages.table import Cell, Row, Table
+from thence.pages.figure import PAGE, canvas, drawing_settings, inline, plain_axes
+from thence.pages.samples import EACH, ShownSample, excerpt, first_of_each
+from thence.pages.table import Cell, Table, TableRow
 from thence.pages.template import _environment, render
 from thence.pages.terminal import TableView
 
@@ -55,7 +55,7 @@ def test_a_value_that_a_page_lacks_is_an_error():
 def test_words_in_a_figure_cannot_end_it():
     import matplotlib
 
-    with matplotlib.rc_context(settings("s")):
+    with matplotlib.rc_context(drawing_settings("s")):
         figure = canvas(3, 2)
         plain_axes(figure.subplots(), PAGE, "</svg><script>", "y \x07 $x$")
         svg = inline(figure, HOSTILE)
@@ -67,8 +67,10 @@ TABLE = Table(
     "title",
     ("model", *(f"set {index}, T = 0.6" for index in range(6))),
     (
-        Row("a model", tuple(Cell(f"{index}1.5 ±1.0", f"{index}0.5 to {index}2.5") for index in range(6)), "group"),
-        Row("size", tuple(Cell(f"{index}12 x 4", strong=True) for index in range(6)), apart=True),
+        TableRow(
+            "a model", tuple(Cell(f"{index}1.5 ±1.0", f"{index}0.5 to {index}2.5") for index in range(6)), "group"
+        ),
+        TableRow("size", tuple(Cell(f"{index}12 x 4", strong=True) for index in range(6)), apart=True),
     ),
     ("a note",),
 )
@@ -93,7 +95,7 @@ def test_samples_are_the_first_of_each_verdict_and_no_more_are_read():
         for index in range(100):
             read.append(index)
             verdict = ("right", "wrong", "graded", "unknown", "nonsense", None)[index % 6]
-            yield verdict, partial(Sample, verdict or "", "", "", "", "", "", f"{index}", "")
+            yield verdict, partial(ShownSample, verdict or "", "", "", "", "", "", f"{index}", "")
 
     found = first_of_each(lines())
     assert [sample.where for sample in found if sample.verdict == "wrong"] == ["1", "7", "13"]

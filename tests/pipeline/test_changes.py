@@ -16,7 +16,7 @@ from thence.cli import main
 from thence.errors import UserError
 from thence.pages.run.page import write_page
 from thence.pipeline.changes import RULES
-from thence.pipeline.context import Context
+from thence.pipeline.context import StageContext
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.run import run
 from thence.pipeline.run_files import read_run
@@ -44,14 +44,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tables]:
 
 def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     """RL is stopped once it has logged a step after so many."""
-    original = Context.log
+    original = StageContext.log
 
-    def log(self: Context, line: dict[str, Any]) -> None:
+    def log(self: StageContext, line: dict[str, Any]) -> None:
         if line["kind"] == "rl" and line["step"] > steps:
             raise KeyboardInterrupt
         original(self, line)
 
-    patch.setattr(Context, "log", log)
+    patch.setattr(StageContext, "log", log)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from thence.evaluate.run import evaluate
 from thence.evaluate.store import Settings, Store
 from thence.evaluate.suites import Task
 from thence.evaluate.summary import task_result
-from thence.pipeline.eval_stage import Part, RanksBackend, problem_keys, result_row
+from thence.pipeline.eval_stage import EvalPart, RanksBackend, problem_keys, result_row
 from thence.pipeline.sample_lines import evaluation_line
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond, response_seed
@@ -68,17 +68,19 @@ MODEL_KNOWS = 40  # the tiny model's vocabulary is larger than the tokenizer's; 
 assert len(VOCABULARY) < MODEL_KNOWS
 
 
-def part_of(prompts: Sequence[Prompt], samples: int = 3) -> Part:
+def part_of(prompts: Sequence[Prompt], samples: int = 3) -> EvalPart:
     task = Task(name="test-1.0", files=("f",), samples=samples, temperature=1.0, max_tokens=6, grader="exact")
-    return Part("test", 1.0, task, dict(zip(problem_keys("test-1.0", prompts), prompts, strict=True)), SAMPLING, (0,))
+    return EvalPart(
+        "test", 1.0, task, dict(zip(problem_keys("test-1.0", prompts), prompts, strict=True)), SAMPLING, (0,)
+    )
 
 
-Measured = Callable[..., tuple[Store, Part]]
+Measured = Callable[..., tuple[Store, EvalPart]]
 
 
 @pytest.fixture
 def measured(model: Any, tokenizer: Any, tmp_path: Path) -> Measured:
-    def act(prompts: Sequence[Prompt] = PROMPTS, samples: int = 3, ranks: Any = None) -> tuple[Store, Part]:
+    def act(prompts: Sequence[Prompt] = PROMPTS, samples: int = 3, ranks: Any = None) -> tuple[Store, EvalPart]:
         part = part_of(prompts, samples)
         context: Any = SimpleNamespace(model=model, tokenizer=tokenizer, ranks=ranks or SingleProcess())
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -96,7 +98,7 @@ def measured(model: Any, tokenizer: Any, tmp_path: Path) -> Measured:
     return act
 
 
-def row_of(store: Store, part: Part) -> dict[str, Any]:
+def row_of(store: Store, part: EvalPart) -> dict[str, Any]:
     return result_row(part, task_result(store, part.task, part.task.grader, list(part.prompts)))
 
 

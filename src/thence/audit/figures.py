@@ -35,7 +35,7 @@ ROLES: Mapping[Role, str] = {
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchRatio:
     """Rows that went through the model together.
 
     Args:
@@ -59,7 +59,7 @@ class Extreme:
     case: str
 
 
-def micro_batches(step: StepResult) -> list[MicroBatch]:
+def micro_batch_ratios(step: StepResult) -> list[MicroBatchRatio]:
     """The micro-batches of a step, by rank, in order. Rows whose micro-batch is not known stand alone."""
     groups: dict[tuple[int, int, int], list[SequenceWeights]] = {}
     for place, row in enumerate(step.sequences):
@@ -67,7 +67,7 @@ def micro_batches(step: StepResult) -> list[MicroBatch]:
         rank = -1 if row.rank is None else row.rank
         groups.setdefault((rank, -1 if row.micro_batch is None else row.micro_batch, alone), []).append(row)
     return [
-        MicroBatch(
+        MicroBatchRatio(
             rows[0].rank,
             rows[0].micro_batch,
             mean_ratio(token for row in rows for token in row.tokens),
@@ -197,7 +197,7 @@ def headline(report: Report) -> str:
     }[report.verdict.outcome]
 
 
-def settings(case: Case) -> str:
+def case_settings(case: Case) -> str:
     """The settings of a case, as far as they are not those of every case."""
     parts = [f"{_count(case.micro_batch, 'row')} × {_count(case.accumulation, 'micro-batch', 'micro-batches')}"]
     parts[0] += f" × {case.ranks} ranks" if case.ranks > 1 else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from thence import __version__
 from thence.audit.judge.verdict import judge_all, not_told_apart, settle
-from thence.audit.result import CaseResult, Verdict
+from thence.audit.result import AuditVerdict, CaseResult
 from thence.audit.solve.probe import Probe
 from thence.audit.text import report_text
 from thence.redaction import redacted
@@ -35,7 +35,7 @@ class Report:
     versions: Mapping[str, str]
     command: str
     cases: tuple[CaseResult, ...]
-    verdict: Verdict
+    verdict: AuditVerdict
     not_told_apart: tuple[str, ...]
     probe: Mapping[str, Any]
     thence: str

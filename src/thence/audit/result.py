@@ -210,7 +210,7 @@ class PublicReport:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AuditVerdict:
     """The answer, in two plain sentences, and what to change.
 
     Args:

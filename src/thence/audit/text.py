@@ -21,7 +21,7 @@ from thence.audit.figures import (
     headline,
     judged,
     lost_by_role,
-    micro_batches,
+    micro_batch_ratios,
     objective_title,
     ratio_text,
     step_with_most_lost,
@@ -209,7 +209,7 @@ def _step(result: CaseResult, step: StepResult, note: str, *, whole: bool = Fals
 def _bars(step: StepResult) -> Text:
     text = Text()
     rank = None
-    for number, group in enumerate(micro_batches(step)):
+    for number, group in enumerate(micro_batch_ratios(step)):
         if number and group.rank != rank:
             text.append(" ")
         rank = group.rank

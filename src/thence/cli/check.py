@@ -227,7 +227,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
 
     from thence.data.chat import chat_format, end_token_ids, render
     from thence.data.example import Example, Message
-    from thence.data.show import checks, segments, shown
+    from thence.data.show import checks, segments, terminal_text
     from thence.pipeline.prompts import first_example
     from thence.terminal import make_console
 
@@ -247,7 +247,7 @@ def _check_example(checked: Checked, loaded: Any, recipe: Recipe, with_data: boo
     chosen, chat, row = held
     ends = end_token_ids(tokenizer, chat, loaded.model)
     title = "context dim, [bold green]trained green[/], special tokens reversed"
-    make_console(verbatim=True).print(Panel(shown(segments(row, tokenizer)), title=title, title_align="left"))
+    make_console(verbatim=True).print(Panel(terminal_text(segments(row, tokenizer)), title=title, title_align="left"))
     for one in checks(chosen, row, tokenizer, chat, system=data.system, stop_ids=ends):
         state = {True: "ok", False: "refused", None: "unverified"}[one.ok]
         checked.line(one.name, state, one.reason, one.remedy)

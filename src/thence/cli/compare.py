@@ -148,9 +148,9 @@ def _names(flag: str, text: str | None, known: Mapping[str, object]) -> list[str
 
 def _fields() -> str:
     from thence.cli.fields import describe_section
-    from thence.compare.recipe import ArmTable, Base, Budget, ComparisonRecipe, Tuning
+    from thence.compare.recipe import ArmBudget, ArmTable, Base, ComparisonRecipe, Tuning
 
-    tables = {"": ComparisonRecipe, "budget": Budget, "bases.NAME": Base, "arms.NAME": ArmTable, "tuning": Tuning}
+    tables = {"": ComparisonRecipe, "budget": ArmBudget, "bases.NAME": Base, "arms.NAME": ArmTable, "tuning": Tuning}
     parts = []
     for name, section in tables.items():
         parts.append(f"\n[{name}]" if name else "at the top of the file")

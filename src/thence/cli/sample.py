@@ -19,7 +19,7 @@ from thence.terminal import make_console
 from thence.wording import json_kind
 
 COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
-Verdict = Literal["right", "wrong", "graded", "unknown", "ungraded"]
+VerdictName = Literal["right", "wrong", "graded", "unknown", "ungraded"]
 
 
 def sample_command(
@@ -27,7 +27,7 @@ def sample_command(
     /,
     *,
     n: Rows = 5,
-    verdict: Verdict | None = None,
+    verdict: VerdictName | None = None,
     stage: Annotated[str | None, Parameter(metavar="NAME")] = None,
     task: Annotated[str | None, Parameter(metavar="NAME")] = None,
     problem: Annotated[str | None, Parameter(metavar="KEY")] = None,

@@ -53,7 +53,7 @@ class Base(Section):
         return self
 
 
-class Budget(Section):
+class ArmBudget(Section):
     """The budget of an arm and the arms before it, counted from the base. Training stops at the nearest step."""
 
     flops: Flops | None = None
@@ -137,7 +137,7 @@ class ComparisonRecipe(Section):
     """The arm with which all others are compared."""
     seeds: list[Seed] = Field(min_length=1)
     """Seeds of the reported runs."""
-    budget: Budget | None = None
+    budget: ArmBudget | None = None
     """Budget of every arm. Default: every arm runs to its own end."""
     bases: dict[Name, Base] = Field(min_length=1)
     """Models to start from, by name."""

@@ -209,7 +209,7 @@ class Comparison(Record):
         return sorted((r for r in self.runs if (r.arm, r.base) == (arm, base)), key=lambda r: r.seed)
 
 
-def to_json(comparison: Comparison) -> str:
+def results_json(comparison: Comparison) -> str:
     """The records as JSON without secrets, a line a run; :func:`read_results` reads them back."""
     fields = []
     for name, value in asdict(comparison).items():
@@ -260,4 +260,4 @@ def write_results(folder: Path, comparison: Comparison) -> None:
                 "%d runs of %s are no part of this comparison any more, the first %s: the file is kept as %s",
                 *(len(lost), path, lost[0], kept.name),
             )
-    write_atomically(path, to_json(comparison))
+    write_atomically(path, results_json(comparison))

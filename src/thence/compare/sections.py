@@ -126,13 +126,13 @@ class Dynamics(Curves):
     kind: Literal["dynamics"]
 
 
-class Tuning(_Shown):
+class TuningTable(_Shown):
     """What was tried on the dev split, and what was chosen."""
 
     kind: Literal["tuning"]
 
 
-AnySection = Methods | Waterfall | Sensitivity | Cost | Short | ScoreAgainstFlops | Training | Dynamics | Tuning
+AnySection = Methods | Waterfall | Sensitivity | Cost | Short | ScoreAgainstFlops | Training | Dynamics | TuningTable
 
 KINDS: Mapping[str, type[AnySection]] = {
     "methods": Methods,
@@ -143,7 +143,7 @@ KINDS: Mapping[str, type[AnySection]] = {
     "score-against-flops": ScoreAgainstFlops,
     "training": Training,
     "dynamics": Dynamics,
-    "tuning": Tuning,
+    "tuning": TuningTable,
 }
 LINES = 8
 """Lines that a figure of training holds at most where the recipe does not choose them."""

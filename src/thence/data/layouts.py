@@ -18,7 +18,7 @@ from thence.data.numbers import number_text, without_separators
 from thence.data.problems import RowProblem
 from thence.errors import DataError
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
 Parts = tuple[tuple[Message, ...] | str, Message | str | None, str | None]
 
 FIELDS = (
@@ -76,13 +76,13 @@ def choose_layout(fields: Collection[str], name: str) -> str:
     )
 
 
-def answers_are_worked(head: Sequence[Row]) -> bool:
+def answers_are_worked(head: Sequence[DataRow]) -> bool:
     """Whether most of a data set's first rows have answers like GSM8K's: working, then `#### 42`."""
     return 2 * sum(ANSWER_MARK in str(row.get("answer")) for row in head) > len(head)
 
 
 def parse_row(
-    layout: str, row: Row, *, source: str, group: str, worked: bool = False, strip_calculator: bool = True
+    layout: str, row: DataRow, *, source: str, group: str, worked: bool = False, strip_calculator: bool = True
 ) -> Example:
     """Turn one row into an `Example`.
 
@@ -122,22 +122,22 @@ def parse_row(
     )
 
 
-def _messages_row(row: Row) -> Parts:
+def _messages_row(row: DataRow) -> Parts:
     field = "messages" if row.get("messages") is not None or row.get("conversations") is None else "conversations"
     found = conversation(row, field)
     return found.prompt, found.response, _answer(row.get("answer"), "answer")
 
 
-def _prompt_completion_row(row: Row) -> Parts:
+def _prompt_completion_row(row: DataRow) -> Parts:
     return _prompt_side(row), _demonstration(row, "completion"), _answer(row.get("answer"), "answer")
 
 
-def _question_answer_row(row: Row) -> Parts:
+def _question_answer_row(row: DataRow) -> Parts:
     turns = (Message("user", _text(_need(row, "question"), "question")),)
     return turns, _demonstration(row, "demonstration"), _answer(_need(row, "answer"), "answer")
 
 
-def _worked_row(row: Row) -> Parts:
+def _worked_row(row: DataRow) -> Parts:
     turns = (Message("user", _text(_need(row, "question"), "question")),)
     working = _text(_need(row, "answer"), "answer")
     _, mark, final = working.rpartition(ANSWER_MARK)
@@ -151,7 +151,7 @@ def _worked_row(row: Row) -> Parts:
     return turns, _demonstration(row, "demonstration") or working, final
 
 
-def _verl_row(row: Row) -> Parts:
+def _verl_row(row: DataRow) -> Parts:
     reward = row.get("reward_model")
     if reward is not None and not isinstance(reward, Mapping):
         raise _wrong_type("reward_model", reward, "an object with ground_truth")
@@ -159,11 +159,11 @@ def _verl_row(row: Row) -> Parts:
     return _prompt_side(row), _demonstration(row, "target"), _answer(truth, "reward_model.ground_truth")
 
 
-def _text_row(row: Row) -> Parts:
+def _text_row(row: DataRow) -> Parts:
     return "", _text(_need(row, "text"), "text"), None
 
 
-_PARSERS: dict[str, Callable[[Row], Parts]] = {
+_PARSERS: dict[str, Callable[[DataRow], Parts]] = {
     "messages": _messages_row,
     "prompt-completion": _prompt_completion_row,
     "question-answer": _question_answer_row,
@@ -172,13 +172,13 @@ _PARSERS: dict[str, Callable[[Row], Parts]] = {
 }
 
 
-def _prompt_side(row: Row) -> tuple[Message, ...] | str:
+def _prompt_side(row: DataRow) -> tuple[Message, ...] | str:
     if isinstance(_need(row, "prompt"), str):
         return _text(row["prompt"], "prompt")
     return prompt_turns(row, "prompt")
 
 
-def _demonstration(row: Row, field: str) -> Message | str | None:
+def _demonstration(row: DataRow, field: str) -> Message | str | None:
     """The expert response in `field`: text, or a list of one assistant message; none if None or empty."""
     value = row.get(field)
     if value is None or value == []:

@@ -9,7 +9,7 @@ from typing import Any
 from thence.data.example import Example
 from thence.data.layouts import FIELDS, LAYOUTS, UNREAD, answers_are_worked, choose_layout, parse_row
 from thence.data.problems import BadRow, RowProblem, refuse_mostly_bad
-from thence.data.sources import NumberedRow, Table, open_table
+from thence.data.sources import DataTable, NumberedRow, open_table
 from thence.errors import DataError, UserError
 
 # Enough rows to see which columns a JSONL file has and whether its answers carry GSM8K's mark.
@@ -78,7 +78,7 @@ def _check_settings(columns: Mapping[str, str] | None, layout: str, limit: int |
 
 
 def _read_table(
-    table: Table, renames: dict[str, str], layout: str, limit: int | None, skip_bad: bool, strip_calculator: bool
+    table: DataTable, renames: dict[str, str], layout: str, limit: int | None, skip_bad: bool, strip_calculator: bool
 ) -> tuple[list[Example], list[BadRow]]:
     head = list(islice(table.rows, HEAD_ROWS))
     readable = [row for _, row in head if isinstance(row, dict)]
@@ -113,7 +113,9 @@ def _read_table(
     return examples, bad
 
 
-def _layout_of(table: Table, head: list[NumberedRow], columns: set[str], renames: dict[str, str], layout: str) -> str:
+def _layout_of(
+    table: DataTable, head: list[NumberedRow], columns: set[str], renames: dict[str, str], layout: str
+) -> str:
     if not columns:
         raise _nothing_readable(table, head)
     absent = sorted(set(renames.values()) - columns)
@@ -131,7 +133,7 @@ def _layout_of(table: Table, head: list[NumberedRow], columns: set[str], renames
     return chosen
 
 
-def _nothing_readable(table: Table, head: list[NumberedRow]) -> DataError:
+def _nothing_readable(table: DataTable, head: list[NumberedRow]) -> DataError:
     """The error for a data set that shows no column at all: its first row's own problem says more than a summary."""
     if not head:
         return _no_rows(table)
@@ -140,7 +142,7 @@ def _nothing_readable(table: Table, head: list[NumberedRow]) -> DataError:
     return problem.error(f"{table.name}:{number}")
 
 
-def _no_rows(table: Table) -> DataError:
+def _no_rows(table: DataTable) -> DataError:
     return DataError("holds no rows", remedy="give a data set with at least one row", file=table.name)
 
 

@@ -60,7 +60,7 @@ def segments(row: Rendered, tokenizer: Any) -> list[Segment]:
     return found
 
 
-def shown(parts: Sequence[Segment]) -> Text:
+def terminal_text(parts: Sequence[Segment]) -> Text:
     """The segments for a terminal: trained text green, context dim, special tokens in reverse."""
     from rich.text import Text
 

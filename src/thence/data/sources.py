@@ -22,7 +22,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class DataTable:
     """A data set as numbered rows.
 
     Attributes:
@@ -38,7 +38,7 @@ class Table:
     rows: Iterator[NumberedRow]
 
 
-def open_table(name: str, *, split: str, wanted: Collection[str]) -> Table:
+def open_table(name: str, *, split: str, wanted: Collection[str]) -> DataTable:
     """Open a file, a folder or a hub data set.
 
     Args:
@@ -72,7 +72,7 @@ def open_table(name: str, *, split: str, wanted: Collection[str]) -> Table:
         group = path.name[: path.name.index(".", 1)] if "." in path.name[1:] else path.name
         if lowered.endswith(PARQUET_SUFFIXES):
             return _parquet_table(path, group, wanted)
-        return Table(str(path), group, None, _json_rows(path))
+        return DataTable(str(path), group, None, _json_rows(path))
     return _hub_table(name, path, split, wanted)
 
 
@@ -123,7 +123,7 @@ def _json_array() -> RowProblem:
     return RowProblem(None, "a JSON array, not one object a line", "convert it: jq -c '.[]' data.json > data.jsonl")
 
 
-def _parquet_table(path: Path, group: str, wanted: Collection[str]) -> Table:
+def _parquet_table(path: Path, group: str, wanted: Collection[str]) -> DataTable:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,7 +133,7 @@ def _parquet_table(path: Path, group: str, wanted: Collection[str]) -> Table:
         raise DataError(
             f"not a readable Parquet file: {error}", remedy="download or write the file again", file=path
         ) from error
-    return Table(str(path), group, columns, _parquet_rows(path, [column for column in columns if column in wanted]))
+    return DataTable(str(path), group, columns, _parquet_rows(path, [column for column in columns if column in wanted]))
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[NumberedRow]:
@@ -184,7 +184,7 @@ def _parquet_row(one: Any) -> dict[str, Any] | RowProblem:
     return one.to_pylist()[0]
 
 
-def _hub_table(name: str, path: Path, split: str, wanted: Collection[str]) -> Table:
+def _hub_table(name: str, path: Path, split: str, wanted: Collection[str]) -> DataTable:
     try:
         import datasets
     except ImportError:
@@ -206,7 +206,7 @@ def _hub_table(name: str, path: Path, split: str, wanted: Collection[str]) -> Ta
     columns = tuple(column for column in rows.column_names if column != "__index_level_0__")
     kept = rows.select_columns([column for column in columns if column in wanted])
     group = path.name if path.is_dir() else name.partition(":")[0].rpartition("/")[2]
-    return Table(f"{name}[{split}]", group, columns, enumerate(iter(kept), start=1))
+    return DataTable(f"{name}[{split}]", group, columns, enumerate(iter(kept), start=1))
 
 
 def _load(datasets: Any, name: str, path: Path, split: str) -> Any:

@@ -149,7 +149,7 @@ def template_names(jinja: str) -> frozenset[str]:
     from jinja2.ext import Extension, LoopControlExtension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
+    class GenerationTag(Extension):
         """{% generation %} marks what a model writes; here it is only read through."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 wants it
@@ -159,7 +159,7 @@ def template_names(jinja: str) -> frozenset[str]:
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, LoopControlExtension]
     )
     try:
         tree = environment.parse(jinja)

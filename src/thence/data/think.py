@@ -63,7 +63,7 @@ def split(text: str, opening: str = "") -> tuple[str, str] | None:
     return thinking.strip(), rest.strip()
 
 
-def joined(thinking: str, rest: str, opening: str) -> str:
+def with_thinking(thinking: str, rest: str, opening: str) -> str:
     """The response after a tag that the prompt has opened, with the blanks of the common templates.
 
     Raises:

@@ -196,7 +196,7 @@ def _dropped_thinking(place: Place, turn: Message, literal: str | None) -> Writt
         bare = bare.removeprefix(tags.closes).strip()
     if bare is None or bare != turn.content.strip():
         return None
-    return Written(think.joined(turn.reasoning, turn.content, place.opening) if literal is None else literal)
+    return Written(think.with_thinking(turn.reasoning, turn.content, place.opening) if literal is None else literal)
 
 
 def _with_calls(place: Place, turn: Message) -> Written:

@@ -52,7 +52,7 @@ class Trouble(Exception):
         self.wait, self.everywhere, self.dear = wait, everywhere, dear
 
 
-def outcome(
+def request_outcome(
     answer: Answer, *, hide: Callable[[str], str], remedy: Callable[[int], str], file: str
 ) -> Generation | Refused:
     """What became of one request.
@@ -101,7 +101,7 @@ def message(answer: Answer, hide: Callable[[str], str] = str) -> str:
     return one_line(hide(text[:LONGEST_SEEN]), LONGEST_MESSAGE) or "(nothing said)"
 
 
-def objection(answer: Answer, body: Mapping[str, Any], droppable: Sequence[str]) -> str | None:
+def refused_name(answer: Answer, body: Mapping[str, Any], droppable: Sequence[str]) -> str | None:
     """The name in a request that a server does not take, if what is meant can be said without it."""
     if answer.status not in (400, 422):
         return None

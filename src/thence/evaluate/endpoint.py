@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Refused, Request
-from thence.evaluate.completion import Trouble, message, objection, outcome
+from thence.evaluate.completion import Trouble, message, refused_name, request_outcome
 from thence.foreign_text import one_line
 from thence.http_client import Address, Answer, NoAnswer, read_address, send
 
@@ -194,13 +194,13 @@ class EndpointBackend:
             names = {name: "max_completion_tokens" if name == "max_tokens" else None for name in without}
             body = {new: value for name, value in whole.items() if (new := names.get(name, name))}
             answer = self._send("POST", "/completions" if request.problem.plain else "/chat/completions", body)
-            objected = objection(answer, body, _droppable(task))
+            objected = refused_name(answer, body, _droppable(task))
             if objected is None:
                 break
             without |= {objected}
         with self._reading:  # JSON takes many times its length: one answer at a time
             remedy = partial(_remedy, key_variable=self.settings.key_variable)
-            found = outcome(answer, hide=self._hide, remedy=remedy, file=self.base.shown)
+            found = request_outcome(answer, hide=self._hide, remedy=remedy, file=self.base.shown)
         if isinstance(found, Generation) and without - self._without:
             self._remember(without)
         return found

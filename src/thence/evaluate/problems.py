@@ -15,7 +15,7 @@ from thence.data.numbers import number_text
 from thence.data.order import stable_seed
 from thence.data.problems import RowProblem
 from thence.data.readers import HEAD_ROWS
-from thence.data.sources import Table, open_table
+from thence.data.sources import DataTable, open_table
 from thence.errors import DataError, UserError
 from thence.evaluate.suites import OWN, WORLD, Task
 
@@ -111,7 +111,7 @@ def _of_world(task: Task) -> Iterator[Problem]:
         yield _shown(task, row, f"{WORLD}[{task.split}]:{number}")
 
 
-def _open(task: Task, data: Path | None) -> Table:
+def _open(task: Task, data: Path | None) -> DataTable:
     wanted = {*FIELDS, "options", "answer_index", *task.filter}
     for columns in task.columns.values():
         wanted |= {columns} if isinstance(columns, str) else set(columns)
@@ -144,7 +144,7 @@ def _file(task: Task, data: Path | None) -> Path | None:
     return next((path for path in paths if path.is_absolute() or data is not None if path.is_file()), None)
 
 
-def _of_table(task: Task, table: Table) -> Iterator[Problem]:
+def _of_table(task: Task, table: DataTable) -> Iterator[Problem]:
     from_file = not task.source or not table.name.startswith(f"{task.source}[")
     head = list(islice(table.rows, HEAD_ROWS))
     columns = set(table.columns or ()) | {name for _, row in head if isinstance(row, dict) for name in row}

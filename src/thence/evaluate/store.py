@@ -250,17 +250,17 @@ class Store:
         """The last refusal of each request of a task that has no sample."""
         return read_refusals(self.folder, task, {sample.place for sample in self.samples(task)})
 
-    def write_refusals(self, task: str) -> Lines:
+    def write_refusals(self, task: str) -> LineWriter:
         """Where refusals of a task are added; a context manager."""
-        return Lines(refusals_path(self.folder, task), wrong_with(Refusal))
+        return LineWriter(refusals_path(self.folder, task), wrong_with(Refusal))
 
-    def write_samples(self, task: str) -> Lines:
+    def write_samples(self, task: str) -> LineWriter:
         """Where samples of a task are added; a context manager."""
-        return Lines(self.folder / "samples" / f"{task}.jsonl", wrong_with(Sample))
+        return LineWriter(self.folder / "samples" / f"{task}.jsonl", wrong_with(Sample))
 
-    def write_grades(self, task: str) -> Lines:
+    def write_grades(self, task: str) -> LineWriter:
         """Where grades of a task are added; a context manager."""
-        return Lines(self.folder / "grades" / f"{task}.jsonl", wrong_with(GradeLine))
+        return LineWriter(self.folder / "grades" / f"{task}.jsonl", wrong_with(GradeLine))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -269,7 +269,7 @@ class Store:
             yield
 
 
-class Lines:
+class LineWriter:
     """Lines added to a JSONL file. Each is handed to the system at once: killing the process loses none.
 
     They are forced to the disk every two seconds and at the end. A last line that a crash has cut is removed first, and
@@ -282,7 +282,7 @@ class Lines:
         self._file = path.open("ab")
         self._synced = time.monotonic()
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> LineWriter:
         return self
 
     def __exit__(

@@ -172,7 +172,7 @@ def placed(sampler: Sampler, groups: Sequence[list[Trajectory]], experts: Sequen
     marks = [[Trajectory(Prompt(index, (), draw=k), ())] for k, index in own]
     rows = [Trajectory(Prompt(index, (), draw=k), (), origin="demonstration") for k, index in shown]
     result: list[Trajectory] = []
-    for place, mark in enumerate(spread(marks, rows)):
+    for place, mark in enumerate(spread_evenly(marks, rows)):
         k, rank = divmod(mark.prompt.draw, sampler.world)
         if rank == sampler.rank:
             mine = [experts[k]] if mark.origin == "demonstration" else groups[k]
@@ -180,7 +180,7 @@ def placed(sampler: Sampler, groups: Sequence[list[Trajectory]], experts: Sequen
     return result
 
 
-def spread(groups: Sequence[Sequence[Trajectory]], experts: Sequence[Trajectory]) -> list[Trajectory]:
+def spread_evenly(groups: Sequence[Sequence[Trajectory]], experts: Sequence[Trajectory]) -> list[Trajectory]:
     """Groups with the expert rows between them, evenly.
 
     An expert row never stands beside rows of the same prompt, if another can stand there: neighbours of one prompt are

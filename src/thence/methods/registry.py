@@ -25,15 +25,14 @@ from thence.methods.red import Red
 from thence.methods.relift import Relift
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.sasr import Sasr
-from thence.methods.sft import Sft
+from thence.methods.sft import SftMethod
 from thence.methods.srft import Srft
 from thence.methods.superrl import SuperRl
 from thence.methods.uft import Uft
-from thence.recipe import Rl, kind_of
-from thence.recipe import Sft as SftStage
+from thence.recipe import Rl, Sft, kind_of
 
 OWN: tuple[type[Method], ...] = (
-    Sft, Grpo, DrGrpo, Dapo, Gspo,
+    SftMethod, Grpo, DrGrpo, Dapo, Gspo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
 )  # fmt: skip
@@ -44,14 +43,14 @@ def methods() -> dict[str, type[Method]]:
     """Every method by name; an installed package adds its own under the entry point group ``thence.methods``.
 
     Raises:
-        UserError: two methods have one name; or see :func:`stated`.
+        UserError: two methods have one name; or see :func:`checked_method`.
     """
     found = {method.name: method for method in OWN}
     others: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name in found:
             raise _one_name(entry, others.get(entry.name))
-        found[entry.name] = stated(entry.name, entry.load())
+        found[entry.name] = checked_method(entry.name, entry.load())
         others[entry.name] = entry
     return found
 
@@ -70,7 +69,7 @@ def _package(entry: EntryPoint) -> str:
     return f"the package {entry.dist.name}" if entry.dist is not None else "an installed package"
 
 
-def stated(name: str, method: Any) -> type[Method]:
+def checked_method(name: str, method: Any) -> type[Method]:
     """A method of another package, if it says what it is.
 
     Raises:
@@ -91,7 +90,7 @@ def stated(name: str, method: Any) -> type[Method]:
     return method
 
 
-def stage_method(stage: SftStage | Rl, where: str, max_tokens: int | None = None) -> Method:
+def stage_method(stage: Sft | Rl, where: str, max_tokens: int | None = None) -> Method:
     """The method of a stage, made ready for the stage's settings.
 
     Args:

@@ -47,7 +47,7 @@ class ReliftOptions(MixedOptions):
 
 
 @dataclass(frozen=True)
-class Failure:
+class UnsolvedPrompt:
     """A prompt that no rollout solved, and the rollout batch in which it was."""
 
     step: int
@@ -67,7 +67,7 @@ class Relift(Method):
 
     def __init__(self, options: Mapping[str, Any] | None = None):
         super().__init__(options)
-        self.buffer: list[Failure] = []
+        self.buffer: list[UnsolvedPrompt] = []
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -81,7 +81,7 @@ class Relift(Method):
         failed = [group[0].prompt for group in groups if all_failed(group)]
         mine = [prompt for prompt in failed if prompt.demonstration_ids]
         everywhere = sorted((p for part in sampler.gather(mine) for p in part), key=lambda prompt: prompt.draw)
-        self.buffer[:0] = [Failure(sampler.step, prompt) for prompt in everywhere]
+        self.buffer[:0] = [UnsolvedPrompt(sampler.step, prompt) for prompt in everywhere]
         return found
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
@@ -112,6 +112,6 @@ class Relift(Method):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.buffer = [
-            Failure(step, Prompt(index, tuple(token_ids), tuple(demonstration_ids)))
+            UnsolvedPrompt(step, Prompt(index, tuple(token_ids), tuple(demonstration_ids)))
             for step, index, token_ids, demonstration_ids in state["buffer"]
         ]

@@ -24,7 +24,7 @@ class SftOptions(Options):
     """token-mean: over all response tokens of the step. sequence-mean: over each response, then over responses."""
 
 
-class Sft(Method):
+class SftMethod(Method):
     """Maximum likelihood of demonstrations."""
 
     name = "sft"

@@ -124,7 +124,7 @@ def plain_axes(axes: Axes, palette: Palette, x: str, y: str) -> None:
     axes.spines["bottom"].set_color(palette.faint)
 
 
-def settings(salt: str) -> dict[Any, Any]:
+def drawing_settings(salt: str) -> dict[Any, Any]:
     """For ``matplotlib.rc_context``, around all drawing: text stays text, and the same figure gives the same bytes."""
     look = {"font.family": "sans-serif", "font.size": 9, "text.parse_math": False}
     return {"svg.fonttype": "none", "svg.hashsalt": salt, **look}

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from thence.accounting.budget import Plan, StagePlan
 from thence.accounting.memory import readable
-from thence.pages.table import Cell, Row, Table
+from thence.pages.table import Cell, Table, TableRow
 from thence.pages.terminal import TableView
 
 _TOTALS = ("optimizer_steps", "trained_tokens", "generated_tokens", "rule_flops", "exact_flops")
@@ -35,19 +35,21 @@ def _headline(plan: Plan) -> str:
 
 
 def _budget(plan: Plan) -> Table:
-    rows = [Row(stage.name, tuple(_amount(name, getattr(stage, name)) for name in _TOTALS)) for stage in plan.stages]
+    rows = [
+        TableRow(stage.name, tuple(_amount(name, getattr(stage, name)) for name in _TOTALS)) for stage in plan.stages
+    ]
     sums = tuple(_amount(name, plan.total(name)) for name in _TOTALS)
-    return Table("Budget", ("stage", *_HEADS), (*rows, Row("training, all stages", sums, apart=True)))
+    return Table("Budget", ("stage", *_HEADS), (*rows, TableRow("training, all stages", sums, apart=True)))
 
 
 def _memory(stage: StagePlan, ranks: int) -> Table:
     assert stage.memory is not None
     rows = [
-        Row(line.name, (Cell(readable(line.bytes)), Cell(line.phase), Cell(line.arithmetic)))
+        TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.phase), Cell(line.arithmetic)))
         for line in stage.memory.lines
     ]
     how = Cell("always + the larger of training and rollout, plus a margin")
-    rows.append(Row("peak", (Cell(readable(stage.memory.peak)), Cell(""), how), apart=True))
+    rows.append(TableRow("peak", (Cell(readable(stage.memory.peak)), Cell(""), how), apart=True))
     title = f"Memory of {stage.name}, {'one rank' if ranks > 1 else 'estimate'}"
     return Table(title, ("what", "size", "when", "arithmetic"), tuple(rows), words=(1, 2))
 

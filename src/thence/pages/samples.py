@@ -15,7 +15,7 @@ _HEAD, _TAIL = 2500, 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ShownSample:
     """One response as a page shows it."""
 
     verdict: str
@@ -29,13 +29,13 @@ class Sample:
     score: str = ""
 
 
-def first_of_each(found: Iterable[tuple[Any, Callable[[], Sample]]]) -> list[Sample]:
+def first_of_each(found: Iterable[tuple[Any, Callable[[], ShownSample]]]) -> list[ShownSample]:
     """The first few samples of every verdict: not chosen by hand.
 
     Args:
         found: verdict and sample, in order. Reading stops where there are enough of each.
     """
-    kept: dict[str, list[Sample]] = {verdict: [] for verdict in VERDICTS}
+    kept: dict[str, list[ShownSample]] = {verdict: [] for verdict in VERDICTS}
     for verdict, sample in found:
         if isinstance(verdict, str) and verdict in kept and len(kept[verdict]) < EACH:
             kept[verdict].append(sample())

@@ -15,7 +15,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row.
 
     Args:
@@ -45,7 +45,7 @@ class Table:
 
     title: str
     headers: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
     paper: bool = False
     words: tuple[int, ...] = ()

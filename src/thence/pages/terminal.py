@@ -11,7 +11,7 @@ from rich.table import Table as Drawn
 from rich.text import Text
 
 from thence.foreign_text import visible
-from thence.pages.table import Cell, Row, Table
+from thence.pages.table import Cell, Table, TableRow
 
 _GAP = 2
 _MOST_LABEL = 34
@@ -87,7 +87,7 @@ def _glued(header: str) -> str:
     return visible(header).replace(" = ", f"{_GLUE}={_GLUE}")
 
 
-def _texts(row: Row, columns: Sequence[int]) -> list[Text]:
+def _texts(row: TableRow, columns: Sequence[int]) -> list[Text]:
     cells = [row.cells[index] for index in columns]
     return [Text(visible(row.label)), *(Text(_lines(cell), style="bold" if cell.strong else "") for cell in cells)]
 

@@ -37,7 +37,7 @@ Layout = Literal["none", "ddp", "fsdp2", "hsdp"]
 
 
 @dataclass
-class Context:
+class StageContext:
     """A run in progress, as one of its stages sees it.
 
     Args:
@@ -118,7 +118,7 @@ class Context:
             self.watcher.step(line)
 
 
-def make_trainer(context: Context, stage: Optimization, steps: int) -> Trainer:
+def make_trainer(context: StageContext, stage: Optimization, steps: int) -> Trainer:
     """The trainer of a stage that will take ``steps`` optimizer steps."""
     settings = StepSettings(
         micro_batch_tokens=stage.micro_batch_tokens,
@@ -206,7 +206,7 @@ def budget_of(stage: Optimization) -> Budget | None:
 class Checkpoints:
     """Saving and taking up the state of a training stage."""
 
-    def __init__(self, context: Context, trainer: Trainer, every: int, last: int):
+    def __init__(self, context: StageContext, trainer: Trainer, every: int, last: int):
         self.context, self.trainer, self.every, self.last = context, trainer, every, last
         self.folder = context.folder.stage(context.name) / "checkpoints"
         self.good = 0  # the step of the last checkpoint
@@ -275,7 +275,7 @@ class Checkpoints:
 
 
 def refuse_what_is_broken(
-    context: Context, when: str, good: int | None = None, tensors: Mapping[str, torch.Tensor] | None = None
+    context: StageContext, when: str, good: int | None = None, tensors: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Raise StepRefused where the context's model is not finite any more.
 
@@ -297,7 +297,7 @@ def refuse_what_is_broken(
 
 
 @contextmanager
-def naming_step(context: Context, step: int, good: int) -> Iterator[None]:
+def naming_step(context: StageContext, step: int, good: int) -> Iterator[None]:
     """While it lasts, a refused optimizer step says of which stage and step it is, and what to do.
 
     Args:
@@ -319,7 +319,7 @@ def naming_step(context: Context, step: int, good: int) -> Iterator[None]:
         ) from error
 
 
-def _lower_rate(context: Context, good: int | None) -> str:
+def _lower_rate(context: StageContext, good: int | None) -> str:
     rate = getattr(context.recipe.stage(context.name), "lr", None)
     begins = f"it resumes after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
     return f"resume with a learning rate below {rate:g} (the same command with --{context.name}.lr): {begins}"

@@ -10,7 +10,7 @@ from thence.data.trajectory import Trajectory
 from thence.errors import UserError
 from thence.methods.base import Method
 from thence.methods.groups import groups_of
-from thence.pipeline.context import Context
+from thence.pipeline.context import StageContext
 from thence.pipeline.sampler import RolloutSampler
 from thence.train.parallel import Ranks
 
@@ -33,7 +33,7 @@ def mini_batches(trajectories: Sequence[Trajectory], minis: int, ranks: Ranks | 
     ]
 
 
-def resume_position(context: Context, own: Mapping[str, Any], sampler: RolloutSampler, method: Method) -> None:
+def resume_position(context: StageContext, own: Mapping[str, Any], sampler: RolloutSampler, method: Method) -> None:
     """Take up where the checkpoint left sampler and method, on the same or another number of ranks.
 
     Raises:

@@ -25,7 +25,7 @@ from thence.files import finite, to_json, write_over
 from thence.jsonl import write_jsonl
 from thence.models.lengths import context_of
 from thence.names import as_name
-from thence.pipeline.context import Context
+from thence.pipeline.context import StageContext
 from thence.pipeline.folder import environment
 from thence.pipeline.owned import EVALUATION
 from thence.pipeline.prompts import check_answers
@@ -41,7 +41,7 @@ from thence.rollout.responses import respond, response_seed
 
 
 @dataclass(frozen=True)
-class Part:
+class EvalPart:
     """A test set at a temperature.
 
     Args:
@@ -71,12 +71,12 @@ class Part:
         ]
 
 
-def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
+def run_eval(context: StageContext, stage: Eval) -> dict[str, Any]:
     """Measure the context's model on every split at every temperature, into the store in the stage's folder.
 
     Each measurement is kept as soon as it is made; a run that is killed resumes with the next.
     """
-    parts = {part.task.name: part for part in parts_of(context, stage)}
+    parts = {part.task.name: part for part in eval_parts(context, stage)}
     backend = RanksBackend(context, parts)
     if context.leads:
         with _remedy(context.folder.stage(context.name) / EVALUATION):
@@ -87,7 +87,7 @@ def run_eval(context: Context, stage: Eval) -> dict[str, Any]:
     return {"measurements": len(parts)}
 
 
-def _evaluate(context: Context, stage: Eval, parts: Mapping[str, Part], backend: RanksBackend) -> None:
+def _evaluate(context: StageContext, stage: Eval, parts: Mapping[str, EvalPart], backend: RanksBackend) -> None:
     """What the first rank does: the evaluation, and the files that are made of it."""
 
     def seed_of(task: Task, problem: Problem, number: int) -> int:
@@ -122,7 +122,7 @@ def _remedy(folder: Path) -> Iterator[None]:
         raise DamagedFile(error.problem, remedy=remedy, file=error.file, line=error.line) from None
 
 
-def parts_of(context: Context, stage: Eval) -> Iterator[Part]:
+def eval_parts(context: StageContext, stage: Eval) -> Iterator[EvalPart]:
     """The measurements of a stage, in order.
 
     Raises:
@@ -158,7 +158,7 @@ def parts_of(context: Context, stage: Eval) -> Iterator[Part]:
             )
             keyed = dict(zip(problem_keys(task.name, prompts), prompts, strict=True))
             seed_parts = (context.recipe.seed, "eval", split, temperature)
-            yield Part(split, temperature, task, keyed, sampling, seed_parts)
+            yield EvalPart(split, temperature, task, keyed, sampling, seed_parts)
 
 
 class RanksBackend:
@@ -170,7 +170,7 @@ class RanksBackend:
 
     name = "native"
 
-    def __init__(self, context: Context, parts: Mapping[str, Part]):
+    def __init__(self, context: StageContext, parts: Mapping[str, EvalPart]):
         self.context, self.parts = context, parts
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
@@ -196,7 +196,7 @@ class RanksBackend:
     def close(self) -> None:
         """Nothing is held."""
 
-    def sampled(self, part: Part) -> dict[tuple[str, int], Generation]:
+    def sampled(self, part: EvalPart) -> dict[tuple[str, int], Generation]:
         """All samples of a part by problem and number, on every rank."""
         ranks, keys, n = self.context.ranks, list(part.prompts), part.task.samples
         mine = list(part.prompts.values())[ranks.rank :: ranks.world]
@@ -210,7 +210,7 @@ class RanksBackend:
             for number in range(n)
         }
 
-    def _generation(self, part: Part, trajectory: Trajectory) -> Generation:
+    def _generation(self, part: EvalPart, trajectory: Trajectory) -> Generation:
         ids, opening = trajectory.response_ids, trajectory.prompt.opening
         text = response_text(self.context.tokenizer, ids, part.sampling.stop_ids, opening)
         return Generation(text, len(ids), trajectory.finish)
@@ -219,7 +219,7 @@ class RanksBackend:
 class _Progress(EvaluationProgress):
     """Makes the row of every part that is complete, and tells the run's watcher."""
 
-    def __init__(self, context: Context, store: Store, parts: Mapping[str, Part]):
+    def __init__(self, context: StageContext, store: Store, parts: Mapping[str, EvalPart]):
         self.context, self.store, self.parts = context, store, parts
         self.rows: list[dict[str, Any]] = []
         context.watcher.stage(context.name, len(parts), 0)
@@ -232,7 +232,7 @@ class _Progress(EvaluationProgress):
         self.context.watcher.step({"reward": level, "response_tokens": row["mean_tokens"]})
 
 
-def result_row(part: Part, found: TaskResult) -> dict[str, Any]:
+def result_row(part: EvalPart, found: TaskResult) -> dict[str, Any]:
     """A row of ``result.json``. Shares are between 0 and 1; ends are those of 95% intervals.
 
     ``accuracy``, avg@samples, is None where a score is a degree without a threshold. ``reward`` is the mean score of
@@ -259,14 +259,14 @@ def result_row(part: Part, found: TaskResult) -> dict[str, Any]:
     }
 
 
-def _settings(context: Context, parts: Mapping[str, Part]) -> Settings:
+def _settings(context: StageContext, parts: Mapping[str, EvalPart]) -> Settings:
     """What is evaluated. No place is named: a run may be moved before it is resumed."""
     tasks = {name: part.task for name, part in parts.items()}
     model = subject_of(context.name, context.recipe.stages)
     return Settings(model=model, suite=context.name, tasks=tasks)
 
 
-def _lines(stage: str, store: Store, parts: Mapping[str, Part]) -> Iterator[dict[str, Any]]:
+def _lines(stage: str, store: Store, parts: Mapping[str, EvalPart]) -> Iterator[dict[str, Any]]:
     """The lines of ``samples.jsonl``, in the order of the parts' names and of the prompts."""
     for name, part in sorted(parts.items()):
         samples = {sample.place: sample for sample in store.samples(name)}

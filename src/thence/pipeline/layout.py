@@ -9,7 +9,7 @@ import torch
 
 from thence.errors import RecipeError
 from thence.models.packing import know_way, way_of
-from thence.pipeline.context import Context, Layout
+from thence.pipeline.context import Layout, StageContext
 from thence.recipe import Model, Optimization, Recipe
 from thence.train.cut_probe import Sums, check_cut, gradient_sums
 from thence.train.model import Loaded, compute_dtype, empty_model, load_model, load_tokenizer
@@ -87,7 +87,7 @@ def is_cut(layout: Layout) -> bool:
     return layout in ("fsdp2", "hsdp")
 
 
-def cut(context: Context, packing: bool) -> None:
+def cut(context: StageContext, packing: bool) -> None:
     """Cut the context's policy over ranks. The context has other ranks then.
 
     Args:

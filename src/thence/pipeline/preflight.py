@@ -47,7 +47,7 @@ _tried_rewards: dict[tuple[str, float, float, float | None], str] = {}  # of thi
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What became of one thing that a recipe names.
 
     Args:
@@ -64,7 +64,7 @@ class Finding:
     error: UserError | None = None
 
 
-def gives_degrees(finding: Finding) -> bool:
+def gives_degrees(finding: CheckResult) -> bool:
     """Whether a reward was found to give degrees without a threshold: there will be no accuracy."""
     return finding.state == "ok" and "and no threshold, so results are" in finding.reason
 
@@ -95,7 +95,7 @@ class Preflight:
     restart: bool = False
     prompts: RenderedPrompts = field(default_factory=RenderedPrompts)
     resumption: Resumption = field(default_factory=Resumption)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckResult] = field(default_factory=list)
     tokenizer: Any = None
     context: int | None = None
     trying: str = ""  # the stage that is being tried, if one is
@@ -105,12 +105,12 @@ class Preflight:
         """Try one thing, and note what became of it."""
         try:
             with naming_fields_of(self.trying, self.recipe.stage(self.trying)) if self.trying else nullcontext():
-                self.findings.append(Finding(part, "ok", act() or ""))
+                self.findings.append(CheckResult(part, "ok", act() or ""))
         except NotAtHand as absent:
             remedy = absent.error.remedy if absent.error is not None else ""
-            self.findings.append(Finding(part, "unverified", str(absent), remedy, absent.error))
+            self.findings.append(CheckResult(part, "unverified", str(absent), remedy, absent.error))
         except UserError as error:
-            self.findings.append(Finding(part, "refused", str(error).split("\n  remedy:")[0], error.remedy, error))
+            self.findings.append(CheckResult(part, "refused", str(error).split("\n  remedy:")[0], error.remedy, error))
 
 
 def preflight(
@@ -122,7 +122,7 @@ def preflight(
     restart: bool = False,
     repeat: Sequence[str] = (),
     prompts: RenderedPrompts | None = None,
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Try all that a recipe names, for the stages that are not done in the folder.
 
     Args:
@@ -168,7 +168,7 @@ def _open_folder(trial: Preflight, repeat: Sequence[str]) -> None:
     trial.restart = trial.restart or trial.folder.restarting
 
 
-def refuse(findings: Sequence[Finding]) -> None:
+def refuse(findings: Sequence[CheckResult]) -> None:
     """Raise the error of the first thing that a run cannot do without. Raises UserError."""
     wrong = {str(finding.error): finding.error for finding in findings if finding.error is not None}
     if len(wrong) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from thence.pipeline.context import Context
+from thence.pipeline.context import StageContext
 from thence.recipe import Eval, Optimization, Rl
 from thence.rollout.choice import choice_of
 from thence.train.probe import NotVerified, check_files, check_gradient
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 _tried: set[tuple[str, str, str]] = set()  # of this process, which may make many runs from one model
 
 
-def hold(context: Context, names: Sequence[str]) -> None:
+def hold(context: StageContext, names: Sequence[str]) -> None:
     """Try on the context's model what these stages need: gradients, packing, sampling, files that can be read again.
 
     What this machine has no room to try is said in the log. A run that has written a model or a checkpoint before does
@@ -36,7 +36,7 @@ def hold(context: Context, names: Sequence[str]) -> None:
         _tried.add(key)
 
 
-def _promises(context: Context, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+def _promises(context: StageContext, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
     model, stages = context.model, [context.recipe.stage(name) for name in names]
     training = [stage for stage in stages if isinstance(stage, Optimization)]
     for packing in sorted({stage.packing for stage in training}):
@@ -51,6 +51,6 @@ def _promises(context: Context, names: Sequence[str]) -> Iterator[tuple[str, Cal
         yield "saving and resuming", lambda: check_files(model, context.tokenizer, trusted)
 
 
-def _has_written(context: Context) -> bool:
+def _has_written(context: StageContext) -> bool:
     stages = context.folder.path / "stages"
     return any(stages.glob("*/model/*")) or any(stages.glob("*/checkpoints/step-*"))

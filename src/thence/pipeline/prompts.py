@@ -18,11 +18,11 @@ from thence.data.readers import read_examples
 from thence.data.template import changes_by_day
 from thence.data.trajectory import Prompt
 from thence.errors import DataError
+from thence.evaluate.suites import WORLD
 from thence.recipe import Data
 from thence.verify.reward import MATH_RULES
 
 log = logging.getLogger(__name__)
-WORLD = "world:chain"
 PRETRAINING = "pretraining-"  # of a base, as a split: what the base was trained on
 
 

@@ -14,7 +14,7 @@ from thence.jsonl import append_jsonl
 from thence.methods.unknown import scores_of
 from thence.objective import Batch, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
-from thence.pipeline.context import Context
+from thence.pipeline.context import StageContext
 from thence.pipeline.lessons import Lessons, each_of
 from thence.pipeline.sample_lines import rollout_line
 from thence.pipeline.sampler import RolloutSampler
@@ -59,7 +59,12 @@ class BatchMetrics:
         return each_of([*observers, *self.lessons.observers(rows)])
 
     def line(
-        self, context: Context, sampler: RolloutSampler, composed: Sequence[Trajectory], rate: float, seconds: float
+        self,
+        context: StageContext,
+        sampler: RolloutSampler,
+        composed: Sequence[Trajectory],
+        rate: float,
+        seconds: float,
     ) -> dict[str, Any]:
         """One line of metrics over all ranks; of several optimizer steps the means, except the largest gradient norm.
 
@@ -194,7 +199,7 @@ class Mismatch:
         return kl / compared if compared else None
 
 
-def keep_samples(context: Context, trajectories: Sequence[Trajectory], step: int) -> None:
+def keep_samples(context: StageContext, trajectories: Sequence[Trajectory], step: int) -> None:
     """Write the first group's responses for the reader; a crash can lose them, a resumed run writes them again."""
     path = context.folder.stage(context.name) / "samples.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out
 from thence.models.lengths import context_of
 from thence.objective.terms import needs_reference
-from thence.pipeline.context import Budget, Checkpoints, Context, budget_of, make_trainer, naming_step
+from thence.pipeline.context import Budget, Checkpoints, StageContext, budget_of, make_trainer, naming_step
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
 from thence.pipeline.prompts import check_answers
@@ -31,7 +31,7 @@ from thence.train.model import save_model
 from thence.train.weights import whole
 
 
-def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
+def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
     prompts = context.load_prompts(stage.data)
     check_answers(prompts, stage.reward)
@@ -54,7 +54,7 @@ def run_rl(context: Context, stage: Rl) -> dict[str, Any]:
 class Loop:
     """Rollout batches and their optimizer steps, until the steps or the budget of the stage are used up."""
 
-    context: Context
+    context: StageContext
     stage: Rl
     sampler: RolloutSampler
     update: Update
@@ -162,7 +162,7 @@ def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
 
 
 @contextmanager
-def engine_of(context: Context, stage: Rl) -> Iterator[SyncedEngine | None]:
+def engine_of(context: StageContext, stage: Rl) -> Iterator[SyncedEngine | None]:
     """The engine that samples, running; None: this process samples with its own weights.
 
     Raises:

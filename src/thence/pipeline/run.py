@@ -14,7 +14,7 @@ import torch
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.context import Context, refuse_what_is_broken
+from thence.pipeline.context import StageContext, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
@@ -134,7 +134,7 @@ class Execution:
         """Whether this process writes the files."""
         return self.ranks.rank == 0
 
-    def context(self, name: str) -> Context:
+    def context(self, name: str) -> StageContext:
         """What a stage is given, with the model as the stages before it left it."""
         recipe, model = self.recipe, self.recipe.model
         before = recipe.stages[: recipe.stages.index(name)]
@@ -152,7 +152,7 @@ class Execution:
             cut_policy(again, recipe, self.ranks, self.device)
             return again
 
-        return Context(
+        return StageContext(
             recipe=recipe,
             name=name,
             folder=self.folder,
@@ -195,20 +195,20 @@ def run_stage(execution: Execution, name: str) -> None:
         folder.finish(name, facts)
 
 
-def run_kind(context: Context, stage: Sft | Rl | Eval) -> dict[str, Any]:
+def run_kind(context: StageContext, stage: Sft | Rl | Eval) -> dict[str, Any]:
     """Run a stage by its kind. Returns facts for ``done.json``."""
     if isinstance(stage, Sft):
         return run_sft(context, stage)
     return run_rl(context, stage) if isinstance(stage, Rl) else run_eval(context, stage)
 
 
-def rendered(context: Context, stage: Sft | Rl | Eval) -> dict[str, list[Prompt]]:
+def rendered(context: StageContext, stage: Sft | Rl | Eval) -> dict[str, list[Prompt]]:
     """The data tables of a stage by name, as its model sees them."""
     tables = test_sets(stage) if isinstance(stage, Eval) else {"data": stage.data}
     return {name: context.load_prompts(table) for name, table in tables.items()}
 
 
-def publish_model(context: Context, stage: Sft | Rl) -> None:
+def publish_model(context: StageContext, stage: Sft | Rl) -> None:
     """Write the stage's final model, whole or not at all, with what ``generate`` needs to stop. All ranks call it.
 
     Raises:

@@ -75,7 +75,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class StageMetrics:
     """The measured steps of one training stage, in order, one a step number."""
 
     stage: str
@@ -102,7 +102,7 @@ class RunFiles:
     recipe: Mapping[str, Any]
     recipe_text: str
     environment: Mapping[str, Any]
-    training: tuple[Training, ...]
+    training: tuple[StageMetrics, ...]
     cells: tuple[Measurement, ...]
     stages: tuple[str, ...]
     notes: tuple[str, ...]
@@ -225,7 +225,7 @@ def subject_of(stage: str, stages: list[str]) -> str:
     return trained[-1] if trained else "base"
 
 
-def _training(lines: list[dict[str, Any]], stages: list[str]) -> tuple[Training, ...]:
+def _training(lines: list[dict[str, Any]], stages: list[str]) -> tuple[StageMetrics, ...]:
     """A resumed run measures some steps twice: the later line counts, for it belongs to the weights that are there."""
     by_stage: dict[str, dict[float, dict[str, Any]]] = {}
     for line in lines:
@@ -237,7 +237,7 @@ def _training(lines: list[dict[str, Any]], stages: list[str]) -> tuple[Training,
     for stage in order:
         steps = [by_stage[stage][step] for step in sorted(by_stage[stage])]
         kind = next((str(step["kind"]) for step in steps if step.get("kind")), kind_of(stage))
-        found.append(Training(stage, kind, tuple(steps)))
+        found.append(StageMetrics(stage, kind, tuple(steps)))
     return tuple(found)
 
 

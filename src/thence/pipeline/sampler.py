@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from thence.data.order import drawn_from, stable_seed
 from thence.data.trajectory import Prompt, Trajectory
 from thence.models.lengths import context_of
-from thence.pipeline.context import Context
+from thence.pipeline.context import StageContext
 from thence.pipeline.rehearsal import no_demonstrations
 from thence.pipeline.room import response_tokens
 from thence.recipe import Rl
@@ -38,7 +38,12 @@ class RolloutSampler:
     """
 
     def __init__(
-        self, context: Context, stage: Rl, prompts: Sequence[Prompt], grader: Grader, engine: SyncedEngine | None = None
+        self,
+        context: StageContext,
+        stage: Rl,
+        prompts: Sequence[Prompt],
+        grader: Grader,
+        engine: SyncedEngine | None = None,
     ):
         self.context, self.grader, self.engine = context, grader, engine
         self.prompts = prompts

@@ -16,7 +16,14 @@ from thence.errors import DataError
 from thence.methods.base import bare_row, make_batch
 from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
-from thence.pipeline.context import Checkpoints, Context, budget_of, make_trainer, naming_step, refuse_what_is_broken
+from thence.pipeline.context import (
+    Checkpoints,
+    StageContext,
+    budget_of,
+    make_trainer,
+    naming_step,
+    refuse_what_is_broken,
+)
 from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
 from thence.recipe import Sft
@@ -25,7 +32,7 @@ from thence.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def run_sft(context: Context, stage: Sft) -> dict[str, Any]:
+def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
     """Train the context's model on demonstrations. Returns facts for ``done.json``."""
     method = stage_method(stage, context.name)
     found = context.load_prompts(stage.data)

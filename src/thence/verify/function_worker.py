@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from thence.errors import UserError
 from thence.foreign_text import one_line
 from thence.framed import pack, read
-from thence.verify.loading import load_function, place_of, said, stated_threshold
+from thence.verify.loading import error_place, load_function, said, stated_threshold
 
 SHOWN = 60  # characters of a value that is no number
 _SET_PDEATHSIG = 1
@@ -54,7 +54,7 @@ def _call(function: Callable[..., Any], request: dict[str, Any], file: str | Non
     try:
         value = function(request["prompt"], request["response"], request["answer"])
     except BaseException as error:
-        found, line = place_of(error, file)
+        found, line = error_place(error, file)
         return {"raised": said(error), "file": found, "line": line}
     if value is None:
         return {"score": None}

@@ -90,7 +90,7 @@ def function_file(spec: str) -> Path | None:
     return Path(found.origin) if found is not None and found.origin and Path(found.origin).is_file() else None
 
 
-def place_of(error: BaseException, file: str | None) -> tuple[str | None, int | None]:
+def error_place(error: BaseException, file: str | None) -> tuple[str | None, int | None]:
     """File and line at which an error arose: the innermost line in `file`, or else the innermost of all."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if file is not None and frame.filename == file]
@@ -152,7 +152,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
 
 
 def _import_error(spec: str, error: BaseException, remedy: str, origin: str | None) -> UserError:
-    file, line = place_of(error, origin)
+    file, line = error_place(error, origin)
     if isinstance(error, SyntaxError):  # raised before any of the file's own lines runs
         file, line = error.filename or origin, error.lineno
     elif file != origin:  # the machinery of import itself

@@ -63,7 +63,7 @@ def run(case: dict, session) -> None:
     from llamafactory.train.tuner import run_exp  # pyright: ignore
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class StepCallback(TrainerCallback):
         """Tells the session of every optimizer step; leaving by exception skips the saving at the end."""
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -82,7 +82,7 @@ def run(case: dict, session) -> None:
     if case["precision"] == "bfloat16":
         _allow_pure_bf16()
         settings["model_name_or_path"] = _bfloat16_copy(session)
-    run_exp(settings, [Watch()])
+    run_exp(settings, [StepCallback()])
 
 
 def arguments(case: dict, session) -> dict:

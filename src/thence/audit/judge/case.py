@@ -23,7 +23,7 @@ from thence.audit.solve.recover import LeastSquares, gradient_of_update, roundin
 from thence.audit.solve.sequences import KnownExample, Piece, find_pieces, planned_pieces
 from thence.audit.solve.signs import FLOOR as SIGN_FLOOR
 from thence.audit.solve.signs import WRONG, SignRegression, looks_like_signs
-from thence.audit.solve.solver import Explanation, StepSolver, Update
+from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
 from thence.errors import UserError
 
 RESIDUALS = {"float32": 1e-4, "bfloat16": 8e-2, "autocast": 8e-2}
@@ -205,7 +205,7 @@ class _Walk:
             gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
         solver.move_to(state)
         earlier = self._gradients[::-1][:2]
-        update = Update(gradient, pieces, rows, tolerance, earlier, before, self.case.label_smoothing)
+        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, self.case.label_smoothing)
         explanation = explain(solver, update)
         self._gradients.append(gradient)
         if not explanation.fits:
@@ -258,7 +258,7 @@ class _Walk:
         )
 
 
-def _differs_by_parameter(solver: StepSolver, update: Update, explanation: Explanation) -> Finding:
+def _differs_by_parameter(solver: StepSolver, update: ObservedUpdate, explanation: Explanation) -> Finding:
     """An update that is no weighted sum of token gradients as a whole may be one parameter by parameter.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 
 from thence.audit.judge.findings import CATALOGUE
 from thence.audit.judge.objectives import OBJECTIVES
-from thence.audit.result import RESPONSE_ROLES, CaseResult, Finding, PublicReport, StepResult, Verdict
+from thence.audit.result import RESPONSE_ROLES, AuditVerdict, CaseResult, Finding, PublicReport, StepResult
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
@@ -33,7 +33,7 @@ _GRADIENT_LOST = {
 }
 
 
-def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: str = "") -> Verdict:
+def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: str = "") -> AuditVerdict:
     """The verdict over a matrix.
 
     Args:
@@ -52,7 +52,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
     main = ids[0]
     hit = faults[main]
     worst = max(hit, key=lambda pair: _severity(pair[0]))
-    return Verdict(
+    return AuditVerdict(
         "finding",
         objective,
         asked,
@@ -230,7 +230,9 @@ def _worst_step(case: CaseResult) -> StepResult | None:
     return max(case.steps, key=lambda s: s.lost, default=None)
 
 
-def _clean(cases: Sequence[CaseResult], judged: Sequence[CaseResult], objective: str | None, asked: str) -> Verdict:
+def _clean(
+    cases: Sequence[CaseResult], judged: Sequence[CaseResult], objective: str | None, asked: str
+) -> AuditVerdict:
     titles = [OBJECTIVES[name].title for name in OBJECTIVES if any(c.case.asked == name for c in judged)]
     low = min((s.smallest for c in judged for s in c.steps), default=1.0)
     high = max((s.largest for c in judged for s in c.steps), default=1.0)
@@ -239,12 +241,12 @@ def _clean(cases: Sequence[CaseResult], judged: Sequence[CaseResult], objective:
     second = f"Token weights lie between {low:.3f} and {high:.3f} of what they should be" + (
         f"; {left} cases were not judged." if left else "."
     )
-    return Verdict("no finding", objective or asked, asked, (first, second))
+    return AuditVerdict("no finding", objective or asked, asked, (first, second))
 
 
-def _no_verdict(cases: Sequence[CaseResult], asked: str) -> Verdict:
+def _no_verdict(cases: Sequence[CaseResult], asked: str) -> AuditVerdict:
     reasons = list(dict.fromkeys(c.reason for c in cases if c.reason))
     first = f"None of the {len(cases)} cases could be judged."
-    return Verdict(
+    return AuditVerdict(
         "cannot judge", None, asked, (first, f"The first reason: {reasons[0]}." if reasons else "No case ran.")
     )

@@ -82,7 +82,7 @@ def audit_program(
     start = time.monotonic()
     check_objective(asked)
     have = placeholders(program)
-    chosen, reasons = narrowed(have, asked, quick=quick)
+    chosen, reasons = allowed_cases(have, asked, quick=quick)
     chosen = named_like(chosen, only)
     with working_folder(keep) as folder:
         probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
@@ -136,7 +136,7 @@ def placeholders(program: Sequence[str]) -> set[str]:
     return have
 
 
-def narrowed(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
+def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
     """The cases that a program's placeholders allow, and sentences on what is missing for the rest."""
     axes = {"incomplete"}
     axes |= {"ranks"} & have
@@ -194,7 +194,7 @@ def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     waited = time.monotonic() - begun
     if problem:
         return CaseResult(case, "failed", problem, seconds=waited)
-    trained = find_model(out)
+    trained = newest_model(out)
     if trained is None:
         reason = f"no model (*.safetensors) was written below {{out}} ({out.name})"
         return CaseResult(case, "failed", reason, seconds=waited)
@@ -256,7 +256,7 @@ def _call(words: Sequence[str], place: Path, seconds: float) -> str:
     return f"exit code {code}: {(lines or ['it printed nothing'])[-1][:300]}"
 
 
-def find_model(out: Path) -> Path | None:
+def newest_model(out: Path) -> Path | None:
     """The folder with a model's safetensors below ``out``; of several the one written last."""
     files = [p for p in out.rglob("*.safetensors") if "optim" not in p.name]
     return max(files, key=lambda p: p.stat().st_mtime_ns).parent if files else None

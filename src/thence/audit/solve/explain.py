@@ -11,10 +11,10 @@ from thence.audit.solve.gradients import TokenGradients, probability_features
 from thence.audit.solve.recover import Fit
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.signs import SignRegression
-from thence.audit.solve.solver import DesignMatrix, Explanation, StepSolver, Target, Update
+from thence.audit.solve.solver import DesignMatrix, Explanation, ObservedUpdate, StepSolver, Target
 
 
-def explain(solver: StepSolver, update: Update) -> Explanation:
+def explain(solver: StepSolver, update: ObservedUpdate) -> Explanation:
     """The simplest explanation of an update that is within the tolerance, or the plain one that is not.
 
     Args:
@@ -31,7 +31,7 @@ def explain(solver: StepSolver, update: Update) -> Explanation:
     return plain
 
 
-def _leaked(solver: StepSolver, update: Update) -> Explanation | None:
+def _leaked(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
     """The gradients of earlier steps beside those of the tokens."""
     found = _with_vectors(solver, update, update.earlier)
     if found is None:
@@ -42,7 +42,7 @@ def _leaked(solver: StepSolver, update: Update) -> Explanation | None:
     return solver.explanation(design, fit, update, ("leak",), detail)
 
 
-def _decayed(solver: StepSolver, update: Update) -> Explanation | None:
+def _decayed(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
     """The parameters themselves beside the gradients of the tokens."""
     found = _with_vectors(solver, update, [update.before])
     if found is None:
@@ -53,7 +53,7 @@ def _decayed(solver: StepSolver, update: Update) -> Explanation | None:
 
 
 def _with_vectors(
-    solver: StepSolver, update: Update, vectors: Sequence[np.ndarray]
+    solver: StepSolver, update: ObservedUpdate, vectors: Sequence[np.ndarray]
 ) -> tuple[DesignMatrix, Fit, np.ndarray] | None:
     """A fit with further columns, and their factors; None: nothing to add, or signs, which tell nothing of it."""
     if not vectors or solver.regression is SignRegression:
@@ -63,7 +63,7 @@ def _with_vectors(
     return design, fit, fit.weights[len(design.columns) :]
 
 
-def _padded(solver: StepSolver, update: Update) -> Explanation | None:
+def _padded(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
     """Padding behind the responses as targets, with padding masked from attention or not."""
     found = None
     for masked in (True, False):
@@ -94,7 +94,7 @@ def _padded(solver: StepSolver, update: Update) -> Explanation | None:
     return found
 
 
-def _contaminated(solver: StepSolver, update: Update) -> Explanation | None:
+def _contaminated(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
     """Every packed row as one long context, positions counting on or as they were."""
     by_row: dict[int, list[int]] = {}
     for index, piece in enumerate(update.pieces):
@@ -134,17 +134,17 @@ def _row_gradients(
     return gradients
 
 
-def _shifted(shift: int) -> Callable[[StepSolver, Update], Explanation]:
+def _shifted(shift: int) -> Callable[[StepSolver, ObservedUpdate], Explanation]:
     """Labels shifted twice (1) or not at all (-1)."""
     detail = f"each place predicts the token {1 + shift} places on" if shift > 0 else "each place predicts itself"
 
-    def alternative(solver: StepSolver, update: Update) -> Explanation:
+    def alternative(solver: StepSolver, update: ObservedUpdate) -> Explanation:
         return replace(solver.plain(update, shift), assumed=("labels-shifted",), detail=detail)
 
     return alternative
 
 
-def _smoothed(solver: StepSolver, update: Update) -> Explanation | None:
+def _smoothed(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
     """Two weights a token: of its own gradient and of the uniform one."""
     design = solver.design(update.pieces, uniform=True)
     if design.uniform is None:
@@ -161,7 +161,7 @@ def _smoothed(solver: StepSolver, update: Update) -> Explanation | None:
     return solver.explanation(design, total, update, ("smoothing",), detail)
 
 
-ALTERNATIVES: tuple[Callable[[StepSolver, Update], Explanation | None], ...] = (
+ALTERNATIVES: tuple[Callable[[StepSolver, ObservedUpdate], Explanation | None], ...] = (
     _leaked, _decayed, _padded, _contaminated, _shifted(1), _shifted(-1), _smoothed,
 )  # fmt: skip
 """In the order in which they are tried."""

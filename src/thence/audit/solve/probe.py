@@ -80,7 +80,7 @@ def write_probe(folder: Path, *, model_type: str = "llama", lengths: Sequence[in
     write_model(model, model_type, seed)
     examples = make_examples(lengths, seed)
     data = write_data(folder / "data", examples)
-    rows = tuple(encode(example) for example in examples)
+    rows = tuple(encode_example(example) for example in examples)
     return Probe(model, data, examples, rows, model_type, seed)
 
 
@@ -104,7 +104,7 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def encode(example: ProbeExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def encode_example(example: ProbeExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids and labels of an example under the probe's chat template."""
     ids = vocabulary()
     prompt = [ids["<|user|>"], *(ids[c] for c in example.prompt), ids["<|end|>"], ids["<|assistant|>"]]
@@ -202,7 +202,7 @@ def write_data(folder: Path, examples: Sequence[ProbeExample]) -> dict[str, Path
 
     alpaca = folder / "alpaca.json"
     _write_json(alpaca, [{"instruction": e.prompt, "input": "", "output": e.response} for e in examples])
-    encoded = [encode(e) for e in examples]
+    encoded = [encode_example(e) for e in examples]
     return {
         "rows": lines("rows", [{"input_ids": ids, "labels": labels} for ids, labels in encoded]),
         "messages": lines("messages", [{"messages": [*turns(e)[0], *turns(e)[1]]} for e in examples]),

@@ -61,7 +61,7 @@ class DesignMatrix:
 
 
 @dataclass(frozen=True)
-class Update:
+class ObservedUpdate:
     """The update of one optimizer step, and what is known about it.
 
     Args:
@@ -192,7 +192,7 @@ class StepSolver:
             self._systems[key] = (design, self.regression(design.columns))
         return self._systems[key]
 
-    def plain(self, update: Update, shift: int = 0) -> Explanation:
+    def plain(self, update: ObservedUpdate, shift: int = 0) -> Explanation:
         """The update as weights of its tokens alone."""
         design, system = self.system(update.pieces, 0.0 if shift else update.smoothing, shift)
         return self.explanation(design, system.solve(update.gradient), update)
@@ -201,7 +201,7 @@ class StepSolver:
         self,
         design: DesignMatrix,
         fit: Fit,
-        update: Update,
+        update: ObservedUpdate,
         assumed: tuple[str, ...] = (),
         detail: str = "",
     ) -> Explanation:
@@ -219,7 +219,7 @@ class StepSolver:
             detail,
         )
 
-    def by_parameter(self, update: Update) -> dict[str, tuple[np.ndarray, float]]:
+    def by_parameter(self, update: ObservedUpdate) -> dict[str, tuple[np.ndarray, float]]:
         """One weight per sequence, solved for each parameter tensor on its own: name -> weights (pieces,), residual.
 
         A fit that fails over all parameters can be exact per tensor, where an all-reduce was left out for some.

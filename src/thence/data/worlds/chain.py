@@ -72,7 +72,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ChainProblem:
     """A prompt, its two-digit answer, one demonstration by the expert (ends in `#` and the answer), and its split."""
 
     prompt: str
@@ -87,7 +87,7 @@ def split_of(prompt: str) -> str:
     return "dev" if bucket < 26 else "test" if bucket < 52 else "train"
 
 
-def problems(split: str, n: int, seed: int = 0) -> list[Problem]:
+def problems(split: str, n: int, seed: int = 0) -> list[ChainProblem]:
     """`n` problems of a split with different prompts; the same arguments always give the same problems.
 
     Raises:
@@ -96,13 +96,13 @@ def problems(split: str, n: int, seed: int = 0) -> list[Problem]:
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
     rng = random.Random(f"chain {split} {seed}")
-    found: dict[str, Problem] = {}
+    found: dict[str, ChainProblem] = {}
     while len(found) < n:
         chain = draw_chain(rng, ood=split == "ood")
         if chain.prompt in found or (split != "ood" and split_of(chain.prompt) != split):
             continue
         answer = f"{chain.values()[-1]:02d}"
-        found[chain.prompt] = Problem(chain.prompt, answer, demonstrate(chain, rng), split)
+        found[chain.prompt] = ChainProblem(chain.prompt, answer, demonstrate(chain, rng), split)
     return list(found.values())
 
 

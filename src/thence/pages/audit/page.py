@@ -11,6 +11,7 @@ from typing import Any
 from thence.audit.figures import (
     ROLES,
     amounts_to,
+    case_settings,
     extremes,
     faults,
     faulty,
@@ -20,7 +21,6 @@ from thence.audit.figures import (
     objective_title,
     place,
     ratio_text,
-    settings,
     title,
 )
 from thence.audit.judge.findings import CATALOGUE
@@ -29,7 +29,7 @@ from thence.audit.report import Report
 from thence.audit.result import RESPONSE_ROLES, CaseResult, PublicReport, Role, StepResult
 from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
-from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.pages.table import NOTHING, Cell, Table, TableRow
 from thence.pages.template import render
 from thence.wording import percent
 
@@ -152,7 +152,7 @@ def _step(result: CaseResult, step: StepResult) -> dict[str, Any]:
     findings = (*result.findings, *step.findings)
     return {
         "case": _name(result, step),
-        "settings": settings(result.case),
+        "settings": case_settings(result.case),
         "bad": any(f.kind == "fault" for f in findings),
         "objective": objective_title(step.objective),
         "alike": ", ".join(objective_title(key) for key in step.alike),
@@ -171,7 +171,7 @@ def _step(result: CaseResult, step: StepResult) -> dict[str, Any]:
 def _stepless(result: CaseResult) -> dict[str, Any]:
     return {
         "case": result.case.name,
-        "settings": settings(result.case),
+        "settings": case_settings(result.case),
         "bad": bool(faults(result)),
         "findings": [(f.kind, title(f), f.detail) for f in result.all_findings],
     }
@@ -193,7 +193,7 @@ def _roles(report: Report) -> Table:
         for role in present:
             sub = f"{percent(lost[role])} lost" if lost.get(role, 0.0) >= 0.0005 else ""
             cells.append(Cell(ratio_text(step.roles[role]), sub) if role in step.roles else NOTHING)
-        rows.append(Row(_name(result, step), tuple(cells)))
+        rows.append(TableRow(_name(result, step), tuple(cells)))
     return Table("", ("Case", *present), tuple(rows))
 
 
@@ -205,7 +205,7 @@ def _examples(report: Report) -> Table:
             tokens = sum(t.role in RESPONSE_ROLES for t in row.tokens)
             where = place(row.rank, row.micro_batch, result.case.ranks)
             cells = (Cell(str(tokens)), Cell(where), Cell(ratio_text(row.weight)))
-            rows.append(Row(f"example {row.example + 1}", cells, _name(result, step)))
+            rows.append(TableRow(f"example {row.example + 1}", cells, _name(result, step)))
     headers = ("Case, example", "Tokens of the response", "Where", "Weight over ideal")
     return Table("", headers, tuple(rows), words=(1,))
 
@@ -219,7 +219,9 @@ def _name(result: CaseResult, step: StepResult) -> str:
 
 
 def _others(report: Report, status: str) -> list[tuple[str, str, str]]:
-    return [(r.case.name, settings(r.case), r.reason or "no reason given") for r in report.cases if r.status == status]
+    return [
+        (r.case.name, case_settings(r.case), r.reason or "no reason given") for r in report.cases if r.status == status
+    ]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

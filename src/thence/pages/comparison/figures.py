@@ -20,9 +20,20 @@ from thence.compare.sections import (
 from thence.compare.statistics import Statistics
 from thence.pages.comparison.points import Point, along, back, ends_of_axis, label_places, points_of, side_by_side
 from thence.pages.comparison.series import Series, dynamics_series, quantities_of, training_series, unit_of
-from thence.pages.comparison.tables import Line, sweep_lines, sweep_places
+from thence.pages.comparison.tables import SweepLine, sweep_lines, sweep_places
 from thence.pages.comparison.words import column_label, label
-from thence.pages.figure import LIGHT, PAGE, Figure, Key, Palette, canvas, inline, plain_axes, settings, write_png
+from thence.pages.figure import (
+    LIGHT,
+    PAGE,
+    Figure,
+    Key,
+    Palette,
+    canvas,
+    drawing_settings,
+    inline,
+    plain_axes,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +85,7 @@ def score_against_flops_png(
     if not held:
         raise ValueError("no finished run to draw")
     heights = [_height(points) for points in held.values()]
-    with matplotlib.rc_context(settings("png")):
+    with matplotlib.rc_context(drawing_settings("png")):
         longest = max(_labels(points) for points in held.values())
         figure = canvas(_WIDTH, sum(heights) + 0.5, right=longest, below=1.0, above=0.3)
         panels = figure.subplots(len(held), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -97,7 +108,7 @@ def _score_figure(section: ScoreAgainstFlops, statistics: Statistics, base: str)
     points = points_of(section, statistics, base, column)
     if not points:
         return None
-    with matplotlib.rc_context(settings(f"score-{base}")):
+    with matplotlib.rc_context(drawing_settings(f"score-{base}")):
         figure = canvas(_WIDTH, _height(points), right=_labels(points))
         _draw_scores(figure.subplots(), points, statistics.comparison.reference, PAGE, column, section.flops)
         svg = inline(figure, f"{column_label(column)}: accuracy against FLOPs on {base}")
@@ -161,7 +172,7 @@ def _sweep_figure(section: Sensitivity, statistics: Statistics, base: str) -> Fi
     measured = [line for line in lines if any((a.name, base, column) in statistics.estimates for _, a in line.at)]
     if not places or not measured:
         return None
-    with matplotlib.rc_context(settings(f"sweep-{section.x}-{base}")):
+    with matplotlib.rc_context(drawing_settings(f"sweep-{section.x}-{base}")):
         figure = canvas(6.4, 3.2)
         axes = figure.subplots()
         plain_axes(axes, PAGE, section.x, f"accuracy, %, {column_label(column)}")
@@ -175,7 +186,7 @@ def _sweep_figure(section: Sensitivity, statistics: Statistics, base: str) -> Fi
 
 
 def _draw_line(
-    axes: Axes, line: Line, index: int, places: list, statistics: Statistics, base: str, column: Column
+    axes: Axes, line: SweepLine, index: int, places: list, statistics: Statistics, base: str, column: Column
 ) -> None:
     colour, dash = PAGE.line(index)
     held = {place: statistics.estimates.get((arm.name, base, column)) for place, arm in line.at}
@@ -207,7 +218,7 @@ def _curves_figure(section: Training | Dynamics, statistics: Statistics, base: s
             panels[quantity] = held
     if not panels:
         return None
-    with matplotlib.rc_context(settings(f"{section.kind}-{base}-{'-'.join(panels)}")):
+    with matplotlib.rc_context(drawing_settings(f"{section.kind}-{base}-{'-'.join(panels)}")):
         figure = canvas(_WIDTH, 2.7 if len(panels) > 1 else 3.2)
         drawn = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (quantity, held) in zip(drawn, panels.items(), strict=True):

@@ -18,7 +18,7 @@ from thence.pages.comparison.outcome import outcome
 from thence.pages.comparison.tables import section_tables
 from thence.pages.comparison.words import label, notes, seeds_text
 from thence.pages.figure import Figure
-from thence.pages.table import Cell, Row, Table
+from thence.pages.table import Cell, Table, TableRow
 from thence.pages.template import render
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _FOLDED = frozenset({"tuning"})
 
 
 @dataclass(frozen=True)
-class Part:
+class ShownSection:
     """A section, ready to be shown."""
 
     kind: str
@@ -75,7 +75,7 @@ def write_page(folder: Path) -> Path:
     return page
 
 
-def parts_of(found: Statistics, figures: bool = True) -> list[Part]:
+def shown_sections(found: Statistics, figures: bool = True) -> list[ShownSection]:
     """The sections of a comparison with their tables and figures; those that have nothing to show are left out.
 
     Raises:
@@ -86,7 +86,7 @@ def parts_of(found: Statistics, figures: bool = True) -> list[Part]:
         drawn = tuple(section_figures(section, found)) if figures else ()
         tables = tuple(section_tables(section, found))
         if drawn or tables:
-            parts.append(Part(section.kind, section.title or TITLES[section.kind], section.note, drawn, tables))
+            parts.append(ShownSection(section.kind, section.title or TITLES[section.kind], section.note, drawn, tables))
     return parts
 
 
@@ -100,7 +100,7 @@ def render_page(found: Statistics) -> str:
         facts=_facts(found),
         outcome=outcome(found),
         notes=notes(found),
-        parts=parts_of(found),
+        parts=shown_sections(found),
         arms=Table("", ("Arm", "Starts from", "What it is"), tuple(_about(comparison, a) for a in comparison.arms)),
         failures=_failures(comparison),
         environment=[(key, str(value)) for key, value in comparison.environment.items() if value not in (None, "", {})],
@@ -115,18 +115,18 @@ def _facts(found: Statistics) -> str:
     return ", ".join([*parts, seeds_text(found), f"budget {comparison.budget}"])
 
 
-def _about(comparison: Comparison, arm: Arm) -> Row:
+def _about(comparison: Comparison, arm: Arm) -> TableRow:
     faults = f"fault: {' and '.join(arm.fault)}" if arm.fault else ""
     cut = f"{arm.accumulation} micro-batches" if arm.fault and arm.accumulation else ""
     said = ", ".join(part for part in (arm.method or "nothing is trained", faults, cut, arm.note) if part)
     name = f"{label(arm)}, the reference" if arm.name == comparison.reference else label(arm)
     after = label(comparison.arm(arm.after)) if arm.after else "base"
-    return Row(name, (Cell(after), Cell(said, arm.name)))
+    return TableRow(name, (Cell(after), Cell(said, arm.name)))
 
 
 def _failures(comparison: Comparison) -> Table:
     rows = [
-        Row(label(comparison.arm(failure.arm)), (Cell(failure.base), Cell(str(failure.seed)), Cell(failure.why)))
+        TableRow(label(comparison.arm(failure.arm)), (Cell(failure.base), Cell(str(failure.seed)), Cell(failure.why)))
         for failure in comparison.failures
     ]
     return Table("", ("Arm", "Base", "Seed", "Why"), tuple(rows))
@@ -146,7 +146,7 @@ def print_comparison(found: Statistics, console: Console, kinds: Collection[str]
     say(outcome(found))
     for note in notes(found):
         say(f"! {note}")
-    for part in parts_of(found, figures=False):
+    for part in shown_sections(found, figures=False):
         if part.kind in kinds:
             console.print()
             say(part.title, "bold")

@@ -13,7 +13,7 @@ from thence.compare.sections import (
     Paper,
     Sensitivity,
     Short,
-    Tuning,
+    TuningTable,
     Waterfall,
     arms_of,
     columns_of,
@@ -32,7 +32,7 @@ from thence.pages.comparison.words import (
     settings_text,
     table_note,
 )
-from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.pages.table import NOTHING, Cell, Table, TableRow
 
 
 def section_tables(section: AnySection, statistics: Statistics) -> list[Table]:
@@ -58,7 +58,7 @@ def _table(section: AnySection, statistics: Statistics, base: str) -> Table | No
             return _cost(section, statistics, base)
         case Short():
             return _short(section, statistics, base)
-        case Tuning():
+        case TuningTable():
             return _tuning(section, statistics, base)
     return None
 
@@ -68,7 +68,7 @@ def paper_table(paper: Paper, statistics: Statistics) -> Table:
     titles = {arm.name: label(arm) for arm in statistics.comparison.arms}
     digits = [_digits(values[index] for values in paper.rows.values()) for index in range(len(paper.columns))]
     rows = tuple(
-        Row(titles.get(name, name), tuple(Cell(_written(v, d)) for v, d in zip(values, digits, strict=True)))
+        TableRow(titles.get(name, name), tuple(Cell(_written(v, d)) for v, d in zip(values, digits, strict=True)))
         for name, values in paper.rows.items()
     )
     note = "The paper's own numbers, from other models and other data: their level cannot be compared with ours."
@@ -96,7 +96,7 @@ def _methods(section: Methods, statistics: Statistics, base: str) -> Table:
             continue
         cells = [_scored(statistics, arm.name, base, column) for column in columns]
         cells += [Cell(f"{arm.paper[base]:.1f}") if base in arm.paper else NOTHING] if published else []
-        rows.append(Row(label(arm), tuple(cells), arm.group))
+        rows.append(TableRow(label(arm), tuple(cells), arm.group))
     headers = ["", *map(column_label, columns), *(["paper: other models and data"] if published else [])]
     said = ["Numbers of the paper stand there for the reader; their level cannot be compared."] if published else []
     return Table(base, tuple(headers), tuple(rows), (table_note(statistics), *said, *_missing(statistics, arms, base)))
@@ -146,7 +146,7 @@ def _waterfall(section: Waterfall, statistics: Statistics, base: str) -> Table:
         ]
         step = above.get(arm.name)
         cells.append(Cell(points(step), strong=step is not None and step.significant) if step else NOTHING)
-        rows.append(Row(label(arm), tuple(cells)))
+        rows.append(TableRow(label(arm), tuple(cells)))
     title = label(statistics.comparison.arm(clean))
     note = (
         f"Accuracy in per cent, mean ± standard deviation over seeds; second line: difference to {title}, in points, "
@@ -166,7 +166,7 @@ def _sensitivity(section: Sensitivity, statistics: Statistics, base: str) -> Tab
         for column in columns:
             sub = "baseline" if arm.name == other else None
             cells.append(_cell(statistics, arm.name, base, column, differences[column].get(arm.name), sub))
-        rows.append(Row(label(arm), tuple(cells)))
+        rows.append(TableRow(label(arm), tuple(cells)))
     headers = ("", "settings", *map(column_label, columns))
     return Table(base, headers, tuple(rows), (_to_note(statistics, other), *_missing(statistics, arms, base)))
 
@@ -180,14 +180,14 @@ def _to_note(statistics: Statistics, other: str) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class SweepLine:
     """Arms of one sweep that differ in what is on the horizontal axis; without a place there: one arm for all x."""
 
     title: str
     at: tuple[tuple[float | str | None, Arm], ...]
 
 
-def sweep_lines(section: Sensitivity, statistics: Statistics, base: str) -> list[Line]:
+def sweep_lines(section: Sensitivity, statistics: Statistics, base: str) -> list[SweepLine]:
     """The lines of a sweep: one for each fault (and method, where there are several)."""
     arms = arms_of(section, statistics.comparison)
     several = len({arm.method for arm in arms if arm.method}) > 1
@@ -197,7 +197,7 @@ def sweep_lines(section: Sensitivity, statistics: Statistics, base: str) -> list
         place = _place(section.x, arm, statistics.comparison.runs_of(arm.name, base))
         lines.setdefault(f"{arm.method}: {fault}" if several else fault, []).append((place, arm))
     return [
-        Line(title, tuple((None if len(at) == 1 and not arm.fault else place, arm) for place, arm in at))
+        SweepLine(title, tuple((None if len(at) == 1 and not arm.fault else place, arm) for place, arm in at))
         for title, at in lines.items()
     ]
 
@@ -208,7 +208,7 @@ def _place(x: str, arm: Arm, runs: list[Run]) -> float | str | None:
     return next((run.settings[x] for run in runs if x in run.settings), None)
 
 
-def sweep_places(lines: Sequence[Line]) -> list[float | str]:
+def sweep_places(lines: Sequence[SweepLine]) -> list[float | str]:
     """The places on the horizontal axis, in order; numbers before words."""
     places = {place for line in lines for place, _ in line.at if place is not None}
     return sorted(places, key=lambda p: (isinstance(p, str), p if isinstance(p, str) else float(p)))  # type: ignore[return-value]
@@ -228,10 +228,10 @@ def _sweep(section: Sensitivity, statistics: Statistics, base: str) -> Table:
             arm = held.get(place)
             sub = "baseline" if arm and arm.name == other else None
             cells.append(_cell(statistics, arm.name, base, column, differences.get(arm.name), sub) if arm else NOTHING)
-        rows.append(Row(line.title, tuple(cells)))
+        rows.append(TableRow(line.title, tuple(cells)))
     headers = ["", *(f"{section.x} = {place:g}" if not isinstance(place, str) else place for place in places), "any"]
     if all(row.cells[-1] == NOTHING for row in rows):
-        headers, rows = headers[:-1], [Row(row.label, row.cells[:-1]) for row in rows]
+        headers, rows = headers[:-1], [TableRow(row.label, row.cells[:-1]) for row in rows]
     notes = (f"On {column_label(column)}. {_to_note(statistics, other)}", *_missing(statistics, arms, base))
     return Table(base, tuple(headers), tuple(rows), notes)
 
@@ -250,7 +250,7 @@ def _cost(section: Cost, statistics: Statistics, base: str) -> Table:
         cells += [Cell(flops_text(spent["rule_flops"])), Cell("–" if ratio is None else f"{ratio:.2f}")]
         cells += [Cell(flops_text(spent["executed_flops"])), Cell(amount(spent["seconds"]))]
         cells.append(_scored(statistics, arm.name, base, comparison.columns[0]))
-        rows.append(Row(label(arm), tuple(cells), arm.group))
+        rows.append(TableRow(label(arm), tuple(cells), arm.group))
     headers = ("", "steps", "trained tokens", "generated tokens", "FLOPs, rule", "to reference")
     headers += ("FLOPs, executed", "seconds", column_label(comparison.columns[0]))
     note = (
@@ -271,9 +271,9 @@ def _short(section: Short, statistics: Statistics, base: str) -> Table:
             arm = comparison.arm(name)
             spent = mean_spent(comparison.runs_of(name, base))
             scores = [Cell(score(statistics.estimates.get((name, base, column)))) for column in columns]
-            rows.append(Row(label(arm), (Cell(flops_text(spent["rule_flops"])), *scores)))
+            rows.append(TableRow(label(arm), (Cell(flops_text(spent["rule_flops"])), *scores)))
         cells = [Cell(points(d), strong=d is not None and d.significant) for d in (found[c][index] for c in columns)]
-        rows.append(Row("longer less shorter", (NOTHING, *cells)))
+        rows.append(TableRow("longer less shorter", (NOTHING, *cells)))
     note = (
         "Accuracy in per cent, mean ± standard deviation over seeds; differences in points with their 95% intervals. "
         f"{STAR} and bold: significant after Holm's correction for the pairs of this table."
@@ -283,7 +283,7 @@ def _short(section: Short, statistics: Statistics, base: str) -> Table:
     return Table(base, headers, tuple(rows), (note, *_missing(statistics, named, base)))
 
 
-def _tuning(section: Tuning, statistics: Statistics, base: str) -> Table:
+def _tuning(section: TuningTable, statistics: Statistics, base: str) -> Table:
     rows, edges = [], []
     for arm in arms_of(section, statistics.comparison):
         tries = [t for t in statistics.comparison.tries if (t.arm, t.base) == (arm.name, base)]
@@ -292,7 +292,9 @@ def _tuning(section: Tuning, statistics: Statistics, base: str) -> Table:
             continue
         rest = "; ".join(f"{settings_text(t.settings)}: {100 * t.accuracy:.1f}" for t in tries if not t.chosen)
         done = (settings_text(chosen.settings), f"{100 * chosen.accuracy:.1f}") if chosen else ("not chosen yet", "–")
-        rows.append(Row(label(arm), (Cell(f"{arm.tries}"), Cell(done[0]), Cell(done[1]), Cell(rest or "–")), arm.group))
+        rows.append(
+            TableRow(label(arm), (Cell(f"{arm.tries}"), Cell(done[0]), Cell(done[1]), Cell(rest or "–")), arm.group)
+        )
         if chosen and _at_edge(chosen.settings, [t.settings for t in tries]):
             edges.append(label(arm))
     headers = ("", "settings tried", "chosen", "dev accuracy, %", "others tried: dev accuracy, %")

@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thence.evaluate.store import GradeLine, Store
-from thence.evaluate.store import Sample as Line
+from thence.evaluate.store import GradeLine, Sample, Store
 from thence.evaluate.summary import Result, TaskResult
 from thence.files import write_atomically
 from thence.pages.environment import environment_facts
 from thence.pages.evaluation.tables import results_table
-from thence.pages.samples import Sample, excerpt, first_of_each
+from thence.pages.samples import ShownSample, excerpt, first_of_each
 from thence.pages.template import render
 from thence.redaction import redacted, redacted_values
 from thence.stats.spread import Score
@@ -94,9 +93,9 @@ def _graded(store: Store, row: TaskResult) -> Iterator[tuple[str, Any]]:
             yield grades[line.place].verdict, partial(_sample, line, grades[line.place])
 
 
-def _sample(line: Line, grade: GradeLine) -> Sample:
+def _sample(line: Sample, grade: GradeLine) -> ShownSample:
     tokens = "" if line.tokens is None else f"{line.tokens:,} tokens"
-    return Sample(
+    return ShownSample(
         verdict=grade.verdict,
         score=f"{grade.score:.4g}" if grade.verdict == "graded" else "",
         where=f"problem {line.problem[:8]}, sample {line.sample}",

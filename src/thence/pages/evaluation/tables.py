@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from thence.evaluate.summary import EvaluationComparison, Result, TaskResult
 from thence.foreign_text import one_line
-from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.pages.table import NOTHING, Cell, Table, TableRow
 from thence.stats.spread import Score
 from thence.wording import counted
 
@@ -31,12 +31,12 @@ def results_table(result: Result, whole: bool = False) -> Table:
     found = []
     for row in rows:
         label, group = (row.task.title or row.task.name, row.task.group) if whole else (row.task.name, "")
-        found.append(Row(label, tuple(cell(row) for cell in columns.values()), group))
+        found.append(TableRow(label, tuple(cell(row) for cell in columns.values()), group))
     for group in result.groups:
-        mean = {level: Cell(percent(group.score), ends(group.score) if whole else "", strong=True)}
+        mean = {level: Cell(score_text(group.score), ends(group.score) if whole else "", strong=True)}
         mean |= {"interval": Cell(ends(group.score))}
         cells = tuple(mean.get(name, Cell("")) for name in names)
-        found.append(Row(f"{group.name} mean of {len(group.tasks)}", cells, apart=True))
+        found.append(TableRow(f"{group.name} mean of {len(group.tasks)}", cells, apart=True))
     title = f"{what} (95% interval over problems)"
     return Table(title, (what if whole else "task", *names), tuple(found), tuple(notes(result)))
 
@@ -46,7 +46,7 @@ def _columns(result: Result, level: str, whole: bool, mark: str) -> dict[str, Ca
     rows = result.tasks
 
     def scored(score: Score | None) -> Cell:
-        return NOTHING if score is None else Cell(percent(score), ends(score) if whole else "")
+        return NOTHING if score is None else Cell(score_text(score), ends(score) if whole else "")
 
     columns: dict[str, Callable[[TaskResult], Cell]] = {"n": _problems}
     if result.not_answered:
@@ -142,10 +142,10 @@ def comparison_table(comparison: EvaluationComparison) -> Table:
         pair = row.paired
         texts = [f"{pair.problems:,}", f"{100 * row.a:.1f}", f"{100 * row.b:.1f}"]
         texts += [f"{100 * pair.difference:+.1f}", interval(pair.low, pair.high), p_value(pair.p_value)]
-        rows.append(Row(row.task.name, tuple(map(Cell, texts))))
+        rows.append(TableRow(row.task.name, tuple(map(Cell, texts))))
     for name, value, low, high in comparison.groups:
         texts = ["", "", "", f"{100 * value:+.1f}", interval(low, high), ""]
-        rows.append(Row(f"{name} mean", tuple(map(Cell, texts)), apart=True))
+        rows.append(TableRow(f"{name} mean", tuple(map(Cell, texts)), apart=True))
     lines = [f"A: {_model(a.model, a.stage)}", f"B: {_model(b.model, b.stage)}"]
     lines += [f"they differ in more than the model: {name}: {old} / {new}" for name, old, new in comparison.unlike]
     if comparison.only:
@@ -156,7 +156,7 @@ def comparison_table(comparison: EvaluationComparison) -> Table:
     return Table(title, ("task", "n", "A", "B", "B - A", "interval", "p"), tuple(rows), tuple(lines))
 
 
-def percent(score: Score | None) -> str:
+def score_text(score: Score | None) -> str:
     """A score in per cent."""
     return "–" if score is None else f"{100 * score.value:.1f}"
 

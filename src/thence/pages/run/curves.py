@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thence.pages.figure import PAGE, Figure, fitted_canvas, inline, plain_axes, settings
-from thence.pipeline.run_files import Training
+from thence.pages.figure import PAGE, Figure, drawing_settings, fitted_canvas, inline, plain_axes
+from thence.pipeline.run_files import StageMetrics
 
 
 @dataclass(frozen=True, slots=True)
-class Quantity:
+class Curve:
     """One curve: key in metrics.jsonl, title, unit of the vertical axis, and a second key drawn over it."""
 
     key: str
@@ -20,27 +20,27 @@ class Quantity:
 
 
 _COMMON = (
-    Quantity("grad_norm", "Gradient norm", "L2, before clipping"),
-    Quantity("lr", "Learning rate", "learning rate"),
+    Curve("grad_norm", "Gradient norm", "L2, before clipping"),
+    Curve("lr", "Learning rate", "learning rate"),
 )
 QUANTITIES = {
     "sft": (
-        Quantity("loss", "Loss", "nats a trained token", "held_out_loss", "held out"),
+        Curve("loss", "Loss", "nats a trained token", "held_out_loss", "held out"),
         *_COMMON,
-        Quantity("entropy", "Entropy", "nats a token"),
+        Curve("entropy", "Entropy", "nats a token"),
     ),
     "rl": (
-        Quantity("reward", "Reward", "mean over rollouts"),
-        Quantity("response_tokens", "Response length", "tokens, mean"),
-        Quantity("entropy", "Entropy", "nats a token"),
-        Quantity("clip_share", "Clipped tokens", "share of tokens"),
-        Quantity("loss", "Loss", "surrogate loss"),
+        Curve("reward", "Reward", "mean over rollouts"),
+        Curve("response_tokens", "Response length", "tokens, mean"),
+        Curve("entropy", "Entropy", "nats a token"),
+        Curve("clip_share", "Clipped tokens", "share of tokens"),
+        Curve("loss", "Loss", "surrogate loss"),
         *_COMMON,
     ),
 }
 
 
-def curves(training: Training) -> list[Figure]:
+def curves(training: StageMetrics) -> list[Figure]:
     """The curves of a stage, each with its last value as a note; a quantity that was never measured is left out."""
     drawn = []
     for index, quantity in enumerate(QUANTITIES.get(training.kind, QUANTITIES["sft"])):
@@ -53,11 +53,11 @@ def curves(training: Training) -> list[Figure]:
     return drawn
 
 
-def _draw(quantity: Quantity, main: tuple[list, list], second: tuple[list, list], salt: str) -> str:
+def _draw(quantity: Curve, main: tuple[list, list], second: tuple[list, list], salt: str) -> str:
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(settings(salt)):
+    with matplotlib.rc_context(drawing_settings(salt)):
         figure = fitted_canvas(4.0, 2.3)
         axes = figure.subplots()
         plain_axes(axes, PAGE, "step", quantity.unit)

@@ -7,7 +7,7 @@ from typing import Any
 
 from thence.files import to_csv, to_json
 from thence.pages.run.outcome import outcome
-from thence.pipeline.run_files import Measurement, RunFiles, Training
+from thence.pipeline.run_files import Measurement, RunFiles, StageMetrics
 
 _TOTALS = ("tokens", "trained_tokens", "flops", "seconds")
 
@@ -35,7 +35,7 @@ def report_csv(run: RunFiles) -> str:
     )
 
 
-def totals(stage: Training) -> dict[str, Any]:
+def totals(stage: StageMetrics) -> dict[str, Any]:
     """Steps, tokens, FLOPs and seconds of a training stage, summed over its steps."""
     return {"stage": stage.stage, "kind": stage.kind, "steps": len(stage.steps)} | {
         key: stage.total(key) for key in _TOTALS

@@ -15,9 +15,9 @@ from thence.pages.run.curves import curves
 from thence.pages.run.numbers import report_csv, report_json, totals
 from thence.pages.run.outcome import outcome
 from thence.pages.run.tables import results_table, verdicts_table
-from thence.pages.samples import Sample, excerpt, first_of_each
+from thence.pages.samples import ShownSample, excerpt, first_of_each
 from thence.pages.template import render
-from thence.pipeline.run_files import RunFiles, Training, read_run
+from thence.pipeline.run_files import RunFiles, StageMetrics, read_run
 from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 from thence.wording import duration
@@ -86,7 +86,7 @@ def _labels(run: RunFiles) -> dict[str, str]:
     return {str(k): str(v) for k, v in labels.items()} if isinstance(labels, Mapping) else {}
 
 
-def _stage(training: Training, methods: Mapping[str, str]) -> dict[str, Any]:
+def _stage(training: StageMetrics, methods: Mapping[str, str]) -> dict[str, Any]:
     sums = totals(training)
     facts = [methods[training.stage]] if training.stage in methods else []
     facts += [f"{sums['steps']:,} step{'' if sums['steps'] == 1 else 's'}"]
@@ -106,7 +106,7 @@ def _command(run: RunFiles) -> str:
     return str(command or f"thence run {run.folder / 'recipe.toml'}")
 
 
-def _samples(folder: Path, stage: str) -> list[Sample]:
+def _samples(folder: Path, stage: str) -> list[ShownSample]:
     return first_of_each(_graded(folder / "stages" / stage / "samples.jsonl"))
 
 
@@ -118,14 +118,14 @@ def _graded(path: Path) -> Iterator[tuple[Any, Any]]:
         yield row.get("verdict"), partial(_sample, row)
 
 
-def _sample(row: Mapping[str, Any]) -> Sample:
+def _sample(row: Mapping[str, Any]) -> ShownSample:
     where = [str(row["split"])] if row.get("split") is not None else []
     where += [f"T = {row['temperature']:g}"] if isinstance(row.get("temperature"), (int, float)) else []
     where += [f"problem {row['index']}"] if row.get("index") is not None else []
     where += [f"step {row['step']}"] if row.get("step") else []
     finish = f", {_FINISH.get(str(row['finish']), row['finish'])}" if row.get("finish") else ""
     graded = row["verdict"] == "graded" and isinstance(row.get("score"), (int, float))
-    return Sample(
+    return ShownSample(
         verdict=row["verdict"],
         prompt=excerpt(row.get("prompt")),
         response=excerpt(row.get("response")),

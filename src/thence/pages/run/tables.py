@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thence.pages.table import NOTHING, Cell, Row, Table
+from thence.pages.table import NOTHING, Cell, Table, TableRow
 from thence.pipeline.run_files import Measurement, RunFiles
 
 NO_THRESHOLD = (
@@ -32,7 +32,7 @@ def results_table(run: RunFiles, whole: bool = False) -> Table:
     for (split, temperature), reward in zip(run.columns, by_reward, strict=True):
         headers.append(f"{split}, T = {temperature:g}{', mean reward' if mixed and reward else ''}")
     rows = [
-        Row(subject, tuple(_cell(run, run.cell(subject, column), whole) for column in run.columns))
+        TableRow(subject, tuple(_cell(run, run.cell(subject, column), whole) for column in run.columns))
         for subject in run.subjects
     ]
     if whole:
@@ -41,7 +41,7 @@ def results_table(run: RunFiles, whole: bool = False) -> Table:
         return Table("", (what, *headers[1:]), tuple(rows), notes)
     if run.columns:
         sizes = [_sizes([cell for cell in run.cells if cell.column == column]) for column in run.columns]
-        rows.append(Row("problems x samples", tuple(map(Cell, sizes)), apart=True))
+        rows.append(TableRow("problems x samples", tuple(map(Cell, sizes)), apart=True))
     title = f"{what} (95% interval below)"
     return Table(title, tuple(headers), tuple(rows), (NO_THRESHOLD,) if any(by_reward) else ())
 
@@ -75,7 +75,7 @@ def verdicts_table(run: RunFiles) -> Table:
         texts += ["–" if cell.reward is None else f"{cell.reward:.3f}"]
         texts += ["–" if cell.mean_tokens is None else f"{cell.mean_tokens:,.1f}", _count(cell.truncated)]
         label = f"{cell.stage}: {cell.split}, T = {cell.temperature:g}"
-        rows.append(Row(label, tuple(map(Cell, texts))))
+        rows.append(TableRow(label, tuple(map(Cell, texts))))
     note = "Counts of responses. "
     if degrees:
         note += "Graded: the reward gave a degree and states no score from which a response is right, so the table "

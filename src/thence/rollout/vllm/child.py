@@ -56,7 +56,7 @@ ENVIRONMENT = {
 }
 
 
-class Engine:
+class VllmModel:
     """A model in vLLM, and the stamp of its weights."""
 
     def __init__(self, options: argparse.Namespace):
@@ -238,7 +238,7 @@ def _report_whole_softmax(sampler: Any, torch: Any) -> None:
     choose.forward = forward
 
 
-def converse(engine: Engine, client: Client) -> None:
+def converse(engine: VllmModel, client: Client) -> None:
     """Answer a client until it goes away, says stop, or something fails."""
     try:
         while (request := client.asked.get()) is not None and request.get("op") != "stop":
@@ -270,7 +270,7 @@ def serve_parent(options: argparse.Namespace) -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        engine = Engine(options)
+        engine = VllmModel(options)
     except BaseException as error:
         tell_failure(client.wire, error)
         return 1
@@ -292,7 +292,7 @@ def serve_port(options: argparse.Namespace) -> int:
         print(f"port {options.port} on 127.0.0.1 cannot be used: {error.strerror}; give another --port")
         return 2
     listener.listen()
-    engine = Engine(options)
+    engine = VllmModel(options)
     print(f"serving {options.model} on 127.0.0.1:{listener.getsockname()[1]}", flush=True)
     clients: queue.Queue[Client] = queue.Queue()
     serving = threading.Lock()
