@@ -20,6 +20,7 @@ from thence.pipeline.folder import RunFolder
 from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
+from thence.pipeline.undo import rewind
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import newest_checkpoint, write_checkpoint, write_parts_checkpoint
 from thence.train.finite import broken, broken_weights
@@ -243,7 +244,7 @@ class Checkpoints:
                 field=f"{self.context.name}.steps",
             )
         if self.context.leads:
-            self.context.folder.rewind(self.context.name, step)
+            rewind(self.context.folder.path, self.context.name, step)
         return step, own
 
     def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False) -> None:

@@ -248,6 +248,19 @@ def clear(folder: Path, marker: Marker) -> None:
         path.rmdir()
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError if a run's folder, or the folder in which it would be made, cannot be written."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"the run folder {folder} cannot be written: {place} is not a folder that you may write to",
+            remedy="give another --folder",
+            field="folder",
+        )
+
+
 def refuse_foreign(folder: Path, others: tuple[Path, ...], marker: Marker | None) -> None:
     """Raise UserError if there are things in a folder that thence did not write."""
     if not others:
