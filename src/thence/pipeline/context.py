@@ -262,12 +262,17 @@ class Checkpoints:
         refuse_what_is_broken(self.context, f"after step {step}", self.good, tensors)
         self.good = step
         ranks, model = self.context.ranks, self.context.model
-        plain = {"trainer": plain, "stage": state, "numerics": numerics()}
+        plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
         given = (self.folder, step, model, self.context.tokenizer, plain, tensors)
         if self.context.policy.sharded:
             write_parts_checkpoint(*given, ranks)
         else:
             on_first_rank(ranks, lambda: write_checkpoint(*given))
+
+    def _stops(self) -> list[int]:
+        """What will end a response of the published model: an exported checkpoint is to stop there too."""
+        stage = self.context.recipe.stage(self.context.name)
+        return list(self.context.stop_ids(self.context.recipe.stage_data(stage.data)))
 
     def _of_any_rank(self, what: str | None) -> str | None:
         return next((said for said in self.context.ranks.gather(what) if said is not None), None)
