@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from thence.accounting.layout import Layout
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
 from thence.data.trajectory import Prompt
@@ -30,9 +31,6 @@ from thence.train.schedule import learning_rate
 from thence.train.state import load_weights, read_parts, stored
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import TakeStep, Trainer
-
-Layout = Literal["none", "ddp", "fsdp2", "hsdp"]
-"""One process; a whole copy on every rank; cut over all ranks; cut within groups of ranks."""
 
 
 @dataclass
