@@ -95,22 +95,22 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
     Path(f"{case['folder']}-{'failed' if case.get('fault') else 'ended'}.json").write_text(json.dumps(found))
 """
 )
-KINDS = {"raises": 1, "disk fails": 1, "killed": 1, "not finite": 1, "disk full": 0}
-LAYOUTS = ("fsdp2", "ddp")
+ON_RANK = {"raises": 1, "disk fails": 1, "killed": 1, "not finite": 1, "disk full": 0}
+QUICK = [("fsdp2", "killed"), ("fsdp2", "disk full")]
+ALL = [(layout, kind) for layout in ("fsdp2", "ddp") for kind in ON_RANK]
+CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL]
 
 
-@pytest.fixture(scope="module")
-def failed(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("failed")
+def fail_and_resume(base: dict[str, Any], folder: Path, wanted: list[tuple[str, str]]) -> Path:
     cases = []
-    for layout in LAYOUTS:
+    for layout in dict.fromkeys(layout for layout, _ in wanted):
         recipe = folder / f"{layout}.toml"
         recipe.write_text(to_toml({**base, "parallel": layout}))
         given = {"recipe": str(recipe)}
         cases.append(given | {"folder": str(folder / f"{layout}-whole")})
-        for kind, rank in KINDS.items():
-            at = str(folder / f"{layout}-{kind}")
-            cases += [given | {"folder": at, "fault": kind, "rank": rank}, given | {"folder": at}]
+        for kind in (kind for other, kind in wanted if other == layout):
+            place = given | {"folder": str(folder / f"{layout}-{kind}")}
+            cases += [place | {"fault": kind, "rank": ON_RANK[kind]}, place]
     (folder / "driver.py").write_text(DRIVER)
     (folder / "job.json").write_text(json.dumps(cases))
     command = [sys.executable, str(folder / "driver.py"), str(folder / "job.json")]
@@ -119,12 +119,26 @@ def failed(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="module")
+def quick(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fail_and_resume(base, tmp_path_factory.mktemp("quick"), QUICK)
+
+
+@pytest.fixture(scope="module")
+def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fail_and_resume(base, tmp_path_factory.mktemp("slow"), [case for case in ALL if case not in QUICK])
+
+
+@pytest.fixture
+def failed(layout: str, kind: str, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue("quick" if (layout, kind) in QUICK else "slow")
+
+
 def said(folder: Path, layout: str, kind: str) -> list[str]:
     return [(folder / f"{layout}-{kind}-said-{rank}-failed").read_text() for rank in range(2)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_all_ranks_end_and_the_run_resumes_to_the_same_end(kind: str, layout: str, failed: Path) -> None:
     found = json.loads((failed / f"{layout}-{kind}-failed.json").read_text())
     assert all(code != 0 for code in found["codes"]) and found["seconds"] < 60
@@ -144,10 +158,30 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_one_error_says_why(kind: str, layout: str, failed: Path) -> None:
     texts = said(failed, layout, kind)
     assert sum(text.count(WORDS[kind]) for text in texts) == 1
     if kind in ("not finite", "disk full"):
         assert "thence:" not in texts[1], "the first rank alone prints what all ranks know"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
+def test_torchrun_starts_a_killed_worker_again_and_the_run_ends_as_if_undisturbed(
+    layout: str, base: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.toml").write_text(to_toml({**base, "parallel": layout}))
+    first = "os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    killed = f"{FAULTS}\nif {first} and 'disturbed' in sys.argv[-1]:\n    break_down('killed', 2)\n"
+    killed += "from thence.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    (tmp_path / "killed.py").write_text(killed)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name in ("whole", "disturbed"):
+        command = [*launch, "--max-restarts", "2", str(tmp_path / "killed.py"), "run", str(tmp_path / "recipe.toml")]
+        command += ["--folder", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("resumed after step 2" in done.stdout + done.stderr) == (name == "disturbed")
+    assert largest_difference(tmp_path / "disturbed", tmp_path / "whole") == 0.0
+    assert len(lines(tmp_path / "disturbed")) == 4
