@@ -23,9 +23,10 @@ from thence.pipeline.prompts import RenderedPrompts
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import newest_checkpoint, write_checkpoint, write_parts_checkpoint
 from thence.train.finite import broken, broken_weights
+from thence.train.lora import has_adapters, places_of
 from thence.train.model import compute_dtype
 from thence.train.parallel import Ranks, on_first_rank
-from thence.train.policy import Policy
+from thence.train.policy import Policy, Scorer, Unadapted
 from thence.train.schedule import learning_rate
 from thence.train.state import load_weights, read_parts, stored
 from thence.train.step import StepSettings, train_step
@@ -49,6 +50,7 @@ class Context:
         reopen: opens the model that the stage starts from once more, laid out in the same way.
         watcher: is told of progress.
         prompts: data tables that are rendered already.
+        origin: the model that the stage starts from: a folder or a hub name; empty: random weights.
         meter: counts the FLOPs that this process executes.
     """
 
@@ -63,6 +65,7 @@ class Context:
     prompts: RenderedPrompts
     layout: Layout
     reopen: Callable[[], Policy]
+    origin: str = ""
     meter: FlopMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,8 +83,10 @@ class Context:
         """Whether this process writes the files."""
         return self.ranks.rank == 0
 
-    def frozen_policy(self) -> Policy:
-        """A copy of the policy as the stage starts, to compare with."""
+    def frozen_policy(self) -> Scorer:
+        """The policy as the stage starts, to compare with: itself with its adapters off, else a copy."""
+        if has_adapters(self.model):
+            return Unadapted(self.policy)
         if self.policy.sharded:
             return self.reopen()
         return Policy(copy.deepcopy(self.model).requires_grad_(False))
@@ -101,8 +106,9 @@ class Context:
 
     @property
     def n_parameters(self) -> int:
-        """N of the FLOPs rule: every parameter of the model."""
-        return sum(p.numel() for p in self.model.parameters())
+        """N of the FLOPs rule: every parameter of the model, adapters apart."""
+        places = places_of(self.model)
+        return sum(p.numel() for name, p in self.model.named_parameters() if places.plain(name) is not None)
 
     def executed_flops(self, before: float | None) -> float | None:
         """FLOPs that all ranks have executed since the meter stood at ``before``."""

@@ -9,6 +9,7 @@ import torch
 
 from thence.errors import RecipeError
 from thence.models.packing import know_way, way_of
+from thence.pipeline.adapters import lora_of, sizes
 from thence.pipeline.context import Context, Layout
 from thence.recipe import Model, Optimization, Recipe
 from thence.train.model import Loaded, compute_dtype, empty_model, load_model, load_tokenizer
@@ -50,7 +51,8 @@ def layout_of(recipe: Recipe, name: str, settings: Model, ranks: Ranks, device: 
     if ranks.world == 1:
         return "none"
     width = 8 if settings.compute_dtype == "float64" else 4
-    need = 4 * width * sum(p.numel() for p in empty_model(settings).parameters())  # weights, gradient, two moments
+    trained, every = sizes(settings, lora_of(recipe, name))
+    need = width * (every + 3 * trained)  # weights, and a gradient and two moments of what is trained
     room = FITS * memory_of(device)
     kind: Layout = "ddp" if need <= room else "fsdp2"
     if ranks.rank == 0:
@@ -98,7 +100,8 @@ def cut(context: Context, packing: bool) -> None:
     if packing:
         way = on_first_rank(ranks, lambda: way_of(context.model))
         know_way(context.model, ranks.gather(way)[0])
-    context.policy.keep_skeleton(skeleton_of(context.model))
+    if context.policy.skeleton is None:  # that of a policy with adapters was kept before it had them
+        context.policy.keep_skeleton(skeleton_of(context.model))
     context.ranks = cut_policy(context.policy, context.recipe, ranks, context.device)
 
 

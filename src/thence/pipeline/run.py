@@ -14,6 +14,7 @@ import torch
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
+from thence.pipeline.adapters import adapt, publish_adapter
 from thence.pipeline.context import Context, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
@@ -28,8 +29,10 @@ from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval, Model, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
+from thence.train.lora import has_adapters
 from thence.train.model import save_model
-from thence.train.parallel import Ranks, on_first_rank, start_ranks
+from thence.train.model_files import resolve
+from thence.train.parallel import Ranks, on_first_rank, start_ranks, together
 from thence.train.policy import Policy
 from thence.train.weights import whole
 
@@ -147,6 +150,9 @@ class Execution:
         layout = layout_of(recipe, name, model, self.ranks, self.device)
         loaded = open_model(model, layout, self.ranks, self.device, recipe.seed)
 
+        policy = Policy(loaded.model)
+        together(self.ranks, lambda: adapt(policy, recipe, name))
+
         def reopen() -> Policy:
             again = Policy(open_model(model, layout, self.ranks, self.device, recipe.seed).model.requires_grad_(False))
             cut_policy(again, recipe, self.ranks, self.device)
@@ -156,7 +162,7 @@ class Execution:
             recipe=recipe,
             name=name,
             folder=self.folder,
-            policy=Policy(loaded.model),
+            policy=policy,
             layout=layout,
             reopen=reopen,
             tokenizer=loaded.tokenizer,
@@ -164,6 +170,7 @@ class Execution:
             device=self.device,
             watcher=self.watcher if self.leads else NullWatcher(),
             prompts=self.prompts,
+            origin=str(Path(place).absolute()) if Path(place := resolve(model.path or "")).is_dir() else place,
         )
 
 
@@ -189,6 +196,8 @@ def run_stage(execution: Execution, name: str) -> None:
         raise
     if not isinstance(stage, Eval):
         publish_model(context, stage)
+        if has_adapters(context.model):
+            publish_adapter(context)
     if leads:
         if not isinstance(stage, Eval):
             facts = {**facts, "model": published(folder.stage(name) / "model")}
