@@ -12,9 +12,11 @@ from thence.models.packing import know_way, way_of
 from thence.pipeline.adapters import lora_of, sizes
 from thence.pipeline.context import Context, Layout
 from thence.recipe import Model, Optimization, Recipe
+from thence.train.cut_probe import Sums, check_cut, gradient_sums
 from thence.train.model import Loaded, compute_dtype, empty_model, load_model, load_tokenizer
 from thence.train.parallel import DataParallel, Ranks, Sharding, on_first_rank, shard, together
 from thence.train.policy import Policy
+from thence.train.probe import NotVerified
 from thence.train.weights import skeleton_of
 
 log = logging.getLogger(__name__)
@@ -97,12 +99,24 @@ def cut(context: Context, packing: bool) -> None:
         UserError: the model cannot be cut or packed.
     """
     ranks = context.ranks
+    expected = on_first_rank(ranks, lambda: _sums_or_none(context.policy))
     if packing:
         way = on_first_rank(ranks, lambda: way_of(context.model))
         know_way(context.model, ranks.gather(way)[0])
     if context.policy.skeleton is None:  # that of a policy with adapters was kept before it had them
         context.policy.keep_skeleton(skeleton_of(context.model))
     context.ranks = cut_policy(context.policy, context.recipe, ranks, context.device)
+    sums = ranks.gather(expected)[0]
+    if sums is not None:
+        check_cut(context.policy, context.ranks, sums, compute_dtype(context.recipe.model, context.device))
+
+
+def _sums_or_none(policy: Policy) -> Sums | None:
+    try:
+        return gradient_sums(policy)
+    except NotVerified as missing:
+        log.warning("not verified: the gradient of the cut model: %s", missing)
+        return None
 
 
 def cut_policy(policy: Policy, recipe: Recipe, ranks: Ranks, device: torch.device) -> Ranks:

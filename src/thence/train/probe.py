@@ -48,8 +48,8 @@ def check_gradient(model: Any, packing: bool = False) -> str:
     check_model(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
-    _need_memory(2 * sum(p.numel() * p.element_size() for p in parameters.values()), device)
-    batch = _batch(model)
+    need_memory(2 * sum(p.numel() * p.element_size() for p in parameters.values()), device)
+    batch = probe_batch(model)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
         expected = _plain_gradient(model, batch, parameters)
@@ -130,7 +130,7 @@ def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
         NotVerified: there is no memory or no room on disk for a second copy.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    _need_memory(size, torch.device("cpu"))
+    need_memory(size, torch.device("cpu"))
     name = type(model).__name__
     with tempfile.TemporaryDirectory(prefix="thence-probe-") as place:
         if shutil.disk_usage(place).free < SPARE * size:
@@ -164,7 +164,8 @@ def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> 
     return f"{size / 1e6:.1f} MB written, read and compared bit by bit"
 
 
-def _batch(model: Any) -> Batch:
+def probe_batch(model: Any) -> Batch:
+    """Four rows of different lengths and weights."""
     tokens = probe_tokens(model, sum(p + r for p, r in ROWS)).cpu().split([p + r for p, r in ROWS])
     rows = [
         Row(ids, trained_tokens(prompt, len(ids), "response"), torch.full((1, response), 1.0 + 0.5 * i), None)
@@ -220,7 +221,7 @@ def _same_weights(model: Any, other: Any, when: str) -> None:
         )
 
 
-def _need_memory(size: int, device: torch.device) -> None:
+def need_memory(size: int, device: torch.device) -> None:
     """Raise NotVerified where so many bytes more would not fit."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import HashStore
 
 from thence.errors import UserError
 
@@ -31,6 +30,10 @@ class Ranks(Protocol):
 
     def sum_floats(self, values: Tensor) -> Tensor:
         """Sum of a small float64 tensor over ranks, for the log."""
+        ...
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """Sum of a small float64 tensor over the ranks that hold different parts of the weights."""
         ...
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -66,6 +69,9 @@ class SingleProcess:
     def sum_floats(self, values: Tensor) -> Tensor:
         return values
 
+    def sum_shards(self, values: Tensor) -> Tensor:
+        return values
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         pass
 
@@ -95,7 +101,7 @@ class DataParallel:
     def alone(cls, device: torch.device) -> Self:
         """A single process that is a group of ranks nevertheless, without ``torchrun``."""
         if not dist.is_initialized():
-            dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
         return cls(device)
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
@@ -107,6 +113,9 @@ class DataParallel:
         total = values.to(self.device, torch.float64)
         dist.all_reduce(total)
         return total.cpu()
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         bucket: list[nn.Parameter] = []

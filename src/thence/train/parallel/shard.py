@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from thence.errors import UserError, first_line
 from thence.models.layers import decoder_of
-from thence.train.parallel.ranks import DataParallel, Ranks
+from thence.train.parallel.ranks import DataParallel, Ranks, local_norm
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Sharded(DataParallel):
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         pass
 
+    def sum_shards(self, values: Tensor) -> Tensor:
+        total = values.to(self.device, torch.float64)
+        dist.all_reduce(total, group=self._within)  # of one replica: the others hold the same parts
+        return total.cpu()
+
     def global_norm(self, gradients: Sequence[Tensor]) -> float:
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradient in gradients:
-            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            square += torch.linalg.vector_norm(own, dtype=torch.float64).to(self.device) ** 2
-        dist.all_reduce(square, group=self._within)  # of one replica: the others hold the same sums
-        return square.sqrt().item()
+        parts = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        return float(self.sum_shards(torch.tensor(local_norm(parts) ** 2, dtype=torch.float64)).sqrt())
 
     def equal_passes(self, passes: int) -> int:
         most = torch.tensor([passes], dtype=torch.int64, device=self.device)
