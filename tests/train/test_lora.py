@@ -102,9 +102,9 @@ def test_merging_is_the_weight_plus_the_scaled_product() -> None:
     policy = adapted(Lora(rank=3, alpha=5.0, targets=["q_proj"]))
     layer: Any = policy.model.model.layers[1].self_attn.q_proj
     found = dict(named_weights(policy))["model.layers.1.self_attn.q_proj.weight"]
-    expected = layer.base_layer.weight + 5 / 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = layer.base_layer.weight + 5 / 3 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
     assert torch.equal(found, expected)
-    assert Lora(rank=3).scale == 2
+    assert adapted(Lora(rank=3)).model.model.layers[0].mlp.up_proj.scaling == {"default": 2}
 
 
 @pytest.mark.parametrize("saved", [[], ["norm", "embed_tokens", "lm_head"]])

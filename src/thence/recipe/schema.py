@@ -54,9 +54,9 @@ class Lora(Section):
     """Modules that are trained whole beside the adapters, for example norm."""
 
     @property
-    def scale(self) -> float:
-        """What the product of an adapter's two matrices is multiplied by."""
-        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+    def strength(self) -> float:
+        """alpha, given or not."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 class Model(Section):

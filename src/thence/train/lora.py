@@ -54,11 +54,12 @@ def add_adapters(model: Any, settings: Lora, seed: int) -> None:
     peft = load_peft()
     config = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.scale * settings.rank,
+        lora_alpha=settings.strength,
         target_modules=_short(model, targets),
         modules_to_save=sorted(saved) or None,
         lora_dropout=0.0,
         bias="none",
+        fan_in_fan_out=not any(isinstance(model.get_submodule(name), nn.Linear) for name in targets),  # GPT-2's
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):  # what peft draws is drawn again below
