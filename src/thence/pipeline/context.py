@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
@@ -71,7 +72,10 @@ class Context:
     def __post_init__(self) -> None:
         stage = self.recipe.stage(self.name)
         again = isinstance(stage, Optimization) and stage.activation_checkpointing
-        self.meter = FlopMeter(self.model.config.to_dict(), again)
+        # with modules that are trained whole, the rest is counted as if it were trained too: an upper bound
+        lora = self.recipe.model.lora if has_adapters(self.model) else None
+        adapters = 0 if lora is None or lora.modules_to_save else sum(map(Tensor.numel, self.policy.trained()))
+        self.meter = FlopMeter(self.model.config.to_dict(), again, adapters)
 
     @property
     def model(self) -> Any:
