@@ -218,11 +218,12 @@ def cell_checkpoint(case: Case) -> dict[str, float]:
         assert found is not None
         fresh = case.opened().model
         load_weights(fresh, found.folder)
+        kept = found.tensors
     _same_state(loaded.model.state_dict(), fresh.state_dict(), "resumed weights")
     ids = rows()[1].token_ids[None]
     _same_logits(_logits(loaded.model, ids), _logits(fresh, ids), "the resumed model")
     again = _trainer(fresh)
-    again.restore(found.plain["trainer"], found.tensors)
+    again.restore(found.plain["trainer"], kept)
     trainer.step(batch())
     again.step(batch())
     _same_state(loaded.model.state_dict(), fresh.state_dict(), "weights a step after resuming")

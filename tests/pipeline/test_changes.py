@@ -20,10 +20,10 @@ from thence.pipeline.context import Context
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.run import run
 from thence.pipeline.run_files import read_run
-from thence.recipe import KINDS, Data, Model, Recipe, load_recipe
+from thence.recipe import KINDS, Data, Model, Recipe, Sharding, load_recipe
 
-SECTIONS = {"": Recipe, "model": Model, "data": Data, **KINDS}
-OWN_TABLES = {"": {"model", "data", "tables"}}
+SECTIONS = {"": Recipe, "model": Model, "data": Data, "sharding": Sharding, **KINDS}
+OWN_TABLES = {"": {"model", "data", "sharding", "tables"}}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,8 @@ def test_the_command_line_shows_the_rule_of_every_field(capsys: pytest.CaptureFi
 FREE = {
     "name": "other",
     "description": "words",
+    "parallel": "fsdp2",
+    "sharding.sum_every_pass": False,
     "model.trust_remote_code": True,
     "rl.checkpoint_every": 3,
     "rl.micro_batch_tokens": 64,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from thence.errors import UserError
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Data, Eval, Model, Optimization, Recipe, kind_of
+from thence.recipe import Data, Eval, Optimization, Recipe, kind_of
 
 State = Literal["new", "begun", "done", "kept"]
 """Of a stage. kept: done, and its last checkpoint is still there, so that it can be continued."""
@@ -135,15 +135,16 @@ def differences(before: Recipe, now: Recipe) -> list[Change]:
     """Every setting that differs. [data] is looked at where a stage reads it."""
     found = [
         Change(name, getattr(before, name), getattr(now, name), None, rule_of("", name))
-        for name in ("name", "description", "seed", "folder", "stages")
+        for name in ("name", "description", "seed", "folder", "stages", "parallel")
         if getattr(before, name) != getattr(now, name)
     ]
-    old, new = before.model.model_dump(), now.model.model_dump()
-    found += [
-        Change(f"model.{name}", old[name], new[name], None, rule_of("model", name))
-        for name in Model.model_fields
-        if old[name] != new[name]
-    ]
+    for table in ("model", "sharding"):
+        old, new = (getattr(recipe, table).model_dump() for recipe in (before, now))
+        found += [
+            Change(f"{table}.{name}", old[name], new[name], None, rule_of(table, name))
+            for name in old
+            if old[name] != new[name]
+        ]
     for stage in before.stages:
         if stage in now.stages:
             found += _of_stage(before, now, stage)

@@ -5,7 +5,8 @@ row r on, as in the stages of a recipe. thence fills micro-batches by a token bu
 the smallest one that needs no more micro-batches than the case has. SGD takes the place of AdamW where the case asks
 for it; warm-up, weight decay and clipping are off.
 
-Options: ``method`` and its own options. Methods of reinforcement learning get fixed rewards, the probe's responses as
+Options: ``method`` and its own options; ``parallel`` cuts the weights over ranks: ``fsdp2``, or ``hsdp`` with two
+replicas. Methods of reinforcement learning get fixed rewards, the probe's responses as
 rollouts, and successive examples as groups, so that nothing is sampled and no advantage is zero.
 
 Limits: weights are float32 (arithmetic may be bfloat16), and there is no label smoothing.
@@ -29,7 +30,8 @@ STD_EPS = 1e-6
 _DR_GRPO = {"method": "dr_grpo", "constant_tokens": LONGEST}
 _PAPER = {"method": "grpo", "aggregation": "sequence-mean", "std": True}
 
-_STEPS = {"epochs": 2, "steps": 3, "lr": 0.1}
+_SEQUENCES = {"aggregation": "sequence-mean"}
+_EDGE = {"epochs": 2, "steps": 3, "lr": 0.1, "packing": True, "examples": 10}
 CASES: tuple[dict, ...] = (
     policy_case("sft by sequence mean, micro 2 x 4", "sequence-mean", aggregation="sequence-mean") | {"quick": True},
     policy_case("sft by sequence mean, 2 ranks", "sequence-mean", 2, 2, 2, aggregation="sequence-mean"),
@@ -44,7 +46,21 @@ CASES: tuple[dict, ...] = (
     policy_case("dapo, packing, micro 1 x 1", "token-mean", 1, 1, method="dapo") | {"packing": True},
     policy_case("grpo, three steps, micro 2 x 2", "token-mean", 2, 2, method="grpo")
     | {"epochs": 2, "steps": 3, "lr": 0.1},
-    policy_case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2) | _STEPS | {"packing": True, "examples": 10},
+    *(
+        policy_case(f"weights cut, {name}", asked, *cut, **options) | settings
+        for name, asked, cut, options, settings in (
+            ("1 rank", "token-mean", (2, 4, 1), {"parallel": "fsdp2"}, {}),
+            ("2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {}),
+            ("4 ranks", "token-mean", (2, 1, 4), {"parallel": "fsdp2"}, {}),
+            ("2 replicas of 2 ranks", "sequence-mean", (2, 1, 4), {"parallel": "hsdp"} | _SEQUENCES, {}),
+            ("grpo, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2", "method": "grpo"}, {}),
+            ("packing, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, _EDGE),
+            ("checkpointing, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {"checkpointing": True}),
+            ("bfloat16, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {"precision": "autocast"}),
+            ("AdamW, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {"optimizer": "adamw"}),
+        )
+    ),
+    policy_case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2) | _EDGE,
 )
 
 
@@ -56,19 +72,40 @@ def prepare() -> None:
 def run(case: dict, session: Any) -> None:
     """One case."""
     from thence.train.parallel import start_ranks
+    from thence.train.weights import named_weights
 
     if case["label_smoothing"] or case["precision"] == "bfloat16":
         session.skip("thence has no label smoothing and keeps its weights in float32")
     ranks, device = start_ranks()
     loaded = _load(session, device)
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
-    trainer = _make_trainer(case, loaded.model, trajectories, ranks)
+    policy, ranks = _laid_out(case, loaded.model, ranks, device)
+    trainer = _make_trainer(case, policy, trajectories, ranks)
     session.watch(loaded.model.base_model)
-    session.parameters(loaded.model)
+    session.parameters(named_weights(policy))
     for batch in _batches(case, method, trajectories):
         trainer.step(_share(batch, ranks))
-        if session.stepped(loaded.model):
+        if session.stepped(named_weights(policy)):
             break
+
+
+def _laid_out(case: dict, model: Any, ranks: Any, device: Any) -> tuple[Any, Any]:
+    """The policy as the case cuts it over ranks, and the ranks to train it with."""
+    from thence.train.parallel import DataParallel, Sharding, shard
+    from thence.train.policy import Policy
+
+    policy, parallel = Policy(model), case["options"].get("parallel")
+    if parallel is None:
+        return policy, ranks
+    policy.check(case["packing"])
+    ranks = ranks if isinstance(ranks, DataParallel) else DataParallel.alone(device)
+    return policy, shard(policy, ranks, Sharding(2 if parallel == "hsdp" else 1, _compute_dtype(case)))
+
+
+def _compute_dtype(case: dict) -> Any:
+    import torch
+
+    return torch.bfloat16 if case["precision"] == "autocast" else torch.float32
 
 
 def _load(session: Any, device: Any) -> Any:
@@ -85,7 +122,7 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
     from thence.data.trajectory import Prompt, Trajectory
     from thence.methods.registry import methods
 
-    options = dict(case["options"])
+    options = {name: value for name, value in case["options"].items() if name != "parallel"}
     method = methods()[options.pop("method", "sft")](options)
     examples, _ = read_examples(session.data("messages"))
     rows = render_all(examples, tokenizer).rows
@@ -146,7 +183,7 @@ def _make_trainer(case: dict, model: Any, trajectories: list[Any], ranks: Any) -
         micro_batch_tokens=_budget(case, trajectories),
         packing=case["packing"],
         clip_norm=case["clip"],
-        compute_dtype=torch.bfloat16 if case["precision"] == "autocast" else torch.float32,
+        compute_dtype=_compute_dtype(case),
     )
     kind = SgdTrainer if case["optimizer"] == "sgd" else Trainer
     return kind(
