@@ -56,21 +56,19 @@ def try_lora(settings: Model) -> str:
         UserError: peft is not installed.
     """
     trained, every = sizes(settings)
-    return f"{trained:,} parameters are trained, of a model of {every:,}"
+    return f"{trained:,} of {every:,} parameters are trained"
 
 
 def sizes(settings: Model, lora: Lora | None = None) -> tuple[int, int]:
-    """How many parameters are trained, and how many the model has. No weight is read.
+    """How many parameters are trained, and how many there are, adapters included. No weight is read.
 
     Args:
         lora: the adapters; default: those of the settings. Without any, everything is trained.
     """
     model: Any = empty_model(settings)
-    every, lora = sum(p.numel() for p in model.parameters()), lora or settings.lora
-    if lora is None:
-        return every, every
-    add_adapters(model, lora, 0)
-    return sum(p.numel() for p in trained_tensors(model).values()), every
+    if (lora := lora or settings.lora) is not None:
+        add_adapters(model, lora, 0)
+    return sum(p.numel() for p in trained_tensors(model).values()), sum(p.numel() for p in model.parameters())
 
 
 def publish_adapter(context: Context) -> None:

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from thence.accounting.layout import Layout
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
 from thence.data.trajectory import Prompt
@@ -32,9 +33,6 @@ from thence.train.schedule import learning_rate
 from thence.train.state import load_weights, read_parts, stored
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import TakeStep, Trainer
-
-Layout = Literal["none", "ddp", "fsdp2", "hsdp"]
-"""One process; a whole copy on every rank; cut over all ranks; cut within groups of ranks."""
 
 
 @dataclass
@@ -272,12 +270,17 @@ class Checkpoints:
         refuse_what_is_broken(self.context, f"after step {step}", self.good, tensors)
         self.good = step
         ranks, model = self.context.ranks, self.context.model
-        plain = {"trainer": plain, "stage": state, "numerics": numerics()}
+        plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
         given = (self.folder, step, model, self.context.tokenizer, plain, tensors)
         if self.context.policy.sharded:
             write_parts_checkpoint(*given, ranks)
         else:
             on_first_rank(ranks, lambda: write_checkpoint(*given))
+
+    def _stops(self) -> list[int]:
+        """What will end a response of the published model: an exported checkpoint is to stop there too."""
+        stage = self.context.recipe.stage(self.context.name)
+        return list(self.context.stop_ids(self.context.recipe.stage_data(stage.data)))
 
     def _of_any_rank(self, what: str | None) -> str | None:
         return next((said for said in self.context.ranks.gather(what) if said is not None), None)

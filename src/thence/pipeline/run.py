@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from thence.accounting.layout import is_cut
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
@@ -19,7 +20,7 @@ from thence.pipeline.context import Context, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
-from thence.pipeline.layout import check_layout, cut, cut_policy, is_cut, layout_of, open_model
+from thence.pipeline.layout import check_layout, cut, cut_policy, layout_of, open_model
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import NullWatcher, RunWatcher
 from thence.pipeline.promises import hold

@@ -227,6 +227,11 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for replaced in folder.glob(f"{REPLACED}*"):  # killed between the two renames of `publish`
         if not (place := replaced.with_name(replaced.name.removeprefix(REPLACED))).exists():
             replaced.rename(place)
+    return newest_whole(folder)
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The same of a folder that another process may be writing into: nothing is changed there."""
     passed_over: list[tuple[Path, Path]] = []
     found = None
     for path in reversed(checkpoints(folder)):
