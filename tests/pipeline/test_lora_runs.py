@@ -17,9 +17,11 @@ from tests.pipeline.on_ranks import assert_same, case, drive, largest_difference
 from tests.recipes import Recipes
 from tests.runs import stop_in_rl, weights
 from thence.errors import RecipeError, UserError
+from thence.pipeline.adapters import merge_checkpoint
 from thence.pipeline.layout import layout_of
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
+from thence.train.export import export
 
 LORA = {"rank": 2}
 GRPO = {"method": "grpo", "mini_batch": 2}
@@ -166,6 +168,21 @@ def test_the_reference_of_a_kl_term_is_no_second_copy(tmp_path: Path, monkeypatc
         logged.append([line["loss"] for line in lines(tmp_path / f"kl-{kl}")])
     assert logged[0][0] == pytest.approx(logged[1][0], abs=1e-6)  # at first the policy is its reference
     assert logged[0][2] != pytest.approx(logged[1][2], abs=1e-6)
+
+
+def test_a_checkpoint_of_adapters_is_merged_and_not_exported(runs: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (runs / "grpo-fsdp2" / "stages" / "rl" / "checkpoints").glob("step-*")
+    with pytest.raises(UserError, match="adapters"):
+        export(checkpoint, tmp_path / "exported")
+    merge_checkpoint(checkpoint, tmp_path / "merged")
+    found, expected = load_file(tmp_path / "merged" / "model.safetensors"), weights(runs / "grpo-fsdp2", "rl")
+    assert found.keys() == expected.keys()
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-15
+    configurations = [
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        for folder in (tmp_path / "merged", runs / "grpo-fsdp2" / "stages" / "rl" / "model")
+    ]
+    assert configurations[0] == configurations[1]
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tests.oracle import VARIANTS, make_batch, make_case
 from tests.tiny_model import make_tiny_model
 from tests.train.small_models import make, plain, rows_of, step_of
+from thence.cli import main
+from thence.data.worlds.vocabulary import save_tokenizer
 from thence.errors import RecipeError, UserError
 from thence.models.layers import output_head
 from thence.objective import BareRow
 from thence.recipe import Lora
 from thence.train.lora import adapters_off, add_adapters, has_adapters, published_tensors, save_adapter, trained_tensors
+from thence.train.merge import merge
 from thence.train.policy import Policy, Unadapted
 from thence.train.probe import check_adapters
 from thence.train.step import StepSettings, policy_statistics
@@ -214,3 +218,37 @@ def test_adapters_of_a_model_without_weights_are_without_weights() -> None:
         model = make("llama")
     add_adapters(model, Lora(rank=2), 0)
     assert all(p.is_meta and isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def saved_base(folder: Path, **fields: Any) -> str:
+    make("llama", **fields).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def test_an_adapter_of_peft_is_merged_into_its_model(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    policy = adapted(Lora(rank=3, alpha=5.0, targets=["q_proj", "o_proj"], modules_to_save=["model.norm"]))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(policy.model, dict(published_tensors(policy.model)), base, tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    assert (logits(opened) - logits(policy.model)).abs().max() < 1e-12
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    with pytest.raises(UserError, match="not an empty folder"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_adapter_of_another_model_is_not_merged(tmp_path: Path) -> None:
+    policy = adapted(Lora(rank=3, targets=["q_proj"]))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(policy.model, dict(published_tensors(policy.model)), "", tmp_path / "adapter")
+    with pytest.raises(UserError, match="does not say which model"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    for other in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 64}):
+        base = saved_base(tmp_path / str(other), **other)
+        with pytest.raises(UserError, match="the adapter is not one of"):
+            merge(tmp_path / "adapter", tmp_path / "merged", base)
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(UserError, match="holds no adapter"):
+        merge(tmp_path, tmp_path / "merged")

@@ -15,7 +15,7 @@ from thence.accounting.layout import is_cut
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.adapters import adapt, publish_adapter
+from thence.pipeline.adapters import adapt, publish_adapter, started_from
 from thence.pipeline.context import Context, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
@@ -28,7 +28,7 @@ from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, Model, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
+from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.lora import has_adapters
 from thence.train.model import save_model
@@ -140,14 +140,8 @@ class Execution:
 
     def context(self, name: str) -> Context:
         """What a stage is given, with the model as the stages before it left it."""
-        recipe, model = self.recipe, self.recipe.model
-        before = recipe.stages[: recipe.stages.index(name)]
-        if trained := [other for other in before if not isinstance(recipe.stage(other), Eval)]:
-            model = Model(
-                path=str(self.folder.stage(trained[-1]) / "model"),
-                compute_dtype=model.compute_dtype,
-                trust_remote_code=model.trust_remote_code,
-            )
+        recipe = self.recipe
+        model = started_from(recipe, self.folder, name)
         layout = layout_of(recipe, name, model, self.ranks, self.device)
         loaded = open_model(model, layout, self.ranks, self.device, recipe.seed)
 

@@ -64,7 +64,7 @@ def export(source: Path, folder: Path, *, trust_remote_code: bool = False) -> Ex
     if (source / STATE).is_file() and any(".lora_A." in name for name in stored(source)):
         raise UserError(
             "the checkpoint holds adapters (LoRA) alone, and not the model under them",
-            remedy="export the model that the stage has published (stages/NAME/model): adapters are merged into it",
+            remedy=f"merge them into it: thence merge {source} FOLDER",
             file=source,
         )
     settings = Model(path=str(source), trust_remote_code=trust_remote_code)
