@@ -252,3 +252,16 @@ def test_an_adapter_of_another_model_is_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
     with pytest.raises(UserError, match="holds no adapter"):
         merge(tmp_path, tmp_path / "merged")
+
+
+def test_recomputed_activations_give_adapters_the_same_update() -> None:
+    found = []
+    sft = next(v for v in VARIANTS if v.name == "sft")
+    for again in (False, True):
+        model = make_tiny_model()
+        add_adapters(model, Lora(rank=2), 0)
+        trainer = Trainer(model, 1e-2, activation_checkpointing=again)
+        for seed in (1, 2):
+            trainer.step(make_batch(make_case(model, sft, [(3, 7), (2, 4)], 3, seed), sft))
+        found.append(torch.cat([p.detach().flatten() for p in trainer.policy.trained()]))
+    assert (found[0] - found[1]).norm() <= 1e-12 * found[0].norm()
