@@ -107,6 +107,8 @@ def test_the_adapter_of_a_stage_is_peft_s_and_gives_the_published_model(runs: Pa
     assert difference.abs().max() < 1e-6
     saved = load_file(stage / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.model.norm.weight" in saved
+    configuration = json.loads((stage / "adapter" / "adapter_config.json").read_text())
+    assert configuration["base_model_name_or_path"] is None  # random weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -174,9 +174,9 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
     width, cut = weight_bytes(recipe.model.compute_dtype), recipe.sharding
     if recipe.parallel == "auto" and known.ranks > 1 and device_bytes is None:
         known.assume("the memory of a device is not known: parallel = auto is counted as ddp")
-    adapters = 0
-    if known.counts is not None and recipe.model.lora is not None:
-        adapters = adapter_parameters(known.counts, recipe.model.lora)
+    adapters, lora = 0, recipe.model.lora
+    if known.counts is not None and lora is not None:
+        adapters = adapter_parameters(known.counts, lora)
         known.assume(f"{adapters:,} parameters are trained (LoRA); the rule counts every parameter of the model")
     every = known.counts.total if known.counts else 0
     state = width * (every + 4 * adapters if adapters else 4 * every)  # weights, gradient, two moments
@@ -191,6 +191,7 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
         sum_every_pass=cut.sum_every_pass,
         offload=cut.offload,
         adapters=adapters,
+        frozen_head=lora is not None and not any(name.endswith("lm_head") for name in lora.modules_to_save),
     )
 
 
@@ -271,7 +272,7 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
         (
             *state_memory(known.counts, known.held),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing),
-            *logit_memory(known.counts, tokens),
+            *logit_memory(known.counts, tokens, known.held.frozen_head),
             *more,
         )
     )

@@ -58,6 +58,7 @@ class Held:
         width: bytes of a master weight: 8 or 4.
         reshard, sum_every_pass, offload: as in the recipe's table ``[sharding]``.
         adapters: numbers in LoRA adapters, which alone have gradients and moments; 0: the weights are trained.
+        frozen_head: the output layer is not trained.
     """
 
     layout: Layout = "none"
@@ -68,6 +69,7 @@ class Held:
     sum_every_pass: bool = True
     offload: bool = False
     adapters: int = 0
+    frozen_head: bool = False
 
     @property
     def cut(self) -> bool:
@@ -163,15 +165,18 @@ def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, check
     return Line("activations", size, text, "training")
 
 
-def logit_memory(counts: Counts, tokens: int) -> tuple[Line, ...]:
-    """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum."""
+def logit_memory(counts: Counts, tokens: int, frozen: bool = False) -> tuple[Line, ...]:
+    """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum.
+
+    Args:
+        frozen: the output head is not trained, and has no gradient.
+    """
     rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
     chunk = f"{rows:,} tokens x {counts.vocab:,} words x 3 x 4 B (logits, probabilities, their gradient)"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"
-    return (
-        Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training"),
-        Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training"),
-    )
+    logits = Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training")
+    gradient = Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training")
+    return (logits,) if frozen else (logits, gradient)
 
 
 def rollout_memory(counts: Counts, rows: int, length: int, cache_bytes: int = 4) -> tuple[Line, ...]:

@@ -19,6 +19,7 @@ from thence.train.export import STATE, check_free, check_source
 from thence.train.lora import add_adapters, published_tensors, save_adapter, trained_tensors
 from thence.train.merge import write_plain
 from thence.train.model import Loaded, empty_model, load_model
+from thence.train.model_files import resolve
 from thence.train.parallel import on_first_rank
 from thence.train.policy import Policy
 from thence.train.state import load_weights
@@ -90,6 +91,12 @@ def started_from(recipe: Recipe, folder: RunFolder, name: str) -> Model:
         compute_dtype=model.compute_dtype,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def origin_of(model: Model) -> str:
+    """What a model is found by from anywhere: its folder, or its name on the hub; empty for random weights."""
+    place = resolve(model.path) if model.path else ""
+    return str(Path(place).absolute()) if place and Path(place).is_dir() else place
 
 
 def merge_checkpoint(checkpoint: Path, folder: Path) -> Path:

@@ -74,7 +74,7 @@ def open_model(settings: Model, layout: Layout, ranks: Ranks, device: torch.devi
         UserError: a model that thence cannot train; where it will be cut, the first rank has found it so.
     """
     if not is_cut(layout):
-        return load_model(settings, device, seed)
+        return together(ranks, lambda: load_model(settings, device, seed))
     opened = on_first_rank(ranks, lambda: load_model(settings, torch.device("cpu"), seed))
     found = together(ranks, lambda: opened or empty_model_with_tokenizer(settings))
     found.model.generation_config = ranks.gather(found.model.generation_config)[0]

@@ -209,10 +209,10 @@ def save_adapter(model: Any, tensors: Mapping[str, Tensor], base: str, folder: P
 
     Args:
         tensors: of :func:`published_tensors`.
-        base: the model that the adapter belongs to.
+        base: the model that the adapter belongs to; empty: it cannot be found again.
     """
     config = copy.copy(model.peft_config[NAME])
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config.base_model_name_or_path, config.inference_mode = base or None, True
     config.save_pretrained(str(folder))
     contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -5,16 +5,22 @@ There is no average.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thence.errors import UserError
+from thence.errors import UserError, first_line
 
+PATIENCE = "THENCE_RENDEZVOUS_SECONDS"
+"""The environment variable for how long a process waits for the others when a run starts. Default: 300."""
+SILENCE = timedelta(minutes=30)
+"""How long a rank waits for another one in the middle of a run: the first one may be writing a large model."""
 BUCKET_ELEMENTS = 16 * 2**20
 
 
@@ -197,8 +203,49 @@ def start_ranks() -> tuple[Ranks, torch.device]:
         return SingleProcess(), device
     rank_variable("RANK")  # for its error; torch reads it itself
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device))
+        _meet(device)
     return DataParallel(device), device
+
+
+def _meet(device: torch.device) -> None:
+    """Wait until all processes are there, and make a group of them. Raises UserError where some do not come."""
+    seconds, rank, world = _patience(), rank_variable("RANK"), rank_variable("WORLD_SIZE")
+    limit = timedelta(seconds=seconds)
+    try:
+        found = next(dist.rendezvous("env://", timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
+        store = dist.PrefixStore("thence", found[0])  # pyright: ignore[reportPrivateImportUsage]
+        store.set(f"here/{rank}", "yes")
+        store.wait([f"here/{other}" for other in range(world)], limit)
+    except ValueError as error:  # a variable of the environment is not set
+        raise UserError(
+            f"rank {rank} cannot find the others: {first_line(error)}",
+            remedy="let torchrun set it, or set it to the machine and port where rank 0 waits",
+            field="MASTER_ADDR, MASTER_PORT",
+        ) from None
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {rank} waited {seconds:g} seconds for all {world} processes of this run, and not all came: "
+            f"{first_line(error)}",
+            remedy="start all of them, with one MASTER_ADDR and MASTER_PORT and ranks from 0 on; see that the machines "
+            f"reach each other there; where they only start slowly, set {PATIENCE}",
+            field=PATIENCE,
+        ) from None
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world, timeout=SILENCE)
+
+
+def _patience() -> float:
+    text = os.environ.get(PATIENCE, "300")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 86_400:
+        raise UserError(
+            f"the environment variable {PATIENCE} is {text!r}, not a number of seconds up to a day",
+            remedy="set it to a number, for example 300, or unset it",
+            field=PATIENCE,
+        )
+    return seconds
 
 
 def _backend(device: torch.device) -> str:
