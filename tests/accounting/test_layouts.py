@@ -10,13 +10,14 @@ import torch
 
 from tests.accounting.test_accounting import SMALL, recipe
 from thence.accounting.budget import Plan, StagePlan, plan
-from thence.accounting.flops import parameters
+from thence.accounting.flops import parameters, training_flops
 from thence.accounting.layout import FITS, choose_layout, parts_of
+from thence.accounting.lora import adapter_parameters
 from thence.accounting.memory import Held, Memory, reference_memory, rollout_memory, state_memory, whole_copy
 from thence.cli import main
 from thence.pages.plan import fit_lines
 from thence.pipeline import layout as run_layout
-from thence.recipe import load_recipe
+from thence.recipe import Lora, load_recipe
 
 LLAMA = parameters(SMALL | {"model_type": "llama"})
 N, LAYER, ROOT = LLAMA.total, LLAMA.per_layer, LLAMA.embedding + LLAMA.head
@@ -158,3 +159,61 @@ def test_a_dry_run_plans_for_ranks_that_are_not_here(capsys: pytest.CaptureFixtu
     assert "parallel = none, but 4 processes" in capsys.readouterr().err
     assert main(["run", "quickstart", "--ranks", "4"]) == 2
     assert "--ranks: it is for --dry-run" in capsys.readouterr().err
+
+
+def test_a_rank_holds_gradients_and_moments_of_adapters_alone() -> None:
+    adapters = adapter_parameters(LLAMA, Lora(rank=4))
+    for held in (Held(adapters=adapters), Held("fsdp2", 2, adapters=adapters)):
+        found, share = sizes(*state_memory(LLAMA, held)), held.parts
+        assert found["weights"] == (-(-4 * (N + adapters) // share), "always")
+        assert found["AdamW moments"] == (-(-8 * adapters // share), "always")
+        assert found["gradients"] == (-(-4 * adapters // share), "training")
+    assert whole_copy(LLAMA, Held(adapters=adapters))[0].bytes == 4 * LLAMA.matmul
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"targets": ["q_proj", "self_attn.o_proj"]}, {"targets": ["up_proj"], "modules_to_save": ["lm_head"]}],
+)
+def test_adapters_are_counted_as_they_are_made(settings: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from thence.train.lora import add_adapters, trained_tensors
+
+    config = SMALL | {"model_type": "llama", "tie_word_embeddings": False}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    lora = Lora(rank=3, **settings)
+    add_adapters(model, lora, 0)
+    made = sum(p.numel() for p in trained_tensors(model).values())
+    assert adapter_parameters(parameters(config), lora) == made
+
+
+def test_a_plan_with_adapters_needs_less_memory_and_fewer_flops_by_the_count() -> None:
+    plain = recipe()
+    adapted = plain.model_copy(update={"model": plain.model.model_copy(update={"lora": Lora(rank=4)})})
+    found = [plan(r, SMALL | {"model_type": "llama"}, 100, 10, 20).stages[0] for r in (plain, adapted)]
+    assert found[0].rule_flops == found[1].rule_flops
+    plain_flops, adapted_flops = (stage.exact_flops or 0 for stage in found)
+    assert 0 < adapted_flops < plain_flops
+    plain_memory, adapted_memory = (stage.memory or Memory(()) for stage in found)
+    assert 0 < adapted_memory.held("always") < 0.8 * plain_memory.held("always")
+
+
+def test_flops_of_adapters_are_what_torch_counts_but_for_the_first_inputs() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from thence.train.lora import add_adapters
+
+    config, length, rank = SMALL | {"model_type": "llama"}, 11, 4
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, attn_implementation="eager"))
+    add_adapters(model, Lora(rank=rank), 0)
+    counts = parameters(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, length, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    # below the first adapters nothing is trained: no gradient goes to what queries, keys and values are made of
+    width = (counts.heads + 2 * counts.kv_heads) * counts.head_dim
+    below = 2 * length * counts.hidden * (width + 3 * rank)
+    adapters = adapter_parameters(counts, Lora(rank=rank))
+    assert counter.get_total_flops() == training_flops(counts, length, length**2, length, adapters=adapters) - below

@@ -25,6 +25,7 @@ from thence.accounting.flops import (
     training_flops,
 )
 from thence.accounting.layout import Layout, choose_layout, parts_of, weight_bytes
+from thence.accounting.lora import adapter_parameters
 from thence.accounting.memory import (
     PER_ROW,
     Held,
@@ -173,7 +174,12 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
     width, cut = weight_bytes(recipe.model.compute_dtype), recipe.sharding
     if recipe.parallel == "auto" and known.ranks > 1 and device_bytes is None:
         known.assume("the memory of a device is not known: parallel = auto is counted as ddp")
-    state = 4 * width * known.counts.total if known.counts else 0  # weights, gradient, two moments
+    adapters, lora = 0, recipe.model.lora
+    if known.counts is not None and lora is not None:
+        adapters = adapter_parameters(known.counts, lora)
+        known.assume(f"{adapters:,} parameters are trained (LoRA); the rule counts every parameter of the model")
+    every = known.counts.total if known.counts else 0
+    state = width * (every + 4 * adapters if adapters else 4 * every)  # weights, gradient, two moments
     room = math.inf if device_bytes is None else device_bytes
     layout = choose_layout(recipe.parallel, known.ranks, state, room)
     return Held(
@@ -184,6 +190,8 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
         reshard=cut.reshard_after_forward,
         sum_every_pass=cut.sum_every_pass,
         offload=cut.offload,
+        adapters=adapters,
+        frozen_head=lora is not None and not any(name.endswith("lm_head") for name in lora.modules_to_save),
     )
 
 
@@ -216,7 +224,8 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
     if known.counts:
         rule = rule_flops(known.counts.total, loss_tokens)
         pairs = rows * causal_pairs(length)
-        exact = training_flops(known.counts, rows * length, pairs, loss_tokens, sft.activation_checkpointing)
+        how = (sft.activation_checkpointing, known.held.adapters)
+        exact = training_flops(known.counts, rows * length, pairs, loss_tokens, *how)
     return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory)
 
 
@@ -232,7 +241,7 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         tokens, pairs, logits = rows * length, rows * causal_pairs(length), rows * response
         rule = rule_flops(counts.total, logits, logits)
         exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
-        exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing)
+        exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
     return StagePlan(name, kind_of(name), steps, rows * response, rows * response, rule, exact, memory, parallel)
 
@@ -263,7 +272,7 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
         (
             *state_memory(known.counts, known.held),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing),
-            *logit_memory(known.counts, tokens),
+            *logit_memory(known.counts, tokens, known.held.frozen_head),
             *more,
         )
     )
@@ -272,7 +281,8 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
 def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
     if known.counts is None:
         return ()
-    reference = (reference_memory(known.counts, known.held),) if name in known.references else ()
+    copied = name in known.references and not known.held.adapters  # adapters are switched off instead
+    reference = (reference_memory(known.counts, known.held),) if copied else ()
     if rl.engine == "vllm":
         known.assume(f"{name}: vLLM's own memory is not counted; rl.vllm.kv_cache_gb and the weights are most of it")
         return reference

@@ -57,6 +57,8 @@ class Held:
         compute_bytes: of a number in forward and backward: 8, 4 or 2.
         width: bytes of a master weight: 8 or 4.
         reshard, sum_every_pass, offload: as in the recipe's table ``[sharding]``.
+        adapters: numbers in LoRA adapters, which alone have gradients and moments; 0: the weights are trained.
+        frozen_head: the output layer is not trained.
     """
 
     layout: Layout = "none"
@@ -66,6 +68,8 @@ class Held:
     reshard: bool = True
     sum_every_pass: bool = True
     offload: bool = False
+    adapters: int = 0
+    frozen_head: bool = False
 
     @property
     def cut(self) -> bool:
@@ -80,15 +84,16 @@ def state_memory(counts: Counts, held: Held = Held()) -> tuple[Line, ...]:
     for it: embedding, norm and head while the pass lasts, and two layers, one in use and one on its way; their
     gradients are whole until they are summed, in the compute type and once more in float32.
     """
-    n, width, share = counts.total, held.width, held.parts if held.cut else 1
+    n, width, share = counts.total + held.adapters, held.width, held.parts if held.cut else 1
+    trained = held.adapters or n
     by = f" / {share} ranks" if held.cut else ""
     name = {4: "float32", 8: "float64"}[width]
     always: Phase = "host" if held.cut and held.offload else "always"
     training: Phase = "host" if always == "host" else "training"
     lines = [
         Line("weights", -(-n * width // share), f"{n:,} parameters x {width} B ({name}){by}", always),
-        Line("AdamW moments", -(-n * 2 * width // share), f"{n:,} parameters x 2 x {width} B{by}", always),
-        Line("gradients", -(-n * width // share), f"{n:,} parameters x {width} B{by}", training),
+        Line("AdamW moments", -(-trained * 2 * width // share), f"{trained:,} parameters x 2 x {width} B{by}", always),
+        Line("gradients", -(-trained * width // share), f"{trained:,} parameters x {width} B{by}", training),
     ]
     if held.cut:
         return (*lines, *_gathered(counts, held))
@@ -104,7 +109,11 @@ def _gathered(counts: Counts, held: Held) -> tuple[Line, ...]:
     unit = root + 2 * layer if held.reshard else counts.total
     said = f"(embedding and head {root:,} + 2 layers x {layer:,})" if held.reshard else f"{counts.total:,} parameters"
     lines = [Line("gathered weights", unit * size, f"{said} x {size} B", "training")]
-    if held.sum_every_pass:
+    if held.adapters:
+        lines.append(
+            Line("gradients before the sum", held.adapters * wide, f"{held.adapters:,} x {wide} B", "training")
+        )
+    elif held.sum_every_pass:
         both = f"({root:,} + {layer:,}) x ({size} + {wide}) B (one layer at a time, before and after rounding)"
         lines.append(Line("gradients before the sum", (root + layer) * (size + wide), both, "training"))
     else:
@@ -124,7 +133,10 @@ def reference_memory(counts: Counts, held: Held) -> Line:
 
 
 def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
-    """The whole weights of a policy that is cut, which the native sampler reads while it samples."""
+    """The whole weights of a policy that is cut or has adapters, which the native sampler reads while it samples."""
+    if held.adapters and not held.cut:
+        text = f"{counts.matmul:,} parameters x {held.width} B (matrices with adapters merged)"
+        return (Line("whole copy to sample", counts.matmul * held.width, text, "rollout"),)
     if not held.cut:
         return ()
     text = f"{counts.total:,} parameters x {held.width} B (a cut policy is put together to sample)"
@@ -153,15 +165,18 @@ def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, check
     return Line("activations", size, text, "training")
 
 
-def logit_memory(counts: Counts, tokens: int) -> tuple[Line, ...]:
-    """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum."""
+def logit_memory(counts: Counts, tokens: int, frozen: bool = False) -> tuple[Line, ...]:
+    """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum.
+
+    Args:
+        frozen: the output head is not trained, and has no gradient.
+    """
     rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
     chunk = f"{rows:,} tokens x {counts.vocab:,} words x 3 x 4 B (logits, probabilities, their gradient)"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"
-    return (
-        Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training"),
-        Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training"),
-    )
+    logits = Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training")
+    gradient = Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training")
+    return (logits,) if frozen else (logits, gradient)
 
 
 def rollout_memory(counts: Counts, rows: int, length: int, cache_bytes: int = 4) -> tuple[Line, ...]:

@@ -51,10 +51,10 @@ class RunFolder:
     Layout: ``.thence-run.json`` (the marker), ``.lock``, ``recipe.toml`` (resolved), ``changes.jsonl`` (what of it has
     changed since), ``environment.json``, ``ground.json`` (the model's files), ``metrics.jsonl`` (one line a step),
     ``report.html``, and for each stage ``stages/<name>/`` with ``ground.json`` (what it reads) and ``checkpoints/``
-    while it runs, then ``model/`` (Hugging Face layout) or ``result.json`` and ``samples.jsonl``, both made from the
-    store ``evaluation/`` (:mod:`thence.evaluate.store`), and, last of all, ``done.json``. The last
-    checkpoint of the last training stage stays, so that it can be given more steps. What a repeated or continued stage
-    had left is in ``set-aside/<name>-<number>/``.
+    while it runs, then ``model/`` (Hugging Face layout; beside it ``adapter/`` where adapters were trained) or
+    ``result.json`` and ``samples.jsonl``, both made from the store ``evaluation/`` (:mod:`thence.evaluate.store`), and,
+    last of all, ``done.json``. The last checkpoint of the last training stage stays, so that it can be given more
+    steps. What a repeated or continued stage had left is in ``set-aside/<name>-<number>/``.
     """
 
     def __init__(self, path: Path):

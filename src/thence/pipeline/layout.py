@@ -10,6 +10,7 @@ import torch
 from thence.accounting.layout import FITS, Layout, choose_layout, is_cut, weight_bytes
 from thence.errors import RecipeError
 from thence.models.packing import know_way, way_of
+from thence.pipeline.adapters import lora_of, sizes
 from thence.pipeline.context import StageContext
 from thence.recipe import Model, Optimization, Recipe
 from thence.train.cut_probe import Sums, check_cut, gradient_sums
@@ -49,9 +50,9 @@ def layout_of(recipe: Recipe, name: str, settings: Model, ranks: Ranks, device: 
         return "ddp" if ranks.world > 1 else "none"
     need, room = 0, memory_of(device)
     sized = recipe.parallel == "auto" and ranks.world > 1
-    if sized:  # weights, gradient, two moments
-        count = sum(p.numel() for p in empty_model(settings).parameters())
-        need = 4 * weight_bytes(settings.compute_dtype) * count
+    if sized:  # weights, and a gradient and two moments of what is trained
+        trained, every = sizes(settings, lora_of(recipe, name))
+        need = weight_bytes(settings.compute_dtype) * (every + 3 * trained)
     kind = choose_layout(recipe.parallel, ranks.world, need, room)
     if not sized:
         return kind
@@ -99,7 +100,8 @@ def cut(context: StageContext, packing: bool) -> None:
     if packing:
         way = on_first_rank(ranks, lambda: way_of(context.model))
         know_way(context.model, ranks.gather(way)[0])
-    context.policy.keep_skeleton(skeleton_of(context.model))
+    if context.policy.skeleton is None:  # that of a policy with adapters was kept before it had them
+        context.policy.keep_skeleton(skeleton_of(context.model))
     context.ranks = cut_policy(context.policy, context.recipe, ranks, context.device)
     sums = ranks.gather(expected)[0]
     if sums is not None:

@@ -198,6 +198,7 @@ def _place_of(place: str, name: str, marker: Marker) -> str | None:
         return "stage" if re.sub(r"-\d+$", "", name) in marker.stages else None
     if place == "stage":
         known = {"model": "model", f"{REPLACED}model": "model", ".model-writing": "temporary"}
+        known |= {"adapter": "model", f"{REPLACED}adapter": "model", ".adapter-writing": "temporary"}
         return (known | {"checkpoints": "checkpoints", "parts": "parts", EVALUATION: EVALUATION}).get(name)
     if place == EVALUATION:
         return "lines" if name in ("samples", "grades", "refused") else None

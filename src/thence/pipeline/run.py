@@ -15,6 +15,7 @@ from thence.accounting.layout import is_cut
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
+from thence.pipeline.adapters import adapt, origin_of, publish_adapter, started_from
 from thence.pipeline.context import StageContext, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
@@ -27,8 +28,9 @@ from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, Model, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
+from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
+from thence.train.lora import has_adapters
 from thence.train.model import save_model
 from thence.train.parallel import Ranks, on_first_rank, start_ranks, together
 from thence.train.policy import Policy
@@ -128,16 +130,13 @@ class Execution:
 
     def context(self, name: str) -> StageContext:
         """What a stage is given, with the model as the stages before it left it."""
-        recipe, model = self.recipe, self.recipe.model
-        before = recipe.stages[: recipe.stages.index(name)]
-        if trained := [other for other in before if not isinstance(recipe.stage(other), Eval)]:
-            model = Model(
-                path=str(self.folder.stage(trained[-1]) / "model"),
-                compute_dtype=model.compute_dtype,
-                trust_remote_code=model.trust_remote_code,
-            )
+        recipe = self.recipe
+        model = started_from(recipe, self.folder, name)
         layout = layout_of(recipe, name, model, self.ranks, self.device)
         loaded = open_model(model, layout, self.ranks, self.device, recipe.seed)
+
+        policy = Policy(loaded.model)
+        together(self.ranks, lambda: adapt(policy, recipe, name))
 
         def reopen() -> Policy:
             again = Policy(open_model(model, layout, self.ranks, self.device, recipe.seed).model.requires_grad_(False))
@@ -148,7 +147,7 @@ class Execution:
             recipe=recipe,
             name=name,
             folder=self.folder,
-            policy=Policy(loaded.model),
+            policy=policy,
             layout=layout,
             reopen=reopen,
             tokenizer=loaded.tokenizer,
@@ -156,6 +155,7 @@ class Execution:
             device=self.device,
             watcher=self.watcher if self.leads else NullWatcher(),
             prompts=self.prompts,
+            origin=origin_of(model),
         )
 
 
@@ -179,6 +179,8 @@ def run_stage(execution: Execution, name: str) -> None:
         raise
     if not isinstance(stage, Eval):
         publish_model(context, stage)
+        if has_adapters(context.model):
+            publish_adapter(context)
 
     def finish() -> None:
         model = {} if isinstance(stage, Eval) else {"model": published(folder.stage(name) / "model")}

@@ -38,6 +38,8 @@ def reopen(run: Path, stage: str) -> None:
     aside.mkdir()
     (place / "done.json").rename(aside / "done.json")
     (place / "model").rename(aside / "model")
+    if (place / "adapter").exists():
+        (place / "adapter").rename(aside / "adapter")
     log.warning("stage %s is continued from its last checkpoint; the model that it had left is in %s", stage, aside)
 
 

@@ -21,7 +21,7 @@ from thence.recipe import Model
 from thence.train.checkpoint import MANIFEST, checkpoints, damaged_file, manifest_of, publish, removed_on_failure
 from thence.train.model import empty_model
 from thence.train.model_files import check_files
-from thence.train.state import load_weights, types_of
+from thence.train.state import load_weights, stored, types_of
 from thence.train.weights import fill, first_names, named_parts
 
 STATE = "state.json"
@@ -61,6 +61,12 @@ def export(source: Path, folder: Path, *, trust_remote_code: bool = False) -> Ex
     """
     place = check_free(folder)
     check_source(source)
+    if (source / STATE).is_file() and any(".lora_A." in name for name in stored(source)):
+        raise UserError(
+            "the checkpoint holds adapters (LoRA) alone, and not the model under them",
+            remedy=f"merge them into it: thence merge {source} FOLDER",
+            file=source,
+        )
     settings = Model(path=str(source), trust_remote_code=trust_remote_code)
     check_files(settings)
     temporary = place.with_name(f".{place.name}.writing")
