@@ -18,7 +18,12 @@ class UserError(Exception):
         file: the file at fault, if one is.
         line: the line or row in that file, counted from 1.
         field: the field, column or flag at fault.
+
+    Attributes:
+        on_all_ranks: every rank of a run raises it, or another one for it: the first rank alone prints it.
     """
+
+    on_all_ranks = False
 
     def __init__(
         self,
@@ -66,6 +71,8 @@ class DamagedFile(UserError):
 
 class StepRefused(UserError):
     """An optimizer step that would have harmed the model was not taken; the last checkpoint stands."""
+
+    on_all_ranks = True  # it follows from sums over ranks
 
 
 def first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from thence.accounting.flops import (
     sampling_flops,
     training_flops,
 )
-from thence.accounting.memory import LOGIT_BYTES, Memory, activation_memory, rollout_memory, state_memory
+from thence.accounting.memory import LOGIT_BYTES, Held, Memory, activation_memory, rollout_memory, state_memory
 from thence.errors import UserError
 from thence.pages.plan import plan_view
 from thence.recipe import load_recipe, shipped_recipes
@@ -166,9 +166,9 @@ def test_checkpointing_and_sharding_save_memory_and_the_peak_is_the_larger_phase
     counts = parameters(SMALL | {"model_type": "llama"})
     assert activation_memory(counts, 100, checkpointing=True).bytes < activation_memory(counts, 100).bytes
     alone = {line.name: line.bytes for line in state_memory(counts)}
-    shared = {line.name: line.bytes for line in state_memory(counts, ranks=4, sharded=True)}
+    shared = {line.name: line.bytes for line in state_memory(counts, Held("fsdp2", 4))}
     assert shared["AdamW moments"] == -(-alone["AdamW moments"] // 4)
-    assert state_memory(counts, ranks=4) == state_memory(counts)
+    assert state_memory(counts, Held("ddp")) == state_memory(counts)
     rollouts = rollout_memory(counts, rows=1000, length=1000)
     memory = Memory((*state_memory(counts), *rollouts))
     kept = alone["weights"] + alone["AdamW moments"]

@@ -17,6 +17,7 @@ from thence.compare.summary import read_summary, summarise
 from thence.errors import DamagedFile, UserError
 from thence.pages.run.page import write_page
 from thence.pipeline.run import run
+from thence.pipeline.undo import rewind
 from thence.train.model import load_model
 
 
@@ -181,18 +182,16 @@ def test_a_damaged_line_costs_itself_alone_on_resume(
     place: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from thence.pipeline.folder import RunFolder
-
-    folder = RunFolder(Path(recipes([])["folder"]))
-    folder.path.mkdir(parents=True)
+    folder = Path(recipes([])["folder"])
+    folder.mkdir(parents=True)
     lines = [json.dumps({"stage": "sft", "step": step, "loss": 1 / step}).encode() for step in range(1, 9)]
     lines[place] = BAD_LINES[kind]
-    folder.metrics.write_bytes(b"".join(line + b"\n" for line in lines))
-    folder.rewind("sft", 8)
-    assert [line["step"] for line in metrics(folder.path)] == [s for s in range(1, 9) if s != place + 1]
-    assert (folder.path / "metrics.jsonl.damaged").read_bytes() == BAD_LINES[kind] + b"\n"
-    assert f"{folder.metrics}:{place + 1}" in caplog.text
-    assert "1 damaged line set aside" in write_page(folder.path).read_text()
+    (folder / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    rewind(folder, "sft", 8)
+    assert [line["step"] for line in metrics(folder)] == [s for s in range(1, 9) if s != place + 1]
+    assert (folder / "metrics.jsonl.damaged").read_bytes() == BAD_LINES[kind] + b"\n"
+    assert f"{folder / 'metrics.jsonl'}:{place + 1}" in caplog.text
+    assert "1 damaged line set aside" in write_page(folder).read_text()
 
 
 def test_a_run_with_a_damaged_first_line_goes_on(

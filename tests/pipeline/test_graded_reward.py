@@ -93,6 +93,19 @@ def test_the_threshold_of_the_recipe_is_kept_for_grading_again(tmp_path: Path) -
     assert (row["right"], row["graded"]) == ("8", "0")
 
 
+def test_a_run_and_its_stages_are_compared_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "return float(len(response) % 2)"
+    folder = run({**tables(tmp_path, body, sft={"steps": 1}), "stages": ["eval-base", "sft", "eval-sft", "eval"]})
+    assert main(["eval", "--compare", f"{folder}:eval-base", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "A: base" in said and "B: sft" in said
+    assert main(["eval", "--compare", f"{folder}:eval-base", f"{folder}:sft"]) == 2
+    said = capsys.readouterr().err
+    assert "'sft' of this run has no evaluation" in said
+    assert f"{folder}:eval-base, {folder}:eval-sft, {folder}:eval" in said
+    assert main(["eval", "--regrade", str(folder)]) == 0
+
+
 def test_an_evaluation_that_kept_no_threshold_is_resumed_and_graded_with_it(tmp_path: Path) -> None:
     recipe = tables(tmp_path, "return 0.1", eval={"reward_right_from": 0.1})
     folder = run(recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,13 +24,19 @@ from thence.accounting.flops import (
     sampling_flops,
     training_flops,
 )
+from thence.accounting.layout import Layout, choose_layout, parts_of, weight_bytes
+from thence.accounting.lora import adapter_parameters
 from thence.accounting.memory import (
+    PER_ROW,
+    Held,
     Line,
     Memory,
     activation_memory,
     logit_memory,
+    reference_memory,
     rollout_memory,
     state_memory,
+    whole_copy,
 )
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
 from thence.toml import parse_toml
@@ -51,6 +57,16 @@ class StagePlan:
     exact_flops: float | None = None
     """Prompts, attention, the output head, scoring and recomputation included, at mean lengths."""
     memory: Memory | None = None
+    rollout_rows: int | None = None
+    """Responses that a rank samples in parallel."""
+
+    def most_rows(self, device_bytes: float) -> int | None:
+        """How many responses a rank of so much memory can sample in parallel; None: the stage samples none itself."""
+        if self.memory is None or not self.rollout_rows:
+            return None
+        of_rows = sum(line.bytes for line in self.memory.lines if line.name in PER_ROW)
+        fixed = self.memory.held("always") + self.memory.held("rollout") - of_rows
+        return max(0, int((device_bytes - fixed) // (of_rows / self.rollout_rows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +78,10 @@ class Plan:
     stages: tuple[StagePlan, ...]
     ranks: int
     assumptions: tuple[str, ...]
+    layout: Layout = "none"
+    """How the ranks share training."""
+    device_bytes: float | None = None
+    """Memory of one rank; None: not known."""
 
     def total(self, quantity: str) -> float | None:
         """Sum of a quantity over the stages; None when a stage that has it does not know it."""
@@ -78,8 +98,8 @@ class _Known:
     prompt: float | None
     response: float | None
     ranks: int
-    sharded: bool
-    compute_bytes: int
+    references: Collection[str]
+    held: Held
     assumed: list[str] = field(default_factory=list)
 
     def assume(self, text: str) -> None:
@@ -95,7 +115,8 @@ def plan(
     mean_response_tokens: float | None = None,
     *,
     ranks: int = 1,
-    sharded: bool = False,
+    device_bytes: float | None = None,
+    references: Collection[str] = (),
     compute_bytes: int | None = None,
 ) -> Plan:
     """Plan a recipe.
@@ -106,8 +127,9 @@ def plan(
         n_examples: usable examples of the training data, before a stage's own ``limit``.
         mean_prompt_tokens: of the rendered prompts.
         mean_response_tokens: of the demonstrations; rollouts are assumed to be as long.
-        ranks: data-parallel ranks.
-        sharded: weights, gradients and moments are spread over the ranks (FSDP2).
+        ranks: processes that share each step.
+        device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
+        references: stages whose method compares with a frozen copy of the policy.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
 
     Raises:
@@ -119,17 +141,19 @@ def plan(
         prompt=mean_prompt_tokens,
         response=mean_response_tokens,
         ranks=ranks,
-        sharded=sharded,
-        compute_bytes=0,
+        references=references,
+        held=Held(),
     )
-    known.compute_bytes = compute_bytes or _compute_bytes(recipe, known)
+    size = compute_bytes or _compute_bytes(recipe, known)
     known.counts = _counts(recipe, config, known)
+    known.held = _held(recipe, device_bytes, size, known)
     _published_sizes(recipe, known)
     if known.prompt is None:
         known.assume("mean prompt length is not known: prompts are counted as 0 tokens")
         known.prompt = 0.0
     stages = tuple(_stage(recipe, name, known) for name in recipe.stages)
-    return Plan(recipe.model.path or "model.init", known.counts, stages, ranks, tuple(known.assumed))
+    name = recipe.model.path or "model.init"
+    return Plan(name, known.counts, stages, ranks, tuple(known.assumed), known.held.layout, device_bytes)
 
 
 def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
@@ -143,6 +167,32 @@ def public_architecture(name: str) -> dict[str, Any] | None:
         if name == key or name in shape.get("also", ()):
             return shape
     return None
+
+
+def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known: _Known) -> Held:
+    """How a rank holds the model, as a run of the recipe would have it."""
+    width, cut = weight_bytes(recipe.model.compute_dtype), recipe.sharding
+    if recipe.parallel == "auto" and known.ranks > 1 and device_bytes is None:
+        known.assume("the memory of a device is not known: parallel = auto is counted as ddp")
+    adapters, lora = 0, recipe.model.lora
+    if known.counts is not None and lora is not None:
+        adapters = adapter_parameters(known.counts, lora)
+        known.assume(f"{adapters:,} parameters are trained (LoRA); the rule counts every parameter of the model")
+    every = known.counts.total if known.counts else 0
+    state = width * (every + 4 * adapters if adapters else 4 * every)  # weights, gradient, two moments
+    room = math.inf if device_bytes is None else device_bytes
+    layout = choose_layout(recipe.parallel, known.ranks, state, room)
+    return Held(
+        layout=layout,
+        parts=parts_of(layout, known.ranks, cut.replicas),
+        compute_bytes=compute_bytes,
+        width=width,
+        reshard=cut.reshard_after_forward,
+        sum_every_pass=cut.sum_every_pass,
+        offload=cut.offload,
+        adapters=adapters,
+        frozen_head=lora is not None and not any(name.endswith("lm_head") for name in lora.modules_to_save),
+    )
 
 
 def _stage(recipe: Recipe, name: str, known: _Known) -> StagePlan:
@@ -174,13 +224,15 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
     if known.counts:
         rule = rule_flops(known.counts.total, loss_tokens)
         pairs = rows * causal_pairs(length)
-        exact = training_flops(known.counts, rows * length, pairs, loss_tokens, sft.activation_checkpointing)
+        how = (sft.activation_checkpointing, known.held.adapters)
+        exact = training_flops(known.counts, rows * length, pairs, loss_tokens, *how)
     return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory)
 
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
     steps = rl.steps * (rl.prompts // (rl.mini_batch or rl.prompts))
-    memory = _training_memory(rl, known, _rollout_lines(rl, data, known))
+    memory = _training_memory(rl, known, _sampling_lines(name, rl, data, known))
+    parallel = None if rl.engine == "vllm" else _rollout_rows(rl, known)
     prompt, response = known.prompt or 0.0, _rollout_length(name, rl, known)
     rows = rl.steps * rl.prompts * rl.rollouts
     rule = exact = None
@@ -189,9 +241,9 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         tokens, pairs, logits = rows * length, rows * causal_pairs(length), rows * response
         rule = rule_flops(counts.total, logits, logits)
         exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
-        exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing)
+        exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
-    return StagePlan(name, kind_of(name), steps, rows * response, rows * response, rule, exact, memory)
+    return StagePlan(name, kind_of(name), steps, rows * response, rows * response, rule, exact, memory, parallel)
 
 
 def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePlan:
@@ -215,23 +267,32 @@ def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePla
 def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
     if known.counts is None:
         return None
-    tokens, size = stage.micro_batch_tokens, known.compute_bytes
+    tokens, size = stage.micro_batch_tokens, known.held.compute_bytes
     return Memory(
         (
-            *state_memory(known.counts, size, known.ranks, known.sharded),
+            *state_memory(known.counts, known.held),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing),
-            *logit_memory(known.counts, tokens),
+            *logit_memory(known.counts, tokens, known.held.frozen_head),
             *more,
         )
     )
 
 
-def _rollout_lines(rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
+def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
     if known.counts is None:
         return ()
-    rows = min(rl.rollout_rows, math.ceil(rl.prompts * rl.rollouts / known.ranks))
+    copied = name in known.references and not known.held.adapters  # adapters are switched off instead
+    reference = (reference_memory(known.counts, known.held),) if copied else ()
+    if rl.engine == "vllm":
+        known.assume(f"{name}: vLLM's own memory is not counted; rl.vllm.kv_cache_gb and the weights are most of it")
+        return reference
     longest = data.max_prompt_tokens or math.ceil(known.prompt or 0)
-    return rollout_memory(known.counts, rows, longest + rl.max_tokens)
+    sampler = rollout_memory(known.counts, _rollout_rows(rl, known), longest + rl.max_tokens)
+    return (*reference, *whole_copy(known.counts, known.held), *sampler)
+
+
+def _rollout_rows(rl: Rl, known: _Known) -> int:
+    return min(rl.rollout_rows, math.ceil(rl.prompts * rl.rollouts / known.ranks))
 
 
 def _rollout_length(name: str, stage: Rl | Eval, known: _Known) -> float:

@@ -132,10 +132,19 @@ def forward_flops(counts: Counts, tokens: float, pairs: float, logits: float) ->
     return 2 * counts.matmul * tokens + attention + 2 * counts.hidden * counts.vocab * logits
 
 
-def training_flops(counts: Counts, tokens: float, pairs: float, logits: float, checkpointing: bool = False) -> float:
-    """Forward and backward: three times :func:`forward_flops`; with checkpointing the layers run once more."""
-    again = forward_flops(counts, tokens, pairs, 0) if checkpointing else 0
-    return 3 * forward_flops(counts, tokens, pairs, logits) + again
+def training_flops(
+    counts: Counts, tokens: float, pairs: float, logits: float, checkpointing: bool = False, adapters: int = 0
+) -> float:
+    """Forward and backward: three times :func:`forward_flops`; with checkpointing the layers run once more.
+
+    Args:
+        adapters: numbers in LoRA adapters. They cost ``6 adapters tokens`` more, and the matrices under them, being
+            frozen, no product for their own gradient: that third of their cost is left out. 0: the weights are trained.
+    """
+    own = 2 * adapters * tokens
+    again = forward_flops(counts, tokens, pairs, 0) + own if checkpointing else 0
+    frozen = 2 * counts.matmul * tokens + 2 * counts.hidden * counts.vocab * logits if adapters else 0
+    return 3 * (forward_flops(counts, tokens, pairs, logits) + own) - frozen + again
 
 
 def sampling_flops(counts: Counts, prompt: float, response: float) -> float:

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thence.accounting.flops import Counts
+from thence.accounting.layout import Layout, is_cut
 
-Phase = Literal["always", "training", "rollout"]
+Phase = Literal["always", "training", "rollout", "host"]
+"""When it is held; ``host``: in host memory, always, and so not in the peak of the device."""
+PER_ROW = ("key-value cache", "sampling logits")
+"""Lines that grow with the responses that are sampled in parallel."""
 LOGIT_BYTES = 32 * 2**20
 """Logits that the fused objective holds at a time."""
 
@@ -35,35 +39,108 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Bytes held at the worst moment."""
-        by_phase = {phase: self._sum(phase) for phase in ("always", "training", "rollout")}
-        return by_phase["always"] + max(by_phase["training"], by_phase["rollout"])
+        """Bytes of the device held at the worst moment."""
+        return self.held("always") + max(self.held("training"), self.held("rollout"))
 
-    def _sum(self, phase: str) -> int:
+    def held(self, phase: Phase) -> int:
+        """Bytes of a phase."""
         return sum(line.bytes for line in self.lines if line.phase == phase)
 
 
-def state_memory(counts: Counts, compute_bytes: int = 4, ranks: int = 1, sharded: bool = False) -> tuple[Line, ...]:
-    """Float32 master weights, gradients and AdamW moments, and the weights in the compute type.
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How one rank holds weights, gradients and moments.
 
     Args:
-        compute_bytes: 4 for float32, 2 for bfloat16, which keeps a second, rounded copy of the weights.
-        ranks: data-parallel ranks.
-        sharded: FSDP2: every rank keeps its share of the state and gathers one layer (and embedding) at a time.
+        layout: how the ranks share them.
+        parts: over how many ranks a copy is cut.
+        compute_bytes: of a number in forward and backward: 8, 4 or 2.
+        width: bytes of a master weight: 8 or 4.
+        reshard, sum_every_pass, offload: as in the recipe's table ``[sharding]``.
+        adapters: numbers in LoRA adapters, which alone have gradients and moments; 0: the weights are trained.
+        frozen_head: the output layer is not trained.
     """
-    share = ranks if sharded else 1
-    n, by = counts.total, f" / {ranks} ranks" if sharded else ""
+
+    layout: Layout = "none"
+    parts: int = 1
+    compute_bytes: int = 4
+    width: int = 4
+    reshard: bool = True
+    sum_every_pass: bool = True
+    offload: bool = False
+    adapters: int = 0
+    frozen_head: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether a rank holds a part of every weight."""
+        return is_cut(self.layout)
+
+
+def state_memory(counts: Counts, held: Held = Held()) -> tuple[Line, ...]:
+    """Master weights, gradients and AdamW moments, and what a pass makes of the weights.
+
+    A whole copy (`none`, `ddp`) is rounded once more for a pass in bfloat16. A cut one (`fsdp2`, `hsdp`) is gathered
+    for it: embedding, norm and head while the pass lasts, and two layers, one in use and one on its way; their
+    gradients are whole until they are summed, in the compute type and once more in float32.
+    """
+    n, width, share = counts.total + held.adapters, held.width, held.parts if held.cut else 1
+    trained = held.adapters or n
+    by = f" / {share} ranks" if held.cut else ""
+    name = {4: "float32", 8: "float64"}[width]
+    always: Phase = "host" if held.cut and held.offload else "always"
+    training: Phase = "host" if always == "host" else "training"
     lines = [
-        Line("weights", -(-n * 4 // share), f"{n:,} parameters x 4 B (float32){by}", "always"),
-        Line("AdamW moments", -(-n * 8 // share), f"{n:,} parameters x 2 x 4 B{by}", "always"),
-        Line("gradients", -(-n * 4 // share), f"{n:,} parameters x 4 B{by}", "training"),
+        Line("weights", -(-n * width // share), f"{n:,} parameters x {width} B ({name}){by}", always),
+        Line("AdamW moments", -(-trained * 2 * width // share), f"{trained:,} parameters x 2 x {width} B{by}", always),
+        Line("gradients", -(-trained * width // share), f"{trained:,} parameters x {width} B{by}", training),
     ]
-    if sharded:
-        unit = max(counts.per_layer, counts.embedding + counts.head)
-        lines.append(_both("gathered weights", unit * compute_bytes, f"largest unit {unit:,} x {compute_bytes} B"))
-    elif compute_bytes < 4:
-        lines.append(_both("weights, rounded", n * compute_bytes, f"{n:,} parameters x {compute_bytes} B"))
+    if held.cut:
+        return (*lines, *_gathered(counts, held))
+    if held.compute_bytes < width:
+        size = held.compute_bytes
+        lines.append(Line("weights, rounded", n * size, f"{n:,} parameters x {size} B", "always"))
     return tuple(lines)
+
+
+def _gathered(counts: Counts, held: Held) -> tuple[Line, ...]:
+    root, layer = counts.embedding + counts.head, counts.per_layer
+    size, wide = held.compute_bytes, max(held.width, 4)
+    unit = root + 2 * layer if held.reshard else counts.total
+    said = f"(embedding and head {root:,} + 2 layers x {layer:,})" if held.reshard else f"{counts.total:,} parameters"
+    lines = [Line("gathered weights", unit * size, f"{said} x {size} B", "training")]
+    if held.adapters:
+        lines.append(
+            Line("gradients before the sum", held.adapters * wide, f"{held.adapters:,} x {wide} B", "training")
+        )
+    elif held.sum_every_pass:
+        both = f"({root:,} + {layer:,}) x ({size} + {wide}) B (one layer at a time, before and after rounding)"
+        lines.append(Line("gradients before the sum", (root + layer) * (size + wide), both, "training"))
+    else:
+        lines.append(
+            Line("gradients before the sum", counts.total * wide, f"{counts.total:,} x {wide} B (whole)", "training")
+        )
+    return tuple(lines)
+
+
+def reference_memory(counts: Counts, held: Held) -> Line:
+    """A frozen copy of the policy to compare with, laid out as the policy."""
+    share = held.parts if held.cut else 1
+    by = f" / {share} ranks" if held.cut else ""
+    text = f"{counts.total:,} parameters x {held.width} B{by}"
+    away = held.cut and held.offload
+    return Line("reference", -(-counts.total * held.width // share), text, "host" if away else "always")
+
+
+def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
+    """The whole weights of a policy that is cut or has adapters, which the native sampler reads while it samples."""
+    if held.adapters and not held.cut:
+        text = f"{counts.matmul:,} parameters x {held.width} B (matrices with adapters merged)"
+        return (Line("whole copy to sample", counts.matmul * held.width, text, "rollout"),)
+    if not held.cut:
+        return ()
+    text = f"{counts.total:,} parameters x {held.width} B (a cut policy is put together to sample)"
+    return (Line("whole copy to sample", counts.total * held.width, text, "rollout"),)
 
 
 def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool = False) -> Line:
@@ -88,15 +165,18 @@ def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, check
     return Line("activations", size, text, "training")
 
 
-def logit_memory(counts: Counts, tokens: int) -> tuple[Line, ...]:
-    """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum."""
+def logit_memory(counts: Counts, tokens: int, frozen: bool = False) -> tuple[Line, ...]:
+    """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum.
+
+    Args:
+        frozen: the output head is not trained, and has no gradient.
+    """
     rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
     chunk = f"{rows:,} tokens x {counts.vocab:,} words x 3 x 4 B (logits, probabilities, their gradient)"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"
-    return (
-        Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training"),
-        Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training"),
-    )
+    logits = Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training")
+    gradient = Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training")
+    return (logits,) if frozen else (logits, gradient)
 
 
 def rollout_memory(counts: Counts, rows: int, length: int, cache_bytes: int = 4) -> tuple[Line, ...]:
@@ -122,7 +202,3 @@ def rollout_memory(counts: Counts, rows: int, length: int, cache_bytes: int = 4)
 def readable(size: float) -> str:
     """Bytes in GiB or MiB, for people."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def _both(name: str, size: int, text: str) -> Line:
-    return Line(name, size, text, "always")

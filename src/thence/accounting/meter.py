@@ -14,11 +14,13 @@ class FlopMeter:
     Args:
         config: the model's configuration as plain values. Where its family cannot be counted, ``total`` is None.
         checkpointing: activations are computed twice.
+        adapters: numbers in LoRA adapters that are trained instead of the weights; 0: the weights are trained. In
+            scoring passes the adapters' own products are left out: about ``rank x (1 / inputs + 1 / outputs)`` of all.
     """
 
-    def __init__(self, config: Mapping[str, Any], checkpointing: bool = False):
+    def __init__(self, config: Mapping[str, Any], checkpointing: bool = False, adapters: int = 0):
         self._counts = parameters(config) if config.get("model_type") in FAMILIES else None
-        self._checkpointing = checkpointing
+        self._checkpointing, self._adapters = checkpointing, adapters
         self._total = 0.0
 
     @property
@@ -30,7 +32,8 @@ class FlopMeter:
         """Rows that went forward and backward, with so many trained tokens in all."""
         if self._counts is not None:
             pairs = sum(map(causal_pairs, lengths))
-            self._total += training_flops(self._counts, sum(lengths), pairs, trained_tokens, self._checkpointing)
+            how = (self._checkpointing, self._adapters)
+            self._total += training_flops(self._counts, sum(lengths), pairs, trained_tokens, *how)
 
     def scored(self, lengths: Sequence[int], scored_tokens: int) -> None:
         """Rows that went forward only, with so many log-probabilities taken."""

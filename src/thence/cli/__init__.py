@@ -71,10 +71,13 @@ def _answer(arguments: list[str]) -> int:
         _tell(f"thence: {foreign_exit(error)}")
         return 1
     except UserError as error:
-        _show_traceback(error)
-        _tell(f"thence: {error}")
+        if not _told_by_first_rank(error):
+            _show_traceback(error)
+            _tell(f"thence: {error}")
         return 2
     except Exception as error:
+        if _told_by_first_rank(error):
+            return 1
         said = explained(error)
         if said is not None:
             _show_traceback(error)
@@ -83,6 +86,11 @@ def _answer(arguments: list[str]) -> int:
         kept = None if _show_traceback(error) else keep_traceback(error)
         _tell(f"thence: {of_thence(error, kept)}")
         return 1
+
+
+def _told_by_first_rank(error: Exception) -> bool:
+    """Whether the first rank of this run prints the error, and this process is another one."""
+    return getattr(error, "on_all_ranks", False) and os.environ.get("RANK", "0") != "0"
 
 
 def _lost(error: OutputLost, arguments: Sequence[str]) -> int:

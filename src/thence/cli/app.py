@@ -25,6 +25,8 @@ COMMANDS = {
     "compare": "Compare arms x bases x seeds at one budget.",
     "eval": "Measure a model on benchmarks; compare two evaluations.",
     "sample": "Show what the model said, with verdicts.",
+    "export": "Make a Hugging Face folder from a checkpoint.",
+    "merge": "Merge a LoRA adapter into its model.",
     "report": "Write the report page of a run again.",
     "audit": "Recover the weight that a trainer gives to every token.",
     "doctor": "List versions here, and those known to train wrongly.",
@@ -40,6 +42,8 @@ USAGE = {
     "       thence eval --endpoint URL --suite NAME [OPTIONS]\n"
     "       thence eval --compare A B | --regrade FOLDER | --list",
     "compare": "thence compare COMPARISON [OPTIONS]",
+    "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]",
+    "merge": "thence merge ADAPTER|RUN|RUN:STAGE FOLDER [OPTIONS]",
     "recipes": "thence recipes [NAME]",
     "methods": "thence methods [NAME]",
     "completion": "thence completion [SHELL] [--install]",

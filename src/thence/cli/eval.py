@@ -132,7 +132,7 @@ def eval_command(
         limit: Only the first problems of every task.
         folder: Where everything is kept. Default: evals/SUITE-MODEL.
         set_: Any other field of the tasks.
-        compare: Two evaluations: paired differences, B minus A.
+        compare: Two evaluations (folders, runs or RUN:STAGE): paired differences, B minus A.
         regrade: Grade an evaluation again without generating, with --grader or each task's own grader.
         list_: List the shipped suites.
     """
@@ -386,9 +386,10 @@ def _compare(names: tuple[str, str], suite: str | None, grader: str | None) -> i
 
 
 def _existing(name: str, suite: str | None = None) -> Store:
-    """The evaluation in a folder, under `evals/`, or of a model on a suite. Raises UserError."""
-    from thence.evaluate.origin import short_name
+    """The evaluation in a folder, under `evals/`, of a model on a suite, or of a run's stage. Raises UserError."""
+    from thence.evaluate.origin import run_of, short_name
     from thence.evaluate.store import Store
+    from thence.pipeline.run_files import evaluation_of
 
     places = [Path(name), Path("evals") / name]
     if suite is not None:
@@ -396,5 +397,10 @@ def _existing(name: str, suite: str | None = None) -> Store:
     for folder in places:
         if Store(folder).exists:
             return Store(folder)
+    run, stage = run_of(name)
+    if run is not None:
+        return Store(evaluation_of(run, stage))
     hint = "" if suite else ", or name models and say --suite"
-    raise UserError("no evaluation here", remedy=f"give the folder that `thence eval` printed{hint}", file=name)
+    raise UserError(
+        "no evaluation here", remedy=f"give the folder that `thence eval` printed, or a run's{hint}", file=name
+    )

@@ -9,7 +9,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 
 from thence.errors import UserError
-from thence.recipe import KINDS, Data, Model, Recipe, Sharding, type_of
+from thence.recipe import KINDS, Data, Lora, Model, Recipe, Sharding, type_of
 from thence.settings.annotations import members_of, takes
 from thence.settings.text_values import is_mapping, is_switch
 
@@ -124,11 +124,12 @@ def describe_section(
 
 
 def _tables() -> dict[str, type[BaseModel]]:
-    return {"": Recipe, "model": Model, "data": Data, "sharding": Sharding, **KINDS}
+    return {"": Recipe, "model": Model, "model.lora": Lora, "data": Data, "sharding": Sharding, **KINDS}
 
 
 def _names(table: str, section: type[BaseModel]) -> list[str]:
-    return [name for name, field in section.model_fields.items() if not field.exclude and (table or name not in _FIRST)]
+    own = {name for name in section.model_fields if (f"{table}.{name}" if table else name) in _tables()}  # tables
+    return [name for name, field in section.model_fields.items() if not field.exclude and name not in own]
 
 
 def _flag(table: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from thence.cli.app import quiet_libraries
 from thence.cli.parsing import none_given
 from thence.errors import UserError
 from thence.files import read_json
-from thence.recipe import Recipe, load_recipe, shipped_recipes
+from thence.recipe import Recipe, Rl, load_recipe, shipped_recipes
 from thence.redaction import redacted_values
+from thence.settings.limits import Gigabytes, Processes
 from thence.toml import to_toml
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def run_command(
     repeat: Annotated[tuple[str, ...], Parameter(metavar="STAGE")] = (),
     restart: bool = False,
     fields: bool = False,
+    ranks: Processes | None = None,
+    device_gb: Gigabytes | None = None,
     overrides: Annotated[dict[str, Any], Parameter(parse=False)],
 ) -> int:
     """Run a recipe, or resume it where it stopped; print its table and the path of its report.
@@ -42,6 +46,7 @@ def run_command(
       thence run quickstart
       thence run mine.toml --sft.lr 1e-5 --rl.steps 4 --data.source train.jsonl
       thence run mine.toml --dry-run
+      thence run paper-qwen --dry-run --ranks 8 --device-gb 80
       torchrun --nproc-per-node 2 -m thence run mine.toml
 
     Args:
@@ -49,6 +54,8 @@ def run_command(
         dry_run: Try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop.
         repeat: Set this stage aside and run it again, with the settings of now. Several: --repeat a,b.
         restart: Remove what an earlier run wrote into the folder, and start again.
+        ranks: With --dry-run: plan for this many processes.
+        device_gb: With --dry-run: plan for so much memory in each, in GB. Default: that of this machine.
         fields: List every field of a recipe with its default, and what may change when a run is resumed.
     """
     if fields:
@@ -64,13 +71,30 @@ def run_command(
         raise UserError("it names no stage", remedy="write --repeat STAGE, for example eval", field="--repeat")
     if restart and stages:
         raise UserError("--restart and --repeat do not go together", remedy="give one of them", field="--repeat")
-    return plan_run(loaded, restart, stages) if dry_run else execute(loaded, restart, stages)
+    if dry_run:
+        return plan_run(loaded, restart, stages, ranks, device_gb)
+    for flag, value in (("--ranks", ranks), ("--device-gb", device_gb)):
+        if value is not None:
+            raise UserError("it is for --dry-run", remedy="torchrun starts the processes of a run", field=flag)
+    return execute(loaded, restart, stages)
 
 
-def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) -> int:
-    """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError."""
+def plan_run(
+    recipe: Recipe,
+    restart: bool = False,
+    repeat: Sequence[str] = (),
+    ranks: int | None = None,
+    device_gb: float | None = None,
+) -> int:
+    """Print what a run would be and cost, then refuse what a run would refuse. Raises UserError.
+
+    Args:
+        ranks: processes to plan for; default: those of the environment.
+        device_gb: memory of each; default: what this machine has.
+    """
     from thence.accounting.budget import plan
     from thence.pages.plan import plan_view
+    from thence.pipeline.layout import check_layout, memory_of, own_device
     from thence.pipeline.preflight import preflight, refuse
     from thence.pipeline.prompts import RenderedPrompts
     from thence.terminal import make_console
@@ -79,16 +103,19 @@ def plan_run(recipe: Recipe, restart: bool = False, repeat: Sequence[str] = ()) 
     console = make_console()
     print(to_toml(redacted_values(recipe.resolved())))  # not through rich: a recipe must not be wrapped
     quiet_libraries()
-    ranks = rank_variable("WORLD_SIZE")
+    ranks = ranks or rank_variable("WORLD_SIZE")
+    device = memory_of(own_device(), ranks) if device_gb is None else device_gb * 1e9
     prompts = RenderedPrompts()
     findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
     wrong = [finding for finding in findings if finding.state == "refused"]
     try:
-        console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), ranks=ranks)))
+        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, "references": _references(recipe)}
+        console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), **given)))
     except UserError:
         if not wrong:
             raise
     print()
+    check_layout(recipe, ranks)
     refuse(wrong)  # after the plan: what a run costs can be asked before its files are there
     for finding in findings:
         if finding.state == "unverified":
@@ -132,6 +159,20 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
     file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None
     remedy = "give a folder whose config.json is whole"
     return read_json(file, remedy=remedy) if file is not None and file.exists() else None
+
+
+def _references(recipe: Recipe) -> list[str]:
+    """The stages that keep a frozen copy of the policy; one whose method cannot be made is refused elsewhere."""
+    from thence.methods.registry import stage_method
+    from thence.objective.terms import needs_reference
+
+    found = []
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        with contextlib.suppress(UserError):
+            if isinstance(stage, Rl) and needs_reference(stage_method(stage, name).terms):
+                found.append(name)
+    return found
 
 
 def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from thence.compare.result import NOTHING, SUMMARY, Column, Measured, Spent
 from thence.errors import DamagedFile, UserError
 from thence.files import fitted, read_json, to_json, write_atomically
 from thence.jsonl import read_lines, say_bad_lines
-from thence.pipeline.folder import wrong_with_line
+from thence.pipeline.undo import wrong_with_line
 from thence.records import Record, read_record
 
 OF_A_SAMPLE = ("split", "temperature", "index", "verdict")

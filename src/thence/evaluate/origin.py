@@ -29,7 +29,7 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
     Raises:
         UserError: the run has no such stage or no trained model yet; a run's settings cannot be read.
     """
-    run, stage = _run_of(name)
+    run, stage = run_of(name)
     if run is not None:
         return _trained(run, stage)
     if gguf_file is None and name.endswith(".gguf"):
@@ -45,7 +45,8 @@ def short_name(name: str) -> str:
     return as_name(kept) if re.search(r"[A-Za-z0-9_]", kept) else "model"
 
 
-def _run_of(name: str) -> tuple[Path | None, str | None]:
+def run_of(name: str) -> tuple[Path | None, str | None]:
+    """The folder of the run and the stage that a name means: a run's folder, its name under `runs/`, or `RUN:STAGE`."""
     for whole, stage in ((name, None), tuple(name.rsplit(":", 1)) if ":" in name else (name, None)):
         for folder in (Path(whole).expanduser(), Path("runs") / whole):
             # a model's own folder may hold a recipe of other programs

@@ -246,12 +246,6 @@ def in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def group_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
-    """The group of each trajectory, shape (N,), integers: those of one draw of a prompt share it."""
-    numbers: dict[tuple[int, int], int] = {}
-    return torch.tensor([numbers.setdefault(t.prompt.group_key, len(numbers)) for t in trajectories], dtype=torch.int64)
-
-
 def reward_of(trajectory: Trajectory) -> float:
     """The reward of a trajectory that is given an advantage.
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, TokenFacts, Weights, group_numbers, reward_of, switched_on
+from thence.methods.base import Method, Options, TokenFacts, Weights, reward_of, switched_on
+from thence.methods.groups import group_numbers
 from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
 from thence.settings.limits import Ceiling, Coefficient, Signed, Tokens
 

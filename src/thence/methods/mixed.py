@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, Sampler, group_numbers, reward_of
+from thence.methods.base import Method, Options, Sampler, reward_of
+from thence.methods.groups import group_numbers
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 from thence.settings.limits import Coefficient, Processes, Tokens
 

@@ -33,7 +33,8 @@ from pydantic import model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method, Sampler, TokenFacts, Weights, group_numbers, reward_of, switched_on
+from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
+from thence.methods.groups import group_numbers
 from thence.methods.mixed import MixedOptions, advantages, cosine, policy_normaliser
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
 from thence.settings.limits import Ceiling, Coefficient, Natural, Share, Steps

@@ -29,8 +29,18 @@ def decoder_of(model: Any) -> Any:
 
 
 def output_head(model: Any) -> Head:
-    """The output layer: weights, bias and what is done to its logits; :func:`check_model` says whether that is all."""
+    """The output layer: weights, bias and what is done to its logits; :func:`check_model` says whether that is all.
+
+    Raises:
+        UserError: the layer has an adapter, which its weight alone would pass over.
+    """
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    if hasattr(layer, "base_layer"):
+        raise UserError(
+            f"the output layer of {type(model).__name__} has an adapter, and the loss reads its weight alone",
+            remedy="adapt other layers, or train the output layer whole (model.lora.modules_to_save)",
+            field="model.lora.targets",
+        )
     scale = 1.0
     for field in MULTIPLIERS:
         scale *= float(getattr(config, field, None) or 1.0)
@@ -83,6 +93,11 @@ def check_model(model: Any) -> None:
                     remedy="give a causal language model; encoders and diffusion models are not supported",
                 )
     _checked.add(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Let the next :func:`check_model` look at the model again, which has been changed since."""
+    _checked.discard(model)
 
 
 def _hidden(model: Any, token_ids: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Group
 from rich.text import Text
 
@@ -16,8 +18,8 @@ _HEADS = ("optimizer steps", "tokens trained", "tokens generated", "FLOPs, 6N/8N
 
 def plan_view(plan: Plan) -> Group:
     """Budget, memory and assumptions of a plan, ready to print with rich."""
-    tables = [_budget(plan)] + [_memory(stage, plan.ranks) for stage in plan.stages if stage.memory is not None]
-    parts = [Text(_headline(plan)), *map(TableView, tables)]
+    tables = [_budget(plan)] + [_memory(stage, plan) for stage in plan.stages if stage.memory is not None]
+    parts = [Text(_headline(plan)), *map(TableView, tables), *map(Text, fit_lines(plan))]
     if plan.assumptions:
         parts.append(Text("Assumed, because the data or the model has not been read:"))
         parts += [Text(f"  - {text}") for text in plan.assumptions]
@@ -42,7 +44,41 @@ def _budget(plan: Plan) -> Table:
     return Table("Budget", ("stage", *_HEADS), (*rows, TableRow("training, all stages", sums, apart=True)))
 
 
-def _memory(stage: StagePlan, ranks: int) -> Table:
+def fit_lines(plan: Plan) -> list[str]:
+    """The layout of training, and for each stage whether a rank has the memory that it needs."""
+    if plan.counts is None:
+        return []
+    if plan.device_bytes is None:
+        return [f"Layout: {_how(plan)}"]
+    room = plan.device_bytes
+    lines = [f"Layout: {_how(plan)}, {readable(room)} each"]
+    for stage in plan.stages:
+        if stage.memory is None:
+            continue
+        need = stage.memory.peak
+        line = f"  {stage.name}: {readable(need)} of {readable(room)}"
+        if need > room:
+            line += ": does not fit" + "".join(f"; {way}" for way in _ways_out(stage, room))
+        lines.append(line)
+    return lines
+
+
+def _ways_out(stage: StagePlan, room: float) -> Iterator[str]:
+    """What makes a stage that does not fit smaller, where that is enough."""
+    assert stage.memory is not None
+    always = stage.memory.held("always")
+    if always + stage.memory.held("rollout") > room:
+        most = stage.most_rows(room)
+        yield f"sampling fits with rollout_rows up to {most}" if most else "sampling does not fit with any rollout_rows"
+    if always + stage.memory.held("training") > room:
+        yield "training needs a smaller micro_batch_tokens, activation_checkpointing, more ranks, or sharding.offload"
+
+
+def _how(plan: Plan) -> str:
+    return f"{plan.layout} over {plan.ranks} ranks" if plan.ranks > 1 else f"{plan.layout}, one rank"
+
+
+def _memory(stage: StagePlan, plan: Plan) -> Table:
     assert stage.memory is not None
     rows = [
         TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.phase), Cell(line.arithmetic)))
@@ -50,7 +86,7 @@ def _memory(stage: StagePlan, ranks: int) -> Table:
     ]
     how = Cell("always + the larger of training and rollout, plus a margin")
     rows.append(TableRow("peak", (Cell(readable(stage.memory.peak)), Cell(""), how), apart=True))
-    title = f"Memory of {stage.name}, {'one rank' if ranks > 1 else 'estimate'}"
+    title = f"Memory of {stage.name}, {f'one rank of {plan.ranks} ({plan.layout})' if plan.ranks > 1 else 'estimate'}"
     return Table(title, ("what", "size", "when", "arithmetic"), tuple(rows), words=(1, 2))
 
 

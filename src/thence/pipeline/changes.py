@@ -55,7 +55,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "sharding": _all(FREE, "replicas reshard_after_forward sum_every_pass offload"),
     "model": {
         **_all(CONTENT, "path tokenizer"),
-        **_all(FIXED, "gguf_file init config_overrides compute_dtype"),
+        **_all(FIXED, "gguf_file init config_overrides compute_dtype lora"),
         "trust_remote_code": FREE,
     },
     "data": {

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from thence.accounting.layout import Layout
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
 from thence.data.trajectory import Prompt
@@ -20,19 +22,18 @@ from thence.pipeline.folder import RunFolder
 from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
+from thence.pipeline.undo import rewind
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
 from thence.train.checkpoint import newest_checkpoint, write_checkpoint, write_parts_checkpoint
 from thence.train.finite import broken, broken_weights
+from thence.train.lora import has_adapters, places_of
 from thence.train.model import compute_dtype
 from thence.train.parallel import Ranks, on_first_rank
-from thence.train.policy import Policy
+from thence.train.policy import Policy, Scorer, Unadapted
 from thence.train.schedule import learning_rate
 from thence.train.state import load_weights, read_parts, stored
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import TakeStep, Trainer
-
-Layout = Literal["none", "ddp", "fsdp2", "hsdp"]
-"""One process; a whole copy on every rank; cut over all ranks; cut within groups of ranks."""
 
 
 @dataclass
@@ -49,6 +50,7 @@ class StageContext:
         reopen: opens the model that the stage starts from once more, laid out in the same way.
         watcher: is told of progress.
         prompts: data tables that are rendered already.
+        origin: the model that the stage starts from: a folder or a hub name; empty: random weights.
         meter: counts the FLOPs that this process executes.
     """
 
@@ -63,12 +65,16 @@ class StageContext:
     prompts: RenderedPrompts
     layout: Layout
     reopen: Callable[[], Policy]
+    origin: str = ""
     meter: FlopMeter = field(init=False)
 
     def __post_init__(self) -> None:
         stage = self.recipe.stage(self.name)
         again = isinstance(stage, Optimization) and stage.activation_checkpointing
-        self.meter = FlopMeter(self.model.config.to_dict(), again)
+        # with modules that are trained whole, the rest is counted as if it were trained too: an upper bound
+        lora = self.recipe.model.lora if has_adapters(self.model) else None
+        adapters = 0 if lora is None or lora.modules_to_save else sum(map(Tensor.numel, self.policy.trained()))
+        self.meter = FlopMeter(self.model.config.to_dict(), again, adapters)
 
     @property
     def model(self) -> Any:
@@ -80,8 +86,10 @@ class StageContext:
         """Whether this process writes the files."""
         return self.ranks.rank == 0
 
-    def frozen_policy(self) -> Policy:
-        """A copy of the policy as the stage starts, to compare with."""
+    def frozen_policy(self) -> Scorer:
+        """The policy as the stage starts, to compare with: itself with its adapters off, else a copy."""
+        if has_adapters(self.model):
+            return Unadapted(self.policy)
         if self.policy.sharded:
             return self.reopen()
         return Policy(copy.deepcopy(self.model).requires_grad_(False))
@@ -101,8 +109,9 @@ class StageContext:
 
     @property
     def n_parameters(self) -> int:
-        """N of the FLOPs rule: every parameter of the model."""
-        return sum(p.numel() for p in self.model.parameters())
+        """N of the FLOPs rule: every parameter of the model, adapters apart."""
+        places = places_of(self.model)
+        return sum(p.numel() for name, p in self.model.named_parameters() if places.plain(name) is not None)
 
     def executed_flops(self, before: float | None) -> float | None:
         """FLOPs that all ranks have executed since the meter stood at ``before``."""
@@ -243,7 +252,7 @@ class Checkpoints:
                 field=f"{self.context.name}.steps",
             )
         if self.context.leads:
-            self.context.folder.rewind(self.context.name, step)
+            rewind(self.context.folder.path, self.context.name, step)
         return step, own
 
     def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
@@ -262,12 +271,17 @@ class Checkpoints:
         refuse_what_is_broken(self.context, f"after step {step}", self.good, tensors)
         self.good = step
         ranks, model = self.context.ranks, self.context.model
-        plain = {"trainer": plain, "stage": state, "numerics": numerics()}
+        plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
         given = (self.folder, step, model, self.context.tokenizer, plain, tensors)
         if self.context.policy.sharded:
             write_parts_checkpoint(*given, ranks)
         else:
             on_first_rank(ranks, lambda: write_checkpoint(*given))
+
+    def _stops(self) -> list[int]:
+        """What will end a response of the published model: an exported checkpoint is to stop there too."""
+        stage = self.context.recipe.stage(self.context.name)
+        return list(self.context.stop_ids(self.context.recipe.stage_data(stage.data)))
 
     def _of_any_rank(self, what: str | None) -> str | None:
         return next((said for said in self.context.ranks.gather(what) if said is not None), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -16,14 +15,13 @@ from typing import Any
 from thence import __version__
 from thence.errors import UserError
 from thence.files import is_environment, read_json, to_json, write_atomically
-from thence.jsonl import append_jsonl, read_jsonl, repair_lines, write_jsonl
+from thence.jsonl import append_jsonl
 from thence.locks import held, refuse_if_held
 from thence.pipeline.changes import Resumption, State, judge, say_onward
 from thence.pipeline.numerics import numerics
 from thence.pipeline.owned import (
     CHANGES,
     RECIPE,
-    SET_ASIDE,
     clear,
     is_beginning,
     kept_values,
@@ -33,13 +31,14 @@ from thence.pipeline.owned import (
     recipe_of,
     recipe_text,
     refuse_foreign,
+    refuse_unwritable,
     survey,
     write_where_other,
 )
+from thence.pipeline.undo import reopen, set_stage_aside
 from thence.recipe import Recipe, kind_of, load_recipe
 from thence.redaction import redacted_command
 from thence.train.checkpoint import checkpoints
-from thence.wording import json_kind
 
 log = logging.getLogger(__name__)
 DOING = "runs this recipe"
@@ -52,10 +51,10 @@ class RunFolder:
     Layout: ``.thence-run.json`` (the marker), ``.lock``, ``recipe.toml`` (resolved), ``changes.jsonl`` (what of it has
     changed since), ``environment.json``, ``ground.json`` (the model's files), ``metrics.jsonl`` (one line a step),
     ``report.html``, and for each stage ``stages/<name>/`` with ``ground.json`` (what it reads) and ``checkpoints/``
-    while it runs, then ``model/`` (Hugging Face layout) or ``result.json`` and ``samples.jsonl``, both made from the
-    store ``evaluation/`` (:mod:`thence.evaluate.store`), and, last of all, ``done.json``. The last
-    checkpoint of the last training stage stays, so that it can be given more steps. What a repeated or continued stage
-    had left is in ``set-aside/<name>-<number>/``.
+    while it runs, then ``model/`` (Hugging Face layout; beside it ``adapter/`` where adapters were trained) or
+    ``result.json`` and ``samples.jsonl``, both made from the store ``evaluation/`` (:mod:`thence.evaluate.store`), and,
+    last of all, ``done.json``. The last checkpoint of the last training stage stays, so that it can be given more
+    steps. What a repeated or continued stage had left is in ``set-aside/<name>-<number>/``.
     """
 
     def __init__(self, path: Path):
@@ -106,9 +105,9 @@ class RunFolder:
             clear(self.path, marker)
             marker = None
         for name in plan.repeat:
-            self.set_aside(name, "it is repeated")
+            set_stage_aside(self.path, name, "it is repeated")
         for name in plan.extend:
-            self._reopen(name)
+            reopen(self.path, name)
         if marker is not None:
             self._record_changes(plan, recipe)
         (new_marker(recipe) if marker is None else marker.with_recipe(recipe)).write(self.path)
@@ -128,7 +127,7 @@ class RunFolder:
             UserError: the folder is not writable, or not thence's; it holds other things, or a link in the place of a
                 file; the run has settings that may not change.
         """
-        self._check_writable()
+        refuse_unwritable(self.path)
         if not self.path.is_dir():
             return Resumption()
         marker = read_marker(self.path)
@@ -170,17 +169,6 @@ class RunFolder:
         marker = read_marker(self.path) if self.path.is_dir() else None
         return marker is not None and marker.restarting
 
-    def _check_writable(self) -> None:
-        place = self.path.absolute()
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(
-                f"the run folder {self.path} cannot be written: {place} is not a folder that you may write to",
-                remedy="give another --folder",
-                field="folder",
-            )
-
     def states(self, recipe: Recipe) -> dict[str, State]:
         """How far every stage of the recipe that the run has is."""
         last = last_trained(recipe)
@@ -197,35 +185,6 @@ class RunFolder:
         names = {name: checkpoints(self.stage(name) / "checkpoints") for name in recipe.stages}
         numbers = {name: found[-1].name.removeprefix("step-") for name, found in names.items() if found}
         return {name: int(number) for name, number in numbers.items() if number.isdigit()}
-
-    def set_aside(self, name: str, why: str) -> None:
-        """Move what a stage has left out of the way, with its lines of metrics. Nothing is removed."""
-        place = self.stage(name)
-        if not place.is_dir():
-            return
-        lines = (
-            [line for line in read_jsonl(self.metrics) if line.get("stage") == name] if self.metrics.exists() else []
-        )
-        if lines:
-            write_jsonl(place / "metrics.jsonl", lines)
-        aside = self._aside(name)
-        place.rename(aside)
-        log.warning("stage %s: %s; what it had left is in %s", name, why, aside)
-
-    def _reopen(self, name: str) -> None:
-        """Reopen a finished stage, to resume from its last checkpoint. The published model is set aside."""
-        aside = self._aside(name)
-        aside.mkdir()
-        (self.stage(name) / "done.json").rename(aside / "done.json")
-        (self.stage(name) / "model").rename(aside / "model")
-        log.warning("stage %s is continued from its last checkpoint; the model that it had left is in %s", name, aside)
-
-    def _aside(self, name: str) -> Path:
-        place, number = self.path / SET_ASIDE, 1
-        while (place / f"{name}-{number}").exists():
-            number += 1
-        place.mkdir(exist_ok=True)
-        return place / f"{name}-{number}"
 
     def _record_changes(self, plan: Resumption, recipe: Recipe) -> None:
         """Add what has changed to the history of the run, and to the log where a stage has begun."""
@@ -282,27 +241,6 @@ class RunFolder:
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
         append_jsonl(self.metrics, [line])
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Drop what this stage logged after ``step`` (it will be written again), and a line cut off by a crash.
-
-        Lines that cannot be read are set aside in ``NAME.damaged`` and named in the log.
-        """
-        for path in (self.metrics, self.stage(stage) / "samples.jsonl"):
-            if path.exists():
-                repair_lines(path, wrong_with_line)
-                kept = [line for line in read_jsonl(path) if line["stage"] != stage or line["step"] <= step]
-                write_jsonl(path, kept)
-
-
-def wrong_with_line(line: Mapping[str, Any]) -> str | None:
-    """What a line of ``metrics.jsonl`` or of a stage's ``samples.jsonl`` lacks; None: nothing."""
-    for name, kind in (("stage", str), ("step", int)):
-        if name not in line:
-            return f"it lacks {name}"
-        if not isinstance(line[name], kind) or isinstance(line[name], bool):
-            return f"{name} is {json_kind(line[name])}"
-    return None
 
 
 def _is_facts(facts: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from thence.files import read_json, to_json, write_atomically
 from thence.pipeline.folder import RunFolder, environment
 from thence.pipeline.owned import RECIPE
 from thence.pipeline.test_sets import test_sets
+from thence.pipeline.undo import set_stage_aside
 from thence.recipe import Eval, Model, Recipe, kind_of
 from thence.train.checkpoint import MANIFEST
 from thence.train.model_files import resolve
@@ -176,7 +177,7 @@ class Ground:
         """Set a stage aside that has begun from another model than the one that the stage before it has left now."""
         kept = self._kept(self.folder.stage(name))
         if kept is not None and "start" in kept and kept["start"] != self._start(name):
-            self.folder.set_aside(name, "the stage before it was repeated and has left another model")
+            set_stage_aside(self.folder.path, name, "the stage before it was repeated and has left another model")
 
     def _before(self, name: str) -> str | None:
         """The stage whose model a stage starts from; None: the recipe's model."""

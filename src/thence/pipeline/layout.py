@@ -7,9 +7,11 @@ import os
 
 import torch
 
+from thence.accounting.layout import FITS, Layout, choose_layout, is_cut, weight_bytes
 from thence.errors import RecipeError
 from thence.models.packing import know_way, way_of
-from thence.pipeline.context import Layout, StageContext
+from thence.pipeline.adapters import lora_of, sizes
+from thence.pipeline.context import StageContext
 from thence.recipe import Model, Optimization, Recipe
 from thence.train.cut_probe import Sums, check_cut, gradient_sums
 from thence.train.model import Loaded, compute_dtype, empty_model, load_model, load_tokenizer
@@ -19,7 +21,6 @@ from thence.train.probe import NotVerified
 from thence.train.weights import skeleton_of
 
 log = logging.getLogger(__name__)
-FITS = 0.6  # of a device's memory for weights, gradients and moments; the rest is for activations
 
 
 def check_layout(recipe: Recipe, world: int) -> None:
@@ -47,17 +48,20 @@ def layout_of(recipe: Recipe, name: str, settings: Model, ranks: Ranks, device: 
     """The layout of a stage. Evaluations sample from whole copies; ``auto`` cuts what a device cannot hold whole."""
     if not isinstance(recipe.stage(name), Optimization):
         return "ddp" if ranks.world > 1 else "none"
-    if recipe.parallel != "auto":
-        return "none" if ranks.world == 1 and recipe.parallel == "ddp" else recipe.parallel
-    if ranks.world == 1:
-        return "none"
-    width = 8 if settings.compute_dtype == "float64" else 4
-    need = 4 * width * sum(p.numel() for p in empty_model(settings).parameters())  # weights, gradient, two moments
-    room = FITS * memory_of(device)
-    kind: Layout = "ddp" if need <= room else "fsdp2"
+    need, room = 0, memory_of(device)
+    sized = recipe.parallel == "auto" and ranks.world > 1
+    if sized:  # weights, and a gradient and two moments of what is trained
+        trained, every = sizes(settings, lora_of(recipe, name))
+        need = weight_bytes(settings.compute_dtype) * (every + 3 * trained)
+    kind = choose_layout(recipe.parallel, ranks.world, need, room)
+    if not sized:
+        return kind
     if ranks.rank == 0:
         log.info(
-            "parallel = %s: training state takes %.1f GB, a device has room for %.1f", kind, need / 1e9, room / 1e9
+            "parallel = %s: training state takes %.1f GB, a device has room for %.1f",
+            kind,
+            need / 1e9,
+            FITS * room / 1e9,
         )
     return ranks.gather(kind)[0]  # free memory may differ between machines; the first rank decides
 
@@ -70,7 +74,7 @@ def open_model(settings: Model, layout: Layout, ranks: Ranks, device: torch.devi
         UserError: a model that thence cannot train; where it will be cut, the first rank has found it so.
     """
     if not is_cut(layout):
-        return load_model(settings, device, seed)
+        return together(ranks, lambda: load_model(settings, device, seed))
     opened = on_first_rank(ranks, lambda: load_model(settings, torch.device("cpu"), seed))
     found = together(ranks, lambda: opened or empty_model_with_tokenizer(settings))
     found.model.generation_config = ranks.gather(found.model.generation_config)[0]
@@ -80,11 +84,6 @@ def open_model(settings: Model, layout: Layout, ranks: Ranks, device: torch.devi
 def empty_model_with_tokenizer(settings: Model) -> Loaded:
     """What a rank holds that gets its weights from the first one."""
     return Loaded(empty_model(settings), load_tokenizer(settings), settings.path or "random weights")
-
-
-def is_cut(layout: Layout) -> bool:
-    """Whether a rank holds a part of every weight."""
-    return layout in ("fsdp2", "hsdp")
 
 
 def cut(context: StageContext, packing: bool) -> None:
@@ -101,7 +100,8 @@ def cut(context: StageContext, packing: bool) -> None:
     if packing:
         way = on_first_rank(ranks, lambda: way_of(context.model))
         know_way(context.model, ranks.gather(way)[0])
-    context.policy.keep_skeleton(skeleton_of(context.model))
+    if context.policy.skeleton is None:  # that of a policy with adapters was kept before it had them
+        context.policy.keep_skeleton(skeleton_of(context.model))
     context.ranks = cut_policy(context.policy, context.recipe, ranks, context.device)
     sums = ranks.gather(expected)[0]
     if sums is not None:
@@ -129,9 +129,19 @@ def cut_policy(policy: Policy, recipe: Recipe, ranks: Ranks, device: torch.devic
     return shard(policy, ranks if isinstance(ranks, DataParallel) else DataParallel.alone(device), sharding)
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes that a rank has: of its GPU, or its share of this machine's."""
+def own_device() -> torch.device:
+    """Where this process would compute."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def memory_of(device: torch.device, local: int | None = None) -> float:
+    """Bytes that a rank has: of its GPU, or its share of this machine's.
+
+    Args:
+        local: processes on this machine; default: those that were started.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    if local is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / max(local, 1)

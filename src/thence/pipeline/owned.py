@@ -198,6 +198,7 @@ def _place_of(place: str, name: str, marker: Marker) -> str | None:
         return "stage" if re.sub(r"-\d+$", "", name) in marker.stages else None
     if place == "stage":
         known = {"model": "model", f"{REPLACED}model": "model", ".model-writing": "temporary"}
+        known |= {"adapter": "model", f"{REPLACED}adapter": "model", ".adapter-writing": "temporary"}
         return (known | {"checkpoints": "checkpoints", "parts": "parts", EVALUATION: EVALUATION}).get(name)
     if place == EVALUATION:
         return "lines" if name in ("samples", "grades", "refused") else None
@@ -246,6 +247,19 @@ def clear(folder: Path, marker: Marker) -> None:
             path.unlink(missing_ok=True)
     for path in reversed(found.folders):
         path.rmdir()
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError if a run's folder, or the folder in which it would be made, cannot be written."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"the run folder {folder} cannot be written: {place} is not a folder that you may write to",
+            remedy="give another --folder",
+            field="folder",
+        )
 
 
 def refuse_foreign(folder: Path, others: tuple[Path, ...], marker: Marker | None) -> None:

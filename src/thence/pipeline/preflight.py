@@ -17,6 +17,7 @@ from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.data.trajectory import Prompt
 from thence.errors import RecipeError, UserError
 from thence.methods.registry import stage_method
+from thence.pipeline.adapters import check_lora, try_lora
 from thence.pipeline.changes import Resumption
 from thence.pipeline.context import step_of
 from thence.pipeline.folder import RunFolder
@@ -155,6 +156,8 @@ def preflight(
     if left:
         trial.attempt("model: tokenizer", lambda: _open_tokenizer(trial))
         trial.attempt("model: configuration", lambda: _open_config(trial))
+        if recipe.model.lora is not None:
+            trial.attempt("model: adapters", lambda: _try_adapters(trial))
     first, stages = trial.findings, []
     for name in reversed(left):  # the data of the first stage are rendered last, and so surely held for it
         trial.findings = []
@@ -186,6 +189,7 @@ def _settings(trial: Preflight, name: str) -> None:
     if isinstance(stage, Sft | Rl):
         stage_method(stage, name)
         step_of(name, stage)
+        check_lora(trial.recipe, name)
         if stage.fault is not None and trial.ranks > 1:
             raise RecipeError(
                 "a fault plays all ranks in one process, but several processes share the step",
@@ -225,6 +229,13 @@ def _open_config(trial: Preflight) -> str:
     trial.context = context_of(_opened(model.path or "", lambda: open_config(model)))
     _check_weights(model)
     return f"context {trial.context:,} tokens" if trial.context else "no limit of the context is told"
+
+
+def _try_adapters(trial: Preflight) -> str:
+    model = trial.recipe.model
+    if trial.findings[-1].state != "ok" and _is_hub_name(model.path or ""):
+        raise NotAtHand(f"{model.path} is not at hand")
+    return try_lora(model)
 
 
 def _check_models(trial: Preflight, left: Sequence[str]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from thence.pipeline.context import StageContext
 from thence.recipe import Eval, Optimization, Rl
 from thence.rollout.choice import choice_of
-from thence.train.probe import NotVerified, check_files, check_gradient
+from thence.train.lora import has_adapters
+from thence.train.probe import NotVerified, check_adapters, check_files, check_gradient
+from thence.train.weights import whole
 
 log = logging.getLogger(__name__)
 _tried: set[tuple[str, str, str]] = set()  # of this process, which may make many runs from one model
@@ -37,18 +40,29 @@ def hold(context: StageContext, names: Sequence[str]) -> None:
 
 
 def _promises(context: StageContext, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
-    model, stages = context.model, [context.recipe.stage(name) for name in names]
+    policy, model, stages = context.policy, context.model, [context.recipe.stage(name) for name in names]
     training = [stage for stage in stages if isinstance(stage, Optimization)]
     for packing in sorted({stage.packing for stage in training}):
         yield (
             f"gradient, {'packed' if packing else 'padded'} rows",
-            lambda packing=packing: check_gradient(model, packing),
+            lambda packing=packing: (
+                check_adapters(policy, packing) if has_adapters(model) else check_gradient(model, packing)
+            ),
         )
     if any(isinstance(stage, Eval) or (isinstance(stage, Rl) and stage.engine == "native") for stage in stages):
-        yield "sampling", lambda: choice_of(model)
+        yield "sampling", lambda: _of_plain(context, choice_of)
     if training and context.leads and not _has_written(context):
         trusted = context.recipe.model.trust_remote_code
-        yield "saving and resuming", lambda: check_files(model, context.tokenizer, trusted)
+        yield (
+            "saving and resuming",
+            lambda: _of_plain(context, lambda plain: check_files(plain, context.tokenizer, trusted)),
+        )
+
+
+def _of_plain(context: StageContext, check: Callable[[Any], object]) -> object:
+    """Check the model that is sampled from and published: of one with adapters, the one that they are merged into."""
+    with whole(context.policy) as plain:
+        return check(plain)
 
 
 def _has_written(context: StageContext) -> bool:

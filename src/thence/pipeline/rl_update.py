@@ -16,7 +16,7 @@ from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
-from thence.train.policy import Policy
+from thence.train.policy import Scorer
 from thence.train.step import policy_statistics
 from thence.train.trainer import Trainer
 
@@ -36,7 +36,7 @@ class Update:
     stage: Rl
     method: Method
     trainer: Trainer
-    reference: Policy | None = None
+    reference: Scorer | None = None
     minis: int = 1
 
     def take(self, trajectories: Sequence[Trajectory], metrics: BatchMetrics) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from thence.accounting.layout import is_cut
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
+from thence.pipeline.adapters import adapt, origin_of, publish_adapter, started_from
 from thence.pipeline.context import StageContext, refuse_what_is_broken
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
-from thence.pipeline.layout import check_layout, cut, cut_policy, is_cut, layout_of, open_model
+from thence.pipeline.layout import check_layout, cut, cut_policy, layout_of, open_model
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import NullWatcher, RunWatcher
 from thence.pipeline.promises import hold
@@ -26,10 +28,11 @@ from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
-from thence.recipe import Eval, Model, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
+from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
+from thence.train.lora import has_adapters
 from thence.train.model import save_model
-from thence.train.parallel import Ranks, on_first_rank, start_ranks
+from thence.train.parallel import Ranks, on_first_rank, start_ranks, together
 from thence.train.policy import Policy
 from thence.train.weights import whole
 
@@ -67,41 +70,32 @@ def run(
     """
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
-    check_layout(resolved, ranks.world)
+    together(ranks, lambda: check_layout(resolved, ranks.world))
     folder = RunFolder(resolved.run_folder())
     execution = Execution(resolved, folder, ranks, device, watcher or NullWatcher(), prompts or RenderedPrompts())
-    leads = execution.leads
+
+    def tried() -> None:
+        again = {"restart": restart, "repeat": repeat, "prompts": execution.prompts}
+        refuse(preflight(resolved, folder.path, ranks.world, leads=execution.leads, **again))
+
+    def begin() -> None:
+        held.enter_context(folder.held())
+        if not restart:
+            say_what_differs(folder, str(device), ranks.world)
+        folder.open(resolved, str(device), method_labels(resolved), ranks.world, restart=restart, repeat=repeat)
+
     with ExitStack() as held:
-        if leads:
-            folder.refuse_if_held()
-        trial = preflight(
-            resolved,
-            folder.path,
-            ranks.world,
-            leads=leads,
-            restart=restart,
-            repeat=repeat,
-            prompts=execution.prompts,
-        )
-        refuse(trial)
-        ranks.wait()
-        if leads:
-            held.enter_context(folder.held())
-            if not restart:
-                say_what_differs(folder, str(device), ranks.world)
-            labels = method_labels(resolved)
-            folder.open(resolved, str(device), labels, ranks.world, restart=restart, repeat=repeat)
-        ranks.wait()
+        on_first_rank(ranks, folder.refuse_if_held)
+        together(ranks, tried)
+        on_first_rank(ranks, begin)
         kept = last_trained(resolved) if keep_last else None
         for name in resolved.stages:
-            if leads:
-                Ground(resolved, folder).set_outdated_aside(name)
-            ranks.wait()
-            if not folder.is_done(name):
+            on_first_rank(ranks, lambda name=name: Ground(resolved, folder).set_outdated_aside(name))
+            if not together(ranks, lambda name=name: folder.is_done(name)):
                 run_stage(execution, name)
-            if leads:  # killed before this line, the next start comes to it
-                remove_checkpoints(folder.stage(name) / "checkpoints", keep=int(name == kept))
-            ranks.wait()
+            place, keep = folder.stage(name) / "checkpoints", int(name == kept)
+            # killed before this line, the next start comes to it
+            on_first_rank(ranks, lambda place=place, keep=keep: remove_checkpoints(place, keep=keep))
     return folder.path
 
 
@@ -136,16 +130,13 @@ class Execution:
 
     def context(self, name: str) -> StageContext:
         """What a stage is given, with the model as the stages before it left it."""
-        recipe, model = self.recipe, self.recipe.model
-        before = recipe.stages[: recipe.stages.index(name)]
-        if trained := [other for other in before if not isinstance(recipe.stage(other), Eval)]:
-            model = Model(
-                path=str(self.folder.stage(trained[-1]) / "model"),
-                compute_dtype=model.compute_dtype,
-                trust_remote_code=model.trust_remote_code,
-            )
+        recipe = self.recipe
+        model = started_from(recipe, self.folder, name)
         layout = layout_of(recipe, name, model, self.ranks, self.device)
         loaded = open_model(model, layout, self.ranks, self.device, recipe.seed)
+
+        policy = Policy(loaded.model)
+        together(self.ranks, lambda: adapt(policy, recipe, name))
 
         def reopen() -> Policy:
             again = Policy(open_model(model, layout, self.ranks, self.device, recipe.seed).model.requires_grad_(False))
@@ -156,7 +147,7 @@ class Execution:
             recipe=recipe,
             name=name,
             folder=self.folder,
-            policy=Policy(loaded.model),
+            policy=policy,
             layout=layout,
             reopen=reopen,
             tokenizer=loaded.tokenizer,
@@ -164,6 +155,7 @@ class Execution:
             device=self.device,
             watcher=self.watcher if self.leads else NullWatcher(),
             prompts=self.prompts,
+            origin=origin_of(model),
         )
 
 
@@ -176,10 +168,8 @@ def run_stage(execution: Execution, name: str) -> None:
         on_first_rank(execution.ranks, lambda: hold(context, to_come))
         cut(context, isinstance(stage, Optimization) and stage.packing)
     else:
-        hold(context, to_come)
-    if leads:
-        Ground(recipe, folder).begin(name, rendered(context, stage))
-    execution.ranks.wait()
+        together(execution.ranks, lambda: hold(context, to_come))
+    on_first_rank(execution.ranks, lambda: Ground(recipe, folder).begin(name, rendered(context, stage)))
     try:
         with naming_fields_of(name, stage):
             facts = run_kind(context, stage)
@@ -189,10 +179,14 @@ def run_stage(execution: Execution, name: str) -> None:
         raise
     if not isinstance(stage, Eval):
         publish_model(context, stage)
-    if leads:
-        if not isinstance(stage, Eval):
-            facts = {**facts, "model": published(folder.stage(name) / "model")}
-        folder.finish(name, facts)
+        if has_adapters(context.model):
+            publish_adapter(context)
+
+    def finish() -> None:
+        model = {} if isinstance(stage, Eval) else {"model": published(folder.stage(name) / "model")}
+        folder.finish(name, {**facts, **model})
+
+    on_first_rank(execution.ranks, finish)
 
 
 def run_kind(context: StageContext, stage: Sft | Rl | Eval) -> dict[str, Any]:

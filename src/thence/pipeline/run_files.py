@@ -11,7 +11,8 @@ from typing import Any
 from thence.errors import DamagedFile, UserError, first_line
 from thence.files import read_json, read_own_toml
 from thence.jsonl import damaged_lines, read_lines
-from thence.recipe import KINDS, kind_of
+from thence.pipeline.owned import EVALUATION
+from thence.recipe import KINDS, kind_of, load_recipe
 
 _COUNTS = ("problems", "samples", "right", "wrong", "unknown", "truncated", "graded")
 
@@ -136,6 +137,23 @@ class RunFiles:
         """Stages of the recipe that have left nothing yet."""
         seen = {cell.stage for cell in self.cells} | {training.stage for training in self.training}
         return [stage for stage in self.stages if stage not in seen]
+
+
+def evaluation_of(run: Path, stage: str | None = None) -> Path:
+    """The folder of the evaluation that a stage of a run keeps; default: the last one that has been evaluated.
+
+    Raises:
+        UserError: there is none, or none of this stage; it names those that there are.
+    """
+    stages = [name for name in load_recipe(run / "recipe.toml").stages if kind_of(name) == "eval"]
+    kept = [name for name in stages if (run / "stages" / name / EVALUATION).is_dir()]
+    if (wanted := stage or (kept[-1] if kept else None)) in kept:
+        return run / "stages" / str(wanted) / EVALUATION
+    raise UserError(
+        f"stage {stage!r} of this run has no evaluation" if stage else "this run has no evaluation yet",
+        remedy=f"give one of: {', '.join(f'{run}:{name}' for name in kept)}" if kept else "run an eval stage first",
+        file=run,
+    )
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -13,10 +13,23 @@ from thence.recipe.reading import (
     read_tables,
     shipped_recipes,
 )
-from thence.recipe.schema import KINDS, Data, Eval, Faulty, Model, Optimization, Recipe, Rl, Sft, Sharding, kind_of
+from thence.recipe.schema import (
+    KINDS,
+    Data,
+    Eval,
+    Faulty,
+    Lora,
+    Model,
+    Optimization,
+    Recipe,
+    Rl,
+    Sft,
+    Sharding,
+    kind_of,
+)
 
 __all__ = [
-    "KINDS", "Data", "Eval", "Faulty", "Model", "Optimization", "Recipe", "Rl", "Sft", "Sharding", "apply_overrides",
-    "build_recipe", "kind_of", "load_recipe", "naming_fields_of", "read_recipe_file", "read_tables",
+    "KINDS", "Data", "Eval", "Faulty", "Lora", "Model", "Optimization", "Recipe", "Rl", "Sft", "Sharding",
+    "apply_overrides", "build_recipe", "kind_of", "load_recipe", "naming_fields_of", "read_recipe_file", "read_tables",
     "shipped_recipes", "type_of",
 ]  # fmt: skip

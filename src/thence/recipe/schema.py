@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,6 +41,24 @@ from thence.settings.section import Section
 from thence.settings.validation import validated
 
 
+class Lora(Section):
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of the weights, which stay as they are."""
+
+    rank: Rows
+    """Rank of every adapter."""
+    alpha: SomeCoefficient | None = None
+    """What an adapter adds is multiplied by alpha / rank. Default: 2 x rank."""
+    targets: Literal["all-linear"] | Annotated[list[Place], Field(min_length=1)] = "all-linear"
+    """Linear layers that get an adapter: names or ends of names, as q_proj. all-linear: all but the output layer."""
+    modules_to_save: list[Place] = []
+    """Modules that are trained whole beside the adapters, for example norm."""
+
+    @property
+    def strength(self) -> float:
+        """alpha, given or not."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
 class Model(Section):
     """The model that the first stage starts from."""
 
@@ -58,6 +76,8 @@ class Model(Section):
     """Type of the computation. Master weights stay float32. auto: bfloat16 on a GPU that has it, else float32."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. thence prints a line when this is on."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights, in every training stage: a table with rank and more."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written beside, checked by checksum, renamed into place.
 
 A checkpoint is a folder with the optimizer's tensors and the plain state beside the weights. transformers opens it,
-unless the weights are cut over ranks: each rank then writes its part, and ``thence export`` puts them together.
+unless the weights are cut over ranks: each rank then writes its part, and ``thence export`` puts them together. Of a
+model with adapters it holds what is trained, and no more: megabytes.
 The weights have the names that they have in memory, which are not the published ones for some architectures (experts
 of a mixture lie together in memory). safetensors and JSON only; nothing is unpickled.
 """
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thence.files import flush, to_json
+from thence.train.lora import has_adapters, trained_tensors
 from thence.train.parallel import Ranks, on_first_rank, together
 from thence.train.state import optimizer_tensors, write_parts
 from thence.train.weights import named_parts
@@ -68,9 +70,12 @@ def write_checkpoint(
     final, temporary = _places(folder, step)
     with removed_on_failure(temporary):
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, save_original_format=False)
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(contiguous, temporary / "optimizer.safetensors")
+        if has_adapters(model):  # they alone: the model under them stays as it was
+            _save_whole(trained_tensors(model), temporary / "model.safetensors")
+            _save_configuration(model, temporary)
+        else:
+            model.save_pretrained(temporary, save_original_format=False)
+        _save_whole(tensors, temporary / "optimizer.safetensors")
         _write_plain(temporary, step, tokenizer, plain)
         publish(temporary, final)
     _remove_others(folder, final, keep)
@@ -101,9 +106,7 @@ def write_parts_checkpoint(
         known = {name: digest for part in ranks.gather(digests) for name, digest in part.items()}
 
         def finish() -> None:
-            model.config.save_pretrained(temporary)
-            if model.can_generate():
-                model.generation_config.save_pretrained(temporary)
+            _save_configuration(model, temporary)
             _write_plain(temporary, step, tokenizer, plain)
             publish(temporary, final, known)
 
@@ -117,6 +120,16 @@ def _places(folder: Path, step: int) -> tuple[Path, Path]:
     temporary = folder / f"{WRITING}{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
     return folder / f"step-{step:06d}", temporary
+
+
+def _save_whole(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+
+
+def _save_configuration(model: Any, folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _write_plain(folder: Path, step: int, tokenizer: Any, plain: Mapping[str, Any]) -> None:
@@ -214,6 +227,11 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for replaced in folder.glob(f"{REPLACED}*"):  # killed between the two renames of `publish`
         if not (place := replaced.with_name(replaced.name.removeprefix(REPLACED))).exists():
             replaced.rename(place)
+    return newest_whole(folder)
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The same of a folder that another process may be writing into: nothing is changed there."""
     passed_over: list[tuple[Path, Path]] = []
     found = None
     for path in reversed(checkpoints(folder)):

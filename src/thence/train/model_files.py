@@ -58,7 +58,7 @@ def _no_configuration(folder: Path) -> RecipeError:
     if quantized:
         remedy = f"name the GGUF file: model.gguf_file = {quantized[0]!r}"
     elif (folder / _ADAPTER).is_file():
-        remedy = "it holds a PEFT adapter: merge it into its model, save the result, and give that folder"
+        remedy = f"it holds an adapter: merge it into its model (thence merge {folder} FOLDER), and give that folder"
     else:
         remedy = f"give a Hugging Face folder, with {_CONFIG}, weights and tokenizer"
     return RecipeError(f"holds no {_CONFIG}, so it is no model", remedy=remedy, file=folder, field="model.path")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,24 @@ from thence.models.layers import check_model, output_head
 from thence.models.packing import way_of
 from thence.objective import Term, TokenInputs, TokenStats, objective, token_statistics
 from thence.train.forward import compute_context, hidden_states
+from thence.train.lora import adapters_off
 from thence.train.micro_batches import MicroBatch
+
+
+class Scorer(Protocol):
+    """What log-probabilities are asked of: a policy, or one with its adapters off."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]: ...
+
+    def computing(self, dtype: torch.dtype) -> AbstractContextManager: ...
+
+    def settle(self) -> None: ...
 
 
 class Policy(nn.Module):
@@ -115,3 +132,33 @@ class Policy(nn.Module):
         for module in self.modules():  # layers too: with reshard_after_forward off they stay whole after a last forward
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class Unadapted:
+    """A policy scored with its adapters off: what it was before they were trained, without a second copy of it."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    @property
+    def model(self) -> Any:
+        """The model, its adapters as they stand."""
+        return self.policy.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.policy.device
+
+    def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As :meth:`Policy.statistics`."""
+        with adapters_off(self.policy.model):
+            return self.policy.statistics(micro, temperature)
+
+    def computing(self, dtype: torch.dtype) -> AbstractContextManager:
+        """As :meth:`Policy.computing`."""
+        return self.policy.computing(dtype)
+
+    def settle(self) -> None:
+        """As :meth:`Policy.settle`."""
+        self.policy.settle()

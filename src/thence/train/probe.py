@@ -20,10 +20,12 @@ from thence.models.layers import check_model
 from thence.models.probing import largest_difference, probe_tokens, tolerance
 from thence.objective import Batch, Logp, Normaliser, Row, Term, local_counts, trained_tokens
 from thence.train.checkpoint import checkpoints, write_checkpoint
+from thence.train.lora import adapters_off, stirred
 from thence.train.model import save_model
 from thence.train.policy import Policy
 from thence.train.state import load_weights
 from thence.train.step import StepSettings, accumulate_gradients
+from thence.train.weights import whole
 
 ROWS = ((2, 7), (3, 2), (1, 9), (4, 5))  # prompt and response tokens of the rows of the check
 SPARE = 1.2  # times what is needed, in memory and on disk
@@ -80,6 +82,41 @@ def check_gradient(model: Any, packing: bool = False) -> str:
             remedy="this architecture is not supported: please report it",
         )
     return f"{len(parameters)} tensors, {len(ROWS)} rows, against plain autograd"
+
+
+def check_adapters(policy: Policy, packing: bool = False) -> str:
+    """The same of adapters, changed a little for the while so that none is zero; and that merging them is exact.
+
+    Returns:
+        What was compared, for a reader.
+
+    Raises:
+        UserError: an adapter gets another gradient, or the model with adapters is not the one with them merged.
+        NotVerified: there is no memory for it.
+    """
+    model = policy.model
+    with stirred(model), torch.no_grad():
+        with torch.enable_grad():
+            said = check_gradient(model, packing)
+        token_ids = probe_tokens(model, 12)[None]
+        adapted = model(input_ids=token_ids, use_cache=False).logits
+        with whole(policy) as plain:
+            merged = plain(input_ids=token_ids, use_cache=False).logits
+        with adapters_off(model):
+            without = model(input_ids=token_ids, use_cache=False).logits
+    if largest_difference(merged, adapted) > 10 * tolerance(adapted.dtype, adapted.device):
+        raise UserError(
+            f"{type(model).__name__} reads a weight past its adapter: with adapters merged it gives other logits",
+            remedy="name other layers in model.lora.targets, or train without model.lora",
+            field="model.lora.targets",
+        )
+    if torch.equal(without, adapted):
+        raise UserError(
+            f"the adapters of {type(model).__name__} change nothing",
+            remedy="name other layers in model.lora.targets",
+            field="model.lora.targets",
+        )
+    return said
 
 
 def check_files(model: Any, tokenizer: Any, trust_remote_code: bool = False) -> str:

@@ -42,6 +42,11 @@ def stored(folder: Path) -> dict[str, torch.Size]:
     return {name: found.size for name, found in _described(folder).items()}
 
 
+def types_of(folder: Path) -> dict[str, torch.dtype]:
+    """The tensors in a checkpoint's files and the types of their numbers."""
+    return {name: found.properties.dtype for name, found in _described(folder).items()}
+
+
 def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill these tensors in place, each rank its part. All ranks call it, where one of the tensors is cut.
 

@@ -21,7 +21,7 @@ from thence.models.packing import attending
 from thence.objective import BareRow, Batch, TokenStats, divisors, local_counts
 from thence.train.micro_batches import scoring_passes, step_passes
 from thence.train.parallel import Ranks, SingleProcess
-from thence.train.policy import Policy
+from thence.train.policy import Policy, Scorer
 from thence.train.step_sums import StepSums
 
 Observer = Callable[[Sequence[int], TokenStats], None]
@@ -165,7 +165,7 @@ def accumulate_gradients(
 
 
 def policy_statistics(
-    policy: Policy,
+    policy: Scorer,
     rows: Sequence[BareRow],
     temperature: float,
     settings: StepSettings,

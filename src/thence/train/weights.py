@@ -1,6 +1,7 @@
 """The one seam between a policy and its weights as everybody else knows them: whole tensors under the model's names.
 
-A policy may be cut over ranks. Who samples, publishes or hands weights to another process asks here for whole ones.
+A policy may be cut over ranks, and have adapters. Who samples, publishes or hands weights to another process asks here
+for whole ones, adapters merged: ``W + scale B A`` in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -14,28 +15,50 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from thence.train.lora import has_adapters, places_of, trained_tensors
 from thence.train.policy import Policy
 
 
 def named_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and every buffer that a checkpoint keeps, once, by its first name; shards as shards."""
+    """Every parameter and every buffer that a checkpoint keeps, once, by its first name; shards as shards.
+
+    Of a model with adapters, what is trained: everything else is in the model that training started from.
+    """
+    if has_adapters(model):
+        yield from trained_tensors(model).items()
+        return
+    yield from _all_parts(model)
+
+
+def _all_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     kept = model.state_dict(keep_vars=True)
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """As :func:`named_parts`, but whole, one at a time. All ranks iterate to the end: gathering is done by all."""
-    for name, part in named_parts(policy.model):
-        value = part.detach()
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+    """Parameters and buffers as the plain model has them, one at a time. All ranks iterate to the end.
+
+    Gathering shards is done by all ranks together.
+    """
+    places = places_of(policy.model)
+    for name, part in _all_parts(policy.model):
+        if (plain := places.plain(name)) is None:
+            continue
+        value, merge = _whole(part.detach()), places.merge(name)
+        yield plain, value if merge is None else merge.into(value, _whole)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @contextmanager
 def whole(policy: Policy, *, first_rank_only: bool = False) -> Iterator[Any]:
     """A plain Hugging Face model that holds the policy's weights as they stand. All ranks enter and leave together.
 
-    A policy that is not cut gives its own model. Otherwise a whole copy of the weights is held while this lasts.
+    A policy that is not cut and has no adapters gives its own model. Otherwise a copy is held while this lasts: of all
+    weights, or, of a policy that is not cut, of those that an adapter changes.
 
     Args:
         first_rank_only: the other ranks get None, and the copy is in host memory: for writing files.
@@ -43,17 +66,20 @@ def whole(policy: Policy, *, first_rank_only: bool = False) -> Iterator[Any]:
     if policy.skeleton is None:
         yield policy.model
         return
-    leads = not first_rank_only or torch.distributed.get_rank() == 0
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    leads = not (first_rank_only and ranks) or torch.distributed.get_rank() == 0
     tensors = named_weights(policy)
     if not leads:
-        for _ in tensors:
+        for _ in tensors if policy.sharded else ():
             pass
         yield None
         return
     device = torch.device("cpu") if first_rank_only else policy.device
     found = {name: value.to(device) for name, value in tensors}
     # a rank that was sent its weights has no buffers in the skeleton either
-    found |= {name: value.to(device) for name, value in policy.model.named_buffers()}
+    places = places_of(policy.model)
+    buffers = ((places.plain(name), value) for name, value in policy.model.named_buffers())
+    found |= {name: value.to(device) for name, value in buffers if name is not None}
     empty = fill(policy.skeleton, found)
     try:
         yield policy.skeleton

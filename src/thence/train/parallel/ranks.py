@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thence.errors import UserError
+from thence.train.parallel.meeting import meet
 
 BUCKET_ELEMENTS = 16 * 2**20
 
@@ -195,9 +196,8 @@ def start_ranks() -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     if rank_variable("WORLD_SIZE") == 1:
         return SingleProcess(), device
-    rank_variable("RANK")  # for its error; torch reads it itself
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device))
+        meet(_backend(device), rank_variable("RANK"), rank_variable("WORLD_SIZE"))
     return DataParallel(device), device
 
 

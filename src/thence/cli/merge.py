@@ -1,0 +1,43 @@
+"""``thence merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, trust_remote_code: bool = False) -> int:
+    """Merge a LoRA adapter into its model: a plain Hugging Face folder.
+
+    It takes the folder of an adapter, as peft writes it, or a run that trains adapters: of the last training stage that
+    has begun the finished model, or what its newest checkpoint holds, merged. The weights are written in float32.
+
+    Examples:
+
+      thence merge some/adapter merged --base Qwen/Qwen2.5-0.5B
+      thence merge runs/mine-seed0:sft merged
+
+    Args:
+        adapter: The folder of an adapter, a run, or RUN:STAGE.
+        folder: The folder to write. It must be empty or not there.
+        base: The model that the adapter belongs to. Default: the one that the adapter names.
+        trust_remote_code: Run Python code that the model ships.
+    """
+    from thence.cli.app import quiet_libraries
+    from thence.pipeline.adapters import merge_checkpoint
+    from thence.pipeline.trained import find_trained
+    from thence.train.export import check_free, export
+    from thence.train.merge import is_adapter, merge
+
+    check_free(folder)
+    quiet_libraries()
+    if is_adapter(Path(adapter).expanduser()):
+        merge(Path(adapter).expanduser(), folder, base, trust_remote_code=trust_remote_code)
+    else:
+        found = find_trained(adapter)
+        print(f"merges {found.words}", flush=True)
+        if (found.folder / "state.json").is_file():
+            merge_checkpoint(found.folder, folder)
+        else:
+            export(found.folder, folder, trust_remote_code=trust_remote_code or found.trust_remote_code)
+    print(f"written: {folder}")
+    return 0
