@@ -87,7 +87,7 @@ def test_a_new_version_of_the_grader_replaces_old_grades(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = run(tmp_path / "e", settings_of(data), Counting())
-    monkeypatch.setattr("thence.evaluate.run.grader_version", lambda grader: "newer")
+    monkeypatch.setattr("thence.evaluate.run.grader_version", lambda grader, right_from: "newer")
     run(tmp_path / "e", settings_of(data), Counting())
     assert summarise(store).tasks[0].versions == ("newer",)
 
