@@ -34,7 +34,7 @@ import thence.pipeline.context as context
 import thence.pipeline.sampler as sampler
 import thence.pipeline.run as running
 import thence.train.checkpoint as checkpoint
-import thence.train.step as step_module
+import thence.train.policy as policy
 import thence.train.trainer as trainer
 from thence.pipeline.folder import RunFolder
 
@@ -111,7 +111,7 @@ def arm(point):
     before(running, "run_stage", stage_begins)
     before(trainer.Trainer, "restore", resumed)
     before(trainer.Trainer, "step", optimizer_step_begins)
-    before(step_module, "objective", forward)
+    before(policy, "objective", forward)
     before(torch.optim.AdamW, "step", lambda *rest, **named: fate.at("gradient-ready", fate.steps))
     before(sampler, "respond", lambda *rest: fate.at("sampling", fate.steps // 2 + 1))
     before(RunFolder, "log", log)

@@ -16,7 +16,7 @@ def weight_bytes(compute_dtype: str) -> int:
 
 
 def choose_layout(parallel: str, ranks: int, state_bytes: float, device_bytes: float) -> Layout:
-    """The layout of training that a recipe's ``parallel`` amounts to: ``auto`` cuts what a device cannot hold whole.
+    """The layout of training that a recipe's ``parallel`` means: ``auto`` cuts what a device cannot hold whole.
 
     Args:
         ranks: processes that share each step.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from thence.errors import UserError, first_line
 from thence.models.layers import decoder_of
-from thence.train.parallel.ranks import DataParallel, Ranks, local_norm
+from thence.train.parallel.ranks import DataParallel, local_norm
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,3 @@ def _from_first_rank(tensor: Tensor, device: torch.device) -> Tensor:
     real = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device).contiguous()
     dist.broadcast(real, src=0)
     return nn.Parameter(real, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else real
-
-
-def kind_of(ranks: Ranks) -> Literal["none", "ddp", "fsdp2", "hsdp"]:
-    """What the ranks amount to, by the name that a recipe gives it."""
-    if isinstance(ranks, Sharded):
-        return "hsdp" if ranks.mesh.ndim == 2 else "fsdp2"
-    return "ddp" if ranks.world > 1 else "none"
