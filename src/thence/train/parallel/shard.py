@@ -6,7 +6,7 @@ many passes, since the ranks gather weights together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from thence.errors import UserError, first_line
+from thence.explain import is_of_system
 from thence.models.layers import decoder_of
 from thence.train.parallel.ranks import DataParallel, local_norm
 
@@ -115,19 +116,10 @@ def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
     precision = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=None if cast is None else torch.float32)
     offload = CPUOffloadPolicy() if sharding.offload and ranks.device.type != "cpu" else OffloadPolicy()
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    name = type(policy.model).__name__
-    try:
-        for layer in layers_of(policy.model):
-            materialise(layer, ranks.device)
-            fully_shard(layer, reshard_after_forward=sharding.reshard_after_forward, **options)
-        materialise(policy, ranks.device)
-        fully_shard(policy, reshard_after_forward=sharding.reshard_after_forward, **options)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"{name} cannot be cut over ranks: {first_line(error)}",
-            remedy='set parallel = "ddp", where every rank holds the whole model',
-            field="parallel",
-        ) from error
+    options["reshard_after_forward"] = sharding.reshard_after_forward
+    for module in (*layers_of(policy.model), policy):
+        materialise(module, ranks.device)
+        _cut(module, type(policy.model).__name__, options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their average
@@ -135,6 +127,20 @@ def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
     policy.sum_every_pass = sharding.sum_every_pass
     register_fsdp_forward_method(policy, "statistics")
     return Sharded(ranks.device, mesh)
+
+
+def _cut(module: nn.Module, name: str, options: Mapping[str, Any]) -> None:
+    """Cut one module. Raises UserError: FSDP cannot. Lack of memory and lost ranks are raised as they are."""
+    try:
+        fully_shard(module, **options)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | dist.DistError) or is_of_system(error):
+            raise
+        raise UserError(
+            f"{name} cannot be cut over ranks: {first_line(error)}",
+            remedy='set parallel = "ddp", where every rank holds the whole model',
+            field="parallel",
+        ) from error
 
 
 def layers_of(model: Any) -> list[nn.Module]:
