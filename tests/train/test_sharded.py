@@ -5,11 +5,7 @@ This file is also the script of the ranks: ``on_each_rank`` runs in each of them
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests import ROOT
 from tests.oracle import VARIANTS, make_batch, make_case, relative
 from tests.tiny_model import make_tiny_model
+from tests.train.ranks import run_ranks
 from thence.errors import StepRefused, UserError
 from thence.objective import Batch
 from thence.train.cut_probe import check_cut, gradient_sums
@@ -160,34 +156,19 @@ def on_each_rank(replicas: int) -> dict[str, Any]:
     return found
 
 
-def run_ranks(folder: Path, world: int, replicas: int) -> list[dict[str, Any]]:
-    script = folder / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import os, torch\ntorch.set_num_threads(1)\nfrom tests.train import test_sharded\n"
-        f"torch.save(test_sharded.on_each_rank({replicas}), {str(folder)!r} + '/' + os.environ['RANK'])\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), script]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("two"), 2, 1)
+    return run_ranks(tmp_path_factory.mktemp("two"), "tests.train.test_sharded", 2, 1)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("four"), 4, 1)
+    return run_ranks(tmp_path_factory.mktemp("four"), "tests.train.test_sharded", 4, 1)
 
 
 @pytest.fixture(scope="module")
 def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("hsdp"), 4, 2)
+    return run_ranks(tmp_path_factory.mktemp("hsdp"), "tests.train.test_sharded", 4, 2)
 
 
 def assert_as_alone(found: list[dict[str, Any]], name: str, case: dict[str, Any]) -> None:

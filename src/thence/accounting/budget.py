@@ -38,6 +38,7 @@ from thence.accounting.memory import (
     state_memory,
     whole_copy,
 )
+from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
 from thence.toml import parse_toml
 
@@ -59,6 +60,8 @@ class StagePlan:
     memory: Memory | None = None
     rollout_rows: int | None = None
     """Responses that a rank samples in parallel."""
+    sent: tuple[Sent, ...] = ()
+    """What a rank sends to others in an optimizer step, and before it samples."""
 
     def most_rows(self, device_bytes: float) -> int | None:
         """How many responses a rank of so much memory can sample in parallel; None: the stage samples none itself."""
@@ -226,7 +229,8 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
         pairs = rows * causal_pairs(length)
         how = (sft.activation_checkpointing, known.held.adapters)
         exact = training_flops(known.counts, rows * length, pairs, loss_tokens, *how)
-    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory)
+    sent = _sent(sft, sft.batch * length, known)
+    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory, sent=sent)
 
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
@@ -243,7 +247,11 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
         exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
-    return StagePlan(name, kind_of(name), steps, rows * response, rows * response, rule, exact, memory, parallel)
+    sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (prompt + response), known)
+    if known.counts and rl.engine != "vllm":
+        sent += sampling_traffic(known.counts, known.held)
+    trained = rows * response
+    return StagePlan(name, kind_of(name), steps, trained, trained, rule, exact, memory, parallel, sent)
 
 
 def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePlan:
@@ -276,6 +284,16 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
             *more,
         )
     )
+
+
+def _sent(stage: Sft | Rl, tokens: float, known: _Known) -> tuple[Sent, ...]:
+    """What a rank sends in an optimizer step over so many tokens."""
+    if known.counts is None or known.ranks == 1:
+        return ()
+    passes = max(1, math.ceil(tokens / known.ranks / stage.micro_batch_tokens))
+    if known.held.cut:
+        known.assume(f"a step has {passes:,} passes a rank: micro-batches are counted as full")
+    return step_traffic(known.counts, known.held, known.ranks, passes)
 
 
 def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:

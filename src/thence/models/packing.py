@@ -53,6 +53,11 @@ def way_of(model: Any) -> Way:
     return found
 
 
+def is_known(model: Any) -> bool:
+    """Whether :func:`way_of` has been asked of this model, or was told."""
+    return model in _ways
+
+
 def know_way(model: Any, way: Way) -> None:
     """Take over how this model packs, where another rank has found it with the whole model."""
     _ways[model] = way

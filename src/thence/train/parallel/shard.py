@@ -116,10 +116,11 @@ def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
     precision = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=None if cast is None else torch.float32)
     offload = CPUOffloadPolicy() if sharding.offload and ranks.device.type != "cpu" else OffloadPolicy()
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    options["reshard_after_forward"] = sharding.reshard_after_forward
     for module in (*layers_of(policy.model), policy):
         materialise(module, ranks.device)
-        _cut(module, type(policy.model).__name__, options)
+        # FSDP keeps the root when it is not told: the backward pass starts with the head
+        free = None if module is policy and sharding.reshard_after_forward else sharding.reshard_after_forward
+        _cut(module, type(policy.model).__name__, {**options, "reshard_after_forward": free})
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their average
