@@ -205,7 +205,8 @@ class _Walk:
             gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
         solver.move_to(state)
         earlier = self._gradients[::-1][:2]
-        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, self.case.label_smoothing)
+        asked = (self.case.label_smoothing, self.case.ranks, self.case.clip)
+        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, *asked)
         explanation = explain(solver, update)
         self._gradients.append(gradient)
         if not explanation.fits:
