@@ -14,10 +14,11 @@ from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
     "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing", "rows-dropped", "ranks-differ",
-    "differs-by-parameter", "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean", "pass-mean",
-    "sequence-mean", "micro-batch-sequence-mean", "constant-divisor", "token-dependent", "double-counted", "leak",
-    "prompt-trained", "padding-trained", "end-missing", "first-missing", "window-mixed", "scale-by-parameter",
-    "clipped-by-shard", "scale-by-shard", "incomplete-window-scaled", "scale-accumulation", "scale-ranks", "scale",
+    "frozen-moved", "differs-by-parameter", "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean",
+    "pass-mean", "sequence-mean", "micro-batch-sequence-mean", "constant-divisor", "token-dependent",
+    "double-counted", "leak", "prompt-trained", "padding-trained", "end-missing", "first-missing", "window-mixed",
+    "scale-by-parameter", "clipped-by-shard", "scale-by-shard", "incomplete-window-scaled", "scale-accumulation",
+    "scale-ranks", "scale",
 )  # fmt: skip
 """The order in which faults are named where there are several."""
 
