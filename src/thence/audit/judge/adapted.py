@@ -31,7 +31,10 @@ def add_adapters(model: nn.Module, said: Mapping[str, Any]) -> None:
     try:
         peft.inject_adapter_in_model(config, model, adapter_name="default")
     except ValueError as error:
-        raise UserError(f"the case's adapters cannot be put into the probe's model: {error}") from error
+        raise UserError(
+            f"the case's adapters cannot be put into the probe's model: {error}",
+            remedy="let the adapter say which modules of the model have adapters",
+        ) from error
 
 
 def followed(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[Finding]]:
@@ -46,8 +49,9 @@ def followed(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> tuple[
     parameters = dict(model.named_parameters())
     if lacking := [name for name in parameters if name not in states[0]]:
         raise UserError(
-            f"the adapter kept {len(states[0])} of {len(parameters)} parameters of the model with LoRA in it, without "
-            f"{lacking[0]}"
+            f"{len(lacking)} of {len(parameters)} parameters of the model with LoRA in it were not kept, "
+            f"{lacking[0]} among them",
+            remedy="keep the parameters of the whole model under its own names, frozen ones too",
         )
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]

@@ -134,7 +134,10 @@ class Judge:
         key = repr(sorted(said.items()))
         if key not in self._adapted:
             if self._probe is None:
-                raise UserError("adapters are judged in the cases of a probe only")
+                raise UserError(
+                    "adapters are judged on the audit's own probe only",
+                    remedy="audit the trainer through an adapter of `thence audit`",
+                )
             judge = Judge.of_probe(self._probe)
             add_adapters(judge.model, said)
             self._adapted[key] = judge

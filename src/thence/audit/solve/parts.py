@@ -105,32 +105,33 @@ def _scaled(solver: StepSolver, update: ObservedUpdate, parts: Parts) -> tuple[E
     changed = np.bincount(parts.of, np.abs(update.gradient), minlength=len(parts.names))
     if len(present) < 2 or (changed[present] == 0).any() or sizes[largest] < 2 * len(design.columns):
         return None
-    factors = np.ones(len(parts.names))
     own = parts.of == largest
-    fit = LeastSquares(design.columns[:, own]).solve(update.gradient[own])
-    rest = np.inf
+    fit, rest = LeastSquares(design.columns[:, own]).solve(update.gradient[own]), np.inf
     for _ in range(_ROUNDS):
-        predicted = fit.weights @ design.columns
-        against = np.bincount(parts.of, predicted * update.gradient, minlength=len(factors))
-        squares = np.bincount(parts.of, predicted**2, minlength=len(factors))
-        factors = against / np.where(squares > 0, squares, 1.0)
-        factors = factors / _usual(factors, sizes)
+        factors = _factors(fit.weights @ design.columns, update.gradient, parts, sizes)
         scaled = replace(design, columns=design.columns * factors[parts.of])
         fit = LeastSquares(scaled.columns).solve(update.gradient)
-        explanation = solver.explanation(scaled, fit, update)
-        if explanation.fits or fit.residual > 0.9 * rest:
-            break
+        if fit.residual <= update.tolerance:
+            known = factors[present]
+            apart = (known > 0).all() and np.ptp(known) > _SAME * known.max()
+            return (solver.explanation(scaled, fit, update), factors) if apart else None
+        if fit.residual > 0.9 * rest:
+            return None
         rest = fit.residual
-    if not explanation.fits:
-        return None
-    if not (factors[present] > 0).all() or np.ptp(factors[present]) <= _SAME * factors[present].max():
-        return None
-    return explanation, factors
+    return None
+
+
+def _factors(predicted: np.ndarray, gradient: np.ndarray, parts: Parts, sizes: np.ndarray) -> np.ndarray:
+    """The factor of every part that brings the predicted gradient nearest to the real one; most coordinates have 1."""
+    against = np.bincount(parts.of, predicted * gradient, minlength=len(sizes))
+    squares = np.bincount(parts.of, predicted**2, minlength=len(sizes))
+    factors = against / np.where(squares > 0, squares, 1.0)
+    return factors / _usual(factors, sizes)
 
 
 def _usual(factors: np.ndarray, sizes: np.ndarray) -> float:
     """The factor that most coordinates have, or nearly."""
-    alike = np.abs(factors[:, None] / factors[None, :] - 1) < _SAME
+    alike = np.abs(factors[:, None] - factors[None, :]) < _SAME * np.abs(factors[None, :])
     return float(factors[int((alike * sizes[:, None]).sum(0).argmax())]) or 1.0
 
 
