@@ -2,7 +2,8 @@
 
     python benchmarks/audit_mutation.py [--probes 50] [--clean 500] [--seed 0] [--only NAME ... [--add]]
 
-Writes docs/evidence/audit-mutation.json and prints the table; with ``--add`` only the rows of these faults are new. About a quarter of a second a probe on one core.
+Writes docs/evidence/audit-mutation.json and prints the table; with ``--add`` only the rows of these faults are new.
+About a quarter of a second a probe on one core.
 """
 
 from __future__ import annotations

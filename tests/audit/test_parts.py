@@ -41,7 +41,7 @@ def judged(probe: Probe, judge: Judge, case: Case, change: Callable[[State], Sta
 
 def clipped(gradient: State, ranks: int, clip: float = CLIP) -> State:
     """Every rank's rows of every parameter, clipped by the norm of these rows."""
-    parts = [{name: list(g.chunk(ranks)) for name, g in gradient.items()}][0]
+    parts = {name: list(g.chunk(ranks)) for name, g in gradient.items()}
     for rank in range(ranks):
         norm = torch.stack([chunks[rank].norm() for chunks in parts.values() if rank < len(chunks)]).norm()
         for chunks in parts.values():
@@ -72,8 +72,7 @@ def test_a_shard_below_the_clip_stays_as_it_is(probe: Probe, judge: Judge) -> No
 
     assert not faults(judged(probe, judge, case_of(), between))
     clip = sum(norms) / 2
-    gradient_factor = clip / max(norms)
-    assert gradient_factor < 0.999
+    assert 0.9 < clip / max(norms) < 0.995  # the factors differ by less than the eye sees in a log
     result = judged(probe, judge, case_of(clip=clip), lambda g: clipped(g, 2, clip))
     assert faults(result) == {"clipped-by-shard"}
 

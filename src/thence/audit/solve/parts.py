@@ -18,8 +18,8 @@ from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
 
 _ROUNDS = 12
 """Most turns of fitting weights, then factors."""
-_SAME = 0.01
-"""Norms and factors that differ by less count as equal."""
+_SAME, _SAMPLED = 1e-3, 0.05
+"""Norms and factors that differ by less count as equal; norms estimated from a sample of the coordinates."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def clipped_by_shard(solver: StepSolver, update: ObservedUpdate) -> Explanation 
         norms = _norms(solver.differentiator, update.gradient, parts)
         said = ", ".join(f"{factor:.3g}" for factor in factors / factors.max())
         scaled = f"the parts that {world} ranks hold of the parameters are scaled by {said}"
-        at_clip, whole = np.abs(norms - update.clip) < _SAME * update.clip, factors > (1 - _SAME) * factors.max()
+        exact = solver.differentiator.coordinates is None
+        at_clip = np.abs(norms - update.clip) < (_SAME if exact else _SAMPLED) * update.clip
+        whole = factors > (1 - _slack(update)) * factors.max()
         if (at_clip | (whole & (norms < update.clip))).all():
             detail = f"{scaled}: each was clipped to norm {update.clip:g} by itself"
             return replace(explanation, assumed=("clipped-by-shard",), detail=detail)
@@ -67,7 +69,7 @@ def scaled_by_parameter(solver: StepSolver, update: ObservedUpdate) -> Explanati
     if found is None:
         return None
     explanation, factors = found
-    other = np.abs(factors - 1) > _SAME
+    other = np.abs(factors - 1) > _slack(update)
     names = [name for (name, _), differs in zip(blocks, other, strict=True) if differs]
     times = ", ".join(sorted({f"{factor:.3g}" for factor in factors[other]}))
     detail = (
@@ -108,12 +110,12 @@ def _scaled(solver: StepSolver, update: ObservedUpdate, parts: Parts) -> tuple[E
     own = parts.of == largest
     fit, rest = LeastSquares(design.columns[:, own]).solve(update.gradient[own]), np.inf
     for _ in range(_ROUNDS):
-        factors = _factors(fit.weights @ design.columns, update.gradient, parts, sizes)
+        factors = _factors(fit.weights @ design.columns, update, parts, sizes)
         scaled = replace(design, columns=design.columns * factors[parts.of])
         fit = LeastSquares(scaled.columns).solve(update.gradient)
         if fit.residual <= update.tolerance:
             known = factors[present]
-            apart = (known > 0).all() and np.ptp(known) > _SAME * known.max()
+            apart = (known > 0).all() and np.ptp(known) > _slack(update) * known.max()
             return (solver.explanation(scaled, fit, update), factors) if apart else None
         if fit.residual > 0.9 * rest:
             return None
@@ -121,18 +123,19 @@ def _scaled(solver: StepSolver, update: ObservedUpdate, parts: Parts) -> tuple[E
     return None
 
 
-def _factors(predicted: np.ndarray, gradient: np.ndarray, parts: Parts, sizes: np.ndarray) -> np.ndarray:
+def _factors(predicted: np.ndarray, update: ObservedUpdate, parts: Parts, sizes: np.ndarray) -> np.ndarray:
     """The factor of every part that brings the predicted gradient nearest to the real one; most coordinates have 1."""
-    against = np.bincount(parts.of, predicted * gradient, minlength=len(sizes))
+    against = np.bincount(parts.of, predicted * update.gradient, minlength=len(sizes))
     squares = np.bincount(parts.of, predicted**2, minlength=len(sizes))
     factors = against / np.where(squares > 0, squares, 1.0)
-    return factors / _usual(factors, sizes)
+    alike = np.abs(factors[:, None] - factors[None, :]) < _slack(update) * np.abs(factors[None, :])
+    usual = factors[int((alike * sizes[:, None]).sum(0).argmax())]
+    return factors / usual if usual else factors
 
 
-def _usual(factors: np.ndarray, sizes: np.ndarray) -> float:
-    """The factor that most coordinates have, or nearly."""
-    alike = np.abs(factors[:, None] - factors[None, :]) < _SAME * np.abs(factors[None, :])
-    return float(factors[int((alike * sizes[:, None]).sum(0).argmax())]) or 1.0
+def _slack(update: ObservedUpdate) -> float:
+    """Factors that differ by less may be equal: arithmetic in bfloat16 blurs them."""
+    return max(_SAME, update.tolerance)
 
 
 def _norms(differentiator: Differentiator, gradient: np.ndarray, parts: Parts) -> np.ndarray:
