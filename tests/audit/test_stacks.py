@@ -94,8 +94,8 @@ def test_a_plain_fsdp2_loop_that_counts_all_tokens_and_adds_gradients_up_is_in_o
 
 def test_what_plain_fsdp2_loops_get_wrong_is_named() -> None:
     wrong = {
-        "divided by all tokens, then averaged, 2 ranks": {"scale-ranks"},
-        "divided by all tokens, then averaged, 4 ranks": {"scale-ranks"},
+        "all tokens, then averaged, 2 ranks": {"scale-ranks"},
+        "all tokens, then averaged, 4 ranks": {"scale-ranks"},
         "divisor set on the root module only, 2 ranks": {"scale-by-parameter", "scale-ranks"},
         "divided by the rank's tokens, 2 ranks": {"rank-mean"},
         "documented loop, 2 ranks, micro 2 x 2": {"micro-batch-mean"},
@@ -106,8 +106,8 @@ def test_what_plain_fsdp2_loops_get_wrong_is_named() -> None:
     assert report.verdict.exit_code == 1
     assert named(report) == wrong, str(report)
     scales = {case.case.name: case.steps[0].scale for case in report.cases}
-    assert scales["divided by all tokens, then averaged, 4 ranks"] == pytest.approx(1 / 4, rel=1e-3)
-    assert "set_gradient_divide_factor" in report.verdict.remedy or "clip_grad_norm_" in report.verdict.remedy
+    assert scales["all tokens, then averaged, 4 ranks"] == pytest.approx(1 / 4, rel=1e-3)
+    assert "set_gradient_divide_factor" in report.verdict.remedy and "clip_grad_norm_" in report.verdict.remedy
 
 
 def test_a_plain_loop_of_mean_losses_on_ranks_is_a_mean_of_rank_means() -> None:

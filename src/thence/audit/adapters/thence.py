@@ -70,7 +70,7 @@ CASES: tuple[dict, ...] = (
             ("bfloat16, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"precision": "autocast"}),
             ("AdamW, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"optimizer": "adamw"}),
             ("clipped, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"clip": CLIP}),
-            ("bfloat16, checkpointing, 2 replicas of 2 ranks", "token-mean", (2, 1, 4), _REPLICAS, _BOTH),
+            ("bf16 and checkpointing, 4 ranks", "token-mean", (2, 1, 4), _REPLICAS, _BOTH),
         )
     ),
     *(

@@ -60,7 +60,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         objective,
         asked,
         (_what(main, worst, hit, judged, asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
-        " ".join(dict.fromkeys(CATALOGUE[i].remedy for i in ids[:2])),
+        " ".join(list(dict.fromkeys(CATALOGUE[i].remedy for i in ids))[:3]),
         public_reports(versions, ids),
     )
 
