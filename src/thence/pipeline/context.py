@@ -160,7 +160,8 @@ def step_of(name: str, stage: Optimization) -> TakeStep:
 
     Raises:
         UserError: an unknown fault.
-        RecipeError: a fault that no checkpoint could resume, or a batch that cannot be cut as it says.
+        RecipeError: a fault that no checkpoint could resume, or that changes nothing because nothing is clipped, or a
+            batch that cannot be cut as it says.
     """
     if stage.fault is None:
         return train_step
@@ -170,6 +171,12 @@ def step_of(name: str, stage: Optimization) -> TakeStep:
                 f"{fault.name} carries something from step to step that no checkpoint keeps",
                 remedy="take another fault; `thence audit` and the tests of thence run this one",
                 field=f"{name}.fault",
+            )
+        if fault.needs.clip and not stage.clip_norm:
+            raise RecipeError(
+                f"{fault.name} is a way of clipping, and nothing is clipped: clip_norm is 0",
+                remedy=f"set {name}.clip_norm, or leave the fault out",
+                field=f"{name}.clip_norm",
             )
     rows = stage.batch if isinstance(stage, Sft) else 0
     if isinstance(stage, Rl):

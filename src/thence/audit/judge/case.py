@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.diagnose import diagnose_step
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.judge.weights import FLOORS, AskedObjective
@@ -72,6 +73,8 @@ class Judge:
     ):
         self.model, self.known, self.texts, self.pad, self.end = model, list(known), list(texts), pad, end
         self._solvers: dict[tuple, StepSolver] = {}
+        self._probe: Probe | None = None
+        self._adapted: dict[str, Judge] = {}
 
     @classmethod
     def of_probe(cls, probe: Probe) -> Judge:
@@ -85,7 +88,9 @@ class Judge:
             prompt = tuple(ids[c] for c in example.prompt)
             response = tuple(ids[c] for c in example.response)
             known.append(KnownExample(prompt, response, row, labels))
-        return cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge = cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge._probe = probe
+        return judge
 
     def observation(self, observed: Observation) -> CaseResult:
         """Judge what an adapter's processes left behind.
@@ -109,8 +114,34 @@ class Judge:
             longest=float(said.get("longest", 0.0)),
             lr=said.get("lr"),
         )
-        result = self.case(case, evidence)
+        judge: Judge = self
+        if "lora" in said:
+            try:
+                judge = self.with_adapters(said["lora"])
+                trained, moved = followed(judge.model, states)
+            except UserError as error:
+                return CaseResult(case, "not judged", str(error), seconds=observed.seconds)
+            evidence, findings = replace(evidence, states=trained), [*findings, *moved]
+        result = judge.case(case, evidence)
         return replace(result, findings=(*findings, *result.findings), seconds=observed.seconds)
+
+    def with_adapters(self, said: Mapping[str, Any]) -> Judge:
+        """The judge of the same probe with LoRA adapters in the model.
+
+        Raises:
+            UserError: peft is not installed, or cannot make such adapters; or this is the judge of no probe.
+        """
+        key = repr(sorted(said.items()))
+        if key not in self._adapted:
+            if self._probe is None:
+                raise UserError(
+                    "adapters are judged on the audit's own probe only",
+                    remedy="audit the trainer through an adapter of `thence audit`",
+                )
+            judge = Judge.of_probe(self._probe)
+            add_adapters(judge.model, said)
+            self._adapted[key] = judge
+        return self._adapted[key]
 
     def case(self, case: Case, evidence: Evidence) -> CaseResult:
         """Judge the steps of a case, in order, up to the first that cannot be judged.
@@ -205,7 +236,8 @@ class _Walk:
             gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
         solver.move_to(state)
         earlier = self._gradients[::-1][:2]
-        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, self.case.label_smoothing)
+        asked = (self.case.label_smoothing, self.case.ranks, self.case.clip)
+        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, *asked)
         explanation = explain(solver, update)
         self._gradients.append(gradient)
         if not explanation.fits:
