@@ -170,6 +170,8 @@ class Optimization(Section):
     """Recompute activations in the backward pass to save memory. 2: of every second layer, 3: of every third, ..."""
     checkpoint_every: Steps = 10
     """Steps between checkpoints. The last step of a stage always has one."""
+    checkpoint_async: bool = False
+    """Write checkpoints while training goes on, from a copy in host memory. One at a time: the next one waits."""
     flops: Flops | None = None
     """Budget in FLOPs; the stage ends at the nearest step. N parameters: 6N per trained token, 2N per sampled one."""
     tokens: TokenBudget | None = None
