@@ -191,6 +191,20 @@ def test_of_every_kth_layer_the_input_alone_is_kept_and_its_forward_pass_is_coun
     assert again == pytest.approx(forward_flops(counts, 40, 900, 0) * len(recomputed) / 5)
 
 
+def test_a_checkpoint_written_beside_training_takes_weights_and_moments_once_more():
+    plain = recipe(stages=["sft"], sft={"steps": 1})
+    beside = recipe(stages=["sft"], sft={"steps": 1, "checkpoint_async": True})
+    memory = [
+        plan(each, on_host=there).stages[0].memory for each, there in ((plain, True), (beside, True), (beside, False))
+    ]
+    none, there, away = (found for found in memory if found is not None)
+    copy = 12 * parameters(SMALL | {"model_type": "llama"}).total
+    assert there.peak - none.peak == copy  # on a CPU
+    assert away.peak == none.peak and away.held("host") == copy  # beside a GPU
+    cut = plan(recipe(stages=["sft"], sft={"steps": 1, "checkpoint_async": True}, parallel="fsdp2"), ranks=4)
+    assert cut.stages[0].memory is not None and cut.stages[0].memory.held("host") == -(-copy // 4)
+
+
 def test_the_planned_logit_chunk_is_the_engines():
     from thence.objective import fused
 

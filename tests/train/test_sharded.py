@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,30 @@ def test_four_ranks_take_the_steps_of_one_process(name: str, four: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_replicas_of_two_ranks_take_the_steps_of_one_process(name: str, two_by_two: Any) -> None:
     assert_as_alone(two_by_two, name, CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+        (torch.distributed.DistBackendError("Connection closed by peer"), torch.distributed.DistError),
+        (ValueError("FSDP does not support containers that do not implement forward"), UserError),
+        (RuntimeError("cannot cut a tensor of this kind"), UserError),
+    ],
+)
+def test_lack_of_memory_and_lost_ranks_are_not_called_a_model_that_cannot_be_cut(
+    error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutting = import_module("thence.train.parallel.shard")  # its package has a function of this name
+
+    def fails(module: nn.Module, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cutting, "fully_shard", fails)
+    with pytest.raises(raised) as caught:
+        cutting._cut(nn.Linear(2, 2), "LlamaForCausalLM", {})
+    if raised is UserError:
+        assert "LlamaForCausalLM cannot be cut over ranks" in str(caught.value) and caught.value.__cause__ is error
+    else:
+        assert caught.value is error

@@ -132,6 +132,21 @@ def reference_memory(counts: Counts, held: Held) -> Line:
     return Line("reference", -(-counts.total * held.width // share), text, "host" if away else "always")
 
 
+def checkpoint_memory(counts: Counts, held: Held, on_host: bool) -> Line:
+    """The copy of weights and moments that a checkpoint is written from while training goes on, in host memory.
+
+    Args:
+        on_host: training itself is in host memory, where the copy then stands beside it.
+    """
+    share = held.parts if held.cut else 1
+    trained = held.adapters or counts.total
+    by = f" / {share} ranks" if held.cut else ""
+    text = f"{trained:,} parameters x 3 x {held.width} B (weights and moments){by}"
+    return Line(
+        "checkpoint being written", -(-trained * 3 * held.width // share), text, "always" if on_host else "host"
+    )
+
+
 def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
     """The whole weights of a policy that is cut or has adapters, which the native sampler reads while it samples."""
     if held.adapters and not held.cut:
