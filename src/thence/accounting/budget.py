@@ -32,6 +32,7 @@ from thence.accounting.memory import (
     Line,
     Memory,
     activation_memory,
+    checkpoint_memory,
     logit_memory,
     reference_memory,
     rollout_memory,
@@ -103,6 +104,7 @@ class _Known:
     ranks: int
     references: Collection[str]
     held: Held
+    on_host: bool
     assumed: list[str] = field(default_factory=list)
 
     def assume(self, text: str) -> None:
@@ -121,6 +123,7 @@ def plan(
     device_bytes: float | None = None,
     references: Collection[str] = (),
     compute_bytes: int | None = None,
+    on_host: bool = False,
 ) -> Plan:
     """Plan a recipe.
 
@@ -134,6 +137,7 @@ def plan(
         device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
         references: stages whose method compares with a frozen copy of the policy.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
+        on_host: the ranks train in host memory, on CPUs.
 
     Raises:
         UserError: the configuration is given, of a known family, but lacks a field.
@@ -146,6 +150,7 @@ def plan(
         ranks=ranks,
         references=references,
         held=Held(),
+        on_host=on_host,
     )
     size = compute_bytes or _compute_bytes(recipe, known)
     known.counts = _counts(recipe, config, known)
@@ -276,6 +281,8 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
     if known.counts is None:
         return None
     tokens, size = stage.micro_batch_tokens, known.held.compute_bytes
+    if stage.checkpoint_async:
+        more = (checkpoint_memory(known.counts, known.held, known.on_host), *more)
     return Memory(
         (
             *state_memory(known.counts, known.held),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from thence.accounting.flops import Counts
+from thence.accounting.flops import Counts, recomputed_layers
 from thence.accounting.layout import Layout, is_cut
 
 Phase = Literal["always", "training", "loss", "sum", "rollout", "host"]
@@ -141,6 +141,21 @@ def reference_memory(counts: Counts, held: Held) -> Line:
     return Line("reference", -(-counts.total * held.width // share), text, "host" if away else "always")
 
 
+def checkpoint_memory(counts: Counts, held: Held, on_host: bool) -> Line:
+    """The copy of weights and moments that a checkpoint is written from while training goes on, in host memory.
+
+    Args:
+        on_host: training itself is in host memory, where the copy then stands beside it.
+    """
+    share = held.parts if held.cut else 1
+    trained = held.adapters or counts.total
+    by = f" / {share} ranks" if held.cut else ""
+    text = f"{trained:,} parameters x 3 x {held.width} B (weights and moments){by}"
+    return Line(
+        "checkpoint being written", -(-trained * 3 * held.width // share), text, "always" if on_host else "host"
+    )
+
+
 def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
     """The whole weights of a policy that is cut or has adapters, which the native sampler reads while it samples."""
     if held.adapters and not held.cut:
@@ -152,25 +167,27 @@ def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
     return (Line("whole copy to sample", counts.total * held.width, text, "rollout"),)
 
 
-def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool = False) -> Line:
+def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool | int = False) -> Line:
     """What the backward pass needs of one micro-batch.
 
     A layer saves, a token: 4 H float32 numbers for its two norms and, in the compute type, the inputs of its linear
     maps (2 H, or 5 H under autocast, which rounds once for each of q, k, v, gate and up), queries and attention output
-    (2 q), keys and values (2 kv) and 4 I in the gated MLP. With checkpointing every layer keeps its input (H float32
-    numbers) and one layer at a time is whole.
+    (2 q), keys and values (2 kv) and 4 I in the gated MLP. With checkpointing a layer keeps its input (H float32
+    numbers), and one at a time is whole; the last layer, if it is recomputed, beside all that are kept.
 
     Args:
         tokens: tokens of a micro-batch, padding included.
+        checkpointing: True: every layer is recomputed; k: the first and every k-th from there.
     """
     hidden, inputs = counts.hidden, 5 if compute_bytes == 2 else 2
     wide = inputs * hidden + 2 * counts.head_dim * (counts.heads + counts.kv_heads) + 4 * counts.intermediate
     layer = 16 * hidden + compute_bytes * wide
     text = f"{tokens:,} tokens x {counts.layers} layers x {layer:,} B"
     size = tokens * counts.layers * layer
-    if checkpointing:
-        size = tokens * (counts.layers * 4 * hidden + layer)
-        text = f"{tokens:,} tokens x ({counts.layers} layer inputs x {4 * hidden:,} B + one layer {layer:,} B)"
+    if again := recomputed_layers(counts.layers, checkpointing):
+        whole = counts.layers - again + ((counts.layers - 1) % int(checkpointing) == 0)
+        size = tokens * (again * 4 * hidden + whole * layer)
+        text = f"{tokens:,} tokens x ({again} layer inputs x {4 * hidden:,} B + {whole} x {layer:,} B)"
     return Line("activations", size, text, "loss")
 
 
