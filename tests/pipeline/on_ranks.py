@@ -123,12 +123,12 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 
-def drive(folder: Path, cases: list[dict[str, Any]]) -> None:
+def drive(folder: Path, cases: list[dict[str, Any]], seconds: float = 600) -> None:
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "driver.py").write_text(DRIVER)
     (folder / "job.json").write_text(json.dumps(cases))
     command = [sys.executable, str(folder / "driver.py"), str(folder / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
