@@ -1,7 +1,7 @@
 """Run thence on a GPU, part by part, and say what holds. `check.sh` sets the environment and calls this.
 
 Every part runs in a process of its own, prints one line a check and a last line, and writes OUT/gpu-<part>.json with
-the environment, the figures and the verdicts. The exit code is 1 where a check failed or a part broke.
+the environment, the figures and the verdicts. OUT/gpu-checks.jsonl has one line a check and a figure of all parts. The exit code is 1 where a check failed or a part broke.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ PARTS = {
     "sampler": "log-probabilities, seeds, greedy, mismatch",
     "ranks": "NCCL with one process; two processes on one device",
     "pipeline": "a recipe end to end, killed and resumed",
-    "speed": "a model of real size: SFT, GRPO, sampling, memory",
+    "head": "the fused output layer by size of a chunk, at 152 thousand words",
+    "speed": "models of real size: SFT, GRPO, sampling, memory",
+    "audit": "thence audit thence",
     "suite": "the tests of the repository that are not slow",
 }
 
@@ -39,6 +41,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.child:
         return run_part(args.parts[0], args)
+    (args.out / "gpu-checks.jsonl").write_text("", encoding="utf-8")
     failed = [part for part in args.parts if start_part(part, args)]
     print(f"parts that failed: {', '.join(failed) or 'none'} of {len(args.parts)}; the files are in {args.out}")
     return 1 if failed else 0
@@ -76,6 +79,8 @@ def run_part(part: str, args: argparse.Namespace) -> int:
         seconds = round(time.perf_counter() - start, 1)
         plain = {"part": part, "environment": environment(args.device), "seconds": seconds, **record.plain()}
         (args.out / f"gpu-{part}.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        with (args.out / "gpu-checks.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"part": part, **line}) + "\n" for line in record.lines())
     print(f"== {part}: {record.summary()}, {seconds} s", flush=True)
     return 1 if record.failed else 0
 

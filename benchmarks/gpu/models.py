@@ -48,6 +48,9 @@ REAL: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
+# what differs in that of Qwen/Qwen2.5-0.5B
+HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24}
+
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """A model of a family with two layers; the same weights in every dtype and on every device."""
@@ -79,11 +82,12 @@ def build(kind: str, sizes: dict[str, Any], dtype: torch.dtype, device: torch.de
     return model.to(dtype).to(device).eval()
 
 
-def real(device: torch.device, small: bool) -> Any:
-    """The model of real size, drawn on the device itself: 1.5 billion numbers are slow to draw on a CPU."""
+def real(device: torch.device, small: bool, half: bool = False) -> Any:
+    """The model of 1.5 billion parameters, or of half a billion, drawn on the device itself: 1.5 billion numbers are slow to draw on a CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {**REAL, "num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 512} if small else REAL
+    sizes = {**sizes, **HALF} if half and not small else sizes
     sizes = {**sizes, "vocab_size": 2048} if small else sizes
     torch.manual_seed(0)
     with torch.device(device):

@@ -16,7 +16,15 @@ from part_sampler import mismatch
 from record import Record
 
 from thence.accounting.flops import parameters
-from thence.accounting.memory import Memory, activation_memory, logit_memory, readable, rollout_memory, state_memory
+from thence.accounting.memory import (
+    Held,
+    Memory,
+    activation_memory,
+    logit_memory,
+    readable,
+    rollout_memory,
+    state_memory,
+)
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import make_batch
 from thence.methods.grpo import Grpo
@@ -49,6 +57,19 @@ def run(device: torch.device, small: bool, record: Record) -> None:
     for name, rows in (("uneven rows", uneven), ("rows of one length", even)):
         theirs(f"transformers Trainer, {name}", rows, n, rate, device, small, record)
     grpo(device, small, record)
+    half(uneven, rate, device, small, record)
+
+
+def half(rows: Sequence[Trajectory], rate: float, device: torch.device, small: bool, record: Record) -> None:
+    """The model of half a billion parameters: SFT beside transformers' Trainer."""
+    free(device)
+    model = real(device, small, half=True)
+    n = sum(p.numel() for p in model.parameters())
+    record.figure("0.5B: parameters", n)
+    for packing in (False, True):
+        ours(f"0.5B: SFT, {'packed' if packing else 'padded'}", model, rows, packing, n, rate, device, record)
+    del model
+    theirs("0.5B: transformers Trainer", rows, n, rate, device, small, record, half=True)
 
 
 def matmul_rate(device: torch.device, size: int, dtype: torch.dtype = torch.bfloat16) -> float:
@@ -137,7 +158,7 @@ def training_plan(model: Any, budget: int, checkpointing: bool) -> int:
     """Bytes that `thence run --dry-run` would plan for such a step."""
     counts = parameters(model.config.to_dict())
     lines = (
-        *state_memory(counts, 2),
+        *state_memory(counts, Held(compute_bytes=2)),
         activation_memory(counts, budget, 2, checkpointing),
         *logit_memory(counts, budget),
     )
@@ -185,6 +206,7 @@ def theirs(
     device: torch.device,
     small: bool,
     record: Record,
+    half: bool = False,
 ) -> None:
     """transformers' Trainer on the same rows in bfloat16: as many tokens a micro-batch, rows grouped by length."""
     from transformers import Trainer as Peer
@@ -224,7 +246,7 @@ def theirs(
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        model = real(device, small)
+        model = real(device, small, half)
         model.config.use_cache = False
         peer = InOrder(model=model, args=settings, train_dataset=items, data_collator=collate, callbacks=[Clock()])
         peer.train()
@@ -270,7 +292,7 @@ def grpo(device: torch.device, small: bool, record: Record) -> None:
     record.figure("sampling in float32, tokens/s", len(prompts) * tokens / seconds)
     if device.type == "cuda":
         counts, peak = parameters(model.config.to_dict()), torch.cuda.max_memory_allocated()
-        lines = (*state_memory(counts, 4)[:1], *rollout_memory(counts, len(prompts), 96 + tokens))
+        lines = (*state_memory(counts)[:1], *rollout_memory(counts, len(prompts), 96 + tokens))
         planned = sum(line.bytes for line in lines)
         memory = {"peak": readable(peak), "planned": readable(planned), "ratio": peak / planned}
         record.figure("sampling, memory", memory)

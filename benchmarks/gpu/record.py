@@ -49,6 +49,10 @@ class Record:
     def plain(self) -> dict[str, Any]:
         return {"holds": not self.failed, "figures": self.figures, "checks": self.checks}
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Every check and every figure, each by itself."""
+        return [*self.checks, *({"figure": name, "value": value} for name, value in self.figures.items())]
+
     def summary(self) -> str:
         bad = [check["check"] for check in self.checks if not check["holds"]]
         return f"{len(self.checks) - len(bad)} of {len(self.checks)} checks hold" + (f"; not: {bad}" if bad else "")
