@@ -106,11 +106,12 @@ class Run:
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return [row for row in rows if "loss" in row]
 
-    def responses(self) -> list[Any]:
-        """The responses that RL stages kept, in order; those of the first rank."""
-        files = sorted(self.folder.glob("stages/*/samples.jsonl"))
-        rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        return [[row["step"], row["index"], row["response"], row["score"]] for row in rows]
+    def responses(self) -> dict[tuple[int, int], list[Any]]:
+        """The responses that RL stages kept, with their scores, by step and example. Only the first rank keeps some."""
+        files, found = sorted(self.folder.glob("stages/*/samples.jsonl")), {}
+        for row in (json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()):
+            found.setdefault((row["step"], row["index"]), []).append([row["response"], row["score"]])
+        return found
 
     def weights(self) -> dict[str, Any]:
         """What the last training stage has published."""
@@ -137,10 +138,13 @@ def differences(found: Run, alone: Run) -> dict[str, Any]:
                 other.append(f"{name} of {where}")
             elif name in right:
                 worst[name] = max(worst[name], abs(line[name] - right[name]) / max(abs(right[name]), 1e-3))
-    theirs = alone.responses()
-    # two ranks each have half of a batch, and the first one keeps its own
-    if any(row not in theirs for row in found.responses()):
-        other.append("responses")
+    mine, theirs = found.responses(), alone.responses()
+    for step, index in mine.keys() & theirs.keys():  # a first rank of two keeps other examples than a rank by itself
+        fewer, more = sorted((mine[step, index], theirs[step, index]), key=len)
+        if any(row not in more for row in fewer):
+            other.append(f"responses to example {index} in step {step}")
+    if theirs and not mine.keys() & theirs.keys():
+        other.append("examples whose responses are kept")
     weights, whole = found.weights(), alone.weights()
     if weights.keys() != whole.keys():
         other.append("names of weights")

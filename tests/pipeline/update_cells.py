@@ -187,7 +187,7 @@ def differences(found: Trained, alone: Trained) -> dict[str, float]:
     steps = range(len(alone.gradients))
     return {
         "gradient": max(relative(found.gradients[i], alone.gradients[i]) for i in steps),
-        "norm": max(relative(torch.tensor(found.norms[i]), torch.tensor(alone.norms[i])) for i in steps),
+        "norm": max(abs(found.norms[i] - alone.norms[i]) / max(alone.norms[i], 1e-30) for i in steps),
         "update": relative(found.end - found.start, alone.end - alone.start),
     }
 
