@@ -43,7 +43,8 @@ def check(
     Args:
         step: your step. SGD and Adam both do: Adam's first update gives the weights from its signs.
         model: a small one (up to some million parameters), without dropout; it is copied, not changed. Parameters
-            that need no gradient are taken for frozen on purpose. Its forward takes ``input_ids`` of shape (1, T) and returns logits, or something with ``.logits``.
+            that need no gradient are taken for frozen on purpose. Its forward takes ``input_ids`` of shape (1, T) and
+            returns logits, or something with ``.logits``.
         batch: rows to train on; None: random ones with very different lengths.
         asked: the objective that you mean; a key of ``OBJECTIVES``.
         lr: the learning rate, if the step is plain SGD: then the scale of the update is judged too.
