@@ -4,7 +4,8 @@
 
 A bug is one to three mistakes of mask, weight, order, scale and state, drawn by the seed, in a step for
 ``thence.audit.check``; one that moves the model as the right step does in every cut is no bug and is drawn again. None
-may end with exit code 0. ``--write`` keeps the table in benchmarks/results/audit-homemade.json.
+may end with exit code 0. ``--write`` keeps the table in benchmarks/results/audit-homemade.json, line by line; lines
+that stand there already are not run again, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -61,21 +62,54 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(arguments.seed)
-    rows = [judged(*drawn_bug(draw)) for _ in range(arguments.bugs)]
-    clean = [judged(*drawn_clean(draw)) for _ in range(arguments.clean)]
+    wanted = [drawn_bug(draw) for _ in range(arguments.bugs)]
+    right = [drawn_clean(draw) for _ in range(arguments.clean)]
+    table = kept() if arguments.write else {"bugs": [], "clean": []}
+    for part, drawn in (("bugs", wanted), ("clean", right)):
+        there = {json.dumps(key(line)) for line in table[part]}
+        for step, family, seed in drawn:
+            if json.dumps(key({"step": made(step), "family": family, "seed": seed})) in there:
+                continue
+            table[part].append(judged(step, family, seed))
+            if arguments.write:
+                keep(table, arguments)
+    rows, clean = table["bugs"], table["clean"]
     codes = collections.Counter(row["exit"] for row in rows)
     alarms = [row for row in clean if row["exit"] != 0]
     print(f"bugs: exit {dict(sorted(codes.items()))}; clean: {len(alarms)} of {len(clean)} not acquitted")
-    if arguments.write:
-        head = {
-            "command": f"python benchmarks/audit_homemade.py --bugs {arguments.bugs} --clean {arguments.clean} "
-            f"--seed {arguments.seed} --write",
-            "thence": thence.__version__,
-            "torch": torch.__version__,
-        }
-        text = json.dumps({**head, "exit codes of bugs": codes, "bugs": rows, "clean": clean}, indent=1)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
     return int(bool(codes[0] or alarms))
+
+
+def kept() -> dict[str, list[dict[str, Any]]]:
+    """The lines of the table so far."""
+    if not RESULTS.exists():
+        return {"bugs": [], "clean": []}
+    table = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {"bugs": table["bugs"], "clean": table["clean"]}
+
+
+def keep(table: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
+    """Write the table with what was asked for and what of it is done."""
+    head = {
+        "command": f"python benchmarks/audit_homemade.py --bugs {arguments.bugs} --clean {arguments.clean} "
+        f"--seed {arguments.seed} --write",
+        "thence": thence.__version__,
+        "torch": torch.__version__,
+        "done": {part: len(lines) for part, lines in table.items()},
+        "exit codes of bugs": collections.Counter(str(line["exit"]) for line in table["bugs"]),
+    }
+    RESULTS.write_text(json.dumps({**head, **table}, indent=1) + "\n", encoding="utf-8")
+
+
+def key(line: dict[str, Any]) -> list[Any]:
+    """What makes a line of the table the same audit."""
+    return [line["step"], line["family"], line["seed"]]
+
+
+def made(step: HomeMade) -> dict[str, Any]:
+    """The optimizer, and every field of a step that is not as it should be."""
+    plain = asdict(HomeMade())
+    return {name: value for name, value in asdict(step).items() if value != plain[name] or name == "optimizer"}
 
 
 def drawn_bug(draw: random.Random) -> tuple[HomeMade, str, int]:
@@ -123,11 +157,9 @@ def judged(step: HomeMade, family: str, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     model = make_tiny_model(torch.float32, family, seed)
     report = check(step, model=copy.deepcopy(model), lr=step.lr, batch=rows_of(seed))
-    plain = asdict(HomeMade())
-    made = {key: value for key, value in asdict(step).items() if value != plain[key] or key == "optimizer"}
     found = sorted({finding.id for case in report.cases for finding in case.faults})
     left = sum(case.status != "judged" for case in report.cases)
-    line = {"step": made, "family": family, "seed": seed, "exit": report.verdict.exit_code, "found": found}
+    line = {"step": made(step), "family": family, "seed": seed, "exit": report.verdict.exit_code, "found": found}
     line |= {"not judged": left, "seconds": round(time.perf_counter() - start, 1)}
     print(json.dumps(line), flush=True)
     return line
