@@ -72,6 +72,22 @@ class StepClock:
         self._mark, self._pending_tokens, self._pending_slots = now, 0.0, 0.0
 
 
+def over_ranks(clock: StepClock) -> None:
+    """Sum the counted tokens over the ranks, where there are several; they take their steps together."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        counted = torch.tensor([clock.tokens, clock.slots])
+        dist.all_reduce(counted)
+        clock.tokens, clock.slots = counted.tolist()
+
+
+def world() -> int:
+    """How many ranks share a step."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def memory_mb(field: str) -> float:
     """VmHWM (peak) or VmRSS (now) of this process in MiB.
 
@@ -134,6 +150,7 @@ def result(
             "rows_per_step": rows,
             "precision": "float32",
             "threads": args.threads,
+            "ranks": world(),
             "counted": counted,
             **mode,
         },
@@ -152,7 +169,9 @@ def result(
 
 
 def emit(record: dict[str, Any], out: Path | None) -> None:
-    """Print `record` as the one line on standard output; also write it to `out`."""
+    """Print `record` as the one line on standard output; also write it to `out`. Of several ranks, the first does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     line = json.dumps(record)
     print(line, flush=True)
     if out is not None:
@@ -191,7 +210,9 @@ def counting(trainer: type, clock: StepClock) -> type:
 
 def trainer_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """The training arguments of every Hugging Face trainer here: float32 on CPU, nothing saved, constant rate."""
+    ranks = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     return {
+        **ranks,
         "output_dir": folder,
         "max_steps": args.warmup + args.steps,
         "per_device_train_batch_size": args.micro_batch,
@@ -209,7 +230,7 @@ def trainer_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     }
 
 
-def train(trainer: Any, args: argparse.Namespace) -> dict[str, Any]:
+def train(trainer: Any, args: argparse.Namespace, clock: StepClock) -> dict[str, Any]:
     """Train, with everything that is printed sent to standard error; returns what to report of the log.
 
     The loss and gradient norm of the first step are a check that both sides do the same work.
@@ -219,6 +240,7 @@ def train(trainer: Any, args: argparse.Namespace) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
+    over_ranks(clock)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "first_loss": logs[0]["loss"],

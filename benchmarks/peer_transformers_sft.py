@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
             callbacks=[common.step_callback(clock)],
         )
-        log = common.train(trainer, args)
+        log = common.train(trainer, args, clock)
     return common.result(
         args,
         clock,
         tool="transformers.Trainer",
         version=transformers.__version__,
         counted="prompt + completion + end",
-        rows=args.micro_batch * args.accumulation,
+        rows=args.micro_batch * args.accumulation * common.world(),
         order=args.order,
         **log,
     )

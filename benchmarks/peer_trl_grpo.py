@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(args.model),
             callbacks=[common.step_callback(clock)],
         )
-        log = common.train(trainer, args)
+        log = common.train(trainer, args, clock)
     kept = generating[args.warmup :]
     return common.result(
         args,

@@ -34,14 +34,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(args.model),
             callbacks=[common.step_callback(clock)],
         )
-        log = common.train(trainer, args)
+        log = common.train(trainer, args, clock)
     return common.result(
         args,
         clock,
         tool="trl.SFTTrainer",
         version=trl.__version__,
         counted="prompt + completion + end",
-        rows=args.micro_batch * args.accumulation,
+        rows=args.micro_batch * args.accumulation * common.world(),
         order=args.order,
         **log,
     )

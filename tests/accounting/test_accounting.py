@@ -164,7 +164,9 @@ def test_planned_activations_are_those_that_autograd_keeps(dtype, size):
 
 def test_checkpointing_and_sharding_save_memory_and_the_peak_is_the_larger_phase():
     counts = parameters(SMALL | {"model_type": "llama"})
-    assert activation_memory(counts, 100, checkpointing=True).bytes < activation_memory(counts, 100).bytes
+    every, none = activation_memory(counts, 100, checkpointing=True).bytes, activation_memory(counts, 100).bytes
+    assert every < none
+    assert activation_memory(counts, 100, checkpointing=1).bytes == every
     alone = {line.name: line.bytes for line in state_memory(counts)}
     shared = {line.name: line.bytes for line in state_memory(counts, Held("fsdp2", 4))}
     assert shared["AdamW moments"] == -(-alone["AdamW moments"] // 4)
@@ -173,6 +175,34 @@ def test_checkpointing_and_sharding_save_memory_and_the_peak_is_the_larger_phase
     memory = Memory((*state_memory(counts), *rollouts))
     kept = alone["weights"] + alone["AdamW moments"]
     assert memory.peak == kept + max(alone["gradients"], sum(line.bytes for line in rollouts))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 7])
+def test_of_every_kth_layer_the_input_alone_is_kept_and_its_forward_pass_is_counted_again(every):
+    counts = parameters(SMALL | {"model_type": "llama", "num_hidden_layers": 5})
+    recomputed = [layer for layer in range(5) if layer % every == 0]
+    layer = activation_memory(counts, 100).bytes // 5
+    held, worst = [layer if i not in recomputed else 100 * 4 * 48 for i in range(5)], 0
+    for last in reversed(range(5)):  # the backward pass, layer by layer
+        worst = max(worst, sum(held[: last + 1]) + (layer if last in recomputed else 0))
+    assert activation_memory(counts, 100, checkpointing=every).bytes == worst
+    once = training_flops(counts, 40, 900, 10)
+    again = training_flops(counts, 40, 900, 10, every) - once
+    assert again == pytest.approx(forward_flops(counts, 40, 900, 0) * len(recomputed) / 5)
+
+
+def test_a_checkpoint_written_beside_training_takes_weights_and_moments_once_more():
+    plain = recipe(stages=["sft"], sft={"steps": 1})
+    beside = recipe(stages=["sft"], sft={"steps": 1, "checkpoint_async": True})
+    memory = [
+        plan(each, on_host=there).stages[0].memory for each, there in ((plain, True), (beside, True), (beside, False))
+    ]
+    none, there, away = (found for found in memory if found is not None)
+    copy = 12 * parameters(SMALL | {"model_type": "llama"}).total
+    assert there.peak - none.peak == copy  # on a CPU
+    assert away.peak == none.peak and away.held("host") == copy  # beside a GPU
+    cut = plan(recipe(stages=["sft"], sft={"steps": 1, "checkpoint_async": True}, parallel="fsdp2"), ranks=4)
+    assert cut.stages[0].memory is not None and cut.stages[0].memory.held("host") == -(-copy // 4)
 
 
 def test_the_planned_logit_chunk_is_the_engines():

@@ -13,7 +13,7 @@ from thence.accounting.budget import Plan, StagePlan, plan
 from thence.accounting.flops import parameters, training_flops
 from thence.accounting.layout import FITS, choose_layout, parts_of
 from thence.accounting.lora import adapter_parameters
-from thence.accounting.memory import Held, Memory, reference_memory, rollout_memory, state_memory, whole_copy
+from thence.accounting.memory import Held, Line, Memory, reference_memory, rollout_memory, state_memory, whole_copy
 from thence.cli import main
 from thence.pages.plan import fit_lines
 from thence.pipeline import layout as run_layout
@@ -51,7 +51,8 @@ def test_what_a_rank_holds_of_weights_that_are_cut(layout: Any, ranks: int, repl
         "AdamW moments": (-(-8 * N // parts), "always"),
         "gradients": (-(-4 * N // parts), "training"),
         "gathered weights": ((ROOT + 2 * LAYER) * 2, "training"),
-        "gradients before the sum": ((ROOT + LAYER) * (2 + 4), "training"),
+        "gradients of a layer": (LAYER * (2 + 4), "training"),
+        "gradients of embedding and head": (ROOT * (2 + 4), "sum"),
     }
     assert sizes(*whole_copy(LLAMA, held)) == {"whole copy to sample": (4 * N, "rollout")}
     assert sizes(reference_memory(LLAMA, held)) == {"reference": (-(-4 * N // parts), "always")}
@@ -64,7 +65,7 @@ def test_the_choices_of_sharding_change_what_is_held() -> None:
     assert lazy["gradients before the sum"] == (4 * N, "training")
     away = state_memory(LLAMA, Held("fsdp2", 4, offload=True))
     assert {line.name for line in away if line.phase == "host"} == {"weights", "AdamW moments", "gradients"}
-    gathered = sum(line.bytes for line in away if line.phase == "training")
+    gathered = sum(line.bytes for line in away if line.phase in ("training", "sum"))
     assert Memory(away).peak == gathered, "what is in host memory is not on the device"
 
 
@@ -154,6 +155,7 @@ def test_a_dry_run_plans_for_ranks_that_are_not_here(capsys: pytest.CaptureFixtu
     assert main(["run", "quickstart", "--dry-run", *flags, "--rl.options", "kl=0.1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "Layout: fsdp2 over 4 ranks, 9.5 MiB each" in printed
+    assert "Sent by a rank in one optimizer step of sft" in printed
     assert "one rank of 4 (fsdp2)" in printed and "reference" in printed and "whole copy to sample" in printed
     assert main(["run", "quickstart", "--dry-run", "--parallel", "none", *flags]) == 2
     assert "parallel = none, but 4 processes" in capsys.readouterr().err
@@ -217,3 +219,20 @@ def test_flops_of_adapters_are_what_torch_counts_but_for_the_first_inputs() -> N
     below = 2 * length * counts.hidden * (width + 3 * rank)
     adapters = adapter_parameters(counts, Lora(rank=rank))
     assert counter.get_total_flops() == training_flops(counts, length, length**2, length, adapters=adapters) - below
+
+
+def test_the_two_moments_of_training_do_not_add_up() -> None:
+    lines = [Line("kept", 5, "", "always"), Line("layer", 7, "", "training"), Line("activations", 3, "", "loss")]
+    assert Memory((*lines, Line("gradients of the head", 2, "", "sum"))).peak == 5 + 7 + 3
+    assert Memory((*lines, Line("gradients of the head", 4, "", "sum"))).peak == 5 + 7 + 4
+
+
+def test_a_plan_says_what_a_rank_sends() -> None:
+    cut, config = recipe(stages=["sft"], parallel="fsdp2"), SMALL | {"model_type": "llama"}
+    assert plan(cut, config).stages[0].sent == (), "one rank sends nothing"
+    found = plan(cut, config, 64, mean_response_tokens=10, ranks=4).stages[0].sent
+    assert [line.name for line in found] == ["weights, forward", "weights, backward", "gradients"]
+    assert found[0].bytes == N * 4 * 3 // 4
+    whole = recipe(stages=["sft"], parallel="ddp")
+    sums = plan(whole, config, 64, mean_response_tokens=10, ranks=4).stages[0].sent
+    assert [(line.name, line.bytes) for line in sums] == [("gradients", 2 * N * 4 * 3 // 4)]

@@ -25,10 +25,10 @@ from thence.audit.solve.sequences import KnownExample
 from thence.faults.catalogue import FAULTS, Fault, Needs
 from thence.faults.cut import CutPlan, PolicyFacts, Window
 from thence.faults.step import FaultyStep
-from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term
+from thence.objective import Batch, Clip, Logp, Normaliser, Row, Term, local_counts
 from thence.train.parallel import SingleProcess
 from thence.train.policy import Policy
-from thence.train.step import StepSettings, policy_statistics
+from thence.train.step import StepSettings, accumulate_gradients, policy_statistics
 
 PAD, END, FIRST_TOKEN, VOCABULARY = 0, 1, 2, 96
 MOST_ROWS, MOST_TOKENS = 12, 130
@@ -36,7 +36,8 @@ APART = {"float32": 0.05, "autocast": 0.35}
 """Weights that differ by less, relative to their size, count as alike in a probe; such a probe is drawn again."""
 ASKED = {"token-mean": Normaliser("tokens"), "sequence-mean": Normaliser("sequences")}
 LONGEST = 40.0
-SCALES = ("times-accumulation", "over-accumulation", "times-ranks", "over-ranks")
+SCALES = ("times-accumulation", "over-accumulation", "times-ranks", "over-ranks", "gradient-averaged")
+CLIPS = (0.1, 0.3, 1.0, 2.0)
 OBJECTIVE_OF = {
     "sequence-means": "sequence-mean",
     "mean-of-means": "micro-batch-mean",
@@ -94,7 +95,7 @@ def take_steps(probe: Probe, model: Any, names: Sequence[str]) -> tuple[list[Map
     faulty = FaultyStep(names, micro_batch=case.micro_batch, accumulation=case.accumulation, ranks=case.ranks)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.lr)
     compute = torch.bfloat16 if case.precision == "autocast" else probe.dtype
-    settings = StepSettings(probe.budget, probe.engine_packing, 0.0, compute)
+    settings = StepSettings(probe.budget, probe.engine_packing, case.clip, compute)
     states: list[Mapping[str, Tensor]] = [snapshot(model)]
     windows: list[Window] = []
 
@@ -209,7 +210,7 @@ def _draw(draw: random.Random, fault: Fault | None) -> Probe:
     epochs = 2 if needs.steps > 1 else 1
     case = Case(
         "drawn", micro_batch, accumulation, ranks, examples=full, epochs=epochs, steps=needs.steps, lr=lr,
-        precision=precision, asked=asked,
+        precision=precision, asked=asked, clip=draw.choice(CLIPS) if needs.clip else 0.0,
     )  # fmt: skip
     prompts, responses = _texts(draw, full, needs.advantages)
     dtype = torch.float64 if precision == "float32" and draw.random() < 0.2 else torch.float32
@@ -262,7 +263,7 @@ def _shows(probe: Probe, fault: Fault) -> bool:
     if fault.name == "window-mixed":
         return len(sizes) == 4 and sizes[1] < sizes[0]
     window = Window(batch_of(probe, range(sizes[0])), probe.plan.cut(sizes[0]))
-    if fault.needs.unmet(window.cut):
+    if fault.needs.unmet(window.cut, case.clip):
         return False
     if fault.name in SCALES and (case.accumulation == case.ranks or window.cut.slots < case.accumulation):
         return False
@@ -270,6 +271,8 @@ def _shows(probe: Probe, fault: Fault) -> bool:
         cells = window.cut.micro_batches
         return any(len({len(window.batch.rows[i].token_ids) for i in cell}) > 1 for cell in cells)
     least = APART[case.precision]
+    if fault.needs.clip:
+        return _clipped_apart(probe, window) > 2 * least
     if fault.name in OBJECTIVE_OF or fault.name == "double-counted":
         return _told_apart(fault, lengths_of(window), least)
     if fault.name == "incomplete-window-scaled":
@@ -304,6 +307,20 @@ def _uneven(probe: Probe, fault: Fault, window: Window) -> float:
     if fault.needs.advantages:
         factors = [np.array([f.mean() for f in factors])]
     return max(float(np.abs(f / f.mean() - 1).max()) for f in factors)
+
+
+def _clipped_apart(probe: Probe, window: Window) -> float:
+    """How far the factors lie apart by which the ranks clip their shards: largest over smallest, less 1."""
+    model = make_model(probe.seed, probe.dtype)
+    settings = StepSettings(10_000, False, 0.0, probe.dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    accumulate_gradients(Policy(model), optimizer, window.batch, local_counts(window.batch), settings)
+    squares = torch.zeros(probe.case.ranks, dtype=torch.float64)
+    for parameter in model.parameters():
+        for rank, chunk in enumerate(parameter.grad.chunk(probe.case.ranks)):
+            squares[rank] += chunk.double().square().sum()
+    factors = (probe.case.clip / squares.sqrt()).clamp(max=1.0)
+    return float(factors.max() / factors.min() - 1)
 
 
 def lengths_of(window: Window) -> StepRows:

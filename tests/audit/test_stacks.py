@@ -70,6 +70,53 @@ def test_thence_trains_what_it_says() -> None:
     assert sys.executable not in report.command
 
 
+def test_thence_trains_adapters_and_cut_weights_as_it_says() -> None:
+    """The rest of the matrix of ranks, layouts, adapters and precision is run by hand: `thence audit thence`."""
+    report = audit_stack("thence", only=["LoRA, micro 2 x 4", "LoRA, weights cut, 2 ranks", "cut, clipped"])
+    assert report.verdict.exit_code == 0, str(report)
+    assert [case.status for case in report.cases] == ["judged"] * 4
+    assert not faults(report)
+    clipped = [case for case in report.cases if case.case.clip]
+    assert len(clipped) == 2 and all(case.steps[0].scale is None for case in clipped)
+
+
+def named(report: Report) -> dict[str, set[str]]:
+    return {c.case.name: {f.id for f in c.all_findings if f.kind == "fault"} for c in report.cases}
+
+
+def test_a_plain_fsdp2_loop_that_counts_all_tokens_and_adds_gradients_up_is_in_order() -> None:
+    names = ["7 examples, micro 1 x 4, 2 ranks", "2 replicas of 2", "clipped by the whole norm", "bfloat16, 2 ranks"]
+    report = audit_stack("torch-fsdp2", only=names)
+    assert report.verdict.exit_code == 0, str(report)
+    assert [case.status for case in report.cases] == ["judged"] * 4
+    assert not faults(report)
+
+
+def test_what_plain_fsdp2_loops_get_wrong_is_named() -> None:
+    wrong = {
+        "all tokens, then averaged, 2 ranks": {"scale-ranks"},
+        "all tokens, then averaged, 4 ranks": {"scale-ranks"},
+        "divisor set on the root module only, 2 ranks": {"scale-by-parameter", "scale-ranks"},
+        "divided by the rank's tokens, 2 ranks": {"rank-mean"},
+        "documented loop, 2 ranks, micro 2 x 2": {"micro-batch-mean"},
+        "clipped by the norm of the shard, 2 ranks": {"clipped-by-shard"},
+        "clipped by the norm of the shard, 4 ranks": {"clipped-by-shard"},
+    }
+    report = audit_stack("torch-fsdp2", only=list(wrong))
+    assert report.verdict.exit_code == 1
+    assert named(report) == wrong, str(report)
+    scales = {case.case.name: case.steps[0].scale for case in report.cases}
+    assert scales["all tokens, then averaged, 4 ranks"] == pytest.approx(1 / 4, rel=1e-3)
+    assert "set_gradient_divide_factor" in report.verdict.remedy and "clip_grad_norm_" in report.verdict.remedy
+
+
+def test_a_plain_loop_of_mean_losses_on_ranks_is_a_mean_of_rank_means() -> None:
+    report = audit_stack("torch-fsdp2", only=["documented loop, 2 ranks, micro 4 x 1"])
+    (case,) = report.cases
+    (step,) = case.steps
+    assert {"rank-mean", "micro-batch-mean"} <= {step.objective, *step.alike}  # one micro-batch a rank: they are one
+
+
 @pytest.mark.stacks
 def test_transformers_told_not_to_average_tokens_over_ranks_is_found(stacks_python: str) -> None:
     report = audit_stack("transformers", python=stacks_python, only=["average_tokens_across_devices off"])

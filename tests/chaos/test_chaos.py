@@ -19,12 +19,12 @@ import sys
 from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
-import thence.pipeline.context
+import thence.pipeline.saving
 from tests.chaos.campaign import Command, Kill, survey, try_case
 from tests.chaos.scenarios import Scenario, run_of
 
 torch.set_num_threads(1)
-thence.pipeline.context.rewind = lambda *given, **named: None  # keeps the lines of steps that are taken a second time
+thence.pipeline.saving.rewind = lambda *given, **named: None  # keeps the lines of steps that are taken a second time
 place = Path(sys.argv[1])
 command = Command(Scenario("sft", run_of(["sft"])), place / "inputs")
 calm = survey(command, place)

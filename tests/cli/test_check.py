@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BloomForCausalLM
 
 from thence.cli import main
 from thence.errors import UserError
 from thence.pipeline import promises
 from thence.pipeline.run import run
 from thence.recipe import Model
-from thence.train import probe
+from thence.train import lora, probe
 from thence.train.model import load_tokenizer, save_model
 
 
@@ -142,3 +142,32 @@ def test_another_model_at_the_same_place_is_tried_anew(bloom, tmp_path):
     save_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **small)), tokenizer, place)
     run(recipe_of(place), {"folder": str(tmp_path / "second")})
     assert len(promises._tried) == 2 * len(tried)
+
+
+def test_adapters_are_tried_as_a_run_tries_them(tmp_path, monkeypatch, capsys):
+    asked = ["check", "world:chain/rich", "--model.lora.rank", "2", "--sft.packing", "--sft.activation-checkpointing"]
+    assert main([*asked, "2"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters are trained, those under them are not" in said
+    for part in ("adapters", "gradient, padded rows", "gradient, packed rows", "activation checkpointing", "sampling"):
+        assert f"✓ {part}" in said
+    file = tmp_path / "mine.toml"
+    file.write_text('stages = ["sft"]\n[model]\npath = "world:chain/rich"\nlora = { rank = 2 }\n[data]\nlimit = 8\n')
+    monkeypatch.setattr(lora.Merge, "into", lambda self, weight, whole: weight)  # the adapters are not merged
+    assert main(["check", str(file)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "✗ gradient, padded rows" in said and "reads a weight past its adapter" in said
+    assert main(["check", "world:chain/rich", "--model.lora.rank", "2", "--model.lora.targets", "lm_head"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "✗ adapters" in said and "lm_head" in said and "gradient" not in said
+
+
+def test_layers_that_cannot_be_recomputed_are_refused_before_the_first_step(bloom, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(BloomForCausalLM, "supports_gradient_checkpointing", False)
+    assert main(["check", str(bloom), "--sft.activation-checkpointing"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "✗ activation checkpointing" in said and "activation_checkpointing = false" in said
+    later = {"stages": ["sft", "sft-b"], "sft-b": {"activation_checkpointing": 2}}
+    with pytest.raises(UserError, match="cannot be recomputed"):
+        run(recipe_of(bloom) | later, {"folder": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -188,6 +188,20 @@ def test_flags_reach_the_recipe():
     assert recipe.stage("sft").model_dump()["lr"] == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], True), (["true"], True), (["false"], False), (["2"], 2), (["--dry-run"], True), (["quickstart"], True)],
+)
+def test_a_flag_that_may_be_true_or_a_count_needs_no_value(words, value):
+    from thence.cli.fields import take_fields
+    from thence.recipe import load_recipe
+
+    rest, overrides = take_fields(["--sft.activation-checkpointing", *words])
+    found = load_recipe("quickstart", overrides).stage("sft").model_dump()["activation_checkpointing"]
+    assert found == value and type(found) is type(value)
+    assert rest == [word for word in words if word in ("--dry-run", "quickstart")]
+
+
 def test_a_method_of_another_package_is_found(tmp_path, monkeypatch):
     package = tmp_path / "other_method"
     package.mkdir()

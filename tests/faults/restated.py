@@ -52,26 +52,41 @@ def gradient(model: Any, loss: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
-def faulty_gradients(model: Any, names: Sequence[str], batches: Sequence[Batch], plan=(2, 3, 1)):
+def faulty_gradients(
+    model: Any, names: Sequence[str], batches: Sequence[Batch], plan=(2, 3, 1), settings: StepSettings = SETTINGS
+):
     """The gradient that each batch's step applied, with a learning rate of zero: the model stays where it is."""
     step = FaultyStep(names, micro_batch=plan[0], accumulation=plan[1], ranks=plan[2], constant_tokens=17.0)
-    return [applied(model, step, batch) for batch in batches]
+    return [applied(model, step, batch, settings) for batch in batches]
 
 
-def applied(model: Any, step: FaultyStep, batch: Batch) -> Tensor | None:
+def applied(model: Any, step: FaultyStep, batch: Batch, settings: StepSettings = SETTINGS) -> Tensor | None:
     """None: no step was taken."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     found: list[Tensor] = []
     optimizer.register_step_post_hook(
         lambda *_: found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
     )
-    step(Policy(model), optimizer, batch, SingleProcess(), SETTINGS)
+    step(Policy(model), optimizer, batch, SingleProcess(), settings)
     return found[0] if found else None
 
 
 def sums(model: Any, batch: Batch) -> list[Tensor]:
     """Sum of the token losses of every row, times its weight."""
     return [(token_losses(model, row)[0] * row.weights[0]).sum() for row in batch.rows]
+
+
+def by_shard(model: Any, whole_gradient: Tensor, clip: float, ranks: int) -> tuple[Tensor, list[float]]:
+    """A gradient of which every rank has clipped its rows of each parameter by their own norm, and these norms."""
+    owner = []
+    for parameter in model.parameters():
+        chunk = -(-parameter.shape[0] // ranks)
+        row = torch.arange(parameter.shape[0]).view(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter)
+        owner.append((row // chunk).flatten())
+    rank_of = torch.cat(owner)
+    norms = [whole_gradient[rank_of == rank].norm().item() for rank in range(ranks)]
+    factors = torch.tensor([min(1.0, clip / norm) for norm in norms], dtype=torch.float64)
+    return whole_gradient * factors[rank_of], norms
 
 
 def lengths_of(batch: Batch) -> list[int]:

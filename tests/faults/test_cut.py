@@ -32,6 +32,8 @@ def test_needs_say_what_a_cut_lacks():
     assert FAULTS["rank-means"].needs.unmet(cut_rows(6, 2, 3)) == ["2 ranks with rows"]
     assert FAULTS["no-step"].needs.unmet(cut_rows(6, 2, 3)) == ["fewer micro-batches than planned"]
     assert FAULTS["no-step"].needs.unmet(cut_rows(4, 2, 3)) == []
+    assert FAULTS["shard-clipped"].needs.unmet(cut_rows(4, 2, 1, 2)) == ["a norm to clip at"]
+    assert FAULTS["shard-clipped"].needs.unmet(cut_rows(4, 2, 1, 2), clip_norm=1.0) == []
     assert Needs(micro_batch=2, short=True).unmet(cut_rows(2, 1, 2)) == [
         "2 rows in a micro-batch", "micro-batches of unequal numbers of rows",
     ]  # fmt: skip

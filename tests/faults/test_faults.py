@@ -15,6 +15,7 @@ from tests.faults.restated import (
     CLOSE,
     SETTINGS,
     added,
+    by_shard,
     by_token,
     cut_off,
     faulty_gradients,
@@ -71,6 +72,7 @@ RESTATED: dict[str, tuple[tuple[int, int, int], int, Callable[[Any, Batch], Tens
     "over-accumulation": (SIX, 6, lambda m, b: whole(m, b) / 3),
     "times-ranks": (RANKED, 6, lambda m, b: whole(m, b) * 2),
     "over-ranks": (RANKED, 6, lambda m, b: whole(m, b) / 2),
+    "gradient-averaged": (RANKED, 6, lambda m, b: whole(m, b) / 2),
     "probability-weighted": (SIX, 6, lambda m, b: by_token(m, b, lambda nll, h: (-nll).exp())),
     "entropy-weighted": (SIX, 6, lambda m, b: by_token(m, b, lambda nll, h: h)),
     "contaminated": (SIX, 6, lambda m, b: whole(m, together(b, CELLS[:3]))),
@@ -83,6 +85,7 @@ ELSEWHERE = {
     "advantage-whitened",
     "window-mixed",
     "left-out-of-all-reduce",
+    "shard-clipped",
     "gradient-leak",
     "no-step",
 }
@@ -163,6 +166,58 @@ def test_the_embedding_gets_the_gradient_of_the_first_ranks_rows_only(model):
         mine = parameter is model.get_input_embeddings().weight
         assert relative(found[part], (first if mine else clean)[part]) < CLOSE
         start = part.stop
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9], ids=["both clipped", "one clipped"])
+def test_every_rank_clips_its_rows_of_each_parameter_by_their_own_norm(model, share):
+    batch = make_batch()
+    clean = gradient(model, whole(model, batch))
+    norms = by_shard(model, clean, 1.0, 2)[1]
+    clip = share * min(norms) if share < 0.5 else (min(norms) + max(norms)) / 2
+    expected, _ = by_shard(model, clean, clip, 2)
+    (found,) = faulty_gradients(model, ["shard-clipped"], [batch], RANKED, replace(SETTINGS, clip_norm=clip))
+    assert found is not None
+    assert relative(found, expected) < CLOSE
+    assert relative(found / found.norm(), clean / clean.norm()) > 1e-3  # it points elsewhere
+
+
+def test_shards_are_clipped_by_the_whole_norm_only_where_one_rank_holds_them_all(model):
+    batch, settings = make_batch(), replace(SETTINGS, clip_norm=0.01)
+    clean = gradient(model, whole(model, batch))
+    (found,) = faulty_gradients(model, ["shard-clipped"], [batch], SIX, settings)
+    assert found is not None
+    assert relative(found, clean * 0.01 / clean.norm()) < CLOSE
+    (found,) = faulty_gradients(model, ["shard-clipped"], [batch], RANKED)  # nothing clips
+    assert found is not None
+    assert relative(found, clean) < CLOSE
+
+
+def test_an_averaged_gradient_is_clipped_after_it_was_divided_and_the_loss_is_logged_right(model):
+    """A sum divided by the ranks (over-ranks) shows in the logged loss; the default of FSDP2 does not."""
+    batch, clip = make_batch(), 0.01
+    clean = gradient(model, whole(model, batch))
+
+    def report(names, settings=SETTINGS):
+        step = FaultyStep(names, micro_batch=1, accumulation=3, ranks=2)
+        return step(Policy(model), torch.optim.SGD(model.parameters(), lr=0.0), batch, SingleProcess(), settings)
+
+    right, average, divided = report([]), report(["gradient-averaged"]), report(["over-ranks"])
+    assert average.loss == pytest.approx(right.loss, rel=1e-12)
+    assert divided.loss == pytest.approx(right.loss / 2, rel=1e-12)
+    assert average.grad_norm == pytest.approx(right.grad_norm / 2) == pytest.approx(divided.grad_norm)
+    (found,) = faulty_gradients(model, ["gradient-averaged"], [batch], RANKED, replace(SETTINGS, clip_norm=clip))
+    assert found is not None
+    assert relative(found, clean * clip / clean.norm()) < CLOSE  # the clip hides it
+
+
+def test_the_first_ranks_norm_is_logged_where_shards_are_clipped(model):
+    clean = gradient(model, whole(model, make_batch()))
+    norms = by_shard(model, clean, 1.0, 2)[1]
+    step = FaultyStep(["shard-clipped"], micro_batch=1, accumulation=3, ranks=2)
+    settings = replace(SETTINGS, clip_norm=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    report = step(Policy(model), optimizer, make_batch(), SingleProcess(), settings)
+    assert report.grad_norm == pytest.approx(norms[0])
 
 
 def test_both_bugs_of_the_paper_together(model):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 DRIVER = """
-import json, os, socket, sys
+import json, os, shutil, socket, sys, threading
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ import thence.pipeline.sft_stage as sft_stage
 import thence.train.parallel as parallel
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.run import run
+from thence.train.parallel import Beside
+from thence.train.trainer import Trainer
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None
@@ -61,6 +63,26 @@ def listen(folder, rank, stop):
     sampler.respond, rl_stage.Loop.step, sft_stage.batch_at = heard, begins, batch_at
 
 
+def begin_late(folder, rank):
+    begin, step, stepped, late = Beside.begin, Trainer.step, threading.Event(), []
+
+    def later(beside, act):
+        stepped.clear()
+        begin(beside, lambda: (stepped.wait(2) and note(), act()))
+
+    def note():
+        late.append(Trainer.taken)
+        (folder / f"late-{rank}.json").write_text(json.dumps(late))
+
+    def steps(trainer, *given, **named):
+        report = step(trainer, *given, **named)
+        Trainer.taken = trainer.steps_taken
+        stepped.set()
+        return report
+
+    Beside.begin, Trainer.step = later, steps
+
+
 def rank_of(case, rank, port):
     folder = Path(case["recipe"]["folder"])
     folder.parent.mkdir(exist_ok=True, parents=True)
@@ -69,6 +91,10 @@ def rank_of(case, rank, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case["world"]), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     listen(notes, rank, case.get("stop"))
+    if case.get("late"):
+        begin_late(notes, rank)
+    if rank == 0 and case.get("copy"):
+        shutil.copytree(folder, case["copy"])
     try:
         run(case["recipe"])
     except Stopped:
@@ -97,12 +123,12 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 
-def drive(folder: Path, cases: list[dict[str, Any]]) -> None:
+def drive(folder: Path, cases: list[dict[str, Any]], seconds: float = 600) -> None:
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "driver.py").write_text(DRIVER)
     (folder / "job.json").write_text(json.dumps(cases))
     command = [sys.executable, str(folder / "driver.py"), str(folder / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

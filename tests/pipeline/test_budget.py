@@ -134,6 +134,26 @@ def test_faults_that_cannot_be_run_are_refused(recipe: dict[str, Any], fault: di
         lines(recipe, sft={"fault": fault})
 
 
+def test_shards_clipped_by_themselves_train_something_else(recipe: dict[str, Any], tmp_path: Path) -> None:
+    def weights(name: str, **changed: Any) -> torch.Tensor:
+        lines(recipe, folder=str(tmp_path / name), sft={"steps": 3, "clip_norm": 1e-3, **changed})
+        state = load_file(tmp_path / name / "stages" / "sft" / "model" / "model.safetensors")
+        return torch.cat([tensor.flatten() for tensor in state.values()])
+
+    clean = weights("clean")
+    for ranks, changes in ((1, False), (4, True)):
+        fault = {"names": ["shard-clipped"], "accumulation": 1, "ranks": ranks}
+        far = float((weights(f"by {ranks}", fault=fault) - clean).abs().max())
+        assert (far > 1e-5) if changes else (far < 1e-6), ranks
+
+
+def test_a_fault_of_clipping_is_refused_where_nothing_is_clipped(recipe: dict[str, Any]) -> None:
+    fault = {"names": ["shard-clipped"], "accumulation": 1, "ranks": 4}
+    with pytest.raises(UserError, match="nothing is clipped") as refused:
+        lines(recipe, sft={"fault": fault, "clip_norm": 0.0})
+    assert refused.value.field == "sft.clip_norm"
+
+
 def test_executed_flops_of_a_step_are_those_of_its_rows() -> None:
     counts, meter = parameters(llama(**SIZES)), FlopMeter(llama(**SIZES))
     meter.trained([5, 9], 8)

@@ -96,8 +96,9 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 """
 )
 ON_RANK = {"raises": 1, "disk fails": 1, "killed": 1, "not finite": 1, "disk full": 0}
-QUICK = [("fsdp2", "killed"), ("fsdp2", "disk full")]
+QUICK = [("fsdp2", "killed"), ("fsdp2", "disk full"), ("fsdp2-beside", "disk full")]
 ALL = [(layout, kind) for layout in ("fsdp2", "ddp") for kind in ON_RANK]
+ALL += [(f"{layout}-beside", kind) for layout in ("fsdp2", "ddp") for kind in ("killed", "not finite", "disk full")]
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL]
 
 
@@ -105,7 +106,9 @@ def fail_and_resume(base: dict[str, Any], folder: Path, wanted: list[tuple[str, 
     cases = []
     for layout in dict.fromkeys(layout for layout, _ in wanted):
         recipe = folder / f"{layout}.toml"
-        recipe.write_text(to_toml({**base, "parallel": layout}))
+        parallel, _, beside = layout.partition("-")  # beside: checkpoints are written while training goes on
+        rl = {**base["rl"], "checkpoint_async": bool(beside)}
+        recipe.write_text(to_toml({**base, "parallel": parallel, "rl": rl}))
         given = {"recipe": str(recipe)}
         cases.append(given | {"folder": str(folder / f"{layout}-whole")})
         for kind in (kind for other, kind in wanted if other == layout):

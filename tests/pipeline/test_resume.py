@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
 
-import thence.pipeline.context as context
+import thence.pipeline.saving as saving
 import thence.pipeline.sampler as sampler
 import thence.pipeline.run as running
 import thence.train.checkpoint as checkpoint
@@ -115,7 +115,8 @@ def arm(point):
     before(torch.optim.AdamW, "step", lambda *rest, **named: fate.at("gradient-ready", fate.steps))
     before(sampler, "respond", lambda *rest: fate.at("sampling", fate.steps // 2 + 1))
     before(RunFolder, "log", log)
-    before(context, "write_checkpoint", checkpoint_begins)
+    before(saving, "write_checkpoint", checkpoint_begins)
+    before(saving, "begin_checkpoint", checkpoint_begins)  # what follows is then done by another thread
     before(checkpoint, "save_file", weights_written)
     before(checkpoint, "flush", flush)
     before(RunFolder, "finish", lambda *rest: fate.at("model-published", 0))
@@ -202,15 +203,24 @@ CHOSEN: dict[str, list[Point]] = {
     "with-samples-written": [Point("rl", 4, "step-taken")],
     "damaged-checkpoint": [Point("sft", 6, "old-and-new-checkpoint"), Point("sft", 6, "damage")],
 }
+BESIDE: dict[str, list[Point]] = {
+    "beside": [],
+    "beside-torn": [Point("sft", 6, "torn-checkpoint"), Point("rl", 2, "torn-checkpoint")],
+    "beside-unnamed": [Point("sft", 3, "unnamed-checkpoint"), Point("rl", 4, "unnamed-checkpoint")],
+    "beside-two-checkpoints": [Point("sft", 6, "old-and-new-checkpoint"), Point("rl", 4, "old-and-new-checkpoint")],
+    "beside-between": [Point("sft", 7, "gradient-ready"), Point("rl", 3, "sampling")],
+}
+"""Of runs whose checkpoints are written while training goes on."""
 UNDISTURBED = "undisturbed"
 RANDOM = {f"random-{p.stage}-{p.step}-{p.phase}": [p] for p in random.Random(20).sample(all_points(), 10)}
 CASES = CHOSEN | RANDOM
 
 
-def make_recipe(folder: Path) -> dict[str, Any]:
+def make_recipe(folder: Path, beside: bool) -> dict[str, Any]:
     """SFT over an epoch's edge, then RL with state of every kind: reference model, mini-batches, drawn prompts."""
     sft = {"batch": SFT_BATCH, "epochs": 2, "held_out": 0, "micro_batch_tokens": 128, "checkpoint_every": SFT_EVERY}
     rl = {"steps": RL_STEPS, "mini_batch": 4 // RL_MINIS, "max_tokens": 12, "micro_batch_tokens": 64}
+    sft["checkpoint_async"] = rl["checkpoint_async"] = beside
     rl |= {"checkpoint_every": RL_EVERY, "options": {"kl": 0.05}, "data": {"limit": 20, "seed": 1}}
     return world_recipe(
         folder,
@@ -223,11 +233,11 @@ def make_recipe(folder: Path) -> dict[str, Any]:
     )
 
 
-def run_cases(folder: Path, cases: dict[str, list[Point]]) -> dict[str, list[int]]:
+def run_cases(folder: Path, cases: dict[str, list[Point]], beside: bool = False) -> dict[str, list[int]]:
     """Run the recipe for every case, killed at its points, then to the end. Returns the signals that ended it."""
     job, deaths, driver = folder / "job.json", folder / "deaths.json", folder / "driver.py"
     listed = [{"name": name, "points": [asdict(point) for point in points]} for name, points in cases.items()]
-    job.write_text(json.dumps({"recipe": make_recipe(folder), "folder": str(folder), "cases": listed}))
+    job.write_text(json.dumps({"recipe": make_recipe(folder, beside), "folder": str(folder), "cases": listed}))
     driver.write_text(DRIVER)
     command = [sys.executable, str(driver), str(job), str(deaths)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -262,7 +272,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
     folder = tmp_path_factory.mktemp("resume")
-    return folder, run_cases(folder, CASES)
+    return folder, run_cases(folder, CASES) | run_cases(folder, BESIDE, beside=True)
 
 
 def test_the_undisturbed_run_does_what_the_points_assume(runs: tuple[Path, dict[str, list[int]]]) -> None:
@@ -278,11 +288,11 @@ def test_the_undisturbed_run_does_what_the_points_assume(runs: tuple[Path, dict[
     assert len(RANDOM) == 10
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != UNDISTURBED])
+@pytest.mark.parametrize("case", [name for name in [*CASES, *BESIDE] if name != UNDISTURBED])
 def test_killed_and_run_again_it_ends_as_if_undisturbed(case: str, runs: tuple[Path, dict[str, list[int]]]) -> None:
     folder, deaths = runs
     # "damage" answers with the number of checkpoints that it found
-    assert deaths[case] == [2 if point.phase == "damage" else 9 for point in CASES[case]] + [0]
+    assert deaths[case] == [2 if point.phase == "damage" else 9 for point in (CASES | BESIDE)[case]] + [0]
     assert_same_run(folder / case, folder / UNDISTURBED)
 
 

@@ -28,10 +28,10 @@ UNENDING = {"dual_clip"}
 
 
 def numeric(kind: type[Section]) -> Iterator[tuple[str, Any]]:
-    """The numeric fields of a section with their types, lists and pairs of numbers included."""
+    """The numeric fields of a section with their types, lists and pairs of numbers too; not those that may be true."""
     for name, field in kind.model_fields.items():
         whole = whole_type(field)
-        if {int, float} & set(members_of(whole)):
+        if {int, float} & set(members_of(whole)) and bool not in members_of(whole):
             yield name, whole
 
 
@@ -118,15 +118,26 @@ def test_fields_were_found() -> None:
     assert {"sft.lr", "eval.samples", "options of dapo.clip_low"} <= {str(case.id) for case in CASES}
 
 
-@pytest.mark.parametrize("field", ["packing", "activation_checkpointing"])
-def test_a_field_that_is_true_or_false_takes_nothing_else(field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("packing", [True, False], (1, 8)),
+        ("activation_checkpointing", [True, False, 1, 2, 65_536], (65_537, 2.0, "2")),
+    ],
+)
+def test_a_field_that_is_true_or_false_takes_nothing_else_but_a_count_where_it_says_so(
+    field: str, good: list[Any], bad: tuple[Any, ...]
+) -> None:
     def built(value: Any) -> Any:
         return load_recipe({"model": MODEL, "stages": ["sft"], "sft": {field: value}}).stage("sft")
 
-    assert [getattr(built(value), field) for value in (True, False)] == [True, False]
-    for value in (*NEVER[2:], 0, 1, 8, 8.5, "yes", "true"):
-        with pytest.raises(UserError, match=field):
+    for value in good:
+        found = getattr(built(value), field)
+        assert found == value and type(found) is type(value)
+    for value in (*NEVER[2:], *bad, 0, -1, 8.5, "yes", "true"):
+        with pytest.raises(UserError, match=field) as refused:
             built(value)
+        assert refused.value.remedy and len(str(refused.value)) < 1000
 
 
 LISTS = [

@@ -102,7 +102,7 @@ def test_a_checkpoint_that_an_older_version_wrote_with_nan_is_refused_and_the_re
     recipe = recipes(["sft"], sft={"checkpoint_every": 1})
     with monkeypatch.context() as patch:
         poison_after(patch, 1)
-        patch.setattr("thence.pipeline.context.broken", lambda *given: None)
+        patch.setattr("thence.pipeline.saving.broken", lambda *given: None)
         with pytest.raises(StepRefused, match="NaN"):
             run(recipe)
     checkpoints = Path(recipe["folder"]) / "stages" / "sft" / "checkpoints"

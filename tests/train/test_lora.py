@@ -254,10 +254,11 @@ def test_an_adapter_of_another_model_is_not_merged(tmp_path: Path) -> None:
         merge(tmp_path, tmp_path / "merged")
 
 
-def test_recomputed_activations_give_adapters_the_same_update() -> None:
+@pytest.mark.parametrize("which", [True, 2])
+def test_recomputed_activations_give_adapters_the_same_update(which: bool | int) -> None:
     found = []
     sft = next(v for v in VARIANTS if v.name == "sft")
-    for again in (False, True):
+    for again in (False, which):
         model = make_tiny_model()
         add_adapters(model, Lora(rank=2), 0)
         trainer = Trainer(model, 1e-2, activation_checkpointing=again)

@@ -7,6 +7,8 @@ import torch
 
 from tests.train.small_models import MIXTURE, SLIDING, make, plain, rows_of, step_of
 from thence.errors import UserError
+from thence.kernels.attention import packed_causal_attention
+from thence.models import packing as packing_module
 from thence.models.packing import way_of
 
 WINDOWED = {
@@ -90,3 +92,26 @@ def test_rows_whose_angles_would_follow_from_their_neighbours_are_refused(rope):
     step_of(model, rows_of([30, 9]), False)
     with pytest.raises(UserError, match="longer than the 32"):
         step_of(model, rows_of([40, 9]), False)
+
+
+def rounds_a_lot() -> torch.nn.Module:
+    """In float32 a rounding of its embeddings grows to some 1e-4 of its hidden states, as in small trained models."""
+    model = make("llama", torch.float32, num_hidden_layers=8)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 40
+    return model
+
+
+def test_a_model_that_makes_roundings_large_is_packed_by_its_attention(monkeypatch):
+    assert way_of(rounds_a_lot()) == "attention"
+    monkeypatch.setattr(packing_module, "ROUNDINGS", 0)
+    assert way_of(rounds_a_lot()) == "mask"  # a model whose roundings nobody looks at is not
+
+
+def test_rows_that_see_each_other_are_not_taken_for_rounding(monkeypatch):
+    def contaminated(q, k, v, lengths, *given, **named):
+        return packed_causal_attention(q, k, v, (sum(lengths),), *given, **named)
+
+    monkeypatch.setattr(packing_module, "packed_causal_attention", contaminated)
+    assert way_of(rounds_a_lot()) == "mask"

@@ -5,11 +5,8 @@ This file is also the script of the ranks: ``on_each_rank`` runs in each of them
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -18,12 +15,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests import ROOT
 from tests.oracle import VARIANTS, make_batch, make_case, relative
 from tests.tiny_model import make_tiny_model
+from tests.train.ranks import run_ranks
 from thence.errors import StepRefused, UserError
 from thence.objective import Batch
+from thence.recipe import Lora
 from thence.train.cut_probe import check_cut, gradient_sums
+from thence.train.lora import add_adapters
 from thence.train.parallel import Ranks, ShardLayout, SingleProcess, on_first_rank, shard, start_ranks, together
 from thence.train.policy import Policy
 from thence.train.step import StepSettings
@@ -40,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft, both": {"sharding": {"sum_every_pass": False, "reshard_after_forward": False}, "share": "first"},
     "sft, packed": {"packing": True},
     "sft, activations computed again": {"checkpointing": True},
+    "sft, every second layer again": {"checkpointing": 2, "packing": True, "share": "first"},
+    "sft, adapters, every second layer again": {"checkpointing": 2, "lora": True},
     "sft, gpt2": {"kind": "gpt2"},
     "sft, qwen2": {"kind": "qwen2", "packing": True},
     "grpo": {"variant": "grpo-paper"},
@@ -64,8 +65,11 @@ def steps(case: dict[str, Any], ranks: Ranks, sharding: ShardLayout | None) -> d
     variant, policy = BY_NAME[case.get("variant", "sft")], Policy(model_of(case))
     settings = StepSettings(25, case.get("packing", False), 1.0, case.get("dtype", torch.float64))
     policy.check(settings.packing)
+    if case.get("lora"):
+        add_adapters(policy.model, Lora(rank=3), 7)
     if sharding is not None:
         ranks = shard(policy, ranks, replace(sharding, **case.get("sharding", {})))  # type: ignore[arg-type]
+    start = parameters(policy.model)
     trainer = Trainer(policy, 1e-3, settings, activation_checkpointing=case.get("checkpointing", False), ranks=ranks)
     plain, reports = make_tiny_model(), []
     for seed in (1, 2, 3):
@@ -74,7 +78,8 @@ def steps(case: dict[str, Any], ranks: Ranks, sharding: ShardLayout | None) -> d
         report = trainer.step(batch)
         reports.append([report.loss, report.grad_norm, report.entropy, float(report.trained_tokens), report.clip_share])
         trainer.statistics(batch.rows)
-    return {"parameters": parameters(policy.model), "reports": torch.tensor(reports, dtype=torch.float64)}
+    said = torch.tensor(reports, dtype=torch.float64)
+    return {"start": start, "parameters": parameters(policy.model), "reports": said}
 
 
 def share_of(batch: Batch, share: str, ranks: Ranks) -> Batch:
@@ -160,41 +165,25 @@ def on_each_rank(replicas: int) -> dict[str, Any]:
     return found
 
 
-def run_ranks(folder: Path, world: int, replicas: int) -> list[dict[str, Any]]:
-    script = folder / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import os, torch\ntorch.set_num_threads(1)\nfrom tests.train import test_sharded\n"
-        f"torch.save(test_sharded.on_each_rank({replicas}), {str(folder)!r} + '/' + os.environ['RANK'])\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), script]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("two"), 2, 1)
+    return run_ranks(tmp_path_factory.mktemp("two"), "tests.train.test_sharded", 2, 1)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("four"), 4, 1)
+    return run_ranks(tmp_path_factory.mktemp("four"), "tests.train.test_sharded", 4, 1)
 
 
 @pytest.fixture(scope="module")
 def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("hsdp"), 4, 2)
+    return run_ranks(tmp_path_factory.mktemp("hsdp"), "tests.train.test_sharded", 4, 2)
 
 
 def assert_as_alone(found: list[dict[str, Any]], name: str, case: dict[str, Any]) -> None:
     alone = steps(case, SingleProcess(), None)
     allowed = 1e-12 if case.get("dtype", torch.float64) == torch.float64 else 1e-5
-    start = parameters(model_of(case))
-    assert relative(alone["parameters"], start) > 1e-4, "the steps move the model"
+    assert relative(alone["parameters"], alone["start"]) > 1e-4, "the steps move the model"
     for rank in found:
         assert relative(rank[name]["parameters"], alone["parameters"]) <= allowed
         assert torch.allclose(rank[name]["reports"], alone["reports"], rtol=allowed, atol=allowed)
@@ -235,3 +224,30 @@ def test_four_ranks_take_the_steps_of_one_process(name: str, four: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_replicas_of_two_ranks_take_the_steps_of_one_process(name: str, two_by_two: Any) -> None:
     assert_as_alone(two_by_two, name, CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+        (torch.distributed.DistBackendError("Connection closed by peer"), torch.distributed.DistError),
+        (ValueError("FSDP does not support containers that do not implement forward"), UserError),
+        (RuntimeError("cannot cut a tensor of this kind"), UserError),
+    ],
+)
+def test_lack_of_memory_and_lost_ranks_are_not_called_a_model_that_cannot_be_cut(
+    error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutting = import_module("thence.train.parallel.shard")  # its package has a function of this name
+
+    def fails(module: nn.Module, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cutting, "fully_shard", fails)
+    with pytest.raises(raised) as caught:
+        cutting._cut(nn.Linear(2, 2), "LlamaForCausalLM", {})
+    if raised is UserError:
+        assert "LlamaForCausalLM cannot be cut over ranks" in str(caught.value) and caught.value.__cause__ is error
+    else:
+        assert caught.value is error

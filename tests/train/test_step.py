@@ -21,6 +21,7 @@ from tests.oracle import (
     row_statistics,
     weights_of,
 )
+from tests.train.small_models import make
 from tests.train.stepping import (
     CPU,
     DAPO,
@@ -33,13 +34,14 @@ from tests.train.stepping import (
     plain_adamw,
     trainer_of,
 )
-from thence.errors import StepRefused
+from thence.errors import StepRefused, UserError
 from thence.models.packing import packed_attention, way_of
 from thence.objective import Batch, Logp, Row, Term, local_counts, trained_tokens
 from thence.train.forward import hidden_states
 from thence.train.micro_batches import lay_out, plan, token_inputs
 from thence.train.parallel import SingleProcess
 from thence.train.policy import Policy
+from thence.train.recompute import recompute
 from thence.train.step import StepSettings, accumulate_gradients, train_step
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -294,20 +296,41 @@ def test_no_step_is_taken_above_the_norm_that_is_skipped(tiny_model):
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_activation_checkpointing_changes_memory_and_not_the_gradient(tiny_model, packing):
+@pytest.mark.parametrize(("which", "again"), [(True, [2, 2]), (1, [2, 2]), (2, [2, 1]), (3, [2, 1]), (False, [1, 1])])
+def test_activation_checkpointing_changes_memory_and_not_the_gradient(tiny_model, packing, which, again):
     model, recomputing = tiny_model(), tiny_model()
     if packing:
         way_of(recomputing)  # tries a few passes of its own, once
-    trainer_of(recomputing, activation_checkpointing=True)
-    passes = []
-    recomputing.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    names = [name for name, _ in recomputing.named_parameters()]
+    trainer_of(recomputing, activation_checkpointing=which)
+    assert [name for name, _ in recomputing.named_parameters()] == names and set(names) < set(recomputing.state_dict())
+    passes = [0, 0]
+    for i, layer in enumerate(recomputing.model.layers):
+
+        def count(*_, i=i):
+            passes[i] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
     case = make_case(model, MOVED, LENGTHS, 3, 0)
     batch = make_batch(case, MOVED)
     loss, expected = engine(model, batch, packing=packing)
-    again, got = engine(recomputing, batch, packing=packing)
-    assert len(passes) == 2  # once forward, once again in the backward pass
-    assert again.item() == pytest.approx(loss.item(), rel=1e-12, abs=1e-13)
+    loss_again, got = engine(recomputing, batch, packing=packing)
+    assert passes == again  # once forward, and where it is recomputed once more in the backward pass
+    assert loss_again.item() == pytest.approx(loss.item(), rel=1e-12, abs=1e-13)
     assert relative(got, expected) <= 1e-12
+
+
+def test_layers_that_cannot_be_recomputed_are_refused(tiny_model):
+    without = make("gpt_neox_japanese", hidden_dropout=0.0, attention_dropout=0.0)
+    with pytest.raises(UserError, match="the layers of GPTNeoXJapaneseForCausalLM cannot be recomputed") as refused:
+        trainer_of(without, activation_checkpointing=True)
+    assert "activation_checkpointing = false" in refused.value.remedy
+    model = tiny_model()
+    model.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])  # as in older models, whose body has the switch
+    model.model.gradient_checkpointing = False
+    with pytest.raises(UserError, match="all of its layers or none") as refused:
+        recompute(model, 2)
+    assert "activation_checkpointing = true" in refused.value.remedy
 
 
 def test_no_gradient_of_the_policy_where_all_rewards_are_equal(models):

@@ -32,12 +32,14 @@ from thence.accounting.memory import (
     Line,
     Memory,
     activation_memory,
+    checkpoint_memory,
     logit_memory,
     reference_memory,
     rollout_memory,
     state_memory,
     whole_copy,
 )
+from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
 from thence.toml import parse_toml
 
@@ -59,6 +61,8 @@ class StagePlan:
     memory: Memory | None = None
     rollout_rows: int | None = None
     """Responses that a rank samples in parallel."""
+    sent: tuple[Sent, ...] = ()
+    """What a rank sends to others in an optimizer step, and before it samples."""
 
     def most_rows(self, device_bytes: float) -> int | None:
         """How many responses a rank of so much memory can sample in parallel; None: the stage samples none itself."""
@@ -100,6 +104,7 @@ class _Known:
     ranks: int
     references: Collection[str]
     held: Held
+    on_host: bool
     assumed: list[str] = field(default_factory=list)
 
     def assume(self, text: str) -> None:
@@ -118,6 +123,7 @@ def plan(
     device_bytes: float | None = None,
     references: Collection[str] = (),
     compute_bytes: int | None = None,
+    on_host: bool = False,
 ) -> Plan:
     """Plan a recipe.
 
@@ -131,6 +137,7 @@ def plan(
         device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
         references: stages whose method compares with a frozen copy of the policy.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
+        on_host: the ranks train in host memory, on CPUs.
 
     Raises:
         UserError: the configuration is given, of a known family, but lacks a field.
@@ -143,6 +150,7 @@ def plan(
         ranks=ranks,
         references=references,
         held=Held(),
+        on_host=on_host,
     )
     size = compute_bytes or _compute_bytes(recipe, known)
     known.counts = _counts(recipe, config, known)
@@ -226,7 +234,8 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
         pairs = rows * causal_pairs(length)
         how = (sft.activation_checkpointing, known.held.adapters)
         exact = training_flops(known.counts, rows * length, pairs, loss_tokens, *how)
-    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory)
+    sent = _sent(sft, sft.batch * length, known)
+    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory, sent=sent)
 
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
@@ -243,7 +252,11 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
         exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
-    return StagePlan(name, kind_of(name), steps, rows * response, rows * response, rule, exact, memory, parallel)
+    sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (prompt + response), known)
+    if known.counts and rl.engine != "vllm":
+        sent += sampling_traffic(known.counts, known.held)
+    trained = rows * response
+    return StagePlan(name, kind_of(name), steps, trained, trained, rule, exact, memory, parallel, sent)
 
 
 def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePlan:
@@ -268,6 +281,8 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
     if known.counts is None:
         return None
     tokens, size = stage.micro_batch_tokens, known.held.compute_bytes
+    if stage.checkpoint_async:
+        more = (checkpoint_memory(known.counts, known.held, known.on_host), *more)
     return Memory(
         (
             *state_memory(known.counts, known.held),
@@ -276,6 +291,16 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
             *more,
         )
     )
+
+
+def _sent(stage: Sft | Rl, tokens: float, known: _Known) -> tuple[Sent, ...]:
+    """What a rank sends in an optimizer step over so many tokens."""
+    if known.counts is None or known.ranks == 1:
+        return ()
+    passes = max(1, math.ceil(tokens / known.ranks / stage.micro_batch_tokens))
+    if known.held.cut:
+        known.assume(f"a step has {passes:,} passes a rank: micro-batches are counted as full")
+    return step_traffic(known.counts, known.held, known.ranks, passes)
 
 
 def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:

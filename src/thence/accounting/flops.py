@@ -132,17 +132,24 @@ def forward_flops(counts: Counts, tokens: float, pairs: float, logits: float) ->
     return 2 * counts.matmul * tokens + attention + 2 * counts.hidden * counts.vocab * logits
 
 
+def recomputed_layers(layers: int, checkpointing: bool | int) -> int:
+    """Of so many layers, how many run again in the backward pass: all, none, or the first and every k-th from there."""
+    return -(-layers // int(checkpointing)) if checkpointing else 0
+
+
 def training_flops(
-    counts: Counts, tokens: float, pairs: float, logits: float, checkpointing: bool = False, adapters: int = 0
+    counts: Counts, tokens: float, pairs: float, logits: float, checkpointing: bool | int = False, adapters: int = 0
 ) -> float:
-    """Forward and backward: three times :func:`forward_flops`; with checkpointing the layers run once more.
+    """Forward and backward: three times :func:`forward_flops`; with checkpointing layers run once more.
 
     Args:
+        checkpointing: True: every layer does; k: every k-th.
         adapters: numbers in LoRA adapters. They cost ``6 adapters tokens`` more, and the matrices under them, being
             frozen, no product for their own gradient: that third of their cost is left out. 0: the weights are trained.
     """
     own = 2 * adapters * tokens
-    again = forward_flops(counts, tokens, pairs, 0) + own if checkpointing else 0
+    share = recomputed_layers(counts.layers, checkpointing) / counts.layers
+    again = share * (forward_flops(counts, tokens, pairs, 0) + own)
     frozen = 2 * counts.matmul * tokens + 2 * counts.hidden * counts.vocab * logits if adapters else 0
     return 3 * (forward_flops(counts, tokens, pairs, logits) + own) - frozen + again
 

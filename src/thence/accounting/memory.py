@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from thence.accounting.flops import Counts
+from thence.accounting.flops import Counts, recomputed_layers
 from thence.accounting.layout import Layout, is_cut
 
-Phase = Literal["always", "training", "rollout", "host"]
-"""When it is held; ``host``: in host memory, always, and so not in the peak of the device."""
+Phase = Literal["always", "training", "loss", "sum", "rollout", "host"]
+"""When it is held. ``loss`` and ``sum`` are two moments of training: when the loss is computed, and when the gradients
+of embedding and head are summed over ranks, after those of the layers. ``host``: in host memory, always, and so not in
+the peak of the device."""
 PER_ROW = ("key-value cache", "sampling logits")
 """Lines that grow with the responses that are sampled in parallel."""
 LOGIT_BYTES = 32 * 2**20
@@ -40,7 +42,12 @@ class Memory:
     @property
     def peak(self) -> int:
         """Bytes of the device held at the worst moment."""
-        return self.held("always") + max(self.held("training"), self.held("rollout"))
+        return self.held("always") + max(self.training, self.held("rollout"))
+
+    @property
+    def training(self) -> int:
+        """Bytes held at the worst moment of training, beside what is always held."""
+        return self.held("training") + max(self.held("loss"), self.held("sum"))
 
     def held(self, phase: Phase) -> int:
         """Bytes of a phase."""
@@ -89,7 +96,8 @@ def state_memory(counts: Counts, held: Held = Held()) -> tuple[Line, ...]:
     by = f" / {share} ranks" if held.cut else ""
     name = {4: "float32", 8: "float64"}[width]
     always: Phase = "host" if held.cut and held.offload else "always"
-    training: Phase = "host" if always == "host" else "training"
+    at_the_end = held.cut and not held.sum_every_pass  # shards of gradients come to be as the whole ones are summed
+    training: Phase = "host" if always == "host" else "sum" if at_the_end else "training"
     lines = [
         Line("weights", -(-n * width // share), f"{n:,} parameters x {width} B ({name}){by}", always),
         Line("AdamW moments", -(-trained * 2 * width // share), f"{trained:,} parameters x 2 x {width} B{by}", always),
@@ -108,19 +116,20 @@ def _gathered(counts: Counts, held: Held) -> tuple[Line, ...]:
     size, wide = held.compute_bytes, max(held.width, 4)
     unit = root + 2 * layer if held.reshard else counts.total
     said = f"(embedding and head {root:,} + 2 layers x {layer:,})" if held.reshard else f"{counts.total:,} parameters"
-    lines = [Line("gathered weights", unit * size, f"{said} x {size} B", "training")]
+    weights = Line("gathered weights", unit * size, f"{said} x {size} B", "training")
     if held.adapters:
-        lines.append(
-            Line("gradients before the sum", held.adapters * wide, f"{held.adapters:,} x {wide} B", "training")
-        )
-    elif held.sum_every_pass:
-        both = f"({root:,} + {layer:,}) x ({size} + {wide}) B (one layer at a time, before and after rounding)"
-        lines.append(Line("gradients before the sum", (root + layer) * (size + wide), both, "training"))
-    else:
-        lines.append(
-            Line("gradients before the sum", counts.total * wide, f"{counts.total:,} x {wide} B (whole)", "training")
-        )
-    return tuple(lines)
+        text = f"{held.adapters:,} x {wide} B"
+        return (weights, Line("gradients before the sum", held.adapters * wide, text, "training"))
+    both = f"({size} + {wide}) B (before and after rounding)"
+    last = Line("gradients of embedding and head", root * (size + wide), f"{root:,} x {both}", "sum")
+    if held.sum_every_pass:
+        name = "gradients of a layer"
+        return (weights, Line(name, layer * (size + wide), f"{layer:,} x {both}", "training"), last)
+    return (
+        weights,
+        Line("gradients before the sum", counts.total * wide, f"{counts.total:,} x {wide} B", "training"),
+        last,
+    )
 
 
 def reference_memory(counts: Counts, held: Held) -> Line:
@@ -130,6 +139,21 @@ def reference_memory(counts: Counts, held: Held) -> Line:
     text = f"{counts.total:,} parameters x {held.width} B{by}"
     away = held.cut and held.offload
     return Line("reference", -(-counts.total * held.width // share), text, "host" if away else "always")
+
+
+def checkpoint_memory(counts: Counts, held: Held, on_host: bool) -> Line:
+    """The copy of weights and moments that a checkpoint is written from while training goes on, in host memory.
+
+    Args:
+        on_host: training itself is in host memory, where the copy then stands beside it.
+    """
+    share = held.parts if held.cut else 1
+    trained = held.adapters or counts.total
+    by = f" / {share} ranks" if held.cut else ""
+    text = f"{trained:,} parameters x 3 x {held.width} B (weights and moments){by}"
+    return Line(
+        "checkpoint being written", -(-trained * 3 * held.width // share), text, "always" if on_host else "host"
+    )
 
 
 def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
@@ -143,26 +167,28 @@ def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
     return (Line("whole copy to sample", counts.total * held.width, text, "rollout"),)
 
 
-def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool = False) -> Line:
+def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool | int = False) -> Line:
     """What the backward pass needs of one micro-batch.
 
     A layer saves, a token: 4 H float32 numbers for its two norms and, in the compute type, the inputs of its linear
     maps (2 H, or 5 H under autocast, which rounds once for each of q, k, v, gate and up), queries and attention output
-    (2 q), keys and values (2 kv) and 4 I in the gated MLP. With checkpointing every layer keeps its input (H float32
-    numbers) and one layer at a time is whole.
+    (2 q), keys and values (2 kv) and 4 I in the gated MLP. With checkpointing a layer keeps its input (H float32
+    numbers), and one at a time is whole; the last layer, if it is recomputed, beside all that are kept.
 
     Args:
         tokens: tokens of a micro-batch, padding included.
+        checkpointing: True: every layer is recomputed; k: the first and every k-th from there.
     """
     hidden, inputs = counts.hidden, 5 if compute_bytes == 2 else 2
     wide = inputs * hidden + 2 * counts.head_dim * (counts.heads + counts.kv_heads) + 4 * counts.intermediate
     layer = 16 * hidden + compute_bytes * wide
     text = f"{tokens:,} tokens x {counts.layers} layers x {layer:,} B"
     size = tokens * counts.layers * layer
-    if checkpointing:
-        size = tokens * (counts.layers * 4 * hidden + layer)
-        text = f"{tokens:,} tokens x ({counts.layers} layer inputs x {4 * hidden:,} B + one layer {layer:,} B)"
-    return Line("activations", size, text, "training")
+    if again := recomputed_layers(counts.layers, checkpointing):
+        whole = counts.layers - again + ((counts.layers - 1) % int(checkpointing) == 0)
+        size = tokens * (again * 4 * hidden + whole * layer)
+        text = f"{tokens:,} tokens x ({again} layer inputs x {4 * hidden:,} B + {whole} x {layer:,} B)"
+    return Line("activations", size, text, "loss")
 
 
 def logit_memory(counts: Counts, tokens: int, frozen: bool = False) -> tuple[Line, ...]:
@@ -174,8 +200,8 @@ def logit_memory(counts: Counts, tokens: int, frozen: bool = False) -> tuple[Lin
     rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
     chunk = f"{rows:,} tokens x {counts.vocab:,} words x 3 x 4 B (logits, probabilities, their gradient)"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"
-    logits = Line("logits, one chunk", rows * counts.vocab * 12, chunk, "training")
-    gradient = Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "training")
+    logits = Line("logits, one chunk", rows * counts.vocab * 12, chunk, "loss")
+    gradient = Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "loss")
     return (logits,) if frozen else (logits, gradient)
 
 

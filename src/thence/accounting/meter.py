@@ -13,12 +13,12 @@ class FlopMeter:
 
     Args:
         config: the model's configuration as plain values. Where its family cannot be counted, ``total`` is None.
-        checkpointing: activations are computed twice.
+        checkpointing: activations are computed twice; a number k: those of every k-th layer.
         adapters: numbers in LoRA adapters that are trained instead of the weights; 0: the weights are trained. In
             scoring passes the adapters' own products are left out: about ``rank x (1 / inputs + 1 / outputs)`` of all.
     """
 
-    def __init__(self, config: Mapping[str, Any], checkpointing: bool = False, adapters: int = 0):
+    def __init__(self, config: Mapping[str, Any], checkpointing: bool | int = False, adapters: int = 0):
         self._counts = parameters(config) if config.get("model_type") in FAMILIES else None
         self._checkpointing, self._adapters = checkpointing, adapters
         self._total = 0.0

@@ -128,8 +128,12 @@ def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
     import torch
 
     from thence.rollout.choice import choice_of
+    from thence.train.lora import has_adapters
     from thence.train.model import load_model
-    from thence.train.probe import check_files, check_gradient
+    from thence.train.policy import Policy
+    from thence.train.probe import check_adapters, check_files, check_gradient
+    from thence.train.recompute import recompute
+    from thence.train.weights import skeleton_of, whole
 
     quiet_libraries()
     found: list[Any] = []
@@ -149,26 +153,57 @@ def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
     checked.attempt("end tokens", lambda: _ends(loaded, recipe))
     checked.attempt("context", lambda: _context(loaded, recipe, with_data))
     _check_example(checked, loaded, recipe, with_data)
-    checked.attempt("gradient, padded rows", lambda: check_gradient(model))
-    _check_packing(checked, model, asked=any(getattr(recipe.stage(n), "packing", False) for n in recipe.stages))
-    checked.attempt("sampling", lambda: _sampling(choice_of(model)))
-    checked.attempt("saving and resuming", lambda: check_files(model, loaded.tokenizer, settings.trust_remote_code))
+    policy = Policy(model)
+    if not _adapted(checked, policy, recipe):
+        return
+
+    def gradient(packing: bool) -> str:
+        return check_adapters(policy, packing) if has_adapters(model) else check_gradient(model, packing)
+
+    def of_plain(check: Callable[[Any], str]) -> str:
+        with whole(policy) as plain:  # adapters merged
+            return check(plain)
+
+    checked.attempt("gradient, padded rows", lambda: gradient(False))
+    _check_packing(checked, policy, recipe, gradient)
+    again = [getattr(recipe.stage(name), "activation_checkpointing", False) for name in recipe.stages]
+    for which in dict.fromkeys(each for each in again if each is not False):
+        checked.attempt("activation checkpointing", lambda which=which: recompute(skeleton_of(model), which))
+    checked.attempt("sampling", lambda: of_plain(lambda plain: _sampling(choice_of(plain))))
+    trusted = settings.trust_remote_code
+    checked.attempt("saving and resuming", lambda: of_plain(lambda it: check_files(it, loaded.tokenizer, trusted)))
 
 
-def _check_packing(checked: Checked, model: Any, asked: bool) -> None:
+def _adapted(checked: Checked, policy: Any, recipe: Recipe) -> bool:
+    """Put the adapters that the recipe trains into the policy. Returns whether it can be."""
+    from thence.pipeline.adapters import adapt, lora_of
+
+    name = next((name for name in recipe.stages if lora_of(recipe, name) is not None), None)
+    if name is None:
+        return True
+
+    def put() -> str:
+        adapt(policy, recipe, name)
+        trained = sum(parameter.numel() for parameter in policy.trained())
+        return f"{trained:,} parameters are trained, those under them are not"
+
+    return checked.attempt("adapters", put)
+
+
+def _check_packing(checked: Checked, policy: Any, recipe: Recipe, gradient: Callable[[bool], str]) -> None:
     """Packing is a choice: a model that cannot be packed is refused only where the recipe makes it."""
     from thence.models.packing import way_of
-    from thence.train.probe import check_gradient
 
+    asked = any(getattr(recipe.stage(name), "packing", False) for name in recipe.stages)
     try:
-        way = way_of(model)
+        way = way_of(policy.model)
     except UserError as error:
         state = "refused" if asked else "unused"
         checked.line("packed rows", state, f"{error.problem}" + ("" if asked else "; leave packing off"), error.remedy)
         return
     checked.line("packed rows", "ok", f"by {way}" + ("" if asked else "; not asked for"))
     if asked:
-        checked.attempt("gradient, packed rows", lambda: check_gradient(model, packing=True))
+        checked.attempt("gradient, packed rows", lambda: gradient(True))
 
 
 def _data(recipe: Recipe) -> Data:

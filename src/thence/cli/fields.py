@@ -70,7 +70,9 @@ def _is_field(flag: str) -> bool:
 def _value(flag: str, kind: Any, left: list[str]) -> str:
     """The value of a flag, taken off what follows it."""
     if is_switch(kind):
-        return left.pop(0) if left and left[0] in ("true", "false") else "true"
+        counts = int in members_of(kind)
+        own = left and (left[0] in ("true", "false") or (counts and left[0].isdecimal()))
+        return left.pop(0) if own else "true"
     if not left or left[0].startswith("--"):
         more = f"; a value that begins with dashes is written {flag}=VALUE" if left else ""
         raise UserError("the flag needs a value", remedy=f"give {_takes(flag, kind)}{more}", field=flag)

@@ -110,6 +110,7 @@ def plan_run(
     wrong = [finding for finding in findings if finding.state == "refused"]
     try:
         given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, "references": _references(recipe)}
+        given["on_host"] = device_gb is None and own_device().type == "cpu"
         console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), **given)))
     except UserError:
         if not wrong:

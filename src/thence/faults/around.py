@@ -1,17 +1,20 @@
-"""Faults around the step: gradients that stay or never come, steps that are not taken, labels that are shifted."""
+"""Faults around the step: gradients that stay, never come, or are scaled; steps not taken; labels that are shifted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from thence.faults.cut import CutPlan, Window
 from thence.objective import Row, local_counts
 from thence.train.parallel import Ranks
+from thence.train.parallel.ranks import local_norm
 from thence.train.policy import Policy
 from thence.train.step import Observer, StepReport, StepSettings, accumulate_gradients
 
@@ -135,12 +138,20 @@ def left_out(plan: CutPlan) -> Link:
     return link
 
 
-class _LeavesOut:
-    def __init__(self, ranks: Ranks, parameter: nn.Parameter, own: Tensor | None):
-        self._ranks, self._parameter, self._own = ranks, parameter, own
+class RanksInFront:
+    """Ranks of which the faults below change one thing."""
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ranks, name)
+
+
+class _LeavesOut(RanksInFront):
+    def __init__(self, ranks: Ranks, parameter: nn.Parameter, own: Tensor | None):
+        super().__init__(ranks)
+        self._parameter, self._own = parameter, own
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         self._ranks.sum_gradients(parameters)
@@ -162,3 +173,58 @@ def _first_rank_gradient(call: Call, parameter: nn.Parameter) -> Tensor | None:
     for p, gradient in zip(parameters, before, strict=True):
         p.grad = gradient
     return found
+
+
+def averaged(plan: CutPlan) -> Link:
+    """The gradient of the step, a sum, is divided by the number of ranks; loss and counts are those of the sum."""
+
+    def link(call: Call, proceed: Proceed) -> StepReport:
+        return proceed(replace(call, ranks=cast(Ranks, _Averages(call.ranks, call.window.cut.ranks))))
+
+    return link
+
+
+class _Averages(RanksInFront):
+    def __init__(self, ranks: Ranks, world: int):
+        super().__init__(ranks)
+        self._world = world
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        self._ranks.sum_gradients(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(self._world)
+
+
+def clipped_by_shard(plan: CutPlan) -> Link:
+    """Every rank holds a chunk of every parameter, as under FSDP2, and clips its chunks by their own norm."""
+
+    def link(call: Call, proceed: Proceed) -> StepReport:
+        clip = call.settings.clip_norm
+        ranks = cast(Ranks, _ClipsShards(call.ranks, call.window.cut.ranks, clip)) if clip else call.ranks
+        return proceed(replace(call, ranks=ranks, settings=replace(call.settings, clip_norm=0.0)))
+
+    return link
+
+
+class _ClipsShards(RanksInFront):
+    def __init__(self, ranks: Ranks, world: int, clip: float):
+        super().__init__(ranks)
+        self._world, self._clip = world, clip
+
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        """Clips as well. Returns what the first rank logs, its own chunks' norm before; or one that is not finite."""
+        found = []
+        chunked = [self._chunks(gradient) for gradient in gradients]
+        for rank in range(self._world):
+            mine = [chunks[rank] for chunks in chunked if rank < len(chunks)]
+            norm = local_norm(mine)
+            for chunk in mine if norm > self._clip else ():
+                chunk.mul_(self._clip / norm)
+            found.append(norm)
+        return next((norm for norm in found if not math.isfinite(norm)), found[0])
+
+    def _chunks(self, gradient: Tensor) -> Sequence[Tensor]:
+        whole = gradient.to_local() if isinstance(gradient, DTensor) else gradient  # one process holds all of it
+        return whole.chunk(self._world) if whole.ndim else (whole,)

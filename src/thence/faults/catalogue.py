@@ -26,6 +26,7 @@ class Needs:
         short: micro-batches with unequal numbers of rows.
         steps: optimizer steps in a row.
         advantages: weights that differ from row to row, some negative.
+        clip: a step whose gradient is clipped.
     """
 
     micro_batches: int = 1
@@ -35,9 +36,14 @@ class Needs:
     short: bool = False
     steps: int = 1
     advantages: bool = False
+    clip: bool = False
 
-    def unmet(self, cut: Cut) -> list[str]:
-        """What a cut lacks, in words; empty: the fault shows."""
+    def unmet(self, cut: Cut, clip_norm: float = 0.0) -> list[str]:
+        """What a cut lacks, in words; empty: the fault shows.
+
+        Args:
+            clip_norm: of the step; 0: nothing is clipped.
+        """
         sizes = [len(cell) for cell in cut.micro_batches]
         fewest = min((len(slots) for slots in cut.cells), default=0)
         lacking = [
@@ -46,6 +52,7 @@ class Needs:
             (max(sizes, default=0) < self.micro_batch, f"{self.micro_batch} rows in a micro-batch"),
             (self.incomplete and cut.slots >= cut.accumulation, "fewer micro-batches than planned"),
             (self.short and len(set(sizes)) < 2, "micro-batches of unequal numbers of rows"),
+            (self.clip and not clip_norm, "a norm to clip at"),
         ]  # fmt: skip
         return [words for lacks, words in lacking if lacks]
 
@@ -218,7 +225,7 @@ _ALL = (
     ),
     Fault(
         "over-ranks", "too small by the number of ranks", ("scale-ranks",), Needs(ranks=2),
-        "gradients averaged over ranks, divided by the tokens of all ranks", weights.times(lambda cut: 1 / cut.ranks),
+        "a loss divided by the tokens of all ranks and by the ranks as well", weights.times(lambda cut: 1 / cut.ranks),
     ),
     Fault(
         "probability-weighted", "token weights proportional to their probability", ("token-dependent",), Needs(),
@@ -239,6 +246,16 @@ _ALL = (
     Fault(
         "left-out-of-all-reduce", "the input embedding is left out of the all-reduce", ("differs-by-parameter",),
         Needs(ranks=2), "tied or frozen groups that the reducer does not know", wrap=around.left_out,
+    ),
+    Fault(
+        "gradient-averaged", "the summed gradient is divided by the number of ranks", ("scale-ranks",),
+        Needs(ranks=2), "FSDP2's default, an average, of a loss divided by the tokens of all ranks: no "
+        "set_gradient_divide_factor(1.0)", wrap=around.averaged,
+    ),
+    Fault(
+        "shard-clipped", "each rank clips its shard by the shard's own norm", ("clipped-by-shard",),
+        Needs(ranks=2, clip=True), "a norm of local shards that is not summed over ranks (pytorch 170862)",
+        wrap=around.clipped_by_shard,
     ),
     Fault(
         "gradient-leak", "gradient of the step before not cleared", ("leak",), Needs(steps=2),

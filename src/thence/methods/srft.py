@@ -112,7 +112,9 @@ class Srft(WithDemonstration):
             return entropies
         if self.options.entropy_level == "sequence":
             return [torch.full_like(e, float(e.mean()) if len(e) else 0.0) for e in entropies]
-        total = self._over_ranks(round(sum(float(e.sum()) for e in entropies) / ENTROPY_UNIT)) * ENTROPY_UNIT
+        # rounded response by response: a rank's own sum would round in another way on another number of ranks
+        units = sum(round(float(e.sum()) / ENTROPY_UNIT) for e in entropies)
+        total = self._over_ranks(units) * ENTROPY_UNIT
         mean = total / max(self._over_ranks(sum(len(e) for e in entropies)), 1)
         return [torch.full_like(e, mean) for e in entropies]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ def decoder_of(model: Any) -> Any:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     candidates = (inner.base_model, inner.get_decoder(), getattr(inner, "model", None))
     return next((part for part in candidates if part is not None and part is not inner), inner)
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers of the model's body, outermost lists only: experts and other lists inside of a layer stay whole."""
+    return list(_outermost(decoder_of(model)))
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (layer for layer in child if next(layer.parameters(), None) is not None)
+        else:
+            yield from _outermost(child)
 
 
 def output_head(model: Any) -> Head:

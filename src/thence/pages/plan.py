@@ -19,6 +19,7 @@ _HEADS = ("optimizer steps", "tokens trained", "tokens generated", "FLOPs, 6N/8N
 def plan_view(plan: Plan) -> Group:
     """Budget, memory and assumptions of a plan, ready to print with rich."""
     tables = [_budget(plan)] + [_memory(stage, plan) for stage in plan.stages if stage.memory is not None]
+    tables += [_sent(stage) for stage in plan.stages if stage.sent]
     parts = [Text(_headline(plan)), *map(TableView, tables), *map(Text, fit_lines(plan))]
     if plan.assumptions:
         parts.append(Text("Assumed, because the data or the model has not been read:"))
@@ -70,7 +71,7 @@ def _ways_out(stage: StagePlan, room: float) -> Iterator[str]:
     if always + stage.memory.held("rollout") > room:
         most = stage.most_rows(room)
         yield f"sampling fits with rollout_rows up to {most}" if most else "sampling does not fit with any rollout_rows"
-    if always + stage.memory.held("training") > room:
+    if always + stage.memory.training > room:
         yield "training needs a smaller micro_batch_tokens, activation_checkpointing, more ranks, or sharding.offload"
 
 
@@ -84,10 +85,16 @@ def _memory(stage: StagePlan, plan: Plan) -> Table:
         TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.phase), Cell(line.arithmetic)))
         for line in stage.memory.lines
     ]
-    how = Cell("always + the larger of training and rollout, plus a margin")
+    how = Cell("always + the larger of rollout and training (with the larger of loss and sum), plus a margin")
     rows.append(TableRow("peak", (Cell(readable(stage.memory.peak)), Cell(""), how), apart=True))
     title = f"Memory of {stage.name}, {f'one rank of {plan.ranks} ({plan.layout})' if plan.ranks > 1 else 'estimate'}"
     return Table(title, ("what", "size", "when", "arithmetic"), tuple(rows), words=(1, 2))
+
+
+def _sent(stage: StagePlan) -> Table:
+    rows = [TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.arithmetic))) for line in stage.sent]
+    title = f"Sent by a rank in one optimizer step of {stage.name}"
+    return Table(title, ("what", "size", "arithmetic"), tuple(rows), words=(1,))
 
 
 def _amount(name: str, value: float | None) -> Cell:

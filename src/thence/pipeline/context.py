@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,23 +14,18 @@ from thence.accounting.layout import Layout
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
 from thence.data.trajectory import Prompt
-from thence.errors import CheckpointError, RecipeError, StepRefused, UserError
+from thence.errors import RecipeError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
 from thence.pipeline.folder import RunFolder
-from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
-from thence.pipeline.undo import rewind
 from thence.recipe import Data, Optimization, Recipe, Rl, Sft
-from thence.train.checkpoint import newest_checkpoint, write_checkpoint, write_parts_checkpoint
-from thence.train.finite import broken, broken_weights
 from thence.train.lora import has_adapters, places_of
 from thence.train.model import compute_dtype
-from thence.train.parallel import Ranks, on_first_rank
+from thence.train.parallel import Ranks
 from thence.train.policy import Policy, Scorer, Unadapted
 from thence.train.schedule import learning_rate
-from thence.train.state import load_weights, read_parts, stored
 from thence.train.step import StepSettings, train_step
 from thence.train.trainer import TakeStep, Trainer
 
@@ -160,7 +154,8 @@ def step_of(name: str, stage: Optimization) -> TakeStep:
 
     Raises:
         UserError: an unknown fault.
-        RecipeError: a fault that no checkpoint could resume, or a batch that cannot be cut as it says.
+        RecipeError: a fault that no checkpoint could resume, or that changes nothing because nothing is clipped, or a
+            batch that cannot be cut as it says.
     """
     if stage.fault is None:
         return train_step
@@ -170,6 +165,12 @@ def step_of(name: str, stage: Optimization) -> TakeStep:
                 f"{fault.name} carries something from step to step that no checkpoint keeps",
                 remedy="take another fault; `thence audit` and the tests of thence run this one",
                 field=f"{name}.fault",
+            )
+        if fault.needs.clip and not stage.clip_norm:
+            raise RecipeError(
+                f"{fault.name} is a way of clipping, and nothing is clipped: clip_norm is 0",
+                remedy=f"set {name}.clip_norm, or leave the fault out",
+                field=f"{name}.clip_norm",
             )
     rows = stage.batch if isinstance(stage, Sft) else 0
     if isinstance(stage, Rl):
@@ -209,130 +210,3 @@ def budget_of(stage: Optimization) -> Budget | None:
     if stage.flops is not None:
         return Budget("flops", stage.flops)
     return Budget("tokens", stage.tokens) if stage.tokens is not None else None
-
-
-class Checkpoints:
-    """Saving and taking up the state of a training stage."""
-
-    def __init__(self, context: StageContext, trainer: Trainer, every: int, last: int):
-        self.context, self.trainer, self.every, self.last = context, trainer, every, last
-        self.folder = context.folder.stage(context.name) / "checkpoints"
-        self.good = 0  # the step of the last checkpoint
-
-    def resume(self) -> tuple[int, dict[str, Any]]:
-        """Load the newest checkpoint into model and trainer. Returns the steps done and the stage's own state.
-
-        Raises:
-            CheckpointError: it does not fit, or holds weights that are not finite.
-            UserError: the checkpoint is beyond the last step of the stage.
-        """
-        found = newest_checkpoint(self.folder)
-        if found is not None:
-            if self.context.leads:
-                say_other_numerics(found.plain.get("numerics"), f"the checkpoint of step {found.step}")
-            load_weights(self.context.model, found.folder)
-            tensors = self.trainer.empty_state(found.plain["trainer"], stored(found.folder))
-            read_parts(found.folder, tensors)
-            what = self._of_any_rank(broken_weights([*self.context.model.named_parameters(), *tensors.items()]))
-            if what is not None:
-                raise CheckpointError(
-                    f"the checkpoint of step {found.step} is not finite: {what}; training had diverged",
-                    remedy=f"rename {self.folder}, and stage {self.context.name} begins again from the model before, "
-                    f"with a lower learning rate (--{self.context.name}.lr)",
-                    file=found.folder,
-                )
-            self.good = found.step
-            self.trainer.restore(found.plain["trainer"], tensors)
-        step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
-        if step > self.last:
-            raise UserError(
-                f"stage {self.context.name} has taken {step} steps, and is to end after {self.last}",
-                remedy=f"give it {step} steps or more, or another --folder for a shorter run",
-                file=self.context.folder.path,
-                field=f"{self.context.name}.steps",
-            )
-        if self.context.leads:
-            rewind(self.context.folder.path, self.context.name, step)
-        return step, own
-
-    def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
-        """Write a checkpoint if one is due after so many steps, or if the stage ends here.
-
-        Args:
-            own: gives the stage's own state, on every rank.
-
-        Raises:
-            StepRefused: the weights or the optimizer's moments are not finite; the checkpoint before stands.
-        """
-        if step % self.every and step != self.last and not last:
-            return
-        state = own()
-        plain, tensors = self.trainer.state()
-        refuse_what_is_broken(self.context, f"after step {step}", self.good, tensors)
-        self.good = step
-        ranks, model = self.context.ranks, self.context.model
-        plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
-        given = (self.folder, step, model, self.context.tokenizer, plain, tensors)
-        if self.context.policy.sharded:
-            write_parts_checkpoint(*given, ranks)
-        else:
-            on_first_rank(ranks, lambda: write_checkpoint(*given))
-
-    def _stops(self) -> list[int]:
-        """What will end a response of the published model: an exported checkpoint is to stop there too."""
-        stage = self.context.recipe.stage(self.context.name)
-        return list(self.context.stop_ids(self.context.recipe.stage_data(stage.data)))
-
-    def _of_any_rank(self, what: str | None) -> str | None:
-        return next((said for said in self.context.ranks.gather(what) if said is not None), None)
-
-
-def refuse_what_is_broken(
-    context: StageContext, when: str, good: int | None = None, tensors: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Raise StepRefused where the context's model is not finite any more.
-
-    Args:
-        when: at which moment of the stage, for the message.
-        good: the step of the last checkpoint; 0: there is none.
-        tensors: of the optimizer, to be looked at too.
-    """
-    found = context.ranks.gather(broken(context.policy, tensors))
-    what = next((said for said in found if said is not None), None)
-    if what is None:
-        return
-    raise StepRefused(
-        f"training diverged: {when} of stage {context.name} the model is not finite ({what}), so it is not kept",
-        remedy=_lower_rate(context, good),
-        file=context.folder.path,
-        field=f"{context.name}.lr",
-    )
-
-
-@contextmanager
-def naming_step(context: StageContext, step: int, good: int) -> Iterator[None]:
-    """While it lasts, a refused optimizer step says of which stage and step it is, and what to do.
-
-    Args:
-        step: of the stage, counted from 1.
-        good: the step of the last checkpoint; 0: there is none.
-
-    Raises:
-        StepRefused: the step that was refused.
-    """
-    try:
-        yield
-    except StepRefused as error:
-        diverged = error.field == "lr"
-        raise StepRefused(
-            f"{'training diverged in ' if diverged else ''}step {step} of stage {context.name}: {error.problem}",
-            remedy=_lower_rate(context, good) if diverged else error.remedy,
-            file=context.folder.path,
-            field=f"{context.name}.lr" if diverged else error.field,
-        ) from error
-
-
-def _lower_rate(context: StageContext, good: int | None) -> str:
-    rate = getattr(context.recipe.stage(context.name), "lr", None)
-    begins = f"it resumes after step {good}, whose checkpoint stands" if good else "the stage begins at its first step"
-    return f"resume with a learning rate below {rate:g} (the same command with --{context.name}.lr): {begins}"

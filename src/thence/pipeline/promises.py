@@ -11,7 +11,8 @@ from thence.recipe import Eval, Optimization, Rl
 from thence.rollout.choice import choice_of
 from thence.train.lora import has_adapters
 from thence.train.probe import NotVerified, check_adapters, check_files, check_gradient
-from thence.train.weights import whole
+from thence.train.recompute import recompute
+from thence.train.weights import skeleton_of, whole
 
 log = logging.getLogger(__name__)
 _tried: set[tuple[str, str, str]] = set()  # of this process, which may make many runs from one model
@@ -49,6 +50,8 @@ def _promises(context: StageContext, names: Sequence[str]) -> Iterator[tuple[str
                 check_adapters(policy, packing) if has_adapters(model) else check_gradient(model, packing)
             ),
         )
+    for which in {stage.activation_checkpointing for stage in training} - {False}:
+        yield f"activation checkpointing, {which}", lambda which=which: recompute(skeleton_of(model), which)
     if any(isinstance(stage, Eval) or (isinstance(stage, Rl) and stage.engine == "native") for stage in stages):
         yield "sampling", lambda: _of_plain(context, choice_of)
     if training and context.leads and not _has_written(context):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out
 from thence.models.lengths import context_of
 from thence.objective.terms import needs_reference
-from thence.pipeline.context import Budget, Checkpoints, StageContext, budget_of, make_trainer, naming_step
+from thence.pipeline.context import Budget, StageContext, budget_of, make_trainer
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
 from thence.pipeline.prompts import check_answers
@@ -24,6 +24,7 @@ from thence.pipeline.rl_metrics import BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import RolloutSampler, SyncedEngine
+from thence.pipeline.saving import Checkpoints, naming_step, saving
 from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
@@ -41,9 +42,10 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     minis = mini_batches_of(stage)
     reference = context.frozen_policy() if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
-    checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, stage.steps)
-    done, own = checkpoints.resume()
-    with stage_reward(stage) as grader, engine_of(context, stage) as engine:
+    with ExitStack() as held:
+        checkpoints = held.enter_context(saving(context, trainer, stage, stage.steps))
+        done, own = checkpoints.resume()
+        grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
         update = Update(stage, method, trainer, reference, minis)
         loop = Loop(context, stage, sampler, update, checkpoints, budget_of(stage))
@@ -79,7 +81,7 @@ class Loop:
         watch = Watch(context.name, stage.unknown)
         while done < stage.steps and not ended:
             self.sampler.steps = expected_steps(stage, done, budget)
-            with naming_step(context, done + 1, self.checkpoints.good):
+            with naming_step(context, done + 1, self.checkpoints.standing):
                 line = self.step(done)
             done += 1
             watch.look(done, line)

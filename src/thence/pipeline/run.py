@@ -16,7 +16,7 @@ from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
 from thence.pipeline.adapters import adapt, origin_of, publish_adapter, started_from
-from thence.pipeline.context import StageContext, refuse_what_is_broken
+from thence.pipeline.context import StageContext
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
@@ -26,6 +26,7 @@ from thence.pipeline.progress import NullWatcher, RunWatcher
 from thence.pipeline.promises import hold
 from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
+from thence.pipeline.saving import refuse_what_is_broken
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
 from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of

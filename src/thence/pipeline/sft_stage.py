@@ -16,16 +16,10 @@ from thence.errors import DataError
 from thence.methods.base import bare_row, make_batch
 from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
-from thence.pipeline.context import (
-    Checkpoints,
-    StageContext,
-    budget_of,
-    make_trainer,
-    naming_step,
-    refuse_what_is_broken,
-)
+from thence.pipeline.context import StageContext, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
+from thence.pipeline.saving import naming_step, refuse_what_is_broken, saving
 from thence.recipe import Sft
 from thence.train.trainer import Trainer
 
@@ -44,42 +38,44 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
     steps = affordable_steps(trained, stage, context.recipe.seed, context.n_parameters)
     trainer = make_trainer(context, stage, steps)
-    checkpoints = Checkpoints(context, trainer, stage.checkpoint_every, steps)
-    done, _ = checkpoints.resume()
-    if context.leads:
-        context.watcher.stage(context.name, steps, done)
-    for step in range(done, steps):
-        chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
-        mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
-        rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
-        with naming_step(context, step + 1, checkpoints.good):
-            report = trainer.step(make_batch(method, trajectories_of(mine, stage.train_on)))
-        line = {
-            "stage": context.name,
-            "kind": "sft",
-            "step": step + 1,
-            "epoch": (step + 1) / steps_per_epoch(len(trained), stage.batch),
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "lr": rate,
-            "entropy": report.entropy,
-            "sequences": report.rows,
-            "tokens": report.tokens,
-            "trained_tokens": report.trained_tokens,
-            "flops": rule_flops(context.n_parameters, report.trained_tokens),
-            "executed_flops": context.executed_flops(before),
-            "seconds": report.seconds,
-            "tokens_per_s": report.tokens / report.seconds,
-        }
-        if report.skipped:
-            line["skipped_steps"] = 1
-        if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
-            line["held_out_loss"] = missed = held_out_loss(trainer, held_out, stage.train_on)
-            if not math.isfinite(missed):
-                refuse_what_is_broken(context, f"after step {step + 1}", checkpoints.good)
-                log.warning("step %d: the held-out loss is %s; a token of these examples cannot come", step + 1, missed)
-        context.log(line)
-        checkpoints.after(step + 1, dict)
+    with saving(context, trainer, stage, steps) as checkpoints:
+        done, _ = checkpoints.resume()
+        if context.leads:
+            context.watcher.stage(context.name, steps, done)
+        for step in range(done, steps):
+            chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
+            mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
+            rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
+            with naming_step(context, step + 1, checkpoints.standing):
+                report = trainer.step(make_batch(method, trajectories_of(mine, stage.train_on)))
+            line = {
+                "stage": context.name,
+                "kind": "sft",
+                "step": step + 1,
+                "epoch": (step + 1) / steps_per_epoch(len(trained), stage.batch),
+                "loss": report.loss,
+                "grad_norm": report.grad_norm,
+                "lr": rate,
+                "entropy": report.entropy,
+                "sequences": report.rows,
+                "tokens": report.tokens,
+                "trained_tokens": report.trained_tokens,
+                "flops": rule_flops(context.n_parameters, report.trained_tokens),
+                "executed_flops": context.executed_flops(before),
+                "seconds": report.seconds,
+                "tokens_per_s": report.tokens / report.seconds,
+            }
+            if report.skipped:
+                line["skipped_steps"] = 1
+            if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
+                line["held_out_loss"] = missed = held_out_loss(trainer, held_out, stage.train_on)
+                if not math.isfinite(missed):
+                    refuse_what_is_broken(context, f"after step {step + 1}", checkpoints.standing)
+                    log.warning(
+                        "step %d: the held-out loss is %s; a token of these examples cannot come", step + 1, missed
+                    )
+            context.log(line)
+            checkpoints.after(step + 1, dict)
     return {"steps": steps, "examples": len(trained)}
 
 

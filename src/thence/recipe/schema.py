@@ -166,10 +166,12 @@ class Optimization(Section):
     """Tokens in one forward and backward pass, padding included. Changes memory and speed, never the gradient."""
     packing: bool = False
     """Pack rows end to end without padding. Each row attends to itself only."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    activation_checkpointing: bool | Processes = False
+    """Recompute activations in the backward pass to save memory. 2: of every second layer, 3: of every third, ..."""
     checkpoint_every: Steps = 10
     """Steps between checkpoints. The last step of a stage always has one."""
+    checkpoint_async: bool = False
+    """Write checkpoints while training goes on, from a copy in host memory. One at a time: the next one waits."""
     flops: Flops | None = None
     """Budget in FLOPs; the stage ends at the nearest step. N parameters: 6N per trained token, 2N per sampled one."""
     tokens: TokenBudget | None = None

@@ -49,5 +49,5 @@ def is_mapping(kind: Any) -> bool:
 
 
 def is_switch(kind: Any) -> bool:
-    """Whether a field is true or false and nothing else, so that its flag needs no value."""
-    return members_of(kind) == (bool,)
+    """Whether a field may be true or false, so that its flag needs no value."""
+    return bool in members_of(kind)

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ from torch import Tensor
 from thence.files import flush, to_json
 from thence.train.lora import has_adapters, trained_tensors
 from thence.train.parallel import Ranks, on_first_rank, together
-from thence.train.state import optimizer_tensors, write_parts
-from thence.train.weights import named_parts
+from thence.train.state import on_host, optimizer_tensors, write_parts
+from thence.train.weights import fill, named_parts, skeleton_of
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -67,19 +67,42 @@ def write_checkpoint(
 
     Killed at any moment, the folder holds the earlier checkpoint, the new one, or both; never a part of one.
     """
+    return begin_checkpoint(folder, step, model, tokenizer, plain, tensors, keep=keep)()
+
+
+def begin_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    plain: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    keep: int = 1,
+) -> Callable[[], Path]:
+    """The same in two parts: what the training goes on to use is read now, the rest by what is returned.
+
+    Args:
+        model, tensors: for a thread, those of :func:`host_copy` and :func:`thence.train.state.on_host`.
+    """
     final, temporary = _places(folder, step)
     with removed_on_failure(temporary):
         temporary.mkdir(parents=True)
-        if has_adapters(model):  # they alone: the model under them stays as it was
-            _save_whole(trained_tensors(model), temporary / "model.safetensors")
-            _save_configuration(model, temporary)
-        else:
-            model.save_pretrained(temporary, save_original_format=False)
-        _save_whole(tensors, temporary / "optimizer.safetensors")
         _write_plain(temporary, step, tokenizer, plain)
-        publish(temporary, final)
-    _remove_others(folder, final, keep)
-    return final
+
+    def finish() -> Path:
+        with removed_on_failure(temporary):
+            if has_adapters(model):  # they alone: the model under them stays as it was
+                _save_whole(trained_tensors(model), temporary / "model.safetensors")
+                _save_configuration(model, temporary)
+            else:
+                model.save_pretrained(temporary, save_original_format=False)
+            _save_whole(tensors, temporary / "optimizer.safetensors")
+            publish(temporary, final)
+        _remove_others(folder, final, keep)
+        return final
+
+    return finish
 
 
 def write_parts_checkpoint(
@@ -98,21 +121,62 @@ def write_parts_checkpoint(
     Raises:
         UserError: another rank failed; the checkpoint before stands.
     """
+    parts = {**dict(named_parts(model)), **tensors}
+    return begin_parts_checkpoint(folder, step, model, tokenizer, plain, parts, ranks, keep=keep)(ranks)
+
+
+def begin_parts_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    plain: Mapping[str, Any],
+    parts: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    keep: int = 1,
+) -> Callable[[Ranks], Path]:
+    """The same in two parts. Every rank calls what is returned too, with the ranks of the thread that it is in.
+
+    Args:
+        parts: of weights and of the optimizer's tensors; for a thread, those of :func:`thence.train.state.on_host`.
+
+    Raises:
+        UserError: another rank failed.
+    """
     final, temporary = _places(folder, step) if ranks.rank == 0 else (Path(), folder / f"{WRITING}{step:06d}")
+
+    def prepare() -> None:
+        temporary.mkdir(parents=True)
+        _save_configuration(model, temporary)
+        _write_plain(temporary, step, tokenizer, plain)
+
     with removed_on_failure(temporary):
-        on_first_rank(ranks, lambda: temporary.mkdir(parents=True))
-        files = together(ranks, lambda: write_parts(temporary, {**dict(named_parts(model)), **tensors}))
-        digests = together(ranks, lambda: {file.name: _sha256(file) for file in files})
-        known = {name: digest for part in ranks.gather(digests) for name, digest in part.items()}
+        on_first_rank(ranks, prepare)
 
-        def finish() -> None:
-            _save_configuration(model, temporary)
-            _write_plain(temporary, step, tokenizer, plain)
-            publish(temporary, final, known)
+    def finish(ranks: Ranks) -> Path:
+        with removed_on_failure(temporary):
+            files = together(ranks, lambda: write_parts(temporary, parts, getattr(ranks, "group", None)))
+            digests = together(ranks, lambda: {file.name: _sha256(file) for file in files})
+            known = {name: digest for part in ranks.gather(digests) for name, digest in part.items()}
+            on_first_rank(ranks, lambda: publish(temporary, final, known))
+        on_first_rank(ranks, lambda: _remove_others(folder, final, keep))
+        return final
 
-        on_first_rank(ranks, finish)
-    on_first_rank(ranks, lambda: _remove_others(folder, final, keep))
-    return final
+    return finish
+
+
+def host_copy(model: Any) -> Any:
+    """The model as it stands, in host memory, for :func:`begin_checkpoint`: nobody else changes it.
+
+    Of a model with adapters, what is trained; everything else of it has no values.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    copy = skeleton_of(model)
+    fill(copy, on_host(dict(named_parts(model))))
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return copy
 
 
 def _places(folder: Path, step: int) -> tuple[Path, Path]:

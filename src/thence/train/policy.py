@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from thence.errors import UserError
 from thence.models.layers import check_model, output_head
-from thence.models.packing import way_of
+from thence.models.packing import is_known, way_of
 from thence.objective import Term, TokenInputs, TokenStats, objective, token_statistics
 from thence.train.forward import compute_context, hidden_states
 from thence.train.lora import adapters_off
@@ -101,6 +102,12 @@ class Policy(nn.Module):
         """
         if not self.sharded:
             check_model(self.model)
+        if packing and self.sharded and not is_known(self.model):
+            raise UserError(
+                "how this model packs rows cannot be tried once its weights are cut over ranks",
+                remedy="call policy.check(packing=True) before shard(), or set packing = false",
+                field="packing",
+            )
         if packing:
             way_of(self.model)
 

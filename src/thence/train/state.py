@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -24,17 +25,31 @@ from thence.errors import CheckpointError
 from thence.train.weights import first_names, named_parts
 
 
-def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
+def write_parts(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> list[Path]:
     """Write this rank's part of every tensor. All ranks call it.
+
+    Args:
+        group: of all processes; default: the one that they have met in.
 
     Returns:
         The files of this rank.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _quiet(_ranks()) as how:
-        save({name: value.detach() for name, value in tensors.items()}, storage_writer=writer, **how)
+        save(
+            {name: value.detach() for name, value in tensors.items()}, storage_writer=writer, process_group=group, **how
+        )
     number = dist.get_rank() + 1 if _ranks() else 1
     return sorted(folder.glob(f"shard-{number:05d}-*.safetensors"))
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, of shards as shards; what shares memory goes on to share it."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))  # nothing pinned or shared: one copy, here
+    try:
+        return dict(stager.stage({name: value.detach() for name, value in tensors.items()}))  # pyright: ignore
+    finally:
+        stager.close()
 
 
 def stored(folder: Path) -> dict[str, torch.Size]:

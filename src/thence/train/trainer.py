@@ -13,6 +13,7 @@ from thence.accounting.meter import FlopMeter
 from thence.objective import BareRow, Batch
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.policy import Policy
+from thence.train.recompute import recompute
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
 TakeStep = Callable[[Policy, torch.optim.Optimizer, Batch, Ranks, StepSettings, Observer | None], StepReport]
@@ -27,12 +28,14 @@ class Trainer:
         model: a causal language model with float32 or float64 weights, or a policy that holds one.
         learning_rate: a number, or a function of the number of steps taken.
         settings: micro-batches, clipping, precision.
+        activation_checkpointing: see :func:`thence.train.recompute.recompute`.
         ranks: who shares the step; this process alone when absent.
         take_step: the step itself; a faulty one, to see what a fault does.
         meter: counts the FLOPs of every pass.
 
     Raises:
-        UserError: the model is one whose gradient the step would get wrong, or that cannot be packed as asked.
+        UserError: the model is one whose gradient the step would get wrong, that cannot be packed as asked, or whose
+            layers cannot be recomputed.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Trainer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int = False,
         ranks: Ranks | None = None,
         take_step: TakeStep = train_step,
         meter: FlopMeter | None = None,
@@ -60,11 +63,7 @@ class Trainer:
         self._adamw = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         if activation_checkpointing:
-            inner = self.model
-            inner.train()  # transformers checkpoints in training mode only; dropout was switched off when loading
-            # transformers 5.23 renamed it
-            enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recompute(self.model, activation_checkpointing)
 
     def step(
         self,

@@ -6,10 +6,12 @@ the smallest one that needs no more micro-batches than the case has. SGD takes t
 for it; warm-up, weight decay and clipping are off.
 
 Options: ``method`` and its own options; ``parallel`` cuts the weights over ranks: ``fsdp2``, or ``hsdp`` with two
-replicas. Methods of reinforcement learning get fixed rewards, the probe's responses as
-rollouts, and successive examples as groups, so that nothing is sampled and no advantage is zero.
+replicas; ``lora`` is the rank of adapters on all linear layers, which are then what is trained and judged. Methods of
+reinforcement learning get fixed rewards, the probe's responses as rollouts, and successive examples as groups, so that
+nothing is sampled and no advantage is zero.
 
-Limits: weights are float32 (arithmetic may be bfloat16), and there is no label smoothing.
+Limits: weights are float32 (arithmetic may be bfloat16), and there is no label smoothing. ``sharding.offload`` has no
+case: thence leaves it out where the device is a CPU, and this audit runs on CPUs.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ _DR_GRPO = {"method": "dr_grpo", "constant_tokens": LONGEST}
 _PAPER = {"method": "grpo", "aggregation": "sequence-mean", "std": True}
 
 _SEQUENCES = {"aggregation": "sequence-mean"}
+_STEPS = {"epochs": 2, "steps": 3, "lr": 0.1}
+_BOTH = {"precision": "autocast", "checkpointing": True}
+_CUT, _REPLICAS, _LORA = {"parallel": "fsdp2"}, {"parallel": "hsdp"}, {"lora": 16}
+CLIP = 0.5
+"""Below the norm of every step's gradient."""
 _EDGE = {"epochs": 2, "steps": 3, "lr": 0.1, "packing": True, "examples": 10}
 CASES: tuple[dict, ...] = (
     policy_case("sft by sequence mean, micro 2 x 4", "sequence-mean", aggregation="sequence-mean") | {"quick": True},
@@ -46,18 +53,40 @@ CASES: tuple[dict, ...] = (
     policy_case("dapo, packing, micro 1 x 1", "token-mean", 1, 1, method="dapo") | {"packing": True},
     policy_case("grpo, three steps, micro 2 x 2", "token-mean", 2, 2, method="grpo")
     | {"epochs": 2, "steps": 3, "lr": 0.1},
+    policy_case("4 ranks", "token-mean", 2, 1, 4),
+    policy_case("checkpointing, 2 ranks", "token-mean", 2, 2, 2) | {"checkpointing": True},
+    policy_case("bfloat16, 2 ranks", "token-mean", 2, 2, 2) | {"precision": "autocast"},
+    policy_case("clipped, 2 ranks", "token-mean", 2, 2, 2) | {"clip": CLIP},
     *(
         policy_case(f"weights cut, {name}", asked, *cut, **options) | settings
         for name, asked, cut, options, settings in (
-            ("1 rank", "token-mean", (2, 4, 1), {"parallel": "fsdp2"}, {}),
-            ("2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {}),
-            ("4 ranks", "token-mean", (2, 1, 4), {"parallel": "fsdp2"}, {}),
-            ("2 replicas of 2 ranks", "sequence-mean", (2, 1, 4), {"parallel": "hsdp"} | _SEQUENCES, {}),
-            ("grpo, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2", "method": "grpo"}, {}),
-            ("packing, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, _EDGE),
-            ("checkpointing, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {"checkpointing": True}),
-            ("bfloat16, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {"precision": "autocast"}),
-            ("AdamW, 2 ranks", "token-mean", (2, 2, 2), {"parallel": "fsdp2"}, {"optimizer": "adamw"}),
+            ("1 rank", "token-mean", (2, 4, 1), _CUT, {}),
+            ("2 ranks", "token-mean", (2, 2, 2), _CUT, {}),
+            ("4 ranks", "token-mean", (2, 1, 4), _CUT, {}),
+            ("2 replicas of 2 ranks", "sequence-mean", (2, 1, 4), _REPLICAS | _SEQUENCES, {}),
+            ("grpo, 2 ranks", "token-mean", (2, 2, 2), _CUT | {"method": "grpo"}, {}),
+            ("packing, 2 ranks", "token-mean", (2, 2, 2), _CUT, _EDGE),
+            ("checkpointing, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"checkpointing": True}),
+            ("bfloat16, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"precision": "autocast"}),
+            ("AdamW, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"optimizer": "adamw"}),
+            ("clipped, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"clip": CLIP}),
+            ("bf16 and checkpointing, 4 ranks", "token-mean", (2, 1, 4), _REPLICAS, _BOTH),
+        )
+    ),
+    *(
+        policy_case(f"LoRA, {name}", asked, *cut, **_LORA | options) | settings
+        for name, asked, cut, options, settings in (
+            ("micro 2 x 4", "token-mean", (2, 4, 1), {}, {"quick": True}),
+            ("three steps, micro 2 x 2", "token-mean", (2, 2, 1), {}, _STEPS),
+            ("2 ranks", "token-mean", (2, 2, 2), {}, _STEPS),
+            ("weights cut, 1 rank", "token-mean", (2, 4, 1), _CUT, {}),
+            ("weights cut, 2 ranks", "token-mean", (2, 2, 2), _CUT, _STEPS),
+            ("weights cut, 4 ranks", "token-mean", (2, 1, 4), _CUT, _STEPS),
+            ("weights cut, 2 replicas of 2 ranks", "sequence-mean", (2, 1, 4), _REPLICAS | _SEQUENCES, _STEPS),
+            ("weights cut, grpo, 2 ranks", "token-mean", (2, 2, 2), _CUT | {"method": "grpo"}, {}),
+            ("weights cut, checkpointing, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"checkpointing": True}),
+            ("weights cut, bfloat16, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"precision": "autocast"}),
+            ("weights cut, clipped, 2 ranks", "token-mean", (2, 2, 2), _CUT, {"clip": CLIP}),
         )
     ),
     policy_case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2) | _EDGE,
@@ -72,21 +101,46 @@ def prepare() -> None:
 def run(case: dict, session: Any) -> None:
     """One case."""
     from thence.train.parallel import start_ranks
-    from thence.train.weights import named_weights
 
     if case["label_smoothing"] or case["precision"] == "bfloat16":
         session.skip("thence has no label smoothing and keeps its weights in float32")
     ranks, device = start_ranks()
     loaded = _load(session, device)
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
+    _adapt(case, session, loaded.model)
     policy, ranks = _laid_out(case, loaded.model, ranks, device)
     trainer = _make_trainer(case, policy, trajectories, ranks)
     session.watch(loaded.model.base_model)
-    session.parameters(named_weights(policy))
+    session.parameters(_whole(policy))
     for batch in _batches(case, method, trajectories):
         trainer.step(_share(batch, ranks))
-        if session.stepped(named_weights(policy)):
+        if session.stepped(_whole(policy)):
             break
+
+
+def _adapt(case: dict, session: Any, model: Any) -> None:
+    """Put adapters into the model where the case has them, and say which."""
+    if "lora" not in case["options"]:
+        return
+    from thence.errors import UserError
+    from thence.recipe import Lora
+    from thence.train.lora import add_adapters, places_of
+
+    settings = Lora(rank=case["options"]["lora"])
+    try:
+        add_adapters(model, settings, 0)
+    except UserError as error:
+        session.skip(str(error))
+    session.say(lora={"rank": settings.rank, "alpha": settings.strength, "targets": sorted(places_of(model).adapted)})
+
+
+def _whole(policy: Any) -> Any:
+    """Names and whole tensors as the model has them: adapters by themselves, since they are what is trained."""
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in policy.model.named_parameters():
+        value = parameter.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _laid_out(case: dict, model: Any, ranks: Any, device: Any) -> tuple[Any, Any]:
@@ -122,7 +176,7 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
     from thence.data.trajectory import Prompt, Trajectory
     from thence.methods.registry import methods
 
-    options = {name: value for name, value in case["options"].items() if name != "parallel"}
+    options = {name: value for name, value in case["options"].items() if name not in ("parallel", "lora")}
     method = methods()[options.pop("method", "sft")](options)
     examples, _ = read_examples(session.data("messages"))
     rows = render_all(examples, tokenizer).rows
@@ -176,7 +230,7 @@ def _make_trainer(case: dict, model: Any, trajectories: list[Any], ranks: Any) -
 
         def optimizer(self, name: str) -> Any:
             if name not in self._optimizers:
-                self._optimizers[name] = torch.optim.SGD(self.model.parameters(), lr=0.0)  # pyright: ignore
+                self._optimizers[name] = torch.optim.SGD(self.policy.trained(), lr=0.0)  # pyright: ignore
             return self._optimizers[name]
 
     settings = StepSettings(

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts, first_update
-from thence.audit.judge.diagnose import diagnose_step
+from thence.audit.judge.diagnose import diagnose_step, objective_findings
 from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.judge.repeats import per_example
 from thence.audit.judge.untouched import find_untouched, partly_finding, untouched_finding
@@ -81,6 +82,8 @@ class Judge:
         self.model, self.known, self.texts, self.pad, self.end = model, list(known), list(texts), pad, end
         self.updates: dict[str, FirstUpdate] = {}
         self._solvers: dict[tuple, StepSolver] = {}
+        self._probe: Probe | None = None
+        self._adapted: dict[str, Judge] = {}
 
     @classmethod
     def of_probe(cls, probe: Probe) -> Judge:
@@ -94,7 +97,9 @@ class Judge:
             prompt = tuple(ids[c] for c in example.prompt)
             response = tuple(ids[c] for c in example.response)
             known.append(KnownExample(prompt, response, row, labels))
-        return cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge = cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge._probe = probe
+        return judge
 
     def observation(self, observed: Observation) -> CaseResult:
         """Judge what an adapter's processes left behind.
@@ -119,8 +124,35 @@ class Judge:
             lr=said.get("lr"),
             frozen=frozenset(name for record in observed.records for name in record.get("frozen", ())),
         )
-        result = self.case(case, evidence)
+        judge: Judge = self
+        if "lora" in said:
+            try:
+                judge = self.with_adapters(said["lora"])
+                trained, moved = followed(judge.model, states)
+            except UserError as error:
+                return CaseResult(case, "not judged", str(error), seconds=observed.seconds)
+            evidence, findings = replace(evidence, states=trained), [*findings, *moved]
+        result = judge.case(case, evidence)
         return replace(result, findings=(*findings, *result.findings), seconds=observed.seconds)
+
+    def with_adapters(self, said: Mapping[str, Any]) -> Judge:
+        """The judge of the same probe with LoRA adapters in the model.
+
+        Raises:
+            UserError: peft is not installed, or cannot make such adapters; or this is the judge of no probe.
+        """
+        key = repr(sorted(said.items()))
+        if key not in self._adapted:
+            if self._probe is None:
+                raise UserError(
+                    "adapters are judged on the audit's own probe only",
+                    remedy="audit the trainer through an adapter of `thence audit`",
+                )
+            judge = Judge.of_probe(self._probe)
+            judge.updates = self.updates
+            add_adapters(judge.model, said)
+            self._adapted[key] = judge
+        return self._adapted[key]
 
     def case(self, case: Case, evidence: Evidence) -> CaseResult:
         """Judge the steps of a case, in order, up to the first that cannot be judged.
@@ -239,7 +271,8 @@ class _Walk:
             gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
         solver.move_to(state)
         earlier = self._gradients[::-1][:2]
-        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, self.case.label_smoothing)
+        asked = (self.case.label_smoothing, self.case.ranks, self.case.clip)
+        update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, *asked)
         explanation = explain(solver, update)
         self._gradients.append(gradient)
         if not explanation.fits:
@@ -348,23 +381,6 @@ def _differs_by_parameter(solver: StepSolver, update: ObservedUpdate, explanatio
         f"the update is not a weighted sum of token gradients: residual {explanation.fit.residual:.2g} per token, "
         f"{explanation.residual_sequences:.2g} per sequence, {update.tolerance:.2g} allowed"
     )
-
-
-def objective_findings(case: Case, result: StepResult) -> list[Finding]:
-    """Whether the objective is the one asked for."""
-    if result.objective is None:
-        if result.findings:
-            return []
-        detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
-        return [Finding("unnamed", "fault", detail)]
-    asked = {case.asked, *(("token-mean",) if case.asked == "constant-divisor" else ())}
-    if asked & {result.objective, *result.alike}:
-        choice = Finding(case.asked, "choice", f"the {OBJECTIVES[case.asked].title}, as asked for")
-        return [] if case.asked == "token-mean" else [choice]
-    if any(f.id == result.objective and f.kind == "fault" for f in result.findings):
-        return []
-    detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
-    return [Finding(result.objective, "fault", detail)]
 
 
 def _strange(strange: int, rows: Sequence[ForwardRow]) -> str:

@@ -14,10 +14,11 @@ from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
     "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing",
-    "rows-dropped", "ranks-differ", "differs-by-parameter", "depends-on-cut", "labels-shifted", "contaminated",
-    "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean", "micro-batch-sequence-mean", "constant-divisor",
-    "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained", "end-missing", "first-missing",
-    "window-mixed", "incomplete-window-scaled", "scale-accumulation", "scale-ranks", "scale",
+    "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
+    "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean", "micro-batch-sequence-mean",
+    "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained",
+    "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
+    "incomplete-window-scaled", "scale-accumulation", "scale-ranks", "scale",
 )  # fmt: skip
 """The order in which faults are named where there are several."""
 
@@ -31,6 +32,8 @@ _GRADIENT_LOST = {
     "end-missing",
     "first-missing",
 }
+_TURNED = {"clipped-by-shard", "scale-by-shard", "scale-by-parameter"}
+"""Every token may have its weight; what differs is the size of the update from part to part."""
 
 
 def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: str = "") -> AuditVerdict:
@@ -60,7 +63,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         objective,
         asked,
         (_what(main, worst, hit, _tried(cases), asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
-        " ".join(dict.fromkeys(CATALOGUE[i].remedy for i in ids[:2])),
+        " ".join(list(dict.fromkeys(CATALOGUE[i].remedy for i in ids))[:3]),
         public_reports(versions, ids),
     )
 
@@ -214,7 +217,7 @@ def _what(main: str, worst: tuple[CaseResult, Finding], hit: Sequence, tried: Se
 def _means(main: str, case: CaseResult, others: Sequence[str], faults: Mapping) -> str:
     words = CATALOGUE[main].meaning
     step = _worst_step(case)
-    if step is not None:
+    if step is not None and main not in _TURNED:
         moved = "does not arrive" if main in _GRADIENT_LOST else "goes to other tokens than it should"
         words += (
             f" In the case '{case.case.name}' the smallest token weight is {abs(step.smallest):.2f} and the largest "

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from thence.audit.solve.gradients import TokenGradients, probability_features
+from thence.audit.solve.parts import clipped_by_shard, scaled_by_parameter
 from thence.audit.solve.recover import Fit
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.signs import SignRegression
@@ -163,5 +164,6 @@ def _smoothed(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
 
 ALTERNATIVES: tuple[Callable[[StepSolver, ObservedUpdate], Explanation | None], ...] = (
     _leaked, _decayed, _padded, _contaminated, _shifted(1), _shifted(-1), _smoothed,
+    clipped_by_shard, scaled_by_parameter,
 )  # fmt: skip
 """In the order in which they are tried."""

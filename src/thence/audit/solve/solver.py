@@ -72,6 +72,8 @@ class ObservedUpdate:
         earlier: gradients of earlier steps, latest first, each of shape (coordinates,).
         before: the parameters before the step, shape (coordinates,).
         smoothing: label smoothing asked for, a share.
+        ranks: that share the step.
+        clip: largest norm of the gradient; 0: no clipping.
     """
 
     gradient: np.ndarray
@@ -81,6 +83,8 @@ class ObservedUpdate:
     earlier: Sequence[np.ndarray]
     before: np.ndarray
     smoothing: float = 0.0
+    ranks: int = 1
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)

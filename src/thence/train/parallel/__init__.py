@@ -1,10 +1,12 @@
 """The home of ranks: how an optimizer step is spread over processes. The step itself only asks for sums."""
 
+from thence.train.parallel.beside import Beside
 from thence.train.parallel.ranks import DataParallel, Ranks, SingleProcess, rank_variable, start_ranks
 from thence.train.parallel.shard import Sharded, ShardLayout, shard
 from thence.train.parallel.together import on_first_rank, together
 
 __all__ = [
+    "Beside",
     "DataParallel",
     "Ranks",
     "ShardLayout",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thence.errors import UserError
-from thence.train.parallel.meeting import meet
+from thence.train.parallel.meeting import SILENCE, meet
 
 BUCKET_ELEMENTS = 16 * 2**20
 
@@ -57,6 +57,10 @@ class Ranks(Protocol):
         """Return when every rank has come here."""
         ...
 
+    def apart(self) -> Ranks:
+        """The same processes on their hosts, for another thread: they do not wait for what these ranks do."""
+        ...
+
 
 class SingleProcess:
     """One process: every sum over ranks is the value itself."""
@@ -88,15 +92,22 @@ class SingleProcess:
     def wait(self) -> None:
         pass
 
+    def apart(self) -> Ranks:
+        return self
+
 
 class DataParallel:
     """Each rank holds the whole model and trains its share of the rows; gradients are summed after all micro-batches.
 
     Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none.
+
+    Args:
+        device: of the tensors that are sent.
+        group: of all processes; default: the one that they have met in.
     """
 
-    def __init__(self, device: torch.device):
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None):
+        self.rank, self.world, self.device, self.group = dist.get_rank(), dist.get_world_size(), device, group
 
     @classmethod
     def alone(cls, device: torch.device) -> Self:
@@ -107,12 +118,12 @@ class DataParallel:
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         total = torch.tensor(list(counts), dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def sum_floats(self, values: Tensor) -> Tensor:
         total = values.to(self.device, torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.cpu()
 
     def sum_shards(self, values: Tensor) -> Tensor:
@@ -127,11 +138,11 @@ class DataParallel:
                 bucket[0].dtype != parameter.dtype
                 or sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS
             ):
-                _sum_bucket(bucket)
+                _sum_bucket(bucket, self.group)
                 bucket = []
             bucket.append(parameter)
         if bucket:
-            _sum_bucket(bucket)
+            _sum_bucket(bucket, self.group)
 
     def global_norm(self, gradients: Sequence[Tensor]) -> float:
         return local_norm(gradients)
@@ -141,11 +152,15 @@ class DataParallel:
 
     def gather(self, value: Any) -> list[Any]:
         result: list[Any] = [None] * self.world
-        dist.all_gather_object(result, value)
+        dist.all_gather_object(result, value, group=self.group)
         return result
 
     def wait(self) -> None:
-        dist.barrier()
+        dist.barrier(self.group)
+
+    def apart(self) -> Ranks:
+        group: Any = dist.new_group(backend="gloo", timeout=SILENCE)
+        return DataParallel(torch.device("cpu"), group)
 
 
 def local_norm(gradients: Sequence[Tensor]) -> float:
@@ -154,10 +169,10 @@ def local_norm(gradients: Sequence[Tensor]) -> float:
     return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
 
 
-def _sum_bucket(parameters: list[nn.Parameter]) -> None:
+def _sum_bucket(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 

@@ -6,7 +6,7 @@ many passes, since the ranks gather weights together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from thence.errors import UserError, first_line
 from thence.explain import is_of_system
-from thence.models.layers import decoder_of
+from thence.models.layers import layers_of
 from thence.train.parallel.ranks import DataParallel, local_norm
 
 
@@ -116,10 +116,11 @@ def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
     precision = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=None if cast is None else torch.float32)
     offload = CPUOffloadPolicy() if sharding.offload and ranks.device.type != "cpu" else OffloadPolicy()
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    options["reshard_after_forward"] = sharding.reshard_after_forward
     for module in (*layers_of(policy.model), policy):
         materialise(module, ranks.device)
-        _cut(module, type(policy.model).__name__, options)
+        # FSDP keeps the root when it is not told: the backward pass starts with the head
+        free = None if module is policy and sharding.reshard_after_forward else sharding.reshard_after_forward
+        _cut(module, type(policy.model).__name__, {**options, "reshard_after_forward": free})
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their average
@@ -141,19 +142,6 @@ def _cut(module: nn.Module, name: str, options: Mapping[str, Any]) -> None:
             remedy='set parallel = "ddp", where every rank holds the whole model',
             field="parallel",
         ) from error
-
-
-def layers_of(model: Any) -> list[nn.Module]:
-    """The layers of the model's body, outermost lists only: experts and other lists inside of a layer stay whole."""
-    return list(_outermost(decoder_of(model)))
-
-
-def _outermost(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if next(layer.parameters(), None) is not None)
-        else:
-            yield from _outermost(child)
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
