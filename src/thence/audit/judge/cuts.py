@@ -1,6 +1,6 @@
 """Does the update depend on how the rows are cut? Told from updates alone: no model, no gradients, no weights.
 
-The thresholds lie between what clean trainers did (ten families of models, nine optimizers: up to 0.08% of the signs, or
+The thresholds lie between what clean trainers did (ten model families, nine optimizers: up to 0.08% of the signs, or
 0.8% of the norm in float32 and 13% with bfloat16) and what bugs did (from 2.7% and 16% on).
 """
 
