@@ -103,7 +103,7 @@ def lost_by_role(step: StepResult) -> dict[Role, float]:
 
 def faults(result: CaseResult) -> tuple[Finding, ...]:
     """The findings of a case that are not what was asked for."""
-    return tuple(f for f in result.all_findings if f.kind == "fault")
+    return result.faults
 
 
 def judged(report: Report) -> list[CaseResult]:
@@ -112,13 +112,19 @@ def judged(report: Report) -> list[CaseResult]:
 
 
 def faulty(report: Report) -> list[CaseResult]:
-    """The judged cases with a fault."""
-    return [result for result in judged(report) if faults(result)]
+    """The cases with a fault, those included that could not be judged further."""
+    return [result for result in report.cases if faults(result)]
+
+
+def tried(report: Report) -> list[CaseResult]:
+    """The cases of settings that the stack has."""
+    return [result for result in report.cases if result.status != "skipped"]
 
 
 def extremes(report: Report) -> dict[str, Extreme]:
     """``smallest`` and ``largest`` ratio and ``lost`` share over the judged cases (those with a fault, if any)."""
-    steps = [(result.case.name, step) for result in faulty(report) or judged(report) for step in result.steps]
+    faulty_steps = [(result.case.name, step) for result in faulty(report) for step in result.steps]
+    steps = faulty_steps or [(result.case.name, step) for result in judged(report) for step in result.steps]
     if not steps:
         return {}
     least, most = min(steps, key=lambda s: s[1].smallest), max(steps, key=lambda s: s[1].largest)
@@ -132,7 +138,8 @@ def extremes(report: Report) -> dict[str, Extreme]:
 
 def step_with_most_lost(report: Report) -> StepResult | None:
     """The step of which the figure ``lost`` of :func:`extremes` speaks."""
-    steps = [step for result in faulty(report) or judged(report) for step in result.steps]
+    steps = [step for result in faulty(report) for step in result.steps]
+    steps = steps or [step for result in judged(report) for step in result.steps]
     return max(steps, key=lambda step: step.lost, default=None)
 
 
@@ -173,7 +180,7 @@ def amounts_to(report: Report) -> str:
     """What the weights of all judged cases amount to: their rule; where that was asked for, the commonest fault."""
     rule, asked = report.verdict.objective, report.verdict.asked
     cases: dict[str, int] = {}
-    for fault in (f for result in judged(report) for f in faults(result)):
+    for fault in (f for result in report.cases for f in faults(result)):
         cases[fault.id] = cases.get(fault.id, 0) + 1
     cases.pop(rule or "", None)
     often = sorted(cases, key=lambda key: -cases[key])
@@ -193,7 +200,7 @@ def headline(report: Report) -> str:
     return {
         "no finding": f"{who} trains what it was asked to train.",
         "finding": f"{who} does not train what it was asked to train.",
-        "cannot judge": f"{who} could not be judged.",
+        "cannot judge": f"{who} could not be judged{' in full' if judged(report) else ''}.",
     }[report.verdict.outcome]
 
 

@@ -15,11 +15,11 @@ _NOT_XML = re.compile("[\ufffe\uffff]")
 
 def junit_xml(report: Report) -> str:
     """One test a case: passed, failed (a fault, with the weights of the rows), skipped, or an error (not judged)."""
-    failed = sum(bool(faults(r)) for r in report.cases if r.status == "judged")
+    failed = sum(bool(faults(r)) for r in report.cases)
     counts = {
         "tests": str(len(report.cases)),
         "failures": str(failed),
-        "errors": str(sum(r.status in ("failed", "not judged") for r in report.cases)),
+        "errors": str(sum(r.status in ("failed", "not judged") and not faults(r) for r in report.cases)),
         "skipped": str(sum(r.status == "skipped" for r in report.cases)),
         "time": f"{report.seconds:.3f}",
     }
@@ -29,6 +29,8 @@ def junit_xml(report: Report) -> str:
     properties = ElementTree.SubElement(suite, "properties")
     facts = {**{f"version.{k}": v for k, v in report.versions.items()}, "command": report.command}
     facts |= {"verdict": " ".join(report.verdict.sentences), "outcome": report.verdict.outcome}
+    facts |= {f"verified.{i}": said for i, said in enumerate(report.verified, 1)}
+    facts |= {f"not_verified.{i}": said for i, said in enumerate(report.not_verified, 1)}
     for key, value in facts.items():
         ElementTree.SubElement(properties, "property", {"name": _clean(key), "value": _clean(value)})
     for result in report.cases:
@@ -47,17 +49,19 @@ def _test(result: CaseResult, target: str) -> ElementTree.Element:
     if result.status == "skipped":
         ElementTree.SubElement(test, "skipped", {"message": _clean(result.reason)})
         return test
-    if result.status != "judged":
+    bad = faults(result)
+    if result.status != "judged" and not bad:
         said = {"message": _clean(f"{result.status}: {result.reason}"), "type": result.status}
         ElementTree.SubElement(test, "error", said).text = _clean(result.reason)
         return test
-    bad = faults(result)
     if bad:
         message = "; ".join(f"{title(f)}: {f.detail}" if f.detail else title(f) for f in bad)
         step = next((s for s in result.steps if any(f.kind == "fault" for f in s.findings)), None)
         if step is not None:
             rows = " ".join(ratio_text(row.weight) for row in step.sequences)
             message += f"; weights of the rows over those asked for in step {step.index}: {rows}"
+        if result.status != "judged":
+            message += f"; {result.status}: {result.reason}"
         said = {"message": _clean(message), "type": _clean(", ".join(f.id for f in bad))}
         ElementTree.SubElement(test, "failure", said).text = _clean(weights_text(result))
     other = [f for f in result.all_findings if f.kind != "fault"]

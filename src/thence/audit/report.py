@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from thence import __version__
+from thence.audit.judge.scope import verified
 from thence.audit.judge.verdict import judge_all, not_told_apart, settle
 from thence.audit.result import AuditVerdict, CaseResult
 from thence.audit.solve.probe import Probe
@@ -29,6 +30,8 @@ class Report:
         date: ISO date and time, UTC.
         seconds: wall time of the audit.
         import_seconds: of which the stack's own imports took.
+        verified: what was verified, a line each.
+        not_verified: what was not, a line each.
     """
 
     target: str
@@ -42,10 +45,12 @@ class Report:
     date: str
     seconds: float
     import_seconds: float = 0.0
+    verified: tuple[str, ...] = ()
+    not_verified: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every judged case trained what was asked for, and at least one was judged."""
+        """Whether every case was judged (settings that the stack lacks apart) and trained what was asked for."""
         return self.verdict.outcome == "no finding"
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def make_report(
         Others: see :class:`Report`.
     """
     cases = settle([replace(case, reason=redacted(case.reason)) for case in cases], asked)
+    seen, unseen = verified(cases)
     return Report(
         target=target,
         versions=versions,
@@ -88,4 +94,6 @@ def make_report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 1),
         import_seconds=round(imports, 1),
+        verified=seen,
+        not_verified=unseen,
     )

@@ -166,6 +166,24 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class CutComparison:
+    """The first update of a case beside that of another case, which trains the same rows in another cut.
+
+    Args:
+        reference: name of the other case.
+        measure: ``signs``: share of signs that differ, for Adam; ``norm``: norm of the difference over that of the
+            reference's update.
+        share: what was measured.
+        allowed: what rounding may cause.
+    """
+
+    reference: str
+    measure: Literal["signs", "norm"]
+    share: float
+    allowed: float
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """One case: its steps, or why there are none.
 
@@ -175,6 +193,7 @@ class CaseResult:
         reason: for every status but ``judged``.
         findings: of the case as a whole (no step taken, ranks that differ ...); those of steps stand in the steps.
         seconds: wall time in the stack.
+        cut: comparison with another cut of the same rows; None: there was none to compare with.
     """
 
     case: Case
@@ -183,6 +202,12 @@ class CaseResult:
     steps: tuple[StepResult, ...] = ()
     findings: tuple[Finding, ...] = ()
     seconds: float = 0.0
+    cut: CutComparison | None = None
+
+    @property
+    def faults(self) -> tuple[Finding, ...]:
+        """What is not as asked for, also in a case that could not be judged."""
+        return tuple(finding for finding in self.all_findings if finding.kind == "fault")
 
     @property
     def all_findings(self) -> tuple[Finding, ...]:

@@ -27,6 +27,7 @@ from thence.audit.figures import (
     step_with_most_lost,
     steps_alike,
     title,
+    tried,
     zero_bound,
 )
 from thence.audit.result import CaseResult, StepResult
@@ -95,12 +96,17 @@ def case_line(result: CaseResult, *, names: int = _NAME) -> Text:
         names: width of the column of names, characters.
     """
     name = _line(result.case.name)
+    bad = faults(result)
+    if result.status != "judged" and bad:
+        line = Text.assemble(("✗ ", "bold red"), f"{name:<{names}}  ", (", ".join(title(f) for f in bad), "red"))
+        return line.append(f"; {result.status}: {_short(result.reason)}", "yellow")
     if result.status != "judged":
         sign, style = _SIGNS[result.status]
         reason = _short(result.reason) or "no reason given"
         return Text.assemble((f"{sign} ", style), (f"{name:<{names}}  ", style), (f"{result.status}: {reason}", style))
-    bad = faults(result)
-    line = Text.assemble(("✗ ", "bold red") if bad else ("✓ ", "green"), f"{name:<{names}}  ")
+    noted = any(f.kind == "note" for f in result.all_findings)
+    sign, style = ("✗ ", "bold red") if bad else ("~ ", "yellow") if noted else ("✓ ", "green")
+    line = Text.assemble((sign, style), f"{name:<{names}}  ")
     if not result.steps:
         return line.append(", ".join(title(f) for f in bad) or "no step", "red" if bad else "")
     apart = [step for step in result.steps[1:] if not steps_alike(result.steps[0], step)]
@@ -150,10 +156,27 @@ def _print_verdict(console: Console, report: Report) -> None:
             console.print(Padding(Text(head), (0, 0, 0, 2), expand=False))
             for source in known.sources:
                 console.print(Text(f"    {_line(source)}"), soft_wrap=True)
+    _print_scope(console, report)
     if report.not_told_apart:
         _section(console, "What this audit could not tell apart", [_line(said) for said in report.not_told_apart])
     console.print("\nRepeat it with", style="bold")
     console.print(Text(f"  {_line(report.command)}"), soft_wrap=True)
+
+
+def _print_scope(console: Console, report: Report) -> None:
+    """Every note with its first case, then what was verified and what was not."""
+    notes: dict[str, list[tuple[str, str]]] = {}
+    for result in report.cases:
+        for finding in result.all_findings:
+            if finding.kind == "note":
+                notes.setdefault(finding.id, []).append((result.case.name, finding.detail))
+    if notes:
+        said = [f"{title(key)} ({len(hit)} cases): in '{hit[0][0]}' {hit[0][1]}" for key, hit in notes.items()]
+        _section(console, "Notes", [_line(each) for each in said])
+    if report.verified:
+        _section(console, "Verified", [_line(said) for said in report.verified])
+    if report.not_verified:
+        _section(console, "Not verified", [_line(said) for said in report.not_verified])
 
 
 def _section(console: Console, head: str, paragraphs: Iterable[str]) -> None:
@@ -183,7 +206,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             facts.append(("Gradient lost", "none"))
     cases = faulty(report)
     names = ": " + "; ".join(_line(result.case.name) for result in cases) if cases else ""
-    facts.append(("Cases with a fault", f"{len(cases)} of {len(judged(report))} judged{names}"))
+    facts.append(("Cases with a fault", f"{len(cases)} of {len(tried(report))}{names}"))
     return facts
 
 
@@ -203,6 +226,8 @@ def _step(result: CaseResult, step: StepResult, note: str, *, whole: bool = Fals
     if not said or (step.objective != result.case.asked and objective not in said):
         said.insert(0, objective)
     text.append(", ".join(said) + note, "red" if any(f.kind == "fault" for f in findings) else "")
+    noted = list(dict.fromkeys(title(f) for f in findings if f.kind == "note"))
+    text.append(f"; note: {', '.join(noted)}" if noted else "", "yellow")
     return text
 
 

@@ -45,6 +45,7 @@ def audit_command(
     layout: Annotated[str, Parameter(group=PROGRAM, metavar="NAME")] = "prompt-completion",
     asked: Annotated[str, Parameter(group=PROGRAM, metavar="NAME")] = "token-mean",
     lr: Annotated[Rate | None, Parameter(group=PROGRAM)] = None,
+    frozen: Annotated[tuple[str, ...], Parameter(group=PROGRAM, metavar="PART")] = (),
     program: Annotated[list[str], Parameter(parse=False)],
 ) -> int:
     """Recover the weight every token got from a trainer's real optimizer steps, and name the fault.
@@ -75,6 +76,7 @@ def audit_command(
         layout: Layout of {data}: rows, messages, prompt-completion ...
         asked: The objective that the program is meant to have.
         lr: Learning rate of the program, if it takes plain SGD steps.
+        frozen: Parameters with PART in their name are not trained on purpose. May be given several times.
     """
     if target == "list":
         return _list()
@@ -92,7 +94,7 @@ def audit_command(
         "tell": _teller(console, sys.stdout.isatty() and not quiet),
     }
     if target == "command":
-        report = _program(program, layout=layout, asked=asked, lr=lr, **shared)
+        report = _program(program, layout=layout, asked=asked, lr=lr, frozen=list(frozen), **shared)
     else:
         report = _stack(target, program, python=python, extra=all_, **shared)
     # The files first: a pipe that is closed early must not cost them. Nor may a full disk cost what is printed.

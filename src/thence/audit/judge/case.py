@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from thence.audit.judge.adapted import add_adapters, followed
-from thence.audit.judge.diagnose import diagnose_step
+from thence.audit.judge.cuts import FirstUpdate, compare_cuts, first_update
+from thence.audit.judge.diagnose import diagnose_step, objective_findings
 from thence.audit.judge.objectives import OBJECTIVES
-from thence.audit.judge.weights import FLOORS, AskedObjective
+from thence.audit.judge.repeats import per_example
+from thence.audit.judge.untouched import find_untouched, partly_finding, untouched_finding
+from thence.audit.judge.weights import FLOORS, AskedObjective, step_rows
 from thence.audit.judge.windows import planned_places, planned_steps, window_findings
-from thence.audit.result import Case, CaseResult, Finding, StepResult
+from thence.audit.result import RESPONSE_ROLES, Case, CaseResult, Finding, StepResult
 from thence.audit.solve.explain import explain
 from thence.audit.solve.gradients import Differentiator
 from thence.audit.solve.observation import ForwardRow, Observation, forward_rows, load_states
@@ -46,6 +49,7 @@ class Evidence:
         longest: constant of a constant divisor, tokens; 0: not known.
         lr: learning rate, where it is not the case's.
         scale_known: False where learning rate or optimizer are not known.
+        frozen: parameters that are not meant to be trained, by name.
     """
 
     states: Sequence[Mapping[str, Tensor]]
@@ -55,6 +59,7 @@ class Evidence:
     longest: float = 0.0
     lr: float | None = None
     scale_known: bool = True
+    frozen: frozenset[str] = frozenset()
 
 
 class Judge:
@@ -66,12 +71,16 @@ class Judge:
         texts: of the tokens, by id.
         pad: id of the padding token.
         end: id of the end-of-turn token; None: the last trained token of a row.
+
+    Attributes:
+        updates: of the first step of every case judged so far, by the case's name.
     """
 
     def __init__(
         self, model: nn.Module, known: Sequence[KnownExample], texts: Sequence[str], pad: int, end: int | None
     ):
         self.model, self.known, self.texts, self.pad, self.end = model, list(known), list(texts), pad, end
+        self.updates: dict[str, FirstUpdate] = {}
         self._solvers: dict[tuple, StepSolver] = {}
         self._probe: Probe | None = None
         self._adapted: dict[str, Judge] = {}
@@ -113,6 +122,7 @@ class Judge:
             advantages=said.get("advantages"),
             longest=float(said.get("longest", 0.0)),
             lr=said.get("lr"),
+            frozen=frozenset(name for record in observed.records for name in record.get("frozen", ())),
         )
         judge: Judge = self
         if "lora" in said:
@@ -139,6 +149,7 @@ class Judge:
                     remedy="audit the trainer through an adapter of `thence audit`",
                 )
             judge = Judge.of_probe(self._probe)
+            judge.updates = self.updates
             add_adapters(judge.model, said)
             self._adapted[key] = judge
         return self._adapted[key]
@@ -160,6 +171,10 @@ class Judge:
         except _NotJudged as stop:
             status, reason = "not judged", str(stop)
         return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
+
+    def compare_cuts(self, results: Sequence[CaseResult]) -> list[CaseResult]:
+        """The results with the finding ``depends-on-cut`` where one cut moves the model elsewhere than another."""
+        return compare_cuts(results, self.updates)
 
     def plan(self, case: Case, *, cut_known: bool = True) -> list[list[Piece]]:
         """The pieces of every step, if rows are taken in order and dealt to ranks micro-batch by micro-batch.
@@ -207,32 +222,52 @@ class _Walk:
         self._seen: dict[int, int] = {}
         narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in evidence.states[0].values())
         self._precision = "bfloat16" if narrow and case.precision == "float32" else case.precision
-        self._solver = judge.solver(evidence.states[0])
+        self._repeated = False
+        self._left_out = set(evidence.frozen)
+        self._solver = judge.solver(self._trained(0))
 
     def step(self, step: int) -> bool:
         """Judge one step, the first is 1. Returns whether the next one can be judged. Raises _NotJudged."""
         evidence = self.evidence
-        state = evidence.states[step - 1]
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
         if not np.any(before - after):
             self.findings.append(Finding("no-step", "fault", f"optimizer step {step} changed no parameter"))
             self._gradients.append(np.zeros_like(before))
             return True
-        pieces, rows = self._examples(step)
-        noise = rounding_noise(before, after, MANTISSA[str(next(iter(evidence.states[step].values())).dtype)])
-        if noise > DROWNED:
-            raise _NotJudged(
-                f"the update drowns in the rounding of the parameters ({noise:.0%}); raise the learning rate"
-            )
+        pieces, rows, problem = self._examples(step)
+        partly = self._untouched(step, pieces)
+        before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
+        noise = rounding_noise(before, after, self._bits(step))
+        if step == 1 and pieces:
+            examples = [piece.example for piece in pieces]
+            found = first_update(self._trained(0), self._trained(1), examples, noise, self._precision)
+            self.judge.updates[self.case.name] = found
+        if not problem and noise > DROWNED:
+            problem = f"the update drowns in the rounding of the parameters ({noise:.0%}); raise the learning rate"
+        if problem:
+            raise _NotJudged(problem)
+        return self._fit(step, pieces, rows, (before, after), noise, partly)
+
+    def _fit(
+        self,
+        step: int,
+        pieces: Sequence[Piece],
+        rows: Sequence[ForwardRow],
+        flat: tuple[np.ndarray, np.ndarray],
+        noise: float,
+        partly: Finding | None,
+    ) -> bool:
+        """Recover the weights of a step from the parameters before and after it, and judge them."""
+        before, after = flat
         floor, tolerance = FLOORS[self._precision], max(RESIDUALS[self._precision], 4 * noise)
-        solver = self._solver
+        solver, state = self._solver, self._trained(step - 1)
         if self.case.optimizer == "unknown" and looks_like_signs(before - after):
             if step > 1:
                 raise _NotJudged("of Adam as it is, only the first step can be judged")
             gradient, floor, tolerance = before - after, SIGN_FLOOR, WRONG
             solver = self.judge.solver(state, SignRegression)
         else:
-            lr = self.case.lr if evidence.lr is None else evidence.lr
+            lr = self.case.lr if self.evidence.lr is None else self.evidence.lr
             gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
         solver.move_to(state)
         earlier = self._gradients[::-1][:2]
@@ -244,8 +279,42 @@ class _Walk:
             self.findings.append(_differs_by_parameter(solver, update, explanation))
             return False
         result = diagnose_step(step, explanation, pieces, self._asked(pieces), self.judge.texts, floor)
-        self.results.append(replace(result, findings=(*result.findings, *objective_findings(self.case, result))))
+        findings = (*result.findings, *objective_findings(self.case, result))
+        if partly is not None and not any(finding.kind == "fault" for finding in findings):
+            findings = (*findings, partly)
+        result = replace(result, findings=findings)
+        self.results.append(per_example(result, self.case.asked) if self._repeated else result)
         return True
+
+    def _untouched(self, step: int, pieces: Sequence[Piece]) -> Finding | None:
+        """Note parameters that never moved; those of step 1 are left out of the fit, so that the rest is judged.
+
+        Returns what is to be said of parameters that moved in part, if nothing else is wrong.
+        """
+        if not pieces:
+            planned = self.judge.plan(self.case)
+            pieces = planned[step - 1] if step <= len(planned) else ()
+        if not pieces:
+            return None
+        before, after = self._trained(step - 1), self._trained(step)
+        self._solver.move_to(before)
+        weights = self._asked(pieces)
+        ideal = OBJECTIVES[self.case.asked].weights(step_rows(pieces, RESPONSE_ROLES, weights.longest))
+        expected = self._solver.differentiator.objective(pieces, ideal * weights.advantages)
+        found = find_untouched(before, after, expected, self._bits(step))
+        if found.whole:
+            self.findings.append(untouched_finding(found))
+        if found.whole and step == 1 and len(found.whole) < found.tensors:
+            self._left_out |= set(found.whole)
+            self._solver = self.judge.solver(self._trained(0))
+        return partly_finding(found) if found.parts else None
+
+    def _trained(self, step: int) -> dict[str, Tensor]:
+        """The parameters after a step, without those that are not to be looked at."""
+        return {n: t for n, t in self.evidence.states[step].items() if n not in self._left_out}
+
+    def _bits(self, step: int) -> int:
+        return MANTISSA[str(next(iter(self.evidence.states[step].values())).dtype)]
 
     def count_steps(self) -> None:
         """Say so where fewer optimizer steps were taken than were due."""
@@ -257,8 +326,8 @@ class _Walk:
             detail = f"{taken} optimizer steps were taken where {due} were due"
             self.findings.append(Finding("window-dropped", "note", detail))
 
-    def _examples(self, step: int) -> tuple[list[Piece], Sequence[ForwardRow]]:
-        """The pieces of a step, and its rows where they were watched."""
+    def _examples(self, step: int) -> tuple[list[Piece], Sequence[ForwardRow], str]:
+        """The pieces of a step, its rows where they were watched, and why they cannot be judged, if so."""
         evidence = self.evidence
         rows: Sequence[ForwardRow] = ()
         pieces: list[Piece] = []
@@ -266,17 +335,18 @@ class _Walk:
             rows = evidence.rows[step - 1]
             pieces, strange = find_pieces(rows, self.judge.known, self.judge.end)
             if strange or not pieces:
-                raise _NotJudged(_strange(strange, rows))
-            self.findings += window_findings(self.case, step, pieces, self._seen)
+                return [], rows, _strange(strange, rows)
+            found = window_findings(self.case, step, pieces, self._seen)
+            self._repeated = any(finding.id == "rows-repeated" for finding in found)
+            self.findings += found
         elif evidence.pieces is not None:
             pieces = list(evidence.pieces[step - 1])
         advantages = evidence.advantages
         unseen = [p.example + 1 for p in pieces if advantages is not None and not advantages[p.example]]
         if unseen:
-            raise _NotJudged(
-                f"example {unseen[0]} has advantage zero, so nothing can be seen of it; choose other rewards"
-            )
-        return pieces, rows
+            problem = f"example {unseen[0]} has advantage zero, so nothing can be seen of it; choose other rewards"
+            return pieces, rows, problem
+        return pieces, rows, ""
 
     def _asked(self, pieces: Sequence[Piece]) -> AskedObjective:
         case, advantages = self.case, self.evidence.advantages
@@ -311,23 +381,6 @@ def _differs_by_parameter(solver: StepSolver, update: ObservedUpdate, explanatio
         f"the update is not a weighted sum of token gradients: residual {explanation.fit.residual:.2g} per token, "
         f"{explanation.residual_sequences:.2g} per sequence, {update.tolerance:.2g} allowed"
     )
-
-
-def objective_findings(case: Case, result: StepResult) -> list[Finding]:
-    """Whether the objective is the one asked for."""
-    if result.objective is None:
-        if result.findings:
-            return []
-        detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
-        return [Finding("unnamed", "fault", detail)]
-    asked = {case.asked, *(("token-mean",) if case.asked == "constant-divisor" else ())}
-    if asked & {result.objective, *result.alike}:
-        choice = Finding(case.asked, "choice", f"the {OBJECTIVES[case.asked].title}, as asked for")
-        return [] if case.asked == "token-mean" else [choice]
-    if any(f.id == result.objective and f.kind == "fault" for f in result.findings):
-        return []
-    detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
-    return [Finding(result.objective, "fault", detail)]
 
 
 def _strange(strange: int, rows: Sequence[ForwardRow]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from thence.audit.judge.naming import name_objective
+from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.judge.weights import AskedObjective, StepWeights
-from thence.audit.result import RESPONSE_ROLES, Finding, SequenceWeights, StepResult, TokenWeight
+from thence.audit.result import RESPONSE_ROLES, Case, Finding, SequenceWeights, StepResult, TokenWeight
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.solver import Explanation
 
@@ -61,6 +62,23 @@ def diagnose_step(
         undetermined=int((undetermined & step.response).sum()),
         findings=tuple(findings),
     )
+
+
+def objective_findings(case: Case, result: StepResult) -> list[Finding]:
+    """Whether the objective is the one asked for."""
+    if result.objective is None:
+        if result.findings:
+            return []
+        detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
+        return [Finding("unnamed", "fault", detail)]
+    asked = {case.asked, *(("token-mean",) if case.asked == "constant-divisor" else ())}
+    if asked & {result.objective, *result.alike}:
+        choice = Finding(case.asked, "choice", f"the {OBJECTIVES[case.asked].title}, as asked for")
+        return [] if case.asked == "token-mean" else [choice]
+    if any(f.id == result.objective and f.kind == "fault" for f in result.findings):
+        return []
+    detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
+    return [Finding(result.objective, "fault", detail)]
 
 
 _EXPLAIN_THE_SCALE = {

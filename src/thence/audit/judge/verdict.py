@@ -13,12 +13,12 @@ from thence.audit.result import RESPONSE_ROLES, AuditVerdict, CaseResult, Findin
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
-    "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing", "rows-dropped", "ranks-differ",
-    "frozen-moved", "differs-by-parameter", "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean",
-    "pass-mean", "sequence-mean", "micro-batch-sequence-mean", "constant-divisor", "token-dependent",
-    "double-counted", "leak", "prompt-trained", "padding-trained", "end-missing", "first-missing", "window-mixed",
-    "scale-by-parameter", "clipped-by-shard", "scale-by-shard", "incomplete-window-scaled", "scale-accumulation",
-    "scale-ranks", "scale",
+    "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing",
+    "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
+    "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean", "micro-batch-sequence-mean",
+    "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained",
+    "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
+    "incomplete-window-scaled", "scale-accumulation", "scale-ranks", "scale",
 )  # fmt: skip
 """The order in which faults are named where there are several."""
 
@@ -39,16 +39,19 @@ _TURNED = {"clipped-by-shard", "scale-by-shard", "scale-by-parameter"}
 def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: str = "") -> AuditVerdict:
     """The verdict over a matrix.
 
+    A fault in any case is a finding, also in a case whose weights could not be judged. A trainer is acquitted only if
+    every case that the stack has was judged: an update that nobody can explain is no proof that it is right.
+
     Args:
         versions: of the audited stack, to look up public reports.
         asked: the objective asked for where cases differ; empty: that of the first judged case.
     """
     judged = [c for c in cases if c.status == "judged"]
     asked = asked or (judged[0].case.asked if judged else cases[0].case.asked if cases else "token-mean")
-    faults = _faults(judged)
+    faults = _faults(cases)
     objective = common_objective(judged, asked)
-    if not judged:
-        return _no_verdict(cases, asked)
+    if not faults and (not judged or len(judged) < len(_tried(cases))):
+        return _no_verdict(cases, judged, objective, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
     ids = sorted(faults, key=lambda i: _BY_SEVERITY.index(i) if i in _BY_SEVERITY else len(_BY_SEVERITY))
@@ -59,7 +62,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         "finding",
         objective,
         asked,
-        (_what(main, worst, hit, judged, asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
+        (_what(main, worst, hit, _tried(cases), asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
         " ".join(list(dict.fromkeys(CATALOGUE[i].remedy for i in ids))[:3]),
         public_reports(versions, ids),
     )
@@ -185,21 +188,25 @@ def public_reports(versions: Mapping[str, str], findings: Sequence[str]) -> tupl
     return tuple(result)
 
 
-def _faults(judged: Sequence[CaseResult]) -> dict[str, list[tuple[CaseResult, Finding]]]:
+def _faults(cases: Sequence[CaseResult]) -> dict[str, list[tuple[CaseResult, Finding]]]:
     found: dict[str, list[tuple[CaseResult, Finding]]] = {}
-    for case in judged:
-        for finding in case.all_findings:
-            if finding.kind == "fault":
-                found.setdefault(finding.id, []).append((case, finding))
+    for case in cases:
+        for finding in case.faults:
+            found.setdefault(finding.id, []).append((case, finding))
     return found
+
+
+def _tried(cases: Sequence[CaseResult]) -> list[CaseResult]:
+    """The cases of settings that the stack has."""
+    return [case for case in cases if case.status != "skipped"]
 
 
 def _severity(case: CaseResult) -> float:
     return max((step.lost for step in case.steps), default=1.0)
 
 
-def _what(main: str, worst: tuple[CaseResult, Finding], hit: Sequence, judged: Sequence, asked: str) -> str:
-    where = "in every case" if len(hit) == len(judged) else f"in {len(hit)} of {len(judged)} cases"
+def _what(main: str, worst: tuple[CaseResult, Finding], hit: Sequence, tried: Sequence, asked: str) -> str:
+    where = "in every case" if len(hit) == len(tried) else f"in {len(hit)} of {len(tried)} cases"
     title = OBJECTIVES[asked].title
     if main in OBJECTIVES:
         name = CATALOGUE[main].title
@@ -239,17 +246,37 @@ def _clean(
     titles = [OBJECTIVES[name].title for name in OBJECTIVES if any(c.case.asked == name for c in judged)]
     low = min((s.smallest for c in judged for s in c.steps), default=1.0)
     high = max((s.largest for c in judged for s in c.steps), default=1.0)
-    left = len(cases) - len(judged)
+    skipped = len(cases) - len(judged)
     first = f"In all {len(judged)} judged cases the weights are those asked for: {', '.join(titles)}."
     second = f"Token weights lie between {low:.3f} and {high:.3f} of what they should be" + (
-        f"; {left} cases were not judged." if left else "."
+        f"; {skipped} settings were skipped, since the stack lacks them." if skipped else "."
     )
-    return AuditVerdict("no finding", objective or asked, asked, (first, second))
+    return AuditVerdict("no finding", objective or asked, asked, (first, " ".join([second, *_notes(judged)])))
 
 
-def _no_verdict(cases: Sequence[CaseResult], asked: str) -> AuditVerdict:
-    reasons = list(dict.fromkeys(c.reason for c in cases if c.reason))
+def _notes(judged: Sequence[CaseResult]) -> list[str]:
+    """What changes which examples are trained how often, and is no fault of the weights, in a sentence each."""
+    said = []
+    for name in ("rows-repeated", "window-mixed", "window-dropped"):
+        hit = [(case, f) for case in judged for f in case.all_findings if f.id == name and f.kind == "note"]
+        if hit:
+            case, finding = hit[0]
+            said.append(f"But ({len(hit)} of {len(judged)} cases) in '{case.case.name}' {finding.detail}.")
+    return said
+
+
+def _no_verdict(
+    cases: Sequence[CaseResult], judged: Sequence[CaseResult], objective: str | None, asked: str
+) -> AuditVerdict:
+    tried = _tried(cases)
+    reasons = list(dict.fromkeys(c.reason for c in tried if c.reason) or dict.fromkeys(c.reason for c in cases))
     first = f"None of the {len(cases)} cases could be judged."
-    return AuditVerdict(
-        "cannot judge", None, asked, (first, f"The first reason: {reasons[0]}." if reasons else "No case ran.")
-    )
+    second = f"The first reason: {reasons[0]}." if reasons else "No case ran."
+    if judged:
+        left = [case for case in tried if case.status != "judged"]
+        first = (
+            f"{len(left)} of {len(tried)} cases could not be judged, so nothing is acquitted; in the other "
+            f"{len(judged)} the weights are those asked for."
+        )
+        second = f"The first reason, in '{left[0].case.name}': {left[0].reason}."
+    return AuditVerdict("cannot judge", objective, asked, (first, second))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from thence.audit.result import Case, Finding
@@ -28,15 +29,20 @@ def window_findings(case: Case, step: int, pieces: Sequence[Piece], seen: dict[i
     """Whether a step held the rows that were due; ``seen`` counts every example's appearances and is updated."""
     sizes = window_sizes(case)
     examples = [p.example for p in pieces]
+    times = Counter(examples)
     before = {seen.get(example, 0) for example in examples}
     for example in examples:
         seen[example] = seen.get(example, 0) + 1
     if case.packing or step > len(sizes) or len(examples) == sizes[step - 1]:
         return []
     due = sizes[step - 1]
-    full = case.micro_batch * case.ranks
-    if due < len(examples) <= -(-due // full) * full and len(set(examples)) == due:
-        return [Finding("rows-repeated", "note", f"step {step} holds {len(examples)} rows of {due} examples")]
+    if due < len(examples) and len(times) == due:
+        often = sorted(example + 1 for example in times if times[example] > 1)
+        detail = (
+            f"step {step} holds {len(examples)} rows of {due} examples: {_listed(often)} "
+            f"trained {max(times.values())} times"
+        )
+        return [Finding("rows-repeated", "note", detail)]
     if len(examples) > due and len(before) == 1 and before != {0}:
         return [Finding("window-dropped", "note", f"the last {due} examples of an epoch were not trained")]
     if len(examples) > due:
@@ -56,3 +62,9 @@ def planned_places(case: Case) -> list[list[tuple[int, int, int]]]:
         )
         done += size
     return steps
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"example {numbers[0]} is"
+    return f"examples {', '.join(map(str, numbers[:-1]))} and {numbers[-1]} are"

@@ -48,7 +48,7 @@ class Session:
         self.scratch = str(out / f"scratch-{self.rank}")
         Path(self.scratch).mkdir(exist_ok=True)
         self._data = job["data"]
-        self.record: dict = {"forwards": [], "said": {}, "steps": 0, "status": "running"}
+        self.record: dict = {"forwards": [], "said": {}, "frozen": [], "steps": 0, "status": "running"}
         self._handles: list = []
 
     def data(self, layout: str) -> str:
@@ -103,6 +103,8 @@ class Session:
         from safetensors.torch import save_file
 
         if hasattr(named_tensors, "named_parameters"):
+            still = [clean_name(n) for n, p in named_tensors.named_parameters() if not p.requires_grad]
+            self.record["frozen"] = still
             named_tensors = named_tensors.named_parameters()
         state = {}
         for name, tensor in named_tensors:

@@ -42,8 +42,9 @@ def check(
 
     Args:
         step: your step. SGD and Adam both do: Adam's first update gives the weights from its signs.
-        model: a small one (up to some million parameters), without dropout; it is copied, not changed. Its forward
-            takes ``input_ids`` of shape (1, T) and returns logits, or something with ``.logits``.
+        model: a small one (up to some million parameters), without dropout; it is copied, not changed. Parameters
+            that need no gradient are taken for frozen on purpose. Its forward takes ``input_ids`` of shape (1, T) and
+            returns logits, or something with ``.logits``.
         batch: rows to train on; None: random ones with very different lengths.
         asked: the objective that you mean; a key of ``OBJECTIVES``.
         lr: the learning rate, if the step is plain SGD: then the scale of the update is judged too.
@@ -65,6 +66,7 @@ def check(
     results = []
     for case in _cases(len(rows), cut, asked, lr):
         results.append(_one(step, model, rows[: case.examples], case, judge, cut, lr))
+    results = judge.compare_cuts(results)
     reasons = [] if cut else ["the step takes no micro_batch and accumulation"]
     name = getattr(step, "__name__", type(step).__name__)
     return make_report(
@@ -131,7 +133,9 @@ def _one(
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
-    result = judge.case(case, Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None))
+    frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
+    evidence = Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None, frozen=frozen)
+    result = judge.case(case, evidence)
     return replace(result, seconds=seconds)
 
 

@@ -55,6 +55,7 @@ def audit_program(
     layout: str = "prompt-completion",
     asked: str = "token-mean",
     lr: float | None = None,
+    frozen: Sequence[str] = (),
     quick: bool = False,
     only: Sequence[str] = (),
     model_type: str = "llama",
@@ -73,6 +74,7 @@ def audit_program(
         layout: of the data file: ``rows``, ``messages``, ``prompt-completion``, ``chat-prompt-completion``, ``alpaca``.
         asked: the objective that the program is meant to have; a key of ``OBJECTIVES``.
         lr: learning rate, if the program takes plain SGD steps; then the scale of the update is judged too.
+        frozen: parts of the names of parameters that the program does not train on purpose.
         quick, only, model_type, seed, seconds, keep, tell: as in :func:`thence.audit.audit_stack`.
 
     Raises:
@@ -88,7 +90,7 @@ def audit_program(
         probe = write_probe(folder / "probe", model_type=model_type, seed=seed)
         if layout not in probe.data:
             raise UserError(f"there is no data layout {layout!r}", remedy=f"choose one of {', '.join(probe.data)}")
-        run = _Program(program, have, layout, lr, seed, seconds, probe, Judge.of_probe(probe))
+        run = _Program(program, have, layout, lr, seed, seconds, probe, Judge.of_probe(probe), frozen)
         results = []
         for number, (case, reason) in enumerate(chosen):
             if reason:
@@ -98,9 +100,11 @@ def audit_program(
             place.mkdir(exist_ok=True)
             results.append(_run(run, case, place))
             tell(results[-1])
+        results = run.judge.compare_cuts(results)
     flags = [f"--layout {layout}", *(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
     flags += [f"--asked {asked}"] if asked != "token-mean" else []
     flags += [f"--lr {lr:g}"] if lr is not None else []
+    flags += [f"--frozen {shlex.quote(part)}" for part in frozen]
     flags += [f"--model-type {model_type}"] if model_type != "llama" else []
     flags += [f"--seed {seed}"] if seed else []
     command = " ".join(["thence audit command", *flags, "--", redacted_command(program)])
@@ -167,7 +171,7 @@ def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tupl
     if all(reason for _, reason in chosen):
         chosen.append((Case("as the program cuts it", 8, 1, optimizer="unknown", asked=asked, quick=True), ""))
     if "micro_batch" in have and "accumulation" not in have:
-        chosen.append((Case("micro 2, whatever accumulation", 2, 1, optimizer="unknown", asked=asked, quick=True), ""))
+        chosen.append((Case("micro 2, whatever accumulation", 2, 4, optimizer="unknown", asked=asked, quick=True), ""))
     return [(case, reason) for case, reason in chosen if case.quick or not quick], reasons
 
 
@@ -183,6 +187,7 @@ class _Program:
     seconds: float
     probe: Probe
     judge: Judge
+    frozen: Sequence[str]
 
 
 def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
@@ -202,7 +207,9 @@ def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     if program.lr is not None:
         case = replace(case, optimizer="sgd", lr=program.lr)
     states = [read_model(program.probe.model), read_model(trained)]
-    result = program.judge.case(case, Evidence(states, pieces=pieces, scale_known=program.lr is not None))
+    frozen = frozenset(name for name in states[0] if any(part in name for part in program.frozen))
+    evidence = Evidence(states, pieces=pieces, scale_known=program.lr is not None, frozen=frozen)
+    result = program.judge.case(case, evidence)
     return replace(result, seconds=waited)
 
 

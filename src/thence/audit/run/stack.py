@@ -85,7 +85,7 @@ def audit_stack(
             if reason:
                 results[case.name] = CaseResult(case, "skipped", reason)
         _, versions, imports = run_cases(run, probe, cases, tell=judged, first=first)
-    ordered = [results[case.name] for case, _ in chosen]
+    ordered = judge.compare_cuts([results[case.name] for case, _ in chosen])
     flags = [
         *(["--quick"] if quick else []),
         *(["--all"] if extra else []),

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thence.audit.result import RESPONSE_ROLES
+from thence.audit.solve.sequences import Piece
+
 MAX_COORDINATES = 60_000
 """Of a model with more parameters, that many coordinates drawn at random stand for all: each is one equation."""
 
@@ -42,7 +45,7 @@ class Differentiator:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.model = model.double().eval()
+        self.model = model.double().eval().requires_grad_(True)
         if hasattr(model, "set_experts_implementation"):
             # The fast way of transformers through mixtures of experts refuses float64.
             with contextlib.suppress(Exception):
@@ -114,6 +117,27 @@ class Differentiator:
         gradients = self._rows(-logp_T)
         smooth = self._rows(-logp_TV.mean(-1)) if uniform else None
         return TokenGradients(gradients, logp_T.detach().numpy(), entropy_T.detach().numpy(), smooth)
+
+    def objective(self, pieces: Sequence[Piece], weights: np.ndarray) -> dict[str, Tensor]:
+        """Gradient of a weighted sum of the negative log-probabilities of responses, whole, by parameter.
+
+        Args:
+            weights: of the response tokens of each piece, shape (pieces,).
+        """
+        parameters = [self._parameters[name] for name in self.names]
+        total = torch.zeros((), dtype=torch.float64)
+        for piece, weight in zip(pieces, weights, strict=True):
+            row = torch.tensor([list(piece.ids)])
+            output = self.model(input_ids=row)
+            logits = output.logits if hasattr(output, "logits") else output
+            logp_T = torch.log_softmax(logits[0, :-1].double(), dim=-1).gather(1, row[0, 1:, None])[:, 0]
+            used_T = torch.tensor([role in RESPONSE_ROLES for role in piece.roles[1:]])
+            total = total - float(weight) * logp_T[used_T].sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        return {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for name, parameter, gradient in zip(self.names, parameters, found, strict=True)
+        }
 
     def _rows(self, values_T: Tensor) -> np.ndarray:
         """Jacobian of a vector, shape (T, coordinates)."""

@@ -22,6 +22,7 @@ from thence.audit.figures import (
     place,
     ratio_text,
     title,
+    tried,
 )
 from thence.audit.judge.findings import CATALOGUE
 from thence.audit.judge.objectives import OBJECTIVES
@@ -86,6 +87,8 @@ def render_page(report: Report) -> str:
         others=[(head, said, _others(report, status)) for status, head, said in _STATUSES if _others(report, status)],
         objectives=[(o.title, o.formula, key == verdict.asked, key in found) for key, o in OBJECTIVES.items()],
         not_told_apart=report.not_told_apart,
+        verified=report.verified,
+        not_verified=report.not_verified,
         command=report.command,
         facts=_facts(report),
     )
@@ -108,7 +111,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         )
         where = _in(most["lost"].case) if most["lost"].value >= 0.0005 else "in any case"
         tiles.append(("Gradient lost", percent(most["lost"].value), where))
-    tiles.append(("Cases with a fault", f"{len(faulty(report))} of {len(checked)}", "that could be judged"))
+    tiles.append(("Cases with a fault", f"{len(faulty(report))} of {len(tried(report))}", ""))
     return tiles
 
 
@@ -130,7 +133,7 @@ def _known(fault: PublicReport) -> dict[str, Any]:
 def _findings(report: Report) -> list[dict[str, Any]]:
     """Every finding once, faults first, with the cases in which it stands."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in judged(report):
+    for result in report.cases:
         for finding in result.all_findings:
             entry = CATALOGUE.get(finding.id)
             known = found.setdefault(

@@ -1,0 +1,63 @@
+"""What an audit has verified and what it has not, one line each: an acquittal holds for the former alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thence.audit.result import CaseResult
+
+NEVER = (
+    "resuming from a checkpoint: optimizer state, data position, schedule",
+    "what is saved beside the weights of the step, and the trainer's own evaluation",
+    "GPU kernels, real data, long runs",
+)
+"""No case of any matrix looks at these."""
+
+
+def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Lines on what was verified and on what was not, from the cases whose weights are as asked."""
+    sound = [case for case in cases if case.status == "judged" and case.steps and not case.faults]
+    yes: list[str] = []
+    no: list[str] = []
+    if not sound:
+        return (), ()
+    yes.append(f"token weights of the first step: {_cases(sound)}")
+    yes.append("every parameter with a gradient moved")
+    agree = [case for case in sound if case.cut is not None]
+    if agree:
+        measures = {case.cut.measure: max(c.cut.share for c in agree if c.cut) for case in agree if case.cut}
+        far = ", ".join(f"{share:.2g} of the {_MEASURES[name]}" for name, share in measures.items())
+        yes.append(f"the same update for other cuts of the same rows: {_cases(agree)}, apart by at most {far}")
+    else:
+        no.append("whether the update depends on the cut: no two cases train the same rows in different cuts")
+    _sort(yes, no, "data-parallel ranks", [c for c in sound if c.case.ranks > 1], "no case with two ranks was judged")
+    unfilled = [c for c in sound if c.case.examples % c.case.window and not c.case.packing]
+    _sort(yes, no, "windows that are not full", unfilled, "no such case was judged")
+    later = [c for c in sound if len(c.steps) > 1]
+    _sort(
+        yes, no, "later steps: gradients are cleared between steps", later,
+        "only first steps were judged, so optimizer state, momentum and leaks were not seen",
+    )  # fmt: skip
+    known = [c for c in sound if all(step.scale is not None for step in c.steps)]
+    _sort(
+        yes, no, "the size of the update", known,
+        "learning rate or optimizer are not known, or the step clips: a constant factor would not show",
+    )  # fmt: skip
+    _sort(yes, no, "packed rows", [c for c in sound if c.case.packing], "no case with packing was judged")
+    narrow = [c for c in sound if c.case.precision != "float32"]
+    _sort(yes, no, "bfloat16", narrow, "no case in bfloat16 was judged")
+    return tuple(yes), (*no, *NEVER)
+
+
+_MEASURES = {"signs": "signs", "norm": "norm"}
+
+
+def _sort(yes: list[str], no: list[str], what: str, cases: Sequence[CaseResult], why: str) -> None:
+    if cases:
+        yes.append(f"{what}: {_cases(cases)}")
+    else:
+        no.append(f"{what}: {why}")
+
+
+def _cases(cases: Sequence[CaseResult]) -> str:
+    return f"{len(cases)} case{'s' * (len(cases) > 1)}"
