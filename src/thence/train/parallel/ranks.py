@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thence.errors import UserError
+from thence.train.parallel.context import ContextGroup
 from thence.train.parallel.meeting import meet
 
 BUCKET_ELEMENTS = 16 * 2**20
@@ -24,6 +25,8 @@ class Ranks(Protocol):
 
     rank: int
     world: int
+    context: ContextGroup | None
+    """Those that share rows with this one; None: every rank holds its rows whole."""
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         """Exact integer sums over ranks."""
@@ -63,6 +66,7 @@ class SingleProcess:
 
     rank = 0
     world = 1
+    context: ContextGroup | None = None
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         return list(counts)
@@ -92,11 +96,16 @@ class SingleProcess:
 class DataParallel:
     """Each rank holds the whole model and trains its share of the rows; gradients are summed after all micro-batches.
 
-    Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none.
+    Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none. Ranks
+    that share rows have the same ones.
+
+    Args:
+        context: the ranks that share rows with this one.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, context: ContextGroup | None = None):
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.context: ContextGroup | None = context
 
     @classmethod
     def alone(cls, device: torch.device) -> Self:
@@ -199,6 +208,13 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     if not dist.is_initialized():
         meet(_backend(device), rank_variable("RANK"), rank_variable("WORLD_SIZE"))
     return DataParallel(device), device
+
+
+def sharing_rows(ranks: Ranks, size: int) -> Ranks:
+    """The same ranks, where groups of so many neighbours share their rows; ``size`` divides their number."""
+    if size == 1 or not isinstance(ranks, DataParallel):
+        return ranks
+    return DataParallel(ranks.device, ContextGroup.of(ranks.device, ranks.world, size))
 
 
 def _backend(device: torch.device) -> str:
