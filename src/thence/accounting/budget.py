@@ -186,6 +186,8 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
     if known.counts is not None and lora is not None:
         adapters = adapter_parameters(known.counts, lora)
         known.assume(f"{adapters:,} parameters are trained (LoRA); the rule counts every parameter of the model")
+    if cut.context > 1:
+        known.assume(f"{cut.context} ranks share each row; no row has more than {cut.context} x micro_batch_tokens")
     every = known.counts.total if known.counts else 0
     state = width * (every + 4 * adapters if adapters else 4 * every)  # weights, gradient, two moments
     room = math.inf if device_bytes is None else device_bytes
@@ -199,6 +201,7 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
         sum_every_pass=cut.sum_every_pass,
         offload=cut.offload,
         adapters=adapters,
+        context=cut.context,
         frozen_head=lora is not None and not any(name.endswith("lm_head") for name in lora.modules_to_save),
     )
 
@@ -286,7 +289,7 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
     return Memory(
         (
             *state_memory(known.counts, known.held),
-            activation_memory(known.counts, tokens, size, stage.activation_checkpointing),
+            activation_memory(known.counts, tokens, size, stage.activation_checkpointing, known.held.context),
             *logit_memory(known.counts, tokens, known.held.frozen_head),
             *more,
         )

@@ -66,6 +66,7 @@ class Held:
         reshard, sum_every_pass, offload: as in the recipe's table ``[sharding]``.
         adapters: numbers in LoRA adapters, which alone have gradients and moments; 0: the weights are trained.
         frozen_head: the output layer is not trained.
+        context: ranks that share rows.
     """
 
     layout: Layout = "none"
@@ -77,6 +78,7 @@ class Held:
     offload: bool = False
     adapters: int = 0
     frozen_head: bool = False
+    context: int = 1
 
     @property
     def cut(self) -> bool:
@@ -167,20 +169,27 @@ def whole_copy(counts: Counts, held: Held) -> tuple[Line, ...]:
     return (Line("whole copy to sample", counts.total * held.width, text, "rollout"),)
 
 
-def activation_memory(counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool | int = False) -> Line:
+def activation_memory(
+    counts: Counts, tokens: int, compute_bytes: int = 4, checkpointing: bool | int = False, context: int = 1
+) -> Line:
     """What the backward pass needs of one micro-batch.
 
     A layer saves, a token: 4 H float32 numbers for its two norms and, in the compute type, the inputs of its linear
     maps (2 H, or 5 H under autocast, which rounds once for each of q, k, v, gate and up), queries and attention output
     (2 q), keys and values (2 kv) and 4 I in the gated MLP. With checkpointing a layer keeps its input (H float32
-    numbers), and one at a time is whole; the last layer, if it is recomputed, beside all that are kept.
+    numbers), and one at a time is whole; the last layer, if it is recomputed, beside all that are kept. Ranks that
+    share rows keep the attention output before and after it is swapped (q more), and keys and values once for each of
+    them where there are fewer.
 
     Args:
-        tokens: tokens of a micro-batch, padding included.
+        tokens: tokens of a micro-batch on this rank, padding included.
         checkpointing: True: every layer is recomputed; k: the first and every k-th from there.
+        context: ranks that share rows.
     """
     hidden, inputs = counts.hidden, 5 if compute_bytes == 2 else 2
-    wide = inputs * hidden + 2 * counts.head_dim * (counts.heads + counts.kv_heads) + 4 * counts.intermediate
+    heads = 2 * counts.heads + 2 * max(counts.kv_heads, context if context > 1 else 0)
+    heads += counts.heads if context > 1 else 0
+    wide = inputs * hidden + counts.head_dim * heads + 4 * counts.intermediate
     layer = 16 * hidden + compute_bytes * wide
     text = f"{tokens:,} tokens x {counts.layers} layers x {layer:,} B"
     size = tokens * counts.layers * layer

@@ -36,6 +36,7 @@ from thence.models.probing import (
     short_windows,
     tolerance,
 )
+from thence.models.ulysses import Piece, attend_in_pieces
 
 Way = Literal["attention", "mask"]
 ATTENTION = "thence_packed"
@@ -85,9 +86,23 @@ def attending(model: Any, packing: bool) -> Iterator[None]:
         yield
 
 
-def packed_hidden_states(decoder: Any, token_ids: Tensor, lengths: tuple[int, ...], way: Way) -> Tensor:
-    """Last hidden states of rows that lie end to end, shape (1, total, D); inside :func:`attending`."""
+def packed_hidden_states(
+    decoder: Any, token_ids: Tensor, lengths: tuple[int, ...], way: Way, piece: Piece | None = None
+) -> Tensor:
+    """Last hidden states of rows that lie end to end, shape (1, total, D); inside :func:`attending`.
+
+    Args:
+        token_ids: (1, total), or (1, n) where this rank holds a piece of n tokens.
+        lengths: tokens of each row, all pieces together.
+
+    Raises:
+        UserError: the rows are cut in pieces, and the model's attention is not known to work so.
+    """
     positions = torch.cat([torch.arange(n, device=token_ids.device) for n in lengths])[None]
+    if piece is not None:
+        if way != "attention":
+            raise _uncut(type(decoder).__name__)
+        positions = positions[:, piece.of(positions.shape[1])]
     if way == "mask":
         return decoder(input_ids=token_ids, position_ids=positions, use_cache=False).last_hidden_state
     # transformers takes a mask of four dimensions as finished; ours is not looked at (see packed_attention)
@@ -98,6 +113,7 @@ def packed_hidden_states(decoder: Any, token_ids: Tensor, lengths: tuple[int, ..
         attention_mask=no_mask,
         use_cache=False,
         packed_lengths=lengths,
+        **({} if piece is None else {"packed_piece": piece}),
     )
     return output.last_hidden_state
 
@@ -111,6 +127,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed_lengths: tuple[int, ...] | None = None,
+    packed_piece: Piece | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -123,6 +140,7 @@ def packed_attention(
     Args:
         query: (1, heads, T, head size); key and value may have fewer heads.
         packed_lengths: tokens of each row, end to end along T.
+        packed_piece: T tokens are only this rank's part of the rows.
         sliding_window, softcap, s_aux: as in :func:`~thence.kernels.attention.packed_causal_attention`.
 
     Returns:
@@ -136,8 +154,15 @@ def packed_attention(
         raise _refusal(type(module).__name__, what)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = packed_causal_attention(q, k, v, packed_lengths, scale, window=sliding_window, softcap=softcap, sinks_H=s_aux)
-    return out[None], None
+    sinks_H = s_aux if s_aux is None or packed_piece is None else s_aux[packed_piece.of(len(s_aux))]
+    how = {"window": sliding_window, "softcap": softcap, "sinks_H": sinks_H}
+    if packed_piece is None:
+        return packed_causal_attention(q, k, v, packed_lengths, scale, **how)[None], None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_causal_attention(q, k, v, packed_lengths, scale, **how)
+
+    return attend_in_pieces(packed_piece, q, k, v, attend)[None], None
 
 
 def _found_way(model: Any) -> Way:
@@ -209,3 +234,11 @@ def _replaced_attention(model: Any) -> Iterator[None]:
 
 def _refusal(name: str, why: str) -> UserError:
     return UserError(f"{name} cannot be packed: {why}", remedy="set packing = false", field="packing")
+
+
+def _uncut(name: str) -> UserError:
+    return UserError(
+        f"rows of {name} cannot be cut over ranks: its attention cannot be replaced",
+        remedy="set sharding.context = 1",
+        field="sharding.context",
+    )

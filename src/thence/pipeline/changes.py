@@ -52,7 +52,7 @@ _OPTIMIZATION = {
 }
 RULES: Mapping[str, Mapping[str, Rule]] = {
     "": {**_all(FREE, "name description folder parallel"), "seed": FIXED, "stages": STAGES},
-    "sharding": _all(FREE, "replicas reshard_after_forward sum_every_pass offload"),
+    "sharding": _all(FREE, "replicas reshard_after_forward sum_every_pass offload context"),
     "model": {
         **_all(CONTENT, "path tokenizer"),
         **_all(FIXED, "gguf_file init config_overrides compute_dtype lora"),

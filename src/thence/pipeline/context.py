@@ -17,6 +17,7 @@ from thence.data.trajectory import Prompt
 from thence.errors import RecipeError
 from thence.faults.catalogue import combine
 from thence.faults.step import FaultyStep
+from thence.models.packing import know_way, way_of
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.progress import RunWatcher
 from thence.pipeline.prompts import RenderedPrompts
@@ -85,7 +86,10 @@ class StageContext:
         if has_adapters(self.model):
             return Unadapted(self.policy)
         if self.policy.sharded:
-            return self.reopen()
+            again, stage = self.reopen(), self.recipe.stage(self.name)
+            if isinstance(stage, Optimization) and stage.packing:
+                know_way(again.model, way_of(self.model))  # found on the whole model; a cut one cannot be tried
+            return again
         return Policy(copy.deepcopy(self.model).requires_grad_(False))
 
     def load_prompts(self, table: Mapping[str, Any]) -> list[Prompt]:

@@ -42,6 +42,21 @@ def check_layout(recipe: Recipe, world: int) -> None:
         raise RecipeError(
             f"parallel = {kind} has no replicas", remedy='set parallel = "hsdp"', field="sharding.replicas"
         )
+    context = recipe.sharding.context
+    if world % context:
+        raise RecipeError(
+            f"{world} ranks cannot be dealt to groups of {context} that share rows",
+            remedy="set sharding.context to a divisor of the number of ranks",
+            field="sharding.context",
+        )
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        if context > 1 and isinstance(stage, Optimization) and not stage.packing:
+            raise RecipeError(
+                f"sharding.context = {context} cuts packed rows, and those of stage {name} are padded",
+                remedy=f"set {name}.packing = true",
+                field=f"{name}.packing",
+            )
 
 
 def layout_of(recipe: Recipe, name: str, settings: Model, ranks: Ranks, device: torch.device) -> Layout:
@@ -108,11 +123,27 @@ def cut(context: StageContext, packing: bool) -> None:
         check_cut(context.policy, context.ranks, sums, compute_dtype(context.recipe.model, context.device))
 
 
+def check_pieces(context: StageContext) -> None:
+    """Where ranks share rows but not weights: make sure that they get the gradient of one process.
+
+    Raises:
+        UserError: they do not, or the model's rows cannot be cut.
+    """
+    ranks = context.ranks
+    if ranks.context is None or not isinstance(context.recipe.stage(context.name), Optimization):
+        return
+    sums = ranks.gather(together(ranks, lambda: _sums_or_none(context.policy)))
+    expected = sums[0]
+    if expected is not None and None not in sums:
+        dtype = compute_dtype(context.recipe.model, context.device)
+        together(ranks, lambda: check_cut(context.policy, ranks, expected, dtype))
+
+
 def _sums_or_none(policy: Policy) -> Sums | None:
     try:
         return gradient_sums(policy)
     except NotVerified as missing:
-        log.warning("not verified: the gradient of the cut model: %s", missing)
+        log.warning("not verified: the gradient of the model or of rows that are cut: %s", missing)
         return None
 
 

@@ -20,7 +20,7 @@ from thence.pipeline.context import StageContext
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
-from thence.pipeline.layout import check_layout, cut, cut_policy, layout_of, open_model
+from thence.pipeline.layout import check_layout, check_pieces, cut, cut_policy, layout_of, open_model
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import NullWatcher, RunWatcher
 from thence.pipeline.promises import hold
@@ -33,7 +33,7 @@ from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, nami
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.lora import has_adapters
 from thence.train.model import save_model
-from thence.train.parallel import Ranks, on_first_rank, start_ranks, together
+from thence.train.parallel import Ranks, on_first_rank, sharing_rows, start_ranks, together
 from thence.train.policy import Policy
 from thence.train.weights import whole
 
@@ -72,6 +72,7 @@ def run(
     resolved = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(_plain(recipe), overrides)
     ranks, device = start_ranks()
     together(ranks, lambda: check_layout(resolved, ranks.world))
+    ranks = sharing_rows(ranks, resolved.sharding.context)
     folder = RunFolder(resolved.run_folder())
     execution = Execution(resolved, folder, ranks, device, watcher or NullWatcher(), prompts or RenderedPrompts())
 
@@ -170,6 +171,7 @@ def run_stage(execution: Execution, name: str) -> None:
         cut(context, isinstance(stage, Optimization) and stage.packing)
     else:
         together(execution.ranks, lambda: hold(context, to_come))
+        check_pieces(context)
     on_first_rank(execution.ranks, lambda: Ground(recipe, folder).begin(name, rendered(context, stage)))
     try:
         with naming_fields_of(name, stage):

@@ -89,7 +89,7 @@ class Model(Section):
 
 
 class Sharding(Section):
-    """How weights, gradients and optimizer moments are cut over ranks by `parallel = "fsdp2"` or `"hsdp"`."""
+    """How weights, gradients and moments are cut over ranks by `parallel = "fsdp2"` or `"hsdp"`, and how rows are."""
 
     replicas: Processes = 1
     """Groups of ranks that each hold a whole copy, with `hsdp`. Gradients are summed in a group, then over groups."""
@@ -99,6 +99,8 @@ class Sharding(Section):
     """Sum gradients over ranks after every backward pass. false: once a step, from whole gradients in memory."""
     offload: bool = False
     """Keep weights, gradients and moments in host memory, where the optimizer steps too. For GPUs."""
+    context: Processes = 1
+    """Ranks that share every row of training, each with a piece of its tokens, in any layout. Needs packing."""
 
 
 class Data(Section):

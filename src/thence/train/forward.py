@@ -21,13 +21,13 @@ def hidden_states(model: Any, micro: MicroBatch) -> Tensor:
     """Last hidden states at the positions that predict the trained tokens, shape (T, D).
 
     Raises:
-        UserError: the rows are packed, and the model cannot be; a row is longer than the model's context.
+        UserError: the rows are packed or cut, and the model's cannot be; a row is longer than the model's context.
     """
     check_lengths(model, micro.lengths)
     decoder = decoder_of(model)
     if micro.packed:
         with attending(model, True):
-            hidden = packed_hidden_states(decoder, micro.token_ids, micro.lengths, way_of(model))
+            hidden = packed_hidden_states(decoder, micro.token_ids, micro.lengths, way_of(model), micro.piece)
     else:
         hidden = decoder(input_ids=micro.token_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[micro.predicts_T]

@@ -153,10 +153,10 @@ def accumulate_gradients(
                 policy.sum_after(last=step_pass.last)
                 loss.backward()
                 learned = True
-            if step_pass.group:  # without rows it only keeps other ranks company
-                sums = sums.plus(loss, stats, sum(micro.lengths))
+            if step_pass.rows:  # without rows it only keeps other ranks company
+                sums, own = sums.plus(loss, stats, micro.tokens), step_pass.own_statistics(stats)
                 if observe is not None:
-                    observe(step_pass.group, stats)
+                    observe(step_pass.group, own)
     policy.settle()
     if not learned:  # the optimizer is to see a gradient of zero, not none: its moments decay all the same
         for parameter in policy.model.parameters():
@@ -179,18 +179,17 @@ def policy_statistics(
     Returns:
         For each row two tensors of shape (n,) on the CPU.
     """
-    result: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
+    result: dict[int, tuple[Tensor, Tensor]] = {}
     cut = (settings.micro_batch_tokens, settings.packing, policy.device, ranks or SingleProcess())
-    for group, micro in scoring_passes(rows, *cut):
+    for scoring in scoring_passes(rows, *cut):
         with torch.no_grad(), policy.computing(settings.compute_dtype):
-            logp_T, entropy_T = policy.statistics(micro, temperature)
-        if not group:  # the pass only kept other ranks company
-            continue
-        sizes = [rows[i].n_trained for i in group]
-        for i, logp, entropy in zip(group, logp_T.cpu().split(sizes), entropy_T.cpu().split(sizes), strict=True):
-            result[i] = (logp, entropy)
+            measured = policy.statistics(scoring.micro, temperature)
+        sizes = [rows[i].n_trained for i in scoring.group]
+        if scoring.rows:  # without rows it only kept other ranks company
+            own = scoring.own(torch.stack(measured)).cpu().split(sizes, 1)
+            result |= {i: (logp, entropy) for i, (logp, entropy) in zip(scoring.group, own, strict=True)}
     policy.settle()
-    return result
+    return [result[i] for i in range(len(rows))]
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

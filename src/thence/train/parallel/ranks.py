@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thence.errors import UserError
+from thence.train.parallel.context import ContextGroup
 from thence.train.parallel.meeting import SILENCE, meet
 
 BUCKET_ELEMENTS = 16 * 2**20
@@ -24,6 +25,8 @@ class Ranks(Protocol):
 
     rank: int
     world: int
+    context: ContextGroup | None
+    """Those that share rows with this one; None: every rank holds its rows whole."""
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         """Exact integer sums over ranks."""
@@ -67,6 +70,7 @@ class SingleProcess:
 
     rank = 0
     world = 1
+    context: ContextGroup | None = None
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         return list(counts)
@@ -99,15 +103,20 @@ class SingleProcess:
 class DataParallel:
     """Each rank holds the whole model and trains its share of the rows; gradients are summed after all micro-batches.
 
-    Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none.
+    Nothing happens during the backward passes, so ranks may have different numbers of micro-batches, or none. Ranks
+    that share rows have the same ones.
 
     Args:
         device: of the tensors that are sent.
         group: of all processes; default: the one that they have met in.
+        context: the ranks that share rows with this one.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None):
+    def __init__(
+        self, device: torch.device, *, group: dist.ProcessGroup | None = None, context: ContextGroup | None = None
+    ):
         self.rank, self.world, self.device, self.group = dist.get_rank(), dist.get_world_size(), device, group
+        self.context: ContextGroup | None = context
 
     @classmethod
     def alone(cls, device: torch.device) -> Self:
@@ -160,7 +169,7 @@ class DataParallel:
 
     def apart(self) -> Ranks:
         group: Any = dist.new_group(backend="gloo", timeout=SILENCE)
-        return DataParallel(torch.device("cpu"), group)
+        return DataParallel(torch.device("cpu"), group=group)
 
 
 def local_norm(gradients: Sequence[Tensor]) -> float:
@@ -214,6 +223,13 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     if not dist.is_initialized():
         meet(_backend(device), rank_variable("RANK"), rank_variable("WORLD_SIZE"))
     return DataParallel(device), device
+
+
+def sharing_rows(ranks: Ranks, size: int) -> Ranks:
+    """The same ranks, where groups of so many neighbours share their rows; ``size`` divides their number."""
+    if size == 1 or not isinstance(ranks, DataParallel):
+        return ranks
+    return DataParallel(ranks.device, context=ContextGroup.of(ranks.device, ranks.world, size))
 
 
 def _backend(device: torch.device) -> str:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from thence.errors import UserError, first_line
 from thence.explain import is_of_system
 from thence.models.layers import layers_of
+from thence.train.parallel.context import ContextGroup
 from thence.train.parallel.ranks import DataParallel, local_norm
 
 
@@ -54,10 +55,11 @@ class Sharded(DataParallel):
 
     Args:
         mesh: of one dimension, or of two: replicas by shards.
+        context: the ranks that share rows with this one.
     """
 
-    def __init__(self, device: torch.device, mesh: DeviceMesh):
-        super().__init__(device)
+    def __init__(self, device: torch.device, mesh: DeviceMesh, context: ContextGroup | None = None):
+        super().__init__(device, context=context)
         self.mesh = mesh
         self._within = mesh.get_group(mesh.ndim - 1)
 
@@ -127,7 +129,7 @@ def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
             module.set_force_sum_reduction_for_comms(True)
     policy.sum_every_pass = sharding.sum_every_pass
     register_fsdp_forward_method(policy, "statistics")
-    return Sharded(ranks.device, mesh)
+    return Sharded(ranks.device, mesh, ranks.context)
 
 
 def _cut(module: nn.Module, name: str, options: Mapping[str, Any]) -> None:
