@@ -1,7 +1,8 @@
 """Run thence on a GPU, part by part, and say what holds. `check.sh` sets the environment and calls this.
 
 Every part runs in a process of its own, prints one line a check and a last line, and writes OUT/gpu-<part>.json with
-the environment, the figures and the verdicts. OUT/gpu-checks.jsonl has one line a check and a figure of all parts. The exit code is 1 where a check failed or a part broke.
+the environment, the figures and the verdicts. OUT/gpu-checks.jsonl has one line a check and a figure of all parts. The
+exit code is 1 where a check failed or a part broke.
 """
 
 from __future__ import annotations

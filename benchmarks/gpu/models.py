@@ -83,7 +83,7 @@ def build(kind: str, sizes: dict[str, Any], dtype: torch.dtype, device: torch.de
 
 
 def real(device: torch.device, small: bool, half: bool = False) -> Any:
-    """The model of 1.5 billion parameters, or of half a billion, drawn on the device itself: 1.5 billion numbers are slow to draw on a CPU."""
+    """The model of 1.5 billion parameters, or of half a billion, drawn on the device itself: a CPU is slow at it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {**REAL, "num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 512} if small else REAL
