@@ -75,7 +75,7 @@ class FourBit(nn.Module):
 def load_bitsandbytes() -> Any:
     """The library bitsandbytes. Raises UserError where it is not installed."""
     try:
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "QLoRA needs the package bitsandbytes, which is not installed",
