@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from tests.runs import weights
 from thence.cli import main
 from thence.data.order import stable_seed
 from thence.errors import CheckpointError, RecipeError, UserError
-from thence.pipeline.adapters import merge_checkpoint
+from thence.pipeline.adapters import check_lora, check_same_base, merge_checkpoint
 from thence.pipeline.layout import layout_of
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
@@ -154,9 +155,7 @@ def test_the_sampler_samples_from_what_is_trained(
     assert len(found) > 8 and max(found) < 1e-4
 
 
-def test_ranks_with_other_bits_are_told(base: dict[str, Any]) -> None:
-    from thence.pipeline.adapters import check_same_base
-
+def test_ranks_with_other_bits_are_told() -> None:
     ranks: Any = SimpleNamespace(gather=lambda digest: [digest, "other"])
     with pytest.raises(UserError, match="different bits"):
         check_same_base(ranks, torch.nn.Linear(2, 2))
@@ -167,8 +166,6 @@ def test_ranks_with_other_bits_are_told(base: dict[str, Any]) -> None:
     ("stages", "settings", "said"),
     [
         (["sft"], {"parallel": "fsdp2"}, "cannot be cut"),
-        (["sft"], {"parallel": "hsdp", "sharding": {"replicas": 2}}, "cannot be cut|cannot be dealt"),
-        (["sft"], {"sharding": {"context": 2}, "sft": {"packing": True}}, "share rows|cannot be dealt"),
         (["sft", "rl"], {}, "rl would quantize anew what sft has left"),
         (["sft"], {"model": {"compute_dtype": "float64", "lora": QLORA}}, "keeps them in float64"),
         (["sft"], {"sft": {"fault": "sum-of-means"}}, "faults are defined on the weights"),
@@ -183,11 +180,30 @@ def test_what_nobody_has_verified_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "stages").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said", "field"),
+    [
+        ({"parallel": "fsdp2"}, "cannot be cut", "parallel"),
+        ({"parallel": "hsdp", "sharding": {"replicas": 2}}, "cannot be cut", "parallel"),
+        ({"sharding": {"context": 2}, "sft": {"packing": True}}, "share rows", "sharding.context"),
+    ],
+)
+def test_layouts_that_nobody_has_verified_are_refused_on_any_number_of_ranks(
+    settings: Any, said: str, field: str, tmp_path: Path
+) -> None:
+    for lora in (QLORA, {"rank": 2}):
+        recipe = load_recipe(Recipes(tmp_path)(["sft"], **{"model": {"lora": lora}, **settings}))
+        if lora is not QLORA:
+            check_lora(recipe, "sft")
+            continue
+        with pytest.raises(RecipeError, match=said) as refused:
+            check_lora(recipe, "sft")
+        assert refused.value.field == field
+
+
 def test_without_bitsandbytes_a_run_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"thence\[qlora\]"):
         run(Recipes(tmp_path)(["sft"], model={"lora": QLORA}))

@@ -144,6 +144,17 @@ def test_bfloat16_rounds_what_a_plain_layer_rounds_and_changes_no_weight(bitsand
     assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_layer_in_4_bits_computes_in_the_type_of_a_plain_one(compute: torch.dtype, bitsandbytes: Any) -> None:
+    plain = nn.Linear(70, 9)
+    packed, x = FourBit(plain), torch.randn(4, 70)
+    plain.weight.data = packed.dequantized()
+    with Policy(make("llama", torch.float32)).computing(compute):
+        found, expected = packed(x), plain(x)
+    assert found.dtype == expected.dtype == compute
+    assert torch.allclose(found.float(), expected.float(), rtol=0.02 if compute == torch.bfloat16 else 1e-5, atol=0.02)
+
+
 def test_without_adapters_the_reference_is_the_quantized_model(bitsandbytes: Any) -> None:
     policy, moved = quantized(), quantized()
     with torch.no_grad():
