@@ -227,3 +227,15 @@ def test_the_example_of_the_readme_learns():
     rewards = [float(line.split()[3]) for line in done.stdout.splitlines()]
     assert rewards[0] < 0.2
     assert rewards[-1] > 0.8
+
+
+def test_a_run_that_is_done_is_no_failure_where_figures_cannot_be_drawn(monkeypatch, tmp_path) -> None:
+    from thence.cli import run as command
+    from thence.pages.run import page
+
+    def without_matplotlib(folder: Path) -> Path:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(page, "write_page", without_matplotlib)
+    said = command._page_of(tmp_path)
+    assert "matplotlib cannot be imported" in said and f"thence report {tmp_path}" in said

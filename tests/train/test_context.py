@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def model_of(case: dict[str, Any]) -> Any:
 
 
 def steps(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """As :func:`own_steps`, where ``x.float()`` in a model's code leaves float64 as it is: one rounding to float32 that
+    falls the other way is larger than what is compared.
+    """
+    narrow = torch.Tensor.float
+
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else narrow(x)
+
+    with mock.patch.object(torch.Tensor, "float", wide):
+        return own_steps(case, ranks)
+
+
+def own_steps(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Three optimizer steps and a scoring pass: parameters, reports, and what was measured of the whole batch."""
     variant, policy = BY_NAME[case.get("variant", "sft")], Policy(model_of(case))
     settings = StepSettings(case.get("budget", 25), True, 1.0, case.get("dtype", torch.float64))
@@ -201,7 +215,7 @@ def assert_as_alone(found: list[dict[str, Any]], name: str, size: int) -> None:
     case = CASES[name]
     alone = steps(case, SingleProcess())
     allowed = 1e-12 if case.get("dtype", torch.float64) == torch.float64 else 1e-5
-    if case.get("family") in ("gemma2", "cohere2"):  # their norms compute in float32, the gradient too
+    if case.get("family") == "cohere2":  # its norm computes in float32, the gradient too
         allowed = 1e-8
     assert relative(alone["parameters"], parameters(model_of(case))) > 1e-4, "the steps move the model"
     for rank in found:

@@ -139,17 +139,26 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     with logging_to(console, logging.INFO if leads else logging.ERROR), RunDisplay(console) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
     if leads:
-        from thence.pages.run.page import write_page
         from thence.pages.run.tables import results_table
         from thence.pages.terminal import with_notes
         from thence.pipeline.run_files import read_run
 
-        page = write_page(folder)
         table = results_table(read_run(folder))
         if table.rows:
             console.print(with_notes(table))
-        console.print(f"report: {page}", soft_wrap=True)
+        console.print(_page_of(folder), soft_wrap=True)
     return 0
+
+
+def _page_of(folder: Path) -> str:
+    """Write a run's page and say where it is; say so where the package for figures is missing: the run is done."""
+    from thence.pages.run.page import write_page
+
+    try:
+        return f"report: {write_page(folder)}"
+    except ImportError as error:
+        package = (error.name or "matplotlib").split(".")[0]
+        return f"no report: {package} cannot be imported; install it, then run: thence report {folder}"
 
 
 def _config(recipe: Recipe) -> dict[str, Any] | None:

@@ -11,11 +11,14 @@ from thence.audit.result import Finding
 from thence.errors import UserError
 
 
-def add_adapters(model: nn.Module, said: Mapping[str, Any]) -> None:
+def add_adapters(model: nn.Module, said: Mapping[str, Any]) -> frozenset[str]:
     """Put adapters into the judge's model as the case's adapter did; their values come from the case.
 
     Args:
         said: ``rank``, ``alpha`` and ``targets`` (names of modules, or their ends).
+
+    Returns:
+        The names of the parameters that such a case trains.
 
     Raises:
         UserError: peft is not installed, or cannot make such adapters.
@@ -35,13 +38,17 @@ def add_adapters(model: nn.Module, said: Mapping[str, Any]) -> None:
             f"the case's adapters cannot be put into the probe's model: {error}",
             remedy="let the adapter say which modules of the model have adapters",
         ) from error
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def followed(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[Finding]]:
+def followed(
+    model: nn.Module, trained: frozenset[str], states: Sequence[Mapping[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], list[Finding]]:
     """The parameters of the adapters in every state, and what there is to say of the others.
 
     Args:
-        model: after :func:`add_adapters`, as it was before training.
+        model: after :func:`add_adapters`; the weights under the adapters are those before training.
+        trained: what that has returned. Solving switches gradients of the model on and off, so nobody can ask it later.
 
     Raises:
         UserError: a state lacks parameters of the model, so nobody can say what became of them.
@@ -53,11 +60,10 @@ def followed(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> tuple[
             f"{lacking[0]} among them",
             remedy="keep the parameters of the whole model under its own names, frozen ones too",
         )
-    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    frozen = [name for name in parameters if name not in trained]
     moved = [n for n in frozen if any(not s[n].float().equal(parameters[n].detach().float()) for s in states)]
     findings = []
     if moved:
         detail = f"{len(moved)} of {len(frozen)} frozen parameters ({', '.join(moved[:3])}) are not those of the probe"
         findings.append(Finding("frozen-moved", "fault", detail))
-    return [{name: state[name] for name in trained} for state in states], findings
+    return [{name: state[name] for name in parameters if name in trained} for state in states], findings

@@ -84,6 +84,7 @@ class Judge:
         self._solvers: dict[tuple, StepSolver] = {}
         self._probe: Probe | None = None
         self._adapted: dict[str, Judge] = {}
+        self.trains: frozenset[str] = frozenset()  # of a judge with adapters
 
     @classmethod
     def of_probe(cls, probe: Probe) -> Judge:
@@ -128,7 +129,7 @@ class Judge:
         if "lora" in said:
             try:
                 judge = self.with_adapters(said["lora"])
-                trained, moved = followed(judge.model, states)
+                trained, moved = followed(judge.model, judge.trains, states)
             except UserError as error:
                 return CaseResult(case, "not judged", str(error), seconds=observed.seconds)
             evidence, findings = replace(evidence, states=trained), [*findings, *moved]
@@ -150,7 +151,7 @@ class Judge:
                 )
             judge = Judge.of_probe(self._probe)
             judge.updates = self.updates
-            add_adapters(judge.model, said)
+            judge.trains = add_adapters(judge.model, said)
             self._adapted[key] = judge
         return self._adapted[key]
 
