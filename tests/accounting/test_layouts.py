@@ -236,3 +236,27 @@ def test_a_plan_says_what_a_rank_sends() -> None:
     whole = recipe(stages=["sft"], parallel="ddp")
     sums = plan(whole, config, 64, mean_response_tokens=10, ranks=4).stages[0].sent
     assert [(line.name, line.bytes) for line in sums] == [("gradients", 2 * N * 4 * 3 // 4)]
+
+
+def test_a_plan_counts_matrices_in_4_bits_by_what_is_kept_of_them() -> None:
+    plain = recipe(stages=["sft"])
+    lora = Lora(rank=4, targets=["q_proj", "up_proj"], quantize="nf4")
+    packed = plain.model_copy(update={"model": plain.model.model_copy(update={"lora": lora})})
+    adapters = adapter_parameters(LLAMA, lora)
+    width = LLAMA.heads * LLAMA.head_dim
+    matrices = LLAMA.layers * LLAMA.hidden * (width + LLAMA.intermediate)
+    config = SMALL | {"model_type": "llama"}
+    memory = plan(packed, config, 64, mean_response_tokens=10).stages[0].memory or Memory(())
+    found = sizes(*memory.lines)
+    assert found["weights in 4 bits"] == (matrices // 2 + 4 * matrices // 64, "always")
+    assert found["weights"] == (4 * (N + adapters - matrices), "always")
+    assert found["AdamW moments"] == (8 * adapters, "always")
+    assert found["one matrix, whole"] == (4 * LLAMA.hidden * max(width, LLAMA.intermediate), "training")
+    assert found["weights before they are quantized"] == (4 * N, "host")
+    # where the model is opened in the memory that it is trained in, that is a peak of its own
+    opened = plan(packed, config, 64, mean_response_tokens=10, on_host=True).stages[0].memory or Memory(())
+    assert sizes(*opened.lines)["weights before they are quantized"] == (4 * N, "loading")
+    assert Memory((Line("opened", 9, "", "loading"), Line("kept", 5, "", "always"))).peak == 9
+    # auto cuts what no device can hold, but not what cannot be cut
+    assert plan(packed, config, ranks=4, device_bytes=1.0).layout == "ddp"
+    assert plan(plain, config, ranks=4, device_bytes=1.0).layout == "fsdp2"

@@ -24,8 +24,8 @@ from thence.accounting.flops import (
     sampling_flops,
     training_flops,
 )
-from thence.accounting.layout import Layout, choose_layout, parts_of, weight_bytes
-from thence.accounting.lora import adapter_parameters
+from thence.accounting.layout import Layout, choose_layout, is_cut, parts_of, weight_bytes
+from thence.accounting.lora import adapter_parameters, quantized_parameters
 from thence.accounting.memory import (
     PER_ROW,
     Held,
@@ -33,6 +33,7 @@ from thence.accounting.memory import (
     Memory,
     activation_memory,
     checkpoint_memory,
+    loading_memory,
     logit_memory,
     reference_memory,
     rollout_memory,
@@ -180,9 +181,11 @@ def public_architecture(name: str) -> dict[str, Any] | None:
 def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known: _Known) -> Held:
     """How a rank holds the model, as a run of the recipe would have it."""
     width, cut = weight_bytes(recipe.model.compute_dtype), recipe.sharding
-    if recipe.parallel == "auto" and known.ranks > 1 and device_bytes is None:
+    lora = recipe.model.lora
+    four_bits = lora is not None and lora.quantize is not None
+    if recipe.parallel == "auto" and known.ranks > 1 and device_bytes is None and not four_bits:
         known.assume("the memory of a device is not known: parallel = auto is counted as ddp")
-    adapters, lora = 0, recipe.model.lora
+    adapters, quantized, largest = 0, 0, 0
     if known.counts is not None and lora is not None:
         adapters = adapter_parameters(known.counts, lora)
         known.assume(f"{adapters:,} parameters are trained (LoRA); the rule counts every parameter of the model")
@@ -191,7 +194,10 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
     every = known.counts.total if known.counts else 0
     state = width * (every + 4 * adapters if adapters else 4 * every)  # weights, gradient, two moments
     room = math.inf if device_bytes is None else device_bytes
-    layout = choose_layout(recipe.parallel, known.ranks, state, room)
+    asked = "ddp" if four_bits and recipe.parallel == "auto" else recipe.parallel  # what is in 4 bits cannot be cut
+    layout = choose_layout(asked, known.ranks, state, room)
+    if known.counts is not None and lora is not None and not is_cut(layout):  # to cut them is refused
+        quantized, largest = quantized_parameters(known.counts, lora)
     return Held(
         layout=layout,
         parts=parts_of(layout, known.ranks, cut.replicas),
@@ -201,6 +207,8 @@ def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known:
         sum_every_pass=cut.sum_every_pass,
         offload=cut.offload,
         adapters=adapters,
+        quantized=quantized,
+        largest_quantized=largest,
         context=cut.context,
         frozen_head=lora is not None and not any(name.endswith("lm_head") for name in lora.modules_to_save),
     )
@@ -288,6 +296,7 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
         more = (checkpoint_memory(known.counts, known.held, known.on_host), *more)
     return Memory(
         (
+            *loading_memory(known.counts, known.held, known.on_host),
             *state_memory(known.counts, known.held),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing, known.held.context),
             *logit_memory(known.counts, tokens, known.held.frozen_head),

@@ -14,12 +14,23 @@ def adapter_parameters(counts: Counts, settings: Lora) -> int:
     A target is known by the last part of its name, as ``q_proj``; one with the number of a layer counts as in all.
     Modules that are trained whole are in it: the embedding and the output layer with all their rows.
     """
+    adapters = counts.layers * settings.rank * sum(map(sum, _adapted(counts, settings)))
+    saved = {name.rpartition(".")[2] for name in settings.modules_to_save}
+    return adapters + counts.vocab * counts.hidden * len(saved & {"embed_tokens", "lm_head"})
+
+
+def quantized_parameters(counts: Counts, settings: Lora) -> tuple[int, int]:
+    """Numbers of the matrices under the adapters that are kept in 4 bits, in all layers; and of the largest matrix."""
+    sizes = [inputs * outputs for inputs, outputs in _adapted(counts, settings)] if settings.quantize else []
+    return counts.layers * sum(sizes), max(sizes, default=0)
+
+
+def _adapted(counts: Counts, settings: Lora) -> list[tuple[int, int]]:
+    """The inputs and outputs of the matrices of one layer that get an adapter."""
     widths = _linear_layers(counts)
     targets: Sequence[str] = list(widths) if settings.targets == "all-linear" else settings.targets
     named = {target.rpartition(".")[2] for target in targets} & widths.keys()
-    adapters = counts.layers * settings.rank * sum(sum(widths[name]) for name in named)
-    saved = {name.rpartition(".")[2] for name in settings.modules_to_save}
-    return adapters + counts.vocab * counts.hidden * len(saved & {"embed_tokens", "lm_head"})
+    return [widths[name] for name in named]
 
 
 def _linear_layers(counts: Counts) -> dict[str, tuple[int, int]]:

@@ -13,10 +13,10 @@ from typing import Literal
 from thence.accounting.flops import Counts, recomputed_layers
 from thence.accounting.layout import Layout, is_cut
 
-Phase = Literal["always", "training", "loss", "sum", "rollout", "host"]
-"""When it is held. ``loss`` and ``sum`` are two moments of training: when the loss is computed, and when the gradients
-of embedding and head are summed over ranks, after those of the layers. ``host``: in host memory, always, and so not in
-the peak of the device."""
+Phase = Literal["always", "training", "loss", "sum", "rollout", "host", "loading"]
+"""When it is held. ``loading``: while the model is opened, before all else. ``loss`` and ``sum`` are two moments of
+training: when the loss is computed, and when the gradients of embedding and head are summed over ranks, after those of
+the layers. ``host``: in host memory, always, and so not in the peak of the device."""
 PER_ROW = ("key-value cache", "sampling logits")
 """Lines that grow with the responses that are sampled in parallel."""
 LOGIT_BYTES = 32 * 2**20
@@ -42,7 +42,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Bytes of the device held at the worst moment."""
-        return self.held("always") + max(self.training, self.held("rollout"))
+        return max(self.held("loading"), self.held("always") + max(self.training, self.held("rollout")))
 
     @property
     def training(self) -> int:
@@ -65,6 +65,8 @@ class Held:
         width: bytes of a master weight: 8 or 4.
         reshard, sum_every_pass, offload: as in the recipe's table ``[sharding]``.
         adapters: numbers in LoRA adapters, which alone have gradients and moments; 0: the weights are trained.
+        quantized: numbers of the matrices under adapters that are kept in 4 bits.
+        largest_quantized: numbers of the largest of these matrices.
         frozen_head: the output layer is not trained.
         context: ranks that share rows.
     """
@@ -77,6 +79,8 @@ class Held:
     sum_every_pass: bool = True
     offload: bool = False
     adapters: int = 0
+    quantized: int = 0
+    largest_quantized: int = 0
     frozen_head: bool = False
     context: int = 1
 
@@ -93,7 +97,7 @@ def state_memory(counts: Counts, held: Held = Held()) -> tuple[Line, ...]:
     for it: embedding, norm and head while the pass lasts, and two layers, one in use and one on its way; their
     gradients are whole until they are summed, in the compute type and once more in float32.
     """
-    n, width, share = counts.total + held.adapters, held.width, held.parts if held.cut else 1
+    n, width, share = counts.total + held.adapters - held.quantized, held.width, held.parts if held.cut else 1
     trained = held.adapters or n
     by = f" / {share} ranks" if held.cut else ""
     name = {4: "float32", 8: "float64"}[width]
@@ -110,7 +114,31 @@ def state_memory(counts: Counts, held: Held = Held()) -> tuple[Line, ...]:
     if held.compute_bytes < width:
         size = held.compute_bytes
         lines.append(Line("weights, rounded", n * size, f"{n:,} parameters x {size} B", "always"))
-    return tuple(lines)
+    return (*lines, *_in_four_bits(held))
+
+
+def _in_four_bits(held: Held) -> tuple[Line, ...]:
+    """Matrices in NF4: half a byte a number, and a float32 number for every 64. One at a time is whole in a pass."""
+    n, one, size = held.quantized, held.largest_quantized, held.compute_bytes
+    if not n:
+        return ()
+    rounded = size if size < 4 else 0
+    whole = f"{one:,} parameters x {'(4 + ' + str(rounded) + ')' if rounded else 4} B"
+    return (
+        Line("weights in 4 bits", -(-n * 9 // 16), f"{n:,} parameters x (1 / 2 + 4 / 64) B (NF4)", "always"),
+        Line("one matrix, whole", one * (4 + rounded), whole, "training"),
+    )
+
+
+def loading_memory(counts: Counts, held: Held, on_host: bool) -> tuple[Line, ...]:
+    """The whole weights in host memory, from which those in 4 bits are made.
+
+    Args:
+        on_host: training itself is in host memory.
+    """
+    text = f"{counts.total:,} parameters x {held.width} B (while the model is opened)"
+    size, phase = counts.total * held.width, "loading" if on_host else "host"
+    return (Line("weights before they are quantized", size, text, phase),) if held.quantized else ()
 
 
 def _gathered(counts: Counts, held: Held) -> tuple[Line, ...]:

@@ -20,8 +20,9 @@ from thence.train.lora import add_adapters, published_tensors, save_adapter, tra
 from thence.train.merge import write_plain
 from thence.train.model import Loaded, empty_model, load_model
 from thence.train.model_files import resolve
-from thence.train.parallel import on_first_rank
+from thence.train.parallel import Ranks, on_first_rank
 from thence.train.policy import Policy
+from thence.train.quantized import check_base, check_quantizable, load_bitsandbytes, quantize, quantized_digest
 from thence.train.state import load_weights
 from thence.train.weights import skeleton_of, whole
 
@@ -41,14 +42,35 @@ def adapt(policy: Policy, recipe: Recipe, name: str) -> None:
         UserError: peft is not installed.
     """
     settings = lora_of(recipe, name)
-    if settings is not None:
-        policy.keep_skeleton(skeleton_of(policy.model))
-        add_adapters(policy.model, settings, stable_seed(recipe.seed, name))
+    if settings is None:
+        return
+    policy.keep_skeleton(skeleton_of(policy.model))
+    add_adapters(policy.model, settings, stable_seed(recipe.seed, name))
+    if settings.quantize is not None:
+        quantize(policy.model)
+
+
+def is_quantized(recipe: Recipe, name: str) -> bool:
+    """Whether a stage trains adapters over weights that are kept in 4 bits."""
+    settings = lora_of(recipe, name)
+    return settings is not None and settings.quantize is not None
+
+
+def check_same_base(ranks: Ranks, model: Any) -> None:
+    """Make sure that all ranks have quantized to the same bits. All of them call it. Raises UserError."""
+    if len(set(ranks.gather(quantized_digest(model)))) > 1:
+        raise UserError(
+            "the ranks have quantized the weights to different bits, so they would train different policies",
+            remedy="use machines of one kind with one version of bitsandbytes, or leave model.lora.quantize out",
+            field="model.lora.quantize",
+        )
 
 
 def check_lora(recipe: Recipe, name: str) -> None:
     """Refuse what does not go together with adapters. Raises RecipeError."""
     stage = recipe.stage(name)
+    if is_quantized(recipe, name):
+        _check_quantized(recipe)
     if recipe.model.lora is not None and isinstance(stage, Optimization) and stage.fault is not None:
         raise RecipeError(
             "faults are defined on the weights of a model, and adapters are trained instead of them",
@@ -57,14 +79,50 @@ def check_lora(recipe: Recipe, name: str) -> None:
         )
 
 
+def _check_quantized(recipe: Recipe) -> None:
+    """Refuse what nobody has verified of QLoRA. Raises RecipeError."""
+    field = "model.lora.quantize"
+    trained = [name for name in recipe.stages if isinstance(recipe.stage(name), Optimization)]
+    if len(trained) > 1:
+        raise RecipeError(
+            f"{trained[1]} would quantize anew what {trained[0]} has left, and start from another policy",
+            remedy="train one stage in a run, or leave model.lora.quantize out",
+            field=field,
+        )
+    if recipe.parallel in ("fsdp2", "hsdp"):
+        raise RecipeError(
+            f"parallel = {recipe.parallel} cuts weights over ranks, and those in 4 bits cannot be cut",
+            remedy='set parallel = "ddp" or "auto", or leave model.lora.quantize out',
+            field="parallel",
+        )
+    if recipe.sharding.context > 1:
+        raise RecipeError(
+            "ranks that share rows have not been tried with weights in 4 bits",
+            remedy="set sharding.context = 1, or leave model.lora.quantize out",
+            field="sharding.context",
+        )
+    if recipe.model.compute_dtype == "float64":
+        raise RecipeError(
+            "NF4 is made from float32 weights, and compute_dtype = float64 keeps them in float64",
+            remedy='set model.compute_dtype to "float32", "bfloat16" or "auto"',
+            field="model.compute_dtype",
+        )
+
+
 def try_lora(settings: Model) -> str:
     """Put the adapters into the model without its weights. Returns what is trained, for a reader.
 
     Raises:
         RecipeError: adapters that this model cannot have.
-        UserError: peft is not installed.
+        UserError: peft is not installed, or bitsandbytes where it is needed.
     """
-    trained, every = sizes(settings)
+    lora, model = settings.lora, empty_model(settings)
+    if lora is not None:
+        add_adapters(model, lora, 0)
+    if lora is not None and lora.quantize is not None:
+        load_bitsandbytes()
+        check_quantizable(model)
+    trained, every = _counted(model)
     return f"{trained:,} of {every:,} parameters are trained"
 
 
@@ -77,6 +135,10 @@ def sizes(settings: Model, lora: Lora | None = None) -> tuple[int, int]:
     model: Any = empty_model(settings)
     if (lora := lora or settings.lora) is not None:
         add_adapters(model, lora, 0)
+    return _counted(model)
+
+
+def _counted(model: Any) -> tuple[int, int]:
     return sum(p.numel() for p in trained_tensors(model).values()), sum(p.numel() for p in model.parameters())
 
 
@@ -124,8 +186,10 @@ def merge_checkpoint(checkpoint: Path, folder: Path) -> Path:
     loaded = load_model(started_from(recipe, RunFolder(run), stage.name), torch.device("cpu"), recipe.seed)
     policy = Policy(loaded.model)
     adapt(policy, recipe, stage.name)
+    state = read_json(checkpoint / STATE, remedy="merge another checkpoint")
+    check_base(policy.model, state.get("quantized"), checkpoint)
     load_weights(policy.model, checkpoint)
-    stops = read_json(checkpoint / STATE, remedy="merge another checkpoint").get("stops")
+    stops = state.get("stops")
     with whole(policy) as model:
         if stops:  # as `thence run` does when it publishes a model
             model.generation_config.eos_token_id = stops

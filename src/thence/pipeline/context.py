@@ -109,7 +109,9 @@ class StageContext:
     def n_parameters(self) -> int:
         """N of the FLOPs rule: every parameter of the model, adapters apart."""
         places = places_of(self.model)
-        return sum(p.numel() for name, p in self.model.named_parameters() if places.plain(name) is not None)
+        found = {name: p for name, p in self.model.named_parameters() if places.plain(name) is not None}
+        packed = {name: places.quantized(name) for name in found}  # two numbers in a byte
+        return sum(p.numel() if (q := packed[name]) is None else q.shape.numel() for name, p in found.items())
 
     def executed_flops(self, before: float | None) -> float | None:
         """FLOPs that all ranks have executed since the meter stood at ``before``."""

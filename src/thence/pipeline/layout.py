@@ -10,7 +10,7 @@ import torch
 from thence.accounting.layout import FITS, Layout, choose_layout, is_cut, weight_bytes
 from thence.errors import RecipeError
 from thence.models.packing import know_way, way_of
-from thence.pipeline.adapters import lora_of, sizes
+from thence.pipeline.adapters import is_quantized, lora_of, sizes
 from thence.pipeline.context import StageContext
 from thence.recipe import Model, Optimization, Recipe
 from thence.train.cut_probe import Sums, check_cut, gradient_sums
@@ -63,6 +63,8 @@ def layout_of(recipe: Recipe, name: str, settings: Model, ranks: Ranks, device: 
     """The layout of a stage. Evaluations sample from whole copies; ``auto`` cuts what a device cannot hold whole."""
     if not isinstance(recipe.stage(name), Optimization):
         return "ddp" if ranks.world > 1 else "none"
+    if is_quantized(recipe, name) and recipe.parallel == "auto":  # which cannot be cut
+        return choose_layout("ddp", ranks.world, 0, 0)
     need, room = 0, memory_of(device)
     sized = recipe.parallel == "auto" and ranks.world > 1
     if sized:  # weights, and a gradient and two moments of what is trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from thence.accounting.layout import is_cut
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.adapters import adapt, origin_of, publish_adapter, started_from
+from thence.pipeline.adapters import adapt, check_same_base, is_quantized, origin_of, publish_adapter, started_from
 from thence.pipeline.context import StageContext
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
@@ -36,6 +37,8 @@ from thence.train.model import save_model
 from thence.train.parallel import Ranks, on_first_rank, sharing_rows, start_ranks, together
 from thence.train.policy import Policy
 from thence.train.weights import whole
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -135,10 +138,18 @@ class Execution:
         recipe = self.recipe
         model = started_from(recipe, self.folder, name)
         layout = layout_of(recipe, name, model, self.ranks, self.device)
-        loaded = open_model(model, layout, self.ranks, self.device, recipe.seed)
+        quantized = is_quantized(recipe, name)
+        # quantized on the host, so that a GPU never holds the weights in float32
+        where = torch.device("cpu") if quantized else self.device
+        loaded = open_model(model, layout, self.ranks, where, recipe.seed)
 
         policy = Policy(loaded.model)
         together(self.ranks, lambda: adapt(policy, recipe, name))
+        if quantized:
+            check_same_base(self.ranks, policy.model)
+            policy.to(self.device)
+            if self.device.type != "cpu" and self.leads:
+                log.warning("not verified: QLoRA has been run on CPUs alone, and never on a device like this one")
 
         def reopen() -> Policy:
             again = Policy(open_model(model, layout, self.ranks, self.device, recipe.seed).model.requires_grad_(False))
@@ -182,7 +193,8 @@ def run_stage(execution: Execution, name: str) -> None:
         raise
     if not isinstance(stage, Eval):
         publish_model(context, stage)
-        if has_adapters(context.model):
+        # an adapter over quantized weights is wrong over those that everybody else has
+        if has_adapters(context.model) and not is_quantized(recipe, name):
             publish_adapter(context)
 
     def finish() -> None:

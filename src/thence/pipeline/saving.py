@@ -23,6 +23,7 @@ from thence.train.checkpoint import (
 )
 from thence.train.finite import broken, broken_weights
 from thence.train.parallel import Beside, on_first_rank, together
+from thence.train.quantized import check_base, quantized_digest
 from thence.train.state import load_weights, on_host, read_parts, stored
 from thence.train.trainer import Trainer
 from thence.train.weights import named_parts
@@ -53,6 +54,7 @@ class Checkpoints:
         if found is not None:
             if self.context.leads:
                 say_other_numerics(found.plain.get("numerics"), f"the checkpoint of step {found.step}")
+            check_base(self.context.model, found.plain.get("quantized"), found.folder)
             load_weights(self.context.model, found.folder)
             tensors = self.trainer.empty_state(found.plain["trainer"], stored(found.folder))
             read_parts(found.folder, tensors)
@@ -98,6 +100,8 @@ class Checkpoints:
         plain, tensors = self.trainer.state()
         refuse_what_is_broken(self.context, f"after step {step}", self.standing, tensors)
         plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
+        if (digest := quantized_digest(self.context.model)) is not None:
+            plain["quantized"] = digest
         self._write(step, plain, tensors)
 
     def _write(self, step: int, plain: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

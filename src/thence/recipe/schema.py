@@ -52,6 +52,8 @@ class Lora(Section):
     """Linear layers that get an adapter: names or ends of names, as q_proj. all-linear: all but the output layer."""
     modules_to_save: list[Place] = []
     """Modules that are trained whole beside the adapters, for example norm."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: keep the weights under the adapters in 4 bits (QLoRA). Needs bitsandbytes. Default: as they are."""
 
     @property
     def strength(self) -> float:

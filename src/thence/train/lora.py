@@ -24,6 +24,7 @@ from thence.data.order import stable_seed
 from thence.errors import RecipeError, UserError
 from thence.models.layers import decoder_of, forget
 from thence.recipe import Lora
+from thence.train.quantized import FourBit
 
 NAME = "default"
 """What peft calls the one adapter of a model."""
@@ -159,10 +160,17 @@ class Places:
         for i, part in enumerate(parts):
             owner, rest = ".".join(parts[:i]), parts[i + 1 :]
             if owner in self.adapted:
-                return ".".join([owner, *rest]) if part == "base_layer" else None
+                held = part == "base_layer" and rest in (["weight"], ["bias"])  # 4 bits have buffers besides
+                return ".".join([owner, *rest]) if held else None
             if owner in self.wrapped:  # followed by the adapter's name
                 return ".".join([owner, *rest[1:]]) if part == "modules_to_save" else None
         return name
+
+    def quantized(self, name: str) -> FourBit | None:
+        """The layer that keeps this parameter, its weight, in 4 bits; None: it is kept as it is."""
+        layer = self.adapted.get(name.removesuffix(".base_layer.weight"))
+        base = None if layer is None or not name.endswith(".base_layer.weight") else layer.base_layer
+        return base if isinstance(base, FourBit) else None
 
     def trains(self, name: str) -> bool:
         """Whether a parameter is one of an adapter, or of a module that is trained whole."""

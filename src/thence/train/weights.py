@@ -39,13 +39,15 @@ def _all_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers as the plain model has them, one at a time. All ranks iterate to the end.
 
-    Gathering shards is done by all ranks together.
+    Gathering shards is done by all ranks together. Weights that are kept in 4 bits come as the numbers that the policy
+    computes with, in float32.
     """
     places = places_of(policy.model)
     for name, part in _all_parts(policy.model):
         if (plain := places.plain(name)) is None:
             continue
-        value, merge = _whole(part.detach()), places.merge(name)
+        packed, merge = places.quantized(name), places.merge(name)
+        value = _whole(part.detach()) if packed is None else packed.dequantized()
         yield plain, value if merge is None else merge.into(value, _whole)
 
 
