@@ -41,13 +41,12 @@ def recipes(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", ["rl:1"])
 def test_two_ranks_that_are_killed_are_resumed_by_one_process_with_the_same_losses(
-    kill: str, recipes: dict[str, str], tmp_path: Path
+    recipes: dict[str, str], tmp_path: Path
 ) -> None:
     alone = Run(recipes["full"], {}, tmp_path / "alone")
     alone.to_the_end()
-    found = try_kill(recipes["full"], {}, tmp_path, alone, kill)
+    found = try_kill(recipes["full"], {}, tmp_path, alone, "rl:1")
     assert found["not_equal"] == []
     assert found["relative"]["loss"] < 1e-5
     assert found["relative"]["weights"] < 1e-4

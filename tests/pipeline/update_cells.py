@@ -52,9 +52,9 @@ ALLOWED = {
     "float32": {"gradient": 1e-5, "norm": 1e-5, "update": 1e-5},
 }
 EPS = 1e-4
-"""Of AdamW. Its first steps divide a gradient by its own size; with the usual 1e-8 they make the rounding of an entry that
-is almost zero as large as the step, in one process too. How far rounding goes is measured beside: ``one process, cut
-otherwise``."""
+"""Of AdamW. Its first steps divide a gradient by its own size; with the usual 1e-8 they make the rounding of an entry
+that is almost zero as large as the step, in one process too. How far rounding goes is measured beside: ``one process,
+cut otherwise``."""
 KINDS: tuple[Kind, ...] = ("ragged", "idle ranks")
 PROMPTS, ROLLOUTS, STEPS_OF_A_BATCH = 5, 4, 2
 CLIP_NORM, RATE, TOKENS, OTHER_TOKENS = 0.3, 1e-3, 40, 25
