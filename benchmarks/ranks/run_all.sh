@@ -26,7 +26,6 @@ small="--model $data/small --data $data/small-sft.jsonl --steps 6 --warmup 2 --t
 compare ranks-ddp-plain "--packing $small" "peer_ranks.py --order batch_rebalance $small" "${norm[@]}"
 compare ranks-fsdp2-plain "--packing --parallel fsdp2 $small" "peer_ranks.py --parallel fsdp2 --order batch_rebalance $small" "${norm[@]}"
 compare ranks-ddp-trl "--packing $small" "peer_trl_sft.py $small" "${norm[@]}"
-compare ranks-ddp-trl-by-length "--packing $small" "peer_trl_sft.py --order batch_rebalance $small"
 for parallel in ddp fsdp2; do
     .venv/bin/python benchmarks/ranks/scaling.py --model "$data/small" --data "$data/small-sft.jsonl" \
         --parallel $parallel --pairs "$pairs" --out "$out/ranks-scaling-$parallel.json"

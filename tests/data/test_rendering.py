@@ -25,6 +25,7 @@ from tests.data.chatml import (
 from thence.data.chat import Rendered, chat_format, end_token_ids, render, render_all, trained_share
 from thence.data.example import Example, Message
 from thence.data.layouts import parse_row
+from thence.data.think import THINK_TAGS
 from thence.errors import DataError, UserError
 from thence.pipeline.prompts import RenderedPrompts, load_prompts
 from thence.recipe import Data, Model
@@ -46,7 +47,13 @@ def test_prompt_is_the_template_and_response_ends_with_the_end_of_turn_token(cha
     assert end_token_ids(chatml) == (row.response_ids[-1], chatml.eos_token_id)
 
 
-@given(question=st.text(LETTERS), answer=st.text(LETTERS, min_size=1).filter(str.strip), trim=st.booleans())
+# an answer that opens thinking and never closes it is refused: that is another test's matter
+ANSWERS = (
+    st.text(LETTERS, min_size=1).filter(str.strip).filter(lambda text: not any(t.opens in text for t in THINK_TAGS))
+)
+
+
+@given(question=st.text(LETTERS), answer=ANSWERS, trim=st.booleans())
 def test_prompt_and_response_are_what_the_template_renders(question: str, answer: str, trim: bool):
     tokenizer = make_tokenizer(CHATML_TRIM if trim else CHATML)
     example = ask(question, answer, Message("user", "x"), Message("assistant", "y"))
