@@ -13,13 +13,13 @@ import torch
 from tests import ROOT
 
 
-def run_ranks(folder: Path, module: str, world: int, replicas: int) -> list[dict[str, Any]]:
-    """What ``module.on_each_rank(replicas)`` gives on every rank, by rank; ``folder`` is used up."""
+def run_ranks(folder: Path, module: str, world: int, *arguments: int) -> list[dict[str, Any]]:
+    """What ``module.on_each_rank(*arguments)`` gives on every rank, by rank; ``folder`` is used up."""
     script = folder / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import importlib, os, torch\ntorch.set_num_threads(1)\n"
-        f"found = importlib.import_module({module!r}).on_each_rank({replicas})\n"
+        f"found = importlib.import_module({module!r}).on_each_rank(*{arguments})\n"
         f"torch.save(found, {str(folder)!r} + '/' + os.environ['RANK'])\n"
         "torch.distributed.destroy_process_group()\n"
     )

@@ -5,11 +5,7 @@ This file is also the script of the ranks: ``on_each_rank`` runs in each of them
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests import ROOT
 from tests.oracle import VARIANTS, make_batch, make_case, relative
 from tests.tiny_model import make_tiny_model
+from tests.train.ranks import run_ranks
 from tests.train.small_models import SLIDING, make
 from tests.train.test_sharded import parameters, share_of
 from thence.errors import UserError
@@ -180,35 +176,20 @@ def on_each_rank(size: int, replicas: int) -> dict[str, Any]:
     return found
 
 
-def run_ranks(folder: Path, world: int, size: int, replicas: int = 1) -> list[dict[str, Any]]:
-    script = folder / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import os, torch\ntorch.set_num_threads(1)\nfrom tests.train import test_context\n"
-        f"torch.save(test_context.on_each_rank({size}, {replicas}), {str(folder)!r} + '/' + os.environ['RANK'])\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), script]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("two"), 2, 2)
+    return run_ranks(tmp_path_factory.mktemp("two"), "tests.train.test_context", 2, 2, 1)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("four"), 4, 4)
+    return run_ranks(tmp_path_factory.mktemp("four"), "tests.train.test_context", 4, 4, 1)
 
 
 @pytest.fixture(scope="module")
 def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Two groups of two ranks; where weights are cut, in two replicas too."""
-    return run_ranks(tmp_path_factory.mktemp("groups"), 4, 2, 2)
+    return run_ranks(tmp_path_factory.mktemp("groups"), "tests.train.test_context", 4, 2, 2)
 
 
 def assert_as_alone(found: list[dict[str, Any]], name: str, size: int) -> None:
