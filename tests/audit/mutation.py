@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.case import Judge
+from thence.audit.judge.evidence import Evidence
 from thence.audit.judge.objectives import OBJECTIVES, StepRows
 from thence.audit.judge.windows import window_sizes
 from thence.audit.result import Case, CaseResult

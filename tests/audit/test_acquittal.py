@@ -14,8 +14,9 @@ import torch
 from tests.audit.homemade import HomeMade
 from tests.audit.made_reports import Page
 from thence.audit import Report, check
-from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.case import Judge
 from thence.audit.judge.cuts import FirstUpdate, difference
+from thence.audit.judge.evidence import Evidence
 from thence.audit.junit import junit_xml
 from thence.audit.pytest_plugin import assert_objective
 from thence.audit.report import make_report

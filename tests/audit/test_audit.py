@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.case import Judge
+from thence.audit.judge.evidence import Evidence
 from thence.audit.judge.verdict import judge_all, settle
 from thence.audit.report import make_report
 from thence.audit.result import Case, CaseResult

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.audit.test_audit import faults, micro_batch_mean, step, token_mean
-from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.case import Judge
+from thence.audit.judge.evidence import Evidence
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.probe import Probe, write_probe
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.case import Judge
+from thence.audit.judge.evidence import Evidence
 from thence.audit.judge.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult

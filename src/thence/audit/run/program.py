@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from thence.audit.judge.case import Evidence, Judge
+from thence.audit.judge.case import Judge
+from thence.audit.judge.evidence import Evidence
 from thence.audit.judge.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult

@@ -1,0 +1,36 @@
+"""What is known of a case that was run: parameters around its steps, and the rows that they were taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from thence.audit.solve.observation import ForwardRow
+from thence.audit.solve.sequences import Piece
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a case that was run.
+
+    Args:
+        states: parameters before the first step and after each, by name.
+        rows: that went forward in each step, where they were watched; else
+        pieces: of each step as planned.
+        advantages: one factor an example, for policy-gradient losses; None: supervised.
+        longest: constant of a constant divisor, tokens; 0: not known.
+        lr: learning rate, where it is not the case's.
+        scale_known: False where learning rate or optimizer are not known.
+        frozen: parameters that are not meant to be trained, by name.
+    """
+
+    states: Sequence[Mapping[str, Tensor]]
+    rows: Sequence[Sequence[ForwardRow]] | None = None
+    pieces: Sequence[Sequence[Piece]] | None = None
+    advantages: Sequence[float] | None = None
+    longest: float = 0.0
+    lr: float | None = None
+    scale_known: bool = True
+    frozen: frozenset[str] = frozenset()
