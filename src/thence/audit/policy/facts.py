@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thence.audit.judge.objectives import StepRows
+from thence.audit.objectives import StepRows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.objectives import OBJECTIVES
 from thence.errors import UserError
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.policy.facts import PolicyStep, Rollout
 from thence.audit.policy.objective import PolicyObjective
 
