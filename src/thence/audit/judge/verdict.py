@@ -23,6 +23,9 @@ _BY_SEVERITY = (
 """The order in which faults are named where there are several."""
 
 
+BEYOND: Mapping[str, str] = {"resume": "resume-", "saved": "saved-", "evaluation": "evaluation-"}
+"""How the ids of faults beyond the weights of a step begin, by ``Case.beyond``."""
+
 _GRADIENT_LOST = {
     "first-and-last-only",
     "first-only",
@@ -46,15 +49,15 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         versions: of the audited stack, to look up public reports.
         asked: the objective asked for where cases differ; empty: that of the first judged case.
     """
-    judged = [c for c in cases if c.status == "judged"]
+    judged = [c for c in cases if c.status == "judged" and not c.case.beyond]
     asked = asked or (judged[0].case.asked if judged else cases[0].case.asked if cases else "token-mean")
     faults = _faults(cases)
     objective = common_objective(judged, asked)
-    if not faults and (not judged or len(judged) < len(_tried(cases))):
+    if not faults and not _all_judged(cases):
         return _no_verdict(cases, judged, objective, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
-    ids = sorted(faults, key=lambda i: _BY_SEVERITY.index(i) if i in _BY_SEVERITY else len(_BY_SEVERITY))
+    ids = sorted(faults, key=_place)
     main = ids[0]
     hit = faults[main]
     worst = max(hit, key=lambda pair: _severity(pair[0]))
@@ -196,9 +199,24 @@ def _faults(cases: Sequence[CaseResult]) -> dict[str, list[tuple[CaseResult, Fin
     return found
 
 
+def _all_judged(cases: Sequence[CaseResult]) -> bool:
+    tried = _tried(cases)
+    return bool(tried) and all(case.status == "judged" for case in tried)
+
+
 def _tried(cases: Sequence[CaseResult]) -> list[CaseResult]:
     """The cases of settings that the stack has."""
     return [case for case in cases if case.status != "skipped"]
+
+
+def is_beyond(finding: str) -> bool:
+    """Whether a fault is of resuming, saving or evaluating, and not of the weights of a step."""
+    return finding.startswith(tuple(BEYOND.values()))
+
+
+def _place(finding: str) -> tuple[bool, int]:
+    """Where a fault stands among others: first those of the steps, then those beyond them."""
+    return is_beyond(finding), _BY_SEVERITY.index(finding) if finding in _BY_SEVERITY else len(_BY_SEVERITY)
 
 
 def _severity(case: CaseResult) -> float:
@@ -208,6 +226,9 @@ def _severity(case: CaseResult) -> float:
 def _what(main: str, worst: tuple[CaseResult, Finding], hit: Sequence, tried: Sequence, asked: str) -> str:
     where = "in every case" if len(hit) == len(tried) else f"in {len(hit)} of {len(tried)} cases"
     title = OBJECTIVES[asked].title
+    if is_beyond(main):
+        says = CATALOGUE[main].says
+        return f"In the case '{worst[0].case.name}' {says} ({worst[1].detail})."
     if main in OBJECTIVES:
         name = CATALOGUE[main].title
         return f"This trainer takes the {name} where the {title} was asked for ({where}): {worst[1].detail}."
@@ -246,18 +267,21 @@ def _clean(
     titles = [OBJECTIVES[name].title for name in OBJECTIVES if any(c.case.asked == name for c in judged)]
     low = min((s.smallest for c in judged for s in c.steps), default=1.0)
     high = max((s.largest for c in judged for s in c.steps), default=1.0)
-    skipped = len(cases) - len(judged)
+    skipped = len(cases) - len(_tried(cases))
     first = f"In all {len(judged)} judged cases the weights are those asked for: {', '.join(titles)}."
     second = f"Token weights lie between {low:.3f} and {high:.3f} of what they should be" + (
         f"; {skipped} settings were skipped, since the stack lacks them." if skipped else "."
     )
-    return AuditVerdict("no finding", objective or asked, asked, (first, " ".join([second, *_notes(judged)])))
+    if not judged:
+        first = f"In all {len(_tried(cases))} judged cases of resuming, saving and evaluating nothing is wrong."
+        second = "No token weights were judged."
+    return AuditVerdict("no finding", objective or asked, asked, (first, " ".join([second, *_notes(cases)])))
 
 
-def _notes(judged: Sequence[CaseResult]) -> list[str]:
-    """What changes which examples are trained how often, and is no fault of the weights, in a sentence each."""
-    said = []
-    for name in ("rows-repeated", "window-mixed", "window-dropped"):
+def _notes(cases: Sequence[CaseResult]) -> list[str]:
+    """What is worth knowing and no fault (which examples are trained how often ...), in a sentence each."""
+    said, judged = [], [case for case in cases if case.status == "judged"]
+    for name in ("rows-repeated", "window-mixed", "window-dropped", "evaluation-mean"):
         hit = [(case, f) for case in judged for f in case.all_findings if f.id == name and f.kind == "note"]
         if hit:
             case, finding = hit[0]
