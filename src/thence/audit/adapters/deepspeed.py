@@ -27,12 +27,13 @@ STACK = "deepspeed"
 PACKAGES = ("deepspeed", "transformers", "torch")
 AXES = frozenset({"ranks", "adamw", "bfloat16", "epochs", "checkpointing"})
 
-DEFAULTS = {"stage": 2, "offload": "cpu", "accumulation_by": "config"}
+DEFAULTS = {"stage": 2, "offload": "cpu", "accumulation_by": "config", "loss": "summed", "grad_accum_dtype": ""}
 """What the common cases run with: ZeRO 2 with the optimizer on the CPU is what most people set who offload at all."""
 
 
-def _case(name, stage=2, offload="cpu", by="config", **fields):
-    return {"name": name, "options": {"stage": stage, "offload": offload, "accumulation_by": by}, **fields}
+def _case(name, stage=2, offload="cpu", by="config", also=(), **fields):
+    options = {"stage": stage, "offload": offload, "accumulation_by": by, **dict(also)}
+    return {"name": name, "options": options, **fields}
 
 
 CASES = (
@@ -55,6 +56,24 @@ CASES = (
     _case("ZeRO 3, three steps, micro 1 x 4", 3, "none", micro_batch=1, epochs=2, steps=3, lr=0.1),
     _case("ZeRO 2, offload cpu, bfloat16, three steps, micro 1 x 4", micro_batch=1, epochs=2, steps=3, lr=0.1,
           precision="bfloat16"),
+    _case("ZeRO 0, boundary never set, two steps, micro 1 x 4", 0, "none", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 1, boundary never set, two steps, micro 1 x 4", 1, "none", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 2, boundary never set, two steps, micro 1 x 4", 2, "none", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 3, boundary never set, two steps, micro 1 x 4", 3, "none", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 1, offload cpu, boundary never set, two steps, micro 1 x 4", 1, "cpu", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 2, offload cpu, boundary never set, two steps, micro 1 x 4", 2, "cpu", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 3, offload cpu, boundary never set, two steps, micro 1 x 4", 3, "cpu", "never", micro_batch=1, steps=2, lr=0.1),
+    _case("ZeRO 2, offload cpu, the model's own loss, micro 2 x 4", also={"loss": "model"}),
+    _case("ZeRO 2, the model's own loss, micro 2 x 4", 2, "none", also={"loss": "model"}),
+    _case("ZeRO 2, the model's own loss, micro 4 x 1, 2 ranks", 2, "none", also={"loss": "model"}, micro_batch=4, accumulation=1, ranks=2),
+    _case("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 2, "none", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
+    _case("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 1, "none", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
+    _case("ZeRO 0, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 0, "none", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
+    _case("ZeRO 0, bfloat16, micro 2 x 4", 0, "none", precision="bfloat16"),
+    _case("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype fp32, micro 2 x 4", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
+    _case("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype bf16, micro 2 x 4", also={"grad_accum_dtype": "bf16"}, precision="bfloat16"),
+    _case("ZeRO 2, grad_accum_dtype fp16, micro 2 x 4", 2, "none", also={"grad_accum_dtype": "fp16"}),
+    _case("ZeRO 2, grad_accum_dtype bf16, micro 2 x 4", 2, "none", also={"grad_accum_dtype": "bf16"}),
 )  # fmt: skip
 
 
@@ -102,7 +121,7 @@ def run(case, session) -> None:
     model.train()
     if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    by_hand = options["accumulation_by"] == "hand"
+    by_hand = options["accumulation_by"] != "config"
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer(case, model.parameters()), config=_config(case, options, by_hand)
     )
@@ -111,7 +130,7 @@ def run(case, session) -> None:
     try:
         session.parameters(_full_parameters(engine, options["stage"]))
         for window in _windows(case, rows):
-            _train_window(engine, window, session, by_hand)
+            _train_window(engine, window, session, options)
             if session.stepped(_full_parameters(engine, options["stage"])):
                 break
     finally:
@@ -127,7 +146,9 @@ def _config(case, options, by_hand) -> dict:
         # The default would leave the probe's small parameters unsharded.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 100_000}
     accumulation = 1 if by_hand else case["accumulation"]
+    types = {"data_types": {"grad_accum_dtype": options["grad_accum_dtype"]}} if options["grad_accum_dtype"] else {}
     return {
+        **types,
         "train_micro_batch_size_per_gpu": case["micro_batch"],
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": case["micro_batch"] * accumulation * case["ranks"],
@@ -149,18 +170,27 @@ def _windows(case, rows):
     return [turns[at : at + accumulation] for at in range(0, len(turns), accumulation)]
 
 
-def _train_window(engine, window, session, by_hand) -> None:
+def _train_window(engine, window, session, options) -> None:
     """The backward passes of one optimizer step, and the step."""
+    by = options["accumulation_by"]
     trained = sum(label != -100 for turn in window for batch in turn for row in batch for label in row["labels"][1:])
     # By hand the engine knows of one micro-batch and divides by nothing.
-    scale = session.ranks * (1 if by_hand else len(window)) / trained
+    scale = session.ranks * (len(window) if by == "config" else 1) / trained
     for number, turn in enumerate(window, start=1):
         last = number == len(window)
-        if by_hand:
+        if by == "hand":
             engine.set_gradient_accumulation_boundary(is_boundary=last)
-        engine.backward(_summed_loss(engine, turn[session.rank]) * scale)
-        if last or not by_hand:
+        if options["loss"] == "model":
+            engine.backward(_models_loss(engine, turn[session.rank]) / (1 if by == "config" else len(window)))
+        else:
+            engine.backward(_summed_loss(engine, turn[session.rank]) * scale)
+        if last or by == "config":
             engine.step()
+
+
+def _models_loss(engine, rows):
+    """The loss that a Hugging Face model returns by itself: the mean over the trained tokens of its micro-batch."""
+    return engine(**padding_collator(0)(rows), use_cache=False).loss
 
 
 def _summed_loss(engine, rows):

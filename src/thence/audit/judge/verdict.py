@@ -13,8 +13,8 @@ from thence.audit.result import RESPONSE_ROLES, AuditVerdict, CaseResult, Findin
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
-    "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing",
-    "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
+    "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "all-but-first",
+    "all-but-last", "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
     "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean", "micro-batch-sequence-mean",
     "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained",
     "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
