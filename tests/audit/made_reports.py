@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from thence.audit.judge.objectives import OBJECTIVES, StepRows
+from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.report import Report
 from thence.audit.result import (
     AuditVerdict,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
-from thence.audit.judge.objectives import OBJECTIVES, StepRows
 from thence.audit.judge.windows import window_sizes
+from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import forward_rows
 from thence.audit.solve.sequences import KnownExample

@@ -19,8 +19,8 @@ from tests.audit.made_reports import (
     token_mean,
 )
 from thence.audit.figures import lost_by_role, micro_batch_ratios, steps_alike
-from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.junit import junit_xml
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import (
     Case,
     CaseResult,

@@ -79,7 +79,7 @@ def test_a_stack_without_an_axis_has_its_cases_skipped_by_name() -> None:
 
 
 def token_counts(case: Case) -> list[list[int]]:
-    """Trained tokens of the micro-batches, of the accumulation steps and of the ranks of each step, and of the steps."""
+    """Trained tokens of the micro-batches, accumulation steps and ranks of each step, and of the steps."""
     found: list[list[int]] = []
     steps: list[tuple[int, ...]] = []
     for places in planned_places(case):

@@ -22,7 +22,7 @@ from tests.audit.made_reports import (
     judged,
     token_mean,
 )
-from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.report import Report
 from thence.audit.result import (
     AuditVerdict,

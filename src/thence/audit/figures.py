@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thence.audit.judge.findings import CATALOGUE
-from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import (
     RESPONSE_ROLES,
     Case,

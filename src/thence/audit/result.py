@@ -40,7 +40,7 @@ class Case:
         checkpointing: activation checkpointing.
         label_smoothing: share of the loss given to the uniform distribution.
         options: what only this stack has (ZeRO stage, offload, loss type ...).
-        asked: the objective that the settings ask for; a key of ``thence.audit.judge.objectives.OBJECTIVES``.
+        asked: the objective that the settings ask for; a key of ``thence.audit.objectives.OBJECTIVES``.
         quick: whether ``--quick`` runs it.
         extra: a setting that nobody has by default; only ``--all`` and ``--only`` run it.
     """

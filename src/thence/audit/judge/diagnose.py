@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from thence.audit.judge.naming import name_objective
-from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.judge.weights import AskedObjective, StepWeights
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import RESPONSE_ROLES, Case, Finding, SequenceWeights, StepResult, TokenWeight
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.solver import Explanation

@@ -51,7 +51,7 @@ def early_mask(step: StepWeights, found: Collection[str]) -> Shift | None:
     from_end = _places(step, step.response, backwards=True)
     of_prompt = _places(step, step.role == "prompt", backwards=True)
     by = int(trained[step.piece >= 0].sum()) // max(len(step.pieces), 1)
-    if not 1 <= by or not step.zero(lost):
+    if by == 0 or not step.zero(lost):
         return None
     shifted = (trained == ((step.role == "prompt") & (of_prompt < by))).all()
     if not shifted or not (lost == (step.response & (from_end < by))).all():

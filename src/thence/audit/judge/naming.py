@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from thence.audit.judge.dropped import dropped_rows, dropped_tokens, early_mask
-from thence.audit.judge.objectives import OBJECTIVES, StepRows
 from thence.audit.judge.weights import NOUGHT, SIGMAS, StepWeights
+from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.result import Finding
 from thence.audit.solve.solver import Explanation
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from thence.audit.judge.objectives import OBJECTIVES, StepRows
+from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.result import RESPONSE_ROLES, SequenceWeights, StepResult
 
 

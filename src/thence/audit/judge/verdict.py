@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from thence.audit.judge.findings import CATALOGUE
-from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import RESPONSE_ROLES, AuditVerdict, CaseResult, Finding, PublicReport, StepResult
 from thence.known_faults import load_known_faults
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from thence.audit.judge.cuts import first_update
 from thence.audit.judge.diagnose import diagnose_step, objective_findings
 from thence.audit.judge.evidence import Evidence
-from thence.audit.judge.objectives import OBJECTIVES
 from thence.audit.judge.repeats import per_example
 from thence.audit.judge.untouched import find_untouched, partly_finding, untouched_finding
 from thence.audit.judge.weights import FLOORS, AskedObjective, step_rows
 from thence.audit.judge.windows import planned_steps, window_findings
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import RESPONSE_ROLES, Case, Finding, StepResult
 from thence.audit.solve.explain import explain
 from thence.audit.solve.observation import ForwardRow

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thence.audit.judge.objectives import OBJECTIVES, StepRows
+from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.result import RESPONSE_ROLES, Role
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.solver import Explanation

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
-from thence.audit.judge.objectives import check_objective
+from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for, named_like

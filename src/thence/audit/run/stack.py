@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from thence import __version__
-from thence.audit.judge.objectives import check_objective
+from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import CaseResult
 from thence.audit.run.cases import cases_for, named_like

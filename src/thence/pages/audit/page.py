@@ -25,7 +25,7 @@ from thence.audit.figures import (
     tried,
 )
 from thence.audit.judge.findings import CATALOGUE
-from thence.audit.judge.objectives import OBJECTIVES
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.report import Report
 from thence.audit.result import RESPONSE_ROLES, CaseResult, PublicReport, Role, StepResult
 from thence.files import finite, write_atomically

@@ -1,0 +1,83 @@
+"""What is known of the rollouts and of one optimizer step on them, as arrays over rows and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from thence.audit.objectives import StepRows
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the trainer was told about one response of the probe.
+
+    Args:
+        reward: before any KL is taken from it.
+        group: number of its prompt's group.
+        batch: number of the generation batch: rows that were sampled and rewarded at once.
+        truncated: cut at the length limit, so it has no end token.
+        environment: places in the response that the policy did not write (tool output), counted from its first token.
+        sampler: log-probabilities that the sampling engine gave for the response's tokens, nats; empty: none given.
+    """
+
+    reward: float
+    group: int
+    batch: int = 0
+    truncated: bool = False
+    environment: tuple[int, ...] = ()
+    sampler: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class PolicyStep:
+    """One optimizer step: S rows with T response tokens in all, over all micro-batches and ranks.
+
+    Args:
+        rollouts: of the whole probe; advantages are made from those of one generation batch.
+        example: index in ``rollouts`` of each row, shape (S,).
+        micro_batch, rank: of each row, shape (S,).
+        row: of each token, shape (T,), ascending.
+        place: of each token in its response, shape (T,).
+        logp: under the parameters before the step, nats, shape (T,).
+        old: the same under the parameters of the ratio's denominator.
+        reference: the same under the reference policy.
+        sampler: as handed to the trainer by the sampling engine; equal to ``old`` where none was.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    example: np.ndarray
+    micro_batch: np.ndarray
+    rank: np.ndarray
+    row: np.ndarray
+    place: np.ndarray
+    logp: np.ndarray
+    old: np.ndarray
+    reference: np.ndarray
+    sampler: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.example)
+
+    def environment(self) -> np.ndarray:
+        """Which tokens the policy did not write, shape (T,), bool."""
+        found = np.zeros(len(self.row), bool)
+        for i, rollout in enumerate(self.rollouts[e] for e in self.example):
+            found |= (self.row == i) & np.isin(self.place, rollout.environment)
+        return found
+
+    def truncated(self) -> np.ndarray:
+        """Which rows were cut at the length limit, shape (S,), bool."""
+        return np.array([self.rollouts[e].truncated for e in self.example], bool)
+
+    def counted(self, tokens: np.ndarray, longest: float) -> StepRows:
+        """The rows as normalisers see them, if these tokens (shape (T,), bool) count."""
+        lengths = np.bincount(self.row[tokens], minlength=self.rows)
+        return StepRows(lengths, self.micro_batch, self.rank, longest)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the tokens of each row: shape (T,) to (S,)."""
+        return np.bincount(self.row, values, minlength=self.rows)

@@ -1,0 +1,100 @@
+"""What a step of reinforcement learning is asked to do: every setting that changes the weight of a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from thence.audit.objectives import OBJECTIVES
+from thence.errors import UserError
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The loss of the GRPO family, setting by setting.
+
+    With ratio r_t = pi / pi_old, advantage A_i, correction c_t for the engine that sampled, and normaliser n_i:
+
+        loss = sum over trained tokens of  n_i * (- c_t * surrogate(r_t, A_i) + kl * estimator_t)
+
+    Args:
+        baseline: subtracted from the reward: mean of the ``group``, of the ``batch`` that was sampled at once, of the
+            others in the group (``leave-one-out``, RLOO), or ``none``.
+        scale: standard deviation that advantages are divided by: ``group`` (GRPO), ``batch``, or ``none`` (Dr. GRPO).
+        bessel: divide squares by n - 1, not by n.
+        eps: added to the standard deviation.
+        ratio: ``token`` (PPO, GRPO), ``sequence`` (GSPO: exp of the mean log-ratio of a response's trained tokens) or
+            ``none`` (the plain policy gradient: r_t counts as one and nothing is clipped).
+        surrogate: ``clip``: min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347 eq. 7); ``weight``: the
+            detached ratio, clipped on both sides whatever the advantage, times log pi (CISPO, arXiv 2506.13585).
+        clip_low, clip_high: range of the ratio below and above one; infinity: off.
+        dual_clip: largest ratio through which a negative advantage acts (arXiv 1912.09729); infinity: off.
+        kl: coefficient of the KL to the reference policy.
+        estimator: of the KL from samples; with d = log pi - log pi_ref: ``k1`` d, ``k2`` d^2 / 2,
+            ``k3`` exp(-d) - 1 + d.
+        kl_in: ``loss``: a term of its own, differentiated; ``reward``: kl times the estimator, summed over the
+            response, is taken from the reward before advantages are made.
+        temperature: logits are divided by it in every log-probability.
+        correction: of the difference between the engine that sampled and the trainer, by
+            exp(log pi_old - log pi_sampler): ``none``; ``truncate`` at the cap; ``mask``: tokens outside floor and
+            cap get weight zero.
+        correction_level: the ratio of a ``token``, or of the ``sequence`` (exp of the summed log-ratio).
+        correction_cap, correction_floor: bounds of that ratio.
+        normaliser: the key of ``OBJECTIVES`` that weighs rows and tokens.
+        longest: constant of a constant divisor, tokens.
+        truncated: whether responses that were cut at the length limit ``train`` or are a ``mask`` of zeros (DAPO's
+            overlong filtering). They take part in the advantages of their group either way.
+        counted: tokens that the normaliser counts: of ``all`` rows, or of rows whose weights are not all zero
+            (``informative``: no masked response, no group of equal rewards).
+    """
+
+    baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"
+    scale: Literal["none", "group", "batch"] = "group"
+    bessel: bool = True
+    eps: float = 1e-6
+    ratio: Literal["token", "sequence", "none"] = "token"
+    surrogate: Literal["clip", "weight"] = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = math.inf
+    kl: float = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    temperature: float = 1.0
+    correction: Literal["none", "truncate", "mask"] = "none"
+    correction_level: Literal["token", "sequence"] = "token"
+    correction_cap: float = math.inf
+    correction_floor: float = 0.0
+    normaliser: str = "token-mean"
+    longest: float = 0.0
+    truncated: Literal["train", "mask"] = "train"
+    counted: Literal["all", "informative"] = "all"
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> PolicyObjective:
+        """From the plain settings that an adapter says (infinity may be None).
+
+        Raises:
+            UserError: an unknown setting or normaliser.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in said:
+            if name not in known:
+                raise UserError(
+                    f"a policy objective has no setting {name!r}", remedy=f"use {', '.join(sorted(known))}", field=name
+                )
+        settings: dict[str, Any] = {name: math.inf if value is None else value for name, value in said.items()}
+        made = cls(**settings)
+        if made.normaliser not in OBJECTIVES:
+            raise UserError(
+                f"there is no normaliser {made.normaliser!r}",
+                remedy=f"use one of {', '.join(OBJECTIVES)}",
+                field="normaliser",
+            )
+        return made
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; infinity becomes None."""
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
