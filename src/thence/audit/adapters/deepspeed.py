@@ -6,8 +6,10 @@ averages over the other: an engine that does so gives the token mean exactly. A 
 of windows is left out: the engine knows of no epoch, so what happened at its end would be this loop's doing.
 
 Options: ``stage`` 0 to 3; ``offload`` "none" or "cpu" (the optimizer's state and step); ``accumulation_by`` "config"
-(``gradient_accumulation_steps``) or "hand" (1 in the configuration, several backward calls, the boundary set by
-``set_gradient_accumulation_boundary``, as accelerate does).
+(``gradient_accumulation_steps``), "hand" (1 in the configuration, several backward calls, the boundary set by
+``set_gradient_accumulation_boundary``, as accelerate does) or "never" (the same, and no boundary set); ``loss``
+"summed" (as above) or "model" (the mean that the model returns, so that the engine takes a mean of micro-batch means);
+``grad_accum_dtype`` "fp32", "bf16" or "" (the engine's choice).
 
 The optimizer is torch's SGD or AdamW given to the engine, so no extension is compiled; there is no schedule and no
 shuffling, and clipping is as the case says (its default differs between versions). Everything runs on the CPU
@@ -36,6 +38,26 @@ def _case(name, stage=2, offload="cpu", by="config", also=(), **fields):
     return {"name": name, "options": options, **fields}
 
 
+def _never_set(name, stage, offload="cpu"):
+    """One micro-batch in the configuration, four backward calls and no boundary set: a plain torch loop.
+
+    The engine takes every backward for the last one of a step, so nobody should do this; an engine that throws
+    gradients away or carries them into the next step does not say so.
+    """
+    name = f"{name}, boundary never set, two steps, micro 1 x 4"
+    return _case(name, stage, offload, "never", micro_batch=1, steps=2, lr=0.1, extra=True)
+
+
+def _models_loss(name, stage, offload="cpu", **fields):
+    """The loss that the model returns, as tutorials hand it over; the engine takes the mean of what it is given."""
+    return _case(name, stage, offload, also={"loss": "model"}, asked="micro-batch-mean", **fields)
+
+
+def _summed_in(name, stage, offload="cpu", dtype="fp32", **fields):
+    """Weights in bfloat16, gradients added up in ``dtype``."""
+    return _case(name, stage, offload, also={"grad_accum_dtype": dtype}, precision="bfloat16", **fields)
+
+
 CASES = (
     _case("ZeRO 0, micro 2 x 4", 0, "none"),
     _case("ZeRO 1, micro 2 x 4", 1, "none"),
@@ -56,24 +78,26 @@ CASES = (
     _case("ZeRO 3, three steps, micro 1 x 4", 3, "none", micro_batch=1, epochs=2, steps=3, lr=0.1),
     _case("ZeRO 2, offload cpu, bfloat16, three steps, micro 1 x 4", micro_batch=1, epochs=2, steps=3, lr=0.1,
           precision="bfloat16"),
-    _case("ZeRO 0, boundary never set, two steps, micro 1 x 4", 0, "none", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 1, boundary never set, two steps, micro 1 x 4", 1, "none", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 2, boundary never set, two steps, micro 1 x 4", 2, "none", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 3, boundary never set, two steps, micro 1 x 4", 3, "none", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 1, offload cpu, boundary never set, two steps, micro 1 x 4", 1, "cpu", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 2, offload cpu, boundary never set, two steps, micro 1 x 4", 2, "cpu", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 3, offload cpu, boundary never set, two steps, micro 1 x 4", 3, "cpu", "never", micro_batch=1, steps=2, lr=0.1),
-    _case("ZeRO 2, offload cpu, the model's own loss, micro 2 x 4", also={"loss": "model"}),
-    _case("ZeRO 2, the model's own loss, micro 2 x 4", 2, "none", also={"loss": "model"}),
-    _case("ZeRO 2, the model's own loss, micro 4 x 1, 2 ranks", 2, "none", also={"loss": "model"}, micro_batch=4, accumulation=1, ranks=2),
-    _case("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 2, "none", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
-    _case("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 1, "none", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
-    _case("ZeRO 0, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 0, "none", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
-    _case("ZeRO 0, bfloat16, micro 2 x 4", 0, "none", precision="bfloat16"),
-    _case("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype fp32, micro 2 x 4", also={"grad_accum_dtype": "fp32"}, precision="bfloat16"),
-    _case("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype bf16, micro 2 x 4", also={"grad_accum_dtype": "bf16"}, precision="bfloat16"),
-    _case("ZeRO 2, grad_accum_dtype fp16, micro 2 x 4", 2, "none", also={"grad_accum_dtype": "fp16"}),
-    _case("ZeRO 2, grad_accum_dtype bf16, micro 2 x 4", 2, "none", also={"grad_accum_dtype": "bf16"}),
+    _never_set("ZeRO 0", 0, "none"),
+    _never_set("ZeRO 1", 1, "none"),
+    _never_set("ZeRO 2", 2, "none"),
+    _never_set("ZeRO 3", 3, "none"),
+    _never_set("ZeRO 1, offload cpu", 1),
+    _never_set("ZeRO 2, offload cpu", 2),
+    _never_set("ZeRO 3, offload cpu", 3),
+    _models_loss("ZeRO 0, the model's own loss, micro 2 x 4", 0, "none"),
+    _models_loss("ZeRO 2, the model's own loss, micro 2 x 4", 2, "none", quick=True),
+    _models_loss("ZeRO 2, offload cpu, the model's own loss, micro 2 x 4", 2),
+    _models_loss("ZeRO 3, the model's own loss, micro 2 x 4", 3, "none"),
+    _models_loss("ZeRO 2, the model's own loss, micro 4 x 1, 2 ranks", 2, "none", micro_batch=4, accumulation=1,
+                 ranks=2),
+    _summed_in("ZeRO 0, bfloat16, grad_accum_dtype bf16, micro 2 x 4", 0, "none", "bf16"),
+    _summed_in("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 1, "none"),
+    _summed_in("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 2, "none"),
+    _summed_in("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 2),
+    _summed_in("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype bf16, micro 2 x 4", 2, "cpu", "bf16"),
+    _summed_in("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 1 x 4, 2 ranks", 1, "none", micro_batch=1, ranks=2),
+    _summed_in("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 1 x 4, 2 ranks", 2, "none", micro_batch=1, ranks=2),
 )  # fmt: skip
 
 
@@ -116,7 +140,7 @@ def run(case, session) -> None:
     rows = session.rows()
     if len(rows) % (case["micro_batch"] * case["accumulation"] * case["ranks"]):
         session.skip("the engine knows of no end of the data: a window that is not full is the loop's affair")
-    options = DEFAULTS | dict(case["options"])
+    options = case["options"]
     model = AutoModelForCausalLM.from_pretrained(session.model, torch_dtype=torch.float32)
     model.train()
     if case["checkpointing"]:

@@ -87,8 +87,8 @@ _SAY_THE_WEIGHTS = {"token-dependent", "advantage", "labels-shifted"}
 
 _EXPLAIN_THE_SCALE = {
     "first-only", "last-only", "first-and-last-only", "all-but-first", "all-but-last", "rank-missing", "rows-dropped",
-    "double-counted", "token-dependent", "tokens-dropped", "advantage", "prompt-trained", "padding-trained", "labels-shifted", "end-missing",
-    "first-missing",
+    "double-counted", "token-dependent", "tokens-dropped", "advantage", "prompt-trained", "padding-trained",
+    "labels-shifted", "end-missing", "first-missing",
 }  # fmt: skip
 """Findings that change the sum of weights by themselves."""
 
