@@ -126,6 +126,16 @@ def test_tokens_that_are_not_trained_are_named_by_what_they_have_in_common(
     assert result.steps[0].objective == "token-mean"
 
 
+def test_tokens_dropped_beside_every_end_token_are_told_apart(probe: Probe, judge: Judge) -> None:
+    """Truncated, and the end token masked: two mistakes, each with its name, and no talk of chance."""
+    cut = judged(probe, judge, lambda e, t, ids, labels: beyond(16)(e, t, ids, labels) and t < len(ids) - 1)
+    assert set(found(cut)) == {"end-missing", "tokens-dropped"}
+    assert "beyond position 16 of a response" in found(cut)["tokens-dropped"]
+    end = probe.rows[0][0][-1]
+    by_id = judged(probe, judge, lambda e, t, ids, labels: trained(labels, t) and ids[t] != end and ids[t] % 4 != 0)
+    assert set(found(by_id)) == {"end-missing", "tokens-dropped"}, "that no answer ends is said as well"
+
+
 def test_tokens_dropped_after_the_division_are_named_too(probe: Probe, judge: Judge) -> None:
     """The divisor counts all tokens: the update is smaller, which the lost tokens explain."""
     result = judged(probe, judge, beyond(16), kept=False)

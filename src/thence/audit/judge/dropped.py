@@ -65,22 +65,28 @@ def early_mask(step: StepWeights, found: Collection[str]) -> Shift | None:
     return Shift(lost, trained, Finding("tokens-dropped", "fault", detail))
 
 
-def dropped_tokens(step: StepWeights, lost: np.ndarray, seen: np.ndarray, texts: Sequence[str]) -> Finding:
-    """Name what tokens without weight have in common.
+def dropped_tokens(
+    step: StepWeights, lost: np.ndarray, seen: np.ndarray, said: np.ndarray, texts: Sequence[str]
+) -> tuple[Finding, bool]:
+    """Name what tokens without weight have in common; whether their places say it, those of ``said`` included.
 
     Args:
         lost: response targets without weight, shape (targets,), bool.
         seen: all response targets that are looked at, those included.
+        said: targets of which another finding says that they have none (every first or every last one).
         texts: of the tokens, by id.
     """
-    kept = seen & ~lost
-    pattern = _by_place(step, lost, kept) or _by_id(step, lost, kept, texts)
+    place = _by_place(step, lost, seen & ~lost)
+    pattern = place or _by_id(step, lost, seen & ~lost, texts)
+    if pattern is None:
+        lost, seen = lost & ~said, seen & ~said
+        pattern = _by_place(step, lost, seen & ~lost) or _by_id(step, lost, seen & ~lost, texts)
     if pattern is None:
         pattern = "single tokens are not trained, by no rule of place or token, as if drawn at random"
     share = float(step.ideal[lost].sum() / step.ideal[seen].sum())
     count = f"{int(lost.sum())} of {int(seen.sum())} response tokens"
     detail = f"{pattern}: {count} have {step.zero_text(lost)}, {share:.0%} of the gradient asked for"
-    return Finding("tokens-dropped", "fault", detail)
+    return Finding("tokens-dropped", "fault", detail), place is not None
 
 
 def dropped_rows(step: StepWeights, kept: np.ndarray, dropped: np.ndarray) -> Finding:

@@ -70,7 +70,7 @@ def name_objective(
         left = frozenset(findings) - _SAID_BY_A_SHIFT
         return replace(_name(step, explanation, used, counted, left, texts, (shift.finding,)), instead=_SAID_BY_A_SHIFT)
     used = step.response.copy()
-    for name, role in (("end-missing", "end"), ("first-missing", "first")):
+    for name, role in _ENDS:
         if name in findings:
             used &= step.role != role
     counted = used.copy()
@@ -80,6 +80,7 @@ def name_objective(
     return _name(step, explanation, used, counted, frozenset(findings), texts)
 
 
+_ENDS = (("end-missing", "end"), ("first-missing", "first"))
 _SAID_BY_A_SHIFT = frozenset({"prompt-trained", "end-missing", "first-missing"})
 
 
@@ -107,15 +108,17 @@ def _name(
             base, finding = _token_dependent(step, explanation, used & pieces.kept[np.maximum(step.piece, 0)])
             return Named(base, (), (*found, finding))
         lost, seen, pieces, rows = split
-        finding = dropped_tokens(step, lost, seen, texts)
+        roles = [role for name, role in _ENDS if name in findings]
+        finding, by_place = dropped_tokens(step, lost, seen, np.isin(step.role, roles), texts)
         found, lengths = (*found, *rows, finding), [pieces.rows.lengths, *lengths]
-        instead = _said_by_place(step, lost, seen)
+        instead = frozenset(name for name, _ in _ENDS) if by_place else instead
     elif pieces.dropped.any():
         found += (dropped_rows(step, pieces.kept, pieces.dropped),)
     for each in lengths:
         candidates = _candidates(replace(pieces, rows=replace(pieces.rows, lengths=each)))
         if candidates:
-            return Named(candidates[0], tuple(candidates[1:]), found, instead)
+            best = step.asked if step.asked in candidates else candidates[0]
+            return Named(best, tuple(name for name in candidates if name != best), found, instead)
     if step.varied:
         least, most = step.shown[used].min(), step.shown[used].max()
         detail = f"advantages are {least:.3g} to {most:.3g} times those asked for"
@@ -152,16 +155,6 @@ def _without_zeros(
     if _uneven(again) or again.dropped.any():
         return None
     return lost, seen, again, rows
-
-
-def _said_by_place(step: StepWeights, lost: np.ndarray, seen: np.ndarray) -> frozenset[str]:
-    """Findings of single roles that are part of a pattern of places: of every response the first or last tokens."""
-    said = set()
-    for name, role in (("first-missing", "first"), ("end-missing", "end")):
-        mask = seen & (step.role == role)
-        if mask.any() and lost[mask].all() and (lost & (step.role == "body")).any():
-            said.add(name)
-    return frozenset(said)
 
 
 def _piece_weights(step: StepWeights, used: np.ndarray, lengths: np.ndarray) -> PieceWeights:

@@ -74,6 +74,7 @@ class StepWeights:
         counted: tuple[Role, ...] = RESPONSE_ROLES,
     ):
         self.targets, self.pieces, self.floor = explanation.design.targets, pieces, floor
+        self.asked = asked.objective
         self.varied = float(np.ptp(asked.advantages)) > 0
         self.piece = np.array([t.piece for t in self.targets])
         self.role = np.array([t.role for t in self.targets])
