@@ -29,7 +29,7 @@ from thence.audit import random_rows  # noqa: E402
 from thence.audit.judge.cuts import difference, first_update  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "audit-cuts.json"
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "mistral", "olmo2", "gemma2", "phi3", "gpt_neox", "granite")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "mistral", "olmo2", "gemma2", "gemma", "gpt_neox", "granite")
 CUTS = ((2, 4), (1, 8))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUGS: dict[str, dict[str, Any]] = {
