@@ -244,6 +244,7 @@ class AuditVerdict:
         sentences: what is the case; then what it means for training.
         remedy: what to change; empty where nothing is wrong.
         known: public reports of the same fault.
+        case: name of the case whose figures the sentences give; empty: of all.
     """
 
     outcome: Outcome
@@ -252,6 +253,7 @@ class AuditVerdict:
     sentences: tuple[str, str]
     remedy: str = ""
     known: tuple[PublicReport, ...] = ()
+    case: str = ""
 
     @property
     def exit_code(self) -> int:

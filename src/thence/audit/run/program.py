@@ -143,6 +143,8 @@ def placeholders(program: Sequence[str]) -> set[str]:
 
 def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
     """The cases that a program's placeholders allow, and sentences on what is missing for the rest."""
+    if {"micro_batch", "batch"} <= have:
+        have = have | {"accumulation"}  # whole batch over micro-batch, as many loops have it
     axes = {"incomplete"}
     axes |= {"ranks"} & have
     axes |= {"checkpointing", "packing", "label_smoothing"} & have
