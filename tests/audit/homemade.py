@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tests.audit.optimizers import OPTIMIZERS
+
 Rows = Sequence[dict[str, list[int]]]
 FAR = -1e9
 
@@ -18,7 +20,7 @@ class HomeMade:
     """A step over padded or packed micro-batches. The defaults are right; every field brings in one mistake.
 
     Args:
-        optimizer: ``adamw`` as people run it, or ``sgd`` with learning rate 0.5.
+        optimizer: a key of ``OPTIMIZERS``: ``adamw`` as people run it, ``sgd`` with learning rate 0.5 ...
         layout: ``right`` or ``left`` padded, or ``packed`` into one row that keeps its examples apart.
         masked: attention mask (padding) or block mask (packing); False: whoever comes earlier is seen.
         extra: what is trained beside the response: ``padding``, ``boundary`` (the first token of the next packed
@@ -34,7 +36,7 @@ class HomeMade:
         dropped: parameters with this in their name lose their gradient.
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     layout: Literal["right", "left", "packed"] = "right"
     masked: bool = True
     extra: Literal["", "padding", "boundary", "prompt"] = ""
@@ -54,8 +56,7 @@ class HomeMade:
 
     def __call__(self, model: Any, rows: Rows, micro_batch: int, accumulation: int) -> None:
         """One step."""
-        made = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
-        optimizer = made(model.parameters(), lr=1e-3 if self.optimizer == "adamw" else 0.5)
+        optimizers = OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
         micro_batches = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
         counted = [[self._labels(row) for row in micro] for micro in micro_batches]
         tokens = sum(label != -100 for micro in counted for row in micro for label in row[1:])
@@ -65,23 +66,24 @@ class HomeMade:
             scale = len(micro_batches) if self.scale == "accumulation" else self.scale
             (loss * scale * (self.times if index else 1.0)).backward()
             if self.lost == "last" and index + 1 < len(micro_batches):
-                optimizer.zero_grad()
+                model.zero_grad()
             if self.lost == "first" and index == 0:
                 kept = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
             if self.every:
-                self._step(model, optimizer)
+                self._step(model, optimizers)
         if self.lost == "first":
             for parameter, gradient in zip(model.parameters(), kept, strict=True):  # pyright: ignore
                 parameter.grad = gradient
         if not self.every:
-            self._step(model, optimizer)
+            self._step(model, optimizers)
 
-    def _step(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, model: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         for name, parameter in model.named_parameters():
             if self.dropped and self.dropped in name:
                 parameter.grad = None
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
     def _labels(self, row: dict[str, list[int]]) -> list[int]:
         labels = list(row["input_ids"] if self.extra == "prompt" else row["labels"])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts
-from thence.audit.judge.evidence import Evidence
-from thence.audit.judge.walk import NotJudged, Walk
+from thence.audit.judge.evidence import Evidence, NotJudged
+from thence.audit.judge.walk import Walk
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
 from thence.audit.solve.gradients import Differentiator

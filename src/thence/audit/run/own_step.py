@@ -17,6 +17,7 @@ from thence.audit.judge.evidence import Evidence
 from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
+from thence.audit.run.watch import OptimizerWatch
 from thence.audit.solve.probe import LENGTHS
 from thence.audit.solve.sequences import KnownExample
 from thence.errors import UserError
@@ -128,14 +129,19 @@ def _one(
     before = _state(own)
     begun = time.monotonic()
     arguments = {"micro_batch": case.micro_batch, "accumulation": case.accumulation} if cut else {}
+    watch = OptimizerWatch(own, before)
     try:
-        step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
+        with watch:
+            step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
     except Exception as error:
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
     frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
-    evidence = Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None, frozen=frozen)
+    after = _state(own)
+    evidence = Evidence(
+        [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen, seen=watch.seen(after)
+    )
     result = judge.case(case, evidence)
     return replace(result, seconds=seconds)
 
