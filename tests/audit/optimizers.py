@@ -61,10 +61,9 @@ class ScheduleFree(Optimizer):
                     continue
                 state = self.state[p]
                 z = state.setdefault("z", p.clone())
-                square = (
-                    state.setdefault("square", torch.zeros_like(p)).mul_(0.999).addcmul_(p.grad, p.grad, value=1e-3)
-                )
-                moved = z - group["lr"] * p.grad / ((square / 1e-3).sqrt() + 1e-2 * p.grad.std())
+                square = state.setdefault("square", torch.zeros_like(p))
+                square.mul_(0.999).addcmul_(p.grad, p.grad, value=1e-3)
+                moved = z - group["lr"] * p.grad / ((square / 1e-3).sqrt() + 1e-8)
                 state["z"] = moved
                 p.copy_(group["beta"] * p + (1 - group["beta"]) * moved)
 

@@ -147,7 +147,7 @@ class StepResult:
         findings: what is to be said of this step.
         undetermined: response tokens whose gradients depend on those of others; they are taken to be as asked.
         source: what the weights were read from: the update, its signs alone, or the gradients that the optimizer got.
-        makes: what was not verified of the optimizer, a line; empty: all of it was.
+        unseen: what this step does not show, such as what the optimizer makes of the gradient, a line each.
     """
 
     index: int
@@ -166,7 +166,7 @@ class StepResult:
     findings: tuple[Finding, ...] = ()
     undetermined: int = 0
     source: Literal["update", "signs", "gradient"] = "update"
-    makes: str = ""
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from thence.audit.solve.signs import SHORT, looks_like_signs, step_size
 
 CUT_FREE = ("token-mean", "sequence-mean", "constant-divisor")
 """Objectives whose gradient is the same however the rows of a step are cut."""
-TURNED = {"float32": 5e-3, "bfloat16": 2e-2, "autocast": 2e-2}
+TURNED = {"float32": 5e-3, "bfloat16": 1e-2, "autocast": 1e-2}
 """Share of signs that arithmetic alone may turn between two cuts, by precision."""
 APART = {"float32": 2e-2, "bfloat16": 0.15, "autocast": 0.15}
 """Norm of the difference of two updates over the norm of one that arithmetic alone may cause, by precision."""

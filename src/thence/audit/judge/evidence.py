@@ -56,6 +56,7 @@ class Evidence:
         scale_known: False where learning rate or optimizer are not known.
         frozen: parameters that are not meant to be trained, by name.
         seen: of the optimizers, where they were watched (one step).
+        unseen: what such evidence does not show, a line each.
     """
 
     states: Sequence[Mapping[str, Tensor]]
@@ -67,3 +68,4 @@ class Evidence:
     scale_known: bool = True
     frozen: frozenset[str] = frozenset()
     seen: OptimizerStep | None = None
+    unseen: tuple[str, ...] = ()

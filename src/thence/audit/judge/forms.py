@@ -11,8 +11,11 @@ from thence.audit.solve.recover import spacing_of
 
 LOW = 0.75
 """A merged adapter has at most that share of a matrix's full rank."""
-FLAT = 0.3
-"""Of an orthogonalised matrix no singular value is below this share of its median, but for those that are zero."""
+FLAT, NEAR = 0.75, 0.5
+"""Of an orthogonalised matrix that share of the singular values that are not zero is near their median: no further from
+it than that share of it."""
+EXACT = 20
+"""With fewer bits of mantissa the rank of an update is that of its rounding."""
 
 
 def merged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], bits: int) -> str:
@@ -25,7 +28,7 @@ def merged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], bits: int)
         bits: mantissa of the stored parameters.
     """
     moved = [name for name in before if name in after and not before[name].equal(after[name])]
-    if not moved or len(moved) == len(before) or any(before[name].ndim != 2 for name in moved):
+    if bits < EXACT or not moved or len(moved) == len(before) or any(before[name].ndim != 2 for name in moved):
         return ""
     ranks = []
     for name in moved:
@@ -54,7 +57,7 @@ def form_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
         if len(values) < 8:
             continue
         matrices += 1
-        flat += bool(values[-1] > FLAT * np.median(values) and values[0] < np.median(values) / FLAT)
+        flat += bool((np.abs(values / np.median(values) - 1) < NEAR).mean() > FLAT)
     if matrices and flat >= 0.5 * matrices:
         return (
             f"in {flat} of {matrices} matrices it is orthogonal, as Muon, Shampoo or SOAP make it; audit the same "

@@ -147,19 +147,19 @@ def read_step(
     return Reading("update", gradient, LeastSquares, FLOORS[precision], max(RESIDUALS[precision], 4 * noise))
 
 
-def unverified(reading: Reading, seen: OptimizerStep | None) -> str:
-    """What was not verified of an optimizer, a line; empty: all of it was."""
+def unverified(reading: Reading, seen: OptimizerStep | None) -> tuple[str, ...]:
+    """What was not verified of an optimizer, a line each."""
     if reading.source == "signs":
-        return "the sizes of the update: its signs alone were looked at, since Adam and its kin choose the sizes"
+        return ("the sizes of the update: its signs alone were looked at, since Adam and its kin choose the sizes",)
     if reading.relation is None or seen is None or reading.relation.makes == "multiple":
-        return ""
+        return ()
     what = {
         "signs": "of its first update the signs are those of the gradient, and the sizes were not looked at",
         "sizes": "its update has the signs of the gradient, and the sizes were not looked at",
     }.get(reading.relation.makes, "its own arithmetic was not looked at")
     return (
-        f"what the optimizer ({seen.name}) makes of the gradient: the weights are those of the gradients that it was given; nothing "
-        f"else moved the parameters; {what}"
+        f"what the optimizer ({seen.name}) makes of the gradient: the weights are those of the gradients that it was "
+        f"given, and nothing else moved the parameters; {what}",
     )
 
 

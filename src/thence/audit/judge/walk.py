@@ -108,9 +108,8 @@ class Walk:
             form = what_made_it(self.case, self.evidence)
             self.findings.append(_differs_by_parameter(solver, update, explanation, form))
             return False
-        asked = self._asked(pieces)
-        result = diagnose_step(step, explanation, pieces, asked, self.judge.texts, reading.floor)
-        findings = (*result.findings, *objective_findings(self.case, result))
+        result = diagnose_step(step, explanation, pieces, self._asked(pieces), self.judge.texts, reading.floor)
+        findings = self._without_own_sizes((*result.findings, *objective_findings(self.case, result)))
         right = self.case.asked == result.objective and all(finding.kind == "choice" for finding in findings)
         if reading.source == "signs" and explanation.rule < 0 and right:
             raise NotJudged(
@@ -122,10 +121,21 @@ class Walk:
         if reading.relation is not None and reading.relation.decay:
             detail = f"the parameters themselves enter with factor {reading.relation.decay:.3g}"
             findings = (*findings, Finding("weight-decay", "note", detail))
-        makes = unverified(reading, self.evidence.seen)
-        result = replace(result, findings=findings, source=reading.source, makes=makes)
+        unseen = (*unverified(reading, self.evidence.seen), *self.evidence.unseen)
+        result = replace(result, findings=findings, source=reading.source, unseen=unseen)
         self.results.append(per_example(result, self.case.asked) if self._repeated else result)
         return True
+
+    def _without_own_sizes(self, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+        """An optimizer that nobody knows may scale parameters on purpose. Raises NotJudged: nothing else is wrong."""
+        own = [f for f in findings if f.id == "scale-by-parameter" and self.case.optimizer == "unknown"]
+        others = tuple(f for f in findings if f not in own)
+        if own and not any(f.kind == "fault" for f in others):
+            raise NotJudged(
+                f"{own[0].detail}: layer-wise optimizers (LARS, LAMB) and learning rates of parameter groups do that, "
+                "and so do faults; give lr if it is plain SGD"
+            )
+        return others
 
     def _seen_gradient(self) -> np.ndarray | None:
         """The gradient that the optimizer was given as one vector, if nothing but its one step moved the parameters."""
@@ -249,8 +259,8 @@ def _differs_by_parameter(
     form = f"; {form}" if form else ""
     what, is_ = ("signs of the update", "are") if solver.regression is SignRegression else ("update", "is")
     raise NotJudged(
-        f"{explanation.fit.residual:.0%} of the {what} {is_} unexplained ({update.tolerance:.2g} allowed){form}. "
-        f"Usual causes: {USUAL_CAUSES}"
+        f"{100 * explanation.fit.residual:.2g}% of the {what} {is_} unexplained ({100 * update.tolerance:.2g}% "
+        f"allowed){form}. Usual causes: {USUAL_CAUSES}"
     )
 
 
