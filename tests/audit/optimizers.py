@@ -90,7 +90,8 @@ def _root(matrix: Tensor, power: float) -> Tensor:
 def _muon(parameters: Sequence[Tensor]) -> list[Optimizer]:
     matrices = [p for p in parameters if p.ndim == 2]
     others = [p for p in parameters if p.ndim != 2]
-    return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(others, lr=1e-3)]
+    muon = [torch.optim.Muon(matrices, lr=1e-2)]
+    return [*muon, torch.optim.AdamW(others, lr=1e-3)] if others else muon
 
 
 OPTIMIZERS: Mapping[str, Callable[[Sequence[Tensor]], list[Optimizer]]] = {

@@ -10,6 +10,9 @@ from torch import Tensor
 from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.sequences import Piece
 
+UNEXPLAINED = "unexplained"
+"""What the reason says where token weights do not make up the update."""
+
 
 class NotJudged(Exception):
     """A step that cannot be judged; the message says why."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from thence.audit.judge.weights import SIGMAS, StepWeights
+from thence.audit.judge.weights import HALF, SIGMAS, StepWeights
 from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.result import Finding
 from thence.audit.solve.solver import Explanation
@@ -89,7 +89,7 @@ def _piece_weights(step: StepWeights, used: np.ndarray, lengths: np.ndarray) -> 
     tokens = step.counted(used)
     seen = tokens > 0
     typical = np.average(np.abs(value[seen]), weights=tokens[seen]) if seen.any() else 0.0
-    kept = seen & (np.abs(value) > 3 * error * typical)
+    kept = seen & (np.abs(value) > np.minimum(3 * error, HALF) * typical)
     return PieceWeights(replace(step.rows, lengths=lengths), value, spread, error, kept, seen & ~kept)
 
 

@@ -163,9 +163,10 @@ def unverified(reading: Reading, seen: OptimizerStep | None) -> tuple[str, ...]:
     )
 
 
-def what_made_it(case: Case, evidence: Evidence) -> str:
+def what_made_it(case: Case, evidence: Evidence, reading: Reading) -> str:
     """What is known of an update that nothing explains: the optimizer's class, or the form of the update."""
     if evidence.seen is not None:
         alone = "" if evidence.seen.alone else ", and parameters move outside of its step as well"
         return f"the optimizer is {evidence.seen.name}{alone}"
-    return form_of(evidence.states[0], evidence.states[1]) if case.optimizer == "unknown" else ""
+    blind = case.optimizer == "unknown" and reading.source == "update"
+    return form_of(evidence.states[0], evidence.states[1]) if blind else ""

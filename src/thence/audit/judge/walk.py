@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thence.audit.judge.cuts import first_update
 from thence.audit.judge.diagnose import diagnose_step, objective_findings
-from thence.audit.judge.evidence import Evidence, NotJudged
+from thence.audit.judge.evidence import UNEXPLAINED, Evidence, NotJudged
 from thence.audit.judge.forms import merged
 from thence.audit.judge.reading import Reading, of_any_signs, read_step, unverified, what_made_it
 from thence.audit.judge.repeats import per_example
@@ -105,7 +105,7 @@ class Walk:
                 reading, (solver, update, explanation) = other, found
         self._gradients.append(update.gradient)
         if not explanation.fits:
-            form = what_made_it(self.case, self.evidence)
+            form = what_made_it(self.case, self.evidence, reading)
             self.findings.append(_differs_by_parameter(solver, update, explanation, form))
             return False
         result = diagnose_step(step, explanation, pieces, self._asked(pieces), self.judge.texts, reading.floor)
@@ -259,7 +259,7 @@ def _differs_by_parameter(
     form = f"; {form}" if form else ""
     what, is_ = ("signs of the update", "are") if solver.regression is SignRegression else ("update", "is")
     raise NotJudged(
-        f"{100 * explanation.fit.residual:.2g}% of the {what} {is_} unexplained ({100 * update.tolerance:.2g}% "
+        f"{100 * explanation.fit.residual:.2g}% of the {what} {is_} {UNEXPLAINED} ({100 * update.tolerance:.2g}% "
         f"allowed){form}. Usual causes: {USUAL_CAUSES}"
     )
 

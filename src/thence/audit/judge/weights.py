@@ -15,6 +15,8 @@ from thence.audit.solve.solver import Explanation
 FLOORS = {"float32": 2e-3, "bfloat16": 6e-2, "autocast": 6e-2}
 """Relative errors of weights that rounding alone may cause, by precision; sampling errors come on top."""
 SIGMAS = 6.0
+HALF = 0.5
+"""However uncertain a weight is, one above half of what it should be is not zero."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class StepWeights:
     def zero(self, mask: np.ndarray) -> bool:
         """Whether all targets of a mask have no weight beside the largest ones."""
         size = max(float(np.abs(self.relative[self.response]).mean()), 1e-9)
-        return bool(mask.any() and (np.abs(self.relative[mask]) < 2 * self.relative_error[mask] * max(size, 1)).all())
+        allowed = np.minimum(2 * self.relative_error[mask], HALF)
+        return bool(mask.any() and (np.abs(self.relative[mask]) < allowed * max(size, 1)).all())
 
     def counted(self, mask: np.ndarray) -> np.ndarray:
         """Targets of a mask per piece, shape (pieces,)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thence.audit.judge.case import Judge
-from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.evidence import UNEXPLAINED, Evidence
 from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
@@ -154,7 +154,7 @@ def _one(
         [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen, seen=watch.seen(after)
     )
     result = judge.case(case, evidence)
-    if result.status == "not judged":
+    if result.status == "not judged" and UNEXPLAINED in result.reason:
         result = replace(result, reason=random_step(result.reason, run, model, own, (before, after)))
     return replace(result, seconds=seconds)
 

@@ -57,11 +57,11 @@ def with_cause(reason: str, share: float, dropout: str) -> str:
 
     Args:
         share: how far two runs lie apart.
-        dropout: that is on, in words; empty: none is.
+        dropout: that is on or asked for, in words; empty: none.
     """
     if share > APART:
         cause = (
-            f"Dropout is on: {dropout}. Switch it off"
+            f"Dropout: {dropout}. Switch it off"
             if dropout
             else "No dropout was found; something else draws random numbers: tokens or rows left out, noise, an order"
         )
@@ -69,7 +69,7 @@ def with_cause(reason: str, share: float, dropout: str) -> str:
             f"the step is random: two runs of it from the same parameters with the same rows differ by {share:.0%} of "
             f"the update. {cause}. ({reason})"
         )
-    return f"dropout is on: {dropout}. Switch it off. ({reason})" if dropout else reason
+    return f"dropout: {dropout}. Switch it off. ({reason})" if dropout else reason
 
 
 def dropout_of(model: nn.Module) -> str:
