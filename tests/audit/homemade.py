@@ -20,7 +20,7 @@ class HomeMade:
     """A step over padded or packed micro-batches. The defaults are right; every field brings in one mistake.
 
     Args:
-        optimizer: a key of ``OPTIMIZERS``: ``adamw`` as people run it, ``sgd`` with learning rate 0.5 ...
+        optimizer: a key of ``OPTIMIZERS``: ``adamw`` as people run it, ``sgd`` with learning rate 0.5, ...
         layout: ``right`` or ``left`` padded, or ``packed`` into one row that keeps its examples apart.
         masked: attention mask (padding) or block mask (packing); False: whoever comes earlier is seen.
         extra: what is trained beside the response: ``padding``, ``boundary`` (the first token of the next packed

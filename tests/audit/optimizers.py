@@ -96,12 +96,12 @@ def _muon(parameters: Sequence[Tensor]) -> list[Optimizer]:
 
 OPTIMIZERS: Mapping[str, Callable[[Sequence[Tensor]], list[Optimizer]]] = {
     "sgd": lambda p: [torch.optim.SGD(p, lr=0.5)],
-    "sgd momentum": lambda p: [torch.optim.SGD(p, lr=0.5, momentum=0.9, nesterov=True)],
-    "sgd decay": lambda p: [torch.optim.SGD(p, lr=0.1, weight_decay=0.01)],
+    "momentum": lambda p: [torch.optim.SGD(p, lr=0.5, momentum=0.9, nesterov=True)],
+    "sgd-decayed": lambda p: [torch.optim.SGD(p, lr=0.1, weight_decay=0.01)],
     "adamw": lambda p: [torch.optim.AdamW(p, lr=1e-3)],
-    "adamw decay": lambda p: [torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1)],
-    "adamw linear": lambda p: [torch.optim.AdamW(p, lr=1e3, betas=(0.0, 0.999), eps=1e4, weight_decay=0.0)],
-    "adam decay": lambda p: [torch.optim.Adam(p, lr=1e-3, weight_decay=0.01)],
+    "adam-decayed": lambda p: [torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1)],
+    "adamw-linear": lambda p: [torch.optim.AdamW(p, lr=1e3, betas=(0.0, 0.999), eps=1e4, weight_decay=0.0)],
+    "adam-l2": lambda p: [torch.optim.Adam(p, lr=1e-3, weight_decay=0.01)],
     "nadam": lambda p: [torch.optim.NAdam(p, lr=1e-3)],
     "radam": lambda p: [torch.optim.RAdam(p, lr=1e-3)],
     "adamax": lambda p: [torch.optim.Adamax(p, lr=1e-3)],
