@@ -131,6 +131,7 @@ def _share(change: np.ndarray, due: np.ndarray, old: np.ndarray, bits: int, line
     spacing = spacing_of(old, bits)
     if np.linalg.norm(due) <= RESOLVED * np.linalg.norm(spacing):
         return 0.0
-    if len(old) >= 8 and old @ old:
+    # Steps of one size and sign move a tensor of equal numbers as decay would: only a known due tells them apart.
+    if len(old) >= 8 and old @ old and (linear or np.ptp(old)):
         change = change - old * (change @ old) / (old @ old)  # weight decay moves it without a gradient
     return float(np.linalg.norm(change) < linear * np.linalg.norm(due) + np.linalg.norm(spacing))

@@ -100,7 +100,7 @@ class Walk:
         if not explanation.fits and reading.source == "update" and self.case.optimizer == "unknown" and step == 1:
             # An optimizer may keep the signs of the gradient and choose the sizes itself.
             other = of_any_signs(flat[0] - flat[1], self._precision)
-            found = self._explain(step, other, pieces, rows, flat[0])
+            found = self._explain(step, other, pieces, rows, flat[0], briefly=True)
             if found[2].fits and explanation.fit.residual > FAR:
                 reading, (solver, update, explanation) = other, found
         self._gradients.append(update.gradient)
@@ -146,9 +146,15 @@ class Walk:
         return self._solver.differentiator.flat(gradients)
 
     def _explain(
-        self, step: int, reading: Reading, pieces: Sequence[Piece], rows: Sequence[ForwardRow], before: np.ndarray
+        self,
+        step: int,
+        reading: Reading,
+        pieces: Sequence[Piece],
+        rows: Sequence[ForwardRow],
+        before: np.ndarray,
+        briefly: bool = False,
     ) -> tuple[StepSolver, ObservedUpdate, Explanation]:
-        """The explanation of a reading, and what it was made from."""
+        """The explanation of a reading, by token weights alone if ``briefly``, and what it was made from."""
         state, case, asked = self._trained(step - 1), self.case, self._asked(pieces)
         solver = self.judge.solver(state, reading.regression)
         solver.move_to(state)
@@ -161,7 +167,7 @@ class Walk:
             reading.gradient, pieces, rows, reading.tolerance, earlier, before, case.label_smoothing, case.ranks,
             case.clip, rules, self._precision,
         )  # fmt: skip
-        return solver, update, explain(solver, update)
+        return solver, update, solver.plain(update) if briefly else explain(solver, update)
 
     def _untouched(self, step: int, pieces: Sequence[Piece]) -> Finding | None:
         """Note parameters that never moved; those of step 1 are left out of the fit, so that the rest is judged.
