@@ -202,7 +202,7 @@ def test_no_step_and_a_foreign_update_are_verdicts_of_their_own(probe: Probe, ju
     }
     result = judge.case(case, Evidence([before, noise], pieces=judge.plan(case)))
     assert result.status == "not judged"
-    assert "residual" in result.reason
+    assert "of the update is unexplained" in result.reason
     report = make_report("x", [result], {}, "x", {}, 0.0)
     assert report.verdict.outcome == "cannot judge"
     assert report.verdict.exit_code == 2

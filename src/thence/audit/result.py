@@ -146,6 +146,8 @@ class StepResult:
         sequences: every row of the step.
         findings: what is to be said of this step.
         undetermined: response tokens whose gradients depend on those of others; they are taken to be as asked.
+        source: what the weights were read from: the update, its signs alone, or the gradients that the optimizer got.
+        unseen: what this step does not show, such as what the optimizer makes of the gradient, a line each.
     """
 
     index: int
@@ -163,6 +165,8 @@ class StepResult:
     sequences: tuple[SequenceWeights, ...]
     findings: tuple[Finding, ...] = ()
     undetermined: int = 0
+    source: Literal["update", "signs", "gradient"] = "update"
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

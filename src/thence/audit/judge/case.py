@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts
-from thence.audit.judge.evidence import Evidence
-from thence.audit.judge.walk import NotJudged, Walk
+from thence.audit.judge.evidence import Evidence, NotJudged
+from thence.audit.judge.walk import Walk
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
 from thence.audit.solve.gradients import Differentiator
@@ -51,16 +51,13 @@ class Judge:
     @classmethod
     def of_probe(cls, probe: Probe) -> Judge:
         """The judge of a probe in its folder."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
         ids = vocabulary()
         known = []
         for example, (row, labels) in zip(probe.examples, probe.rows, strict=True):
             prompt = tuple(ids[c] for c in example.prompt)
             response = tuple(ids[c] for c in example.response)
             known.append(KnownExample(prompt, response, row, labels))
-        judge = cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge = cls(probe_model(probe), known, list(ids), ids["<|pad|>"], ids["<|end|>"])
         judge._probe = probe
         return judge
 
@@ -117,6 +114,12 @@ class Judge:
             self._adapted[key] = judge
         return self._adapted[key]
 
+    def beside(self, model: nn.Module) -> Judge:
+        """A judge of the same examples with another model, such as this one's with an adapter in it."""
+        judge = Judge(model, self.known, self.texts, self.pad, self.end)
+        judge.updates = self.updates
+        return judge
+
     def case(self, case: Case, evidence: Evidence) -> CaseResult:
         """Judge the steps of a case, in order, up to the first that cannot be judged.
 
@@ -168,6 +171,13 @@ class Judge:
         if (names, regression) not in self._solvers:
             self._solvers[names, regression] = StepSolver(Differentiator(self.model, names), regression)
         return self._solvers[names, regression]
+
+
+def probe_model(probe: Probe) -> nn.Module:
+    """The probe's model as it lies in its folder, with attention that has a plain backward."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
 
 
 def _unique(findings: Sequence[Finding]) -> tuple[Finding, ...]:

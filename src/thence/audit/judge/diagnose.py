@@ -45,6 +45,8 @@ def diagnose_step(
     scale = step.scale if asked.scale_known else None
     if scale is not None and not any(f.id in _EXPLAIN_THE_SCALE for f in findings):
         findings += _scale_findings(scale, step, asked)
+    if scale is None and step.scale < -1e-6:
+        findings.append(Finding("scale", "fault", "the update goes against the gradient: it makes the loss larger"))
     undetermined = explanation.fit.undetermined[[t.column for t in step.targets]]
     return StepResult(
         index=index,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from thence.audit.judge.dropped import dropped_rows, dropped_tokens, early_mask
-from thence.audit.judge.weights import NOUGHT, SIGMAS, StepWeights
+from thence.audit.judge.weights import HALF, NOUGHT, SIGMAS, StepWeights
 from thence.audit.objectives import OBJECTIVES, StepRows
 from thence.audit.result import Finding
 from thence.audit.solve.solver import Explanation
@@ -174,7 +174,7 @@ def _piece_weights(step: StepWeights, used: np.ndarray, lengths: np.ndarray) -> 
     tokens = step.counted(used)
     seen = tokens > 0
     typical = np.average(np.abs(value[seen]), weights=tokens[seen]) if seen.any() else 0.0
-    kept = seen & (np.abs(value) > (error - (1 - NOUGHT) * step.floor) * typical)
+    kept = seen & (np.abs(value) > np.minimum(error - (1 - NOUGHT) * step.floor, HALF) * typical)
     return PieceWeights(replace(step.rows, lengths=lengths), value, spread, error, kept, seen & ~kept)
 
 

@@ -44,6 +44,7 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
         "learning rate or optimizer are not known, or the step clips: a constant factor would not show",
     )  # fmt: skip
     _sort(yes, no, "packed rows", [c for c in sound if c.case.packing], "no case with packing was judged")
+    no += dict.fromkeys(line for case in sound for step in case.steps for line in step.unseen)
     narrow = [c for c in sound if c.case.precision != "float32"]
     _sort(yes, no, "bfloat16", narrow, "no case in bfloat16 was judged")
     return tuple(yes), (*no, *NEVER)

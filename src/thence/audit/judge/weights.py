@@ -19,6 +19,8 @@ NOUGHT = 0.25
 PLAINLY_ZERO = 5e-3
 """Where weights are known to this share of the ideal, one that cannot be told from zero is called zero."""
 SIGMAS = 6.0
+HALF = 0.5
+"""However uncertain a weight is, one above half of what it should be is not zero."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class StepWeights:
     @property
     def nothing(self) -> np.ndarray:
         """Targets whose weight alone is not told from zero, shape (targets,), bool."""
-        return np.abs(self.relative) < 2 * self.relative_error * max(self.size, 1)
+        return np.abs(self.relative) < np.minimum(2 * self.relative_error, HALF) * max(self.size, 1)
 
     @property
     def size(self) -> float:
