@@ -3,7 +3,7 @@
 #
 #   benchmarks/audit_targets/environments.sh FOLDER [NAME ...]
 #
-# NAME: tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
+# NAME: tf4452 tf4461 trl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
 # Further: ci, the newest TRL and DeepSpeed in one environment, which `make test` makes for tests/audit/test_stacks.py.
 set -euo pipefail
 if [ "$#" -lt 1 ]; then
@@ -14,7 +14,7 @@ folder=$1
 shift
 constraints="$(cd "$(dirname "$0")/../.." && pwd)/constraints.txt"
 names=("$@")
-[ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091)
+[ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091)
 mkdir -p "$folder"
 
 environment() { # name
@@ -48,6 +48,7 @@ for name in "${names[@]}"; do
         $pip install -c "$constraints" torch==2.13.0 numpy ninja wheel setuptools packaging
         $pip install -c "$constraints" --no-build-isolation deepspeed==0.19.8 trl==1.16.0
         ;;
+    ds0182) deepspeed 0.18.2 5.18.0 ;;
     ds0189) deepspeed 0.18.9 5.18.0 ;;
     ds019) deepspeed 0.19.8 5.18.0 ;;
     orl0910) openrlhf 0.9.10 0.18.9 5.5.0 ;;
