@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.verdict import BEYOND, is_beyond
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import (
     RESPONSE_ROLES,
@@ -204,6 +205,11 @@ def subject(target: str) -> str:
 def headline(report: Report) -> str:
     """The outcome in one sentence without a term of the trade."""
     who = subject(report.target)
+    bad = {finding.id for result in report.cases for finding in faults(result)}
+    if bad and all(is_beyond(finding) for finding in bad):
+        verbs = {"resume": "resume", "saved": "save", "evaluation": "evaluate"}
+        wrong = [verbs[kind] for kind, start in BEYOND.items() if any(finding.startswith(start) for finding in bad)]
+        return f"{who} does not {' and '.join(wrong)} as it should."
     return {
         "no finding": f"{who} trains what it was asked to train.",
         "finding": f"{who} does not train what it was asked to train.",

@@ -205,14 +205,14 @@ def _train_window(engine, window, session, options) -> None:
         if by == "hand":
             engine.set_gradient_accumulation_boundary(is_boundary=last)
         if options["loss"] == "model":
-            engine.backward(_models_loss(engine, turn[session.rank]) / (1 if by == "config" else len(window)))
+            engine.backward(_own_loss(engine, turn[session.rank]) / (1 if by == "config" else len(window)))
         else:
             engine.backward(_summed_loss(engine, turn[session.rank]) * scale)
         if last or by == "config":
             engine.step()
 
 
-def _models_loss(engine, rows):
+def _own_loss(engine, rows):
     """The loss that a Hugging Face model returns by itself: the mean over the trained tokens of its micro-batch."""
     return engine(**padding_collator(0)(rows), use_cache=False).loss
 

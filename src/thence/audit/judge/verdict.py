@@ -25,6 +25,9 @@ _RULE_OF_SOME = _BY_SEVERITY.index("token-mean")
 """Where a rule stands that does not give the weights of every judged step: it is not what the trainer does."""
 
 
+BEYOND: Mapping[str, str] = {"resume": "resume-", "saved": "saved-", "evaluation": "evaluation-"}
+"""How the ids of faults beyond the weights of a step begin, by ``Case.beyond``."""
+
 _GRADIENT_LOST = {
     "first-and-last-only",
     "first-only",
@@ -82,15 +85,15 @@ def judge_all(
         asked: the objective asked for where cases differ; empty: that of the first judged case.
         target: the adapter's name, for the same; empty: no adapter, and no report is looked up.
     """
-    judged = [c for c in cases if c.status == "judged"]
+    judged = [c for c in cases if c.status == "judged" and not c.case.beyond]
     asked = asked or (judged[0].case.asked if judged else cases[0].case.asked if cases else "token-mean")
     faults = _faults(cases)
     objective = common_objective(judged, asked)
-    if not faults and (not judged or len(judged) < len(_tried(cases))):
+    if not faults and not _all_judged(cases):
         return _no_verdict(cases, judged, objective, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
-    ids = sorted(faults, key=lambda name: _rank(name, judged))
+    ids = sorted(faults, key=lambda name: _place(name, judged))
     main = ids[0]
     worst = max(faults[main], key=lambda hit: hit.lost)
     return AuditVerdict(
@@ -170,6 +173,11 @@ def _faults(cases: Sequence[CaseResult]) -> dict[str, list[Hit]]:
     return found
 
 
+def _place(name: str, judged: Sequence[CaseResult]) -> tuple[bool, float]:
+    """Where a fault stands among several, the first is named first: those of the steps, then those beyond them."""
+    return is_beyond(name), _rank(name, judged)
+
+
 def _rank(name: str, judged: Sequence[CaseResult]) -> float:
     """Where a fault stands among several, the first is named in the first sentence."""
     if name in OBJECTIVES and not _fits_all(name, judged):
@@ -182,15 +190,27 @@ def _fits_all(rule: str, judged: Sequence[CaseResult]) -> bool:
     return all(rule in {step.objective, *step.alike} for case in judged for step in case.steps)
 
 
+def _all_judged(cases: Sequence[CaseResult]) -> bool:
+    tried = _tried(cases)
+    return bool(tried) and all(case.status == "judged" for case in tried)
+
+
 def _tried(cases: Sequence[CaseResult]) -> list[CaseResult]:
     """The cases of settings that the stack has."""
     return [case for case in cases if case.status != "skipped"]
+
+
+def is_beyond(finding: str) -> bool:
+    """Whether a fault is of resuming, saving or evaluating, and not of the weights of a step."""
+    return finding.startswith(tuple(BEYOND.values()))
 
 
 def _what(main: str, worst: Hit, hits: Sequence[Hit], cases: Sequence[CaseResult], asked: str) -> str:
     tried = _tried(cases)
     where = "in every case" if len(hits) == len(tried) else f"in {len(hits)} of {len(tried)} cases"
     title, name = OBJECTIVES[asked].title, CATALOGUE[main].title
+    if is_beyond(main):
+        return f"In the case '{worst.case.case.name}' {CATALOGUE[main].says} ({worst.finding.detail})."
     if main in OBJECTIVES and _fits_all(main, [case for case in cases if case.status == "judged"]):
         return f"This trainer takes the {name} where the {title} was asked for ({where}): {worst.finding.detail}."
     says = f"the weights are those of the {name}" if main in OBJECTIVES else CATALOGUE[main].says
@@ -225,18 +245,21 @@ def _clean(
     titles = [OBJECTIVES[name].title for name in OBJECTIVES if any(c.case.asked == name for c in judged)]
     low = min((s.smallest for c in judged for s in c.steps), default=1.0)
     high = max((s.largest for c in judged for s in c.steps), default=1.0)
-    skipped = len(cases) - len(judged)
+    skipped = len(cases) - len(_tried(cases))
     first = f"In all {len(judged)} judged cases the weights are those asked for: {', '.join(titles)}."
     second = f"Token weights lie between {low:.3f} and {high:.3f} of what they should be" + (
         f"; {skipped} settings were skipped, since the stack lacks them." if skipped else "."
     )
-    return AuditVerdict("no finding", objective or asked, asked, (first, " ".join([second, *_notes(judged)])))
+    if not judged:
+        first = f"In all {len(_tried(cases))} judged cases of resuming, saving and evaluating nothing is wrong."
+        second = "No token weights were judged."
+    return AuditVerdict("no finding", objective or asked, asked, (first, " ".join([second, *_notes(cases)])))
 
 
-def _notes(judged: Sequence[CaseResult]) -> list[str]:
-    """What changes which examples are trained how often, and is no fault of the weights, in a sentence each."""
-    said = []
-    for name in ("rows-repeated", "window-mixed", "window-dropped"):
+def _notes(cases: Sequence[CaseResult]) -> list[str]:
+    """What is worth knowing and no fault (which examples are trained how often ...), in a sentence each."""
+    said, judged = [], [case for case in cases if case.status == "judged"]
+    for name in ("rows-repeated", "window-mixed", "window-dropped", "evaluation-mean"):
         hit = [(case, f) for case in judged for f in case.all_findings if f.id == name and f.kind == "note"]
         if hit:
             case, finding = hit[0]
