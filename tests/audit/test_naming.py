@@ -266,7 +266,7 @@ def figures(report: Report) -> tuple[str, str]:
 
 def test_all_figures_of_the_verdict_come_from_one_case(probe: Probe, judge: Judge) -> None:
     """The smallest weight of one case beside the largest of another is nobody's range."""
-    much = judged(probe, judge, rows_weigh(1, 1, 1, 1, 1, 0.9, 1, 1), Case("largest", 2, 4), kept=False)
+    much = judged(probe, judge, rows_weigh(1, 1, 1, 1, 1, 1, 2.5, 1), Case("largest", 2, 4), kept=False)
     little = judged(probe, judge, rows_weigh(0.1, 1, 1, 1, 1, 0.1, 1, 1), Case("most lost", 2, 4), kept=False)
     report = make_report("x", [much, little], {}, "x", {}, 0.0)
     sentences, facts = figures(report)
