@@ -209,6 +209,15 @@ def test_gradients_cleared_too_late_lose_the_first_micro_batch(probe: Probe, jud
     assert list(found(judged(probe, judge, lost(2, 3), kept=False))) == ["rows-dropped"], "the second has no name"
 
 
+def test_no_step_of_one_micro_batch_is_the_lost_micro_batch(probe: Probe, judge: Judge) -> None:
+    """Gradients cleared after the first backward leave nothing where that is the only one."""
+    one = CaseResult(Case("one", 8, 1), "judged", "", (), (Finding("no-step", "fault", "no parameter changed"),))
+    four = judged(probe, judge, lost(0, 1), Case("four", 2, 4), kept=False)
+    assert "the first micro-batch" in make_report("x", [one, four], {}, "x", {}, 0.0).verdict.sentences[0]
+    none = CaseResult(Case("none", 2, 4), "judged", "", (), one.findings)
+    assert "no step was taken" in make_report("x", [none, four], {}, "x", {}, 0.0).verdict.sentences[0]
+
+
 def test_with_two_micro_batches_the_other_cases_say_which_name_holds(probe: Probe, judge: Judge) -> None:
     """All but the first of two is only the last: one case with more micro-batches decides."""
     two = judged(probe, judge, lost(0, 1, 2, 3), Case("two", 4, 2), kept=False)
