@@ -215,7 +215,8 @@ def _repeated(step: StepWeights, pieces: PieceWeights) -> tuple[str, Finding] | 
         if whole.max() > 4 or whole.max() == whole.min() or far.any():
             continue
         which = [str(step.pieces[i].example + 1) for i in np.flatnonzero(pieces.kept)[whole > 1]]
-        detail = f"examples {', '.join(which)} count {int(whole.max())} times"
+        many = f"examples {', '.join(which)} count" if len(which) > 1 else f"example {which[0]} counts"
+        detail = f"{many} {int(whole.max())} times"
         return name, Finding("double-counted", "fault", detail)
     return None
 
