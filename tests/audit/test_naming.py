@@ -149,6 +149,15 @@ def test_random_drops_are_never_said_to_follow_a_rule(probe: Probe, judge: Judge
     assert "drawn at random" in detail and "probab" not in detail
 
 
+def test_two_lost_tokens_that_stand_nowhere_else_are_no_rule_of_ids(probe: Probe, judge: Judge) -> None:
+    """All tokens with these ids are lost, which says nothing: there is one of each."""
+    responses = [[i for i, label in zip(*row, strict=True) if label != -100] for row in probe.rows[:8]]
+    once = [i for response in responses for i in response[1:-1] if sum(r.count(i) for r in responses) == 1]
+    chosen = {once[len(once) // 3], once[len(once) // 2]}
+    result = judged(probe, judge, lambda e, t, ids, labels: trained(labels, t) and ids[t] not in chosen)
+    assert "drawn at random" in found(result)["tokens-dropped"]
+
+
 @pytest.mark.parametrize("adam", [False, True])
 def test_probabilities_are_claimed_only_where_the_weights_follow_them(probe: Probe, judge: Judge, adam: bool) -> None:
     draw = random.Random(1)

@@ -93,7 +93,7 @@ def judge_all(
         return _no_verdict(cases, judged, objective, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
-    ids = sorted(faults, key=lambda name: _place(name, judged))
+    ids = sorted(faults, key=lambda name: _place(name, judged, faults))
     main = ids[0]
     worst = max(faults[main], key=lambda hit: hit.lost)
     return AuditVerdict(
@@ -173,9 +173,9 @@ def _faults(cases: Sequence[CaseResult]) -> dict[str, list[Hit]]:
     return found
 
 
-def _place(name: str, judged: Sequence[CaseResult]) -> tuple[bool, float]:
+def _place(name: str, judged: Sequence[CaseResult], faults: Faults) -> tuple[bool, float]:
     """Where a fault stands among several, the first is named first: those of the steps, then those beyond them."""
-    return is_beyond(name), _rank(name, judged)
+    return is_beyond(name), _rank(name, judged, faults)
 
 
 def _rank(name: str, judged: Sequence[CaseResult], faults: Faults) -> float:
