@@ -14,8 +14,7 @@ from thence.objective import Clip, Generation, Ratio
 
 
 def _needs(*features: has.Feature, steps: int = 1, generations: int = 1) -> Needs:
-    moved = (has.MOVED,) if steps > generations else ()
-    return Needs(features=(has.ROLLOUTS, *features, *moved), steps=steps, generations=generations)
+    return Needs(features=(has.ROLLOUTS, *features), steps=steps, generations=generations)
 
 
 def _advantage(
@@ -25,7 +24,7 @@ def _advantage(
 
 
 def _clip(name: str, title: str, source: str, change: Change, *features: has.Feature) -> Fault:
-    return Fault(name, title, ("unnamed",), _needs(has.CLIP, *features, steps=2), source, change)
+    return Fault(name, title, ("unnamed",), _needs(has.CLIP, has.MOVED, *features, steps=2), source, change)
 
 
 def _kl(name: str, title: str, source: str, change: Change, *features: has.Feature, **counts: int) -> Fault:
@@ -40,7 +39,7 @@ def _importance(name: str, title: str, source: str, weight_of: Callable[[Tensor,
 POLICY_FAULTS = (
     Fault(
         "old-stale", "old log-probabilities are one version too old", ("unnamed",),
-        _needs(has.CLIP, steps=3, generations=2),
+        _needs(has.CLIP, has.MOVED, steps=3, generations=2),
         "a scoring replica that gets the new weights one step late", wrap=versions.stale, outermost=True,
         remembers=True,
     ),
@@ -127,7 +126,7 @@ POLICY_FAULTS = (
     ),
     Fault(
         "ratio-by-token", "each token its own ratio where a response was to have one", ("unnamed",),
-        _needs(has.SEQUENCE_RATIO, steps=2), "GRPO where GSPO (arXiv 2507.18071) was asked for", policy.ratio_by_token,
+        _needs(has.SEQUENCE_RATIO, has.MOVED, steps=2), "GRPO where GSPO (arXiv 2507.18071) was asked for", policy.ratio_by_token,
     ),
     _kl(
         "kl-k1", "estimator k1 in place of k3", "a loss whose KL has no gradient in expectation",
@@ -143,7 +142,7 @@ POLICY_FAULTS = (
     _kl(
         "kl-in-reward", "KL in the reward where it was to be in the loss",
         "PPO's place of the KL, where GRPO's was asked for",
-        policy.kl_in_reward, has.WHOLE, steps=2,
+        policy.kl_in_reward, has.WHOLE, steps=2, generations=2,
     ),
     _importance(
         "importance-missing", "no importance weights against the sampler",
