@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts
-from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.evidence import Evidence, said_policy
 from thence.audit.judge.walk import NotJudged, Walk
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
@@ -79,6 +79,10 @@ class Judge:
         said: dict[str, Any] = {}
         for record in observed.records:
             said |= record["said"]
+        try:
+            policy = said_policy(said)
+        except UserError as error:
+            return CaseResult(case, "not judged", str(error), seconds=observed.seconds)
         evidence = Evidence(
             states,
             rows=[forward_rows(observed.records, step, self.pad) for step in range(max(len(states) - 1, 1))],
@@ -86,6 +90,8 @@ class Judge:
             longest=float(said.get("longest", 0.0)),
             lr=said.get("lr"),
             frozen=frozenset(name for record in observed.records for name in record.get("frozen", ())),
+            policy=policy and policy[0],
+            facts=policy and policy[1],
         )
         judge: Judge = self
         if "lora" in said:
@@ -131,6 +137,7 @@ class Judge:
                     break
             else:
                 walk.count_steps()
+            walk.finish()
         except NotJudged as stop:
             status, reason = "not judged", str(stop)
         return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
@@ -151,9 +158,15 @@ class Judge:
         return [planned_pieces(self.known, places) for places in steps]
 
     def solver(
-        self, state: Mapping[str, Tensor], regression: type[LeastSquares] | type[SignRegression] = LeastSquares
+        self,
+        state: Mapping[str, Tensor],
+        regression: type[LeastSquares] | type[SignRegression] = LeastSquares,
+        temperature: float = 1.0,
     ) -> StepSolver:
         """The solver over the parameters that a snapshot and the probe's model share.
+
+        Args:
+            temperature: logits are divided by it.
 
         Raises:
             UserError: they share none.
@@ -165,9 +178,10 @@ class Judge:
                 f"the trained model has no parameter of the probe's (but {', '.join(list(state)[:3])} ...)",
                 remedy="write the model in the Hugging Face layout",
             )
-        if (names, regression) not in self._solvers:
-            self._solvers[names, regression] = StepSolver(Differentiator(self.model, names), regression)
-        return self._solvers[names, regression]
+        key = (names, regression, temperature)
+        if key not in self._solvers:
+            self._solvers[key] = StepSolver(Differentiator(self.model, names, temperature), regression)
+        return self._solvers[key]
 
 
 def _unique(findings: Sequence[Finding]) -> tuple[Finding, ...]:

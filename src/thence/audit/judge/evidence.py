@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from thence.audit.policy.facts import Rollout
+from thence.audit.policy.objective import PolicyObjective
+from thence.audit.policy.read import PolicyFacts
 from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.sequences import Piece
 
@@ -24,6 +28,8 @@ class Evidence:
         lr: learning rate, where it is not the case's.
         scale_known: False where learning rate or optimizer are not known.
         frozen: parameters that are not meant to be trained, by name.
+        policy: the objective asked for, of reinforcement learning; None: ``advantages`` alone, or supervised.
+        facts: of its rollouts, with ``policy``.
     """
 
     states: Sequence[Mapping[str, Tensor]]
@@ -34,3 +40,22 @@ class Evidence:
     lr: float | None = None
     scale_known: bool = True
     frozen: frozenset[str] = frozenset()
+    policy: PolicyObjective | None = None
+    facts: PolicyFacts | None = None
+
+
+def said_policy(said: Mapping[str, Any]) -> tuple[PolicyObjective, PolicyFacts] | None:
+    """The policy objective and its facts, as an adapter said them; None: it said no ``policy``.
+
+    Args:
+        said: ``policy`` (settings of ``PolicyObjective``), ``rollouts`` (facts of ``Rollout``, one an example),
+            ``versions`` (one number a step) and ``reference`` (a number).
+
+    Raises:
+        UserError: an unknown setting or fact.
+    """
+    if said.get("policy") is None:
+        return None
+    rollouts = tuple(Rollout.of(rollout) for rollout in said.get("rollouts", ()))
+    facts = PolicyFacts(rollouts, tuple(said.get("versions", ())), int(said.get("reference", 0)))
+    return PolicyObjective.of(said["policy"]), facts

@@ -13,6 +13,7 @@ from torch import Tensor
 from thence.audit.judge.cuts import first_update
 from thence.audit.judge.diagnose import diagnose_step, objective_findings
 from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.policy import PolicyCase
 from thence.audit.judge.repeats import per_example
 from thence.audit.judge.untouched import find_untouched, partly_finding, untouched_finding
 from thence.audit.judge.weights import FLOORS, AskedObjective, step_rows
@@ -26,6 +27,7 @@ from thence.audit.solve.sequences import Piece, find_pieces
 from thence.audit.solve.signs import FLOOR as SIGN_FLOOR
 from thence.audit.solve.signs import WRONG, SignRegression, looks_like_signs
 from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
+from thence.errors import UserError
 
 if TYPE_CHECKING:
     from thence.audit.judge.case import Judge
@@ -54,20 +56,24 @@ class Walk:
         self._precision = "bfloat16" if narrow and case.precision == "float32" else case.precision
         self._repeated = False
         self._left_out = set(evidence.frozen)
-        self._solver = judge.solver(self._trained(0))
+        self._temperature = evidence.policy.temperature if evidence.policy is not None else 1.0
+        self._solver = judge.solver(self._trained(0), temperature=self._temperature)
+        self._policy: PolicyCase | None = None
+        if evidence.policy is not None:
+            self._policy = PolicyCase(evidence, self._precision, judge.texts)
 
     def step(self, step: int) -> bool:
         """Judge one step, the first is 1. Returns whether the next one can be judged. Raises NotJudged."""
         evidence = self.evidence
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
-        if not np.any(before - after):
+        if not np.any(before - after) and self._policy is None:
             self.findings.append(Finding("no-step", "fault", f"optimizer step {step} changed no parameter"))
             self._gradients.append(np.zeros_like(before))
             return True
         pieces, rows, problem = self._examples(step)
         partly = self._untouched(step, pieces)
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
-        noise = rounding_noise(before, after, self._bits(step))
+        noise = rounding_noise(before, after, self._bits(step)) if np.any(before - after) else 0.0
         if step == 1 and pieces:
             examples = [piece.example for piece in pieces]
             found = first_update(self._trained(0), self._trained(1), examples, noise, self._precision)
@@ -95,7 +101,7 @@ class Walk:
             if step > 1:
                 raise NotJudged("of Adam as it is, only the first step can be judged")
             gradient, floor, tolerance = before - after, SIGN_FLOOR, WRONG
-            solver = self.judge.solver(state, SignRegression)
+            solver = self.judge.solver(state, SignRegression, self._temperature)
         else:
             lr = self.case.lr if self.evidence.lr is None else self.evidence.lr
             gradient = gradient_of_update(before, after, self.case.optimizer, lr, self.case.eps)
@@ -103,6 +109,9 @@ class Walk:
         earlier = self._gradients[::-1][:2]
         asked = (self.case.label_smoothing, self.case.ranks, self.case.clip)
         update = ObservedUpdate(gradient, pieces, rows, tolerance, earlier, before, *asked)
+        if self._policy is not None:
+            self._gradients.append(gradient)
+            return self._take_in(self._policy, solver, step, update)
         explanation = explain(solver, update)
         self._gradients.append(gradient)
         if not explanation.fits:
@@ -116,6 +125,21 @@ class Walk:
         self.results.append(per_example(result, self.case.asked) if self._repeated else result)
         return True
 
+    def _take_in(self, policy: PolicyCase, solver: StepSolver, step: int, update: ObservedUpdate) -> bool:
+        """Hand a step over to the policy's case. Raises NotJudged."""
+        try:
+            policy.add(solver, step, update, self._trained(step - 1), sized=self._sized())
+        except UserError as error:
+            raise NotJudged(str(error)) from error
+        return True
+
+    def finish(self) -> None:
+        """Judge what can only be judged over all steps. Raises NotJudged."""
+        if self._policy is not None:
+            results, findings = self._policy.finish()
+            self.results += results
+            self.findings += findings
+
     def _untouched(self, step: int, pieces: Sequence[Piece]) -> Finding | None:
         """Note parameters that never moved; those of step 1 are left out of the fit, so that the rest is judged.
 
@@ -127,17 +151,28 @@ class Walk:
         if not pieces:
             return None
         before, after = self._trained(step - 1), self._trained(step)
-        self._solver.move_to(before)
-        weights = self._asked(pieces)
-        ideal = OBJECTIVES[self.case.asked].weights(step_rows(pieces, RESPONSE_ROLES, weights.longest))
-        expected = self._solver.differentiator.objective(pieces, ideal * weights.advantages)
+        expected = self._expected(step, pieces)
         found = find_untouched(before, after, expected, self._bits(step))
         if found.whole:
             self.findings.append(untouched_finding(found))
         if found.whole and step == 1 and len(found.whole) < found.tensors:
             self._left_out |= set(found.whole)
-            self._solver = self.judge.solver(self._trained(0))
+            self._solver = self.judge.solver(self._trained(0), temperature=self._temperature)
         return partly_finding(found) if found.parts else None
+
+    def _expected(self, step: int, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """The gradient that the objective asked for gives. Raises NotJudged."""
+        if self._policy is not None:
+            try:
+                tokens = self._policy.predicted(self._solver, step, pieces)
+            except UserError as error:
+                raise NotJudged(str(error)) from error
+            self._solver.move_to(self._trained(step - 1))
+            return self._solver.differentiator.weighted(pieces, tokens)
+        self._solver.move_to(self._trained(step - 1))
+        weights = self._asked(pieces)
+        ideal = OBJECTIVES[self.case.asked].weights(step_rows(pieces, RESPONSE_ROLES, weights.longest))
+        return self._solver.differentiator.objective(pieces, ideal * weights.advantages)
 
     def _trained(self, step: int) -> dict[str, Tensor]:
         """The parameters after a step, without those that are not to be looked at."""
@@ -171,7 +206,7 @@ class Walk:
             self.findings += found
         elif evidence.pieces is not None:
             pieces = list(evidence.pieces[step - 1])
-        advantages = evidence.advantages
+        advantages = evidence.advantages if self._policy is None else None
         unseen = [p.example + 1 for p in pieces if advantages is not None and not advantages[p.example]]
         if unseen:
             problem = f"example {unseen[0]} has advantage zero, so nothing can be seen of it; choose other rewards"
@@ -185,9 +220,13 @@ class Walk:
             np.array([1.0 if advantages is None else advantages[p.example] for p in pieces]),
             case.accumulation,
             case.ranks,
-            self.evidence.scale_known and case.clip == 0 and case.optimizer != "unknown",
+            self._sized(),
             self.evidence.longest,
         )
+
+    def _sized(self) -> bool:
+        """Whether the size of an update says something."""
+        return self.evidence.scale_known and self.case.clip == 0 and self.case.optimizer != "unknown"
 
 
 def _differs_by_parameter(solver: StepSolver, update: ObservedUpdate, explanation: Explanation) -> Finding:

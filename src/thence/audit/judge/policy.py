@@ -1,0 +1,245 @@
+"""The steps of a case of reinforcement learning, judged together against the policy objective asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.weights import FLOORS, SIGMAS
+from thence.audit.policy.facts import PolicyStep
+from thence.audit.policy.objective import PolicyObjective
+from thence.audit.policy.observed import Observed, Variant
+from thence.audit.policy.predict import token_weights
+from thence.audit.policy.read import LogProbabilities, PolicyFacts, read_step
+from thence.audit.policy.system import Distance, UpdateSystem
+from thence.audit.result import RESPONSE_ROLES, Finding, SequenceWeights, StepResult, TokenWeight
+from thence.audit.solve.sequences import Piece
+from thence.audit.solve.signs import SignRegression
+from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EDGES = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}
+"""How far rounding may move a log-ratio, by precision."""
+SMALL = 0.01
+"""Weights below this share of the mean one have no ratio of their own: their deviation is shown over the mean."""
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """A step with its update solved for the weights of all tokens."""
+
+    observed: Observed
+    update: ObservedUpdate
+    explanation: Explanation
+
+
+class PolicyCase:
+    """Collects the optimizer steps of one case, then judges them together.
+
+    Args:
+        evidence: whose ``policy`` and ``facts`` were said.
+        states: parameters before the first step and after each, as they are followed.
+    """
+
+    def __init__(self, evidence: Evidence, precision: str, texts: Sequence[str]):
+        assert evidence.policy is not None and evidence.facts is not None
+        self.asked: PolicyObjective = evidence.policy
+        self.facts: PolicyFacts = evidence.facts
+        self._states, self._precision, self._texts = evidence.states, precision, texts
+        self._logs: LogProbabilities | None = None
+        self.records: list[PolicyRecord] = []
+
+    def step(self, solver: StepSolver, index: int, pieces: Sequence[Piece]) -> PolicyStep:
+        """The facts of a step. Leaves the solver's model at another version.
+
+        Raises:
+            UserError: what was said is wrong or not enough.
+        """
+        self._logs = self._logs or LogProbabilities(solver.differentiator, self._states)
+        return read_step(self.facts, index, pieces, self._logs, self.asked.temperature)
+
+    def predicted(self, solver: StepSolver, index: int, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """Weights of every target of each piece under the objective asked for. Leaves the model at another version."""
+        step = self.step(solver, index, pieces)
+        return _by_piece(token_weights(step, self.asked), pieces)
+
+    def add(
+        self,
+        solver: StepSolver,
+        index: int,
+        update: ObservedUpdate,
+        state: Mapping[str, Tensor],
+        *,
+        sized: bool,
+    ) -> None:
+        """Take a step in.
+
+        Args:
+            solver: at the temperature asked for.
+            state: the parameters before the step.
+            sized: whether the learning rate is known and nothing clips.
+
+        Raises:
+            UserError: what was said is wrong or not enough.
+        """
+        pieces = update.pieces
+        step = self.step(solver, index, pieces)
+        solver.move_to(state)
+        solver.trim()
+        explanation = solver.plain(update)
+        design, signs = explanation.design, solver.regression is SignRegression
+        column = np.array([t.column for t in design.targets if t.role in RESPONSE_ROLES])
+        roles = np.full(len(design.columns), "prompt", dtype="<U8")
+        for target in design.targets:
+            roles[target.column] = target.role
+        system = UpdateSystem(design.columns, column, update.gradient, update.tolerance, sized=sized, signs=signs)
+
+        def widened() -> UpdateSystem:
+            reference = self._logits(min(self.facts.reference, index - 1), pieces)
+            solver.move_to(state)
+            kept = [[role in RESPONSE_ROLES for role in piece.roles[1:]] for piece in pieces]
+            beside = [solver.differentiator.beside(p.ids, r) for p, r in zip(pieces, reference, strict=True)]
+            parts = [np.concatenate([b[i][k] for b, k in zip(beside, kept, strict=True)]) for i in (0, 1)]
+            columns = np.concatenate([design.columns, *parts])
+            return UpdateSystem(columns, column, update.gradient, update.tolerance, sized=sized, signs=signs)
+
+        def at_temperature(temperature: float) -> tuple[PolicyStep, object]:
+            assert self._logs is not None
+            other = read_step(self.facts, index, pieces, self._logs, temperature)
+            solver.move_to(state)
+
+            def distance(weights: np.ndarray) -> Distance:
+                solver.move_to(state)
+                found = solver.differentiator.weighted(pieces, _by_piece(weights, pieces), temperature)
+                flat = solver.differentiator.flat(found)[None]
+                alone = np.zeros(1, int)
+                own = UpdateSystem(flat, alone, update.gradient, update.tolerance, sized=sized, signs=signs)
+                return own.distance(np.ones(1))
+
+            return other, distance
+
+        width = EDGES[self._precision]
+        observed = Observed(index, width, step, system, roles, widened, at_temperature)  # pyright: ignore
+        self.records.append(PolicyRecord(observed, update, explanation))
+
+    def finish(self) -> tuple[list[StepResult], list[Finding]]:
+        """Judge all steps taken in."""
+        results = []
+        for record in self.records:
+            variant = Variant(record.observed.step, self.asked)
+            findings = ()
+            if not record.observed.fits(variant):
+                share = record.observed.distance(variant).share
+                findings = (Finding("unnamed", "fault", f"{share:.2g} of the update is not as asked"),)
+            results.append(self.result(record, findings))
+        return results, []
+
+    def result(self, record: PolicyRecord, findings: Sequence[Finding]) -> StepResult:
+        """A step with the weights of its tokens beside those asked for."""
+        explanation, step = record.explanation, record.observed.step
+        ideal = token_weights(step, self.asked)
+        system = record.observed.system
+        scale = system.scale(system.spread(ideal))
+        weights, errors, mixed = _recovered(explanation, ideal, record.update.pieces)
+        response = np.array([t.role in RESPONSE_ROLES for t in explanation.design.targets])
+        whole = np.zeros(len(response))
+        whole[response] = ideal
+        mean = float(np.abs(ideal).mean()) or 1.0
+        clear = np.abs(whole) > SMALL * mean
+        size = scale if not system.sized and abs(scale) > 1e-9 else 1.0
+        ratio = np.where(clear, weights / np.where(clear, whole, 1.0) / size, 0.0)
+        ratio = np.where(clear, ratio, (response & (whole != 0)) + (weights / size - whole) / mean)
+        shown = ratio[response & clear] if (response & clear).any() else np.ones(1)
+        lost = float((np.abs(whole) * np.clip(1 - ratio, 0, None)).sum() / (np.abs(whole).sum() or 1.0))
+        return StepResult(
+            index=record.observed.index,
+            objective=self.asked.normaliser,
+            alike=(),
+            residual=explanation.fit.residual,
+            residual_sequences=explanation.residual_sequences,
+            condition=explanation.fit.condition,
+            error=float(np.median(SIGMAS * errors[response] / mean)) + FLOORS[self._precision],
+            scale=scale if system.sized else None,
+            smallest=float(shown.min()),
+            largest=float(shown.max()),
+            lost=lost,
+            roles={str(r): float(ratio[_roles(explanation) == r].mean()) for r in dict.fromkeys(_roles(explanation))},
+            sequences=_sequences(explanation, record.update.pieces, weights, whole, ratio, self._texts),
+            findings=tuple(findings),
+            undetermined=int((mixed & response).sum()),
+        )
+
+    def _logits(self, version: int, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        assert self._logs is not None
+        return self._logs.logits(version, pieces)
+
+
+def _recovered(
+    explanation: Explanation, ideal: np.ndarray, pieces: Sequence[Piece]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight and error of every target, and which cannot be determined: those are taken to be as asked.
+
+    Targets that share a column share what it deviates by.
+    """
+    targets = explanation.design.targets
+    column = np.array([t.column for t in targets])
+    asked = np.zeros(len(targets))
+    asked[[t.role in RESPONSE_ROLES for t in targets]] = ideal
+    total = np.bincount(column, asked)[column]
+    shared = explanation.design.shared[column]
+    deviation = explanation.fit.weights[column] - total
+    undetermined = explanation.fit.undetermined[column]
+    weights = np.where(undetermined, asked, asked + deviation / shared)
+    return weights, explanation.fit.errors[column], undetermined
+
+
+def _by_piece(weights: np.ndarray, pieces: Sequence[Piece]) -> list[np.ndarray]:
+    """Weights of response tokens, shape (T,), as weights of every target of each piece."""
+    found, start = [], 0
+    for piece in pieces:
+        response = np.array([role in RESPONSE_ROLES for role in piece.roles[1:]], bool)
+        own = np.zeros(len(response))
+        own[response] = weights[start : start + response.sum()]
+        start += int(response.sum())
+        found.append(own)
+    return found
+
+
+def _roles(explanation: Explanation) -> np.ndarray:
+    return np.array([t.role for t in explanation.design.targets])
+
+
+def _sequences(
+    explanation: Explanation,
+    pieces: Sequence[Piece],
+    weights: np.ndarray,
+    ideal: np.ndarray,
+    ratio: np.ndarray,
+    texts: Sequence[str],
+) -> tuple[SequenceWeights, ...]:
+    result = []
+    targets = explanation.design.targets
+    for index, piece in enumerate(pieces):
+        own = [t for t, target in enumerate(targets) if target.piece == index]
+        tokens = tuple(
+            TokenWeight(
+                texts[piece.ids[targets[t].place]] if piece.ids[targets[t].place] < len(texts) else "?",
+                targets[t].role,
+                float(weights[t]),
+                float(ideal[t]),
+                float(ratio[t]),
+            )
+            for t in own
+        )
+        acting = [token.ratio for token in tokens if token.ideal]
+        mean = float(np.mean(acting)) if acting else 0.0
+        result.append(SequenceWeights(piece.example, piece.micro_batch, piece.rank, mean, tokens))
+    return tuple(result)
