@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import re
-import signal
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +13,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
-from safetensors.torch import load_file, save_file
 
 import thence.cli
 from thence.cli import main
 from thence.compare import worker
-from thence.data.example import Message
-from thence.data.template import render_text
-from thence.errors import RecipeError, UserError
+from thence.errors import UserError
 from thence.explain import AGAIN, explained, foreign_exit, told
 from thence.files import write_atomically
-from thence.recipe import Model
 from thence.train.checkpoint import checkpoints, newest_checkpoint, write_checkpoint
-from thence.train.model import load_model, load_tokenizer, resolve
 
 
 def raised(act) -> BaseException:
@@ -274,69 +267,6 @@ def test_a_path_that_cannot_be_is_refused_with_a_remedy(arguments, tmp_path, mon
     assert "fault of thence" not in said.err
     assert "remedy:" in said.err + said.out
     assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("model.safetensors", b"\x80" * 3000),
-        ("model.safetensors", b""),
-        ("config.json", b"[1, 2]"),
-        ("config.json", b"\xff\xfe{"),
-        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}'),
-        ("tokenizer.json", b'{"a":'),
-        ("tokenizer.json", b"\xff\xfe"),
-        ("tokenizer_config.json", b"3"),
-        ("generation_config.json", b'{"eos_token_id": '),
-        ("generation_config.json", b"\xff"),
-        ("generation_config.json", b"[]"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else repr(value)[:20],
-)
-def test_a_damaged_file_of_a_model_is_refused(file, content, tmp_path):
-    for path in Path(resolve("world:chain/rich")).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / file).write_bytes(content)
-    error = raised(lambda: load_model(Model(path=str(tmp_path)), torch.device("cpu")))
-    assert isinstance(error, UserError)
-    assert error.remedy
-
-
-def test_a_machine_that_is_out_of_room_is_not_taken_for_a_bad_model(monkeypatch, tmp_path):
-    for error in (MemoryError(), OSError(errno.EMFILE, "Too many open files")):
-        monkeypatch.setattr(
-            "transformers.AutoConfig.from_pretrained", lambda *_, e=error, **__: (_ for _ in ()).throw(e)
-        )
-        found = raised(lambda: load_model(Model(path="world:chain/rich"), torch.device("cpu")))
-        assert not isinstance(found, RecipeError)
-        assert explained(found) is not None
-
-
-def test_a_model_whose_weights_are_no_numbers_is_refused_as_such(tmp_path):
-    for path in Path(resolve("world:chain/rich")).iterdir():
-        if path.name != "manifest.json":  # nothing tells that thence wrote it
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
-    last = sorted(weights)[-1]
-    weights[last].view(-1)[7] = float("nan")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    error = raised(lambda: load_model(Model(path=str(tmp_path)), torch.device("cpu")))
-    assert isinstance(error, RecipeError)
-    assert f"{last} holds NaN" in error.problem
-
-
-def test_a_chat_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("thence.data.template.LONGEST_RENDERING", 0.3)
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
-    tokenizer = load_tokenizer(Model(path="world:chain/rich"))
-    start = time.monotonic()
-    error = raised(lambda: render_text(tokenizer, loop, [Message("user", "hello")]))
-    assert time.monotonic() - start < 5
-    assert isinstance(error, UserError)
-    assert error.field == "data.template"
-    assert "did not end within 0.3 s" in error.problem
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert render_text(tokenizer, "{{ messages[0].content }}", [Message("user", "hello")]) == "hello"
 
 
 def test_a_rank_whose_neighbour_died_says_so():

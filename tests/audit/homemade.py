@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,12 +13,41 @@ Rows = Sequence[dict[str, list[int]]]
 FAR = -1e9
 
 
+class Lion(torch.optim.Optimizer):
+    """The first step of Lion (arXiv 2302.06675): the sign of the gradient."""
+
+    def __init__(self, parameters: list[Any], lr: float = 1e-3):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
+OPTIMIZERS: Mapping[str, Callable[[list[Any]], Any]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+    "adamw-linear": lambda parameters: torch.optim.AdamW(
+        parameters, lr=1e3, betas=(0.0, 0.999), eps=1e4, weight_decay=0.0
+    ),
+    "adam-decayed": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+    "lion": Lion,
+}
+
+
 @dataclass(frozen=True)
 class HomeMade:
     """A step over padded or packed micro-batches. The defaults are right; every field brings in one mistake.
 
     Args:
-        optimizer: ``adamw`` as people run it, or ``sgd`` with learning rate 0.5.
+        optimizer: a key of ``OPTIMIZERS``: ``adamw`` as people run it, ``sgd`` with learning rate 0.5, ...
         layout: ``right`` or ``left`` padded, or ``packed`` into one row that keeps its examples apart.
         masked: attention mask (padding) or block mask (packing); False: whoever comes earlier is seen.
         extra: what is trained beside the response: ``padding``, ``boundary`` (the first token of the next packed
@@ -34,7 +63,7 @@ class HomeMade:
         dropped: parameters with this in their name lose their gradient.
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     layout: Literal["right", "left", "packed"] = "right"
     masked: bool = True
     extra: Literal["", "padding", "boundary", "prompt"] = ""
@@ -54,8 +83,7 @@ class HomeMade:
 
     def __call__(self, model: Any, rows: Rows, micro_batch: int, accumulation: int) -> None:
         """One step."""
-        made = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
-        optimizer = made(model.parameters(), lr=1e-3 if self.optimizer == "adamw" else 0.5)
+        optimizer = OPTIMIZERS[self.optimizer](list(model.parameters()))
         micro_batches = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
         counted = [[self._labels(row) for row in micro] for micro in micro_batches]
         tokens = sum(label != -100 for micro in counted for row in micro for label in row[1:])
