@@ -8,6 +8,7 @@ estimator, temperature, correction for the sampler), the sampler's log-probabili
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from tests.audit.mutation import END, FIRST_TOKEN, PAD, VOCABULARY, make_model, records, snapshot
 from thence.audit.judge.case import Judge
+from thence.audit.judge.evidence import Evidence
 from thence.audit.policy.facts import PolicyStep, Rollout
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.predict import advantages
-from thence.audit.result import Case
+from thence.audit.policy.read import PolicyFacts
+from thence.audit.result import Case, CaseResult
+from thence.audit.solve.observation import forward_rows
 from thence.audit.solve.sequences import KnownExample
 from thence.errors import StepRefused
 from thence.faults import features as has
@@ -61,6 +65,8 @@ APART = 0.1
 
 MOVE = (0.3, 1.0)
 """The largest change of a log-probability in the first step, nats: clips act on some tokens, and none runs away."""
+LEAST = 1e-3
+"""The smallest of the largest changes of a parameter in a step; zero is none of them."""
 FAR = 4.0
 """A log-ratio above it is no step of reinforcement learning any more; such a probe is drawn again."""
 
@@ -141,7 +147,11 @@ def _paced(probe: PolicyProbe, move: float) -> PolicyProbe:
 
 
 def _is_tame(probe: PolicyProbe, taken: Taken) -> bool:
-    """Whether no log-probability has run away from its old or reference one."""
+    """Whether no log-probability has run away from its old or reference one, and no update drowns in rounding."""
+    for before, after in itertools.pairwise(taken.states):
+        most = max(float((after[name] - before[name]).abs().max()) for name in before)
+        if 0 < most < LEAST:
+            return False
     for step in policy_steps(probe, taken, probe.asked.temperature):
         for other in (step.old, step.reference):
             if not np.abs(step.logp - other).max() < FAR:
@@ -358,11 +368,6 @@ def make_judge(probe: PolicyProbe) -> Judge:
     return Judge(make_model(probe.seed, torch.float32), known(probe), texts, PAD, END)
 
 
-def rows_of(taken: Taken) -> list[list[dict[str, Any]]]:
-    """What a watcher of the virtual ranks would have noted in each step."""
-    return [records(window, step) for step, window in enumerate(taken.windows)]
-
-
 def _draw(draw: random.Random, fault: Fault | None) -> PolicyProbe:
     wants = set(fault.needs.features) if fault is not None else set()
     asked = _objective(draw, wants, fault)
@@ -413,7 +418,7 @@ def _objective(draw: random.Random, wants: set[has.Feature], fault: Fault | None
         dual_clip=1.5
         if has.DUAL_CLIP in wants
         else (draw.choice((math.inf, math.inf, 3.0)) if not sequence else math.inf),
-        kl=draw.choice((0.5, 1.0)) if has.KL in wants else some,
+        kl=draw.choice((1.0, 2.0)) if has.KL in wants else some,
         estimator="k3" if has.K3 in wants else draw.choice(("k3", "k3", "k2")),
         temperature=draw.choice((0.6, 0.8, 1.4)) if has.TEMPERATURE in wants else draw.choice((1.0, 1.0, 0.8)),
         correction="truncate" if corrects else "none",
@@ -458,3 +463,17 @@ def _rewards(draw: random.Random, size: int, equal: bool) -> list[float]:
         mean = sum(found) / size
         if min(abs(reward - mean) for reward in found) > 0.05:
             return found
+
+
+def judge_probe(probe: PolicyProbe, names: Sequence[str]) -> CaseResult:
+    """Take the probe's steps with these faults (none: the clean steps) and judge them."""
+    taken = take_steps(probe, names)
+    rows = [forward_rows(records(window, step), step, PAD) for step, window in enumerate(taken.windows)]
+    evidence = Evidence(
+        taken.states,
+        rows=rows,
+        longest=LONGEST,
+        policy=probe.asked,
+        facts=PolicyFacts(taken.rollouts, probe.versions),
+    )
+    return make_judge(probe).case(probe.case, evidence)
