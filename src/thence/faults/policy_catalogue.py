@@ -126,7 +126,8 @@ POLICY_FAULTS = (
     ),
     Fault(
         "ratio-by-token", "each token its own ratio where a response was to have one", ("unnamed",),
-        _needs(has.SEQUENCE_RATIO, has.MOVED, steps=2), "GRPO where GSPO (arXiv 2507.18071) was asked for", policy.ratio_by_token,
+        _needs(has.SEQUENCE_RATIO, has.MOVED, steps=2),
+        "GRPO where GSPO (arXiv 2507.18071) was asked for", policy.ratio_by_token,
     ),
     _kl(
         "kl-k1", "estimator k1 in place of k3", "a loss whose KL has no gradient in expectation",
