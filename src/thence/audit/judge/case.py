@@ -140,7 +140,7 @@ class Judge:
             walk.finish()
         except NotJudged as stop:
             status, reason = "not judged", str(stop)
-        return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
+        return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings), policy=walk.check)
 
     def compare_cuts(self, results: Sequence[CaseResult]) -> list[CaseResult]:
         """The results with the finding ``depends-on-cut`` where one cut moves the model elsewhere than another."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,22 +12,35 @@ from torch import Tensor
 
 from thence.audit.judge.evidence import Evidence
 from thence.audit.judge.weights import FLOORS, SIGMAS
+from thence.audit.objectives import OBJECTIVES
 from thence.audit.policy.facts import PolicyStep
+from thence.audit.policy.hypotheses import Hypothesis
 from thence.audit.policy.objective import PolicyObjective
-from thence.audit.policy.observed import Observed, Variant
+from thence.audit.policy.observed import Observed, Variant, worst
 from thence.audit.policy.predict import token_weights
 from thence.audit.policy.read import LogProbabilities, PolicyFacts, read_step
+from thence.audit.policy.search import Explained, search
 from thence.audit.policy.system import Distance, UpdateSystem
-from thence.audit.result import RESPONSE_ROLES, Finding, SequenceWeights, StepResult, TokenWeight
+from thence.audit.result import RESPONSE_ROLES, Finding, PolicyCheck, SequenceWeights, StepResult, TokenWeight
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.signs import SignRegression
 from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
+from thence.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 EDGES = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}
 """How far rounding may move a log-ratio, by precision."""
+_UNTRIED = {
+    "importance weights": "the rollouts hold no log-probabilities of a sampler",
+    "responses cut at the length limit": "the rollouts hold none",
+    "tokens of the environment": "the rollouts hold none",
+    "groups of equal rewards": "the rollouts hold none, or advantages are not divided by a deviation",
+    "old log-probabilities": "those of all steps are of the initial parameters, so a stale version would not show",
+}
+"""Parts of which no change could be tried."""
+_WARMER = 1.05
 SMALL = 0.01
 """Weights below this share of the mean one have no ratio of their own: their deviation is shown over the mean."""
 
@@ -130,25 +143,119 @@ class PolicyCase:
         observed = Observed(index, width, step, system, roles, widened, at_temperature)  # pyright: ignore
         self.records.append(PolicyRecord(observed, update, explanation))
 
-    def finish(self) -> tuple[list[StepResult], list[Finding]]:
-        """Judge all steps taken in."""
+    def finish(self) -> tuple[list[StepResult], PolicyCheck]:
+        """Judge all steps taken in, together.
+
+        Raises:
+            UserError: some update is no weighted sum of token gradients, and nothing that was tried explains it.
+        """
+        observed = [record.observed for record in self.records]
+        spanned = all(record.explanation.fits for record in self.records)
+        explained = search(observed, self.asked, spanned)
+        findings = self._findings(explained)
+        found = tuple(h.detail for h in explained.found)
+        check = PolicyCheck(self.asked.plain(), found=found, others=explained.others)
+        if explained.clean:
+            check = replace(check, **self._scope(explained))
+        alike = tuple(name for name in OBJECTIVES if explained.clean and self._alike(observed, name))
         results = []
         for record in self.records:
-            variant = Variant(record.observed.step, self.asked)
-            findings = ()
-            if not record.observed.fits(variant):
-                share = record.observed.distance(variant).share
-                findings = (Finding("unnamed", "fault", f"{share:.2g} of the update is not as asked"),)
-            results.append(self.result(record, findings))
-        return results, []
+            faulty = record.observed.index in explained.faulty
+            results.append(self.result(record, findings if faulty else (), alike, explained.found))
+        return results, check
 
-    def result(self, record: PolicyRecord, findings: Sequence[Finding]) -> StepResult:
+    def _findings(self, explained: Explained) -> tuple[Finding, ...]:
+        if explained.clean:
+            return ()
+        if explained.found:
+            also = (
+                f" (or: {'; '.join(explained.others)}: this probe cannot tell them apart)" if explained.others else ""
+            )
+            return tuple(Finding(h.finding, "fault", h.detail + also) for h in explained.found)
+        for record in self.records:
+            if record.observed.index not in explained.faulty:
+                continue
+            if record.observed.system.empty:
+                detail = f"optimizer step {record.observed.index} changed no parameter"
+                return (Finding("no-step", "fault", detail),)
+            if not record.explanation.fits:
+                raise UserError(
+                    f"{record.explanation.fit.residual:.0%} of the update of step {record.observed.index} is no "
+                    "weighted sum of token gradients",
+                    remedy="switch off what else is in the loss",
+                )
+        return (Finding("unnamed", "fault", self._unnamed(explained)),)
+
+    def _unnamed(self, explained: Explained) -> str:
+        """The token that is farthest from what was asked."""
+        record = next(r for r in self.records if r.observed.index in explained.faulty)
+        share = record.observed.distance(Variant(record.observed.step, self.asked)).share
+        step, ideal = record.observed.step, token_weights(record.observed.step, self.asked)
+        response = [t.role in RESPONSE_ROLES for t in record.explanation.design.targets]
+        weights = _recovered(record.explanation, ideal)[0][response]
+        far = int(np.argmax(np.abs(weights - ideal)))
+        return (
+            f"{share:.0%} of the update of step {record.observed.index} is not as asked; token "
+            f"{step.place[far] + 1} of the response of example {step.example[step.row[far]] + 1} has weight "
+            f"{weights[far]:.3g} where {ideal[far]:.3g} was asked for"
+        )
+
+    def _scope(self, explained: Explained) -> dict[str, Any]:
+        """The parts that are verified, and those that are not."""
+        still = dict(explained.open)
+        if not self.asked.kl:
+            still.setdefault("KL", "none was asked for; a KL of steps where the policy is the reference would not show")
+        reasons = {
+            "importance weights": (
+                self.asked.correction == "none",
+                "the rollouts hold no log-probabilities of a sampler",
+            ),
+            "responses cut at the length limit": (True, "the rollouts hold none"),
+            "tokens of the environment": (True, "the rollouts hold none"),
+            "groups of equal rewards": (True, "the rollouts hold none"),
+        }
+        for part, (named, reason) in reasons.items():
+            if part not in explained.tried and named:
+                still.setdefault(part, reason)
+        if any(o.step.versions and np.abs(o.step.logp - o.step.reference).max() > 1e-6 for o in self._observed()):
+            still.pop("KL", None)
+        verified = tuple(part for part in explained.tried if part not in still)
+        other, distance = self.records[0].observed.at_temperature(_WARMER * self.asked.temperature)
+        if distance(token_weights(other, self.asked)).share > self.records[0].observed.system.tolerance:
+            verified = (*verified, "temperature")
+        if "KL" not in still and not self.asked.kl and self._no_kl():
+            verified = (*verified, "no KL")
+        return {"verified": verified, "open": still}
+
+    def _no_kl(self) -> bool:
+        """Whether a small KL in the loss would show."""
+        some = [replace(self.asked, kl=1e-2, estimator=name) for name in ("k1", "k2", "k3")]
+        observed = self._observed()
+        return all(worst(observed, [Variant(o.step, asked) for o in observed]) > 1 for asked in some)
+
+    def _observed(self) -> list[Observed]:
+        return [record.observed for record in self.records]
+
+    def _alike(self, observed: Sequence[Observed], name: str) -> bool:
+        """Whether another normaliser gives the same updates."""
+        if name == self.asked.normaliser or (name == "constant-divisor" and not self.asked.longest):
+            return False
+        return worst(observed, [Variant(o.step, replace(self.asked, normaliser=name)) for o in observed]) <= 1
+
+    def result(
+        self,
+        record: PolicyRecord,
+        findings: Sequence[Finding],
+        alike: tuple[str, ...] = (),
+        found: Sequence[Hypothesis] = (),
+    ) -> StepResult:
         """A step with the weights of its tokens beside those asked for."""
+        named = [h.finding for h in found if h.finding in OBJECTIVES]
         explanation, step = record.explanation, record.observed.step
         ideal = token_weights(step, self.asked)
         system = record.observed.system
         scale = system.scale(system.spread(ideal))
-        weights, errors, mixed = _recovered(explanation, ideal, record.update.pieces)
+        weights, errors, mixed = _recovered(explanation, ideal)
         response = np.array([t.role in RESPONSE_ROLES for t in explanation.design.targets])
         whole = np.zeros(len(response))
         whole[response] = ideal
@@ -161,8 +268,8 @@ class PolicyCase:
         lost = float((np.abs(whole) * np.clip(1 - ratio, 0, None)).sum() / (np.abs(whole).sum() or 1.0))
         return StepResult(
             index=record.observed.index,
-            objective=self.asked.normaliser,
-            alike=(),
+            objective=named[0] if named and findings else self.asked.normaliser,
+            alike=alike,
             residual=explanation.fit.residual,
             residual_sequences=explanation.residual_sequences,
             condition=explanation.fit.condition,
@@ -182,9 +289,7 @@ class PolicyCase:
         return self._logs.logits(version, pieces)
 
 
-def _recovered(
-    explanation: Explanation, ideal: np.ndarray, pieces: Sequence[Piece]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _recovered(explanation: Explanation, ideal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weight and error of every target, and which cannot be determined: those are taken to be as asked.
 
     Targets that share a column share what it deviates by.

@@ -46,7 +46,24 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
     _sort(yes, no, "packed rows", [c for c in sound if c.case.packing], "no case with packing was judged")
     narrow = [c for c in sound if c.case.precision != "float32"]
     _sort(yes, no, "bfloat16", narrow, "no case in bfloat16 was judged")
-    return tuple(yes), (*no, *NEVER)
+    policy_yes, policy_no = _policy(sound)
+    return (*yes, *policy_yes), (*no, *policy_no, *NEVER)
+
+
+def _policy(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
+    """Parts of a policy objective: verified where, in some case, any other setting would have shown."""
+    checks = [case.policy for case in cases if case.policy is not None]
+    seen: dict[str, int] = {}
+    for part in (part for check in checks for part in check.verified):
+        seen[part] = seen.get(part, 0) + 1
+    unseen: dict[str, str] = {}
+    for check in checks:
+        for part, reason in check.open.items():
+            if part not in seen:
+                unseen.setdefault(part, reason)
+    yes = [f"policy objective, {part}: {number} case{'s' * (number > 1)}" for part, number in seen.items()]
+    no = [f"policy objective, {part}: not told from this: {reason}" for part, reason in unseen.items()]
+    return yes, no
 
 
 _MEASURES = {"signs": "signs", "norm": "norm"}

@@ -13,8 +13,8 @@ from thence.audit.result import RESPONSE_ROLES, AuditVerdict, CaseResult, Findin
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
-    "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing",
-    "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
+    "parameters-untouched", "no-step", "advantage-sign", "first-and-last-only", "first-only", "last-only",
+    "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
     "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean", "micro-batch-sequence-mean",
     "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained",
     "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
@@ -211,6 +211,8 @@ def _what(main: str, worst: tuple[CaseResult, Finding], hit: Sequence, tried: Se
     if main in OBJECTIVES:
         name = CATALOGUE[main].title
         return f"This trainer takes the {name} where the {title} was asked for ({where}): {worst[1].detail}."
+    if worst[0].policy is not None:
+        return f"The policy objective is not the one asked for: {where} {CATALOGUE[main].says} ({worst[1].detail})."
     return f"The {title} was asked for, but {where} {CATALOGUE[main].says} ({worst[1].detail})."
 
 

@@ -19,7 +19,7 @@ from thence.audit.judge.untouched import find_untouched, partly_finding, untouch
 from thence.audit.judge.weights import FLOORS, AskedObjective, step_rows
 from thence.audit.judge.windows import planned_steps, window_findings
 from thence.audit.objectives import OBJECTIVES
-from thence.audit.result import RESPONSE_ROLES, Case, Finding, StepResult
+from thence.audit.result import RESPONSE_ROLES, Case, Finding, PolicyCheck, StepResult
 from thence.audit.solve.explain import explain
 from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.recover import gradient_of_update, rounding_noise
@@ -50,6 +50,7 @@ class Walk:
         self.judge, self.case, self.evidence = judge, case, evidence
         self.results: list[StepResult] = []
         self.findings: list[Finding] = []
+        self.check: PolicyCheck | None = None
         self._gradients: list[np.ndarray] = []
         self._seen: dict[int, int] = {}
         narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in evidence.states[0].values())
@@ -136,9 +137,11 @@ class Walk:
     def finish(self) -> None:
         """Judge what can only be judged over all steps. Raises NotJudged."""
         if self._policy is not None:
-            results, findings = self._policy.finish()
+            try:
+                results, self.check = self._policy.finish()
+            except UserError as error:
+                raise NotJudged(str(error)) from error
             self.results += results
-            self.findings += findings
 
     def _untouched(self, step: int, pieces: Sequence[Piece]) -> Finding | None:
         """Note parameters that never moved; those of step 1 are left out of the fit, so that the rest is judged.

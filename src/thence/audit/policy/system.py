@@ -93,6 +93,10 @@ class UpdateSystem:
         size = float(weights @ self._gram @ weights)
         return float(weights @ self._right) / size if size > 0 else 0.0
 
+    def solve(self, basis: np.ndarray) -> np.ndarray:
+        """Factors of some weights of the columns, shape (factors, columns), that come nearest to the update."""
+        return np.linalg.lstsq(basis @ self._gram @ basis.T, basis @ self._right, rcond=1e-13)[0]
+
     def moments(self, fixed: np.ndarray, vary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Normal equations of update = fixed (times a factor, where the size is not known) + x * vary, in shares.
 
