@@ -315,8 +315,9 @@ def weights_of(probe: PolicyProbe, batch: Batch, state: Mapping[str, Tensor]) ->
     model.load_state_dict(state, strict=False)
     settings = StepSettings(10_000, False, 0.0, torch.float64)
     sizes, found = divisors(batch.terms, local_counts(batch)), []
-    for row in batch.rows:
-        logp = policy_statistics(Policy(model), [row], batch.temperature, settings)[0][0].double()
+    scored = policy_statistics(Policy(model), batch.rows, batch.temperature, settings)
+    for row, (logp, _) in zip(batch.rows, scored, strict=True):
+        logp = logp.double()
         total = torch.zeros(len(logp), dtype=torch.float64)
         for term, weight, size in zip(batch.terms, row.weights.double(), sizes, strict=True):
             behaviour, reference = (None if v is None else v.double() for v in (row.behaviour, row.reference))
@@ -434,7 +435,7 @@ def _rollouts(draw: random.Random, asked: PolicyObjective, wants: set, size: int
     tokens = range(FIRST_TOKEN, VOCABULARY)
     starts = draw.sample(tokens, groups * generations)
     equal = draw.randrange(groups) if wants & {has.UNINFORMATIVE, has.TOKENS} or draw.random() < 0.15 else -1
-    truncates = has.MASKED in wants or draw.random() < 0.3
+    truncates = has.MASKED in wants or (has.UNINFORMATIVE not in wants and draw.random() < 0.3)
     environments = has.ENVIRONMENT in wants or draw.random() < 0.25
     prompts, responses, rollouts, noise = [], [], [], []
     for group, start in enumerate(starts):

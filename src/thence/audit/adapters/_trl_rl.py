@@ -1,9 +1,12 @@
-"""Cases of ``trl_grpo.py`` with several optimizer steps on a generation: ratio, clip, KL, temperature, corrections, masks.
+"""Cases of ``trl_grpo.py`` with several optimizer steps on a generation: ratio, clip, KL, temperature, corrections.
 
-``policy`` says what each case asks, by hand from TRL's documentation; ``SAMPLER`` and ``ENVIRONMENT`` name what the
-stand-in for the sampling engine hands over beside the completions, through TRL's ``rollout_func``. For the correction of
-the sampler's log-probabilities ``use_vllm`` is set on the finished trainer, with an engine that has no weights to take
-over: TRL's own code computes the correction, vLLM is not needed.
+``policy`` says what each case asks, by hand from TRL's documentation. ``sampler`` and ``environment`` name what the
+stand-in for the sampling engine hands over beside the completions, through TRL's ``rollout_func``. For the correction
+of the sampler's log-probabilities ``use_vllm`` is set on the finished trainer, with an engine that has no weights to
+take over: TRL's own code computes the correction, and vLLM is not needed.
+
+A KL is asked as GRPO's paper has it (arXiv 2402.03300 eq. 4): k3 with its own gradient. TRL 1.16 multiplies it by the
+differentiated ratio unless ``use_bias_correction_kl`` is off; a case with that asked for stands beside.
 
 Loss types whose gate is smooth (``sapo``, ``vespo``) have no case of a second step: no policy objective says them.
 """
@@ -17,17 +20,18 @@ from typing import Any
 
 from ._shared import policy_case
 
-SAMPLER, ENVIRONMENT, TRUNCATED = "sampler", "environment", "truncated"
-"""Options of a case that are the stand-in's: off by a wave; tokens 2 and 3 of every other response; every fourth."""
-STRANGERS = ("policy", "generations", SAMPLER, ENVIRONMENT, TRUNCATED)
+SAMPLER, ENVIRONMENT = "sampler", "environment"
+"""Options of a case that are the stand-in's: log-probabilities off by a wave; two tokens of every other response."""
+STRANGERS = ("policy", SAMPLER, ENVIRONMENT)
 NOISE = 0.4
 """Size of the sampler's deviation, nats."""
 EPSILON = 1e-4
 """What TRL adds to the standard deviation."""
 
 _GROUP = {"scale": "group", "eps": EPSILON}
-_BOTH = {"num_iterations": 2, "steps_per_generation": 4}
-_IS = {SAMPLER: True, "vllm_importance_sampling_correction": True}
+_IS = {
+    SAMPLER: True, "vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_max": 1.2,
+}  # fmt: skip
 
 
 def _case(name: str, asked: str, policy: dict, iterations: int = 2, lr: float = 0.3, **options: Any) -> dict:
@@ -43,12 +47,17 @@ CASES: tuple[dict, ...] = (
     _case("grpo, epsilon_high", "sequence-mean", {"clip_low": 0.1, "clip_high": 0.28}, loss_type="grpo", epsilon=0.1,
           epsilon_high=0.28),
     _case("grpo, KL", "sequence-mean", {"kl": 0.5}, loss_type="grpo", beta=0.5),
+    _case("grpo, KL without the ratio", "sequence-mean", {"kl": 0.5}, loss_type="grpo", beta=0.5,
+          use_bias_correction_kl=False),
+    _case("grpo, KL with the ratio", "sequence-mean", {"kl": 0.5, "kl_ratio": True}, loss_type="grpo", beta=0.5,
+          use_bias_correction_kl=True),
     _case("grpo, delta", "sequence-mean", {"dual_clip": 1.25}, loss_type="grpo", delta=1.25),
     _case("grpo, temperature 0.7", "sequence-mean", {"temperature": 0.7}, loss_type="grpo", temperature=0.7),
     _case("grpo, sequence-level ratio", "sequence-mean", {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.05},
           loss_type="grpo", importance_sampling_level="sequence", epsilon=0.05),
     _case("dapo", "constant-divisor", {"clip_high": 0.28}, loss_type="dapo", epsilon_high=0.28),
-    _case("dapo, KL", "constant-divisor", {"kl": 0.5}, loss_type="dapo", beta=0.5),
+    _case("dapo, KL without the ratio", "constant-divisor", {"kl": 0.5}, loss_type="dapo", beta=0.5,
+          use_bias_correction_kl=False),
     _case("dr_grpo", "constant-divisor", {"scale": "none", "longest": 40}, lr=1.0, loss_type="dr_grpo",
           scale_rewards="none"),
     _case("bnpo", "micro-batch-mean", {}, loss_type="bnpo"),
@@ -57,15 +66,15 @@ CASES: tuple[dict, ...] = (
     _case("luspo", "constant-divisor", {"ratio": "sequence", "longest": 1}, lr=0.03, loss_type="luspo",
           importance_sampling_level="sequence"),
     _case("importance, token_truncate", "sequence-mean", {"correction": "truncate", "correction_cap": 1.2},
-          loss_type="grpo", vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=1.2, **_IS),
+          loss_type="grpo", vllm_importance_sampling_mode="token_truncate", **_IS),
     _case("importance, token_mask", "sequence-mean", {"correction": "mask", "correction_cap": 1.2}, loss_type="grpo",
-          vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=1.2, **_IS),
+          vllm_importance_sampling_mode="token_mask", **_IS),
     _case("importance, sequence_truncate", "sequence-mean",
           {"correction": "truncate", "correction_level": "sequence", "correction_cap": 1.2}, loss_type="grpo",
-          vllm_importance_sampling_mode="sequence_truncate", vllm_importance_sampling_clip_max=1.2, **_IS),
+          vllm_importance_sampling_mode="sequence_truncate", **_IS),
     _case("importance, sequence_mask", "sequence-mean",
           {"correction": "mask", "correction_level": "sequence", "correction_cap": 1.2}, loss_type="grpo",
-          vllm_importance_sampling_mode="sequence_mask", vllm_importance_sampling_clip_max=1.2, **_IS),
+          vllm_importance_sampling_mode="sequence_mask", **_IS),
     _case("environment", "sequence-mean", {}, loss_type="grpo", environment=True),
     _case("environment, dapo", "constant-divisor", {}, loss_type="dapo", environment=True),
 )  # fmt: skip

@@ -9,10 +9,11 @@ that puts the examples next to each other.
 Options, beside any argument of ``GRPOConfig``: ``num_generations`` (default 4), ``loss_type`` (default dapo),
 ``scale_rewards`` (default group). The advantages that these ask for are computed here from the rewards.
 
-Switched off unless the case asks for them: KL penalty, temperature, gradient clipping, warm-up, logging and saving. The
-first update of a generation batch is on-policy, so the clipped ratio is one and all loss types are plain policy gradients
-that differ in their normaliser. For ``cispo`` that takes ``epsilon_high`` above one (TRL's documentation says 5): its
-default, 0.2, is an upper bound of the ratio itself there and makes every update a fifth of what it should be.
+Switched off unless the case asks for them: KL penalty, temperature, gradient clipping, warm-up, logging and saving.
+The first update of a generation batch is on-policy, so the clipped ratio is one and all loss types are plain policy
+gradients that differ in their normaliser. For ``cispo`` that takes ``epsilon_high`` above one (TRL's documentation says
+5): its default, 0.2, is an upper bound of the ratio itself there and makes every update a fifth of what it should be.
+Cases with several updates on a generation batch are in ``_trl_rl.py``.
 """
 
 # pyright: reportMissingImports=false
@@ -117,7 +118,7 @@ def run(case: dict, session: Any) -> None:
 
 
 def _engine(case: dict, rows: list[dict], session: Any, kind: Any) -> dict[str, Any]:
-    """The argument of GRPOTrainer with the stand-in for the sampling engine, where a case needs more than completions."""
+    """The argument of GRPOTrainer with the stand-in for the engine, where a case needs more than completions."""
     import inspect
 
     options = case["options"]

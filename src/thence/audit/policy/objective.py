@@ -37,6 +37,7 @@ class PolicyObjective:
             ``k3`` exp(-d) - 1 + d; ``full``: exact, over the whole vocabulary.
         kl_in: ``loss``: a term of its own, differentiated; ``reward``: kl times the estimator, summed over the
             response, is taken from the reward before advantages are made.
+        kl_ratio: the KL is multiplied by the ratio, which is differentiated too (DeepSeek-V3.2, arXiv 2512.02556).
         entropy: coefficient of the entropy of the distributions that predict the trained tokens.
         temperature: logits are divided by it in every log-probability.
         correction: of the difference between the engine that sampled and the trainer, by
@@ -73,6 +74,7 @@ class PolicyObjective:
     kl: float = 0.0
     estimator: Literal["k1", "k2", "k3", "full"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    kl_ratio: bool = False
     entropy: float = 0.0
     temperature: float = 1.0
     correction: Literal["none", "truncate", "mask"] = "none"

@@ -46,7 +46,11 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
     if shown.any():
         acting = np.where(shown, demonstration_weights(step, asked, advantage), asked.own_weight * acting)
     if asked.kl and asked.kl_in == "loss" and asked.estimator != "full":
-        acting = acting - asked.kl * kl_slope(step.logp - step.reference, asked.estimator)
+        apart = step.logp - step.reference
+        slope = kl_slope(apart, asked.estimator)
+        if asked.kl_ratio:
+            slope = np.exp(log_ratios(step, asked, trained)) * (slope + kl_value(apart, asked.estimator))
+        acting = acting - asked.kl * slope
     return np.where(trained, normals(step, asked, other)[step.row] * acting, 0.0)
 
 
