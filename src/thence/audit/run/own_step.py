@@ -58,9 +58,9 @@ def check(
     """
     start = time.monotonic()
     check_objective(asked)
-    rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
+    rows = list(batch) if batch is not None else random_rows(vocabulary or vocabulary_of(model), seed)
     _validate(rows)
-    cut = _takes_a_cut(step)
+    cut = takes_a_cut(step)
     known = [KnownExample((), (), tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
     size = max(max(row["input_ids"]) for row in rows) + 1
     judge = Judge(copy.deepcopy(model), known, [str(i) for i in range(size)], -1, None)
@@ -125,7 +125,7 @@ def _one(
     lr: float | None,
 ) -> CaseResult:
     own = copy.deepcopy(model)
-    before = _state(own)
+    before = state_of(own)
     begun = time.monotonic()
     arguments = {"micro_batch": case.micro_batch, "accumulation": case.accumulation} if cut else {}
     try:
@@ -135,16 +135,18 @@ def _one(
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
     frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
-    evidence = Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None, frozen=frozen)
+    evidence = Evidence([before, state_of(own)], pieces=pieces, scale_known=lr is not None, frozen=frozen)
     result = judge.case(case, evidence)
     return replace(result, seconds=seconds)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters as they are now, by name, copied."""
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def _takes_a_cut(step: StepFunction) -> bool:
+def takes_a_cut(step: StepFunction) -> bool:
+    """Whether a step can be told how to cut its rows into micro-batches."""
     try:
         parameters = inspect.signature(step).parameters
     except (TypeError, ValueError):
@@ -152,7 +154,8 @@ def _takes_a_cut(step: StepFunction) -> bool:
     return {"micro_batch", "accumulation"} <= set(parameters)
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
+    """Size of a model's vocabulary. Raises UserError where neither its configuration nor an embedding says it."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     if isinstance(size, int):
