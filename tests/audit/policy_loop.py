@@ -68,12 +68,15 @@ class Loop:
                     stale, old, version = old, [self._logp(model, row) for row in rows], step
             versions.append(version)
             used = old
+            if self.mistake == "old-sampler":
+                used = [torch.tensor(s) for s in sampler]
             if self.mistake == "old-recomputed":
                 used = [self._logp(model, row).detach() for row in rows]
             if self.mistake == "old-stale":
                 used = stale
             theirs = old if self.mistake == "kl-reference" else reference
-            model.zero_grad()
+            if self.mistake != "leak":
+                model.zero_grad()
             self._backward(model, rows, used, theirs, reference_model, [torch.tensor(s) for s in sampler])
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -172,7 +175,7 @@ class Loop:
                 "clip-range": (low * 2, high * 2, surrogate, dual),
                 "clip-one-sided": (math.inf, high, surrogate, dual),
             }[self.mistake]
-        dual = {"dual-missing": math.inf, "dual-added": 1.3}.get(self.mistake, dual)
+        dual: float = {"dual-missing": math.inf, "dual-added": 1.3}.get(self.mistake) or dual
         surrogate = {"surrogate-weight": "weight"}.get(self.mistake, surrogate)
         if level == "none":
             return advantage * logp
@@ -246,13 +249,8 @@ class Loop:
             total.backward()
 
     def _divisor(self, i: int, rows: Sequence[Row], counted: Sequence[int]) -> float:
-        rule = self.get("normaliser")
-        rule = {
-            "rows": "sequence-mean",
-            "tokens": "token-mean",
-            "micro": "micro-batch-mean",
-            "groups": "group-mean",
-        }.get(self.mistake, rule)
+        other = {"rows": "sequence-mean", "tokens": "token-mean", "micro": "micro-batch-mean", "groups": "group-mean"}
+        rule: str = other.get(self.mistake) or self.get("normaliser")
         micro_batches = math.ceil(len(rows) / self.micro_batch)
         own = [j for j in range(len(rows)) if j // self.micro_batch == i // self.micro_batch]
         group = [j for j in range(len(rows)) if rows[j].group == rows[i].group]

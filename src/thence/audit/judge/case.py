@@ -155,9 +155,12 @@ class Judge:
                     break
             else:
                 walk.count_steps()
-            walk.finish()
         except NotJudged as stop:
             status, reason = "not judged", str(stop)
+        try:
+            walk.finish()
+        except NotJudged as stop:
+            status, reason = "not judged", reason or str(stop)
         return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings), policy=walk.check)
 
     def compare_cuts(self, results: Sequence[CaseResult]) -> list[CaseResult]:

@@ -87,7 +87,8 @@ def said_policy(said: Mapping[str, Any]) -> tuple[PolicyObjective, PolicyFacts] 
 
     Args:
         said: ``policy`` (settings of ``PolicyObjective``), ``rollouts`` (facts of ``Rollout``, one an example),
-            ``versions`` (one number a step) and ``reference`` (a number).
+            ``versions`` (one number a step), ``reference`` (a number) and ``samplers`` (log-probabilities of the
+            sampling engine, of each step and example, where they change).
 
     Raises:
         UserError: an unknown setting or fact.
@@ -95,5 +96,6 @@ def said_policy(said: Mapping[str, Any]) -> tuple[PolicyObjective, PolicyFacts] 
     if said.get("policy") is None:
         return None
     rollouts = tuple(Rollout.of(rollout) for rollout in said.get("rollouts", ()))
-    facts = PolicyFacts(rollouts, tuple(said.get("versions", ())), int(said.get("reference", 0)))
+    samplers = tuple(tuple(map(tuple, step)) for step in said.get("samplers", ()))
+    facts = PolicyFacts(rollouts, tuple(said.get("versions", ())), int(said.get("reference", 0)), samplers)
     return PolicyObjective.of(said["policy"]), facts

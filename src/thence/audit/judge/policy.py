@@ -28,7 +28,7 @@ from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
 from thence.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 EDGES = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}
 """How far rounding may move a log-ratio, by precision."""
@@ -124,7 +124,12 @@ class PolicyCase:
             columns = np.concatenate([design.columns, *parts])
             return UpdateSystem(columns, column, update.gradient, update.tolerance, sized=sized, signs=signs)
 
-        def at_temperature(temperature: float) -> tuple[PolicyStep, object]:
+        def leaked() -> UpdateSystem:
+            columns = np.concatenate([design.columns, np.stack(update.earlier)])
+            loose = len(update.earlier)
+            return UpdateSystem(columns, column, update.gradient, update.tolerance, sized=sized, loose=loose)
+
+        def at_temperature(temperature: float) -> tuple[PolicyStep, Callable[[np.ndarray], Distance]]:
             assert self._logs is not None
             other = read_step(self.facts, index, pieces, self._logs, temperature)
             solver.move_to(state)
@@ -140,7 +145,9 @@ class PolicyCase:
             return other, distance
 
         width = EDGES[self._precision]
-        observed = Observed(index, width, step, system, roles, widened, at_temperature)  # pyright: ignore
+        observed = Observed(
+            index, width, step, system, roles, widened, leaked if update.earlier and not signs else None, at_temperature
+        )
         self.records.append(PolicyRecord(observed, update, explanation))
 
     def finish(self) -> tuple[list[StepResult], PolicyCheck]:
@@ -261,7 +268,7 @@ class PolicyCase:
         whole[response] = ideal
         mean = float(np.abs(ideal).mean()) or 1.0
         clear = np.abs(whole) > SMALL * mean
-        size = scale if not system.sized and abs(scale) > 1e-9 else 1.0
+        size = 1.0 if system.sized else float(weights @ whole) / (float(whole @ whole) or 1.0) or 1.0
         ratio = np.where(clear, weights / np.where(clear, whole, 1.0) / size, 0.0)
         ratio = np.where(clear, ratio, (response & (whole != 0)) + (weights / size - whole) / mean)
         shown = ratio[response & clear] if (response & clear).any() else np.ones(1)

@@ -46,6 +46,7 @@ class Observed:
         roles: of the columns of the system, shape (columns,).
         widened: makes the system that has the gradients of every token's entropy and of its exact KL to the reference
             behind the others, T columns each.
+        leaked: makes the system in which gradients of earlier steps may have any factor; None: there are none.
         at_temperature: temperature -> that temperature's log-probabilities, and the distance of the update from what
             weights, shape (T,), would give at that temperature.
     """
@@ -56,6 +57,7 @@ class Observed:
     system: UpdateSystem
     roles: np.ndarray
     widened: Callable[[], UpdateSystem]
+    leaked: Callable[[], UpdateSystem] | None
     at_temperature: Callable[[float], tuple[PolicyStep, Callable[[np.ndarray], Distance]]]
     _wide: list[UpdateSystem] = field(default_factory=list)
 

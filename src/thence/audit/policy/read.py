@@ -25,11 +25,18 @@ class PolicyFacts:
         versions: of the parameters that the old log-probabilities of each step come from: the number of optimizer
             steps that were taken before them.
         reference: version of the reference policy; 0: the initial parameters.
+        samplers: log-probabilities that the sampling engine gave, of each step and example; empty: the rollouts' own
+            in all steps.
     """
 
     rollouts: tuple[Rollout, ...]
     versions: tuple[int, ...]
     reference: int = 0
+    samplers: tuple[tuple[tuple[float, ...], ...], ...] = ()
+
+    def sampler(self, step: int, example: int) -> tuple[float, ...]:
+        """What the sampling engine gave for an example in a step, the first is 1; empty: nothing."""
+        return self.samplers[step - 1][example] if self.samplers else self.rollouts[example].sampler
 
     def old(self, step: int) -> int:
         """The version of a step's old log-probabilities; the first step is 1.
@@ -117,15 +124,15 @@ def read_step(
         versions[-1],
         old,
         versions[min(facts.reference, index - 1)],
-        _sampler(facts.rollouts, pieces, np.array(row, int), old),
+        _sampler(facts, index, pieces, np.array(row, int), old),
         versions,
     )
 
 
-def _sampler(rollouts: Sequence[Rollout], pieces: Sequence[Piece], row: np.ndarray, old: np.ndarray) -> np.ndarray:
+def _sampler(facts: PolicyFacts, index: int, pieces: Sequence[Piece], row: np.ndarray, old: np.ndarray) -> np.ndarray:
     found = old.copy()
     for number, piece in enumerate(pieces):
-        given = rollouts[piece.example].sampler
+        given = facts.sampler(index, piece.example)
         tokens = row == number
         if given and len(given) != tokens.sum():
             raise UserError(

@@ -58,6 +58,7 @@ def search(observed: Sequence[Observed], asked: PolicyObjective, spanned: bool) 
         yield _fitting(observed, base, solved(observed, base))
         if not spanned:
             yield _fitting(observed, base, list(beside(observed, base)))
+            yield from _leaked(observed, base)
             yield list(temperatures(observed, base))
 
     for fit in stages():
@@ -78,6 +79,14 @@ def search(observed: Sequence[Observed], asked: PolicyObjective, spanned: bool) 
 
 def _fitting(observed: Sequence[Observed], base: Sequence[Variant], tried: Sequence[Hypothesis]) -> list[Hypothesis]:
     return [h for h in tried if worst(observed, [h.change(v) for v in base]) <= 1]
+
+
+def _leaked(observed: Sequence[Observed], base: Sequence[Variant]) -> Iterator[list[Hypothesis]]:
+    """The gradients of earlier steps beside what was asked for."""
+    leaky = [replace(o, system=o.leaked()) if o.leaked is not None else o for o in observed]
+    detail = "gradients of earlier steps are applied again (gradients not cleared, or momentum)"
+    leak = Hypothesis("leak", "gradients of earlier steps", detail, lambda v: v)
+    yield [leak] if worst(leaky, base) <= 1 else []
 
 
 def _pairs(

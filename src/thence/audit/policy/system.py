@@ -32,6 +32,7 @@ class UpdateSystem:
         tolerance: distance that arithmetic alone may cause.
         sized: whether the size of the update is known.
         signs: whether nothing but signs is left of the gradient.
+        loose: so many of the last columns may always have any weight.
 
     Attributes:
         empty: whether the update is zero.
@@ -46,9 +47,10 @@ class UpdateSystem:
         *,
         sized: bool = True,
         signs: bool = False,
+        loose: int = 0,
     ):
         self.column, self.tolerance, self.sized, self.signs = column, tolerance, sized and not signs, signs
-        self.count = len(columns)
+        self.count, self._loose = len(columns), loose
         self._gram, self._right = columns @ columns.T, columns @ gradient
         self._size = float(gradient @ gradient)
         self.empty = self._size == 0
@@ -69,7 +71,9 @@ class UpdateSystem:
             return self._by_signs(weights)
         if self.empty:
             return Distance(0.0 if weights @ self._gram @ weights <= 0 else np.inf)
-        basis = np.eye(self.count)[free] if free is not None and free.any() else np.zeros((0, self.count))
+        any_weight = np.zeros(self.count, bool) if free is None else free.copy()
+        any_weight[self.count - self._loose :] = True
+        basis = np.eye(self.count)[any_weight]
         if not self.sized:
             basis = np.concatenate([weights[None], basis])
             weights = np.zeros(self.count)
