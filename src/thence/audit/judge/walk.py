@@ -112,10 +112,8 @@ class Walk:
         findings = self._without_own_sizes((*result.findings, *objective_findings(self.case, result)))
         right = self.case.asked == result.objective and all(finding.kind == "choice" for finding in findings)
         if reading.source == "signs" and explanation.rule < 0 and right:
-            raise NotJudged(
-                f"{np.count_nonzero(reading.gradient)} signs are too few to tell what the weights of "
-                f"{len(explanation.design.columns)} tokens are, but they are not those asked for"
-            )
+            signs, columns = np.count_nonzero(reading.gradient), len(explanation.design.columns)
+            raise NotJudged(f"{signs} signs do not tell whether the weights of {columns} tokens are those asked for")
         if partly is not None and not any(finding.kind == "fault" for finding in findings):
             findings = (*findings, partly)
         if reading.relation is not None and reading.relation.decay:
