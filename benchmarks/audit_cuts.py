@@ -30,7 +30,7 @@ from thence.audit.judge.cuts import difference, first_update  # noqa: E402
 from thence.audit.judge.walk import MANTISSA  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "audit-cuts.json"
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "mistral", "olmo2", "gemma2", "phi3", "gpt_neox", "granite")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "mistral", "olmo2", "gemma2", "gemma", "gpt_neox", "granite")
 OPTIMIZERS = (
     "adamw", "sgd", "momentum", "adamw-linear", "adam-decayed", "adafactor", "rmsprop", "adagrad", "lion",
 )  # fmt: skip

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts
+from thence.audit.judge.evaluation import judge_evaluation
 from thence.audit.judge.evidence import Evidence, NotJudged
+from thence.audit.judge.resume import judge_resume
+from thence.audit.judge.saved import judge_saved
 from thence.audit.judge.walk import Walk
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
@@ -70,12 +73,14 @@ class Judge:
         case = observed.case
         if observed.status != "done":
             return CaseResult(case, observed.status, observed.reason, seconds=observed.seconds)  # pyright: ignore
-        states, findings = load_states(observed.folder, len(observed.records))
-        if not states:
-            return CaseResult(case, "failed", "the adapter kept no parameters", seconds=observed.seconds)
         said: dict[str, Any] = {}
         for record in observed.records:
             said |= record["said"]
+        if case.beyond:
+            return self._beyond(observed, said)
+        states, findings = load_states(observed.folder, len(observed.records))
+        if not states:
+            return CaseResult(case, "failed", "the adapter kept no parameters", seconds=observed.seconds)
         evidence = Evidence(
             states,
             rows=[forward_rows(observed.records, step, self.pad) for step in range(max(len(states) - 1, 1))],
@@ -94,6 +99,16 @@ class Judge:
             evidence, findings = replace(evidence, states=trained), [*findings, *moved]
         result = judge.case(case, evidence)
         return replace(result, findings=(*findings, *result.findings), seconds=observed.seconds)
+
+    def _beyond(self, observed: Observation, said: Mapping[str, Any]) -> CaseResult:
+        """Judge a case that looks at something else than the weights of its steps."""
+        if observed.case.beyond == "saved":
+            return judge_saved(self, observed, said)
+        try:
+            judge = self.with_adapters(said["lora"]) if "lora" in said else self
+            return (judge_resume if observed.case.beyond == "resume" else judge_evaluation)(judge, observed)
+        except UserError as error:
+            return CaseResult(observed.case, "not judged", str(error), seconds=observed.seconds)
 
     def with_adapters(self, said: Mapping[str, Any]) -> Judge:
         """The judge of the same probe with LoRA adapters in the model.

@@ -146,6 +146,8 @@ def placeholders(program: Sequence[str]) -> set[str]:
 
 def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
     """The cases that a program's placeholders allow, and sentences on what is missing for the rest."""
+    if {"micro_batch", "batch"} <= have:
+        have = have | {"accumulation"}  # whole batch over micro-batch, as many loops have it
     axes = {"incomplete"}
     axes |= {"ranks"} & have
     axes |= {"checkpointing", "packing", "label_smoothing"} & have
@@ -155,7 +157,13 @@ def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tupl
     chosen: list[tuple[Case, str]] = []
     for case, reason in cases_for(axes, quick=False):
         case = replace(case, optimizer="unknown", steps=1, epochs=1, asked=asked)
-        if case.examples > case.window or "AdamW" in case.name or "epoch" in case.name or "steps" in case.name:
+        if (
+            case.beyond
+            or case.examples > case.window
+            or "AdamW" in case.name
+            or "epoch" in case.name
+            or "steps" in case.name
+        ):
             continue
         if reason and case.ranks == 1:
             continue
