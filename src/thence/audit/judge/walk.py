@@ -130,7 +130,7 @@ class Walk:
         others = tuple(f for f in findings if f not in own)
         if own and not any(f.kind == "fault" for f in others):
             raise NotJudged(
-                f"{own[0].detail}: layer-wise optimizers (LARS, LAMB) and learning rates of parameter groups do that, "
+                f"{own[0].detail}: layer-wise optimizers (LARS) and learning rates of parameter groups do that, "
                 "and so do faults; give lr if it is plain SGD"
             )
         return others
