@@ -200,6 +200,25 @@ class CutComparison:
 
 
 @dataclass(frozen=True)
+class PolicyCheck:
+    """What a case says of its policy objective.
+
+    Args:
+        settings: that were asked for, by name; None stands for infinity.
+        verified: parts of the objective of which any other setting that was tried would have given another update.
+        open: part -> a change of it that would have given the same updates, or why nothing was tried: not verified.
+        found: what is not as asked, in words; two sentences are true together.
+        others: further changes that explain the updates as well, in words.
+    """
+
+    settings: Mapping[str, Any]
+    verified: tuple[str, ...] = ()
+    open: Mapping[str, str] = field(default_factory=dict)
+    found: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """One case: its steps, or why there are none.
 
@@ -211,6 +230,7 @@ class CaseResult:
         seconds: wall time in the stack.
         cut: comparison with another cut of the same rows; None: there was none to compare with.
         said: of a case without steps (``Case.beyond``), what was seen, one clause.
+        policy: what was verified of a policy objective; None: supervised, or nothing but advantages was said.
     """
 
     case: Case
@@ -221,6 +241,7 @@ class CaseResult:
     seconds: float = 0.0
     cut: CutComparison | None = None
     said: str = ""
+    policy: PolicyCheck | None = None
 
     @property
     def faults(self) -> tuple[Finding, ...]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from thence.audit.policy.facts import Rollout
+from thence.audit.policy.objective import PolicyObjective
+from thence.audit.policy.read import PolicyFacts
 from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.sequences import Piece
 
@@ -60,6 +64,8 @@ class Evidence:
         frozen: parameters that are not meant to be trained, by name.
         seen: of the optimizers, where they were watched (one step).
         unseen: what such evidence does not show, a line each.
+        policy: the objective asked for, of reinforcement learning; None: ``advantages`` alone, or supervised.
+        facts: of its rollouts, with ``policy``.
     """
 
     states: Sequence[Mapping[str, Tensor]]
@@ -72,3 +78,24 @@ class Evidence:
     frozen: frozenset[str] = frozenset()
     seen: OptimizerStep | None = None
     unseen: tuple[str, ...] = ()
+    policy: PolicyObjective | None = None
+    facts: PolicyFacts | None = None
+
+
+def said_policy(said: Mapping[str, Any]) -> tuple[PolicyObjective, PolicyFacts] | None:
+    """The policy objective and its facts, as an adapter said them; None: it said no ``policy``.
+
+    Args:
+        said: ``policy`` (settings of ``PolicyObjective``), ``rollouts`` (facts of ``Rollout``, one an example),
+            ``versions`` (one number a step), ``reference`` (a number) and ``samplers`` (log-probabilities of the
+            sampling engine, of each step and example, where they change).
+
+    Raises:
+        UserError: an unknown setting or fact.
+    """
+    if said.get("policy") is None:
+        return None
+    rollouts = tuple(Rollout.of(rollout) for rollout in said.get("rollouts", ()))
+    samplers = tuple(tuple(map(tuple, step)) for step in said.get("samplers", ()))
+    facts = PolicyFacts(rollouts, tuple(said.get("versions", ())), int(said.get("reference", 0)), samplers)
+    return PolicyObjective.of(said["policy"]), facts

@@ -135,8 +135,10 @@ def read_step(
         )
     if unknown and seen is not None:
         return of_gradient(seen, relate(seen, before, after, bits, precision), precision)
-    spacing, noise = spacing_of(after, bits), rounding_noise(before, after, bits)
-    if unknown and looks_like_signs(before - after, spacing):
+    spacing = spacing_of(after, bits)
+    # A step in which every token is clipped moves nothing, and nothing is lost in rounding.
+    noise = rounding_noise(before, after, bits) if np.any(before - after) else 0.0
+    if unknown and noise and looks_like_signs(before - after, spacing):
         if step > 1:
             raise NotJudged("of Adam as it is, only the first step can be judged")
         return of_signs(before - after, spacing, precision)

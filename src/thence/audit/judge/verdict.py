@@ -12,8 +12,9 @@ from thence.audit.result import AuditVerdict, CaseResult, Finding, PublicReport,
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
-    "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "all-but-first",
-    "all-but-last", "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter",
+    "parameters-untouched", "no-step", "advantage-sign", "first-and-last-only", "first-only", "last-only",
+    "all-but-first", "all-but-last", "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved",
+    "differs-by-parameter",
     "depends-on-cut", "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean",
     "micro-batch-sequence-mean", "constant-divisor", "tokens-dropped", "token-dependent", "double-counted", "unnamed",
     "token-mean", "leak", "prompt-trained", "padding-trained", "end-missing", "first-missing", "advantage", "smoothing",
@@ -213,6 +214,10 @@ def _what(main: str, worst: Hit, hits: Sequence[Hit], cases: Sequence[CaseResult
         return f"In the case '{worst.case.case.name}' {CATALOGUE[main].says} ({worst.finding.detail})."
     if main in OBJECTIVES and _fits_all(main, [case for case in cases if case.status == "judged"]):
         return f"This trainer takes the {name} where the {title} was asked for ({where}): {worst.finding.detail}."
+    if worst.case.policy is not None:
+        return (
+            f"The policy objective is not the one asked for: {where} {CATALOGUE[main].says} ({worst.finding.detail})."
+        )
     says = f"the weights are those of the {name}" if main in OBJECTIVES else CATALOGUE[main].says
     return f"The {title} was asked for, but {where} {says} ({worst.finding.detail})."
 

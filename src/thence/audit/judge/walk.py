@@ -14,19 +14,21 @@ from thence.audit.judge.cuts import first_update
 from thence.audit.judge.diagnose import diagnose_step, objective_findings
 from thence.audit.judge.evidence import UNEXPLAINED, Evidence, NotJudged
 from thence.audit.judge.forms import merged
+from thence.audit.judge.policy import PolicyCase
 from thence.audit.judge.reading import Reading, of_any_signs, read_step, unverified, what_made_it
 from thence.audit.judge.repeats import per_example
 from thence.audit.judge.untouched import find_untouched, partly_finding, untouched_finding
 from thence.audit.judge.weights import AskedObjective, step_rows
 from thence.audit.judge.windows import planned_steps, window_findings
 from thence.audit.objectives import OBJECTIVES
-from thence.audit.result import RESPONSE_ROLES, Case, Finding, StepResult
+from thence.audit.result import RESPONSE_ROLES, Case, Finding, PolicyCheck, StepResult
 from thence.audit.solve.explain import explain
 from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.recover import rounding_noise
 from thence.audit.solve.sequences import Piece, find_pieces
 from thence.audit.solve.signs import SignRegression
 from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
+from thence.errors import UserError
 
 if TYPE_CHECKING:
     from thence.audit.judge.case import Judge
@@ -47,19 +49,24 @@ class Walk:
         self.judge, self.case, self.evidence = judge, case, evidence
         self.results: list[StepResult] = []
         self.findings: list[Finding] = []
+        self.check: PolicyCheck | None = None
         self._gradients: list[np.ndarray] = []
         self._seen: dict[int, int] = {}
         narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in evidence.states[0].values())
         self._precision = "bfloat16" if narrow and case.precision == "float32" else case.precision
         self._repeated = False
         self._left_out = set(evidence.frozen)
-        self._solver = judge.solver(self._trained(0))
+        self._temperature = evidence.policy.temperature if evidence.policy is not None else 1.0
+        self._solver = judge.solver(self._trained(0), temperature=self._temperature)
+        self._policy: PolicyCase | None = None
+        if evidence.policy is not None:
+            self._policy = PolicyCase(evidence, self._precision, judge.texts)
 
     def step(self, step: int) -> bool:
         """Judge one step, the first is 1. Returns whether the next one can be judged. Raises NotJudged."""
         evidence = self.evidence
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
-        if not np.any(before - after):
+        if not np.any(before - after) and self._policy is None:
             self.findings.append(Finding("no-step", "fault", f"optimizer step {step} changed no parameter"))
             self._gradients.append(np.zeros_like(before))
             return True
@@ -69,7 +76,7 @@ class Walk:
             raise NotJudged(reason)
         partly = self._untouched(step, pieces)
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
-        if step == 1 and pieces:
+        if step == 1 and pieces and np.any(before - after):
             self._keep_update(pieces, rounding_noise(before, after, self._bits(step)))
         if problem:
             raise NotJudged(problem)
@@ -96,6 +103,10 @@ class Walk:
         reading = read_step(
             self.case, self.evidence, step, flat, self._bits(step), self._precision, self._seen_gradient()
         )
+        if self._policy is not None:
+            solver, update = self._observed(step, reading, pieces, rows, flat[0])
+            self._gradients.append(update.gradient)
+            return self._take_in(self._policy, solver, step, update)
         solver, update, explanation = self._explain(step, reading, pieces, rows, flat[0])
         if not explanation.fits and reading.source == "update" and self.case.optimizer == "unknown" and step == 1:
             # An optimizer may keep the signs of the gradient and choose the sizes itself.
@@ -153,8 +164,15 @@ class Walk:
         briefly: bool = False,
     ) -> tuple[StepSolver, ObservedUpdate, Explanation]:
         """The explanation of a reading, by token weights alone if ``briefly``, and what it was made from."""
+        solver, update = self._observed(step, reading, pieces, rows, before)
+        return solver, update, solver.plain(update) if briefly else explain(solver, update)
+
+    def _observed(
+        self, step: int, reading: Reading, pieces: Sequence[Piece], rows: Sequence[ForwardRow], before: np.ndarray
+    ) -> tuple[StepSolver, ObservedUpdate]:
+        """What a reading says of a step, and the solver at its parameters."""
         state, case, asked = self._trained(step - 1), self.case, self._asked(pieces)
-        solver = self.judge.solver(state, reading.regression)
+        solver = self.judge.solver(state, reading.regression, self._temperature)
         solver.move_to(state)
         # Earlier gradients are of use where they were read in the same way.
         earlier = self._gradients[::-1][:2]
@@ -165,7 +183,24 @@ class Walk:
             reading.gradient, pieces, rows, reading.tolerance, earlier, before, case.label_smoothing, case.ranks,
             case.clip, rules, self._precision,
         )  # fmt: skip
-        return solver, update, solver.plain(update) if briefly else explain(solver, update)
+        return solver, update
+
+    def _take_in(self, policy: PolicyCase, solver: StepSolver, step: int, update: ObservedUpdate) -> bool:
+        """Hand a step over to the policy's case. Raises NotJudged."""
+        try:
+            policy.add(solver, step, update, self._trained(step - 1), sized=self._sized())
+        except UserError as error:
+            raise NotJudged(str(error)) from error
+        return True
+
+    def finish(self) -> None:
+        """Judge what can only be judged over all steps. Raises NotJudged."""
+        if self._policy is not None:
+            try:
+                results, self.check = self._policy.finish()
+            except UserError as error:
+                raise NotJudged(str(error)) from error
+            self.results += results
 
     def _untouched(self, step: int, pieces: Sequence[Piece]) -> Finding | None:
         """Note parameters that never moved; those of step 1 are left out of the fit, so that the rest is judged.
@@ -178,17 +213,28 @@ class Walk:
         if not pieces:
             return None
         before, after = self._trained(step - 1), self._trained(step)
-        self._solver.move_to(before)
-        weights = self._asked(pieces)
-        ideal = OBJECTIVES[self.case.asked].weights(step_rows(pieces, RESPONSE_ROLES, weights.longest))
-        expected = self._solver.differentiator.objective(pieces, ideal * weights.advantages)
+        expected = self._expected(step, pieces)
         found = find_untouched(before, after, expected, self._bits(step))
         if found.whole:
             self.findings.append(untouched_finding(found))
         if found.whole and step == 1 and len(found.whole) < found.tensors:
             self._left_out |= set(found.whole)
-            self._solver = self.judge.solver(self._trained(0))
+            self._solver = self.judge.solver(self._trained(0), temperature=self._temperature)
         return partly_finding(found) if found.parts else None
+
+    def _expected(self, step: int, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """The gradient that the objective asked for gives. Raises NotJudged."""
+        if self._policy is not None:
+            try:
+                tokens = self._policy.predicted(self._solver, step, pieces)
+            except UserError as error:
+                raise NotJudged(str(error)) from error
+            self._solver.move_to(self._trained(step - 1))
+            return self._solver.differentiator.weighted(pieces, tokens)
+        self._solver.move_to(self._trained(step - 1))
+        weights = self._asked(pieces)
+        ideal = OBJECTIVES[self.case.asked].weights(step_rows(pieces, RESPONSE_ROLES, weights.longest))
+        return self._solver.differentiator.objective(pieces, ideal * weights.advantages)
 
     def _trained(self, step: int) -> dict[str, Tensor]:
         """The parameters after a step, without those that are not to be looked at."""
@@ -222,7 +268,7 @@ class Walk:
             self.findings += found
         elif evidence.pieces is not None:
             pieces = list(evidence.pieces[step - 1])
-        advantages = evidence.advantages
+        advantages = evidence.advantages if self._policy is None else None
         unseen = [p.example + 1 for p in pieces if advantages is not None and not advantages[p.example]]
         if unseen:
             problem = f"example {unseen[0]} has advantage zero, so nothing can be seen of it; choose other rewards"
@@ -236,9 +282,13 @@ class Walk:
             np.array([1.0 if advantages is None else advantages[p.example] for p in pieces]),
             case.accumulation,
             case.ranks,
-            self.evidence.scale_known and case.clip == 0 and case.optimizer != "unknown",
+            self._sized(),
             self.evidence.longest,
         )
+
+    def _sized(self) -> bool:
+        """Whether the size of an update says something."""
+        return self.evidence.scale_known and self.case.clip == 0 and self.case.optimizer != "unknown"
 
 
 def _differs_by_parameter(

@@ -60,9 +60,9 @@ def check(
     """
     start = time.monotonic()
     check_objective(asked)
-    rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
+    rows = list(batch) if batch is not None else random_rows(vocabulary or vocabulary_of(model), seed)
     _validate(rows)
-    cut = _takes_a_cut(step)
+    cut = takes_a_cut(step)
     known = [KnownExample((), (), tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
     size = max(max(row["input_ids"]) for row in rows) + 1
     judge = Judge(copy.deepcopy(model), known, [str(i) for i in range(size)], -1, None)
@@ -132,7 +132,7 @@ def _one(
         step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
 
     own = copy.deepcopy(model)
-    before = _state(own)
+    before = state_of(own)
     begun = time.monotonic()
     watch = OptimizerWatch(own, before)
     try:
@@ -143,7 +143,7 @@ def _one(
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
     frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
-    after = _state(own)
+    after = state_of(own)
     if new := sorted(set(after) - set(before)):
         reason = (
             f"the step puts parameters into the model that were not there before ({new[0]} ...), such as adapters; put "
@@ -159,11 +159,13 @@ def _one(
     return replace(result, seconds=seconds)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters as they are now, by name, copied."""
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def _takes_a_cut(step: StepFunction) -> bool:
+def takes_a_cut(step: StepFunction) -> bool:
+    """Whether a step can be told how to cut its rows into micro-batches."""
     try:
         parameters = inspect.signature(step).parameters
     except (TypeError, ValueError):
@@ -171,7 +173,8 @@ def _takes_a_cut(step: StepFunction) -> bool:
     return {"micro_batch", "accumulation"} <= set(parameters)
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
+    """Size of a model's vocabulary. Raises UserError where neither its configuration nor an embedding says it."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     if isinstance(size, int):

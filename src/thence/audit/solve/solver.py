@@ -152,7 +152,8 @@ class StepSolver:
         point = b"".join(state[name].double().numpy().tobytes() for name in self.differentiator.names)
         if point != self._point:
             self._point, self._gradients, self._systems = point, {}, {}
-            self.differentiator.load(state)
+        # Always: solvers share the model, and another one may have moved it.
+        self.differentiator.load(state)
 
     def trim(self) -> None:
         """Forget what only one step needed: a design matrix takes some 50 MB."""
