@@ -18,6 +18,7 @@ from thence.audit import Report, check, random_rows
 from thence.audit.judge.adapted import saved_adapter
 from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.untouched import find_untouched
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.program import audit_program
 from thence.audit.solve.sequences import KnownExample
@@ -157,7 +158,13 @@ def test_models_of_a_few_thousand_parameters_are_judged_by_signs_alone(layers: i
     model = AutoModelForCausalLM.from_config(config).eval()
     right = blind(HomeMade("adamw"), model)
     assert (right.status, right.faults) == ("judged", ()), right.reason
-    for mistake in ({"weight": "rows"}, {"weight": "micro-batch"}, {"extra": "prompt"}, {"times": 0.0}):
+    mistakes: list[dict[str, Any]] = [
+        {"weight": "rows"},
+        {"weight": "micro-batch"},
+        {"extra": "prompt"},
+        {"times": 0.0},
+    ]
+    for mistake in mistakes:
         wrong = blind(HomeMade("adamw", **mistake), model)
         assert wrong.faults or wrong.status == "not judged", mistake
 
@@ -304,3 +311,16 @@ def test_dropout_and_optimizers_of_a_program_are_named() -> None:
     muon = audit_program([*WORDS, "--optimizer", "muon"], only=only)
     assert muon.verdict.exit_code == 2 and "as Muon, Shampoo or SOAP make it" in muon.verdict.sentences[1]
     assert audit_program([*WORDS, "--optimizer", "adafactor"], only=only).ok
+
+
+def test_a_norm_of_ones_that_moved_by_equal_steps_has_moved() -> None:
+    """Equal steps of one sign move equal numbers as decay would: once taken for a parameter that never moved."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(64, 16, generator=generator)
+    before = {"matrix": matrix, "norm": torch.ones(16)}
+    gradient = torch.randn(64, 16, generator=generator).double()
+    steps = 1e-2 * gradient.sign() * torch.rand(64, 16, generator=generator)
+    expected = {"matrix": gradient, "norm": 2 + torch.rand(16, generator=generator).double()}
+    moved = {"matrix": matrix - steps.float(), "norm": torch.ones(16) - 1e-3}
+    assert find_untouched(before, moved, expected, 23).whole == ()
+    assert find_untouched(before, moved | {"norm": before["norm"]}, expected, 23).whole == ("norm",)
