@@ -107,11 +107,11 @@ class Walk:
             solver, update = self._observed(step, reading, pieces, rows, flat[0])
             self._gradients.append(update.gradient)
             return self._take_in(self._policy, solver, step, update)
-        solver, update, explanation = self._explain(step, reading, pieces, rows, flat[0])
+        solver, update, explanation = _explain(self, step, reading, pieces, rows, flat[0])
         if not explanation.fits and reading.source == "update" and self.case.optimizer == "unknown" and step == 1:
             # An optimizer may keep the signs of the gradient and choose the sizes itself.
             other = of_any_signs(flat[0] - flat[1], self._precision)
-            found = self._explain(step, other, pieces, rows, flat[0], briefly=True)
+            found = _explain(self, step, other, pieces, rows, flat[0], briefly=True)
             if found[2].fits and explanation.fit.residual > FAR:
                 reading, (solver, update, explanation) = other, found
         self._gradients.append(update.gradient)
@@ -120,13 +120,11 @@ class Walk:
             self.findings.append(_differs_by_parameter(solver, update, explanation, form))
             return False
         result = diagnose_step(step, explanation, pieces, self._asked(pieces), self.judge.texts, reading.floor)
-        findings = self._without_own_sizes((*result.findings, *objective_findings(self.case, result)))
+        findings = _without_own_sizes(self.case, (*result.findings, *objective_findings(self.case, result)))
         right = self.case.asked == result.objective and all(finding.kind == "choice" for finding in findings)
         if reading.source == "signs" and explanation.rule < 0 and right:
-            raise NotJudged(
-                f"{np.count_nonzero(reading.gradient)} signs are too few to tell what the weights of "
-                f"{len(explanation.design.columns)} tokens are, but they are not those asked for"
-            )
+            signs, columns = np.count_nonzero(reading.gradient), len(explanation.design.columns)
+            raise NotJudged(f"{signs} signs do not tell whether the weights of {columns} tokens are those asked for")
         if partly is not None and not any(finding.kind == "fault" for finding in findings):
             findings = (*findings, partly)
         if reading.relation is not None and reading.relation.decay:
@@ -137,17 +135,6 @@ class Walk:
         self.results.append(per_example(result, self.case.asked) if self._repeated else result)
         return True
 
-    def _without_own_sizes(self, findings: Sequence[Finding]) -> tuple[Finding, ...]:
-        """An optimizer that nobody knows may scale parameters on purpose. Raises NotJudged: nothing else is wrong."""
-        own = [f for f in findings if f.id == "scale-by-parameter" and self.case.optimizer == "unknown"]
-        others = tuple(f for f in findings if f not in own)
-        if own and not any(f.kind == "fault" for f in others):
-            raise NotJudged(
-                f"{own[0].detail}: layer-wise optimizers (LARS, LAMB) and learning rates of parameter groups do that, "
-                "and so do faults; give lr if it is plain SGD"
-            )
-        return others
-
     def _seen_gradient(self) -> np.ndarray | None:
         """The gradient that the optimizer was given as one vector, if nothing but its one step moved the parameters."""
         seen = self.evidence.seen
@@ -155,19 +142,6 @@ class Walk:
             return None
         gradients = {n: seen.gradients.get(n, torch.zeros_like(t)) for n, t in self._trained(0).items()}
         return self._solver.differentiator.flat(gradients)
-
-    def _explain(
-        self,
-        step: int,
-        reading: Reading,
-        pieces: Sequence[Piece],
-        rows: Sequence[ForwardRow],
-        before: np.ndarray,
-        briefly: bool = False,
-    ) -> tuple[StepSolver, ObservedUpdate, Explanation]:
-        """The explanation of a reading, by token weights alone if ``briefly``, and what it was made from."""
-        solver, update = self._observed(step, reading, pieces, rows, before)
-        return solver, update, solver.plain(update) if briefly else explain(solver, update)
 
     def _observed(
         self, step: int, reading: Reading, pieces: Sequence[Piece], rows: Sequence[ForwardRow], before: np.ndarray
@@ -291,6 +265,32 @@ class Walk:
     def _sized(self) -> bool:
         """Whether the size of an update says something."""
         return self.evidence.scale_known and self.case.clip == 0 and self.case.optimizer != "unknown"
+
+
+def _without_own_sizes(case: Case, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """An optimizer that nobody knows may scale parameters on purpose. Raises NotJudged: nothing else is wrong."""
+    own = [f for f in findings if f.id == "scale-by-parameter" and case.optimizer == "unknown"]
+    others = tuple(f for f in findings if f not in own)
+    if own and not any(f.kind == "fault" for f in others):
+        raise NotJudged(
+            f"{own[0].detail}: layer-wise optimizers (LARS) and learning rates of parameter groups do that, "
+            "and so do faults; give lr if it is plain SGD"
+        )
+    return others
+
+
+def _explain(
+    walk: Walk,
+    step: int,
+    reading: Reading,
+    pieces: Sequence[Piece],
+    rows: Sequence[ForwardRow],
+    before: np.ndarray,
+    briefly: bool = False,
+) -> tuple[StepSolver, ObservedUpdate, Explanation]:
+    """The explanation of a reading, by token weights alone if ``briefly``, and what it was made from."""
+    solver, update = walk._observed(step, reading, pieces, rows, before)
+    return solver, update, solver.plain(update) if briefly else explain(solver, update)
 
 
 def _differs_by_parameter(
