@@ -16,8 +16,8 @@ _BY_SEVERITY = (
     "parameters-untouched", "no-step", "advantage-sign", "first-and-last-only", "first-only", "last-only",
     "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut",
     "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean",
-    "micro-batch-sequence-mean", "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained",
-    "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
+    "micro-batch-sequence-mean", "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained",
+    "padding-trained", "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
     "incomplete-window-scaled", "scale-accumulation", "scale-ranks", "scale",
 )  # fmt: skip
 """The order in which faults are named where there are several."""
