@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.verdict import BEYOND, is_beyond
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.result import (
     RESPONSE_ROLES,
@@ -122,9 +123,9 @@ def tried(report: Report) -> list[CaseResult]:
 
 
 def extremes(report: Report) -> dict[str, Extreme]:
-    """``smallest`` and ``largest`` ratio and ``lost`` share over the judged cases (those with a fault, if any)."""
-    faulty_steps = [(result.case.name, step) for result in faulty(report) for step in result.steps]
-    steps = faulty_steps or [(result.case.name, step) for result in judged(report) for step in result.steps]
+    """``smallest`` and ``largest`` ratio and ``lost`` share: of one step if there is a fault, else over all cases."""
+    faulted = step_of_the_verdict(report)
+    steps = [faulted] if faulted else [(result.case.name, step) for result in judged(report) for step in result.steps]
     if not steps:
         return {}
     least, most = min(steps, key=lambda s: s[1].smallest), max(steps, key=lambda s: s[1].largest)
@@ -136,10 +137,17 @@ def extremes(report: Report) -> dict[str, Extreme]:
     }
 
 
+def step_of_the_verdict(report: Report) -> tuple[str, StepResult] | None:
+    """The faulty step, with its case, of which all figures speak: that of the verdict's case with most lost."""
+    cases = [result for result in faulty(report) if result.case.name == report.verdict.case] or faulty(report)
+    steps = [(result.case.name, step) for result in cases for step in result.steps]
+    return max(steps, key=lambda pair: pair[1].lost, default=None)
+
+
 def step_with_most_lost(report: Report) -> StepResult | None:
     """The step of which the figure ``lost`` of :func:`extremes` speaks."""
-    steps = [step for result in faulty(report) for step in result.steps]
-    steps = steps or [step for result in judged(report) for step in result.steps]
+    faulted = step_of_the_verdict(report)
+    steps = [faulted[1]] if faulted else [step for result in judged(report) for step in result.steps]
     return max(steps, key=lambda step: step.lost, default=None)
 
 
@@ -197,6 +205,11 @@ def subject(target: str) -> str:
 def headline(report: Report) -> str:
     """The outcome in one sentence without a term of the trade."""
     who = subject(report.target)
+    bad = {finding.id for result in report.cases for finding in faults(result)}
+    if bad and all(is_beyond(finding) for finding in bad):
+        verbs = {"resume": "resume", "saved": "save", "evaluation": "evaluate"}
+        wrong = [verbs[kind] for kind, start in BEYOND.items() if any(finding.startswith(start) for finding in bad)]
+        return f"{who} does not {' and '.join(wrong)} as it should."
     return {
         "no finding": f"{who} trains what it was asked to train.",
         "finding": f"{who} does not train what it was asked to train.",

@@ -14,6 +14,9 @@ RESPONSE_ROLES: tuple[Role, ...] = ("first", "body", "end")
 
 Status = Literal["judged", "not judged", "skipped", "failed"]
 Kind = Literal["fault", "choice", "note"]
+Beyond = Literal["", "resume", "saved", "evaluation"]
+"""What a case looks at beside the weights of its steps: starting again from a checkpoint, what is saved, the trainer's
+own evaluation; empty: the weights."""
 Outcome = Literal["no finding", "finding", "cannot judge"]
 EXIT_CODES: Mapping[str, int] = {"no finding": 0, "finding": 1, "cannot judge": 2}
 
@@ -32,8 +35,11 @@ class Case:
         steps: stop after that many optimizer steps.
         optimizer: ``sgd``; ``adamw`` with betas (0, 0.999) and the epsilon below, linear in the gradient; ``unknown``:
             that of the program, as seen from its first update.
-        lr: learning rate, constant.
+        lr: learning rate, of the first step where the schedule is not constant.
         eps: epsilon of adamw.
+        betas: of adamw. Cases whose weights are judged have (0, 0.999); those that resume need a state to be lost.
+        schedule: of the learning rate: ``constant``, or ``linear`` from ``lr`` at the first step to 0 after the last
+            one of all epochs.
         clip: global-norm clipping; 0: off.
         precision: of the weights and the arithmetic; ``autocast`` keeps float32 weights and computes in bfloat16.
         packing: rows laid end to end.
@@ -43,6 +49,8 @@ class Case:
         asked: the objective that the settings ask for; a key of ``thence.audit.objectives.OBJECTIVES``.
         quick: whether ``--quick`` runs it.
         extra: a setting that nobody has by default; only ``--all`` and ``--only`` run it.
+        beyond: what is looked at in place of the weights; empty: the weights.
+        save_after: optimizer steps before the checkpoint from which a case that resumes starts again.
     """
 
     name: str
@@ -55,6 +63,8 @@ class Case:
     optimizer: Literal["sgd", "adamw", "unknown"] = "sgd"
     lr: float = 1.0
     eps: float = 1e4
+    betas: tuple[float, float] = (0.0, 0.999)
+    schedule: Literal["constant", "linear"] = "constant"
     clip: float = 0.0
     precision: Literal["float32", "bfloat16", "autocast"] = "float32"
     packing: bool = False
@@ -64,6 +74,8 @@ class Case:
     asked: str = "token-mean"
     quick: bool = False
     extra: bool = False
+    beyond: Beyond = ""
+    save_after: int = 0
 
     @property
     def window(self) -> int:
@@ -146,6 +158,8 @@ class StepResult:
         sequences: every row of the step.
         findings: what is to be said of this step.
         undetermined: response tokens whose gradients depend on those of others; they are taken to be as asked.
+        source: what the weights were read from: the update, its signs alone, or the gradients that the optimizer got.
+        unseen: what this step does not show, such as what the optimizer makes of the gradient, a line each.
     """
 
     index: int
@@ -163,6 +177,8 @@ class StepResult:
     sequences: tuple[SequenceWeights, ...]
     findings: tuple[Finding, ...] = ()
     undetermined: int = 0
+    source: Literal["update", "signs", "gradient"] = "update"
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,6 +229,7 @@ class CaseResult:
         findings: of the case as a whole (no step taken, ranks that differ ...); those of steps stand in the steps.
         seconds: wall time in the stack.
         cut: comparison with another cut of the same rows; None: there was none to compare with.
+        said: of a case without steps (``Case.beyond``), what was seen, one clause.
         policy: what was verified of a policy objective; None: supervised, or nothing but advantages was said.
     """
 
@@ -223,6 +240,7 @@ class CaseResult:
     findings: tuple[Finding, ...] = ()
     seconds: float = 0.0
     cut: CutComparison | None = None
+    said: str = ""
     policy: PolicyCheck | None = None
 
     @property
@@ -265,6 +283,7 @@ class AuditVerdict:
         sentences: what is the case; then what it means for training.
         remedy: what to change; empty where nothing is wrong.
         known: public reports of the same fault.
+        case: name of the case whose figures the sentences give; empty: of all.
     """
 
     outcome: Outcome
@@ -273,6 +292,7 @@ class AuditVerdict:
     sentences: tuple[str, str]
     remedy: str = ""
     known: tuple[PublicReport, ...] = ()
+    case: str = ""
 
     @property
     def exit_code(self) -> int:

@@ -108,13 +108,16 @@ def case_line(result: CaseResult, *, names: int = _NAME) -> Text:
     sign, style = ("✗ ", "bold red") if bad else ("~ ", "yellow") if noted else ("✓ ", "green")
     line = Text.assemble((sign, style), f"{name:<{names}}  ")
     if not result.steps:
-        return line.append(", ".join(title(f) for f in bad) or "no step", "red" if bad else "")
+        said = ", ".join(title(f) for f in bad) or _line(result.said) or "no step"
+        line.append(said, "red" if bad else "")
+        notes = ", ".join(title(f) for f in result.all_findings if f.kind == "note")
+        return line.append(f"; note: {notes}" if notes else "", "yellow")
     apart = [step for step in result.steps[1:] if not steps_alike(result.steps[0], step)]
     many = len(result.steps) > 1
     note = "" if not many else (f" ({len(result.steps)} steps alike)" if not apart else " (step 1)")
     line.append_text(_step(result, result.steps[0], note, whole=True))
     for step in apart:
-        line.append(f"\n{'':{names - 6}}{f'step {step.index}':>8}  ")
+        line.append(f"\n{'':{max(names - 6, 0)}}{f'step {step.index}':>8}  ")
         line.append_text(_step(result, step, ""))
     return line
 

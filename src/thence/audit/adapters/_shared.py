@@ -8,6 +8,24 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+RESUMED: dict[str, Any] = {
+    "examples": 12,
+    "epochs": 2,
+    "steps": 5,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "eps": 1e-2,
+    "betas": (0.9, 0.95),
+    "schedule": "linear",
+    "beyond": "resume",
+    "save_after": 2,
+}
+"""Fields of a case that resumes with windows of 4 rows: in the middle of an epoch, then over its edge. The epsilon is
+about as large as a gradient, so that both moments of AdamW count and rounding is not blown up."""
+SAVED: dict[str, Any] = {"steps": 2, "lr": 0.1, "beyond": "saved"}
+EVALUATED: dict[str, Any] = {"examples": 7, "lr": 0.1, "beyond": "evaluation"}
+"""Seven rows in batches of two: the last batch is not full, which tells means of batches apart."""
+
 
 def policy_case(name: str, asked: str, micro: int = 2, accumulation: int = 4, ranks: int = 1, **options: Any) -> dict:
     """A case of an objective that the options choose."""
@@ -50,8 +68,25 @@ def optimizer(case: dict, parameters: Any) -> Any:
     import torch
 
     if case["optimizer"] == "adamw":
-        return torch.optim.AdamW(parameters, lr=case["lr"], betas=(0.0, 0.999), eps=case["eps"], weight_decay=0.0)
+        betas = tuple(case["betas"])
+        return torch.optim.AdamW(parameters, lr=case["lr"], betas=betas, eps=case["eps"], weight_decay=0.0)
     return torch.optim.SGD(parameters, lr=case["lr"])
+
+
+def all_steps(case: dict) -> int:
+    """Optimizer steps of all epochs of a case: those of its schedule, though it may stop earlier."""
+    window = case["micro_batch"] * case["accumulation"] * case["ranks"]
+    return case["epochs"] * -(-case["examples"] // window)
+
+
+def schedule(case: dict, optimizer: Any) -> Any:
+    """torch's schedule of the learning rate, as the case says: linear to zero after the last step, or constant."""
+    import torch
+
+    steps = all_steps(case)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: max(0.0, 1 - done / steps) if case["schedule"] == "linear" else 1.0
+    )
 
 
 def join_alone() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import _thence_rl as reinforcement
 from ._shared import advantages, policy_case, rewards
 
 STACK = "thence"
@@ -90,6 +91,7 @@ CASES: tuple[dict, ...] = (
         )
     ),
     policy_case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2) | _EDGE,
+    *reinforcement.CASES,
 )
 
 
@@ -106,6 +108,9 @@ def run(case: dict, session: Any) -> None:
         session.skip("thence has no label smoothing and keeps its weights in float32")
     ranks, device = start_ranks()
     loaded = _load(session, device)
+    if "policy" in case["options"]:
+        reinforcement.run(case, session, loaded, _make_trainer)
+        return
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
     _adapt(case, session, loaded.model)
     policy, ranks = _laid_out(case, loaded.model, ranks, device)

@@ -18,6 +18,10 @@ so what a loop trains depends on what its loss is divided by. Options:
 - ``replicas``: groups of ranks that each hold a whole copy (HSDP).
 - ``offload``: ``CPUOffloadPolicy``. On a CPU it moves nothing, so those cases say nothing of copies to and from a GPU.
 
+Cases that resume save by torch.distributed.checkpoint and load into a new model, optimizer and schedule; the position
+in the data is the loop's own, so those cases say nothing of it. What is saved is the whole state gathered by
+``get_model_state_dict``.
+
 Weights in float32 or bfloat16; arithmetic as the weights, or in bfloat16 by ``MixedPrecisionPolicy``. There is no
 shuffling and no schedule, and rows are padded; micro-batches are dealt to the ranks in turn. Where a rank has fewer
 micro-batches than another it makes passes with weight zero, since ranks gather weights together; the other two losses
@@ -30,12 +34,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import transformers as hf
-from ._shared import join_alone, optimizer
+from ._shared import RESUMED, SAVED, join_alone, optimizer, schedule
 
 STACK = "torch"
 PACKAGES = ("torch",)
 """transformers gives the model alone: its public reports would have nothing to do with what is found here."""
-AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "bfloat16", "autocast", "checkpointing"})
+AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "bfloat16", "autocast", "checkpointing", "resume", "saved"})
 
 
 def _case(name: str, ranks: int = 2, micro: int = 2, accumulation: int = 2, **fields: Any) -> dict:
@@ -69,6 +73,8 @@ CASES: tuple[dict, ...] = (
     _case("documented loop, 2 ranks, micro 2 x 2", loss="documented"),
     _case("clipped by the norm of the shard, 2 ranks", clip=CLIP, clip_by="shard", quick=True),
     _case("clipped by the norm of the shard, 4 ranks", 4, 2, 1, clip=CLIP, clip_by="shard"),
+    _case("resume, 2 ranks", accumulation=1, **RESUMED),
+    _case("what is saved, 2 ranks", accumulation=1, **SAVED),
 )
 
 
@@ -95,11 +101,75 @@ def run(case: dict, session: Any) -> None:
         session.skip("this loop has no passes for a rank without rows, and the others would wait for it")
     shard(model, case, options)
     steps = optimizer(case, model.parameters())
+    rates = schedule(case, steps)
     session.parameters(_whole(model))
-    for window in windows:
+    for number, window in enumerate(windows, start=1):
         train_window(model, steps, window, case, options, session)
+        rates.step()
+        if case["save_after"] == number:
+            save(model, steps, rates, session)
         if session.stepped(_whole(model)):
             break
+    if case["beyond"] == "saved":
+        session.saved(save_whole(model, session))
+    if case["beyond"] == "resume":
+        resume(case, session, windows, options)
+
+
+def save(model: Any, steps: Any, rates: Any, session: Any) -> None:
+    """Write a checkpoint as the tutorial of torch.distributed.checkpoint does: every rank its shards."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+    weights, moments = get_state_dict(model, steps)
+    save_shards({"model": weights, "optimizer": moments, "rates": rates.state_dict()}, checkpoint_id=_folder(session))
+
+
+def save_whole(model: Any, session: Any) -> str:
+    """Write the whole model, gathered, by the first rank; returns the folder."""
+    from pathlib import Path
+
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    folder = _folder(session)
+    Path(folder).mkdir(exist_ok=True)
+    if session.rank == 0:
+        save_file(whole, f"{folder}/model.safetensors")  # pyright: ignore
+    dist.barrier()
+    return folder
+
+
+def resume(case: dict, session: Any, windows: list, options: dict) -> None:
+    """Build everything anew, load the checkpoint, and train the windows that are left."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+    session.restart()
+    model = hf.load_model(case, session).train()
+    shard(model, case, options)
+    steps = optimizer(case, model.parameters())
+    rates = schedule(case, steps)
+    weights, moments = get_state_dict(model, steps)
+    found = {"model": weights, "optimizer": moments, "rates": rates.state_dict()}
+    load_shards(found, checkpoint_id=_folder(session))
+    set_state_dict(model, steps, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    rates.load_state_dict(found["rates"])
+    session.parameters(_whole(model))
+    for window in windows[case["save_after"] :]:
+        train_window(model, steps, window, case, options, session)
+        rates.step()
+        if session.stepped(_whole(model)):
+            break
+
+
+def _folder(session: Any) -> str:
+    """One folder for all ranks."""
+    from pathlib import Path
+
+    return str(Path(session.scratch).with_name("scratch-0") / "checkpoint")
 
 
 def shard(model: Any, case: dict, options: dict) -> None:

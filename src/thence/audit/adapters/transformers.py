@@ -1,7 +1,10 @@
 """Drives ``transformers.Trainer`` from 4.45 on, on the probe's rows (input_ids, labels) with a padding collator.
 
 Switched off: shuffling (a sequential sampler; accelerate still deals its batches to the ranks), clipping unless the
-case asks for it, warm-up, decay of the learning rate, logging and saving. Ranks talk over gloo.
+case asks for it, warm-up, decay of the learning rate, logging and saving. Cases that resume keep the Trainer's own
+shuffling and a linear decay, save by `save_steps` and go on by `resume_from_checkpoint` in a new Trainer; `save_model`
+and `evaluate` are called after the steps. Option ``reports`` names the mean that the evaluation is known to report.
+Ranks talk over gloo.
 
 Limits: the Trainer has no packing. It decides itself what becomes of an incomplete window and of batches that do not
 divide by the ranks; the adapter leaves that as it is.
@@ -11,11 +14,29 @@ from __future__ import annotations
 
 import inspect
 import os
+from pathlib import Path
 from typing import Any
+
+from ._shared import EVALUATED, RESUMED, SAVED
 
 STACK = "transformers"
 PACKAGES = ("transformers", "accelerate", "torch")
-AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "bfloat16", "autocast", "checkpointing", "label_smoothing"})
+AXES = frozenset(
+    {
+        "ranks",
+        "incomplete",
+        "epochs",
+        "adamw",
+        "bfloat16",
+        "autocast",
+        "checkpointing",
+        "label_smoothing",
+        "resume",
+        "saved",
+    }
+)
+REPORTS = "row-weighted-batch-mean"
+"""The mean that the Trainer's evaluation reports, in all versions: it repeats a batch's mean loss once a row."""
 CASES: tuple[dict, ...] = (
     {
         "name": "2 ranks, average_tokens_across_devices off",
@@ -25,6 +46,10 @@ CASES: tuple[dict, ...] = (
         "options": {"average_tokens_across_devices": False},
         "extra": True,
     },
+    {"name": "resume in the second epoch", "micro_batch": 2, "accumulation": 2, **RESUMED, "save_after": 4},
+    {"name": "resume, 2 ranks", "micro_batch": 2, "accumulation": 1, "ranks": 2, **RESUMED},
+    {"name": "what is saved, 2 ranks", "micro_batch": 2, "accumulation": 1, "ranks": 2, **SAVED},
+    {"name": "evaluation in batches of 2", **EVALUATED, "options": {"reports": REPORTS}},
 )
 
 
@@ -43,21 +68,23 @@ def run(case: dict, session: Any) -> None:
     import transformers
     from torch.utils.data import SequentialSampler
 
-    model = load_model(case, session)
-    arguments = build(transformers.TrainingArguments, settings(case, session), case["options"], session)
-
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_: Any, **__: Any):
             return SequentialSampler(self.train_dataset)  # pyright: ignore
 
-    trainer = InOrder(
-        model=model,
-        args=arguments,
-        train_dataset=session.rows(),
-        data_collator=padding_collator(model.config.pad_token_id),
-        callbacks=[watch_steps(session, model)],
-    )
-    train(trainer, model, session)
+    options = {name: value for name, value in case["options"].items() if name != "reports"}
+
+    def make(model: Any, callback: Any):
+        return (transformers.Trainer if case["beyond"] == "resume" else InOrder)(
+            model=model,
+            args=build(transformers.TrainingArguments, settings(case, session), options, session),
+            train_dataset=session.rows(),
+            eval_dataset=session.rows(),
+            data_collator=padding_collator(model.config.pad_token_id),
+            callbacks=[callback],
+        )
+
+    act(case, session, make)
 
 
 def quiet() -> None:
@@ -92,11 +119,11 @@ def settings(case: dict, session: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": case["accumulation"],
         "num_train_epochs": case["epochs"],
         "learning_rate": case["lr"],
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": case["schedule"],
         "warmup_steps": 0,
         "optim": "adamw_torch" if adamw else "sgd",
-        "adam_beta1": 0.0,
-        "adam_beta2": 0.999,
+        "adam_beta1": case["betas"][0],
+        "adam_beta2": case["betas"][1],
         "adam_epsilon": case["eps"],
         "weight_decay": 0.0,
         "max_grad_norm": case["clip"],
@@ -110,7 +137,9 @@ def settings(case: dict, session: Any) -> dict[str, Any]:
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
         "logging_strategy": "no",
-        "save_strategy": "no",
+        "save_strategy": "steps" if case["beyond"] == "resume" else "no",
+        "save_steps": case["save_after"] or 500,
+        "per_device_eval_batch_size": case["micro_batch"],
         "report_to": "none",
         "disable_tqdm": True,
         "seed": 0,
@@ -147,11 +176,44 @@ def padding_collator(pad: int):
     return collate
 
 
-def watch_steps(session: Any, model: Any):
-    """A callback that keeps the parameters after each optimizer step and ends training when the case has its steps."""
+def act(case: dict, session: Any, make: Any) -> None:
+    """Let a Trainer do what the case looks at.
+
+    Args:
+        make: model, callback -> the Trainer; called again where a case resumes, as a new process would.
+    """
+    model = load_model(case, session)
+    trainer = make(model, watch_steps(session, model))
+    train(trainer, model, session)
+    if case["beyond"] == "saved":
+        trainer.save_model(str(Path(session.scratch) / "model"))
+        if session.rank == 0:
+            session.saved(Path(session.scratch) / "model")
+    elif case["beyond"] == "evaluation":
+        session.evaluation()
+        session.evaluated(trainer.evaluate()["eval_loss"])
+    elif case["beyond"] == "resume":
+        session.restart()
+        model = load_model(case, session)
+        session.watch(model)
+        again = make(model, watch_steps(session, model, loaded=True))
+        folder = Path(session.scratch).with_name("scratch-0") / f"checkpoint-{case['save_after']}"
+        again.train(resume_from_checkpoint=str(folder))
+
+
+def watch_steps(session: Any, model: Any, loaded: bool = False):
+    """A callback that keeps the parameters after each optimizer step and ends training when the case has its steps.
+
+    Args:
+        loaded: also keep them when training begins, after a checkpoint was loaded.
+    """
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any):
+            if loaded:
+                session.parameters(model)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any):
             if session.stepped(model):
                 control.should_training_stop = True

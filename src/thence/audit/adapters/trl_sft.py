@@ -18,6 +18,7 @@ import os
 from typing import Any
 
 from . import transformers as hf
+from ._shared import EVALUATED, RESUMED
 
 STACK = "trl"
 PACKAGES = ("trl", "transformers", "accelerate", "datasets", "torch")
@@ -44,6 +45,8 @@ CASES: tuple[dict, ...] = (
     },
     {"name": "loss type dft", "options": {"loss_type": "dft"}, "extra": True},
     {"name": "loss type chunked_nll", "options": {"loss_type": "chunked_nll"}},
+    {"name": "resume in the second epoch", "micro_batch": 2, "accumulation": 2, **RESUMED, "save_after": 4},
+    {"name": "evaluation in batches of 2", **EVALUATED, "options": {"reports": hf.REPORTS}},
 )
 
 
@@ -61,7 +64,7 @@ def run(case: dict, session: Any) -> None:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
-    options = dict(case["options"])
+    options = {name: value for name, value in case["options"].items() if name != "reports"}
     layout = options.pop("layout", "chat-prompt-completion")
     if "loss_type" in options:
         require_choice(SFTConfig, "loss_type", options["loss_type"], session)
@@ -71,21 +74,22 @@ def run(case: dict, session: Any) -> None:
     if case["packing"]:
         # A row of this length holds all examples: fewer than the probe's model can see.
         options.setdefault("max_length", 512)
-    arguments = hf.build(SFTConfig, wanted, options, session)
-    model = hf.load_model(case, session)
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any):
             return SequentialSampler(self.train_dataset)  # pyright: ignore
 
-    trainer = InOrder(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(session.rows(layout)),
-        callbacks=[hf.watch_steps(session, model)],
-        **{tokenizer_argument(SFTTrainer): AutoTokenizer.from_pretrained(session.model)},
-    )
-    hf.train(trainer, model, session)
+    def make(model: Any, callback: Any):
+        return (SFTTrainer if case["beyond"] == "resume" else InOrder)(
+            model=model,
+            args=hf.build(SFTConfig, wanted, options, session),
+            train_dataset=Dataset.from_list(session.rows(layout)),
+            eval_dataset=Dataset.from_list(session.rows(layout)) if case["beyond"] == "evaluation" else None,
+            callbacks=[callback],
+            **{tokenizer_argument(SFTTrainer): AutoTokenizer.from_pretrained(session.model)},
+        )
+
+    hf.act(case, session, make)
 
 
 def tokenizer_argument(trainer: Any) -> str:

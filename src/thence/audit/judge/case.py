@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts
-from thence.audit.judge.evidence import Evidence, said_policy
-from thence.audit.judge.walk import NotJudged, Walk
+from thence.audit.judge.evaluation import judge_evaluation
+from thence.audit.judge.evidence import Evidence, NotJudged, said_policy
+from thence.audit.judge.resume import judge_resume
+from thence.audit.judge.saved import judge_saved
+from thence.audit.judge.walk import Walk
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
 from thence.audit.solve.gradients import Differentiator
@@ -51,16 +54,13 @@ class Judge:
     @classmethod
     def of_probe(cls, probe: Probe) -> Judge:
         """The judge of a probe in its folder."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
         ids = vocabulary()
         known = []
         for example, (row, labels) in zip(probe.examples, probe.rows, strict=True):
             prompt = tuple(ids[c] for c in example.prompt)
             response = tuple(ids[c] for c in example.response)
             known.append(KnownExample(prompt, response, row, labels))
-        judge = cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge = cls(probe_model(probe), known, list(ids), ids["<|pad|>"], ids["<|end|>"])
         judge._probe = probe
         return judge
 
@@ -73,12 +73,14 @@ class Judge:
         case = observed.case
         if observed.status != "done":
             return CaseResult(case, observed.status, observed.reason, seconds=observed.seconds)  # pyright: ignore
-        states, findings = load_states(observed.folder, len(observed.records))
-        if not states:
-            return CaseResult(case, "failed", "the adapter kept no parameters", seconds=observed.seconds)
         said: dict[str, Any] = {}
         for record in observed.records:
             said |= record["said"]
+        if case.beyond:
+            return self._beyond(observed, said)
+        states, findings = load_states(observed.folder, len(observed.records))
+        if not states:
+            return CaseResult(case, "failed", "the adapter kept no parameters", seconds=observed.seconds)
         try:
             policy = said_policy(said)
         except UserError as error:
@@ -104,6 +106,16 @@ class Judge:
         result = judge.case(case, evidence)
         return replace(result, findings=(*findings, *result.findings), seconds=observed.seconds)
 
+    def _beyond(self, observed: Observation, said: Mapping[str, Any]) -> CaseResult:
+        """Judge a case that looks at something else than the weights of its steps."""
+        if observed.case.beyond == "saved":
+            return judge_saved(self, observed, said)
+        try:
+            judge = self.with_adapters(said["lora"]) if "lora" in said else self
+            return (judge_resume if observed.case.beyond == "resume" else judge_evaluation)(judge, observed)
+        except UserError as error:
+            return CaseResult(observed.case, "not judged", str(error), seconds=observed.seconds)
+
     def with_adapters(self, said: Mapping[str, Any]) -> Judge:
         """The judge of the same probe with LoRA adapters in the model.
 
@@ -122,6 +134,12 @@ class Judge:
             judge.trains = add_adapters(judge.model, said)
             self._adapted[key] = judge
         return self._adapted[key]
+
+    def beside(self, model: nn.Module) -> Judge:
+        """A judge of the same examples with another model, such as this one's with an adapter in it."""
+        judge = Judge(model, self.known, self.texts, self.pad, self.end)
+        judge.updates = self.updates
+        return judge
 
     def case(self, case: Case, evidence: Evidence) -> CaseResult:
         """Judge the steps of a case, in order, up to the first that cannot be judged.
@@ -185,6 +203,13 @@ class Judge:
         if key not in self._solvers:
             self._solvers[key] = StepSolver(Differentiator(self.model, names, temperature), regression)
         return self._solvers[key]
+
+
+def probe_model(probe: Probe) -> nn.Module:
+    """The probe's model as it lies in its folder, with attention that has a plain backward."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
 
 
 def _unique(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from thence.audit.result import CaseResult
 
-NEVER = (
-    "resuming from a checkpoint: optimizer state, data position, schedule",
-    "what is saved beside the weights of the step, and the trainer's own evaluation",
-    "GPU kernels, real data, long runs",
-)
+NEVER = ("GPU kernels, real data, long runs",)
 """No case of any matrix looks at these."""
+BEYOND: Mapping[str, str] = {
+    "resume": "resuming from a checkpoint (optimizer state, data position, schedule)",
+    "saved": "what is saved",
+    "evaluation": "the trainer's own evaluation",
+}
+"""In words, by ``Case.beyond``."""
 
 
 def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -19,8 +21,9 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
     sound = [case for case in cases if case.status == "judged" and case.steps and not case.faults]
     yes: list[str] = []
     no: list[str] = []
+    past, unseen = _beyond(cases)
     if not sound:
-        return (), ()
+        return (tuple(past), tuple(unseen)) if past else ((), ())
     yes.append(f"token weights of the first step: {_cases(sound)}")
     yes.append("every parameter with a gradient moved")
     agree = [case for case in sound if case.cut is not None]
@@ -44,10 +47,27 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
         "learning rate or optimizer are not known, or the step clips: a constant factor would not show",
     )  # fmt: skip
     _sort(yes, no, "packed rows", [c for c in sound if c.case.packing], "no case with packing was judged")
+    no += dict.fromkeys(line for case in sound for step in case.steps for line in step.unseen)
     narrow = [c for c in sound if c.case.precision != "float32"]
     _sort(yes, no, "bfloat16", narrow, "no case in bfloat16 was judged")
     policy_yes, policy_no = _policy(sound)
-    return (*yes, *policy_yes), (*no, *policy_no, *NEVER)
+    return (*yes, *policy_yes, *past), (*no, *policy_no, *unseen, *NEVER)
+
+
+def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
+    """A line each on resuming, saving and evaluating."""
+    yes: list[str] = []
+    no: list[str] = []
+    for kind, words in BEYOND.items():
+        tried = [case for case in cases if case.case.beyond == kind and case.status != "skipped"]
+        sound = [case for case in tried if case.status == "judged" and not case.faults]
+        if not tried:
+            no.append(f"{words}: no case looked at it")
+        elif len(sound) < len(tried):
+            no.append(f"{words}: {'a fault was found' if any(case.faults for case in tried) else tried[0].reason}")
+        else:
+            yes.append(f"{words}: {sound[0].said}" + (f"; {_cases(sound)}" if len(sound) > 1 else ""))
+    return yes, no
 
 
 def _policy(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:

@@ -23,6 +23,7 @@ class Rollout:
         truncated: cut at the length limit, so it has no end token.
         environment: places in the response that the policy did not write (tool output), counted from its first token.
         sampler: log-probabilities that the sampling engine gave for the response's tokens, nats; empty: none given.
+        demonstration: written by an expert, not sampled.
     """
 
     reward: float
@@ -31,6 +32,7 @@ class Rollout:
     truncated: bool = False
     environment: tuple[int, ...] = ()
     sampler: tuple[float, ...] = ()
+    demonstration: bool = False
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Rollout:
@@ -93,6 +95,10 @@ class PolicyStep:
         for i, rollout in enumerate(self.rollouts[e] for e in self.example):
             found |= (self.row == i) & np.isin(self.place, rollout.environment)
         return found
+
+    def demonstrated(self) -> np.ndarray:
+        """Which rows are demonstrations, shape (S,), bool."""
+        return np.array([self.rollouts[e].demonstration for e in self.example], bool)
 
     def truncated(self) -> np.ndarray:
         """Which rows were cut at the length limit, shape (S,), bool."""

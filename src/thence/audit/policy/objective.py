@@ -37,6 +37,7 @@ class PolicyObjective:
             ``k3`` exp(-d) - 1 + d; ``full``: exact, over the whole vocabulary.
         kl_in: ``loss``: a term of its own, differentiated; ``reward``: kl times the estimator, summed over the
             response, is taken from the reward before advantages are made.
+        kl_ratio: the KL is multiplied by the ratio, which is differentiated too (DeepSeek-V3.2, arXiv 2512.02556).
         entropy: coefficient of the entropy of the distributions that predict the trained tokens.
         temperature: logits are divided by it in every log-probability.
         correction: of the difference between the engine that sampled and the trainer, by
@@ -48,6 +49,15 @@ class PolicyObjective:
         longest: constant of a constant divisor, tokens.
         truncated: whether responses that were cut at the length limit ``train`` or are a ``mask`` of zeros (DAPO's
             overlong filtering). They take part in the advantages of their group either way.
+        demonstration: surrogate of demonstrations, with p their tokens' probability: ``likelihood`` log p (SFT),
+            ``probability`` p (mixed policy), ``shape`` p / (p + gamma) (LUFFY, arXiv 2504.14945 eq. 8),
+            ``uncertain`` log p times the detached p (1 - p) (CHORD-phi, arXiv 2508.11408); they have no ratio, no clip
+            and no correction.
+        demonstration_weight: its coefficient.
+        demonstration_advantage: whether it is multiplied by the advantage.
+        gamma: of the shaping.
+        own_weight: coefficient of all other responses.
+        compared: rewards that a group's baseline and standard deviation are made of: ``all`` or the policy's ``own``.
         counted: tokens that the normaliser counts: of ``all`` rows, or of rows whose weights are not all zero
             (``informative``: no masked response, no group of equal rewards).
     """
@@ -64,6 +74,7 @@ class PolicyObjective:
     kl: float = 0.0
     estimator: Literal["k1", "k2", "k3", "full"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    kl_ratio: bool = False
     entropy: float = 0.0
     temperature: float = 1.0
     correction: Literal["none", "truncate", "mask"] = "none"
@@ -74,6 +85,12 @@ class PolicyObjective:
     longest: float = 0.0
     truncated: Literal["train", "mask"] = "train"
     counted: Literal["all", "informative"] = "all"
+    demonstration: Literal["likelihood", "probability", "shape", "uncertain"] = "likelihood"
+    demonstration_weight: float = 1.0
+    demonstration_advantage: bool = False
+    gamma: float = 0.1
+    own_weight: float = 1.0
+    compared: Literal["all", "own"] = "all"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> PolicyObjective:

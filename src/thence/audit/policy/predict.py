@@ -42,8 +42,15 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
     advantage = row_advantages(step, asked) if other.advantage is None else other.advantage
     trained = trained_tokens(step, asked) if other.trained is None else other.trained
     acting = advantage[step.row] * surrogate_slope(step, asked, advantage, trained) * correction(step, asked, trained)
+    shown = step.demonstrated()[step.row]
+    if shown.any():
+        acting = np.where(shown, demonstration_weights(step, asked, advantage), asked.own_weight * acting)
     if asked.kl and asked.kl_in == "loss" and asked.estimator != "full":
-        acting = acting - asked.kl * kl_slope(step.logp - step.reference, asked.estimator)
+        apart = step.logp - step.reference
+        slope = kl_slope(apart, asked.estimator)
+        if asked.kl_ratio:
+            slope = np.exp(log_ratios(step, asked, trained)) * (slope + kl_value(apart, asked.estimator))
+        acting = acting - asked.kl * slope
     return np.where(trained, normals(step, asked, other)[step.row] * acting, 0.0)
 
 
@@ -104,12 +111,16 @@ def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.nd
     mine = whole & (group[:, None] == group)
     none = np.zeros_like(mine)
     others = mine & ~np.eye(len(reward), dtype=bool)
+    if asked.compared == "own":
+        own = np.array([not rollout.demonstration for rollout in rollouts])
+        mine, whole = mine & own, whole & own
+        others = others & own
     base = {"group": mine, "batch": whole, "leave-one-out": others, "none": none}[asked.baseline]
     value = reward - (base @ reward) / np.maximum(base.sum(1), 1)
     if asked.scale == "none":
         return value
     over = mine if asked.scale == "group" else whole
-    size = over.sum(1)
+    size = np.maximum(over.sum(1), 1)
     apart = (reward[None, :] - (over @ reward / size)[:, None]) ** 2
     squares = (apart * over).sum(1)
     freedom = np.where(size > 1, size - 1, 1) if asked.bessel else size
@@ -123,6 +134,19 @@ def log_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) ->
         lengths = np.maximum(np.bincount(step.row[trained], minlength=step.rows), 1)
         log_ratio = (step.sums(np.where(trained, log_ratio, 0.0)) / lengths)[step.row]
     return np.clip(log_ratio, -LIMIT, LIMIT)
+
+
+def demonstration_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray) -> np.ndarray:
+    """What acts on tokens of demonstrations before the normaliser, shape (T,)."""
+    p = np.exp(step.logp)
+    slope = {
+        "likelihood": np.ones_like(p),
+        "probability": p,
+        "shape": asked.gamma * p / (p + asked.gamma) ** 2,
+        "uncertain": p * (1 - p),
+    }[asked.demonstration]
+    factor = advantage[step.row] if asked.demonstration_advantage else 1.0
+    return asked.demonstration_weight * factor * slope
 
 
 def surrogate_slope(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray) -> np.ndarray:

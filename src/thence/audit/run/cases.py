@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from thence.audit.adapters._shared import EVALUATED, RESUMED, SAVED
 from thence.audit.result import Case
 from thence.errors import UserError
 
@@ -17,6 +18,9 @@ AXES = {
     "packing": "rows laid end to end",
     "checkpointing": "activation checkpointing",
     "label_smoothing": "label smoothing",
+    "resume": "a checkpoint from which training starts again",
+    "saved": "a model that it saves",
+    "evaluation": "an evaluation of its own that reports a loss",
 }
 """What a stack may have or lack; an adapter names those it has in ``AXES``."""
 
@@ -42,6 +46,9 @@ def matrix() -> list[tuple[str | None, Case]]:
         ("label_smoothing", Case("label smoothing 0.1, micro 2 x 4", 2, 4, label_smoothing=0.1)),
         ("bfloat16", Case("bfloat16, micro 2 x 4", 2, 4, precision="bfloat16")),
         ("autocast", Case("bfloat16 autocast, micro 2 x 4", 2, 4, precision="autocast")),
+        ("resume", Case("resume after 2 of 5 steps", 2, 2, **RESUMED)),
+        ("saved", Case("what is saved after 2 steps", 2, 2, **SAVED)),
+        ("evaluation", Case("evaluation in batches of 2", 2, 4, **EVALUATED)),
     ]
 
 
@@ -52,13 +59,16 @@ def cases_for(
 
     Args:
         axes: what the stack has, keys of :data:`AXES`.
-        own: the stack's own cases, run after the common ones.
+        own: the stack's own cases, run after the common ones; one with the name of a common one takes its place.
         quick: the four that matter most, and those of the stack's own that are marked so.
         extra: also those of the stack's own that nobody has by default.
     """
-    have = set(axes)
+    have, own = set(axes), tuple(own)
+    names = {case.name for case in own}
     chosen = [
-        (case, "" if axis is None or axis in have else f"this stack lacks {AXES[axis]}") for axis, case in matrix()
+        (case, "" if axis is None or axis in have else f"this stack lacks {AXES[axis]}")
+        for axis, case in matrix()
+        if case.name not in names
     ]
     chosen += [(case, "") for case in own if extra or not case.extra]
     return [(case, reason) for case, reason in chosen if case.quick or not quick]

@@ -3,7 +3,8 @@
 This file runs where thence is not installed. It needs the standard library, torch and safetensors, no more.
 
 For every case it writes a folder: `rank-R/step-K.safetensors` (the parameters after K optimizer steps, float32 or as
-they are), and `rank-R/record.json` (rows that went forward, what the adapter said, how it ended).
+they are), and `rank-R/record.json` (rows that went forward, what the adapter said, how it ended). A case that starts
+again from a checkpoint has `resumed-K.safetensors` too, and one that saves or evaluates `saved.safetensors`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Session:
         Path(self.scratch).mkdir(exist_ok=True)
         self._data = job["data"]
         self.record: dict = {"forwards": [], "said": {}, "frozen": [], "steps": 0, "status": "running"}
+        self.record["trained_mode"] = False  # whether a module was in training mode while it was evaluated
         self._handles: list = []
+        self._run = "step"
 
     def data(self, layout: str) -> str:
         """Path of the probe's data: ``rows`` (input_ids, labels), ``messages``, ``prompt-completion`` (text with the
@@ -67,13 +70,14 @@ class Session:
         return [json.loads(line) for line in Path(self.data(layout)).read_text(encoding="utf-8").splitlines()]
 
     def watch(self, model) -> None:
-        """Note the inputs of every forward pass of ``model`` that builds a graph. Call it once, on the module whose
-        forward gets ``input_ids``."""
+        """Note the inputs of every forward pass of ``model`` that builds a graph, and of the others while a case
+        evaluates. Call it once, on the module whose forward gets ``input_ids``."""
         import torch
 
-        def before(_module, args, kwargs):
-            if not torch.is_grad_enabled():
+        def before(module, args, kwargs):
+            if not torch.is_grad_enabled() and self._run != "evaluation":
                 return
+            self.record["trained_mode"] |= self._run == "evaluation" and module.training
             names = ("input_ids", "attention_mask", "position_ids")
             seen = dict(zip(names, args, strict=False)) | kwargs
             self.forward(seen.get("input_ids"), seen.get("attention_mask"), seen.get("position_ids"))
@@ -90,10 +94,11 @@ class Session:
             return value if value and isinstance(value[0], list) else [value]
 
         mask = plain(attention_mask)
-        if mask is not None and isinstance(mask[0][0], list):
-            mask = None
+        whole = mask is not None and isinstance(mask[0][0], list)
+        mask = None if whole else mask
         entry = {"step": self.record["steps"], "input_ids": plain(input_ids), "attention_mask": mask}
         entry["position_ids"] = plain(position_ids)
+        entry |= {"run": self._run, "whole_mask": whole}
         self.record["forwards"].append(entry)
 
     def parameters(self, named_tensors) -> None:
@@ -109,7 +114,7 @@ class Session:
         state = {}
         for name, tensor in named_tensors:
             state[clean_name(name)] = torch.as_tensor(tensor).detach().to("cpu").contiguous().clone()
-        save_file(state, str(self.folder / f"step-{self.record['steps']}.safetensors"))
+        save_file(state, str(self.folder / f"{self._run}-{self.record['steps']}.safetensors"))
 
     def stepped(self, named_tensors) -> bool:
         """Count an optimizer step and keep the parameters after it. Returns whether the case has had its steps."""
@@ -121,6 +126,31 @@ class Session:
     def done(self) -> bool:
         """Whether the case has had its steps."""
         return self.record["steps"] >= self.case["steps"]
+
+    def restart(self) -> None:
+        """Begin the second run of a case that resumes, which starts from what was saved after ``save_after`` steps of
+        the first. Build everything anew, load it, and call :meth:`parameters` before the next step."""
+        self.unwatch()
+        seed_everything(1)  # a new process has nothing left of the first one's random state
+        self._run, self.record["steps"] = "resumed", self.case["save_after"]
+
+    def saved(self, saved) -> None:
+        """Keep what the stack saved after the last step: a folder or file (safetensors, or torch's own), or pairs of
+        name and whole tensor. Every rank may call it; the first rank's is judged."""
+        from safetensors.torch import save_file
+
+        pairs = read_saved(Path(saved)) if isinstance(saved, str | os.PathLike) else dict(saved)
+        state = {clean_name(name): tensor.detach().to("cpu").clone().contiguous() for name, tensor in pairs.items()}
+        save_file(state, str(self.folder / "saved.safetensors"))
+
+    def evaluation(self) -> None:
+        """Begin the trainer's own evaluation: from here on every forward pass is noted."""
+        self._run = "evaluation"
+
+    def evaluated(self, loss: float) -> None:
+        """Keep the loss that the evaluation reports, nats."""
+        self.record["loss"] = float(loss)
+        self._run = "step"
 
     def stop(self):
         """Leave the stack's loop. Raises StopCase."""
@@ -135,10 +165,15 @@ class Session:
         """Leave this case out, by name. Raises SkipCase."""
         raise SkipCase(reason)
 
-    def close(self) -> None:
-        """Write the record, and end the watching."""
+    def unwatch(self) -> None:
+        """End the watching."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+
+    def close(self) -> None:
+        """Write the record, and end the watching."""
+        self.unwatch()
         path = self.folder / "record.json"
         path.write_text(json.dumps(self.record), encoding="utf-8")
 
@@ -151,6 +186,38 @@ def write_first(source: Path, target: Path, examples: int) -> None:
     else:
         text = "\n".join(text.splitlines()[:examples]) + "\n"
     target.write_text(text, encoding="utf-8")
+
+
+def read_saved(path: Path) -> dict:
+    """All tensors of a file or of a model's folder. Raises FileNotFoundError if there are none."""
+    import torch
+    from safetensors.torch import load_file
+
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        files = sorted(path.glob("*model*.bin")) or sorted(path.glob("*.pt"))
+    if not files:
+        raise FileNotFoundError(f"nothing was saved in {path}")
+    state: dict = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            state |= load_file(str(file))
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            state |= {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return state
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random numbers of Python, torch and, where it is loaded, numpy."""
+    import random
+
+    import torch
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 def clean_name(name: str) -> str:
@@ -196,15 +263,10 @@ def versions(packages) -> dict[str, str]:
 
 def run_case(adapter, case: dict, job: dict) -> None:
     """Run one case and write its record, whatever happens."""
-    import random
-
-    import torch
-
     out = Path(job["out"]) / case["folder"]
     session = Session(case, job, out)
     start = time.monotonic()
-    torch.manual_seed(0)
-    random.seed(0)
+    seed_everything(0)
     try:
         adapter.run(case, session)
         session.record["status"] = "done"

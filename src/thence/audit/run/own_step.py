@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from thence.audit.judge.case import Judge
-from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.evidence import UNEXPLAINED, Evidence
 from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
+from thence.audit.run.repeat import random_step
+from thence.audit.run.watch import OptimizerWatch
 from thence.audit.solve.probe import LENGTHS
 from thence.audit.solve.sequences import KnownExample
 from thence.errors import UserError
@@ -124,19 +126,36 @@ def _one(
     cut: bool,
     lr: float | None,
 ) -> CaseResult:
+    arguments = {"micro_batch": case.micro_batch, "accumulation": case.accumulation} if cut else {}
+
+    def run(own: nn.Module) -> None:
+        step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
+
     own = copy.deepcopy(model)
     before = state_of(own)
     begun = time.monotonic()
-    arguments = {"micro_batch": case.micro_batch, "accumulation": case.accumulation} if cut else {}
+    watch = OptimizerWatch(own, before)
     try:
-        step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
+        with watch:
+            run(own)
     except Exception as error:
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
     frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
-    evidence = Evidence([before, state_of(own)], pieces=pieces, scale_known=lr is not None, frozen=frozen)
+    after = state_of(own)
+    if new := sorted(set(after) - set(before)):
+        reason = (
+            f"the step puts parameters into the model that were not there before ({new[0]} ...), such as adapters; put "
+            "them in first, and give that model to check"
+        )
+        return CaseResult(case, "not judged", reason, seconds=seconds)
+    evidence = Evidence(
+        [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen, seen=watch.seen(after)
+    )
     result = judge.case(case, evidence)
+    if result.status == "not judged" and UNEXPLAINED in result.reason:
+        result = replace(result, reason=random_step(result.reason, run, model, own, (before, after)))
     return replace(result, seconds=seconds)
 
 

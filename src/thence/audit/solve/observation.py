@@ -42,11 +42,17 @@ class ForwardRow:
     rank: int
 
 
-def forward_rows(records: Sequence[Mapping[str, Any]], step: int, pad: int) -> list[ForwardRow]:
-    """The rows of all ranks that went forward after ``step`` optimizer steps and before the next."""
+def forward_rows(records: Sequence[Mapping[str, Any]], step: int, pad: int, run: str = "step") -> list[ForwardRow]:
+    """The rows of all ranks that went forward after ``step`` optimizer steps and before the next.
+
+    Args:
+        run: ``step``; ``resumed``: of the run that started again; ``evaluation``.
+    """
     rows = []
     for rank, record in enumerate(records):
-        forwards = [f for f in record["forwards"] if f["step"] == step and f["input_ids"]]
+        forwards = [
+            f for f in record["forwards"] if f["step"] == step and f["input_ids"] and f.get("run", "step") == run
+        ]
         for micro_batch, forward in enumerate(forwards):
             for index, ids in enumerate(forward["input_ids"]):
                 mask = forward["attention_mask"]
@@ -64,12 +70,19 @@ def forward_rows(records: Sequence[Mapping[str, Any]], step: int, pad: int) -> l
     return rows
 
 
-def load_states(folder: Path, ranks: int) -> tuple[list[dict[str, Tensor]], list[Finding]]:
-    """Parameters before and after each step from rank 0, and what there is to say if ranks differ."""
+def load_states(
+    folder: Path, ranks: int, run: str = "step", first: int = 0
+) -> tuple[list[dict[str, Tensor]], list[Finding]]:
+    """Parameters before and after each step from rank 0, and what there is to say if ranks differ.
+
+    Args:
+        run: as in :func:`forward_rows`.
+        first: the step before which the run starts.
+    """
     from safetensors.torch import load_file
 
     states, findings = [], []
-    while (path := folder / "rank-0" / f"step-{len(states)}.safetensors").exists():
+    while (path := folder / "rank-0" / f"{run}-{first + len(states)}.safetensors").exists():
         state = load_file(str(path))
         for rank in range(1, ranks):
             other = folder / f"rank-{rank}" / path.name
@@ -78,7 +91,7 @@ def load_states(folder: Path, ranks: int) -> tuple[list[dict[str, Tensor]], list
             theirs = load_file(str(other))
             apart = [n for n in state if n in theirs and not (state[n] == theirs[n]).all()]
             if apart and not findings:
-                detail = f"after step {len(states)}, rank {rank} differs from rank 0 in {len(apart)} parameters"
+                detail = f"after step {first + len(states)}, rank {rank} differs from rank 0 in {len(apart)} parameters"
                 findings.append(Finding("ranks-differ", "fault", detail))
         states.append(state)
     return states, findings

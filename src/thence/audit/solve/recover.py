@@ -105,5 +105,9 @@ def rounding_noise(before: np.ndarray, after: np.ndarray, bits: int) -> float:
     change = np.linalg.norm(before - after)
     if change == 0:
         return float("inf")
-    spacing = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(after), 1e-30))) - bits)
-    return float(np.linalg.norm(spacing) / np.sqrt(12) / change)
+    return float(np.linalg.norm(spacing_of(after, bits)) / np.sqrt(12) / change)
+
+
+def spacing_of(values: np.ndarray, bits: int) -> np.ndarray:
+    """Distance to the next number that ``bits`` of mantissa can hold, shaped like ``values``."""
+    return 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 1e-30))) - bits)

@@ -176,6 +176,8 @@ def _stepless(result: CaseResult) -> dict[str, Any]:
         "case": result.case.name,
         "settings": case_settings(result.case),
         "bad": bool(faults(result)),
+        "good": bool(result.case.beyond) and not faults(result),
+        "said": result.said or "no step",
         "findings": [(f.kind, title(f), f.detail) for f in result.all_findings],
     }
 

@@ -1,0 +1,50 @@
+"""Resuming, saving and evaluating under audit: each mistake of a plain loop is named, a right loop is not accused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit import beyond_adapter
+from thence.audit import Report, audit_stack
+from thence.audit.judge.scope import BEYOND
+from thence.audit.result import CaseResult
+
+ADAPTER = str(Path(__file__).with_name("beyond_adapter.py"))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return audit_stack(ADAPTER, only=["resume", "saved", "evaluation"])
+
+
+def results(report: Report, right: bool) -> list[CaseResult]:
+    return [result for result in report.cases if (" wrong: " not in result.case.name) == right]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", beyond_adapter.FOUND)
+def test_every_mistake_beyond_the_step_has_its_name(report: Report, kind: str) -> None:
+    wrong = [result for result in results(report, right=False) if result.case.beyond == kind]
+    found = {result.case.options["wrong"]: {f.id for f in result.faults} for result in wrong}
+    assert found == {mistake: {name} for mistake, name in beyond_adapter.FOUND[kind].items()}, str(report)
+    assert report.verdict.exit_code == 1
+
+
+@pytest.mark.slow
+def test_a_loop_that_does_it_right_is_not_accused_and_the_report_says_what_was_verified(report: Report) -> None:
+    for result in results(report, right=True):
+        assert (result.status, result.all_findings) == ("judged", ()), str(report)
+
+
+def test_resuming_saving_and_evaluating_are_verified_by_name() -> None:
+    clean = ["resume after 2", "what is saved after 2", "evaluation in batches"]
+    found = audit_stack(ADAPTER, only=clean)
+    assert found.verdict.exit_code == 0, str(found)
+    assert [line.split(":")[0] for line in found.verified] == list(BEYOND.values())
+    assert not set(BEYOND.values()) & {line.split(":")[0] for line in found.not_verified}
+    one = audit_stack(ADAPTER, only=[clean[1], "resume wrong: schedule"])
+    assert one.verdict.exit_code == 1 and "learning rate" in one.verdict.sentences[0]
+    assert "beyond-adapter does not resume as it should." in str(one)
+    assert [line.split(":")[0] for line in one.not_verified][:2] == [BEYOND["resume"], BEYOND["evaluation"]]
