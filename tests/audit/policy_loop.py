@@ -160,7 +160,7 @@ class Loop:
         return other[self.get("kl_in")] if self.mistake == "kl-place" else self.get("kl_in")
 
     def _estimator(self) -> str:
-        return {"kl-k1": "k1", "kl-k2": "k2", "kl-k3": "k3"}.get(self.mistake, self.get("estimator"))
+        return {"kl-k1": "k1", "kl-k2": "k2", "kl-k3": "k3"}.get(self.mistake) or self.get("estimator")
 
     def _surrogate(self, logp: Tensor, old: Tensor, mask: Tensor, advantage: float) -> Tensor:
         """To be maximised, of every token."""

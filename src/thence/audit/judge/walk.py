@@ -175,7 +175,7 @@ class Walk:
             try:
                 results, self.check = self._policy.finish()
             except UserError as error:
-                raise NotJudged(str(error)) from error
+                raise NotJudged(error.problem) from error
             self.results += results
 
     def _untouched(self, step: int, pieces: Sequence[Piece]) -> Finding | None:
