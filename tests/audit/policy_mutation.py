@@ -390,7 +390,7 @@ def _draw(draw: random.Random, fault: Fault | None) -> PolicyProbe:
     minis = draw.choice((1, 1, groups)) if has.WHOLE not in wants else 1
     generations = fault.needs.generations if fault is not None else draw.choice((1, 1, 2))
     least = fault.needs.steps if fault is not None else 1
-    if generations > 1 and minis == 1 and fault is not None and fault.name == "old-stale":
+    if generations > 1 and minis == 1 and fault is not None and fault.name in ("old-stale", "kl-to-old"):
         minis = groups
     iterations = 1 if generations > 1 else max(draw.choice((1, 2, 3)), -(-least // minis))
     count = size * groups * generations
