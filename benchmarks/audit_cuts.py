@@ -23,13 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import thence  # noqa: E402
-from tests.audit.homemade import OPTIMIZERS, HomeMade  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tests.audit.homemade import HomeMade  # noqa: E402  # pyright: ignore[reportMissingImports]
 from tests.tiny_model import make_tiny_model  # noqa: E402  # pyright: ignore[reportMissingImports]
 from thence.audit import random_rows  # noqa: E402
 from thence.audit.judge.cuts import difference, first_update  # noqa: E402
+from thence.audit.judge.walk import MANTISSA  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "audit-cuts.json"
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "mistral", "olmo2", "gemma2", "phi3", "gpt_neox", "granite")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "mistral", "olmo2", "gemma2", "gemma", "gpt_neox", "granite")
+OPTIMIZERS = (
+    "adamw", "sgd", "momentum", "adamw-linear", "adam-decayed", "adafactor", "rmsprop", "adagrad", "lion",
+)  # fmt: skip
 CUTS = ((2, 4), (1, 8))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUGS: dict[str, dict[str, Any]] = {
@@ -89,7 +93,7 @@ def apart(step: HomeMade, family: str, dtype: torch.dtype, seed: int) -> dict[st
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         step(model, rows, micro_batch, accumulation)
         after = {name: p.detach().clone() for name, p in model.named_parameters()}
-        updates.append(first_update(before, after, range(8), 0.0, precision))
+        updates.append(first_update(before, after, range(8), 0.0, precision, MANTISSA[str(dtype)]))
     found = [difference(updates[0], other) for other in updates[1:]]
     worst = max(found, key=lambda comparison: comparison.share)
     return {"measure": worst.measure, "share": round(worst.share, 7), "allowed": worst.allowed}

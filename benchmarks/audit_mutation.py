@@ -3,7 +3,7 @@
     python benchmarks/audit_mutation.py [--probes 50] [--clean 500] [--seed 0] [--only NAME ... [--add]]
 
 Writes docs/evidence/audit-mutation.json and prints the table; with ``--add`` only the rows of these faults are new.
-About a quarter of a second a probe on one core.
+About a quarter of a second a probe on one core; of reinforcement learning one to three seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,31 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import thence  # noqa: E402
-from tests.audit import mutation  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tests.audit import mutation, policy_mutation  # noqa: E402  # pyright: ignore[reportMissingImports]
 from thence.faults.catalogue import FAULTS, Fault  # noqa: E402
 
+
+@dataclass(frozen=True)
+class Kind:
+    """Probes of supervised steps, or of reinforcement learning.
+
+    Args:
+        made: the module that draws and judges them.
+        of_rollouts: whether its faults are those of reinforcement learning.
+        clean: what ``--only`` calls its clean probes.
+        title: of their row.
+    """
+
+    made: Any
+    of_rollouts: bool
+    clean: str
+    title: str
+
+
+KINDS = (
+    Kind(mutation, False, "clean", "none: the clean step"),
+    Kind(policy_mutation, True, "clean-rl", "none: the clean steps of RL"),
+)
 EVIDENCE = ROOT / "docs" / "evidence" / "audit-mutation.json"
 
 
@@ -40,12 +63,13 @@ def main() -> int:
     torch.set_num_threads(1)
     print(f"{'fault':28}{'named':>12}{'seconds':>10}  what the audit said (times)")
     rows = []
-    wanted: list[Fault | None] = [None, *FAULTS.values()]
-    for fault in wanted:
-        if arguments.only is not None and (fault.name if fault else "clean") not in arguments.only:
-            continue
-        rows.append(measure(fault, arguments.probes if fault else arguments.clean, arguments.seed))
-        print(line(rows[-1]), flush=True)
+    for kind in KINDS:
+        wanted: list[Fault | None] = [None, *(f for f in FAULTS.values() if bool(f.needs.features) == kind.of_rollouts)]
+        for fault in wanted:
+            if arguments.only is not None and (fault.name if fault else kind.clean) not in arguments.only:
+                continue
+            rows.append(measure(kind, fault, arguments.probes if fault else arguments.clean, arguments.seed))
+            print(line(rows[-1]), flush=True)
     if arguments.only is None:
         EVIDENCE.write_text(json.dumps(evidence(arguments, rows), indent=1) + "\n", encoding="utf-8")
     elif arguments.add:
@@ -53,12 +77,12 @@ def main() -> int:
     return 0 if all(row["right"] == row["probes"] for row in rows) else 1
 
 
-def measure(fault: Fault | None, count: int, seed: int) -> dict[str, Any]:
+def measure(kind: Kind, fault: Fault | None, count: int, seed: int) -> dict[str, Any]:
     """One line of the table; the clean step is right where nothing at all is found."""
     start, right, wrong = time.perf_counter(), 0, []
     ids: collections.Counter[str] = collections.Counter()
-    for number, probe in enumerate(mutation.probes(fault, count, seed)):
-        result = mutation.judge_probe(probe, [fault.name] if fault else [])
+    for number, probe in enumerate(kind.made.probes(fault, count, seed)):
+        result = kind.made.judge_probe(probe, [fault.name] if fault else [])
         found = sorted(finding.id for finding in result.all_findings if finding.kind != "choice")
         ids.update(found or ([result.status] if result.status != "judged" else []))
         judged = result.status == "judged"
@@ -67,7 +91,7 @@ def measure(fault: Fault | None, count: int, seed: int) -> dict[str, Any]:
         if not good:
             wrong.append({"probe": number, "status": result.status, "reason": result.reason, "findings": found})
     return {
-        "fault": fault.name if fault else "none: the clean step",
+        "fault": fault.name if fault else kind.title,
         "title": fault.title if fault else "",
         "finds": fault.finds if fault else (),
         "probes": count,

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tests.audit.optimizers import OPTIMIZERS
+
 Rows = Sequence[dict[str, list[int]]]
 FAR = -1e9
-
-
-class Lion(torch.optim.Optimizer):
-    """The first step of Lion (arXiv 2302.06675): the sign of the gradient."""
-
-    def __init__(self, parameters: list[Any], lr: float = 1e-3):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
-
-
-OPTIMIZERS: Mapping[str, Callable[[list[Any]], Any]] = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
-    "adamw-linear": lambda parameters: torch.optim.AdamW(
-        parameters, lr=1e3, betas=(0.0, 0.999), eps=1e4, weight_decay=0.0
-    ),
-    "adam-decayed": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1),
-    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3),
-    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
-    "lion": Lion,
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +56,7 @@ class HomeMade:
 
     def __call__(self, model: Any, rows: Rows, micro_batch: int, accumulation: int) -> None:
         """One step."""
-        optimizer = OPTIMIZERS[self.optimizer](list(model.parameters()))
+        optimizers = OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
         micro_batches = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
         counted = [[self._labels(row) for row in micro] for micro in micro_batches]
         tokens = sum(label != -100 for micro in counted for row in micro for label in row[1:])
@@ -93,23 +66,24 @@ class HomeMade:
             scale = len(micro_batches) if self.scale == "accumulation" else self.scale
             (loss * scale * (self.times if index else 1.0)).backward()
             if self.lost == "last" and index + 1 < len(micro_batches):
-                optimizer.zero_grad()
+                model.zero_grad()
             if self.lost == "first" and index == 0:
                 kept = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
             if self.every:
-                self._step(model, optimizer)
+                self._step(model, optimizers)
         if self.lost == "first":
             for parameter, gradient in zip(model.parameters(), kept, strict=True):  # pyright: ignore
                 parameter.grad = gradient
         if not self.every:
-            self._step(model, optimizer)
+            self._step(model, optimizers)
 
-    def _step(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, model: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         for name, parameter in model.named_parameters():
             if self.dropped and self.dropped in name:
                 parameter.grad = None
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
     def _labels(self, row: dict[str, list[int]]) -> list[int]:
         labels = list(row["input_ids"] if self.extra == "prompt" else row["labels"])

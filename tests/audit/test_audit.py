@@ -13,7 +13,8 @@ import torch
 
 from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
-from thence.audit.judge.verdict import judge_all, settle
+from thence.audit.judge.settle import settle
+from thence.audit.judge.verdict import judge_all
 from thence.audit.report import make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import ForwardRow
@@ -201,7 +202,7 @@ def test_no_step_and_a_foreign_update_are_verdicts_of_their_own(probe: Probe, ju
     }
     result = judge.case(case, Evidence([before, noise], pieces=judge.plan(case)))
     assert result.status == "not judged"
-    assert "residual" in result.reason
+    assert "of the update is unexplained" in result.reason
     report = make_report("x", [result], {}, "x", {}, 0.0)
     assert report.verdict.outcome == "cannot judge"
     assert report.verdict.exit_code == 2
@@ -313,7 +314,7 @@ def test_several_cases_settle_what_one_cannot_tell(probe: Probe, judge: Judge) -
     assert results[0].steps[0].objective == "sequence-mean"
     settled = settle(results)
     assert {case.steps[0].objective for case in settled} == {"micro-batch-mean"}
-    verdict = judge_all(settled, {"transformers": "4.45.2"})
+    verdict = judge_all(settled, {"transformers": "4.45.2"}, target="transformers")
     assert verdict.objective == "micro-batch-mean"
     assert verdict.exit_code == 1
     assert verdict.known and verdict.known[0].installed and "34191" in verdict.known[0].sources[0]

@@ -17,6 +17,8 @@ from thence.faults.catalogue import FAULTS
 
 PROBES = int(os.environ.get("THENCE_AUDIT_PROBES", "3"))
 SEED = int(os.environ.get("THENCE_AUDIT_SEED", "1"))
+SUPERVISED = [name for name, fault in FAULTS.items() if not fault.needs.features]
+"""Those of reinforcement learning are in ``test_policy_mutation.py``."""
 PAPER = ("first-and-last-only", "mean-of-means")
 
 
@@ -51,7 +53,7 @@ def test_nothing_is_found_in_the_clean_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_every_fault_is_named(name):
     check_named(name, PROBES)
 

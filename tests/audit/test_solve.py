@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thence.audit.judge.windows import planned_places
+from thence.audit.result import Case
 from thence.audit.run.cases import cases_for, matrix
+from thence.audit.run.runner import adapter_names, load_adapter
 from thence.audit.solve.observation import ForwardRow, forward_rows
 from thence.audit.solve.probe import LENGTHS, make_examples
 from thence.audit.solve.recover import LeastSquares, gradient_of_update
@@ -73,11 +78,36 @@ def test_a_stack_without_an_axis_has_its_cases_skipped_by_name() -> None:
     assert len({case.name for _, case in matrix()}) == len(matrix())
 
 
-def test_the_probe_tells_every_cut_apart() -> None:
-    """No two micro-batches, ranks or rows of a common cut hold equally many trained tokens."""
-    for size in (1, 2, 4):
-        groups = [sum(LENGTHS[i : i + size]) for i in range(0, 8, size)]
-        assert len(set(groups)) == len(groups)
+def token_counts(case: Case) -> list[list[int]]:
+    """Trained tokens of the micro-batches, accumulation steps and ranks of each step, and of the steps."""
+    found: list[list[int]] = []
+    steps: list[tuple[int, ...]] = []
+    for places in planned_places(case):
+        for key in (lambda m, r: (m, r), lambda m, r: m, lambda m, r: r):
+            sums: dict[object, int] = {}
+            for example, micro, rank in places:
+                sums[key(micro, rank)] = sums.get(key(micro, rank), 0) + LENGTHS[example]
+            found.append(list(sums.values()))
+        steps.append(tuple(sorted(example for example, _, _ in places)))
+    return [*found, [sum(LENGTHS[example] for example in step) for step in set(steps)]]
+
+
+def cuts() -> list[Case]:
+    """Every case of the matrix and of the adapters that come with thence."""
+    own = [case for name in adapter_names() for case in load_adapter(name).cases]
+    return [case for _, case in matrix()] + own
+
+
+def test_no_two_parts_of_a_cut_hold_token_counts_of_a_small_ratio() -> None:
+    """Or a mean of means would look like a token mean (1), or like rows that count twice (2), thrice (3) and so on."""
+    for case in cuts():
+        for counts in token_counts(case):
+            for a, b in itertools.combinations(sorted(counts), 2):
+                for ratio in (1, 3 / 2, 2, 3, 4):
+                    assert abs(b / a / ratio - 1) > 0.04, (case.name, a, b)
+
+
+def test_examples_have_the_lengths_of_the_probe_and_no_two_begin_alike() -> None:
     examples = make_examples()
     assert len({e.prompt[0] for e in examples}) == len(examples)
     assert [len(e.response) + 1 for e in examples] == list(LENGTHS)

@@ -123,9 +123,9 @@ def tried(report: Report) -> list[CaseResult]:
 
 
 def extremes(report: Report) -> dict[str, Extreme]:
-    """``smallest`` and ``largest`` ratio and ``lost`` share over the judged cases (those with a fault, if any)."""
-    faulty_steps = [(result.case.name, step) for result in faulty(report) for step in result.steps]
-    steps = faulty_steps or [(result.case.name, step) for result in judged(report) for step in result.steps]
+    """``smallest`` and ``largest`` ratio and ``lost`` share: of one step if there is a fault, else over all cases."""
+    faulted = step_of_the_verdict(report)
+    steps = [faulted] if faulted else [(result.case.name, step) for result in judged(report) for step in result.steps]
     if not steps:
         return {}
     least, most = min(steps, key=lambda s: s[1].smallest), max(steps, key=lambda s: s[1].largest)
@@ -137,10 +137,17 @@ def extremes(report: Report) -> dict[str, Extreme]:
     }
 
 
+def step_of_the_verdict(report: Report) -> tuple[str, StepResult] | None:
+    """The faulty step, with its case, of which all figures speak: that of the verdict's case with most lost."""
+    cases = [result for result in faulty(report) if result.case.name == report.verdict.case] or faulty(report)
+    steps = [(result.case.name, step) for result in cases for step in result.steps]
+    return max(steps, key=lambda pair: pair[1].lost, default=None)
+
+
 def step_with_most_lost(report: Report) -> StepResult | None:
     """The step of which the figure ``lost`` of :func:`extremes` speaks."""
-    steps = [step for result in faulty(report) for step in result.steps]
-    steps = steps or [step for result in judged(report) for step in result.steps]
+    faulted = step_of_the_verdict(report)
+    steps = [faulted[1]] if faulted else [step for result in judged(report) for step in result.steps]
     return max(steps, key=lambda step: step.lost, default=None)
 
 

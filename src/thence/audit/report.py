@@ -9,7 +9,8 @@ from typing import Any
 
 from thence import __version__
 from thence.audit.judge.scope import verified
-from thence.audit.judge.verdict import judge_all, not_told_apart, settle
+from thence.audit.judge.settle import settle
+from thence.audit.judge.verdict import judge_all, not_told_apart
 from thence.audit.result import AuditVerdict, CaseResult
 from thence.audit.solve.probe import Probe
 from thence.audit.text import report_text
@@ -87,7 +88,7 @@ def make_report(
         versions=versions,
         command=redacted(command),
         cases=tuple(cases),
-        verdict=judge_all(cases, versions, asked),
+        verdict=judge_all(cases, versions, asked, target),
         not_told_apart=not_told_apart(cases, reasons),
         probe=probe.describe() if isinstance(probe, Probe) else probe,
         thence=__version__,

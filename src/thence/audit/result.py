@@ -158,6 +158,8 @@ class StepResult:
         sequences: every row of the step.
         findings: what is to be said of this step.
         undetermined: response tokens whose gradients depend on those of others; they are taken to be as asked.
+        source: what the weights were read from: the update, its signs alone, or the gradients that the optimizer got.
+        unseen: what this step does not show, such as what the optimizer makes of the gradient, a line each.
     """
 
     index: int
@@ -175,6 +177,8 @@ class StepResult:
     sequences: tuple[SequenceWeights, ...]
     findings: tuple[Finding, ...] = ()
     undetermined: int = 0
+    source: Literal["update", "signs", "gradient"] = "update"
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,25 @@ class CutComparison:
 
 
 @dataclass(frozen=True)
+class PolicyCheck:
+    """What a case says of its policy objective.
+
+    Args:
+        settings: that were asked for, by name; None stands for infinity.
+        verified: parts of the objective of which any other setting that was tried would have given another update.
+        open: part -> a change of it that would have given the same updates, or why nothing was tried: not verified.
+        found: what is not as asked, in words; two sentences are true together.
+        others: further changes that explain the updates as well, in words.
+    """
+
+    settings: Mapping[str, Any]
+    verified: tuple[str, ...] = ()
+    open: Mapping[str, str] = field(default_factory=dict)
+    found: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """One case: its steps, or why there are none.
 
@@ -207,6 +230,7 @@ class CaseResult:
         seconds: wall time in the stack.
         cut: comparison with another cut of the same rows; None: there was none to compare with.
         said: of a case without steps (``Case.beyond``), what was seen, one clause.
+        policy: what was verified of a policy objective; None: supervised, or nothing but advantages was said.
     """
 
     case: Case
@@ -217,6 +241,7 @@ class CaseResult:
     seconds: float = 0.0
     cut: CutComparison | None = None
     said: str = ""
+    policy: PolicyCheck | None = None
 
     @property
     def faults(self) -> tuple[Finding, ...]:
@@ -258,6 +283,7 @@ class AuditVerdict:
         sentences: what is the case; then what it means for training.
         remedy: what to change; empty where nothing is wrong.
         known: public reports of the same fault.
+        case: name of the case whose figures the sentences give; empty: of all.
     """
 
     outcome: Outcome
@@ -266,6 +292,7 @@ class AuditVerdict:
     sentences: tuple[str, str]
     remedy: str = ""
     known: tuple[PublicReport, ...] = ()
+    case: str = ""
 
     @property
     def exit_code(self) -> int:

@@ -117,7 +117,7 @@ def case_line(result: CaseResult, *, names: int = _NAME) -> Text:
     note = "" if not many else (f" ({len(result.steps)} steps alike)" if not apart else " (step 1)")
     line.append_text(_step(result, result.steps[0], note, whole=True))
     for step in apart:
-        line.append(f"\n{'':{names - 6}}{f'step {step.index}':>8}  ")
+        line.append(f"\n{'':{max(names - 6, 0)}}{f'step {step.index}':>8}  ")
         line.append_text(_step(result, step, ""))
     return line
 

@@ -2,91 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from thence.errors import UserError
 from thence.faults import around, rows, weights
-from thence.faults.around import Link
-from thence.faults.cut import Change, Cut, CutPlan
+from thence.faults.cut import Cut
+from thence.faults.fault import Fault, Needs
+from thence.faults.policy_catalogue import POLICY_FAULTS
 
 PAPER = "arXiv 2604.23747"
 COUNTING = "the count of tokens is local: transformers before 4.46, OpenRLHF before 0.11"
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a window must have for a fault to show in its gradient.
-
-    Args:
-        micro_batches: of one rank, at least.
-        ranks: at least.
-        micro_batch: rows in one micro-batch, at least.
-        incomplete: fewer micro-batches than planned.
-        short: micro-batches with unequal numbers of rows.
-        steps: optimizer steps in a row.
-        advantages: weights that differ from row to row, some negative.
-        clip: a step whose gradient is clipped.
-    """
-
-    micro_batches: int = 1
-    ranks: int = 1
-    micro_batch: int = 1
-    incomplete: bool = False
-    short: bool = False
-    steps: int = 1
-    advantages: bool = False
-    clip: bool = False
-
-    def unmet(self, cut: Cut, clip_norm: float = 0.0) -> list[str]:
-        """What a cut lacks, in words; empty: the fault shows.
-
-        Args:
-            clip_norm: of the step; 0: nothing is clipped.
-        """
-        sizes = [len(cell) for cell in cut.micro_batches]
-        fewest = min((len(slots) for slots in cut.cells), default=0)
-        lacking = [
-            (fewest < self.micro_batches, f"{self.micro_batches} micro-batches a rank"),
-            (len(cut.shares) < self.ranks, f"{self.ranks} ranks with rows"),
-            (max(sizes, default=0) < self.micro_batch, f"{self.micro_batch} rows in a micro-batch"),
-            (self.incomplete and cut.slots >= cut.accumulation, "fewer micro-batches than planned"),
-            (self.short and len(set(sizes)) < 2, "micro-batches of unequal numbers of rows"),
-            (self.clip and not clip_norm, "a norm to clip at"),
-        ]  # fmt: skip
-        return [words for lacks, words in lacking if lacks]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A bug that can be switched on.
-
-    Args:
-        name: as in a recipe.
-        title: in a few words.
-        finds: findings of the audit that name it: at least one of them appears (keys of
-            ``thence.audit.judge.findings.CATALOGUE``).
-        also: further findings, of which one stands beside.
-        needs: what a window must have to show it.
-        source: where it was seen.
-        change: of rows and weights, before the step; or
-        wrap: what makes the link around the step, one for each :class:`~thence.faults.step.FaultyStep`.
-        outermost: whether the link goes around the changes of other faults too.
-        remembers: whether it carries something from step to step, which no checkpoint keeps.
-        unseen: whether the trainer's log shows the loss as if nothing were wrong: what goes missing is gradient.
-    """
-
-    name: str
-    title: str
-    finds: tuple[str, ...]
-    needs: Needs
-    source: str
-    change: Change | None = None
-    wrap: Callable[[CutPlan], Link] | None = None
-    also: tuple[str, ...] = ()
-    outermost: bool = False
-    remembers: bool = False
-    unseen: bool = False
 
 
 def _rows_of(cut: Cut) -> list[tuple[int, ...]]:
@@ -104,6 +29,10 @@ def _is_first(rank: int, slot: int, cut: Cut) -> bool:
     return slot == 0
 
 
+def _is_not_first(rank: int, slot: int, cut: Cut) -> bool:
+    return slot != 0
+
+
 def _is_first_or_last(rank: int, slot: int, cut: Cut) -> bool:
     return slot == 0 or weights.is_last(rank, slot, cut)
 
@@ -114,7 +43,7 @@ def _of_another_rank(rank: int, slot: int, cut: Cut) -> bool:
 
 _TWO = Needs(micro_batches=2)
 
-_ALL = (
+_OF_ROWS = (
     Fault(
         "window-mixed", "incomplete windows go into the next epoch's first step", ("window-mixed",),
         Needs(incomplete=True, steps=2), "a counter of micro-batches that runs on over the end of an epoch",
@@ -139,6 +68,13 @@ _ALL = (
     Fault(
         "first-missing", "first response token not trained", ("first-missing",), Needs(),
         "a mask shifted by one against the labels", rows.first_missing,
+    ),
+)  # fmt: skip
+
+_OF_WEIGHTS_AND_STEPS = (
+    Fault(
+        "responses-truncated", "responses trained up to half the longest one", ("tokens-dropped", "end-missing"),
+        Needs(), "a maximal length for training that is shorter than that for sampling", rows.responses_truncated,
     ),
     Fault(
         "advantage-std", "advantages divided by the group's standard deviation", ("advantage",),
@@ -195,6 +131,11 @@ _ALL = (
         "first-and-last-only", "first and last micro-batch only", ("first-and-last-only",), Needs(micro_batches=3),
         f"{PAPER}, the first of its two bugs: DeepSpeed before 0.19, ZeRO stage 2 with the optimizer on the CPU",
         weights.keeping(_is_first_or_last), unseen=True,
+    ),
+    Fault(
+        "first-micro-batch-lost", "first micro-batch lost", ("all-but-first",), Needs(micro_batches=3),
+        "gradients set to zero after the first backward of a step instead of before it",
+        weights.keeping(_is_not_first), unseen=True,
     ),
     Fault(
         "rank-missing", "the last rank's gradient is missing", ("rank-missing",), Needs(ranks=2),
@@ -266,6 +207,8 @@ _ALL = (
         "OpenRLHF 0.9.10 with fewer micro-batches than the engine counts", wrap=around.no_step,
     ),
 )  # fmt: skip
+
+_ALL = (*_OF_ROWS, *POLICY_FAULTS, *_OF_WEIGHTS_AND_STEPS)
 
 FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in _ALL}
 """In the order of application, which does not depend on the order of the names."""

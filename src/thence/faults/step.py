@@ -10,8 +10,9 @@ import torch
 
 from thence.errors import UserError
 from thence.faults.around import Call, Link, Proceed
-from thence.faults.catalogue import Fault, combine
+from thence.faults.catalogue import combine
 from thence.faults.cut import CutPlan, PolicyFacts, Window
+from thence.faults.fault import Fault
 from thence.objective import Batch, Logp, TokenStats, divisors, local_counts
 from thence.train.parallel import Ranks
 from thence.train.policy import Policy
@@ -49,7 +50,7 @@ class FaultyStep:
         self.plan = CutPlan(micro_batch, accumulation, ranks)
         self.constant_tokens = constant_tokens
         self.window: Window | None = None
-        faults = combine(names)
+        self._faults = faults = combine(names)
         self._changes = [(fault.change, fault.unseen) for fault in faults if fault.change is not None]
         self._links = [*_links(faults, self.plan, True), self._change, *_links(faults, self.plan, False)]
 
@@ -68,7 +69,7 @@ class FaultyStep:
             observe: called only while the rows and their trained tokens are those of ``batch``.
 
         Raises:
-            UserError: several real processes share the step.
+            UserError: several real processes share the step, or the batch lacks what a fault is about.
             StepRefused: as the clean step does.
         """
         if ranks.world > 1:
@@ -76,6 +77,14 @@ class FaultyStep:
                 "faults play all ranks in one process, but several processes share this step",
                 remedy="start a single process and give the number of ranks to the fault",
             )
+        for fault in self._faults:
+            lacking = fault.needs.lacking(batch)
+            if lacking:
+                raise UserError(
+                    f"{fault.name} is a fault of what this batch lacks: {lacking[0]}",
+                    remedy="take another fault, or a method that has it; docs/faults.md says what each needs",
+                    field="fault",
+                )
         call = Call(policy, optimizer, Window(batch, self.plan.cut(len(batch.rows))), ranks, settings, observe)
         return _proceed(self._links, self._clean, call)
 

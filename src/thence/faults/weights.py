@@ -47,10 +47,14 @@ def by_means(groups_of: Callable[[Cut], Sequence[Sequence[int]]]) -> Change:
     """
 
     def change(window: Window, policy: PolicyFacts) -> Window:
-        groups = groups_of(window.cut)
-        return replace(window, batch=_means(window.batch, groups, [1 / max(len(groups), 1)] * len(groups)))
+        return replace(window, batch=means_of_groups(window.batch, groups_of(window.cut)))
 
     return change
+
+
+def means_of_groups(batch: Batch, groups: Sequence[Sequence[int]]) -> Batch:
+    """The batch with the mean over these groups of rows of each group's own mean."""
+    return _means(batch, groups, [1 / max(len(groups), 1)] * len(groups))
 
 
 def sum_of_means(window: Window, policy: PolicyFacts) -> Window:

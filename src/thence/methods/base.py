@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
-from thence.objective import BareRow, Batch, Row, Term, trained_tokens
+from thence.objective import BareRow, Batch, Row, Sampled, Term, trained_tokens
 from thence.objective.terms import needs_behaviour
 from thence.settings.section import Section
 from thence.settings.validation import validated
@@ -303,6 +303,7 @@ def make_rows(
     *,
     old: Sequence[Tensor] | None = None,
     reference: Sequence[Tensor] | None = None,
+    sampled: Sequence[Sampled] | None = None,
 ) -> list[Row]:
     """Trajectories and their weights as rows of a batch.
 
@@ -313,6 +314,7 @@ def make_rows(
             sampled, shape (n,) each; None: it has not moved since. A replay has its own instead. Rows have them only
             where a term is a ratio to that policy.
         reference: the same under the reference policy of a KL term.
+        sampled: how each response came about, for faults.
 
     Raises:
         UserError: see :func:`laid_out`.
@@ -321,7 +323,9 @@ def make_rows(
     for i, (trajectory, given) in enumerate(zip(trajectories, weights, strict=True)):
         bare, weight = bare_row(trajectory), laid_out(terms, given, len(trajectory.response_ids))
         behaviour = behaviour_of(trajectory, None if old is None else old[i]) if ratio else None
-        rows.append(Row(bare.token_ids, bare.trained, weight, behaviour, None if reference is None else reference[i]))
+        theirs = None if reference is None else reference[i]
+        facts = None if sampled is None else sampled[i]
+        rows.append(Row(bare.token_ids, bare.trained, weight, behaviour, theirs, facts))
     return rows
 
 

@@ -3,6 +3,7 @@
 from thence.objective.advantages import group_advantages
 from thence.objective.fused import Head, TokenInputs, TokenStats, logits_of, objective, token_statistics
 from thence.objective.kl import kl_estimate
+from thence.objective.sampled import Generation, Sampled
 from thence.objective.surrogates import (
     Clip,
     Context,
@@ -23,6 +24,7 @@ __all__ = [
     "Clip",
     "Context",
     "Entropy",
+    "Generation",
     "Head",
     "Logp",
     "NegativeKl",
@@ -30,6 +32,7 @@ __all__ = [
     "Prob",
     "Ratio",
     "Row",
+    "Sampled",
     "Shape",
     "ShapeRatio",
     "Surrogate",

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thence.objective.sampled import Sampled
 from thence.objective.surrogates import Clip, NegativeKl, Ratio, ShapeRatio, Surrogate
 
 
@@ -66,11 +67,13 @@ class Row(BareRow):
         behaviour: log-probabilities of the trained tokens under the behaviour policy, shape (n,), or None where the
             policy has not moved since sampling.
         reference: the same under the reference policy of a KL term.
+        sampled: how its response came about, for faults; no step looks at it.
     """
 
     weights: Tensor
     behaviour: Tensor | None = None
     reference: Tensor | None = None
+    sampled: Sampled | None = None
 
     @property
     def n_trained(self) -> int:

@@ -160,8 +160,8 @@ def step_of(name: str, stage: Optimization) -> TakeStep:
 
     Raises:
         UserError: an unknown fault.
-        RecipeError: a fault that no checkpoint could resume, or that changes nothing because nothing is clipped, or a
-            batch that cannot be cut as it says.
+        RecipeError: a fault that no checkpoint could resume, or that changes nothing because nothing is clipped or the
+            stage has not what it is a fault of, or a batch that cannot be cut as it says.
     """
     if stage.fault is None:
         return train_step
@@ -177,6 +177,13 @@ def step_of(name: str, stage: Optimization) -> TakeStep:
                 f"{fault.name} is a way of clipping, and nothing is clipped: clip_norm is 0",
                 remedy=f"set {name}.clip_norm, or leave the fault out",
                 field=f"{name}.clip_norm",
+            )
+        lacking = fault.needs.stage_lacks(stage) if isinstance(stage, Rl) else [f.words for f in fault.needs.features]
+        if lacking:
+            raise RecipeError(
+                f"{fault.name} is a fault of what this stage lacks: {lacking[0]}",
+                remedy="take another fault, or change the stage; docs/faults.md says what each fault needs",
+                field=f"{name}.fault",
             )
     rows = stage.batch if isinstance(stage, Sft) else 0
     if isinstance(stage, Rl):

@@ -14,6 +14,7 @@ from thence.objective import BareRow, Batch, Entropy, NegativeKl, Term
 from thence.objective.terms import needs_behaviour
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
+from thence.pipeline.sampled import sampled_of
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
 from thence.train.policy import Scorer
@@ -51,6 +52,9 @@ class Update:
         old, reference = self._old_logps(trajectories, bare, parts), self._reference_logps(bare)
         whole = None if method.uses_facts or method.uses_old else method.weigh(trajectories)
         trust = self._importance_weights(trajectories, bare)
+        sampled = None
+        if self.stage.fault is not None:
+            sampled = sampled_of(method, trajectories, old, trust, self.stage.importance_bound)
         for number, part in enumerate(parts):
             chosen = [trajectories[i] for i in part]
             if whole is None:
@@ -64,7 +68,14 @@ class Update:
                 facts, weights = [], [whole[i] for i in part]
             if trust is not None:
                 weights = [trusted(method.terms, w, trust[i]) for i, w in zip(part, weights, strict=True)]
-            rows = make_rows(method.terms, chosen, weights, old=_of(old, part), reference=_of(reference, part))
+            rows = make_rows(
+                method.terms,
+                chosen,
+                weights,
+                old=_of(old, part),
+                reference=_of(reference, part),
+                sampled=None if sampled is None else [sampled[i] for i in part],
+            )
             batch = Batch(method.terms, tuple(rows), temperature)
             metrics.weighed(batch, chosen)
             report = trainer.step(batch, observe=metrics.observer(chosen, rows))

@@ -6,8 +6,10 @@ averages over the other: an engine that does so gives the token mean exactly. A 
 of windows is left out: the engine knows of no epoch, so what happened at its end would be this loop's doing.
 
 Options: ``stage`` 0 to 3; ``offload`` "none" or "cpu" (the optimizer's state and step); ``accumulation_by`` "config"
-(``gradient_accumulation_steps``) or "hand" (1 in the configuration, several backward calls, the boundary set by
-``set_gradient_accumulation_boundary``, as accelerate does).
+(``gradient_accumulation_steps``), "hand" (1 in the configuration, several backward calls, the boundary set by
+``set_gradient_accumulation_boundary``, as accelerate does) or "never" (the same, and no boundary set); ``loss``
+"summed" (as above) or "model" (the mean that the model returns, so that the engine takes a mean of micro-batch means);
+``grad_accum_dtype`` "fp32", "bf16" or "" (the engine's choice).
 
 The optimizer is torch's SGD or AdamW given to the engine, so no extension is compiled; there is no schedule and no
 shuffling, and clipping is as the case says (its default differs between versions). Everything runs on the CPU
@@ -27,12 +29,33 @@ STACK = "deepspeed"
 PACKAGES = ("deepspeed", "transformers", "torch")
 AXES = frozenset({"ranks", "adamw", "bfloat16", "epochs", "checkpointing"})
 
-DEFAULTS = {"stage": 2, "offload": "cpu", "accumulation_by": "config"}
+DEFAULTS = {"stage": 2, "offload": "cpu", "accumulation_by": "config", "loss": "summed", "grad_accum_dtype": ""}
 """What the common cases run with: ZeRO 2 with the optimizer on the CPU is what most people set who offload at all."""
 
 
-def _case(name, stage=2, offload="cpu", by="config", **fields):
-    return {"name": name, "options": {"stage": stage, "offload": offload, "accumulation_by": by}, **fields}
+def _case(name, stage=2, offload="cpu", by="config", also=(), **fields):
+    options = {"stage": stage, "offload": offload, "accumulation_by": by, **dict(also)}
+    return {"name": name, "options": options, **fields}
+
+
+def _never_set(name, stage, offload="cpu"):
+    """One micro-batch in the configuration, four backward calls and no boundary set: a plain torch loop.
+
+    The engine takes every backward for the last one of a step, so nobody should do this; an engine that throws
+    gradients away or carries them into the next step does not say so.
+    """
+    name = f"{name}, boundary never set, two steps, micro 1 x 4"
+    return _case(name, stage, offload, "never", micro_batch=1, steps=2, lr=0.1, extra=True)
+
+
+def _models_loss(name, stage, offload="cpu", **fields):
+    """The loss that the model returns, as tutorials hand it over; the engine takes the mean of what it is given."""
+    return _case(name, stage, offload, also={"loss": "model"}, asked="micro-batch-mean", **fields)
+
+
+def _summed_in(name, stage, offload="cpu", dtype="fp32", **fields):
+    """Weights in bfloat16, gradients added up in ``dtype``."""
+    return _case(name, stage, offload, also={"grad_accum_dtype": dtype}, precision="bfloat16", **fields)
 
 
 CASES = (
@@ -55,6 +78,26 @@ CASES = (
     _case("ZeRO 3, three steps, micro 1 x 4", 3, "none", micro_batch=1, epochs=2, steps=3, lr=0.1),
     _case("ZeRO 2, offload cpu, bfloat16, three steps, micro 1 x 4", micro_batch=1, epochs=2, steps=3, lr=0.1,
           precision="bfloat16"),
+    _never_set("ZeRO 0", 0, "none"),
+    _never_set("ZeRO 1", 1, "none"),
+    _never_set("ZeRO 2", 2, "none"),
+    _never_set("ZeRO 3", 3, "none"),
+    _never_set("ZeRO 1, offload cpu", 1),
+    _never_set("ZeRO 2, offload cpu", 2),
+    _never_set("ZeRO 3, offload cpu", 3),
+    _models_loss("ZeRO 0, the model's own loss, micro 2 x 4", 0, "none"),
+    _models_loss("ZeRO 2, the model's own loss, micro 2 x 4", 2, "none", quick=True),
+    _models_loss("ZeRO 2, offload cpu, the model's own loss, micro 2 x 4", 2),
+    _models_loss("ZeRO 3, the model's own loss, micro 2 x 4", 3, "none"),
+    _models_loss("ZeRO 2, the model's own loss, micro 4 x 1, 2 ranks", 2, "none", micro_batch=4, accumulation=1,
+                 ranks=2),
+    _summed_in("ZeRO 0, bfloat16, grad_accum_dtype bf16, micro 2 x 4", 0, "none", "bf16"),
+    _summed_in("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 1, "none"),
+    _summed_in("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 2, "none"),
+    _summed_in("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype fp32, micro 2 x 4", 2),
+    _summed_in("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype bf16, micro 2 x 4", 2, "cpu", "bf16"),
+    _summed_in("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 1 x 4, 2 ranks", 1, "none", micro_batch=1, ranks=2),
+    _summed_in("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 1 x 4, 2 ranks", 2, "none", micro_batch=1, ranks=2),
 )  # fmt: skip
 
 
@@ -97,12 +140,12 @@ def run(case, session) -> None:
     rows = session.rows()
     if len(rows) % (case["micro_batch"] * case["accumulation"] * case["ranks"]):
         session.skip("the engine knows of no end of the data: a window that is not full is the loop's affair")
-    options = DEFAULTS | dict(case["options"])
+    options = case["options"]
     model = AutoModelForCausalLM.from_pretrained(session.model, torch_dtype=torch.float32)
     model.train()
     if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    by_hand = options["accumulation_by"] == "hand"
+    by_hand = options["accumulation_by"] != "config"
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer(case, model.parameters()), config=_config(case, options, by_hand)
     )
@@ -111,7 +154,7 @@ def run(case, session) -> None:
     try:
         session.parameters(_full_parameters(engine, options["stage"]))
         for window in _windows(case, rows):
-            _train_window(engine, window, session, by_hand)
+            _train_window(engine, window, session, options)
             if session.stepped(_full_parameters(engine, options["stage"])):
                 break
     finally:
@@ -127,7 +170,9 @@ def _config(case, options, by_hand) -> dict:
         # The default would leave the probe's small parameters unsharded.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 100_000}
     accumulation = 1 if by_hand else case["accumulation"]
+    types = {"data_types": {"grad_accum_dtype": options["grad_accum_dtype"]}} if options["grad_accum_dtype"] else {}
     return {
+        **types,
         "train_micro_batch_size_per_gpu": case["micro_batch"],
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": case["micro_batch"] * accumulation * case["ranks"],
@@ -149,18 +194,27 @@ def _windows(case, rows):
     return [turns[at : at + accumulation] for at in range(0, len(turns), accumulation)]
 
 
-def _train_window(engine, window, session, by_hand) -> None:
+def _train_window(engine, window, session, options) -> None:
     """The backward passes of one optimizer step, and the step."""
+    by = options["accumulation_by"]
     trained = sum(label != -100 for turn in window for batch in turn for row in batch for label in row["labels"][1:])
     # By hand the engine knows of one micro-batch and divides by nothing.
-    scale = session.ranks * (1 if by_hand else len(window)) / trained
+    scale = session.ranks * (len(window) if by == "config" else 1) / trained
     for number, turn in enumerate(window, start=1):
         last = number == len(window)
-        if by_hand:
+        if by == "hand":
             engine.set_gradient_accumulation_boundary(is_boundary=last)
-        engine.backward(_summed_loss(engine, turn[session.rank]) * scale)
-        if last or not by_hand:
+        if options["loss"] == "model":
+            engine.backward(_own_loss(engine, turn[session.rank]) / (1 if by == "config" else len(window)))
+        else:
+            engine.backward(_summed_loss(engine, turn[session.rank]) * scale)
+        if last or by == "config":
             engine.step()
+
+
+def _own_loss(engine, rows):
+    """The loss that a Hugging Face model returns by itself: the mean over the trained tokens of its micro-batch."""
+    return engine(**padding_collator(0)(rows), use_cache=False).loss
 
 
 def _summed_loss(engine, rows):

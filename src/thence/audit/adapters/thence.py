@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import _thence_rl as reinforcement
 from . import _thence_runs
 from ._shared import RESUMED, SAVED, advantages, policy_case, rewards
 
@@ -101,6 +102,7 @@ CASES: tuple[dict, ...] = (
     policy_case("LoRA, resume", "token-mean", 2, 2, **_LORA) | RESUMED,
     policy_case("LoRA, what is saved merged", "token-mean", 2, 2, **_LORA) | SAVED,
     policy_case("what is saved, 2 ranks", "token-mean", 2, 1, 2) | SAVED,
+    *reinforcement.CASES,
 )
 
 
@@ -120,6 +122,9 @@ def run(case: dict, session: Any) -> None:
         return
     ranks, device = start_ranks()
     loaded = _load(session, device)
+    if "policy" in case["options"]:
+        reinforcement.run(case, session, loaded, _make_trainer)
+        return
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
     _adapt(case, session, loaded.model)
     policy, ranks = _laid_out(case, loaded.model, ranks, device)

@@ -9,10 +9,11 @@ that puts the examples next to each other.
 Options, beside any argument of ``GRPOConfig``: ``num_generations`` (default 4), ``loss_type`` (default dapo),
 ``scale_rewards`` (default group). The advantages that these ask for are computed here from the rewards.
 
-Switched off: KL penalty, clipping unless the case asks for it, temperature, warm-up, logging and saving. The first
-update of a generation batch is on-policy, so the clipped ratio is one and all loss types are plain policy gradients
-that differ in their normaliser. For ``cispo`` that takes ``epsilon_high`` above one (TRL's documentation says 5): its
-default, 0.2, is an upper bound of the ratio itself there and makes every update a fifth of what it should be.
+Switched off unless the case asks for them: KL penalty, temperature, gradient clipping, warm-up, logging and saving.
+The first update of a generation batch is on-policy, so the clipped ratio is one and all loss types are plain policy
+gradients that differ in their normaliser. For ``cispo`` that takes ``epsilon_high`` above one (TRL's documentation says
+5): its default, 0.2, is an upper bound of the ratio itself there and makes every update a fifth of what it should be.
+Cases with several updates on a generation batch are in ``_trl_rl.py``.
 """
 
 # pyright: reportMissingImports=false
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from . import _trl_rl as reinforcement
 from . import transformers as hf
 from . import trl_sft as sft
 from ._shared import advantages, policy_case, rewards
@@ -52,6 +54,7 @@ CASES: tuple[dict, ...] = (
     policy_case("dapo, rewards not scaled", "token-mean", scale_rewards="none"),
     policy_case("dapo, three steps, micro 2 x 2", "token-mean", accumulation=2) | {"epochs": 2, "steps": 3, "lr": 0.1},
     policy_case("dapo, one generation for two steps", "constant-divisor", micro=1, steps_per_generation=8),
+    *reinforcement.CASES,
 )
 
 
@@ -72,7 +75,11 @@ def run(case: dict, session: Any) -> None:
     _check(case, options, batch, session)
     sft.require_choice(GRPOConfig, "loss_type", options["loss_type"], session)
     given = rewards(case["examples"])
-    _say(given, options, batch, session)
+    if "policy" in options:
+        reinforcement.say(case, session, given, session.rows(), options["num_generations"])
+    else:
+        _say(given, options, batch, session)
+    options = {name: value for name, value in options.items() if name not in reinforcement.STRANGERS}
     options["scale_rewards"] = _scaling(GRPOConfig, options["scale_rewards"], session)
     wanted = hf.settings(case, session) | {
         "max_completion_length": COMPLETION_LIMIT,
@@ -80,17 +87,20 @@ def run(case: dict, session: Any) -> None:
         "beta": 0.0,
         "num_iterations": 1,
     }
+    if "policy" in case["options"]:
+        wanted["num_train_epochs"] = 1  # a case's epochs are the passes over a generation
     arguments = hf.build(GRPOConfig, wanted, options, session)
     tokenizer = AutoTokenizer.from_pretrained(session.model)
     model = hf.load_model(case, session)
     rows = session.rows()
     model.generate = _answer(rows, tokenizer.pad_token_id)  # pyright: ignore
+    engine = _engine(case, rows, session, GRPOTrainer)
     prompts = [row["prompt"] for row in session.rows("chat-prompt-completion")]
 
     class SideBySide(GRPOTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any):
             per_generation = getattr(self.args, "steps_per_generation", None) or case["accumulation"]
-            return _order(len(rows), batch, per_generation)
+            return _order(len(rows), batch, per_generation * getattr(self.args, "num_iterations", 1))
 
     trainer = SideBySide(
         model=model,
@@ -101,8 +111,22 @@ def run(case: dict, session: Any) -> None:
         ),
         callbacks=[hf.watch_steps(session, model)],
         **{sft.tokenizer_argument(GRPOTrainer): tokenizer},
+        **engine,
     )
+    reinforcement.plug_in(trainer, case)
     hf.train(trainer, model, session)
+
+
+def _engine(case: dict, rows: list[dict], session: Any, kind: Any) -> dict[str, Any]:
+    """The argument of GRPOTrainer with the stand-in for the engine, where a case needs more than completions."""
+    import inspect
+
+    options = case["options"]
+    if not any(options.get(name) for name in (reinforcement.SAMPLER, reinforcement.ENVIRONMENT)):
+        return {}
+    if "rollout_func" not in inspect.signature(kind).parameters:
+        session.skip("this version of TRL has no rollout_func")
+    return {"rollout_func": reinforcement.Engine(case, rows, getattr(session, "told", lambda logps: None))}
 
 
 def _generation_batch(case: dict, options: dict[str, Any]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,3 +69,80 @@ def followed(
         detail = f"{len(moved)} of {len(frozen)} frozen parameters ({', '.join(moved[:3])}) are not those of the probe"
         findings.append(Finding("frozen-moved", "fault", detail))
     return [{name: state[name] for name in parameters if name in trained} for state in states], findings
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a folder with a LoRA adapter says of the step that made it.
+
+    Args:
+        model: the probe's model with such an adapter in it.
+        before, after: parameters of the adapter around the step, by name in that model.
+    """
+
+    model: nn.Module
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+ASSUMED = (
+    "the weights under the adapter: the program saved the adapter alone, and they are taken to be the probe's",
+    "the adapter's first factor before the step: it is taken from the saved file, since it has no gradient while the "
+    "second factor is zero",
+)
+"""What an adapter's folder does not show."""
+
+
+def saved_adapter(model: nn.Module, folder: Path) -> SavedAdapter:
+    """Read an adapter that one optimizer step has made, and work out where it began.
+
+    A LoRA adapter begins with one factor drawn at random and the other zero. The random one has no gradient in the
+    first step, so it is saved as it began; everything else begins as peft makes it.
+
+    Args:
+        model: the probe's model; becomes part of the result.
+        folder: with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        UserError: peft is not installed, or the adapter is not LoRA, begins elsewhere, or does not fit the model.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            "the program saved an adapter, and adapters are judged with the package peft, which is not installed",
+            remedy='install it: pip install "thence[lora]"',
+        ) from None
+    config: Any = peft.PeftConfig.from_pretrained(str(folder))
+    if config.peft_type != peft.PeftType.LORA:
+        raise UserError(
+            f"the program saved an adapter of type {config.peft_type}; the audit follows LoRA adapters",
+            remedy="audit its step with thence.audit.check, which sees any parameters",
+        )
+    config.inference_mode = False
+    fresh = config.init_lora_weights in (True, "gaussian")
+    saved = peft.load_peft_weights(str(folder), device="cpu")
+    try:
+        adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore
+        before = _trained(adapted)
+        loaded = peft.set_peft_model_state_dict(adapted, saved)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the adapter does not fit the model that it was given: {error}", remedy=_CHECK) from error
+    after = {name: tensor.to(next(iter(saved.values())).dtype) for name, tensor in _trained(adapted).items()}
+    second = [name for name in before if "lora_B" in name or "lora_embedding_A" in name]
+    if not fresh or any(before[name].any() for name in second) or getattr(loaded, "unexpected_keys", None):
+        raise UserError(
+            f"the adapter does not begin with a factor of zero (init_lora_weights = {config.init_lora_weights!r}), so "
+            "where it began is not known",
+            remedy=f"let it begin with init_lora_weights = True, or {_CHECK}",
+        )
+    drawn = [name for name in before if "lora_A" in name or "lora_embedding_B" in name]
+    before |= {name: after[name] for name in drawn}
+    return SavedAdapter(adapted, {name: tensor.to(after[name].dtype) for name, tensor in before.items()}, after)
+
+
+_CHECK = "audit its step with thence.audit.check, which sees the adapter before the step"
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from thence.audit.judge.adapted import add_adapters, followed
 from thence.audit.judge.cuts import FirstUpdate, compare_cuts
 from thence.audit.judge.evaluation import judge_evaluation
-from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.evidence import Evidence, NotJudged, said_policy
 from thence.audit.judge.resume import judge_resume
 from thence.audit.judge.saved import judge_saved
-from thence.audit.judge.walk import NotJudged, Walk
+from thence.audit.judge.walk import Walk, count_steps
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
 from thence.audit.solve.gradients import Differentiator
@@ -54,16 +54,13 @@ class Judge:
     @classmethod
     def of_probe(cls, probe: Probe) -> Judge:
         """The judge of a probe in its folder."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
         ids = vocabulary()
         known = []
         for example, (row, labels) in zip(probe.examples, probe.rows, strict=True):
             prompt = tuple(ids[c] for c in example.prompt)
             response = tuple(ids[c] for c in example.response)
             known.append(KnownExample(prompt, response, row, labels))
-        judge = cls(model, known, list(ids), ids["<|pad|>"], ids["<|end|>"])
+        judge = cls(probe_model(probe), known, list(ids), ids["<|pad|>"], ids["<|end|>"])
         judge._probe = probe
         return judge
 
@@ -84,6 +81,10 @@ class Judge:
         states, findings = load_states(observed.folder, len(observed.records))
         if not states:
             return CaseResult(case, "failed", "the adapter kept no parameters", seconds=observed.seconds)
+        try:
+            policy = said_policy(said)
+        except UserError as error:
+            return CaseResult(case, "not judged", str(error), seconds=observed.seconds)
         evidence = Evidence(
             states,
             rows=[forward_rows(observed.records, step, self.pad) for step in range(max(len(states) - 1, 1))],
@@ -91,6 +92,8 @@ class Judge:
             longest=float(said.get("longest", 0.0)),
             lr=said.get("lr"),
             frozen=frozenset(name for record in observed.records for name in record.get("frozen", ())),
+            policy=policy and policy[0],
+            facts=policy and policy[1],
         )
         judge: Judge = self
         if "lora" in said:
@@ -132,6 +135,12 @@ class Judge:
             self._adapted[key] = judge
         return self._adapted[key]
 
+    def beside(self, model: nn.Module) -> Judge:
+        """A judge of the same examples with another model, such as this one's with an adapter in it."""
+        judge = Judge(model, self.known, self.texts, self.pad, self.end)
+        judge.updates = self.updates
+        return judge
+
     def case(self, case: Case, evidence: Evidence) -> CaseResult:
         """Judge the steps of a case, in order, up to the first that cannot be judged.
 
@@ -145,10 +154,14 @@ class Judge:
                 if not walk.step(step):
                     break
             else:
-                walk.count_steps()
+                count_steps(walk)
         except NotJudged as stop:
             status, reason = "not judged", str(stop)
-        return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings))
+        try:
+            walk.finish()
+        except NotJudged as stop:
+            status, reason = "not judged", reason or str(stop)
+        return CaseResult(case, status, reason, tuple(walk.results), _unique(walk.findings), policy=walk.check)
 
     def compare_cuts(self, results: Sequence[CaseResult]) -> list[CaseResult]:
         """The results with the finding ``depends-on-cut`` where one cut moves the model elsewhere than another."""
@@ -166,9 +179,15 @@ class Judge:
         return [planned_pieces(self.known, places) for places in steps]
 
     def solver(
-        self, state: Mapping[str, Tensor], regression: type[LeastSquares] | type[SignRegression] = LeastSquares
+        self,
+        state: Mapping[str, Tensor],
+        regression: type[LeastSquares] | type[SignRegression] = LeastSquares,
+        temperature: float = 1.0,
     ) -> StepSolver:
         """The solver over the parameters that a snapshot and the probe's model share.
+
+        Args:
+            temperature: logits are divided by it.
 
         Raises:
             UserError: they share none.
@@ -180,9 +199,17 @@ class Judge:
                 f"the trained model has no parameter of the probe's (but {', '.join(list(state)[:3])} ...)",
                 remedy="write the model in the Hugging Face layout",
             )
-        if (names, regression) not in self._solvers:
-            self._solvers[names, regression] = StepSolver(Differentiator(self.model, names), regression)
-        return self._solvers[names, regression]
+        key = (names, regression, temperature)
+        if key not in self._solvers:
+            self._solvers[key] = StepSolver(Differentiator(self.model, names, temperature), regression)
+        return self._solvers[key]
+
+
+def probe_model(probe: Probe) -> nn.Module:
+    """The probe's model as it lies in its folder, with attention that has a plain backward."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(probe.model, attn_implementation="eager")
 
 
 def _unique(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -14,12 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from thence.audit.result import Case, CaseResult, CutComparison, Finding
+from thence.audit.solve.recover import spacing_of
 from thence.audit.solve.signs import SHORT, looks_like_signs, step_size
 
 CUT_FREE = ("token-mean", "sequence-mean", "constant-divisor")
 """Objectives whose gradient is the same however the rows of a step are cut."""
-TURNED = 5e-3
-"""Share of signs that rounding may turn between two cuts."""
+TURNED = {"float32": 5e-3, "bfloat16": 1e-2, "autocast": 1e-2}
+"""Share of signs that arithmetic alone may turn between two cuts, by precision."""
 APART = {"float32": 2e-2, "bfloat16": 0.15, "autocast": 0.15}
 """Norm of the difference of two updates over the norm of one that arithmetic alone may cause, by precision."""
 NOISE = 6.0
@@ -35,21 +36,43 @@ class FirstUpdate:
         change: before minus after of every parameter, by name, each flat, float32.
         noise: share of the change that rounding of the stored parameters may be.
         precision: of the case as it ran.
+        signs: whether the moves are all of one size, as they could be stored; None: judged by the moves alone.
+        gradient: what the optimizer was given, by name; None: nobody saw it.
     """
 
     examples: tuple[int, ...]
     change: Mapping[str, np.ndarray]
     noise: float
     precision: str
+    signs: bool | None = None
+    gradient: Mapping[str, np.ndarray] | None = None
+
+    def of_signs(self, names: Sequence[str]) -> bool:
+        """Whether these parameters moved by one and the same amount."""
+        return looks_like_signs(_joined(self.change, names)) if self.signs is None else self.signs
 
 
 def first_update(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], examples: Sequence[int], noise: float, precision: str
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    examples: Sequence[int],
+    noise: float,
+    precision: str,
+    bits: int = 23,
+    gradient: Mapping[str, Tensor] | None = None,
 ) -> FirstUpdate:
-    """The change of every parameter that both snapshots hold."""
+    """The change of every parameter that both snapshots hold.
+
+    Args:
+        bits: mantissa of the stored parameters.
+        Others: see :class:`FirstUpdate`.
+    """
     names = [name for name in before if name in after and before[name].shape == after[name].shape]
     change = {name: (before[name].double() - after[name].double()).reshape(-1).float().numpy() for name in names}
-    return FirstUpdate(tuple(sorted(examples)), change, noise, precision)
+    spacing = np.concatenate([spacing_of(after[name].double().reshape(-1).numpy(), bits) for name in names])
+    own = None if gradient is None else {n: g.reshape(-1).float().numpy() for n, g in gradient.items()}
+    signs = looks_like_signs(_joined(change, names), spacing)
+    return FirstUpdate(tuple(sorted(examples)), change, noise, precision, signs, own)
 
 
 def compare_cuts(results: Sequence[CaseResult], updates: Mapping[str, FirstUpdate]) -> list[CaseResult]:
@@ -83,16 +106,24 @@ def difference(reference: FirstUpdate, other: FirstUpdate, name: str = "") -> Cu
     Args:
         name: of the reference's case.
     """
-    names = [n for n in reference.change if n in other.change]
-    a, b = (np.concatenate([update.change[n] for n in names]) for update in (reference, other))
-    if looks_like_signs(a) and looks_like_signs(b):
+    seen = reference.gradient is not None and other.gradient is not None
+    first, second = (u.gradient if seen and u.gradient is not None else u.change for u in (reference, other))
+    names = [n for n in first if n in second]
+    a, b = _joined(first, names), _joined(second, names)
+    if not seen and reference.of_signs(names) and other.of_signs(names):
         both = (np.abs(a) > SHORT * step_size(a)) & (np.abs(b) > SHORT * step_size(b))
         share = float((np.sign(a[both]) != np.sign(b[both])).mean()) if both.any() else 1.0
-        return CutComparison(name, "signs", share, TURNED)
+        return CutComparison(name, "signs", share, max(TURNED[reference.precision], TURNED[other.precision]))
     size = float(np.linalg.norm(a))
     share = float(np.linalg.norm(a - b)) / size if size else float(np.any(b))
-    allowed = max(APART[reference.precision], APART[other.precision], NOISE * max(reference.noise, other.noise))
+    allowed = max(APART[reference.precision], APART[other.precision])
+    if not seen:
+        allowed = max(allowed, NOISE * max(reference.noise, other.noise))
     return CutComparison(name, "norm", share, allowed)
+
+
+def _joined(values: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    return np.concatenate([values[name] for name in names]) if names else np.zeros(0, np.float32)
 
 
 def _key(case: Case, update: FirstUpdate) -> str:

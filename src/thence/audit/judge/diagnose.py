@@ -39,11 +39,14 @@ def diagnose_step(
     if "labels-shifted" not in explanation.assumed:
         # Under a shift the roles belong to the neighbours of the tokens that were trained, and name nothing.
         findings += _role_findings(step)
-        objective, alike, found = name_objective(step, explanation, {f.id for f in findings})
-        findings += found
+        named = name_objective(step, explanation, {f.id for f in findings}, texts)
+        objective, alike = named.objective, named.alike
+        findings = [*(f for f in findings if f.id not in named.instead), *named.findings]
     scale = step.scale if asked.scale_known else None
     if scale is not None and not any(f.id in _EXPLAIN_THE_SCALE for f in findings):
         findings += _scale_findings(scale, step, asked)
+    if scale is None and step.scale < -1e-6:
+        findings.append(Finding("scale", "fault", "the update goes against the gradient: it makes the loss larger"))
     undetermined = explanation.fit.undetermined[[t.column for t in step.targets]]
     return StepResult(
         index=index,
@@ -67,7 +70,7 @@ def diagnose_step(
 def objective_findings(case: Case, result: StepResult) -> list[Finding]:
     """Whether the objective is the one asked for."""
     if result.objective is None:
-        if result.findings:
+        if any(f.id in _SAY_THE_WEIGHTS for f in result.findings):
             return []
         detail = f"response tokens weigh from {result.smallest:.3g} to {result.largest:.3g} of what they should"
         return [Finding("unnamed", "fault", detail)]
@@ -81,10 +84,13 @@ def objective_findings(case: Case, result: StepResult) -> list[Finding]:
     return [Finding(result.objective, "fault", detail)]
 
 
+_SAY_THE_WEIGHTS = {"token-dependent", "advantage", "labels-shifted"}
+"""Findings that say themselves why no objective gives the weights."""
+
 _EXPLAIN_THE_SCALE = {
-    "first-only", "last-only", "first-and-last-only", "rank-missing", "rows-dropped", "double-counted",
-    "token-dependent", "advantage", "prompt-trained", "padding-trained", "labels-shifted", "end-missing",
-    "first-missing",
+    "first-only", "last-only", "first-and-last-only", "all-but-first", "all-but-last", "rank-missing", "rows-dropped",
+    "double-counted", "token-dependent", "tokens-dropped", "advantage", "prompt-trained", "padding-trained",
+    "labels-shifted", "end-missing", "first-missing",
 }  # fmt: skip
 """Findings that change the sum of weights by themselves."""
 
@@ -109,7 +115,7 @@ def _role_findings(step: StepWeights) -> list[Finding]:
     for role, name in (("end", "end-missing"), ("first", "first-missing")):
         mask, others = step.response & (step.role == role), step.response & (step.role != role)
         if mask.any() and step.zero(mask) and others.any() and not step.zero(others):
-            findings.append(Finding(name, "fault", f"the {role} token of every response has weight zero"))
+            findings.append(Finding(name, "fault", f"the {role} token of every response has {step.zero_text(mask)}"))
     return findings
 
 

@@ -47,9 +47,11 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
         "learning rate or optimizer are not known, or the step clips: a constant factor would not show",
     )  # fmt: skip
     _sort(yes, no, "packed rows", [c for c in sound if c.case.packing], "no case with packing was judged")
+    no += dict.fromkeys(line for case in sound for step in case.steps for line in step.unseen)
     narrow = [c for c in sound if c.case.precision != "float32"]
     _sort(yes, no, "bfloat16", narrow, "no case in bfloat16 was judged")
-    return (*yes, *past), (*no, *unseen, *NEVER)
+    policy_yes, policy_no = _policy(sound)
+    return (*yes, *policy_yes, *past), (*no, *policy_no, *unseen, *NEVER)
 
 
 def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
@@ -65,6 +67,22 @@ def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
             no.append(f"{words}: {'a fault was found' if any(case.faults for case in tried) else tried[0].reason}")
         else:
             yes.append(f"{words}: {sound[0].said}" + (f"; {_cases(sound)}" if len(sound) > 1 else ""))
+    return yes, no
+
+
+def _policy(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
+    """Parts of a policy objective: verified where, in some case, any other setting would have shown."""
+    checks = [case.policy for case in cases if case.policy is not None]
+    seen: dict[str, int] = {}
+    for part in (part for check in checks for part in check.verified):
+        seen[part] = seen.get(part, 0) + 1
+    unseen: dict[str, str] = {}
+    for check in checks:
+        for part, reason in check.open.items():
+            if part not in seen:
+                unseen.setdefault(part, reason)
+    yes = [f"policy objective, {part}: {number} case{'s' * (number > 1)}" for part, number in seen.items()]
+    no = [f"policy objective, {part}: not told from this: {reason}" for part, reason in unseen.items()]
     return yes, no
 
 

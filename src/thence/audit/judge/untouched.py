@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from thence.audit.result import Finding
+from thence.audit.solve.recover import spacing_of
 from thence.audit.solve.signs import looks_like_signs, step_size
 
 STILL = 0.3
@@ -22,6 +23,8 @@ WHOLE, PART = 0.98, 0.05
 """Shares of a tensor's coordinates: from the first on all of it is untouched, from the second on a part."""
 LINEAR = 1e-3
 """Without Adam a tensor that moved less than this share of what was due is untouched."""
+ALONG = 0.9
+"""An update with a smaller cosine to the expected gradient is no multiple of it: it says not what move was due."""
 RESOLVED = 20.0
 """The move that was due must be so many times the spacing of the stored numbers, or nothing can be said."""
 
@@ -49,19 +52,26 @@ def find_untouched(
     flat = {n: expected[n].reshape(-1).numpy() for n in names}
     old = {n: before[n].double().reshape(-1).numpy() for n in names}
     change = {n: old[n] - after[n].double().reshape(-1).numpy() for n in names}
-    together = np.concatenate([change[n] for n in names]) if names else np.zeros(0)
-    total = np.sqrt(np.mean(np.concatenate([flat[n] for n in names]) ** 2)) if names else 0.0
-    signs = looks_like_signs(together)
-    size = step_size(together) if signs else _factor(change, flat)
+    if not names:
+        return Untouched((), {}, 0)
+    together, spacing = (np.concatenate([values[n] for n in names]) for values in (change, _spacings(old, bits)))
+    total = np.sqrt(np.mean(np.concatenate([flat[n] for n in names]) ** 2))
+    signs = looks_like_signs(together, spacing)
+    size = step_size(together, spacing) if signs else _factor(change, flat)
+    typical = 0.0 if signs or _along(change, flat) > ALONG else float(np.sqrt(np.mean(together**2)))
     whole, parts = [], {}
     for name in names:
         seen = np.abs(flat[name]) > SEEN * np.sqrt(np.mean(flat[name] ** 2))
+        if signs:  # a step that is smaller than the spacing of the stored numbers need not show
+            seen &= spacing_of(old[name], bits) <= size
         if np.sqrt(np.mean(flat[name] ** 2)) <= FLAT * total or not seen.any():
             continue
         if signs:
             share = float((np.abs(change[name][seen]) < STILL * size).mean())
         else:
-            share = _share(change[name][seen], size * flat[name][seen], old[name][seen], bits)
+            due = size * flat[name][seen]
+            due = due if not typical else typical * due / np.sqrt(np.mean(due**2))
+            share = _share(change[name][seen], due, old[name][seen], bits, LINEAR if not typical else 0.0)
         if share >= WHOLE:
             whole.append(name)
         elif share >= PART:
@@ -100,11 +110,28 @@ def _factor(change: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
     return product / size if size else 0.0
 
 
-def _share(change: np.ndarray, due: np.ndarray, old: np.ndarray, bits: int) -> float:
-    """Share of a tensor that did not move where it was due to: all of it or nothing; the fit sees parts by itself."""
-    spacing = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(old), 1e-30))) - bits)
+def _spacings(old: Mapping[str, np.ndarray], bits: int) -> dict[str, np.ndarray]:
+    return {name: spacing_of(values, bits) for name, values in old.items()}
+
+
+def _along(change: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """Cosine of the update and the expected gradient, over the tensors that moved."""
+    moved = [n for n in change if np.any(change[n])]
+    sizes = [np.sqrt(sum(float(values[n] @ values[n]) for n in moved)) for values in (change, expected)]
+    product = abs(sum(float(change[n] @ expected[n]) for n in moved))
+    return product / (sizes[0] * sizes[1]) if sizes[0] and sizes[1] else 1.0
+
+
+def _share(change: np.ndarray, due: np.ndarray, old: np.ndarray, bits: int, linear: float) -> float:
+    """Share of a tensor that did not move where it was due to: all of it or nothing; the fit sees parts by itself.
+
+    Args:
+        linear: a move below that share of the one due is none.
+    """
+    spacing = spacing_of(old, bits)
     if np.linalg.norm(due) <= RESOLVED * np.linalg.norm(spacing):
         return 0.0
-    if len(old) >= 8 and old @ old:
+    # Steps of one size and sign move a tensor of equal numbers as decay would: only a known due tells them apart.
+    if len(old) >= 8 and old @ old and (linear or np.ptp(old)):
         change = change - old * (change @ old) / (old @ old)  # weight decay moves it without a gradient
-    return float(np.linalg.norm(change) < LINEAR * np.linalg.norm(due) + np.linalg.norm(spacing))
+    return float(np.linalg.norm(change) < linear * np.linalg.norm(due) + np.linalg.norm(spacing))

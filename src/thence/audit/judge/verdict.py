@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from thence.audit.judge.findings import CATALOGUE
+from thence.audit.judge.settle import common_objective, scale_law
 from thence.audit.objectives import OBJECTIVES
-from thence.audit.result import RESPONSE_ROLES, AuditVerdict, CaseResult, Finding, PublicReport, StepResult
+from thence.audit.result import AuditVerdict, CaseResult, Finding, PublicReport, StepResult
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
-    "parameters-untouched", "no-step", "first-and-last-only", "first-only", "last-only", "rank-missing",
-    "rows-dropped", "ranks-differ", "frozen-moved", "differs-by-parameter", "depends-on-cut", "labels-shifted",
-    "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean", "micro-batch-sequence-mean",
-    "constant-divisor", "token-dependent", "double-counted", "leak", "prompt-trained", "padding-trained",
-    "end-missing", "first-missing", "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard",
-    "incomplete-window-scaled", "scale-accumulation", "scale-ranks", "scale",
+    "parameters-untouched", "no-step", "advantage-sign", "first-and-last-only", "first-only", "last-only",
+    "all-but-first", "all-but-last", "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved",
+    "differs-by-parameter",
+    "depends-on-cut", "labels-shifted", "contaminated", "micro-batch-mean", "rank-mean", "pass-mean", "sequence-mean",
+    "micro-batch-sequence-mean", "constant-divisor", "tokens-dropped", "token-dependent", "double-counted", "unnamed",
+    "token-mean", "leak", "prompt-trained", "padding-trained", "end-missing", "first-missing", "advantage", "smoothing",
+    "window-mixed", "scale-by-parameter", "clipped-by-shard", "scale-by-shard", "incomplete-window-scaled",
+    "scale-accumulation", "scale-ranks", "scale",
 )  # fmt: skip
 """The order in which faults are named where there are several."""
+_RULE_OF_SOME = _BY_SEVERITY.index("token-mean")
+"""Where a rule stands that does not give the weights of every judged step: it is not what the trainer does."""
 
 
 BEYOND: Mapping[str, str] = {"resume": "resume-", "saved": "saved-", "evaluation": "evaluation-"}
@@ -30,8 +33,11 @@ _GRADIENT_LOST = {
     "first-and-last-only",
     "first-only",
     "last-only",
+    "all-but-first",
+    "all-but-last",
     "rank-missing",
     "rows-dropped",
+    "tokens-dropped",
     "end-missing",
     "first-missing",
 }
@@ -39,7 +45,37 @@ _TURNED = {"clipped-by-shard", "scale-by-shard", "scale-by-parameter"}
 """Every token may have its weight; what differs is the size of the update from part to part."""
 
 
-def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: str = "") -> AuditVerdict:
+@dataclass(frozen=True)
+class Hit:
+    """A fault in a case.
+
+    Args:
+        step: of which the finding speaks: the one with most lost; None: of the case as a whole.
+    """
+
+    case: CaseResult
+    finding: Finding
+    step: StepResult | None
+
+    @property
+    def lost(self) -> float:
+        """Share of the gradient that did not arrive."""
+        shown = self.figures
+        return 1.0 if shown is None else shown.lost
+
+    @property
+    def figures(self) -> StepResult | None:
+        """The step whose figures stand beside the finding."""
+        return self.step or max(self.case.steps, key=lambda step: step.lost, default=None)
+
+
+Faults = Mapping[str, Sequence[Hit]]
+"""By finding id, one hit a case."""
+
+
+def judge_all(
+    cases: Sequence[CaseResult], versions: Mapping[str, str], asked: str = "", target: str = ""
+) -> AuditVerdict:
     """The verdict over a matrix.
 
     A fault in any case is a finding, also in a case whose weights could not be judged. A trainer is acquitted only if
@@ -48,6 +84,7 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
     Args:
         versions: of the audited stack, to look up public reports.
         asked: the objective asked for where cases differ; empty: that of the first judged case.
+        target: the adapter's name, for the same; empty: no adapter, and no report is looked up.
     """
     judged = [c for c in cases if c.status == "judged" and not c.case.beyond]
     asked = asked or (judged[0].case.asked if judged else cases[0].case.asked if cases else "token-mean")
@@ -57,86 +94,18 @@ def judge_all(cases: Sequence[CaseResult], versions: Mapping[str, str], asked: s
         return _no_verdict(cases, judged, objective, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
-    ids = sorted(faults, key=_place)
+    ids = sorted(faults, key=lambda name: _place(name, judged, faults))
     main = ids[0]
-    hit = faults[main]
-    worst = max(hit, key=lambda pair: _severity(pair[0]))
+    worst = max(faults[main], key=lambda hit: hit.lost)
     return AuditVerdict(
         "finding",
         objective,
         asked,
-        (_what(main, worst, hit, _tried(cases), asked), _means(main, worst[0], ids[1:], faults) + _law(judged)),
+        (_what(main, worst, faults[main], cases, asked), _means(main, worst, ids[1:], faults) + _law(judged)),
         " ".join(list(dict.fromkeys(CATALOGUE[i].remedy for i in ids))[:3]),
-        public_reports(versions, ids),
+        public_reports(target, versions, faults),
+        worst.case.case.name,
     )
-
-
-def common_objective(judged: Sequence[CaseResult], asked: str) -> str | None:
-    """The one objective that agrees with every judged step; the one asked for, if it is among them."""
-    possible: set[str] | None = None
-    for step in (step for case in judged for step in case.steps):
-        if step.objective is None:
-            return None
-        own = {step.objective, *step.alike}
-        possible = own if possible is None else possible & own
-    if not possible:
-        return None
-    if asked in possible or (asked == "constant-divisor" and "token-mean" in possible):
-        return asked
-    return next(name for name in OBJECTIVES if name in possible)
-
-
-def settle(cases: Sequence[CaseResult], asked: str = "") -> list[CaseResult]:
-    """Name every step after the one objective that agrees with all of them.
-
-    A single case may fit several: with one row in a micro-batch, a mean of micro-batch means is a mean of sequence
-    means. The whole matrix decides.
-    """
-    judged = [case for case in cases if case.status == "judged" and case.steps]
-    if not judged:
-        return list(cases)
-    if scale_law(judged) in ("tokens", "rows"):
-        # The update grows with the batch: what looks like a wrong scale, case by case, is a constant divisor.
-        return [replace(case, steps=tuple(_constant(step, case.case.asked) for step in case.steps)) for case in cases]
-    common = common_objective(judged, asked or judged[0].case.asked)
-    if common is None:
-        return list(cases)
-    return [replace(case, steps=tuple(_settled(step, common) for step in case.steps)) for case in cases]
-
-
-def _constant(step: StepResult, asked: str) -> StepResult:
-    if step.objective != "token-mean" or step.scale is None or asked == "constant-divisor":
-        return step
-    kept = [f for f in step.findings if not f.id.startswith("scale")]
-    detail = f"the update is {step.scale:.4g} times that of a {OBJECTIVES[asked].title}"
-    found = Finding("constant-divisor", "fault", detail)
-    return replace(step, objective="constant-divisor", alike=(), findings=(*kept, found))
-
-
-def _settled(step: StepResult, common: str) -> StepResult:
-    if step.objective is None or common == step.objective or common not in step.alike:
-        return step
-    alike = tuple(name for name in (step.objective, *step.alike) if name != common)
-    findings = tuple(replace(f, id=common) if f.id == step.objective else f for f in step.findings)
-    return replace(step, objective=common, alike=alike, findings=findings)
-
-
-def scale_law(judged: Sequence[CaseResult]) -> str | None:
-    """What the sum of weights follows over the cases where it is known: ``one``, ``tokens``, ``rows`` or nothing."""
-    points = []
-    for case in judged:
-        for step in case.steps:
-            if step.scale is not None and case.case.precision == "float32" and step.objective == "token-mean":
-                tokens = sum(t.role in RESPONSE_ROLES for q in step.sequences for t in q.tokens)
-                points.append((step.scale, tokens, tokens / max(len(step.sequences), 1)))
-    if len({p[1] for p in points}) < 2:
-        return None
-    scale, tokens, mean_length = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    for name, expected in (("one", np.ones_like(scale)), ("tokens", tokens), ("rows", mean_length)):
-        ratio = scale / expected
-        if np.ptp(ratio) <= 0.01 * abs(ratio.mean()):
-            return name
-    return None
 
 
 def not_told_apart(cases: Sequence[CaseResult], reasons: Sequence[str] = ()) -> tuple[str, ...]:
@@ -171,32 +140,59 @@ def _same_tokens(judged: Sequence[CaseResult]) -> list[str]:
     ]
 
 
-def public_reports(versions: Mapping[str, str], findings: Sequence[str]) -> tuple[PublicReport, ...]:
-    """Known faults of the audited packages that show as one of the findings, from the file that ``doctor`` reads.
+def public_reports(target: str, versions: Mapping[str, str], faults: Faults) -> tuple[PublicReport, ...]:
+    """Known faults of the audited code and version that show as what was found, from the file that ``doctor`` reads.
 
-    Reports that name other versions than the audited ones are left out.
+    A package that is merely installed beside the audited code is not blamed, nor are settings that no case had.
 
     Args:
+        target: the adapter's name.
         versions: of the audited packages, by name.
-        findings: ids, keys of ``CATALOGUE``.
     """
     result = []
-    for fault in load_known_faults():
-        if fault.package in versions and set(fault.findings) & set(findings):
-            installed = fault.hits(versions[fault.package])
-            if fault.affected is not None and not installed:
-                continue
-            affected = fault.affected or "not known"
-            result.append(PublicReport(fault.id, fault.package, affected, fault.remedy, fault.sources, installed))
+    for known in load_known_faults():
+        if target not in known.adapters or not known.hits(versions.get(known.package, "")):
+            continue
+        hits = [hit for name in known.findings for hit in faults.get(name, ())]
+        if any(known.could_be(hit.case.case.options) for hit in hits):
+            result.append(
+                PublicReport(known.id, known.package, known.affected or "", known.remedy, known.sources, True)
+            )
     return tuple(result)
 
 
-def _faults(cases: Sequence[CaseResult]) -> dict[str, list[tuple[CaseResult, Finding]]]:
-    found: dict[str, list[tuple[CaseResult, Finding]]] = {}
+def _faults(cases: Sequence[CaseResult]) -> dict[str, list[Hit]]:
+    found: dict[str, list[Hit]] = {}
     for case in cases:
-        for finding in case.faults:
-            found.setdefault(finding.id, []).append((case, finding))
+        own: dict[str, Hit] = {f.id: Hit(case, f, None) for f in reversed(case.findings) if f.kind == "fault"}
+        for step in sorted(case.steps, key=lambda step: -step.lost):
+            for finding in step.findings:
+                if finding.kind == "fault":
+                    own.setdefault(finding.id, Hit(case, finding, step))
+        for name, hit in own.items():
+            found.setdefault(name, []).append(hit)
     return found
+
+
+def _place(name: str, judged: Sequence[CaseResult], faults: Faults) -> tuple[bool, float]:
+    """Where a fault stands among several, the first is named first: those of the steps, then those beyond them."""
+    return is_beyond(name), _rank(name, judged, faults)
+
+
+def _rank(name: str, judged: Sequence[CaseResult], faults: Faults) -> float:
+    """Where a fault stands among several, the first is named in the first sentence."""
+    lost = [part for part in ("all-but-first", "all-but-last") if part in faults]
+    if name == "no-step" and lost and all(hit.case.case.accumulation == 1 for hit in faults[name]):
+        # A step with one micro-batch, which is the one that is lost.
+        return _BY_SEVERITY.index(lost[0]) + 0.5
+    if name in OBJECTIVES and not _fits_all(name, judged):
+        return _RULE_OF_SOME
+    return _BY_SEVERITY.index(name) if name in _BY_SEVERITY else len(_BY_SEVERITY)
+
+
+def _fits_all(rule: str, judged: Sequence[CaseResult]) -> bool:
+    """Whether a rule gives the weights of every judged step."""
+    return all(rule in {step.objective, *step.alike} for case in judged for step in case.steps)
 
 
 def _all_judged(cases: Sequence[CaseResult]) -> bool:
@@ -214,36 +210,31 @@ def is_beyond(finding: str) -> bool:
     return finding.startswith(tuple(BEYOND.values()))
 
 
-def _place(finding: str) -> tuple[bool, int]:
-    """Where a fault stands among others: first those of the steps, then those beyond them."""
-    return is_beyond(finding), _BY_SEVERITY.index(finding) if finding in _BY_SEVERITY else len(_BY_SEVERITY)
-
-
-def _severity(case: CaseResult) -> float:
-    return max((step.lost for step in case.steps), default=1.0)
-
-
-def _what(main: str, worst: tuple[CaseResult, Finding], hit: Sequence, tried: Sequence, asked: str) -> str:
-    where = "in every case" if len(hit) == len(tried) else f"in {len(hit)} of {len(tried)} cases"
-    title = OBJECTIVES[asked].title
+def _what(main: str, worst: Hit, hits: Sequence[Hit], cases: Sequence[CaseResult], asked: str) -> str:
+    tried = _tried(cases)
+    where = "in every case" if len(hits) == len(tried) else f"in {len(hits)} of {len(tried)} cases"
+    title, name = OBJECTIVES[asked].title, CATALOGUE[main].title
     if is_beyond(main):
-        says = CATALOGUE[main].says
-        return f"In the case '{worst[0].case.name}' {says} ({worst[1].detail})."
-    if main in OBJECTIVES:
-        name = CATALOGUE[main].title
-        return f"This trainer takes the {name} where the {title} was asked for ({where}): {worst[1].detail}."
-    return f"The {title} was asked for, but {where} {CATALOGUE[main].says} ({worst[1].detail})."
+        return f"In the case '{worst.case.case.name}' {CATALOGUE[main].says} ({worst.finding.detail})."
+    if main in OBJECTIVES and _fits_all(main, [case for case in cases if case.status == "judged"]):
+        return f"This trainer takes the {name} where the {title} was asked for ({where}): {worst.finding.detail}."
+    if worst.case.policy is not None:
+        return (
+            f"The policy objective is not the one asked for: {where} {CATALOGUE[main].says} ({worst.finding.detail})."
+        )
+    says = f"the weights are those of the {name}" if main in OBJECTIVES else CATALOGUE[main].says
+    return f"The {title} was asked for, but {where} {says} ({worst.finding.detail})."
 
 
-def _means(main: str, case: CaseResult, others: Sequence[str], faults: Mapping) -> str:
+def _means(main: str, worst: Hit, others: Sequence[str], faults: Faults) -> str:
     words = CATALOGUE[main].meaning
-    step = _worst_step(case)
+    step = worst.figures
     if step is not None and main not in _TURNED:
         moved = "does not arrive" if main in _GRADIENT_LOST else "goes to other tokens than it should"
         words += (
-            f" In the case '{case.case.name}' the smallest token weight is {abs(step.smallest):.2f} and the largest "
-            f"{step.largest:.2f} of what they should be, and {step.lost:.0%} of the batch's gradient {moved}."
-        )
+            f" In the case '{worst.case.case.name}' the smallest token weight is {step.smallest + 0.0:.2f} and the "
+            f"largest {step.largest:.2f} of what they should be, and {step.lost:.0%} of the batch's gradient {moved}."
+        ).replace("is -0.00", "is 0.00")
     if others:
         names = ", ".join(f"{CATALOGUE[i].title} ({len(faults[i])})" for i in others)
         words += f" Also found (number of cases): {names}."
@@ -255,10 +246,6 @@ def _law(judged: Sequence[CaseResult]) -> str:
     law = {"tokens": "the number of trained tokens", "rows": "the mean length of a response"}
     name = scale_law(judged)
     return f" The size of the update follows {law[name]}." if name in law else ""
-
-
-def _worst_step(case: CaseResult) -> StepResult | None:
-    return max(case.steps, key=lambda s: s.lost, default=None)
 
 
 def _clean(

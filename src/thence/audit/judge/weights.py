@@ -14,7 +14,13 @@ from thence.audit.solve.solver import Explanation
 
 FLOORS = {"float32": 2e-3, "bfloat16": 6e-2, "autocast": 6e-2}
 """Relative errors of weights that rounding alone may cause, by precision; sampling errors come on top."""
+NOUGHT = 0.25
+"""A weight of zero is blurred less than others: this share of the floor is left of it."""
+PLAINLY_ZERO = 5e-3
+"""Where weights are known to this share of the ideal, one that cannot be told from zero is called zero."""
 SIGMAS = 6.0
+HALF = 0.5
+"""However uncertain a weight is, one above half of what it should be is not zero."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class StepWeights:
         counted: tuple[Role, ...] = RESPONSE_ROLES,
     ):
         self.targets, self.pieces, self.floor = explanation.design.targets, pieces, floor
+        self.asked = asked.objective
         self.varied = float(np.ptp(asked.advantages)) > 0
         self.piece = np.array([t.piece for t in self.targets])
         self.role = np.array([t.role for t in self.targets])
@@ -115,9 +122,30 @@ class StepWeights:
         return {str(role): float(self.shown[self.role == role].mean()) for role in dict.fromkeys(self.role.tolist())}
 
     def zero(self, mask: np.ndarray) -> bool:
-        """Whether all targets of a mask have no weight beside the largest ones."""
-        size = max(float(np.abs(self.relative[self.response]).mean()), 1e-9)
-        return bool(mask.any() and (np.abs(self.relative[mask]) < 2 * self.relative_error[mask] * max(size, 1)).all())
+        """Whether all targets of a mask have no weight beside the largest ones, one by one and on average."""
+        if not mask.any() or not self.nothing[mask].all():
+            return False
+        return abs(float(self.relative[mask].mean())) <= self.resolution(mask)
+
+    @property
+    def nothing(self) -> np.ndarray:
+        """Targets whose weight alone is not told from zero, shape (targets,), bool."""
+        return np.abs(self.relative) < np.minimum(2 * self.relative_error, HALF) * max(self.size, 1)
+
+    @property
+    def size(self) -> float:
+        """Mean of the response's weights over the ideal ones, signs aside."""
+        return max(float(np.abs(self.relative[self.response]).mean()), 1e-9)
+
+    def resolution(self, mask: np.ndarray) -> float:
+        """The largest mean weight over ideal that some targets of weight zero could seem to have."""
+        own = np.clip(self.relative_error[mask] - self.floor, 0, None)
+        return NOUGHT * self.floor * max(self.size, 1) + float(np.sqrt((own**2).sum())) / max(int(mask.sum()), 1)
+
+    def zero_text(self, mask: np.ndarray) -> str:
+        """How to say that targets have no weight: "weight zero" only where nothing else could be meant."""
+        bound = self.resolution(mask)
+        return "weight zero" if bound <= PLAINLY_ZERO else f"no weight (less than {bound:.1%} of the one asked for)"
 
     def counted(self, mask: np.ndarray) -> np.ndarray:
         """Targets of a mask per piece, shape (pieces,)."""

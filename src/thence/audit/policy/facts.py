@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from thence.audit.objectives import StepRows
+from thence.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Rollout:
         truncated: cut at the length limit, so it has no end token.
         environment: places in the response that the policy did not write (tool output), counted from its first token.
         sampler: log-probabilities that the sampling engine gave for the response's tokens, nats; empty: none given.
+        demonstration: written by an expert, not sampled.
     """
 
     reward: float
@@ -28,6 +32,26 @@ class Rollout:
     truncated: bool = False
     environment: tuple[int, ...] = ()
     sampler: tuple[float, ...] = ()
+    demonstration: bool = False
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Rollout:
+        """From the plain facts that an adapter says.
+
+        Raises:
+            UserError: an unknown fact, or no reward or group.
+        """
+        known = {field.name for field in fields(cls)}
+        wrong = [name for name in said if name not in known] or [n for n in ("reward", "group") if n not in said]
+        if wrong:
+            raise UserError(
+                f"a rollout is told by {', '.join(sorted(known))}, reward and group always; {wrong[0]!r} is wrong or "
+                "missing",
+                remedy="say these facts of every rollout",
+                field="rollouts",
+            )
+        lists = {n: tuple(said.get(n) or ()) for n in ("environment", "sampler")}
+        return cls(**{**said, **lists})
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,8 @@ class PolicyStep:
         old: the same under the parameters of the ratio's denominator.
         reference: the same under the reference policy.
         sampler: as handed to the trainer by the sampling engine; equal to ``old`` where none was.
+        versions: the log-probabilities under the parameters before every step up to this one, the first ones first,
+            shape (T,) each; the last is ``logp``.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -56,6 +82,7 @@ class PolicyStep:
     old: np.ndarray
     reference: np.ndarray
     sampler: np.ndarray
+    versions: tuple[np.ndarray, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -68,6 +95,10 @@ class PolicyStep:
         for i, rollout in enumerate(self.rollouts[e] for e in self.example):
             found |= (self.row == i) & np.isin(self.place, rollout.environment)
         return found
+
+    def demonstrated(self) -> np.ndarray:
+        """Which rows are demonstrations, shape (S,), bool."""
+        return np.array([self.rollouts[e].demonstration for e in self.example], bool)
 
     def truncated(self) -> np.ndarray:
         """Which rows were cut at the length limit, shape (S,), bool."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from thence.audit.objectives import OBJECTIVES
 from thence.errors import UserError
@@ -17,7 +17,7 @@ class PolicyObjective:
 
     With ratio r_t = pi / pi_old, advantage A_i, correction c_t for the engine that sampled, and normaliser n_i:
 
-        loss = sum over trained tokens of  n_i * (- c_t * surrogate(r_t, A_i) + kl * estimator_t)
+        loss = sum over trained tokens of  n_i * (- c_t * surrogate(r_t, A_i) + kl * estimator_t - entropy * H_t)
 
     Args:
         baseline: subtracted from the reward: mean of the ``group``, of the ``batch`` that was sampled at once, of the
@@ -28,14 +28,17 @@ class PolicyObjective:
         ratio: ``token`` (PPO, GRPO), ``sequence`` (GSPO: exp of the mean log-ratio of a response's trained tokens) or
             ``none`` (the plain policy gradient: r_t counts as one and nothing is clipped).
         surrogate: ``clip``: min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347 eq. 7); ``weight``: the
-            detached ratio, clipped on both sides whatever the advantage, times log pi (CISPO, arXiv 2506.13585).
+            detached ratio, clipped on both sides whatever the advantage, times log pi (CISPO, arXiv 2506.13585);
+            ``mask``: r A, and nothing outside the range whatever the advantage.
         clip_low, clip_high: range of the ratio below and above one; infinity: off.
         dual_clip: largest ratio through which a negative advantage acts (arXiv 1912.09729); infinity: off.
         kl: coefficient of the KL to the reference policy.
         estimator: of the KL from samples; with d = log pi - log pi_ref: ``k1`` d, ``k2`` d^2 / 2,
-            ``k3`` exp(-d) - 1 + d.
+            ``k3`` exp(-d) - 1 + d; ``full``: exact, over the whole vocabulary.
         kl_in: ``loss``: a term of its own, differentiated; ``reward``: kl times the estimator, summed over the
             response, is taken from the reward before advantages are made.
+        kl_ratio: the KL is multiplied by the ratio, which is differentiated too (DeepSeek-V3.2, arXiv 2512.02556).
+        entropy: coefficient of the entropy of the distributions that predict the trained tokens.
         temperature: logits are divided by it in every log-probability.
         correction: of the difference between the engine that sampled and the trainer, by
             exp(log pi_old - log pi_sampler): ``none``; ``truncate`` at the cap; ``mask``: tokens outside floor and
@@ -46,6 +49,15 @@ class PolicyObjective:
         longest: constant of a constant divisor, tokens.
         truncated: whether responses that were cut at the length limit ``train`` or are a ``mask`` of zeros (DAPO's
             overlong filtering). They take part in the advantages of their group either way.
+        demonstration: surrogate of demonstrations, with p their tokens' probability: ``likelihood`` log p (SFT),
+            ``probability`` p (mixed policy), ``shape`` p / (p + gamma) (LUFFY, arXiv 2504.14945 eq. 8),
+            ``uncertain`` log p times the detached p (1 - p) (CHORD-phi, arXiv 2508.11408); they have no ratio, no clip
+            and no correction.
+        demonstration_weight: its coefficient.
+        demonstration_advantage: whether it is multiplied by the advantage.
+        gamma: of the shaping.
+        own_weight: coefficient of all other responses.
+        compared: rewards that a group's baseline and standard deviation are made of: ``all`` or the policy's ``own``.
         counted: tokens that the normaliser counts: of ``all`` rows, or of rows whose weights are not all zero
             (``informative``: no masked response, no group of equal rewards).
     """
@@ -55,13 +67,15 @@ class PolicyObjective:
     bessel: bool = True
     eps: float = 1e-6
     ratio: Literal["token", "sequence", "none"] = "token"
-    surrogate: Literal["clip", "weight"] = "clip"
+    surrogate: Literal["clip", "weight", "mask"] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = math.inf
     kl: float = 0.0
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    estimator: Literal["k1", "k2", "k3", "full"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    kl_ratio: bool = False
+    entropy: float = 0.0
     temperature: float = 1.0
     correction: Literal["none", "truncate", "mask"] = "none"
     correction_level: Literal["token", "sequence"] = "token"
@@ -71,15 +85,21 @@ class PolicyObjective:
     longest: float = 0.0
     truncated: Literal["train", "mask"] = "train"
     counted: Literal["all", "informative"] = "all"
+    demonstration: Literal["likelihood", "probability", "shape", "uncertain"] = "likelihood"
+    demonstration_weight: float = 1.0
+    demonstration_advantage: bool = False
+    gamma: float = 0.1
+    own_weight: float = 1.0
+    compared: Literal["all", "own"] = "all"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> PolicyObjective:
         """From the plain settings that an adapter says (infinity may be None).
 
         Raises:
-            UserError: an unknown setting or normaliser.
+            UserError: an unknown setting, or a value that it cannot have.
         """
-        known = {field.name for field in fields(cls)}
+        known = {field.name: field for field in fields(cls)}
         for name in said:
             if name not in known:
                 raise UserError(
@@ -87,13 +107,42 @@ class PolicyObjective:
                 )
         settings: dict[str, Any] = {name: math.inf if value is None else value for name, value in said.items()}
         made = cls(**settings)
-        if made.normaliser not in OBJECTIVES:
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Refuse values that no step can be predicted from.
+
+        Raises:
+            UserError: an unknown choice or normaliser; a temperature or a divisor that is not positive; an exact KL in
+                the reward.
+        """
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            if choices and value not in choices:
+                raise UserError(
+                    f"a policy objective's {name} cannot be {value!r}",
+                    remedy=f"use one of {', '.join(map(str, choices))}",
+                    field=name,
+                )
+        if self.normaliser not in OBJECTIVES:
             raise UserError(
-                f"there is no normaliser {made.normaliser!r}",
+                f"there is no normaliser {self.normaliser!r}",
                 remedy=f"use one of {', '.join(OBJECTIVES)}",
                 field="normaliser",
             )
-        return made
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"the temperature {self.temperature:g} is not above zero",
+                remedy="give the temperature that logits are divided by",
+                field="temperature",
+            )
+        if self.estimator == "full" and self.kl_in == "reward" and self.kl:
+            raise UserError(
+                "the exact KL in the reward cannot be predicted",
+                remedy="use an estimator of the sampled tokens: k1, k2 or k3",
+                field="estimator",
+            )
 
     def plain(self) -> dict[str, Any]:
         """For JSON; infinity becomes None."""

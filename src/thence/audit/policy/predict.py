@@ -8,6 +8,7 @@ everywhere in the audit. So a token with advantage A and ratio one has weight n_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,17 +20,63 @@ LIMIT = 50.0
 """Log-ratios are held within it, so that an exponential is finite; every trainer's own limit is lower."""
 
 
-def token_weights(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
+@dataclass(frozen=True)
+class Overrides:
+    """What no setting says, to predict the step of a mistake; None: as the objective has it.
+
+    Args:
+        trained, counted: tokens that are trained, and that the normaliser counts, shape (T,), bool.
+        advantage: of every row, shape (S,).
+        normal: weight of a token of each row before its advantage, shape (S,).
+    """
+
+    trained: np.ndarray | None = None
+    counted: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    normal: np.ndarray | None = None
+
+
+def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | None = None) -> np.ndarray:
     """Weights of the response tokens under an objective, shape (T,)."""
-    advantage = row_advantages(step, asked)
-    trained = trained_tokens(step, asked)
-    counted = trained & np.isin(step.row, np.flatnonzero(advantage != 0)) if asked.counted == "informative" else trained
-    rows = step.counted(counted, asked.longest)
-    normal = OBJECTIVES[asked.normaliser].weights(rows)[step.row]
+    other = other or Overrides()
+    advantage = row_advantages(step, asked) if other.advantage is None else other.advantage
+    trained = trained_tokens(step, asked) if other.trained is None else other.trained
     acting = advantage[step.row] * surrogate_slope(step, asked, advantage, trained) * correction(step, asked, trained)
-    if asked.kl and asked.kl_in == "loss":
-        acting = acting - asked.kl * kl_slope(step.logp - step.reference, asked.estimator)
-    return np.where(trained, normal * acting, 0.0)
+    shown = step.demonstrated()[step.row]
+    if shown.any():
+        acting = np.where(shown, demonstration_weights(step, asked, advantage), asked.own_weight * acting)
+    if asked.kl and asked.kl_in == "loss" and asked.estimator != "full":
+        apart = step.logp - step.reference
+        slope = kl_slope(apart, asked.estimator)
+        if asked.kl_ratio:
+            slope = np.exp(log_ratios(step, asked, trained)) * (slope + kl_value(apart, asked.estimator))
+        acting = acting - asked.kl * slope
+    return np.where(trained, normals(step, asked, other)[step.row] * acting, 0.0)
+
+
+def beside_weights(
+    step: PolicyStep, asked: PolicyObjective, other: Overrides | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of the gradients that a loss may have beside those of the tokens: of the entropy at every token and of
+    the exact KL there, both of shape (T,)."""
+    other = other or Overrides()
+    trained = trained_tokens(step, asked) if other.trained is None else other.trained
+    normal = np.where(trained, normals(step, asked, other)[step.row], 0.0)
+    exact = asked.kl if asked.estimator == "full" and asked.kl_in == "loss" else 0.0
+    return -asked.entropy * normal, exact * normal
+
+
+def normals(step: PolicyStep, asked: PolicyObjective, other: Overrides) -> np.ndarray:
+    """Weight of a token of each row before its advantage, shape (S,)."""
+    if other.normal is not None:
+        return other.normal
+    counted = other.counted
+    if counted is None:
+        counted = trained_tokens(step, asked) if other.trained is None else other.trained
+        if asked.counted == "informative":
+            advantage = row_advantages(step, asked) if other.advantage is None else other.advantage
+            counted = counted & np.isin(step.row, np.flatnonzero(advantage != 0))
+    return OBJECTIVES[asked.normaliser].weights(step.counted(counted, asked.longest))
 
 
 def trained_tokens(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
@@ -48,11 +95,11 @@ def row_advantages(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
     if asked.kl and asked.kl_in == "reward":
         written = np.where(step.environment(), 0.0, kl_value(step.old - step.reference, asked.estimator))
         taken[step.example] = asked.kl * step.sums(written)
-    return np.array(advantages(step.rollouts, asked, taken))[step.example]
+    return advantages(step.rollouts, asked, taken)[step.example]
 
 
-def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.ndarray) -> list[float]:
-    """Advantage of every rollout.
+def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.ndarray) -> np.ndarray:
+    """Advantage of every rollout, shape (rollouts,).
 
     Args:
         taken: subtracted from each reward, shape (rollouts,).
@@ -60,59 +107,108 @@ def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.nd
     reward = np.array([rollout.reward for rollout in rollouts]) - taken
     batch = np.array([rollout.batch for rollout in rollouts])
     group = np.array([rollout.group for rollout in rollouts])
-    result = []
-    for i in range(len(rollouts)):
-        mine = (group == group[i]) & (batch == batch[i])
-        whole = batch == batch[i]
-        others = mine & (np.arange(len(rollouts)) != i)
-        base = {"group": mine, "batch": whole, "leave-one-out": others, "none": np.zeros_like(mine)}[asked.baseline]
-        value = reward[i] - (reward[base].mean() if base.any() else 0.0)
-        if asked.scale != "none":
-            over = reward[mine if asked.scale == "group" else whole]
-            spread = over.std(ddof=1) if asked.bessel and len(over) > 1 else over.std()
-            value /= spread + asked.eps
-        result.append(float(value))
-    return result
+    whole = batch[:, None] == batch
+    mine = whole & (group[:, None] == group)
+    none = np.zeros_like(mine)
+    others = mine & ~np.eye(len(reward), dtype=bool)
+    if asked.compared == "own":
+        own = np.array([not rollout.demonstration for rollout in rollouts])
+        mine, whole = mine & own, whole & own
+        others = others & own
+    base = {"group": mine, "batch": whole, "leave-one-out": others, "none": none}[asked.baseline]
+    value = reward - (base @ reward) / np.maximum(base.sum(1), 1)
+    if asked.scale == "none":
+        return value
+    over = mine if asked.scale == "group" else whole
+    size = np.maximum(over.sum(1), 1)
+    apart = (reward[None, :] - (over @ reward / size)[:, None]) ** 2
+    squares = (apart * over).sum(1)
+    freedom = np.where(size > 1, size - 1, 1) if asked.bessel else size
+    return value / (np.sqrt(squares / freedom) + asked.eps)
+
+
+def log_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
+    """Log of the ratio that acts on each token, shape (T,)."""
+    log_ratio = step.logp - step.old
+    if asked.ratio == "sequence":
+        lengths = np.maximum(np.bincount(step.row[trained], minlength=step.rows), 1)
+        log_ratio = (step.sums(np.where(trained, log_ratio, 0.0)) / lengths)[step.row]
+    return np.clip(log_ratio, -LIMIT, LIMIT)
+
+
+def demonstration_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray) -> np.ndarray:
+    """What acts on tokens of demonstrations before the normaliser, shape (T,)."""
+    p = np.exp(step.logp)
+    slope = {
+        "likelihood": np.ones_like(p),
+        "probability": p,
+        "shape": asked.gamma * p / (p + asked.gamma) ** 2,
+        "uncertain": p * (1 - p),
+    }[asked.demonstration]
+    factor = advantage[step.row] if asked.demonstration_advantage else 1.0
+    return asked.demonstration_weight * factor * slope
 
 
 def surrogate_slope(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray) -> np.ndarray:
     """Derivative of the surrogate by log pi over the advantage, shape (T,): the ratio where it acts, else zero."""
     if asked.ratio == "none":
         return np.ones(len(step.row))
-    log_ratio = step.logp - step.old
-    if asked.ratio == "sequence":
-        lengths = np.maximum(np.bincount(step.row[trained], minlength=step.rows), 1)
-        log_ratio = (step.sums(np.where(trained, log_ratio, 0.0)) / lengths)[step.row]
-    ratio = np.exp(np.clip(log_ratio, -LIMIT, LIMIT))
+    ratio = np.exp(log_ratios(step, asked, trained))
     low, high = 1 - asked.clip_low, 1 + asked.clip_high
     if asked.surrogate == "weight":
         return np.clip(ratio, low, high)
+    if asked.surrogate == "mask":
+        return np.where((ratio < low) | (ratio > high), 0.0, ratio)
     held = np.where(advantage[step.row] >= 0, ratio > high, (ratio < low) | (ratio > asked.dual_clip))
     return np.where(held, 0.0, ratio)
+
+
+def correction_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
+    """Ratio of the trainer's old probability to the sampling engine's, before any bound, shape (T,)."""
+    log_ratio = np.where(trained, step.old - step.sampler, 0.0)
+    if asked.correction_level == "sequence":
+        log_ratio = step.sums(log_ratio)[step.row]
+    return np.exp(np.clip(log_ratio, -LIMIT, LIMIT))
 
 
 def correction(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
     """Factor for the difference between trainer and sampling engine, shape (T,)."""
     if asked.correction == "none":
         return np.ones(len(step.row))
-    log_ratio = np.where(trained, step.old - step.sampler, 0.0)
-    if asked.correction_level == "sequence":
-        log_ratio = step.sums(log_ratio)[step.row]
-    ratio = np.exp(np.clip(log_ratio, -LIMIT, LIMIT))
+    ratio = correction_ratios(step, asked, trained)
     if asked.correction == "truncate":
         return np.clip(ratio, asked.correction_floor, asked.correction_cap)
     return np.where((ratio > asked.correction_cap) | (ratio < asked.correction_floor), 0.0, ratio)
+
+
+def edges(step: PolicyStep, asked: PolicyObjective, width: float, other: Overrides | None = None) -> np.ndarray:
+    """Tokens whose ratio lies so near a bound, on a log scale, that rounding decides whether they act, shape (T,)."""
+    trained = trained_tokens(step, asked) if other is None or other.trained is None else other.trained
+    near = np.zeros(len(step.row), bool)
+    if asked.ratio != "none" and asked.surrogate != "weight":
+        log_ratio = log_ratios(step, asked, trained)
+        for bound in (1 - asked.clip_low, 1 + asked.clip_high, asked.dual_clip):
+            if 0 < bound < np.inf:
+                near |= np.abs(log_ratio - np.log(bound)) < width
+    if asked.correction == "mask":
+        log_ratio = np.log(correction_ratios(step, asked, trained))
+        for bound in (asked.correction_floor, asked.correction_cap):
+            if 0 < bound < np.inf:
+                near |= np.abs(log_ratio - np.log(bound)) < width
+    return near & trained
 
 
 def kl_value(difference: np.ndarray, estimator: str) -> np.ndarray:
     """An estimator of the KL from d = log pi - log pi_ref, shape (T,)."""
     if estimator == "k1":
         return difference
-    return difference**2 / 2 if estimator == "k2" else np.exp(-difference) - 1 + difference
+    held = np.clip(difference, -LIMIT, LIMIT)
+    return held**2 / 2 if estimator == "k2" else np.exp(-held) - 1 + held
 
 
 def kl_slope(difference: np.ndarray, estimator: str) -> np.ndarray:
     """Its derivative by log pi, shape (T,)."""
     if estimator == "k1":
         return np.ones_like(difference)
-    return difference if estimator == "k2" else 1 - np.exp(-difference)
+    held = np.clip(difference, -LIMIT, LIMIT)
+    return held if estimator == "k2" else 1 - np.exp(-held)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from thence.audit.judge.case import Judge
-from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.evidence import UNEXPLAINED, Evidence
 from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
+from thence.audit.run.repeat import random_step
+from thence.audit.run.watch import OptimizerWatch
 from thence.audit.solve.probe import LENGTHS
 from thence.audit.solve.sequences import KnownExample
 from thence.errors import UserError
@@ -58,9 +60,9 @@ def check(
     """
     start = time.monotonic()
     check_objective(asked)
-    rows = list(batch) if batch is not None else random_rows(vocabulary or _vocabulary(model), seed)
+    rows = list(batch) if batch is not None else random_rows(vocabulary or vocabulary_of(model), seed)
     _validate(rows)
-    cut = _takes_a_cut(step)
+    cut = takes_a_cut(step)
     known = [KnownExample((), (), tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
     size = max(max(row["input_ids"]) for row in rows) + 1
     judge = Judge(copy.deepcopy(model), known, [str(i) for i in range(size)], -1, None)
@@ -124,27 +126,46 @@ def _one(
     cut: bool,
     lr: float | None,
 ) -> CaseResult:
-    own = copy.deepcopy(model)
-    before = _state(own)
-    begun = time.monotonic()
     arguments = {"micro_batch": case.micro_batch, "accumulation": case.accumulation} if cut else {}
-    try:
+
+    def run(own: nn.Module) -> None:
         step(own, [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows], **arguments)
+
+    own = copy.deepcopy(model)
+    before = state_of(own)
+    begun = time.monotonic()
+    watch = OptimizerWatch(own, before)
+    try:
+        with watch:
+            run(own)
     except Exception as error:
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
     frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
-    evidence = Evidence([before, _state(own)], pieces=pieces, scale_known=lr is not None, frozen=frozen)
+    after = state_of(own)
+    if new := sorted(set(after) - set(before)):
+        reason = (
+            f"the step puts parameters into the model that were not there before ({new[0]} ...), such as adapters; put "
+            "them in first, and give that model to check"
+        )
+        return CaseResult(case, "not judged", reason, seconds=seconds)
+    evidence = Evidence(
+        [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen, seen=watch.seen(after)
+    )
     result = judge.case(case, evidence)
+    if result.status == "not judged" and UNEXPLAINED in result.reason:
+        result = replace(result, reason=random_step(result.reason, run, model, own, (before, after)))
     return replace(result, seconds=seconds)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters as they are now, by name, copied."""
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def _takes_a_cut(step: StepFunction) -> bool:
+def takes_a_cut(step: StepFunction) -> bool:
+    """Whether a step can be told how to cut its rows into micro-batches."""
     try:
         parameters = inspect.signature(step).parameters
     except (TypeError, ValueError):
@@ -152,7 +173,8 @@ def _takes_a_cut(step: StepFunction) -> bool:
     return {"micro_batch", "accumulation"} <= set(parameters)
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
+    """Size of a model's vocabulary. Raises UserError where neither its configuration nor an embedding says it."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     if isinstance(size, int):

@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from thence.audit.judge.case import Judge
-from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.adapted import ASSUMED, saved_adapter
+from thence.audit.judge.case import Judge, probe_model
+from thence.audit.judge.evidence import UNEXPLAINED, Evidence
 from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for, named_like
 from thence.audit.run.child import write_first
+from thence.audit.run.repeat import apart, dropout_of_folder, with_cause
 from thence.audit.run.runner import free_port
 from thence.audit.run.stack import OnCase, working_folder
 from thence.audit.solve.probe import Probe, write_probe
@@ -101,7 +104,7 @@ def audit_program(
             place.mkdir(exist_ok=True)
             results.append(_run(run, case, place))
             tell(results[-1])
-        results = run.judge.compare_cuts(results)
+        results = run.judge.compare_cuts(_with_causes(run, results, folder / "again"))
     flags = [f"--layout {layout}", *(["--quick"] if quick else []), *(f"--only {shlex.quote(part)}" for part in only)]
     flags += [f"--asked {asked}"] if asked != "token-mean" else []
     flags += [f"--lr {lr:g}"] if lr is not None else []
@@ -143,6 +146,8 @@ def placeholders(program: Sequence[str]) -> set[str]:
 
 def allowed_cases(have: set[str], asked: str, *, quick: bool) -> tuple[list[tuple[Case, str]], list[str]]:
     """The cases that a program's placeholders allow, and sentences on what is missing for the rest."""
+    if {"micro_batch", "batch"} <= have:
+        have = have | {"accumulation"}  # whole batch over micro-batch, as many loops have it
     axes = {"incomplete"}
     axes |= {"ranks"} & have
     axes |= {"checkpointing", "packing", "label_smoothing"} & have
@@ -213,11 +218,51 @@ def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     pieces = program.judge.plan(case, cut_known="micro_batch" in program.placeholders)
     if program.lr is not None:
         case = replace(case, optimizer="sgd", lr=program.lr)
-    states = [read_model(program.probe.model), read_model(trained)]
+    try:
+        judge, states, unseen = _states(program, trained)
+    except UserError as error:
+        return CaseResult(case, "not judged", str(error), seconds=waited)
     frozen = frozenset(name for name in states[0] if any(part in name for part in program.frozen))
-    evidence = Evidence(states, pieces=pieces, scale_known=program.lr is not None, frozen=frozen)
-    result = program.judge.case(case, evidence)
-    return replace(result, seconds=waited)
+    evidence = Evidence(states, pieces=pieces, scale_known=program.lr is not None, frozen=frozen, unseen=unseen)
+    return replace(judge.case(case, evidence), seconds=waited)
+
+
+def _with_causes(program: _Program, results: list[CaseResult], folder: Path) -> list[CaseResult]:
+    """The results; if some were not judged, with what a second run of the first of them says of randomness."""
+    unclear = [result for result in results if result.status == "not judged" and UNEXPLAINED in result.reason]
+    if not unclear:
+        return results
+    trained = []
+    for number, seed in enumerate((program.seed, program.seed + 1)):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        values = _values(replace(program, seed=seed), unclear[0].case, place, place / "out")
+        if _call([word.format(**values) for word in program.words], place, program.seconds):
+            return results
+        trained.append(newest_model(place / "out"))
+    if None in trained:
+        return results
+    before, first, second = (read_model(path) for path in (program.probe.model, *trained) if path is not None)
+    start = {name: before.get(name, torch.zeros_like(first[name])) for name in first}
+    share, dropout = apart(start, first, second), dropout_of_folder(trained[0])
+    if any(name not in before for name in first):
+        share = 0.0  # an adapter begins at random, so two runs differ without any dropout
+    return [
+        replace(result, reason=with_cause(result.reason, share, dropout)) if result in unclear else result
+        for result in results
+    ]
+
+
+def _states(program: _Program, trained: Path) -> tuple[Judge, list[dict[str, Tensor]], tuple[str, ...]]:
+    """The judge of what a program wrote, the parameters before and after its step, and what these do not show.
+
+    Raises:
+        UserError: it wrote an adapter that nobody can follow.
+    """
+    if not (trained / "adapter_config.json").exists():
+        return program.judge, [read_model(program.probe.model), read_model(trained)], ()
+    found = saved_adapter(probe_model(program.probe), trained)
+    return program.judge.beside(found.model), [found.before, found.after], ASSUMED
 
 
 def _values(program: _Program, case: Case, folder: Path, out: Path) -> dict[str, str]:

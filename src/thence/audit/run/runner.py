@@ -10,14 +10,16 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from thence.audit.result import Case
 from thence.audit.run.cases import AXES
@@ -28,6 +30,8 @@ from thence.files import write_atomically
 
 CHILD = Path(__file__).parent / "child.py"
 ADAPTERS = Path(__file__).parents[1] / "adapters"
+LAST_LINES = 8
+"""Of what a process printed before it failed to start, so many lines are shown."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Adapter:
         stack: name of the audited package.
         axes: what the stack has, keys of ``cases.AXES``.
         cases: its own cases.
+        defaults: options of the cases that do not name them.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Adapter:
     stack: str
     axes: frozenset[str]
     cases: tuple[Case, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,26 @@ def load_adapter(name: str) -> Adapter:
             f"the adapter has an unknown axis {unknown[0]!r}", remedy=f"axes are {', '.join(AXES)}", file=path
         )
     cases = tuple(Case(**fields) for fields in module.CASES)
-    return Adapter(Path(name).stem.replace("_", "-"), path, module.STACK, frozenset(module.AXES), cases)
+    name, defaults = Path(name).stem.replace("_", "-"), getattr(module, "DEFAULTS", {})
+    return Adapter(name, path, module.STACK, frozenset(module.AXES), cases, defaults)
+
+
+def absolute_python(python: str) -> str:
+    """The Python as a path that holds in every folder; a bare name is looked up on the PATH.
+
+    A link is not followed: the Python of a virtual environment is one, and knows its environment by its own place.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if os.sep not in python:
+        return python
+    path = Path(os.path.abspath(os.path.expanduser(python)))  # noqa: PTH100, PTH111
+    if not path.is_file():
+        raise UserError(
+            f"there is no {python}", remedy="give the stack's Python: --python ENV/bin/python", field="--python"
+        )
+    return str(path)
 
 
 def start_processes(run: StackRun, ranks: int) -> StackProcesses:
@@ -209,7 +234,7 @@ def _run_started(
         ready = _wait(processes, [folder / f"ready-{r}.json" for r in range(ranks)], 600.0)
         if not ready:
             raise UserError(
-                f"{run.adapter.stack} does not start in {run.python}: {_tail(folder, 1)}",
+                f"{run.adapter.stack} does not start in {run.python}: {_cause(folder, ranks)}",
                 remedy=f"give the Python in which {run.adapter.stack} is installed: --python ENV/bin/python",
             )
         facts = json.loads((folder / "ready-0.json").read_text(encoding="utf-8"))
@@ -313,15 +338,32 @@ def _observe(run: StackRun, case: Case, name: str, complete: bool, waited: float
 
 
 def _tail(folder: Path, ranks: int) -> str:
-    """The last line that says something in the logs of the processes."""
-    for rank in range(ranks):
-        path = folder / f"log-{ranks}-{rank}.txt"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        said = [line.strip() for line in lines if line.strip()]
-        errors = [line for line in said if "Error" in line]
-        if said:
-            return (errors or said)[-1][:300]
-    return "it printed nothing"
+    """The line in the logs of the processes that tells most: the last error, else the last line."""
+    said = _logs(folder, ranks)
+    errors = [line for lines in said for line in lines if _is_error(line)]
+    lines = errors or [line for lines in said for line in lines]
+    return lines[-1].strip()[:300] if lines else "it printed nothing"
+
+
+def _cause(folder: Path, ranks: int) -> str:
+    """The line that tells most, and under it the last lines that the same process printed."""
+    said = _logs(folder, ranks)
+    chosen = next((lines for lines in said if any(map(_is_error, lines))), next(iter(said), []))
+    below = "".join(f"\n    {line[:200]}" for line in chosen[-LAST_LINES:])
+    return f"{_tail(folder, ranks)}{below}"
+
+
+def _logs(folder: Path, ranks: int) -> list[list[str]]:
+    """Lines that say something, of each process that said anything."""
+    paths = [folder / f"log-{ranks}-{rank}.txt" for rank in range(ranks)]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.exists()]
+    said = [[line.rstrip() for line in text.splitlines() if line.strip()] for text in texts]
+    return [lines for lines in said if lines]
+
+
+def _is_error(line: str) -> bool:
+    """Whether a line names an exception, as a traceback ends with."""
+    return re.match(r"\s*[\w.]*(Error|Exception)\b", line) is not None
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from thence import __version__
@@ -15,7 +16,7 @@ from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import CaseResult
 from thence.audit.run.cases import cases_for, named_like
-from thence.audit.run.runner import StackRun, load_adapter, run_cases, started_processes
+from thence.audit.run.runner import StackRun, absolute_python, load_adapter, run_cases, started_processes
 from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import write_probe
 from thence.errors import UserError
@@ -61,7 +62,8 @@ def audit_stack(
     chosen = named_like(chosen, only)
     for case, _ in chosen:
         check_objective(case.asked)
-    python = python or sys.executable
+    chosen = [(replace(case, options={**adapter.defaults, **case.options}), reason) for case, reason in chosen]
+    given, python = python, absolute_python(python or sys.executable)
     cases = [case for case, reason in chosen if not reason]
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(working_folder(keep))
@@ -91,7 +93,7 @@ def audit_stack(
         *(["--all"] if extra else []),
         *(f"--only {shlex.quote(part)}" for part in only),
     ]
-    flags += [f"--python {shlex.quote(python)}"] if python != sys.executable else []
+    flags += [f"--python {shlex.quote(given)}"] if given and python != sys.executable else []
     flags += [f"--model-type {model_type}"] if model_type != "llama" else []
     flags += [f"--seed {seed}"] if seed else []
     return make_report(

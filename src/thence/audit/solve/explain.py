@@ -11,7 +11,7 @@ from thence.audit.solve.gradients import TokenGradients, probability_features
 from thence.audit.solve.parts import clipped_by_shard, scaled_by_parameter
 from thence.audit.solve.recover import Fit
 from thence.audit.solve.sequences import Piece
-from thence.audit.solve.signs import SignRegression
+from thence.audit.solve.signs import SignRegression, wrong_share
 from thence.audit.solve.solver import DesignMatrix, Explanation, ObservedUpdate, StepSolver, Target
 
 
@@ -44,13 +44,40 @@ def _leaked(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
 
 
 def _decayed(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
-    """The parameters themselves beside the gradients of the tokens."""
+    """The parameters themselves beside the gradients of the tokens.
+
+    Where signs alone are known, beside the gradient of a named rule: Adam's weight decay turns some of its signs.
+    """
+    if solver.regression is SignRegression:
+        return _decayed_signs(solver, update)
     found = _with_vectors(solver, update, [update.before])
     if found is None:
         return None
     design, fit, (factor,) = found
     detail = f"the parameters themselves enter with factor {factor:.3g}"
     return solver.explanation(design, fit, update, ("weight-decay",), detail)
+
+
+def _decayed_signs(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
+    design, system = solver.system(update.pieces, update.smoothing)
+    if not isinstance(system, SignRegression):
+        return None
+    for number, rule in enumerate(update.rules):
+        weights = design.of_responses(rule)
+        gradient = weights @ design.columns
+        size = np.sqrt((gradient**2).mean() / max((update.before**2).mean(), 1e-30))
+        tried = list(size * np.geomspace(1e-4, 10, 60))
+        best, share = 0.0, 1.0
+        for width in (0.2, 0.02, 2e-3):
+            for factor in tried:
+                wrong = wrong_share(gradient + factor * update.before, update.gradient, update.precision)
+                best, share = (factor, wrong) if wrong < share else (best, share)
+            tried = list(best * np.linspace(1 - width, 1 + width, 13))
+        if share <= update.tolerance:
+            fit = replace(system.predicted(weights, update.gradient, update.precision), residual=share)
+            detail = f"the parameters themselves enter with factor {best:.3g}"
+            return replace(solver.explanation(design, fit, update, ("weight-decay",), detail), rule=number)
+    return None
 
 
 def _with_vectors(

@@ -42,9 +42,11 @@ class Differentiator:
     Args:
         model: any module whose forward takes ``input_ids`` of shape (1, T) and gives ``.logits``, or logits.
         names: parameters to look at, in the order of the coordinates.
+        temperature: logits are divided by it.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]):
+    def __init__(self, model: nn.Module, names: Sequence[str], temperature: float = 1.0):
+        self.temperature = temperature
         self.model = model.double().eval().requires_grad_(True)
         if hasattr(model, "set_experts_implementation"):
             # The fast way of transformers through mixtures of experts refuses float64.
@@ -108,9 +110,7 @@ class Differentiator:
             extra["attention_mask"] = torch.full((size, size), float("-inf"), dtype=torch.float64).triu(1)[None, None]
         if mask is not None:
             extra["attention_mask"] = torch.tensor([list(mask)])
-        output = self.model(input_ids=row, **extra)
-        logits = output.logits if hasattr(output, "logits") else output
-        logp_TV = torch.log_softmax(logits[0, :-1].double(), dim=-1)
+        logp_TV = self._logp(row, self.temperature, **extra)
         places = (torch.arange(1, len(ids)) + shift).clamp(0, len(ids) - 1)
         logp_T = logp_TV.gather(1, row[0, places][:, None])[:, 0]
         entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
@@ -124,20 +124,58 @@ class Differentiator:
         Args:
             weights: of the response tokens of each piece, shape (pieces,).
         """
+        tokens = [
+            np.where([role in RESPONSE_ROLES for role in piece.roles[1:]], float(weight), 0.0)
+            for piece, weight in zip(pieces, weights, strict=True)
+        ]
+        return self.weighted(pieces, tokens)
+
+    def weighted(
+        self, pieces: Sequence[Piece], weights: Sequence[np.ndarray], temperature: float | None = None
+    ) -> dict[str, Tensor]:
+        """Gradient of a weighted sum of negative log-probabilities, whole, by parameter.
+
+        Args:
+            weights: of every target of each piece, its second token first, shape (T - 1,) each.
+            temperature: None: the differentiator's own.
+        """
         parameters = [self._parameters[name] for name in self.names]
         total = torch.zeros((), dtype=torch.float64)
         for piece, weight in zip(pieces, weights, strict=True):
             row = torch.tensor([list(piece.ids)])
-            output = self.model(input_ids=row)
-            logits = output.logits if hasattr(output, "logits") else output
-            logp_T = torch.log_softmax(logits[0, :-1].double(), dim=-1).gather(1, row[0, 1:, None])[:, 0]
-            used_T = torch.tensor([role in RESPONSE_ROLES for role in piece.roles[1:]])
-            total = total - float(weight) * logp_T[used_T].sum()
+            logp_TV = self._logp(row, self.temperature if temperature is None else temperature)
+            total = total - (torch.from_numpy(weight) * logp_TV.gather(1, row[0, 1:, None])[:, 0]).sum()
         found = torch.autograd.grad(total, parameters, allow_unused=True)
         return {
             name: torch.zeros_like(parameter) if gradient is None else gradient
             for name, parameter, gradient in zip(self.names, parameters, found, strict=True)
         }
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """What the model says of every target of a row, before any temperature, shape (T - 1, vocabulary)."""
+        with torch.no_grad():
+            output = self.model(input_ids=torch.tensor([list(ids)]))
+            logits = output.logits if hasattr(output, "logits") else output
+            return logits[0, :-1].double()
+
+    def beside(self, ids: Sequence[int], reference: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Gradients that a loss may have beside those of the tokens: of the entropy of the distribution that predicts
+        each target, and of its KL to a reference, both of shape (targets, coordinates).
+
+        Args:
+            reference: logits of the reference policy, shape (targets, vocabulary).
+        """
+        logp_TV = self._logp(torch.tensor([list(ids)]), self.temperature)
+        theirs_TV = torch.log_softmax(reference / self.temperature, dim=-1)
+        entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
+        kl_T = (logp_TV.exp() * (logp_TV - theirs_TV)).sum(-1)
+        return self._rows(entropy_T), self._rows(kl_T)
+
+    def _logp(self, row: Tensor, temperature: float, **extra: Any) -> Tensor:
+        """Log-probabilities of all tokens at every target of a row, nats, shape (T - 1, vocabulary)."""
+        output = self.model(input_ids=row, **extra)
+        logits = output.logits if hasattr(output, "logits") else output
+        return torch.log_softmax(logits[0, :-1].double() / temperature, dim=-1)
 
     def _rows(self, values_T: Tensor) -> np.ndarray:
         """Jacobian of a vector, shape (T, coordinates)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ from thence.audit.solve.gradients import Differentiator, TokenGradients, probabi
 from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.recover import Fit, LeastSquares
 from thence.audit.solve.sequences import Piece
-from thence.audit.solve.signs import SignRegression
+from thence.audit.solve.signs import COARSE, SignRegression, sign_error
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,18 @@ class DesignMatrix:
     features: dict[str, np.ndarray]
     uniform: np.ndarray | None = None
 
+    def of_responses(self, weights: np.ndarray) -> np.ndarray:
+        """Weights of the columns if every response token has that of its piece, shape (columns,).
+
+        Args:
+            weights: shape (pieces,).
+        """
+        result = np.zeros(len(self.columns))
+        for target in self.targets:
+            if target.role in RESPONSE_ROLES and target.piece >= 0:
+                result[target.column] += weights[target.piece]
+        return result
+
     def by_piece(self, pieces: int) -> np.ndarray:
         """Gradient of each piece's response as a whole, shape (pieces, coordinates)."""
         sums = np.zeros((pieces, self.columns.shape[1]))
@@ -74,6 +86,9 @@ class ObservedUpdate:
         smoothing: label smoothing asked for, a share.
         ranks: that share the step.
         clip: largest norm of the gradient; 0: no clipping.
+        rules: weights of the response tokens of each piece under the rules with a name, each of shape (pieces,), the
+            rule asked for first. Signs are held against these before any weights are sought.
+        precision: of the arithmetic, a key of ``signs.WRONG``.
     """
 
     gradient: np.ndarray
@@ -85,6 +100,8 @@ class ObservedUpdate:
     smoothing: float = 0.0
     ranks: int = 1
     clip: float = 0.0
+    rules: Sequence[np.ndarray] = ()
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,7 @@ class Explanation:
         fits: whether the residual is within the tolerance.
         assumed: finding ids: what the fit needed beyond weights of the tokens (``leak``, ``labels-shifted`` ...).
         detail: on what was assumed.
+        rule: number of the rule that gives these weights (:class:`ObservedUpdate`); -1: they were sought.
     """
 
     design: DesignMatrix
@@ -110,6 +128,7 @@ class Explanation:
     fits: bool
     assumed: tuple[str, ...] = ()
     detail: str = ""
+    rule: int = -1
 
 
 class StepSolver:
@@ -133,7 +152,8 @@ class StepSolver:
         point = b"".join(state[name].double().numpy().tobytes() for name in self.differentiator.names)
         if point != self._point:
             self._point, self._gradients, self._systems = point, {}, {}
-            self.differentiator.load(state)
+        # Always: solvers share the model, and another one may have moved it.
+        self.differentiator.load(state)
 
     def trim(self) -> None:
         """Forget what only one step needed: a design matrix takes some 50 MB."""
@@ -197,9 +217,32 @@ class StepSolver:
         return self._systems[key]
 
     def plain(self, update: ObservedUpdate, shift: int = 0) -> Explanation:
-        """The update as weights of its tokens alone."""
+        """The update as weights of its tokens alone.
+
+        Signs are held against the named rules first. Too few signs for a weight a token give a weight a sequence.
+        """
         design, system = self.system(update.pieces, 0.0 if shift else update.smoothing, shift)
-        return self.explanation(design, system.solve(update.gradient), update)
+        if not isinstance(system, SignRegression):
+            return self.explanation(design, system.solve(update.gradient), update)
+        for number, rule in enumerate(update.rules):
+            weights = design.of_responses(rule)
+            fit = system.predicted(weights, update.gradient, update.precision)
+            if fit.residual <= update.tolerance:
+                return replace(self.explanation(design, fit, update), rule=number)
+        if sign_error(len(design.columns), update.gradient) <= COARSE:
+            return self.explanation(design, system.solve(update.gradient), update)
+        sequences = SignRegression(design.by_piece(len(update.pieces)))
+        fit = sequences.solve(update.gradient)
+        return self.explanation(
+            design,
+            replace(
+                fit,
+                weights=design.of_responses(fit.weights),
+                errors=np.full(len(design.columns), float(fit.errors.max())),
+                undetermined=system.undetermined,
+            ),
+            update,
+        )
 
     def explanation(
         self,

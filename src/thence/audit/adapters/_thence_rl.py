@@ -1,0 +1,213 @@
+"""thence's own stages of reinforcement learning, several optimizer steps on a rollout batch; driven by ``thence.py``.
+
+The code under audit is the update of an RL stage: old and reference log-probabilities, importance weights, the
+method's weights, the steps. Only sampling is replaced: the probe's responses count as rollouts, with fixed rewards, in
+groups of four. Every epoch is a rollout batch, dealt to ``minis`` steps.
+
+Options of a case: ``method`` and its own options; ``minis``; ``temperature``; ``importance_bound``, with which the
+sampler's log-probabilities are those of the policy with a fixed noise; ``shown``: which responses are demonstrations
+(``in-group``: the last of every group; ``apart``: the second half, each of its own prompt). ``policy`` says what is
+asked, by hand and from the papers' formulas: it is not read from the method.
+
+Not covered: methods whose weights hang on entropies (``srft``, ``prefix_rft``), replays (``exgrpo``), prefixes
+(``uft``, ``bread``), and side steps with an optimizer of their own (the SFT steps of ``relift`` and ``sasr``).
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from ._shared import policy_case
+
+GROUP = 4
+LONGEST = 48
+NOISE = 0.4
+"""Size of the sampler's deviation, nats."""
+STRANGERS = ("policy", "minis", "temperature", "importance_bound", "shown")
+"""Options that are not the method's."""
+
+
+def _case(
+    name: str, asked: str, policy: dict, epochs: int = 1, minis: int = 2, lr: float = 0.3, **options: Any
+) -> dict:
+    accumulation = 4 // minis
+    name = f"RL: {name}, {epochs} x {minis} steps"
+    made = policy_case(name, asked, 2, accumulation, 1, policy=policy | {"normaliser": asked}, minis=minis, **options)
+    return made | {"epochs": epochs, "steps": epochs * minis, "lr": lr}
+
+
+_GRPO = {"scale": "none", "clip_high": 0.28}
+_ORIGINAL = {"scale": "group", "clip_high": 0.2}
+_LUFFY = {
+    "scale": "none", "clip_low": None, "clip_high": None, "demonstration": "shape", "demonstration_advantage": True,
+    "entropy": 0.001,
+}  # fmt: skip
+_SFT = {"scale": "none", "clip_low": None, "clip_high": None, "compared": "own", "entropy": 0.001}
+
+_CLIPPED = {"clip_low": 0.2, "clip_high": 0.2}
+_OWN = _ORIGINAL | {"compared": "own"}
+_UNCERTAIN = {"demonstration": "uncertain"}
+_GSPO = {"scale": "group", "ratio": "sequence"}
+
+CASES: tuple[dict, ...] = tuple(
+    _case(name, asked, policy, **{"epochs": 2, **options}) | ({"quick": True} if name in ("grpo", "luffy") else {})
+    for name, asked, policy, options in (
+        ("grpo", "token-mean", _GRPO, {"method": "grpo"}),
+        ("grpo, KL k3", "sequence-mean", _ORIGINAL | {"kl": 0.5},
+         {"method": "grpo", "std": True, "aggregation": "sequence-mean", "clip_high": 0.2, "kl": 0.5}),
+        ("grpo, KL k2", "token-mean", _GRPO | {"kl": 0.5, "estimator": "k2"},
+         {"method": "grpo", "kl": 0.5, "kl_estimator": "k2"}),
+        ("grpo, temperature 0.7", "token-mean", _GRPO | {"temperature": 0.7}, {"method": "grpo", "temperature": 0.7}),
+        ("grpo, importance weights", "token-mean", _GRPO | {"correction": "truncate", "correction_cap": 1.3},
+         {"method": "grpo", "importance_bound": 1.3, "epochs": 1}),
+        ("grpo, entropy bonus", "token-mean", _GRPO | {"entropy": 0.05}, {"method": "grpo", "entropy": 0.05}),
+        ("dr_grpo", "constant-divisor", _GRPO | {"clip_high": 0.2, "longest": LONGEST},
+         {"method": "dr_grpo", "constant_tokens": LONGEST, "lr": 1.0}),
+        ("dapo, dual clip", "token-mean", {"scale": "group", "clip_high": 0.28, "dual_clip": 1.3},
+         {"method": "dapo", "dual_clip": 1.3}),
+        ("gspo", "sequence-mean", _GSPO | {"clip_low": 3e-4, "clip_high": 4e-4}, {"method": "gspo"}),
+        ("gspo, wide clip", "sequence-mean", _GSPO | {"clip_low": 0.1, "clip_high": 0.1},
+         {"method": "gspo", "clip_low": 0.1, "clip_high": 0.1}),
+        ("on_policy", "token-mean", _SFT | _CLIPPED, {"method": "on_policy"}),
+        ("luffy", "token-mean", _LUFFY, {"method": "luffy", "shown": "in-group"}),
+        ("luffy, clipped, over std", "token-mean", _LUFFY | _CLIPPED | {"scale": "group"},
+         {"method": "luffy", "shown": "in-group", "clip": True, "std": True}),
+        ("mixed_policy", "token-mean", _LUFFY | {"demonstration": "probability"},
+         {"method": "mixed_policy", "shown": "in-group"}),
+        ("rl_sft_loss", "token-mean", _SFT | {"demonstration_weight": 0.5},
+         {"method": "rl_sft_loss", "shown": "in-group", "coefficient": 0.5}),
+        ("hpt", "token-mean", _SFT | {"demonstration_weight": 0.3},
+         {"method": "hpt", "shown": "apart", "coefficient": 0.3, "minis": 1}),
+        ("superrl", "token-mean", _OWN, {"method": "superrl", "shown": "apart", "minis": 1}),
+        ("chord_mu", "token-mean", _OWN | {"own_weight": 0.1, "demonstration_weight": 0.9},
+         {"method": "chord_mu", "shown": "apart", "entropy": 0.0, "minis": 1}),
+        ("chord_phi", "token-mean", _OWN | {"own_weight": 0.9, "demonstration_weight": 0.1} | _UNCERTAIN,
+         {"method": "chord_phi", "shown": "apart", "entropy": 0.0, "minis": 1}),
+        ("red, its first step", "token-mean", _OWN | {"demonstration_weight": 0.1, "entropy": 0.001},
+         {"method": "red", "shown": "in-group", "minis": 1, "epochs": 1}),
+        ("relift, its RL steps", "token-mean", _SFT, {"method": "relift"}),
+    )
+)  # fmt: skip
+
+
+def run(case: dict, session: Any, loaded: Any, make_trainer: Any) -> None:
+    """One case."""
+    import copy
+
+    from thence.pipeline.rl_update import Update
+    from thence.train.policy import Policy
+
+    if case["ranks"] > 1:
+        session.skip("the update of a rollout batch is driven on one rank")
+    options, policy = case["options"], Policy(loaded.model)
+    method, trajectories = _trajectories(case, session, loaded.tokenizer)
+    trainer = make_trainer(case, policy, trajectories, _alone())
+    bound = options.get("importance_bound")
+    stage: Any = SimpleNamespace(temperature=options.get("temperature", 1.0), importance_bound=bound, fault=None)
+    reference = Policy(copy.deepcopy(loaded.model)) if options["policy"].get("kl") else None
+    update = Update(stage, method, trainer, reference, options["minis"])
+    session.watch(loaded.model.base_model)
+    session.parameters(policy.model)
+    versions, rollouts, metrics = [], _rollouts(case, trajectories), _Steps(session, policy)
+    for generation in range(case["epochs"]):
+        if bound is not None:
+            trajectories, rollouts = _with_sampler(trainer, stage, trajectories, rollouts)
+        versions += [generation * options["minis"]] * options["minis"]
+        session.say(policy=options["policy"], rollouts=rollouts, versions=versions)
+        update.take(trajectories, metrics)  # pyright: ignore[reportArgumentType]
+
+
+class _Steps:
+    """Stands where a stage keeps its metrics: keeps the parameters after every step."""
+
+    def __init__(self, session: Any, policy: Any):
+        self.session, self.policy = session, policy
+
+    def weighed(self, batch: Any, chosen: Any) -> None:
+        """Note rows without any weight: thence leaves them out of its passes, and counts them in the normaliser."""
+        for row in batch.rows:
+            if not row.weights.any():
+                self.session.forward(row.token_ids)
+
+    def observer(self, chosen: Any, rows: Any) -> None:
+        """Nothing to watch."""
+
+    def stepped(self, report: Any, clipped: int) -> None:
+        """Keep the parameters."""
+        self.session.stepped(self.policy.model)
+
+
+def _alone() -> Any:
+    from thence.train.parallel import SingleProcess
+
+    return SingleProcess()
+
+
+def _is_shown(case: dict, place: int) -> bool:
+    """Whether the response at a place is a demonstration."""
+    shown = case["options"].get("shown")
+    return place % GROUP == GROUP - 1 if shown == "in-group" else shown == "apart" and place >= case["examples"] // 2
+
+
+def _rewards(case: dict, size: int) -> list[float]:
+    if case["options"].get("shown") == "in-group":
+        # the same own rewards in every group, whose mean is one half: RED's factor of it is one
+        return [
+            (0.0, 1.5, 0.0, 1.0)[i % GROUP] + (0.25 * (i // GROUP) if i % GROUP == GROUP - 1 else 0)
+            for i in range(size)
+        ]
+    return [(0.0, 1.0, 0.25, 2.0)[i % GROUP] * (1.0 + 0.5 * (i // GROUP)) for i in range(size)]
+
+
+def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[Any]]:
+    """The method, and every example of the case as a trajectory."""
+    from thence.data.chat import render_all
+    from thence.data.readers import read_examples
+    from thence.data.trajectory import Prompt, Trajectory
+    from thence.methods.registry import methods
+
+    options = {name: value for name, value in case["options"].items() if name not in STRANGERS}
+    method = methods()[options.pop("method")](options)
+    examples, _ = read_examples(session.data("messages"))
+    rows = render_all(examples, tokenizer).rows[: case["examples"]]
+    found = []
+    for i, (row, reward) in enumerate(zip(rows, _rewards(case, len(rows)), strict=True)):
+        shown, group = _is_shown(case, i), _group(case, i)
+        origin = "demonstration" if shown else "rollout"
+        prompt = Prompt(group, tuple(row.prompt_ids), draw=group)
+        found.append(Trajectory(prompt, tuple(row.response_ids or ()), origin=origin, score=reward))
+    return method, found
+
+
+def _group(case: dict, place: int) -> int:
+    apart = case["options"].get("shown") == "apart" and _is_shown(case, place)
+    return case["examples"] + place if apart else place // GROUP
+
+
+def _rollouts(case: dict, trajectories: list[Any]) -> list[dict]:
+    return [
+        {"reward": t.score, "group": _group(case, i), "demonstration": _is_shown(case, i)}
+        for i, t in enumerate(trajectories)
+    ]
+
+
+def _with_sampler(
+    trainer: Any, stage: Any, trajectories: list[Any], rollouts: list[dict]
+) -> tuple[list[Any], list[dict]]:
+    """Trajectories with the log-probabilities of a sampler that is not the trainer: off by a fixed wave."""
+    from dataclasses import replace
+
+    from thence.methods.base import bare_row
+
+    found, said = [], []
+    known = [t.sampler_logps for t in trajectories]
+    scored = trainer.statistics([bare_row(t) for t in trajectories], stage.temperature)
+    for i, (trajectory, (logp, _)) in enumerate(zip(trajectories, scored, strict=True)):
+        wave = [NOISE * math.sin(1.7 * t + i) for t in range(len(logp))]
+        # One list is said for all rollout batches, so the second gets what the first had.
+        sampler = known[i] or tuple(a + b for a, b in zip(logp.double().tolist(), wave, strict=True))
+        found.append(replace(trajectory, sampler_logps=sampler))
+        said.append({**rollouts[i], "sampler": list(sampler)})
+    return found, said
