@@ -27,7 +27,11 @@ from ._shared import RESUMED, SAVED, advantages, policy_case, rewards
 
 STACK = "thence"
 PACKAGES = ("thence", "transformers", "torch")
-AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "autocast", "packing", "checkpointing"}) | {"resume", "saved", "evaluation"}
+AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "autocast", "packing", "checkpointing"}) | {
+    "resume",
+    "saved",
+    "evaluation",
+}
 GROUP = 4
 LONGEST = 48
 """Constant length of Dr. GRPO's normaliser, tokens."""
