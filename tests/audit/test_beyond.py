@@ -9,8 +9,8 @@ import torch
 
 from tests.audit import beyond_adapter
 from thence.audit import Report, audit_stack
-from thence.audit.judge.scope import BEYOND
 from thence.audit.judge.saved import lacking_findings, merged_findings, plain_names
+from thence.audit.judge.scope import BEYOND
 from thence.audit.result import CaseResult
 
 ADAPTER = str(Path(__file__).with_name("beyond_adapter.py"))
