@@ -126,10 +126,10 @@ def judge_of(folder: Path, seed: int = 0) -> tuple[Judge, Any, tuple[Row, ...]]:
     return Judge.of_probe(probe), model, tuple(rows)
 
 
-def audit(folder: Path, asked: dict[str, Any], mistake: str = "", seed: int = 0) -> CaseResult:
+def audit(folder: Path, asked: dict[str, Any], mistake: str = "", seed: int = 0, steps: int = 4) -> CaseResult:
     """Train by the loop, with a mistake or none, and judge what it left."""
     judge, model, rows = judge_of(folder, seed)
-    loop = Loop(asked, mistake, steps=4, per_generation=2)
+    loop = Loop(asked, mistake, steps=steps, per_generation=2)
     states, versions, sampler = loop.run(model, rows)
     facts = [
         {

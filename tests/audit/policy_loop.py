@@ -124,9 +124,8 @@ class Loop:
             group = [i % (len(rows) // size) for i in range(len(rows))]
         if self.mistake == "groups-shifted":
             group = [((i + 1) % len(rows)) // size for i in range(len(rows))]
-        baseline = {
-            "baseline-batch": "batch", "baseline-none": "none", "baseline-rloo": "leave-one-out",
-        }.get(self.mistake, self.get("baseline"))  # fmt: skip
+        other = {"baseline-batch": "batch", "baseline-none": "none", "baseline-rloo": "leave-one-out"}
+        baseline: str = other.get(self.mistake) or self.get("baseline")
         scale = {"scale-none": "none", "scale-batch": "batch", "scale-group": "group"}.get(
             self.mistake, self.get("scale")
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests import ROOT
 from tests.audit.policy_cases import MISTAKES, audit, random_objective
+from thence.audit import PolicyObjective
+from thence.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +40,29 @@ def test_a_mistake_is_named(folder: Path, mistake: str) -> None:
     result = audit(folder, asked, mistake)
     assert finding in {fault.id for fault in result.faults}, (result.reason, result.faults)
     assert len(result.faults) == 1, result.faults
+
+
+def test_the_example_of_the_docs_is_named() -> None:
+    text = (ROOT / "docs/audit-rl.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)  # its own assert is that the report is not ok
+    assert {fault.id for case in scope["report"].cases for fault in case.faults} == {"clip-missing"}
+    assert scope["report"].verdict.exit_code == 1
+
+
+def test_a_part_without_effect_is_not_verified(folder: Path) -> None:
+    """The first step alone: every ratio is one, so nothing is said of ratio, clipping and KL."""
+    result = audit(folder, {"kl": 0.05}, steps=1)
+    assert not result.faults and result.policy is not None
+    unseen = {"ratio", "clipping above", "clipping below", "level of the ratio", "KL coefficient"}
+    assert unseen <= set(result.policy.open)
+    assert not unseen & set(result.policy.verified)
+    whole = audit(folder, {"kl": 0.05})
+    assert whole.policy is not None
+    assert unseen <= set(whole.policy.verified)
+
+
+def test_wrong_settings_are_refused() -> None:
+    for said in ({"baselin": "group"}, {"baseline": "mean"}, {"temperature": 0.0}, {"normaliser": "mean"}):
+        with pytest.raises(UserError):
+            PolicyObjective.of(said)
