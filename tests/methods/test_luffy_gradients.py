@@ -136,7 +136,7 @@ def test_gradients_of_both_optimizer_steps_are_those_of_the_formula(tiny_model, 
     trajectories = make_trajectories(3, variant.method is not OnPolicy)
     old = {id(t): row_statistics(model, t)[0].detach() for t in trajectories}
     trainer = Trainer(model, 2e-2, StepSettings(64, True, 0.0, torch.float64), take_step=step_and_tell)
-    stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None)
+    stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None, fault=None)
     method = variant.method(variant.options)
     Update(stage, method, trainer, minis=2).take(trajectories, BatchMetrics(SingleProcess(), method.terms))
     assert len(taken) == 2
