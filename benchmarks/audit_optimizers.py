@@ -73,7 +73,7 @@ def main() -> int:
             print(f"{family:10}{optimizer:14}{cell['probes']:>5}  {json.dumps(said)}", flush=True)
             cell["seconds"] = round(cell.get("seconds", 0.0) + time.perf_counter() - begun, 1)
             if arguments.write:
-                keep(table)
+                keep(table, arguments.twins)
     return int(any(cell["wrong"] for cell in table.values()))
 
 
@@ -183,7 +183,7 @@ def kept() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8"))["table"] if RESULTS.exists() else {}
 
 
-def keep(table: dict[str, Any]) -> None:
+def keep(table: dict[str, Any], twins: int) -> None:
     """Write the table, with the totals of what was run."""
     total: dict[str, dict[str, int]] = {}
     for part, way in ((part, way) for part in ("clean", "bug") for way in WAYS):
@@ -192,7 +192,7 @@ def keep(table: dict[str, Any]) -> None:
             counts.update(cell[part].get(way, {}))
         total[f"{part}, {way}"] = dict(sorted(counts.items()))
     head = {
-        "command": "python benchmarks/audit_optimizers.py --write",
+        "command": f"python benchmarks/audit_optimizers.py --twins {twins} --write",
         "thence": thence.__version__,
         "torch": torch.__version__,
         "probes": sum(cell["probes"] for cell in table.values()),

@@ -3,7 +3,7 @@
 #
 #   benchmarks/audit_targets/environments.sh FOLDER [NAME ...]
 #
-# NAME: tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
+# NAME: tf4452 tf4461 trl rl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
 # Further: ci, the newest TRL and DeepSpeed in one environment, which `make test` makes for tests/audit/test_stacks.py.
 set -euo pipefail
 if [ "$#" -lt 1 ]; then
@@ -14,7 +14,7 @@ folder=$1
 shift
 constraints="$(cd "$(dirname "$0")/../.." && pwd)/constraints.txt"
 names=("$@")
-[ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl ds0189 ds019 orl0910 orl0112 lf095 verl091)
+[ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl rl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091)
 mkdir -p "$folder"
 
 environment() { # name
@@ -48,6 +48,7 @@ for name in "${names[@]}"; do
         $pip install -c "$constraints" torch==2.13.0 numpy ninja wheel setuptools packaging
         $pip install -c "$constraints" --no-build-isolation deepspeed==0.19.8 trl==1.16.0
         ;;
+    ds0182) deepspeed 0.18.2 5.18.0 ;;
     ds0189) deepspeed 0.18.9 5.18.0 ;;
     ds019) deepspeed 0.19.8 5.18.0 ;;
     orl0910) openrlhf 0.9.10 0.18.9 5.5.0 ;;
@@ -56,6 +57,12 @@ for name in "${names[@]}"; do
     lf095)
         $pip install torch==2.13.0 llamafactory==0.9.5
         $pip uninstall -y torchvision torchaudio
+        ;;
+    # Their loss functions alone: without vLLM, flash-attn and DeepSpeed.
+    rl)
+        $pip install torch==2.13.0 trl==1.16.0 transformers accelerate datasets ray omegaconf hydra-core tensordict \
+            codetiming orjson pydantic
+        $pip install --no-deps verl==0.9.1 openrlhf==0.11.2
         ;;
     verl091) $pip install torch==2.13.0 verl==0.9.1 uvicorn fastapi torchdata ;;
     *)

@@ -6,7 +6,7 @@ For `thence audit command --layout prompt-completion`. `--mistake` switches on o
     prompt         prompts are trained too: the mask has to be asked for
     truncate       rows cut to 16 tokens
     no-end         the end token is not added
-    never-full     the optimizer steps only after a full number of iterations
+    never-full     the loader drops a short micro-batch, and the step that waits for it is never taken
     step-each      the optimizer steps in every iteration
 """
 
@@ -69,8 +69,10 @@ def load_rows(path: Path, tokenizer: Any, longest: int | None, mistake: str) -> 
     return rows
 
 
-def dataloader(rows: list[dict[str, Tensor]], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
+def dataloader(rows: list[dict[str, Tensor]], size: int, pad: int, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Padded micro-batches in the order of the data."""
+    if drop_last:
+        rows = rows[: len(rows) // size * size]
     for start in range(0, len(rows), size):
         micro = rows[start : start + size]
         ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in micro], True, pad)
@@ -84,9 +86,9 @@ def fit(model: Any, optimizer: torch.optim.Optimizer, rows: list[dict[str, Tenso
     window = rows[: train.global_batch_size]
     tokens = sum(int((row["labels"][1:] != IGNORED).sum()) for row in window)
     iters = -(-len(window) // train.micro_batch_size)
-    for iteration, (ids, labels) in enumerate(dataloader(window, train.micro_batch_size, pad), start=1):
-        due = train.accumulation_iters if mistake == "never-full" else iters
-        is_accumulating = iteration % due != 0 and mistake != "step-each"
+    batches = dataloader(window, train.micro_batch_size, pad, drop_last=mistake == "never-full")
+    for iteration, (ids, labels) in enumerate(batches, start=1):
+        is_accumulating = iteration % iters != 0 and mistake != "step-each"
         logits = model(input_ids=ids).logits
         means = mistake == "means"
         loss = functional.cross_entropy(

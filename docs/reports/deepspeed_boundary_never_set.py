@@ -8,6 +8,8 @@ at every place. Plain SGD with learning rate 1 then shows in the digits of the u
 GPU: one process, the CPU accelerator, gloo.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import os
 

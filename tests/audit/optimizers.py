@@ -90,7 +90,7 @@ def _root(matrix: Tensor, power: float) -> Tensor:
 def _muon(parameters: Sequence[Tensor]) -> list[Optimizer]:
     matrices = [p for p in parameters if p.ndim == 2]
     others = [p for p in parameters if p.ndim != 2]
-    muon = [torch.optim.Muon(matrices, lr=1e-2)]
+    muon: list[Optimizer] = [torch.optim.Muon(matrices, lr=1e-2)]
     return [*muon, torch.optim.AdamW(others, lr=1e-3)] if others else muon
 
 

@@ -24,7 +24,7 @@ from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
 from thence.audit.policy.facts import PolicyStep, Rollout
 from thence.audit.policy.objective import PolicyObjective
-from thence.audit.policy.predict import advantages
+from thence.audit.policy.predict import advantages, token_weights
 from thence.audit.policy.read import PolicyFacts
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import forward_rows
@@ -60,6 +60,7 @@ NORMALISERS = {
     "sequence-mean": Normaliser("sequences"),
     "constant-divisor": Normaliser("sequences", LONGEST),
 }
+MEANS = ("sequence-mean", "micro-batch-mean", "rank-mean", "pass-mean", "micro-batch-sequence-mean")
 APART = 0.1
 """A probe shows a fault where the weights of some step are that far from the clean ones, relative to their size."""
 
@@ -338,10 +339,23 @@ def shows(probe: PolicyProbe, fault: Fault) -> bool:
         return False
     if fault.name == "temperature-ignored":
         return True
+    if fault.name == "group-means" and _is_another_mean(probe, taken):
+        return False
     for clean, window, state in zip(taken.clean, taken.windows, taken.states, strict=False):
         a, b = weights_of(probe, clean, state), weights_of(probe, window.batch, state)
         if np.linalg.norm(b - a) > APART * max(float(np.linalg.norm(a)), 1e-9):
             return True
+    return False
+
+
+def _is_another_mean(probe: PolicyProbe, taken: Taken) -> bool:
+    """Whether means of groups are here those of micro-batches, ranks or responses as well, in some step."""
+    for number, step in enumerate(policy_steps(probe, taken, probe.asked.temperature)):
+        found = weights_of(probe, taken.windows[number].batch, taken.states[number])
+        for other in MEANS:
+            weights = token_weights(step, replace(probe.asked, normaliser=other))
+            if np.linalg.norm(found - weights) < APART * np.linalg.norm(found):
+                return True
     return False
 
 
@@ -376,7 +390,7 @@ def _draw(draw: random.Random, fault: Fault | None) -> PolicyProbe:
     minis = draw.choice((1, 1, groups)) if has.WHOLE not in wants else 1
     generations = fault.needs.generations if fault is not None else draw.choice((1, 1, 2))
     least = fault.needs.steps if fault is not None else 1
-    if generations > 1 and minis == 1 and fault is not None and fault.name == "old-stale":
+    if generations > 1 and minis == 1 and fault is not None and fault.name in ("old-stale", "kl-to-old"):
         minis = groups
     iterations = 1 if generations > 1 else max(draw.choice((1, 2, 3)), -(-least // minis))
     count = size * groups * generations

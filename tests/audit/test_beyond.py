@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.audit import beyond_adapter
 from thence.audit import Report, audit_stack
+from thence.audit.judge.saved import lacking_findings, merged_findings, plain_names
 from thence.audit.judge.scope import BEYOND
 from thence.audit.result import CaseResult
 
@@ -48,3 +50,28 @@ def test_resuming_saving_and_evaluating_are_verified_by_name() -> None:
     assert one.verdict.exit_code == 1 and "learning rate" in one.verdict.sentences[0]
     assert "beyond-adapter does not resume as it should." in str(one)
     assert [line.split(":")[0] for line in one.not_verified][:2] == [BEYOND["resume"], BEYOND["evaluation"]]
+
+
+def test_adapters_that_are_not_merged_once_are_named() -> None:
+    torch.manual_seed(0)
+    base, up, down = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+    place = "model.layers.0.mlp.up_proj"
+    live = {f"{place}.base_layer.weight": base, "model.norm.weight": torch.ones(4)}
+    live |= {f"{place}.lora_A.default.weight": up, f"{place}.lora_B.default.weight": down}
+
+    def found(share: float) -> list[str]:
+        saved = {f"{place}.weight": base + share * 2.0 * down @ up, "model.norm.weight": torch.ones(4)}
+        return [finding.id for finding in merged_findings(live, saved, 2.0)]
+
+    assert found(1.0) == []
+    assert [found(share) for share in (0.0, 0.5, 2.0)] == [["saved-merge"]] * 3
+    assert plain_names({f"base_model.model.{place}.lora_A.weight": up}).keys() == {f"{place}.lora_A.default.weight"}
+
+
+def test_a_tied_head_may_be_left_out_but_not_hold_something_else() -> None:
+    live, aliases = {"embed.weight": torch.ones(3)}, {"head.weight": "embed.weight"}
+    saved = {"embed.weight": torch.ones(3)}
+    assert not lacking_findings(live, saved, aliases)
+    assert not lacking_findings(live, {"head.weight": torch.ones(3)}, aliases)
+    assert [f.id for f in lacking_findings(live, saved | {"head.weight": torch.zeros(3)}, aliases)] == ["saved-untied"]
+    assert [f.id for f in lacking_findings(live, {}, aliases)] == ["saved-missing"]

@@ -149,6 +149,15 @@ def test_random_drops_are_never_said_to_follow_a_rule(probe: Probe, judge: Judge
     assert "drawn at random" in detail and "probab" not in detail
 
 
+def test_two_lost_tokens_that_stand_nowhere_else_are_no_rule_of_ids(probe: Probe, judge: Judge) -> None:
+    """All tokens with these ids are lost, which says nothing: there is one of each."""
+    responses = [[i for i, label in zip(*row, strict=True) if label != -100] for row in probe.rows[:8]]
+    once = [i for response in responses for i in response[1:-1] if sum(r.count(i) for r in responses) == 1]
+    chosen = {once[len(once) // 3], once[len(once) // 2]}
+    result = judged(probe, judge, lambda e, t, ids, labels: trained(labels, t) and ids[t] not in chosen)
+    assert "drawn at random" in found(result)["tokens-dropped"]
+
+
 @pytest.mark.parametrize("adam", [False, True])
 def test_probabilities_are_claimed_only_where_the_weights_follow_them(probe: Probe, judge: Judge, adam: bool) -> None:
     draw = random.Random(1)
@@ -209,6 +218,15 @@ def test_gradients_cleared_too_late_lose_the_first_micro_batch(probe: Probe, jud
     assert list(found(judged(probe, judge, lost(2, 3), kept=False))) == ["rows-dropped"], "the second has no name"
 
 
+def test_no_step_of_one_micro_batch_is_the_lost_micro_batch(probe: Probe, judge: Judge) -> None:
+    """Gradients cleared after the first backward leave nothing where that is the only one."""
+    one = CaseResult(Case("one", 8, 1), "judged", "", (), (Finding("no-step", "fault", "no parameter changed"),))
+    four = judged(probe, judge, lost(0, 1), Case("four", 2, 4), kept=False)
+    assert "the first micro-batch" in make_report("x", [one, four], {}, "x", {}, 0.0).verdict.sentences[0]
+    none = CaseResult(Case("none", 2, 4), "judged", "", (), one.findings)
+    assert "no step was taken" in make_report("x", [none, four], {}, "x", {}, 0.0).verdict.sentences[0]
+
+
 def test_with_two_micro_batches_the_other_cases_say_which_name_holds(probe: Probe, judge: Judge) -> None:
     """All but the first of two is only the last: one case with more micro-batches decides."""
     two = judged(probe, judge, lost(0, 1, 2, 3), Case("two", 4, 2), kept=False)
@@ -266,7 +284,7 @@ def figures(report: Report) -> tuple[str, str]:
 
 def test_all_figures_of_the_verdict_come_from_one_case(probe: Probe, judge: Judge) -> None:
     """The smallest weight of one case beside the largest of another is nobody's range."""
-    much = judged(probe, judge, rows_weigh(1, 1, 1, 1, 1, 0.9, 1, 1), Case("largest", 2, 4), kept=False)
+    much = judged(probe, judge, rows_weigh(1, 1, 1, 1, 1, 1, 2.5, 1), Case("largest", 2, 4), kept=False)
     little = judged(probe, judge, rows_weigh(0.1, 1, 1, 1, 1, 0.1, 1, 1), Case("most lost", 2, 4), kept=False)
     report = make_report("x", [much, little], {}, "x", {}, 0.0)
     sentences, facts = figures(report)

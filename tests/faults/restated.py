@@ -137,6 +137,13 @@ def cut_off(batch: Batch, first: int, last: int) -> Batch:
     return replace(batch, rows=tuple(rows))
 
 
+def shortened(batch: Batch) -> Batch:
+    """Every response up to half the length of the longest."""
+    most = max(row.n_trained for row in batch.rows) // 2
+    parts = [cut_off(replace(batch, rows=(row,)), 0, max(row.n_trained - most, 0)).rows[0] for row in batch.rows]
+    return replace(batch, rows=tuple(parts))
+
+
 def padded(batch: Batch, cells: Sequence[Sequence[int]]) -> Batch:
     rows = list(batch.rows)
     for cell in cells:

@@ -25,6 +25,7 @@ from tests.faults.restated import (
     mean_over,
     only,
     padded,
+    shortened,
     sums,
     together,
     token_losses,
@@ -56,6 +57,7 @@ RESTATED: dict[str, tuple[tuple[int, int, int], int, Callable[[Any, Batch], Tens
     "padding-trained": (SIX, 6, lambda m, b: whole(m, padded(b, CELLS[:3]))),
     "end-missing": (SIX, 6, lambda m, b: whole(m, cut_off(b, 0, 1))),
     "first-missing": (SIX, 6, lambda m, b: whole(m, cut_off(b, 1, 0))),
+    "responses-truncated": (SIX, 6, lambda m, b: whole(m, shortened(b))),
     "sequence-means": (SIX, 6, lambda m, b: mean_over(m, b, [[i] for i in range(6)])),
     "mean-of-means": (SIX, 6, lambda m, b: mean_over(m, b, CELLS[:3])),
     "sum-of-means": (RANKED, 6, lambda m, b: 3 * mean_over(m, b, [[i] for i in range(6)])),
@@ -68,6 +70,7 @@ RESTATED: dict[str, tuple[tuple[int, int, int], int, Callable[[Any, Batch], Tens
     "first-micro-batch-only": (SIX, 6, lambda m, b: only(m, b, [0, 1])),
     "last-micro-batch-only": (SIX, 6, lambda m, b: only(m, b, [4, 5])),
     "first-and-last-only": (SIX, 6, lambda m, b: only(m, b, [0, 1, 4, 5])),
+    "first-micro-batch-lost": (SIX, 6, lambda m, b: only(m, b, [2, 3, 4, 5])),
     "rank-missing": (RANKED, 6, lambda m, b: only(m, b, [0, 2, 4])),
     "double-counted": (SIX, 6, lambda m, b: whole(m, b) + only(m, b, [0, 1])),
     "incomplete-window-scaled": (SIX, 4, lambda m, b: whole(m, b) * 2 / 3),
@@ -351,7 +354,9 @@ def test_several_real_processes_are_refused(model):
 
 
 @pytest.mark.parametrize(("also", "logged_like"), [([], []), (["mean-of-means"], ["mean-of-means"])])
-@pytest.mark.parametrize("name", ["first-micro-batch-only", "last-micro-batch-only", "first-and-last-only"])
+@pytest.mark.parametrize(
+    "name", ["first-micro-batch-only", "last-micro-batch-only", "first-and-last-only", "first-micro-batch-lost"]
+)
 def test_a_gradient_that_goes_missing_is_not_seen_in_the_logged_loss(model, name, also, logged_like):
     """As in the trainers that have these bugs: the loss is of every micro-batch, the gradient norm is too small."""
 

@@ -29,6 +29,10 @@ def _is_first(rank: int, slot: int, cut: Cut) -> bool:
     return slot == 0
 
 
+def _is_not_first(rank: int, slot: int, cut: Cut) -> bool:
+    return slot != 0
+
+
 def _is_first_or_last(rank: int, slot: int, cut: Cut) -> bool:
     return slot == 0 or weights.is_last(rank, slot, cut)
 
@@ -68,6 +72,10 @@ _OF_ROWS = (
 )  # fmt: skip
 
 _OF_WEIGHTS_AND_STEPS = (
+    Fault(
+        "responses-truncated", "responses trained up to half the longest one", ("tokens-dropped", "end-missing"),
+        Needs(), "a maximal length for training that is shorter than that for sampling", rows.responses_truncated,
+    ),
     Fault(
         "advantage-std", "advantages divided by the group's standard deviation", ("advantage",),
         Needs(advantages=True), "GRPO's default, where Dr. GRPO was asked for (arXiv 2503.20783)",
@@ -123,6 +131,11 @@ _OF_WEIGHTS_AND_STEPS = (
         "first-and-last-only", "first and last micro-batch only", ("first-and-last-only",), Needs(micro_batches=3),
         f"{PAPER}, the first of its two bugs: DeepSpeed before 0.19, ZeRO stage 2 with the optimizer on the CPU",
         weights.keeping(_is_first_or_last), unseen=True,
+    ),
+    Fault(
+        "first-micro-batch-lost", "first micro-batch lost", ("all-but-first",), Needs(micro_batches=3),
+        "gradients set to zero after the first backward of a step instead of before it",
+        weights.keeping(_is_not_first), unseen=True,
     ),
     Fault(
         "rank-missing", "the last rank's gradient is missing", ("rank-missing",), Needs(ranks=2),

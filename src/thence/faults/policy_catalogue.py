@@ -48,7 +48,7 @@ POLICY_FAULTS = (
     ),
     Fault(
         "temperature-ignored", "temperature left out of the trainer's log-probabilities", ("temperature",),
-        _needs(has.TEMPERATURE, has.NO_KL), "TRL before 0.16: logits were not divided by the temperature",
+        _needs(has.TEMPERATURE, has.NO_KL, has.CLIP), "TRL before 0.16: logits were not divided by the temperature",
         wrap=versions.temperature_ignored, outermost=True,
     ),
     Fault(

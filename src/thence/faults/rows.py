@@ -46,6 +46,12 @@ def first_missing(window: Window, policy: PolicyFacts) -> Window:
     return _narrowed_all(window, slice(1, None))
 
 
+def responses_truncated(window: Window, policy: PolicyFacts) -> Window:
+    """Trained tokens of a row beyond half the length of the longest response are neither trained nor counted."""
+    longest = max((row.n_trained for row in window.batch.rows), default=0)
+    return _narrowed_all(window, slice(None, max(longest // 2, 1)))
+
+
 def rows_repeated(window: Window, policy: PolicyFacts) -> Window:
     """Where the last micro-batches are short, rows from the beginning come again until all ranks have the same."""
     rows = window.batch.rows

@@ -90,6 +90,11 @@ def _loss() -> Any:
         package = types.ModuleType(name)
         package.__path__ = [str(Path(root.submodule_search_locations[0]) / "models")]
         sys.modules[name] = package
-    if importlib.util.find_spec("deepspeed") is None:
+    missing = "deepspeed" not in sys.modules and importlib.util.find_spec("deepspeed") is None
+    if missing:
         sys.modules["deepspeed"] = types.ModuleType("deepspeed")  # named by a neighbour of masked_mean, and not called
-    return importlib.import_module(f"{name}.loss")
+    try:
+        return importlib.import_module(f"{name}.loss")
+    finally:
+        if missing:
+            del sys.modules["deepspeed"]  # others ask whether it is installed

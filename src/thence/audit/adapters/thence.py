@@ -10,6 +10,9 @@ replicas; ``lora`` is the rank of adapters on all linear layers, which are then 
 reinforcement learning get fixed rewards, the probe's responses as rollouts, and successive examples as groups, so that
 nothing is sampled and no advantage is zero.
 
+Cases that resume or save run a whole recipe, which is interrupted and run again, or whose published model is read
+(adapters merged); the evaluation is the held-out loss of a stage.
+
 Limits: weights are float32 (arithmetic may be bfloat16), and there is no label smoothing. ``sharding.offload`` has no
 case: thence leaves it out where the device is a CPU, and this audit runs on CPUs.
 """
@@ -19,15 +22,22 @@ from __future__ import annotations
 from typing import Any
 
 from . import _thence_rl as reinforcement
-from ._shared import advantages, policy_case, rewards
+from . import _thence_runs
+from ._shared import RESUMED, SAVED, advantages, policy_case, rewards
 
 STACK = "thence"
 PACKAGES = ("thence", "transformers", "torch")
-AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "autocast", "packing", "checkpointing"})
+AXES = frozenset({"ranks", "incomplete", "epochs", "adamw", "autocast", "packing", "checkpointing"}) | {
+    "resume",
+    "saved",
+    "evaluation",
+}
 GROUP = 4
 LONGEST = 48
 """Constant length of Dr. GRPO's normaliser, tokens."""
 STD_EPS = 1e-6
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""What a recipe's adapters are put on in the llama that is the usual probe."""
 
 
 _DR_GRPO = {"method": "dr_grpo", "constant_tokens": LONGEST}
@@ -91,6 +101,11 @@ CASES: tuple[dict, ...] = (
         )
     ),
     policy_case("epoch edge, packing, 2 ranks", "token-mean", 2, 2, 2) | _EDGE,
+    policy_case("resume in the second epoch", "token-mean", 2, 2) | RESUMED | {"save_after": 4},
+    policy_case("resume, 2 ranks", "token-mean", 2, 1, 2) | RESUMED,
+    policy_case("LoRA, resume", "token-mean", 2, 2, **_LORA) | RESUMED,
+    policy_case("LoRA, what is saved merged", "token-mean", 2, 2, **_LORA) | SAVED,
+    policy_case("what is saved, 2 ranks", "token-mean", 2, 1, 2) | SAVED,
     *reinforcement.CASES,
 )
 
@@ -106,6 +121,9 @@ def run(case: dict, session: Any) -> None:
 
     if case["label_smoothing"] or case["precision"] == "bfloat16":
         session.skip("thence has no label smoothing and keeps its weights in float32")
+    if case["beyond"] in ("resume", "saved"):
+        _run_recipe(case, session)
+        return
     ranks, device = start_ranks()
     loaded = _load(session, device)
     if "policy" in case["options"]:
@@ -116,11 +134,32 @@ def run(case: dict, session: Any) -> None:
     policy, ranks = _laid_out(case, loaded.model, ranks, device)
     trainer = _make_trainer(case, policy, trajectories, ranks)
     session.watch(loaded.model.base_model)
-    session.parameters(_whole(policy))
+    session.parameters(_thence_runs.whole(policy))
     for batch in _batches(case, method, trajectories):
         trainer.step(_share(batch, ranks))
-        if session.stepped(_whole(policy)):
+        if session.stepped(_thence_runs.whole(policy)):
             break
+    if case["beyond"] == "evaluation":
+        _evaluate(session, trainer, trajectories)
+
+
+def _run_recipe(case: dict, session: Any) -> None:
+    """A whole recipe, for what is beyond the trainer: checkpoints, their order of the data, the published model."""
+    rank = case["options"].get("lora")
+    if rank:
+        session.say(lora={"rank": rank, "alpha": 2 * rank, "targets": ALL_LINEAR})
+    _thence_runs.run(case, session, {"rank": rank} if rank else None)
+
+
+def _evaluate(session: Any, trainer: Any, trajectories: list[Any]) -> None:
+    """The loss on held-out examples, as a stage reports it."""
+    from dataclasses import replace
+
+    from thence.pipeline.sft_stage import held_out_loss
+
+    session.evaluation()
+    prompts = [replace(t.prompt, demonstration_ids=t.response_ids) for t in trajectories]
+    session.evaluated(held_out_loss(trainer, prompts, "response"))
 
 
 def _adapt(case: dict, session: Any, model: Any) -> None:
@@ -137,15 +176,6 @@ def _adapt(case: dict, session: Any, model: Any) -> None:
     except UserError as error:
         session.skip(str(error))
     session.say(lora={"rank": settings.rank, "alpha": settings.strength, "targets": sorted(places_of(model).adapted)})
-
-
-def _whole(policy: Any) -> Any:
-    """Names and whole tensors as the model has them: adapters by themselves, since they are what is trained."""
-    from torch.distributed.tensor import DTensor
-
-    for name, parameter in policy.model.named_parameters():
-        value = parameter.detach()
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _laid_out(case: dict, model: Any, ranks: Any, device: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from thence.audit.judge.evaluation import judge_evaluation
 from thence.audit.judge.evidence import Evidence, NotJudged, said_policy
 from thence.audit.judge.resume import judge_resume
 from thence.audit.judge.saved import judge_saved
-from thence.audit.judge.walk import Walk
+from thence.audit.judge.walk import Walk, count_steps
 from thence.audit.judge.windows import planned_places
 from thence.audit.result import Case, CaseResult, Finding
 from thence.audit.solve.gradients import Differentiator
@@ -154,7 +154,7 @@ class Judge:
                 if not walk.step(step):
                     break
             else:
-                walk.count_steps()
+                count_steps(walk)
         except NotJudged as stop:
             status, reason = "not judged", str(stop)
         try:

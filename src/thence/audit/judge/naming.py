@@ -215,7 +215,8 @@ def _repeated(step: StepWeights, pieces: PieceWeights) -> tuple[str, Finding] | 
         if whole.max() > 4 or whole.max() == whole.min() or far.any():
             continue
         which = [str(step.pieces[i].example + 1) for i in np.flatnonzero(pieces.kept)[whole > 1]]
-        detail = f"examples {', '.join(which)} count {int(whole.max())} times"
+        many = f"examples {', '.join(which)} count" if len(which) > 1 else f"example {which[0]} counts"
+        detail = f"{many} {int(whole.max())} times"
         return name, Finding("double-counted", "fault", detail)
     return None
 
@@ -246,14 +247,16 @@ def _grouped(step: StepWeights, pieces: PieceWeights) -> tuple[str, Finding] | N
 def _token_dependent(step: StepWeights, explanation: Explanation, used: np.ndarray) -> tuple[str | None, Finding]:
     """Weights that vary within a response: do they follow what the model itself says?"""
     lengths = np.maximum(step.counted(used), 1)
-    best, name_of_best, base_of_best = np.inf, "", "token-mean"
+    rests: dict[tuple[str, str], float] = {}
     for base in ("token-mean", "sequence-mean"):
         scale = np.ones(len(step.pieces)) if base == "token-mean" else 1.0 / lengths
         for name, feature in explanation.design.features.items():
             a, b = feature[used] * scale[step.piece[used]], step.weights[used]
-            rest = float(np.linalg.norm(b - a * (a @ b) / (a @ a)) / np.linalg.norm(b))
-            if rest < best:
-                best, name_of_best, base_of_best = rest, name, base
+            # Where all rows are equally long the two differ by nothing but rounding.
+            handicap = 1.0 if base == "token-mean" else 2.0
+            rests[base, name] = handicap * float(np.linalg.norm(b - a * (a @ b) / (a @ a)) / np.linalg.norm(b))
+    base_of_best, name_of_best = min(rests, key=lambda key: rests[key])
+    best = rests[base_of_best, name_of_best]
     relative = step.relative[used]
     detail = f"token weights run from {relative.min():.3g} to {relative.max():.3g} of their mean"
     exact = best < 10 * step.floor

@@ -94,7 +94,7 @@ def judge_all(
         return _no_verdict(cases, judged, objective, asked)
     if not faults:
         return _clean(cases, judged, objective, asked)
-    ids = sorted(faults, key=lambda name: _place(name, judged))
+    ids = sorted(faults, key=lambda name: _place(name, judged, faults))
     main = ids[0]
     worst = max(faults[main], key=lambda hit: hit.lost)
     return AuditVerdict(
@@ -174,13 +174,17 @@ def _faults(cases: Sequence[CaseResult]) -> dict[str, list[Hit]]:
     return found
 
 
-def _place(name: str, judged: Sequence[CaseResult]) -> tuple[bool, float]:
+def _place(name: str, judged: Sequence[CaseResult], faults: Faults) -> tuple[bool, float]:
     """Where a fault stands among several, the first is named first: those of the steps, then those beyond them."""
-    return is_beyond(name), _rank(name, judged)
+    return is_beyond(name), _rank(name, judged, faults)
 
 
-def _rank(name: str, judged: Sequence[CaseResult]) -> float:
+def _rank(name: str, judged: Sequence[CaseResult], faults: Faults) -> float:
     """Where a fault stands among several, the first is named in the first sentence."""
+    lost = [part for part in ("all-but-first", "all-but-last") if part in faults]
+    if name == "no-step" and lost and all(hit.case.case.accumulation == 1 for hit in faults[name]):
+        # A step with one micro-batch, which is the one that is lost.
+        return _BY_SEVERITY.index(lost[0]) + 0.5
     if name in OBJECTIVES and not _fits_all(name, judged):
         return _RULE_OF_SOME
     return _BY_SEVERITY.index(name) if name in _BY_SEVERITY else len(_BY_SEVERITY)

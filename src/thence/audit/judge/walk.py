@@ -77,19 +77,10 @@ class Walk:
         partly = self._untouched(step, pieces)
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
         if step == 1 and pieces and np.any(before - after):
-            self._keep_update(pieces, rounding_noise(before, after, self._bits(step)))
+            _keep_update(self, pieces, rounding_noise(before, after, self._bits(step)))
         if problem:
             raise NotJudged(problem)
         return self._fit(step, pieces, rows, (before, after), partly)
-
-    def _keep_update(self, pieces: Sequence[Piece], noise: float) -> None:
-        """For the comparison with other cuts."""
-        seen, examples = self.evidence.seen, [piece.example for piece in pieces]
-        states = self._trained(0), self._trained(1)
-        whole = seen is not None and seen.whole and self.case.optimizer == "unknown"
-        gradient = {n: g for n, g in seen.gradients.items() if n in states[0]} if seen and whole else None
-        found = first_update(*states, examples, noise, self._precision, self._bits(1), gradient)
-        self.judge.updates[self.case.name] = found
 
     def _fit(
         self,
@@ -101,17 +92,17 @@ class Walk:
     ) -> bool:
         """Recover the weights of a step from the parameters before and after it, and judge them."""
         reading = read_step(
-            self.case, self.evidence, step, flat, self._bits(step), self._precision, self._seen_gradient()
+            self.case, self.evidence, step, flat, self._bits(step), self._precision, _seen_gradient(self)
         )
         if self._policy is not None:
             solver, update = self._observed(step, reading, pieces, rows, flat[0])
             self._gradients.append(update.gradient)
             return self._take_in(self._policy, solver, step, update)
-        solver, update, explanation = self._explain(step, reading, pieces, rows, flat[0])
+        solver, update, explanation = _explain(self, step, reading, pieces, rows, flat[0])
         if not explanation.fits and reading.source == "update" and self.case.optimizer == "unknown" and step == 1:
             # An optimizer may keep the signs of the gradient and choose the sizes itself.
             other = of_any_signs(flat[0] - flat[1], self._precision)
-            found = self._explain(step, other, pieces, rows, flat[0], briefly=True)
+            found = _explain(self, step, other, pieces, rows, flat[0], briefly=True)
             if found[2].fits and explanation.fit.residual > FAR:
                 reading, (solver, update, explanation) = other, found
         self._gradients.append(update.gradient)
@@ -120,13 +111,11 @@ class Walk:
             self.findings.append(_differs_by_parameter(solver, update, explanation, form))
             return False
         result = diagnose_step(step, explanation, pieces, self._asked(pieces), self.judge.texts, reading.floor)
-        findings = self._without_own_sizes((*result.findings, *objective_findings(self.case, result)))
+        findings = _without_own_sizes(self.case, (*result.findings, *objective_findings(self.case, result)))
         right = self.case.asked == result.objective and all(finding.kind == "choice" for finding in findings)
         if reading.source == "signs" and explanation.rule < 0 and right:
-            raise NotJudged(
-                f"{np.count_nonzero(reading.gradient)} signs are too few to tell what the weights of "
-                f"{len(explanation.design.columns)} tokens are, but they are not those asked for"
-            )
+            signs, columns = np.count_nonzero(reading.gradient), len(explanation.design.columns)
+            raise NotJudged(f"{signs} signs do not tell whether the weights of {columns} tokens are those asked for")
         if partly is not None and not any(finding.kind == "fault" for finding in findings):
             findings = (*findings, partly)
         if reading.relation is not None and reading.relation.decay:
@@ -136,38 +125,6 @@ class Walk:
         result = replace(result, findings=findings, source=reading.source, unseen=unseen)
         self.results.append(per_example(result, self.case.asked) if self._repeated else result)
         return True
-
-    def _without_own_sizes(self, findings: Sequence[Finding]) -> tuple[Finding, ...]:
-        """An optimizer that nobody knows may scale parameters on purpose. Raises NotJudged: nothing else is wrong."""
-        own = [f for f in findings if f.id == "scale-by-parameter" and self.case.optimizer == "unknown"]
-        others = tuple(f for f in findings if f not in own)
-        if own and not any(f.kind == "fault" for f in others):
-            raise NotJudged(
-                f"{own[0].detail}: layer-wise optimizers (LARS, LAMB) and learning rates of parameter groups do that, "
-                "and so do faults; give lr if it is plain SGD"
-            )
-        return others
-
-    def _seen_gradient(self) -> np.ndarray | None:
-        """The gradient that the optimizer was given as one vector, if nothing but its one step moved the parameters."""
-        seen = self.evidence.seen
-        if seen is None or not seen.whole:
-            return None
-        gradients = {n: seen.gradients.get(n, torch.zeros_like(t)) for n, t in self._trained(0).items()}
-        return self._solver.differentiator.flat(gradients)
-
-    def _explain(
-        self,
-        step: int,
-        reading: Reading,
-        pieces: Sequence[Piece],
-        rows: Sequence[ForwardRow],
-        before: np.ndarray,
-        briefly: bool = False,
-    ) -> tuple[StepSolver, ObservedUpdate, Explanation]:
-        """The explanation of a reading, by token weights alone if ``briefly``, and what it was made from."""
-        solver, update = self._observed(step, reading, pieces, rows, before)
-        return solver, update, solver.plain(update) if briefly else explain(solver, update)
 
     def _observed(
         self, step: int, reading: Reading, pieces: Sequence[Piece], rows: Sequence[ForwardRow], before: np.ndarray
@@ -245,16 +202,6 @@ class Walk:
     def _bits(self, step: int) -> int:
         return MANTISSA[str(next(iter(self.evidence.states[step].values())).dtype)]
 
-    def count_steps(self) -> None:
-        """Say so where fewer optimizer steps were taken than were due."""
-        taken, due = len(self.evidence.states) - 1, planned_steps(self.case)
-        if taken == 0:
-            detail = f"{self.case.examples} examples went in and no optimizer step was taken"
-            self.findings.append(Finding("no-step", "fault", detail))
-        elif taken < due and self.evidence.rows is not None:
-            detail = f"{taken} optimizer steps were taken where {due} were due"
-            self.findings.append(Finding("window-dropped", "note", detail))
-
     def _examples(self, step: int) -> tuple[list[Piece], Sequence[ForwardRow], str]:
         """The pieces of a step, its rows where they were watched, and why they cannot be judged, if so."""
         evidence = self.evidence
@@ -291,6 +238,62 @@ class Walk:
     def _sized(self) -> bool:
         """Whether the size of an update says something."""
         return self.evidence.scale_known and self.case.clip == 0 and self.case.optimizer != "unknown"
+
+
+def _keep_update(walk: Walk, pieces: Sequence[Piece], noise: float) -> None:
+    """For the comparison with other cuts."""
+    seen, examples = walk.evidence.seen, [piece.example for piece in pieces]
+    states = walk._trained(0), walk._trained(1)
+    whole = seen is not None and seen.whole and walk.case.optimizer == "unknown"
+    gradient = {n: g for n, g in seen.gradients.items() if n in states[0]} if seen and whole else None
+    found = first_update(*states, examples, noise, walk._precision, walk._bits(1), gradient)
+    walk.judge.updates[walk.case.name] = found
+
+
+def _seen_gradient(walk: Walk) -> np.ndarray | None:
+    """The gradient that the optimizer was given as one vector, if nothing but its one step moved the parameters."""
+    seen = walk.evidence.seen
+    if seen is None or not seen.whole:
+        return None
+    gradients = {n: seen.gradients.get(n, torch.zeros_like(t)) for n, t in walk._trained(0).items()}
+    return walk._solver.differentiator.flat(gradients)
+
+
+def count_steps(walk: Walk) -> None:
+    """Say so where fewer optimizer steps were taken than were due."""
+    taken, due = len(walk.evidence.states) - 1, planned_steps(walk.case)
+    if taken == 0:
+        detail = f"{walk.case.examples} examples went in and no optimizer step was taken"
+        walk.findings.append(Finding("no-step", "fault", detail))
+    elif taken < due and walk.evidence.rows is not None:
+        detail = f"{taken} optimizer steps were taken where {due} were due"
+        walk.findings.append(Finding("window-dropped", "note", detail))
+
+
+def _without_own_sizes(case: Case, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """An optimizer that nobody knows may scale parameters on purpose. Raises NotJudged: nothing else is wrong."""
+    own = [f for f in findings if f.id == "scale-by-parameter" and case.optimizer == "unknown"]
+    others = tuple(f for f in findings if f not in own)
+    if own and not any(f.kind == "fault" for f in others):
+        raise NotJudged(
+            f"{own[0].detail}: layer-wise optimizers (LARS) and learning rates of parameter groups do that, "
+            "and so do faults; give lr if it is plain SGD"
+        )
+    return others
+
+
+def _explain(
+    walk: Walk,
+    step: int,
+    reading: Reading,
+    pieces: Sequence[Piece],
+    rows: Sequence[ForwardRow],
+    before: np.ndarray,
+    briefly: bool = False,
+) -> tuple[StepSolver, ObservedUpdate, Explanation]:
+    """The explanation of a reading, by token weights alone if ``briefly``, and what it was made from."""
+    solver, update = walk._observed(step, reading, pieces, rows, before)
+    return solver, update, solver.plain(update) if briefly else explain(solver, update)
 
 
 def _differs_by_parameter(

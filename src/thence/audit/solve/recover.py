@@ -10,6 +10,9 @@ import numpy as np
 DETERMINED = 1e-9
 """Directions whose eigenvalue in the scaled Gram matrix is below this share of the largest are not determined."""
 
+NOTHING = 1e-10
+"""Columns shorter than this share of the longest are taken for zero."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -38,10 +41,12 @@ class LeastSquares:
     """
 
     def __init__(self, columns: np.ndarray):
-        self.columns = columns
         norms = np.linalg.norm(columns, axis=1)
+        # A token behind a single one has no gradient in queries and keys, but for rounding.
+        norms[norms <= NOTHING * norms.max(initial=0.0)] = 0.0
+        self.columns = columns if norms.all() else np.where(norms[:, None] > 0, columns, 0.0)
         self.norms = np.where(norms > 0, norms, 1.0)
-        scaled = columns / self.norms[:, None]
+        scaled = self.columns / self.norms[:, None]
         gram = scaled @ scaled.T
         values, vectors = np.linalg.eigh(gram)
         keep = values > DETERMINED * values[-1] if len(values) else np.zeros(0, bool)
