@@ -33,6 +33,14 @@ def test_a_clean_trainer_of_any_objective_is_verified(folder: Path, seed: int) -
         assert np.abs(weight - ideal).max() < 1e-4 * np.abs(ideal).max()
 
 
+@pytest.mark.parametrize("surrogate", ["clip", "weight"])
+def test_tokens_corrected_under_a_ratio_of_responses_are_no_mistake(folder: Path, surrogate: str) -> None:
+    """The gradient of a response's ratio reaches all its tokens, so their corrections are averaged."""
+    asked = {"ratio": "sequence", "surrogate": surrogate, "correction": "truncate", "correction_cap": 1.1}
+    result = audit(folder, asked, steps=2)
+    assert result.status == "judged" and not result.faults, result.faults
+
+
 @pytest.mark.matrix(6)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named(folder: Path, mistake: str) -> None:

@@ -41,7 +41,12 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
     other = other or Overrides()
     advantage = row_advantages(step, asked) if other.advantage is None else other.advantage
     trained = trained_tokens(step, asked) if other.trained is None else other.trained
-    acting = advantage[step.row] * surrogate_slope(step, asked, advantage, trained) * correction(step, asked, trained)
+    corrected = correction(step, asked, trained)
+    if asked.ratio == "sequence" and asked.surrogate != "weight":
+        # The gradient of a response's ratio reaches all its tokens alike, whichever of them is corrected.
+        lengths = np.maximum(step.sums(trained.astype(float)), 1)
+        corrected = (step.sums(np.where(trained, corrected, 0.0)) / lengths)[step.row]
+    acting = advantage[step.row] * surrogate_slope(step, asked, advantage, trained) * corrected
     shown = step.demonstrated()[step.row]
     if shown.any():
         acting = np.where(shown, demonstration_weights(step, asked, advantage), asked.own_weight * acting)
@@ -195,6 +200,8 @@ def edges(step: PolicyStep, asked: PolicyObjective, width: float, other: Overrid
         for bound in (asked.correction_floor, asked.correction_cap):
             if 0 < bound < np.inf:
                 near |= np.abs(log_ratio - np.log(bound)) < width
+    if asked.ratio == "sequence":
+        near = (step.sums((near & trained).astype(float)) > 0)[step.row]
     return near & trained
 
 
