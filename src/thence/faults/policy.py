@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from thence.faults.cut import Change, PolicyFacts, Window
-from thence.faults.features import kl_term, policy_term
+from thence.faults.features import policy_term
 from thence.faults.weights import STD_EPS, is_share, means_of_groups, scaled
-from thence.objective import Batch, Clip, Context, Generation, Logp, NegativeKl, Ratio, Row, Sampled, Term, kl_estimate
+from thence.objective import Batch, Clip, Context, Generation, Logp, Ratio, Row, Sampled, Term
 from thence.objective.surrogates import LOG_RATIO_LIMIT
 
 
@@ -68,26 +68,26 @@ def groups_interleaved(generation: Generation) -> Tensor:
     number = int(generation.groups.unique().numel())
     wrong = torch.empty_like(generation.groups)
     wrong[order] = torch.arange(len(order)) % number
-    return _against(generation, wrong)
+    return against(generation, wrong)
 
 
 def groups_shifted(generation: Generation) -> Tensor:
     """Groups begin one response too early, shape (N,)."""
-    return _against(generation, torch.roll(generation.groups, -1))
+    return against(generation, torch.roll(generation.groups, -1))
 
 
 def std_biased(generation: Generation) -> Tensor:
     """The standard deviation is divided by n, not by n - 1, shape (N,)."""
-    return _against(generation, generation.groups, correction=0)
+    return against(generation, generation.groups, correction=0)
 
 
 def std_of_batch(generation: Generation) -> Tensor:
     """Divided by the standard deviation of the whole rollout batch, shape (N,)."""
-    centred = _against(replace(generation, std=False), generation.groups)
+    centred = against(replace(generation, std=False), generation.groups)
     return centred / (generation.rewards.std() + STD_EPS)
 
 
-def _against(generation: Generation, groups: Tensor, correction: int = 1) -> Tensor:
+def against(generation: Generation, groups: Tensor, correction: int = 1) -> Tensor:
     means = torch.stack([generation.rewards[groups == group].mean() for group in groups])
     centred = generation.rewards - means
     return centred / _spread_of_groups(generation, groups, correction) if generation.std else centred
@@ -204,7 +204,7 @@ def uninformative_counted(window: Window, policy: PolicyFacts) -> Window:
 def _retrained(window: Window, policy: PolicyFacts, wanted: Callable[[Row], Tensor | None]) -> Window:
     """Rows with other trained tokens of the response, shape (R,), where there are any."""
     batch, rows = window.batch, []
-    coefficients = _coefficients(batch)
+    coefficients = coefficients_of(batch)
     for row in batch.rows:
         places = wanted(row)
         rows.append(row if places is None else _with_tokens(row, places, batch, coefficients, policy))
@@ -233,7 +233,7 @@ def _whole_response(row: Row) -> Row:
     return Row(row.token_ids, trained, torch.zeros(1, int(trained.sum())))
 
 
-def _coefficients(batch: Batch) -> Tensor:
+def coefficients_of(batch: Batch) -> Tensor:
     """What KL and entropy terms weigh a token, or a response where weights are shares, shape (J,), float64."""
     row = next((row for row in batch.rows if row.n_trained), None)
     if row is None:
@@ -316,91 +316,3 @@ def ratio_by_token(window: Window, policy: PolicyFacts) -> Window:
         old = row.behaviour if sampled.old is None else sampled.old[response_of(row)]
         rows.append(replace(row, weights=weights, behaviour=old))
     return replace(window, batch=replace(batch, terms=tuple(terms), rows=tuple(rows)))
-
-
-# KL
-
-
-def kl_by(estimator: str) -> Change:
-    """Another estimator of the KL."""
-
-    def change(window: Window, policy: PolicyFacts) -> Window:
-        terms = tuple(
-            replace(term, surrogate=NegativeKl(estimator)) if isinstance(term.surrogate, NegativeKl) else term
-            for term in window.batch.terms
-        )
-        return replace(window, batch=replace(window.batch, terms=terms))
-
-    return change
-
-
-def kl_times(factor: float) -> Change:
-    """The coefficient of the KL times a number."""
-
-    def change(window: Window, policy: PolicyFacts) -> Window:
-        batch = window.batch
-        factor_J = torch.tensor(
-            [factor if isinstance(term.surrogate, NegativeKl) else 1.0 for term in batch.terms], dtype=torch.float64
-        )
-        return replace(window, batch=scaled(batch, [factor_J] * len(batch.rows)))
-
-    return change
-
-
-def kl_to_old(window: Window, policy: PolicyFacts) -> Window:
-    """The KL is to the policy that sampled, not to the reference."""
-    rows = tuple(replace(row, reference=old_of(row, policy)) for row in window.batch.rows)
-    return replace(window, batch=replace(window.batch, rows=rows))
-
-
-def kl_in_reward(window: Window, policy: PolicyFacts) -> Window:
-    """The KL is taken from the reward, before advantages are made, and is no term of the loss."""
-    batch, k = window.batch, kl_term(window.batch)
-    assert k is not None
-    estimator = batch.terms[k].surrogate
-    assert isinstance(estimator, NegativeKl)
-    taken: dict[int, Tensor] = {}
-    coefficient = float(_coefficients(batch)[k])
-    for row in batch.rows:
-        sampled = facts_of(row)
-        less = taken.setdefault(id(sampled.generation), torch.zeros_like(sampled.generation.rewards))
-        assert row.reference is not None
-        less[sampled.place] = (
-            coefficient * kl_estimate(old_of(row, policy).double(), row.reference.double(), estimator.estimator).sum()
-        )
-    advantages = []
-    for row in batch.rows:
-        sampled = facts_of(row)
-        generation = sampled.generation
-        less = replace(generation, rewards=generation.rewards - taken[id(generation)])
-        advantages.append(float(_against(less, generation.groups)[sampled.place]))
-    batch = advantaged(batch, advantages, policy)
-    rows = tuple(replace(row, weights=torch.cat([row.weights[:k], row.weights[k + 1 :]])) for row in batch.rows)
-    return replace(window, batch=replace(batch, terms=(*batch.terms[:k], *batch.terms[k + 1 :]), rows=rows))
-
-
-# Importance weights
-
-
-def importance(weight_of: Callable[[Tensor, float], Tensor]) -> Change:
-    """Other weights against the sampler.
-
-    Args:
-        weight_of: (trainer's probability over the sampler's, shape (n,); the bound) -> weights, shape (n,).
-    """
-
-    def change(window: Window, policy: PolicyFacts) -> Window:
-        batch, j, rows = window.batch, policy_term(window.batch), []
-        for row in window.batch.rows:
-            sampled, trained = facts_of(row), response_of(row)
-            assert sampled.trust is not None
-            if sampled.sampler is None or not row.n_trained:
-                rows.append(row)
-                continue
-            ratio = (old_of(row, policy).double() - sampled.sampler[trained].double()).exp()
-            weights = row.weights.clone()
-            weights[j] *= (weight_of(ratio, sampled.bound) / sampled.trust[trained].double()).to(weights)
-            rows.append(replace(row, weights=weights))
-        return replace(window, batch=replace(batch, rows=tuple(rows)))
-
-    return change

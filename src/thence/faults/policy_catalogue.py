@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from thence.faults import features as has
-from thence.faults import policy, versions
+from thence.faults import penalties, policy, versions
 from thence.faults.cut import Change
 from thence.faults.fault import Fault, Needs
 from thence.objective import Clip, Generation, Ratio
@@ -36,7 +36,7 @@ def _kl(name: str, title: str, finds: str, source: str, change: Change, *feature
 
 
 def _importance(name: str, title: str, finds: str, source: str, weight_of: Callable[[Tensor, float], Tensor]) -> Fault:
-    return _fault(name, title, finds, source, policy.importance(weight_of), _needs(has.IMPORTANCE))
+    return _fault(name, title, finds, source, penalties.importance(weight_of), _needs(has.IMPORTANCE))
 
 
 POLICY_FAULTS = (
@@ -135,25 +135,28 @@ POLICY_FAULTS = (
     ),
     _kl(
         "kl-k1", "estimator k1 in place of k3", "kl-estimator", "a loss whose KL has no gradient in expectation",
-        policy.kl_by("k1"), has.K3,
+        penalties.kl_by("k1"), has.K3,
     ),
-    _kl("kl-doubled", "KL counted twice", "kl-coefficient", "a penalty in two places", policy.kl_times(2.0), steps=2),
+    _kl(
+        "kl-doubled", "KL counted twice", "kl-coefficient", "a penalty in two places",
+        penalties.kl_times(2.0), steps=2,
+    ),
     _kl(
         "kl-halved", "KL counted half", "kl-coefficient", "a coefficient that is averaged once too often",
-        policy.kl_times(0.5), steps=2,
+        penalties.kl_times(0.5), steps=2,
     ),
     _kl(
         "kl-missing", "no KL", "kl-coefficient", "a coefficient that does not arrive at the loss",
-        policy.kl_times(0.0), steps=2,
+        penalties.kl_times(0.0), steps=2,
     ),
     _kl(
         "kl-to-old", "KL to the policy that sampled, not to the reference", "kl-reference",
-        "a reference that is synchronised with the policy", policy.kl_to_old, steps=2, generations=2,
+        "a reference that is synchronised with the policy", penalties.kl_to_old, steps=2, generations=2,
     ),
     _kl(
         "kl-in-reward", "KL in the reward where it was to be in the loss", "kl-place",
         "PPO's place of the KL, where GRPO's was asked for",
-        policy.kl_in_reward, has.WHOLE, steps=2, generations=2,
+        penalties.kl_in_reward, has.WHOLE, steps=2, generations=2,
     ),
     _importance(
         "importance-missing", "no importance weights against the sampler", "importance-missing",
