@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 
 from thence.audit.result import CaseResult
@@ -73,16 +74,21 @@ def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
 def _policy(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
     """Parts of a policy objective: verified where, in some case, any other setting would have shown."""
     checks = [case.policy for case in cases if case.policy is not None]
-    seen: dict[str, int] = {}
-    for part in (part for check in checks for part in check.verified):
-        seen[part] = seen.get(part, 0) + 1
+    seen = collections.Counter(part for check in checks for part in check.verified)
     unseen: dict[str, str] = {}
     for check in checks:
-        for part, reason in check.open.items():
-            if part not in seen:
-                unseen.setdefault(part, reason)
-    yes = [f"policy objective, {part}: {number} case{'s' * (number > 1)}" for part, number in seen.items()]
-    no = [f"policy objective, {part}: not told from this: {reason}" for part, reason in unseen.items()]
+        unseen = {part: reason for part, reason in check.open.items() if part not in seen} | unseen
+    by_count: dict[int, list[str]] = {}
+    for part, number in seen.items():
+        by_count.setdefault(number, []).append(part)
+    by_reason: dict[str, list[str]] = {}
+    for part, reason in unseen.items():
+        by_reason.setdefault(reason, []).append(part)
+    yes = [
+        f"policy objective, {number} case{'s' * (number > 1)}: {', '.join(parts)}"
+        for number, parts in sorted(by_count.items(), reverse=True)
+    ]
+    no = [f"policy objective, {', '.join(parts)}: {reason}" for reason, parts in by_reason.items()]
     return yes, no
 
 
