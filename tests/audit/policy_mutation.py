@@ -157,7 +157,7 @@ def _sample(
         torch.tensor([probe.rollouts[i].reward for i in mine], dtype=torch.float64),
         torch.tensor([probe.rollouts[i].group for i in mine]),
         asked.scale == "group",
-        asked.ratio == "sequence",
+        asked.by_response,
         asked.clip_low,
         asked.clip_high,
     )
@@ -211,7 +211,7 @@ def _row(
         weight *= sampled.trust[places].double()
     assert sampled.old is not None and sampled.reference is not None
     row = Row(ids, trained, weight[None], sampled=sampled if moved else replace(sampled, old=None))
-    if asked.ratio == "sequence" and moved and count:
+    if asked.by_response and moved and count:
         # As methods/gspo.py: the ratio of the response is a constant of its weights.
         now = policy_statistics(policy, [row], asked.temperature, settings)[0][0].double()
         ratio = float((now - sampled.old[places].double()).mean().exp())
@@ -230,7 +230,7 @@ def _row(
 def _terms(asked: PolicyObjective) -> tuple[Term, ...]:
     normaliser = NORMALISERS[asked.normaliser]
     clip = Clip(asked.clip_low, asked.clip_high, asked.dual_clip)
-    terms = [Term("policy", Logp() if asked.ratio == "sequence" else clip, normaliser)]
+    terms = [Term("policy", Logp() if asked.by_response else clip, normaliser)]
     return (*terms, Term("kl", NegativeKl(asked.estimator), normaliser)) if asked.kl else tuple(terms)
 
 

@@ -101,7 +101,7 @@ def _objective(draw: random.Random, wants: set[has.Feature], fault: Fault | None
     corrects = has.IMPORTANCE in wants or (fault is None and draw.random() < 0.3)
     return PolicyObjective(
         scale="group" if has.STD in wants else draw.choice(("none", "group")),
-        ratio="sequence" if sequence else "token",
+        ratio="sequence-token" if sequence else "token",
         clip_low=low,
         clip_high=2 * low if has.CLIP_HIGHER in wants else low * draw.choice((1.0, 1.0, 1.4)),
         dual_clip=1.5

@@ -59,8 +59,10 @@ def test_a_loop_that_is_right_is_acquitted(loop: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.matrix(1)
-@pytest.mark.parametrize(("loop", "mistake"), NAMED)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loop", "mistake"), [("nanochat", "crop"), ("nanochat", "zero-late"), ("litgpt", "never-full")]
+)
 def test_the_mistakes_of_such_loops_are_named(loop: str, mistake: str) -> None:
     finding, detail = NAMED[loop, mistake]
     seven = mistake in ("wrap", "never-full")
@@ -71,7 +73,7 @@ def test_the_mistakes_of_such_loops_are_named(loop: str, mistake: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loop", "mistake"), [("nanochat", "padding"), ("litgpt", "step-each")])
+@pytest.mark.parametrize(("loop", "mistake"), [("nanochat", "padding")])
 def test_what_no_weights_explain_is_not_acquitted(loop: str, mistake: str) -> None:
     """Seen in the cut: with one row or one micro-batch nothing is wrong."""
     assert not audit(loop, mistake, "micro 1 x 8", "micro 4 x 2").ok

@@ -52,7 +52,7 @@ def test_probes_differ_in_everything_that_is_drawn():
     assert {len(probe.steps) for probe in drawn} >= {1, 2, 3}
     assert {len(set(probe.versions)) for probe in drawn} == {1, 2}
     assert {probe.asked.normaliser for probe in drawn} == set(made.NORMALISERS)
-    assert {probe.asked.ratio for probe in drawn} == {"token", "sequence"}
+    assert {probe.asked.ratio for probe in drawn} == {"token", "sequence-token"}
     assert {probe.asked.correction for probe in drawn} == {"none", "truncate"}
     assert {probe.asked.truncated for probe in drawn} == {"train", "mask"}
     assert {bool(probe.asked.kl) for probe in drawn} == {True, False}

@@ -49,7 +49,7 @@ _SFT = {"scale": "none", "clip_low": None, "clip_high": None, "compared": "own",
 _CLIPPED = {"clip_low": 0.2, "clip_high": 0.2}
 _OWN = _ORIGINAL | {"compared": "own"}
 _UNCERTAIN = {"demonstration": "uncertain"}
-_GSPO = {"scale": "group", "ratio": "sequence"}
+_GSPO = {"scale": "group", "ratio": "sequence-token"}
 
 CASES: tuple[dict, ...] = tuple(
     _case(name, asked, policy, **{"epochs": 2, **options}) | ({"quick": True} if name in ("grpo", "luffy") else {})

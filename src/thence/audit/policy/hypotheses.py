@@ -28,7 +28,8 @@ _SCALES = {
     "group": "divided by the deviation of the group",
     "batch": "divided by the deviation of the batch",
 }
-_LEVELS = {"token": "of each token", "sequence": "of the whole response", "none": "left out"}
+_LEVELS = {"token": "of each token", "none": "left out"}
+_LEVELS |= dict.fromkeys(("sequence", "sequence-token"), "of the whole response")
 _SURROGATES = {
     "clip": "clipped by the sign of the advantage",
     "weight": "a detached weight",
@@ -118,7 +119,7 @@ def _ratio(asked: PolicyObjective) -> Iterator[Hypothesis]:
         return
     detail = "the ratio is always one: left out, or the old log-probabilities are made anew at every step"
     yield setting("ratio-missing", "ratio", detail, ratio="none")
-    other = "token" if asked.ratio == "sequence" else "sequence"
+    other = "token" if asked.by_response else "sequence"
     detail = f"the ratio is {_LEVELS[other]}, not {_LEVELS[asked.ratio]}"
     yield setting("ratio-level", "level of the ratio", detail, ratio=other)
     above = "1 + high is no bound to the ratio of positive advantages"

@@ -25,7 +25,9 @@ class PolicyObjective:
         scale: standard deviation that advantages are divided by: ``group`` (GRPO), ``batch``, or ``none`` (Dr. GRPO).
         bessel: divide squares by n - 1, not by n.
         eps: added to the standard deviation.
-        ratio: ``token`` (PPO, GRPO), ``sequence`` (GSPO: exp of the mean log-ratio of a response's trained tokens) or
+        ratio: ``token`` (PPO, GRPO), ``sequence`` (GSPO, arXiv 2507.18071 eq. 5: exp of the mean log-ratio of a
+            response's trained tokens), ``sequence-token`` (GSPO-token, section 4.3: that value with the gradient of
+            each token by itself, so that factors of single tokens, such as corrections, stay theirs) or
             ``none`` (the plain policy gradient: r_t counts as one and nothing is clipped).
         surrogate: ``clip``: min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347 eq. 7); ``weight``: the
             detached ratio, clipped on both sides whatever the advantage, times log pi (CISPO, arXiv 2506.13585);
@@ -66,7 +68,7 @@ class PolicyObjective:
     scale: Literal["none", "group", "batch"] = "group"
     bessel: bool = True
     eps: float = 1e-6
-    ratio: Literal["token", "sequence", "none"] = "token"
+    ratio: Literal["token", "sequence", "sequence-token", "none"] = "token"
     surrogate: Literal["clip", "weight", "mask"] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -91,6 +93,11 @@ class PolicyObjective:
     gamma: float = 0.1
     own_weight: float = 1.0
     compared: Literal["all", "own"] = "all"
+
+    @property
+    def by_response(self) -> bool:
+        """Whether the ratio is that of a whole response."""
+        return self.ratio.startswith("sequence")
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> PolicyObjective:

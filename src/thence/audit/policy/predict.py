@@ -135,7 +135,7 @@ def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.nd
 def log_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
     """Log of the ratio that acts on each token, shape (T,)."""
     log_ratio = step.logp - step.old
-    if asked.ratio == "sequence":
+    if asked.by_response:
         lengths = np.maximum(np.bincount(step.row[trained], minlength=step.rows), 1)
         log_ratio = (step.sums(np.where(trained, log_ratio, 0.0)) / lengths)[step.row]
     return np.clip(log_ratio, -LIMIT, LIMIT)
@@ -200,7 +200,7 @@ def edges(step: PolicyStep, asked: PolicyObjective, width: float, other: Overrid
         for bound in (asked.correction_floor, asked.correction_cap):
             if 0 < bound < np.inf:
                 near |= np.abs(log_ratio - np.log(bound)) < width
-    if asked.ratio == "sequence":
+    if asked.by_response:
         near = (step.sums((near & trained).astype(float)) > 0)[step.row]
     return near & trained
 
