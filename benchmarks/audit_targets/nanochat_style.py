@@ -1,4 +1,4 @@
-"""Fine-tune on conversations with a loop in the style of nanochat: one flat script, no trainer, an own renderer.
+"""Fine-tune on conversations with a loop in the style of nanochat: one flat script, no trainer, a renderer of its own.
 
 For `thence audit command --layout messages`. `--mistake` switches on one of the mistakes that such loops have:
 

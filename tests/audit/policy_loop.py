@@ -145,7 +145,8 @@ class Loop:
                     found.append(float(reward[i]))
                     continue
                 value = value / (spread + (1e-2 if self.mistake == "eps" else self.get("eps")))
-            found.append(-float(value) if self.mistake == "sign" else float(value))
+            value = max(float(value), 0.0) if self.mistake == "negative-dropped" else float(value)
+            found.append(-value if self.mistake == "sign" else value)
         return found
 
     def _kl(self) -> float:

@@ -14,21 +14,11 @@ from tests.audit.test_audit import Loss, faults, losses, micro_batch_mean, no_en
 from thence.audit.judge.case import Judge
 from thence.audit.result import Case, CaseResult
 from thence.audit.solve.observation import Observation
-from thence.audit.solve.probe import Probe, write_probe
+from thence.audit.solve.probe import Probe
 from thence.recipe import Lora
 from thence.train.lora import add_adapters, places_of
 
 RANK = 16
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
-    return write_probe(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture(scope="module")
-def judge(probe: Probe) -> Judge:
-    return Judge.of_probe(probe)
 
 
 def judged(

@@ -17,22 +17,12 @@ from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
 from thence.audit.report import make_report
 from thence.audit.result import Case, CaseResult, Finding
-from thence.audit.solve.probe import Probe, write_probe
+from thence.audit.solve.probe import Probe
 from thence.audit.text import report_text
 
 Ids = Sequence[int]
 Weight = Callable[[int, int, Ids, Ids], float]
 """(example, place of the target, ids, labels) -> weight."""
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
-    return write_probe(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture(scope="module")
-def judge(probe: Probe) -> Judge:
-    return Judge.of_probe(probe)
 
 
 def judged(

@@ -12,20 +12,10 @@ from tests.audit.test_audit import faults, micro_batch_mean, step, token_mean
 from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
 from thence.audit.result import Case, CaseResult
-from thence.audit.solve.probe import Probe, write_probe
+from thence.audit.solve.probe import Probe
 
 State = dict[str, torch.Tensor]
 CLIP = 0.5
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
-    return write_probe(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture(scope="module")
-def judge(probe: Probe) -> Judge:
-    return Judge.of_probe(probe)
 
 
 def case_of(ranks: int = 2, **settings: Any) -> Case:

@@ -40,9 +40,7 @@ def assert_clean(report: Report, *, ranks: bool = True) -> None:
         assert case.steps, case.case.name
         for step in case.steps:
             assert step.scale == pytest.approx(1, abs=0.01), case.case.name
-            # Some tokens of RL weigh a hundredth of others, so their weights are known less well.
-            near = 0.05 if case.policy else 0.01
-            assert (step.smallest, step.largest) == pytest.approx((1, 1), abs=near), case.case.name
+            assert (step.smallest, step.largest) == pytest.approx((1, 1), abs=0.01), case.case.name
 
 
 @pytest.mark.stacks

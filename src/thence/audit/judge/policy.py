@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.policy_record import EDGES, PolicyRecord, StepSource, by_piece, recorded
 from thence.audit.judge.weights import FLOORS, SIGMAS
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.policy.facts import PolicyStep
@@ -20,38 +20,17 @@ from thence.audit.policy.observed import Observed, Variant, worst
 from thence.audit.policy.predict import token_weights
 from thence.audit.policy.read import LogProbabilities, PolicyFacts, read_step
 from thence.audit.policy.search import Explained, search
-from thence.audit.policy.system import Distance, UpdateSystem
 from thence.audit.result import RESPONSE_ROLES, Finding, PolicyCheck, SequenceWeights, StepResult, TokenWeight
 from thence.audit.solve.sequences import Piece
-from thence.audit.solve.signs import SignRegression
 from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
 from thence.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-EDGES = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}
-"""How far rounding may move a log-ratio, by precision."""
-_UNTRIED = {
-    "importance weights": "the rollouts hold no log-probabilities of a sampler",
-    "responses cut at the length limit": "the rollouts hold none",
-    "tokens of the environment": "the rollouts hold none",
-    "groups of equal rewards": "the rollouts hold none, or advantages are not divided by a deviation",
-    "old log-probabilities": "those of all steps are of the initial parameters, so a stale version would not show",
-}
-"""Parts of which no change could be tried."""
 _WARMER = 1.05
 SMALL = 0.01
 """Weights below this share of the mean one have no ratio of their own: their deviation is shown over the mean."""
-
-
-@dataclass(frozen=True)
-class PolicyRecord:
-    """A step with its update solved for the weights of all tokens."""
-
-    observed: Observed
-    update: ObservedUpdate
-    explanation: Explanation
 
 
 class PolicyCase:
@@ -82,7 +61,7 @@ class PolicyCase:
     def predicted(self, solver: StepSolver, index: int, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Weights of every target of each piece under the objective asked for. Leaves the model at another version."""
         step = self.step(solver, index, pieces)
-        return _by_piece(token_weights(step, self.asked), pieces)
+        return by_piece(token_weights(step, self.asked), pieces)
 
     def add(
         self,
@@ -103,52 +82,10 @@ class PolicyCase:
         Raises:
             UserError: what was said is wrong or not enough.
         """
-        pieces = update.pieces
-        step = self.step(solver, index, pieces)
-        solver.move_to(state)
-        solver.trim()
-        explanation = solver.plain(update)
-        design, signs = explanation.design, solver.regression is SignRegression
-        column = np.array([t.column for t in design.targets if t.role in RESPONSE_ROLES])
-        roles = np.full(len(design.columns), "prompt", dtype="<U8")
-        for target in design.targets:
-            roles[target.column] = target.role
-        system = UpdateSystem(design.columns, column, update.gradient, update.tolerance, sized=sized, signs=signs)
-
-        def widened() -> UpdateSystem:
-            reference = self._logits(min(self.facts.reference, index - 1), pieces)
-            solver.move_to(state)
-            kept = [[role in RESPONSE_ROLES for role in piece.roles[1:]] for piece in pieces]
-            beside = [solver.differentiator.beside(p.ids, r) for p, r in zip(pieces, reference, strict=True)]
-            parts = [np.concatenate([b[i][k] for b, k in zip(beside, kept, strict=True)]) for i in (0, 1)]
-            columns = np.concatenate([design.columns, *parts])
-            return UpdateSystem(columns, column, update.gradient, update.tolerance, sized=sized, signs=signs)
-
-        def leaked() -> UpdateSystem:
-            columns = np.concatenate([design.columns, np.stack(update.earlier)])
-            loose = len(update.earlier)
-            return UpdateSystem(columns, column, update.gradient, update.tolerance, sized=sized, loose=loose)
-
-        def at_temperature(temperature: float) -> tuple[PolicyStep, Callable[[np.ndarray], Distance]]:
-            assert self._logs is not None
-            other = read_step(self.facts, index, pieces, self._logs, temperature)
-            solver.move_to(state)
-
-            def distance(weights: np.ndarray) -> Distance:
-                solver.move_to(state)
-                found = solver.differentiator.weighted(pieces, _by_piece(weights, pieces), temperature)
-                flat = solver.differentiator.flat(found)[None]
-                alone = np.zeros(1, int)
-                own = UpdateSystem(flat, alone, update.gradient, update.tolerance, sized=sized, signs=signs)
-                return own.distance(np.ones(1))
-
-            return other, distance
-
-        width = EDGES[self._precision]
-        observed = Observed(
-            index, width, step, system, roles, widened, leaked if update.earlier and not signs else None, at_temperature
-        )
-        self.records.append(PolicyRecord(observed, update, explanation))
+        step = self.step(solver, index, update.pieces)
+        assert self._logs is not None
+        source = StepSource(solver, self._logs, self.facts, state, update, index, sized)
+        self.records.append(recorded(source, step, self.asked, EDGES[self._precision]))
 
     def finish(self) -> tuple[list[StepResult], PolicyCheck]:
         """Judge all steps taken in, together.
@@ -291,10 +228,6 @@ class PolicyCase:
             undetermined=int((mixed & response).sum()),
         )
 
-    def _logits(self, version: int, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        assert self._logs is not None
-        return self._logs.logits(version, pieces)
-
 
 def _recovered(explanation: Explanation, ideal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weight and error of every target, and which cannot be determined: those are taken to be as asked.
@@ -311,18 +244,6 @@ def _recovered(explanation: Explanation, ideal: np.ndarray) -> tuple[np.ndarray,
     undetermined = explanation.fit.undetermined[column]
     weights = np.where(undetermined, asked, asked + deviation / shared)
     return weights, explanation.fit.errors[column], undetermined
-
-
-def _by_piece(weights: np.ndarray, pieces: Sequence[Piece]) -> list[np.ndarray]:
-    """Weights of response tokens, shape (T,), as weights of every target of each piece."""
-    found, start = [], 0
-    for piece in pieces:
-        response = np.array([role in RESPONSE_ROLES for role in piece.roles[1:]], bool)
-        own = np.zeros(len(response))
-        own[response] = weights[start : start + response.sum()]
-        start += int(response.sum())
-        found.append(own)
-    return found
 
 
 def _roles(explanation: Explanation) -> np.ndarray:

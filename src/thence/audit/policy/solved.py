@@ -129,7 +129,9 @@ def _bounds(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterat
     if asked.ratio != "none":
         ratios = [np.exp(log_ratios(v.step, asked, trained_tokens(v.step, asked))) for v in variants]
         points = np.unique(np.concatenate(ratios))
-        above, below = points[points > 1], points[points < 1]
+        # A bound so near one would free every token of a first step to have any weight, and so explain anything.
+        near = 2 * observed[0].width
+        above, below = points[points > np.exp(near)], points[points < np.exp(-near)]
         words = "the ratio is clipped {} {}, where {:.4g} was asked for"
 
         def high(x: float) -> PolicyObjective:
@@ -146,7 +148,9 @@ def _bounds(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterat
 
         part = "bounds of the ratio"
         yield from _scan(observed, variants, "clip-range", part, above, high, words, ("above", 1 + asked.clip_high))
-        yield from _scan(observed, variants, "clip-range", part, below, low, words, ("below", 1 - asked.clip_low))
+        yield from _scan(
+            observed, variants, "clip-range", part, below, low, words, ("below", 1 - asked.clip_low), down=True
+        )
         mirrored = np.unique(np.concatenate([above, 2 - below]))
         wide = ("on both sides, above", 1 + asked.clip_high)
         yield from _scan(observed, variants, "clip-range", part, mirrored, both, words, wide)
@@ -168,7 +172,15 @@ def _bounds(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterat
             observed, variants, "importance-bound", part, points, cap, words, ("above", asked.correction_cap)
         )
         yield from _scan(
-            observed, variants, "importance-bound", part, points, floor, words, ("below", asked.correction_floor)
+            observed,
+            variants,
+            "importance-bound",
+            part,
+            points,
+            floor,
+            words,
+            ("below", asked.correction_floor),
+            down=True,
         )
 
 
@@ -181,18 +193,25 @@ def _scan(
     make: Callable[[float], PolicyObjective],
     words: str,
     said: tuple[str, float],
+    down: bool = False,
 ) -> Iterator[Hypothesis]:
-    """The bounds between two neighbouring points that fit, as one hypothesis."""
+    """The bounds between two neighbouring points that fit, as one hypothesis.
+
+    Args:
+        down: the bound holds what lies below it, so one below all points holds nothing; otherwise one above them.
+    """
     if not len(points):
         return
-    middles = np.concatenate([(points[:-1] + points[1:]) / 2, [points[-1] * 1.5]])
+    points = points[::-1] if down else points
+    middles = np.concatenate([(points[:-1] + points[1:]) / 2, [points[-1] * (1 / 1.5 if down else 1.5)]])
     fit = [i for i, x in enumerate(middles) if _worst_of(observed, variants, make(float(x))) <= 1]
     if not fit:
         return
     last = fit[-1] + 1
     where = f"beyond {points[fit[0]]:.4g} or not at all"
     if last < len(points):
-        where = f"somewhere between {points[fit[0]]:.4g} and {points[last]:.4g}"
+        first, second = sorted((points[fit[0]], points[last]))
+        where = f"somewhere between {first:.4g} and {second:.4g}"
     detail = words.format(said[0], where, said[1]).replace("where inf was", "where none was")
     chosen = make(float(middles[fit[len(fit) // 2]]))
     yield Hypothesis(finding, part, detail, lambda v: replace(v, asked=_moved(v.asked, variants[0].asked, chosen)))

@@ -35,8 +35,8 @@ def random_step(
     again = copy.deepcopy(model)
     try:
         run(again)
-    except Exception:
-        return reason
+    except Exception as error:  # the user's own code may raise anything
+        return f"{reason}. A second run of the step raised {type(error).__name__}: {error}"
     other = {name: parameter.detach().cpu() for name, parameter in again.named_parameters()}
     return with_cause(reason, apart(*states, other), dropout_of(trained))
 
