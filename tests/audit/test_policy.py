@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.matrix(3)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_clean_trainer_of_any_objective_is_verified(folder: Path, seed: int) -> None:
     """The closed form predicts what autograd did to 1e-5 of the largest weight, in all steps."""
     result = audit(folder, random_objective(seed))
@@ -43,9 +43,9 @@ def test_tokens_corrected_under_a_ratio_of_responses_are_no_mistake(folder: Path
 
 
 @pytest.mark.matrix(6)
-@pytest.mark.parametrize("mistake", list(MISTAKES)[::3])
+@pytest.mark.parametrize("mistake", list(MISTAKES)[::5])
 def test_a_mistake_is_named(folder: Path, mistake: str) -> None:
-    """Every third; benchmarks/audit_policy.py takes all, many times."""
+    """Every fifth; benchmarks/audit_policy.py takes all, many times."""
     asked, finding = MISTAKES[mistake]
     result = audit(folder, asked, mistake)
     assert finding in {fault.id for fault in result.faults}, (result.reason, result.faults)
