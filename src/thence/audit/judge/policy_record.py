@@ -11,7 +11,7 @@ from torch import Tensor
 from thence.audit.policy.facts import PolicyStep
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.observed import Observed, Variant
-from thence.audit.policy.predict import beside_weights
+from thence.audit.policy.predict import beside_weights, sensitivity
 from thence.audit.policy.read import LogProbabilities, PolicyFacts, read_step
 from thence.audit.policy.system import Distance, UpdateSystem
 from thence.audit.result import RESPONSE_ROLES
@@ -118,10 +118,12 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
     for target in design.targets:
         roles[target.column] = target.role
 
+    tolerance = update.tolerance * sensitivity(step, asked)
+
     def system(more: np.ndarray, loose: int = 0) -> UpdateSystem:
         columns = np.concatenate([design.columns, more]) if len(more) else design.columns
         return UpdateSystem(
-            columns, column, update.gradient, update.tolerance, sized=source.sized, signs=source.signs, loose=loose
+            columns, column, update.gradient, tolerance, sized=source.sized, signs=source.signs, loose=loose
         )
 
     def leaked() -> UpdateSystem:

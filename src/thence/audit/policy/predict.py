@@ -19,6 +19,8 @@ from thence.audit.policy.objective import PolicyObjective
 
 GAMMA_LEAST, GAMMA_MOST = 1e-8, 20.0
 """Bounds of w, and of log w, in VESPO's code."""
+MOST_SENSITIVE = 20.0
+"""More than that times the usual tolerance would let mistakes pass."""
 LIMIT = 50.0
 """Log-ratios are held within it, so that an exponential is finite; every trainer's own limit is lower."""
 
@@ -179,6 +181,28 @@ def surrogate_slope(step: PolicyStep, asked: PolicyObjective, advantage: np.ndar
 
 def gamma_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray) -> np.ndarray:
     """phi(w) of VESPO, one number a response, shape (T,)."""
+    log_w, k, decay = _gamma(step, asked, advantage, trained)
+    return np.exp(decay + k * log_w - decay * np.exp(log_w))[step.row]
+
+
+def sensitivity(step: PolicyStep, asked: PolicyObjective) -> float:
+    """How many times more than log-probabilities the weights may be off by rounding, 1 to ``MOST_SENSITIVE``.
+
+    A weight phi(w) of VESPO changes by k - l w times what log w does; rows count by the size of their weights.
+    """
+    if asked.surrogate != "gamma":
+        return 1.0
+    log_w, k, decay = _gamma(step, asked, row_advantages(step, asked), trained_tokens(step, asked))
+    weights = token_weights(step, asked)
+    size = float(np.sqrt((weights**2).sum()))
+    moved = float(np.sqrt(((weights * (k - decay * np.exp(log_w))[step.row]) ** 2).sum()))
+    return min(max(1.0, moved / size if size else 1.0), MOST_SENSITIVE)
+
+
+def _gamma(
+    step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log of w, k and l of VESPO's gamma function, shape (S,) each."""
     log_ratio = np.where(trained, step.logp - step.old, 0.0)
     if asked.correction != "none":
         log_ratio = log_ratio + np.where(
@@ -186,7 +210,7 @@ def gamma_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarra
         )
     log_w = np.clip(step.sums(log_ratio), np.log(GAMMA_LEAST), GAMMA_MOST)
     k, decay = np.where((advantage >= 0)[:, None], asked.gamma_above, asked.gamma_below).T
-    return np.exp(decay + k * log_w - decay * np.exp(log_w))[step.row]
+    return log_w, k, decay
 
 
 def correction_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
