@@ -11,7 +11,16 @@ import torch
 from tests.audit.test_policy_demonstrations import make_step
 from thence.audit.policy.facts import PolicyStep
 from thence.audit.policy.objective import PolicyObjective
-from thence.audit.policy.predict import beside_weights, row_advantages, token_weights
+from thence.audit.policy.predict import (
+    MOST_SENSITIVE,
+    beside_weights,
+    edges,
+    row_advantages,
+    sensitivity,
+    token_weights,
+)
+from thence.audit.solve.observation import ForwardRow
+from thence.audit.solve.sequences import KnownExample, find_pieces
 
 RAW = {"scale": "none", "clip_low": None, "clip_high": None}
 
@@ -116,10 +125,27 @@ def test_demonstrations_may_have_a_divisor_of_their_own():
 
 
 def test_a_prefix_token_at_the_edge_of_its_share_may_have_any_weight():
-    from thence.audit.policy.predict import edges
-
     step = with_facts(prefix=2)
     asked = PolicyObjective.of(RAW | {"prefix": "kept", "prefix_keep": 0.5})
     assert not edges(step, asked, 1e-4).any()
     level = np.where(step.begun(), 1.0, step.entropy)
     assert (edges(replace(step, entropy=level), asked, 1e-4) == step.begun()).all()
+
+
+def test_only_the_gamma_function_makes_weights_sensitive_and_never_without_bound():
+    step = with_facts()
+    gamma = PolicyObjective.of(RAW | {"surrogate": "gamma"})
+    assert sensitivity(step, PolicyObjective.of(RAW)) == 1
+    assert sensitivity(replace(step, old=step.logp), gamma) == 1  # w is one, and k - l is minus or plus one
+    far = replace(step, old=step.logp - 0.5)
+    assert 2 < sensitivity(far, gamma) < MOST_SENSITIVE
+    assert sensitivity(replace(step, old=step.logp - 2.0), gamma) <= MOST_SENSITIVE
+
+
+def test_a_response_that_the_mask_leaves_out_is_found_where_it_was_to_be_masked():
+    known = [KnownExample((5, 6), (7, 8, 9), (1, 5, 6, 2, 7, 8, 9, 3), (-100,) * 4 + (7, 8, 9, 3))]
+    row = ForwardRow((0, 1, 5, 6, 2, 7, 8, 9, 0, 0), (0, 1, 1, 1, 1, 0, 0, 0, 0, 0), None, 0, 0)
+    assert find_pieces([row], known, 3) == ([], 1)
+    ((piece,), strange) = find_pieces([row], known, 3, hidden=True)
+    assert (strange, piece.ids) == (0, (1, 5, 6, 2, 7, 8, 9))
+    assert piece.roles == (*["prompt"] * 4, "first", "body", "body")

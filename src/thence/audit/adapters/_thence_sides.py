@@ -10,6 +10,9 @@ def take_turns(case: dict, update: Any, method: Any, trajectories: list[Any], me
 
     A method that composes SFT steps by itself (``sasr``) is given a sampler whose coin says SFT, then RL. One that
     keeps a buffer of unsolved prompts (``relift``) finds the demonstrations in it.
+
+    Raises:
+        AssertionError: the coin says RL in the step that is due to SFT.
     """
     half = case["examples"] // 2
     rollouts, shown = trajectories[:half], trajectories[half:]

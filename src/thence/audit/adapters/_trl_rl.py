@@ -82,9 +82,9 @@ CASES: tuple[dict, ...] = (
     _case("sapo, temperatures", "sequence-mean",
           _SMOOTH | {"surrogate": "sigmoid", "soft_above": 2.0, "soft_below": 4.0}, loss_type="sapo",
           sapo_temperature_pos=2.0, sapo_temperature_neg=4.0),
-    _case("vespo", "constant-divisor", _SMOOTH | {"surrogate": "gamma"}, lr=0.03, loss_type="vespo"),
+    _case("vespo", "constant-divisor", _SMOOTH | {"surrogate": "gamma"}, lr=0.01, loss_type="vespo"),
     _case("vespo, importance", "constant-divisor",
-          _SMOOTH | {"surrogate": "gamma", "correction": "truncate", "correction_cap": 1.2}, lr=0.03, loss_type="vespo",
+          _SMOOTH | {"surrogate": "gamma", "correction": "truncate", "correction_cap": 1.2}, lr=0.01, loss_type="vespo",
           vllm_importance_sampling_mode="token_truncate", **_IS),
     _case("truncated, trained", "sequence-mean", {}, loss_type="grpo", truncated=True),
     *(

@@ -23,6 +23,9 @@ from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
 EDGES = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}
 """How far rounding may move a log-ratio, by precision."""
 
+LOOSEST = 0.2
+"""Share of an update that may be left unexplained where weights are very sensitive to rounding."""
+
 
 @dataclass(frozen=True)
 class PolicyRecord:
@@ -118,7 +121,7 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
     for target in design.targets:
         roles[target.column] = target.role
 
-    tolerance = update.tolerance * sensitivity(step, asked)
+    tolerance = max(update.tolerance, min(update.tolerance * sensitivity(step, asked), LOOSEST))
 
     def system(more: np.ndarray, loose: int = 0) -> UpdateSystem:
         columns = np.concatenate([design.columns, more]) if len(more) else design.columns

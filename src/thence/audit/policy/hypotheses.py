@@ -92,9 +92,10 @@ def _ratio(asked: PolicyObjective) -> Iterator[Hypothesis]:
         return
     detail = "the ratio is always one: left out, or the old log-probabilities are made anew at every step"
     yield setting("ratio-missing", "ratio", detail, ratio="none")
-    other = "token" if asked.by_response else "sequence"
-    detail = f"the ratio is {_LEVELS[other]}, not {_LEVELS[asked.ratio]}"
-    yield setting("ratio-level", "level of the ratio", detail, ratio=other)
+    if asked.surrogate != "gamma":  # whose w is the response's always
+        other = "token" if asked.by_response else "sequence"
+        detail = f"the ratio is {_LEVELS[other]}, not {_LEVELS[asked.ratio]}"
+        yield setting("ratio-level", "level of the ratio", detail, ratio=other)
     above = "1 + high is no bound to the ratio of positive advantages"
     below = "1 - low is no bound to the ratio of negative advantages"
     dual = {"dual_clip": math.inf}
