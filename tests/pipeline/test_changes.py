@@ -104,6 +104,7 @@ FREE = {
     "sharding.sum_every_pass": False,
     "model.trust_remote_code": True,
     "rl.checkpoint_every": 3,
+    "rl.keep_every": 2,
     "rl.micro_batch_tokens": 64,
     "rl.packing": True,
     "rl.activation_checkpointing": True,

@@ -16,10 +16,10 @@ def export_command(checkpoint: str, folder: Path, /, *, trust_remote_code: bool 
 
       thence export runs/mine-seed0 mine-so-far
       thence export runs/mine-seed0:sft mine-sft
-      thence export runs/mine-seed0/stages/rl/checkpoints/step-000040 mine-40
+      thence export runs/mine-seed0:rl@40 mine-40
 
     Args:
-        checkpoint: A run, RUN:STAGE, or the folder of a checkpoint.
+        checkpoint: A run, RUN:STAGE, RUN:STAGE@STEP (with keep_every), or the folder of a checkpoint.
         folder: The folder to write. It must be empty or not there.
         trust_remote_code: Run Python code that the model ships.
     """

@@ -15,9 +15,10 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
 
       thence merge some/adapter merged --base Qwen/Qwen2.5-0.5B
       thence merge runs/mine-seed0:sft merged
+      thence merge runs/mine-seed0:sft@40 merged
 
     Args:
-        adapter: The folder of an adapter, a run, or RUN:STAGE.
+        adapter: The folder of an adapter, a run, RUN:STAGE, or RUN:STAGE@STEP.
         folder: The folder to write. It must be empty or not there.
         base: The model that the adapter belongs to. Default: the one that the adapter names.
         trust_remote_code: Run Python code that the model ships.

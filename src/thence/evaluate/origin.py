@@ -27,8 +27,14 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
         The model's settings as in a recipe, and the stage of the run whose model it is (None: no run).
 
     Raises:
-        UserError: the run has no such stage or no trained model yet; a run's settings cannot be read.
+        UserError: the run has no such stage or no trained model yet; a run's settings cannot be read; a checkpoint
+            (``RUN@STEP``) is named, which is no model's folder yet.
     """
+    if at_step(name) is not None:
+        raise UserError(
+            f"{name!r} is a checkpoint, and this takes a model's folder",
+            remedy=f"make one: thence export {name} FOLDER, then give FOLDER",
+        )
     run, stage = run_of(name)
     if run is not None:
         return _trained(run, stage)
@@ -53,6 +59,24 @@ def run_of(name: str) -> tuple[Path | None, str | None]:
             if is_run(folder) or ((folder / "recipe.toml").is_file() and not (folder / "config.json").is_file()):
                 return folder, stage
     return None, None
+
+
+def at_step(name: str) -> int | None:
+    """The step of ``RUN@STEP`` or ``RUN:STAGE@STEP``; None of any other name.
+
+    Raises:
+        UserError: a folder or run has that name as a whole, and the part before the @ is a run too.
+    """
+    before, _, number = name.rpartition("@")
+    if not before or not (number.isascii() and number.isdigit()) or run_of(before)[0] is None:
+        return None
+    found, stage = run_of(name)  # of RUN:STAGE@STEP it finds the run, with "STAGE@STEP" as stage
+    if Path(name).expanduser().exists() or (found is not None and stage is None):
+        raise UserError(
+            f"{name!r} is a folder, and could also be step {number} of the run {before}",
+            remedy="rename the folder, or give the folder of the checkpoint: stages/NAME/checkpoints/step-NNNNNN",
+        )
+    return int(number)
 
 
 def _trained(run: Path, stage: str | None) -> tuple[Model, str | None]:

@@ -46,7 +46,8 @@ def _all(rule: Rule, names: str) -> dict[str, Rule]:
 
 _OPTIMIZATION = {
     **_all(ONWARD, "lr schedule warmup floor clip_norm skip_norm"),
-    **_all(FREE, "micro_batch_tokens packing activation_checkpointing checkpoint_every checkpoint_async"),
+    **_all(FREE, "micro_batch_tokens packing activation_checkpointing checkpoint_every keep_every"),
+    **_all(FREE, "checkpoint_async"),
     **_all(LENGTH, "flops tokens"),
     **_all(FIXED, "betas eps weight_decay fault"),
 }

@@ -63,7 +63,8 @@ def run(
         restart: remove what thence wrote of an earlier run in the folder.
         repeat: stages that are done or begun, to be set aside and run again. A stage after one of them stays as it is
             where it starts from the same bits, and is repeated where it does not.
-        keep_last: keep the last checkpoint of the last training stage, from which it can be given more steps.
+        keep_last: keep the last checkpoint of the last training stage, from which it can be given more steps. Where
+            the stage has keep_every, it stays in any case.
         prompts: data tables that runs before have rendered; those of this run are added.
 
     Returns:
@@ -93,7 +94,9 @@ def run(
         on_first_rank(ranks, folder.refuse_if_held)
         together(ranks, tried)
         on_first_rank(ranks, begin)
-        kept = last_trained(resolved) if keep_last else None
+        kept = last_trained(resolved)
+        if kept is not None and not keep_last and getattr(resolved.stage(kept), "keep_every", None) is None:
+            kept = None  # where older ones stay, the newest does too: a longer run never resumes from an older one
         for name in resolved.stages:
             on_first_rank(ranks, lambda name=name: Ground(resolved, folder).set_outdated_aside(name))
             if not together(ranks, lambda name=name: folder.is_done(name)):

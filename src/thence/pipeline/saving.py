@@ -14,6 +14,7 @@ from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.undo import rewind
 from thence.recipe import Optimization
 from thence.train.checkpoint import (
+    KEPT,
     begin_checkpoint,
     begin_parts_checkpoint,
     host_copy,
@@ -92,7 +93,8 @@ class Checkpoints:
         """
         if self.beside is not None:
             self.beside.look()
-        if step % self.every and step != self.last and not last:
+        stays = self._stays(step)
+        if step % self.every and step != self.last and not last and not stays:
             return
         if self.beside is not None:
             self.beside.wait()  # so that there is one copy at a time
@@ -100,6 +102,8 @@ class Checkpoints:
         plain, tensors = self.trainer.state()
         refuse_what_is_broken(self.context, f"after step {step}", self.standing, tensors)
         plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
+        if stays:
+            plain[KEPT] = True  # in the checkpoint itself: a resume with other settings does not remove it
         if (digest := quantized_digest(self.context.model)) is not None:
             plain["quantized"] = digest
         self._write(step, plain, tensors)
@@ -126,6 +130,12 @@ class Checkpoints:
             with suppress(Exception):  # who asks has an error already
                 self.beside.wait()
         return self._whole
+
+    def _stays(self, step: int) -> bool:
+        """Whether the checkpoint of a step is one that ``keep_every`` asks for."""
+        stage = self.context.recipe.stage(self.context.name)
+        every = stage.keep_every if isinstance(stage, Optimization) else None
+        return every is not None and step % every == 0
 
     def _stops(self) -> list[int]:
         """What will end a response of the published model: an exported checkpoint is to stop there too."""

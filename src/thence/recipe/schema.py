@@ -174,6 +174,8 @@ class Optimization(Section):
     """Recompute activations in the backward pass to save memory. 2: of every second layer, 3: of every third, ..."""
     checkpoint_every: Steps = 10
     """Steps between checkpoints. The last step of a stage always has one."""
+    keep_every: Steps | None = None
+    """Keep a checkpoint of every so many steps, to be used later as RUN:STAGE@STEP. Default: only the newest stays."""
     checkpoint_async: bool = False
     """Write checkpoints while training goes on, from a copy in host memory. One at a time: the next one waits."""
     flops: Flops | None = None

@@ -32,6 +32,8 @@ from thence.train.weights import fill, named_parts, skeleton_of
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REPLACED, WRITING = ".replaced-", ".writing-"
+KEPT = "kept"
+"""In ``state.json`` of a checkpoint that newer ones do not replace."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMED = re.compile(
     r"(model|shard-).*\.safetensors|optimizer\.safetensors|.*\.(json|jinja|py|model|tiktoken)|(vocab|merges|special_tokens).*"
@@ -63,7 +65,7 @@ def write_checkpoint(
     *,
     keep: int = 1,
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest before it.
+    """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest before it, and those marked KEPT.
 
     Killed at any moment, the folder holds the earlier checkpoint, the new one, or both; never a part of one.
     """
@@ -203,7 +205,7 @@ def _write_plain(folder: Path, step: int, tokenizer: Any, plain: Mapping[str, An
 
 def _remove_others(folder: Path, final: Path, keep: int) -> None:
     # a checkpoint of a later step can only be a damaged one that resuming passed over
-    older = [path for path in checkpoints(folder) if path < final]
+    older = [path for path in checkpoints(folder) if path < final and not is_kept(path)]
     later = [path for path in checkpoints(folder) if path > final]
     for superseded in [*older[: len(older) - (keep - 1)], *later]:
         discard(superseded)
@@ -261,13 +263,14 @@ def written_names(folder: Path) -> list[str]:
 
 
 def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
-    """Remove the checkpoints in a folder but the ``keep`` newest, and what a killed process left of one.
+    """Remove the checkpoints in a folder but the ``keep`` newest and those marked KEPT, and what is left of others.
 
     The folder goes too if it is empty then.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
-    kept = checkpoints(folder)[-keep:] if keep else []
+    found = checkpoints(folder)
+    kept = {*(found[-keep:] if keep else ()), *filter(is_kept, found)}
     for path in list(folder.iterdir()):
         if path.name.startswith(WRITING) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # a folder of this name holds what this program writes alone
@@ -284,6 +287,15 @@ def checkpoints(folder: Path) -> list[Path]:
         for path in folder.glob("step-*")
         if path.is_dir() and not path.is_symlink() and any((path / name).exists() for name in (MANIFEST, "state.json"))
     )
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a checkpoint is marked as one that newer ones do not replace; one that cannot be read is not."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and state.get(KEPT) is True
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
