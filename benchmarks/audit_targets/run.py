@@ -105,7 +105,7 @@ def table(targets: list[dict[str, str]]) -> str:
         "them, beside loops that are right. That of TRL GRPO is a default: with `beta` its KL is multiplied by the",
         "differentiated ratio (`use_bias_correction_kl`), where GRPO's own k3 is asked. Those of axolotl's plain cases",
         "and of ms-swift with label smoothing are faults of the stack; the others of both, and that of SkyRL",
-        "(`token_mean_legacy`), are options that say what they do. Of verl, OpenRLHF and SkyRL the loss functions of RL",
+        "(`token_mean_legacy`), are options that say what they do. Of verl, OpenRLHF and SkyRL the losses of RL",
         "were driven in a loop of the adapter, not their trainers. Rows with * were measured with an earlier probe, of",
         "other lengths.",
         "",

@@ -6,7 +6,10 @@ Builds a tiny model, trains one optimizer step of plain SGD on the same eight ro
 without ``label_smoothing_factor``, and prints the norm of the update. Needs ms-swift and torch; no GPU and no network.
 """
 
+# pyright: reportMissingImports=false
+
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -87,8 +90,8 @@ def update(model: str, data: str, out: str, micro: int, accumulation: int, smoot
             eval_strategy="no",
         )
     ).main()
-    moved = sum((p - kept["before"][n]).square().sum() for n, p in kept["model"].named_parameters())
-    return float(moved.sqrt())
+    moved = [float((p - kept["before"][n]).detach().norm()) for n, p in kept["model"].named_parameters()]
+    return math.hypot(*moved)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ parameters, no adapters.
 
 ``load_cfg`` asks the GPU what it can do; here it is told one with bfloat16, and so is the check of transformers, which
 axolotl cannot tell to use a CPU. Nothing of the trainer is replaced. One rank only: on a CPU axolotl joins no process
-group by itself, and every process would train the same rows. The bfloat16 case is axolotl's ``bf16: true``, which loads the weights in bfloat16. Sample
-packing runs with scaled dot-product attention, since a CPU has no flash attention. Options are further keys of
-axolotl's configuration.
+group by itself, and every process would train the same rows. The bfloat16 case is axolotl's ``bf16: true``, which
+loads the weights in bfloat16. Sample packing runs with scaled dot-product attention, since a CPU has no flash
+attention. Options are further keys of axolotl's configuration.
 """
 
 # pyright: reportMissingImports=false
@@ -142,7 +142,7 @@ def _answer_for_cpu() -> None:
     from axolotl.cli import config  # pyright: ignore
     from transformers import training_args
 
-    training_args.is_torch_bf16_gpu_available = lambda: True
+    training_args.is_torch_bf16_gpu_available = lambda: True  # pyright: ignore
     config.gpu_capabilities = lambda: (
         {"bf16": True, "fp8": False, "n_gpu": 1, "n_node": 1, "compute_capability": None},
         {"torch_version": __import__("torch").__version__.split("+")[0]},
