@@ -24,8 +24,7 @@ test: $(VENV)/installed-dev check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
 	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
 	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow or matrix" \
-	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not matrix" tests/audit \
-	    && $(BIN)/python -m pytest -q -m "slow and not matrix" --ignore tests/audit'
+	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not matrix"'
 
 test-quick: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow"

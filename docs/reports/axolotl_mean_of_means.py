@@ -2,8 +2,8 @@
 
     python axolotl_mean_of_means.py
 
-Hands ``AxolotlTrainer`` and transformers' ``Trainer`` the same tiny model and eight rows of very unequal lengths, trains
-one step of plain SGD cut as 8 x 1 and 2 x 4, and prints how far apart the two updates are. No GPU and no network.
+Hands ``AxolotlTrainer`` and transformers' ``Trainer`` the same tiny model and eight rows of very unequal lengths,
+trains one step of plain SGD cut as 8 x 1 and 2 x 4, and prints how far apart the two updates are. No GPU, no network.
 """
 
 # pyright: reportMissingImports=false

@@ -40,6 +40,7 @@ CASES = (
     *({"name": f"{k} wrong: {w}", "options": {"wrong": w}, **FIELDS[k]} for k, found in FOUND.items() for w in found),
     {"name": "evaluation right: left with mask", "options": {"wrong": "left"}, **EVALUATED},
     {"name": "resume right: in the second epoch", **RESUMED, "save_after": 4},
+    {"name": "resume right: own position", "options": {"position": "own"}, **RESUMED},
 )
 
 
@@ -135,6 +136,8 @@ def resume(case, session, model, wrong):
     session.parameters(model)
     train(case, session, model, optimizer, schedule, after=save)
     session.restart()
+    if case["options"].get("position") == "own":
+        session.say(own_position=True)
     found = torch.load(path, weights_only=True)
     if wrong == "weights rounded":
         found["model"] = {name: value.bfloat16().float() for name, value in found["model"].items()}

@@ -46,10 +46,20 @@ def test_resuming_saving_and_evaluating_are_verified_by_name() -> None:
     assert found.verdict.exit_code == 0, str(found)
     assert [line.split(":")[0] for line in found.verified] == list(BEYOND.values())
     assert not set(BEYOND.values()) & {line.split(":")[0] for line in found.not_verified}
+    assert "position in the data;" in next(line for line in found.verified if line.startswith(BEYOND["resume"]))
     one = audit_stack(ADAPTER, only=[clean[1], "resume wrong: schedule"])
     assert one.verdict.exit_code == 1 and "learning rate" in one.verdict.sentences[0]
     assert "beyond-adapter does not resume as it should." in str(one)
     assert [line.split(":")[0] for line in one.not_verified][:2] == [BEYOND["resume"], BEYOND["evaluation"]]
+
+
+def test_a_position_in_the_data_that_the_loop_of_the_audit_keeps_is_not_verified() -> None:
+    report = audit_stack(ADAPTER, only=["own position"])
+    assert report.verdict.exit_code == 0, str(report)
+    assert report.verified[0].startswith(f"{BEYOND['resume']}: weights, optimizer state, schedule; rows"), (
+        report.verified
+    )
+    assert report.not_verified[0].startswith(f"{BEYOND['resume']}, position in the data"), report.not_verified
 
 
 def test_adapters_that_are_not_merged_once_are_named() -> None:

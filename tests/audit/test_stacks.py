@@ -133,6 +133,14 @@ def test_transformers_told_not_to_average_tokens_over_ranks_is_found(stacks_pyth
 
 
 @pytest.mark.stacks
+def test_deepspeed_resumes_and_saves_what_it_trained_with_the_optimizer_on_the_cpu(stacks_python: str) -> None:
+    only = ["ZeRO 2, offload cpu, resume", "ZeRO 2, offload cpu, what is saved"]
+    report = audit_stack("deepspeed", python=stacks_python, only=only)
+    assert report.verdict.exit_code == 0, str(report)
+    assert [case.status for case in report.cases] == ["judged", "judged"]
+
+
+@pytest.mark.stacks
 def test_the_accelerate_loop_of_its_documentation_is_found(stacks_python: str) -> None:
     report = audit_stack("accelerate", python=stacks_python, only=["documented"])
     assert report.verdict.outcome == "finding", str(report)

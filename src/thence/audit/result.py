@@ -230,6 +230,7 @@ class CaseResult:
         seconds: wall time in the stack.
         cut: comparison with another cut of the same rows; None: there was none to compare with.
         said: of a case without steps (``Case.beyond``), what was seen, one clause.
+        unseen: of such a case, what it could not show, clauses.
         policy: what was verified of a policy objective; None: supervised, or nothing but advantages was said.
     """
 
@@ -241,6 +242,7 @@ class CaseResult:
     seconds: float = 0.0
     cut: CutComparison | None = None
     said: str = ""
+    unseen: tuple[str, ...] = ()
     policy: PolicyCheck | None = None
 
     @property

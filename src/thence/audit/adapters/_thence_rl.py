@@ -6,11 +6,14 @@ groups of four. Every epoch is a rollout batch, dealt to ``minis`` steps.
 
 Options of a case: ``method`` and its own options; ``minis``; ``temperature``; ``importance_bound``, with which the
 sampler's log-probabilities are those of the policy with a fixed noise; ``shown``: which responses are demonstrations
-(``in-group``: the last of every group; ``apart``: the second half, each of its own prompt). ``policy`` says what is
-asked, by hand and from the papers' formulas: it is not read from the method.
+(``in-group``: the last of every group; ``apart``: the second half, each of its own prompt); ``begun``: which responses
+an expert began, by their first third (``all``; ``in-group``); ``replayed``: the last of every group was sampled by an
+earlier policy, the present one with a fixed noise. ``policy`` says what is asked, by hand and from the papers'
+formulas: it is not read from the method. With ``sides`` the first half is a rollout batch and the second half the
+demonstrations of the SFT step that goes with it, before it (``first``) or after it (``last``), as an RL stage does.
 
-Not covered: methods whose weights hang on entropies (``srft``, ``prefix_rft``), replays (``exgrpo``), prefixes
-(``uft``, ``bread``), and side steps with an optimizer of their own (the SFT steps of ``relift`` and ``sasr``).
+Not covered is how a batch is composed: the coin of ``sasr``, the pool of ``exgrpo``, the search of ``bread``, the
+lengths of prefixes, the gates of ``hpt`` and ``superrl``. Here the batch is given.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from ._shared import policy_case
+from ._thence_sides import take_turns
 
 GROUP = 4
 LONGEST = 48
 NOISE = 0.4
 """Size of the sampler's deviation, nats."""
-STRANGERS = ("policy", "minis", "temperature", "importance_bound", "shown")
+STRANGERS = ("policy", "minis", "temperature", "importance_bound", "shown", "begun", "replayed", "sides")
 """Options that are not the method's."""
 
 
@@ -49,6 +53,18 @@ _SFT = {"scale": "none", "clip_low": None, "clip_high": None, "compared": "own",
 _CLIPPED = {"clip_low": 0.2, "clip_high": 0.2}
 _OWN = _ORIGINAL | {"compared": "own"}
 _UNCERTAIN = {"demonstration": "uncertain"}
+_SRFT = {
+    "scale": "none", "ratio": "none", "own": "correctness", "demonstration": "shape", "demonstration_advantage": True,
+    "demonstration_likelihood": 0.5, "confidence": "sequence", "entropy": 0.001,
+}  # fmt: skip
+_UNCLIPPED = {"clip_low": None, "clip_high": None}
+_PREFIX = {
+    "scale": "none", "dual_clip": 3.0, "prefix": "kept", "prefix_keep": 0.2, "entropy": 0.001, "entropy_on": "own-mean",
+}  # fmt: skip
+_UFT = {
+    "scale": "group", "prefix": "likelihood", "prefix_weight": 0.5, "kl": 0.5, "entropy": 0.001, "entropy_on": "own",
+}  # fmt: skip
+_FIRST, _LAST = ({"shown": "apart", "sides": sides} for sides in ("first", "last"))
 _GSPO = {"scale": "group", "ratio": "sequence-token"}
 
 CASES: tuple[dict, ...] = tuple(
@@ -88,6 +104,29 @@ CASES: tuple[dict, ...] = tuple(
         ("red, its first step", "token-mean", _OWN | {"demonstration_weight": 0.1, "entropy": 0.001},
          {"method": "red", "shown": "in-group", "minis": 1, "epochs": 1}),
         ("relift, its RL steps", "token-mean", _SFT, {"method": "relift"}),
+        ("relift, RL and SFT steps", "token-mean", _SFT,
+         {"method": "relift", "sft_batch": 4, "sft_clip_norm": 0.0, **_LAST}),
+        ("sasr, its GRPO steps", "token-mean", _OWN | {"kl": 0.5}, {"method": "sasr", "kl": 0.5}),
+        ("sasr, SFT and GRPO steps", "token-mean", _OWN, {"method": "sasr", "warmup_steps": 1, **_FIRST}),
+        ("srft", "token-mean", _SRFT, {"method": "srft", "shown": "in-group"}),
+        ("srft, the official code's sign, entropies of tokens, over std", "token-mean",
+         _SRFT | {"scale": "group", "confidence": "token", "confidence_sign": 1},
+         {"method": "srft", "shown": "in-group", "sft_entropy_sign": 1, "entropy_level": "token", "std": True}),
+        ("srft, its ratio, probability and the entropy of the batch", "token-mean",
+         _SRFT | _UNCLIPPED | {"ratio": "token", "confidence": "batch", "demonstration": "probability"},
+         {"method": "srft", "shown": "in-group", "own": "ratio", "entropy_level": "batch",
+          "demonstration": "probability"}),
+        ("prefix_rft", "token-mean", _PREFIX, {"method": "prefix_rft", "begun": "in-group"}),
+        ("prefix_rft, half of the prefixes, over std", "token-mean",
+         _PREFIX | {"scale": "group", "prefix_keep": 0.5, "entropy_on": "all"},
+         {"method": "prefix_rft", "begun": "in-group", "keep_ratio": 0.5, "std": True, "entropy_mode": "all"}),
+        ("uft", "token-mean", _UFT, {"method": "uft", "begun": "all", "hint_weight": 0.5, "kl": 0.5}),
+        ("uft, published weights", "token-mean", _UFT | {"kl": 0.001, "prefix_weight": 0.001},
+         {"method": "uft", "begun": "all"}),
+        ("bread", "token-mean", _ORIGINAL | {"prefix": "context"}, {"method": "bread", "begun": "all"}),
+        ("exgrpo", "token-mean", _SFT | {"compared": "all"}, {"method": "exgrpo", "replayed": True}),
+        ("exgrpo, over std", "token-mean", _SFT | {"compared": "all", "scale": "group"},
+         {"method": "exgrpo", "replayed": True, "std": True}),
     )
 )  # fmt: skip
 
@@ -104,13 +143,20 @@ def run(case: dict, session: Any, loaded: Any, make_trainer: Any) -> None:
     options, policy = case["options"], Policy(loaded.model)
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
     trainer = make_trainer(case, policy, trajectories, _alone())
+    if options.get("replayed"):
+        trajectories = _with_replays(trainer, trajectories)
     bound = options.get("importance_bound")
     stage: Any = SimpleNamespace(temperature=options.get("temperature", 1.0), importance_bound=bound, fault=None)
     reference = Policy(copy.deepcopy(loaded.model)) if options["policy"].get("kl") else None
-    update = Update(stage, method, trainer, reference, options["minis"])
+    update = Update(stage, method, trainer, reference, 1 if options.get("sides") else options["minis"])
     session.watch(loaded.model.base_model)
     session.parameters(policy.model)
     versions, rollouts, metrics = [], _rollouts(case, trajectories), _Steps(session, policy)
+    if options.get("sides"):
+        # Between an SFT step and a rollout batch the old policy is the present one.
+        session.say(policy=options["policy"], rollouts=rollouts, versions=list(range(case["steps"])))
+        take_turns(case, update, method, trajectories, metrics)
+        return
     for generation in range(case["epochs"]):
         if bound is not None:
             trajectories, rollouts = _with_sampler(trainer, stage, trajectories, rollouts)
@@ -124,6 +170,11 @@ class _Steps:
 
     def __init__(self, session: Any, policy: Any):
         self.session, self.policy = session, policy
+        self.shares, self.side = SimpleNamespace(add=lambda batch, chosen: None), self
+
+    def append(self, report: Any) -> None:
+        """Keep the parameters after a side step."""
+        self.stepped(report, 0)
 
     def weighed(self, batch: Any, chosen: Any) -> None:
         """Note rows without any weight: thence leaves them out of its passes, and counts them in the normaliser."""
@@ -177,7 +228,8 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
         shown, group = _is_shown(case, i), _group(case, i)
         origin = "demonstration" if shown else "rollout"
         prompt = Prompt(group, tuple(row.prompt_ids), draw=group)
-        found.append(Trajectory(prompt, tuple(row.response_ids or ()), origin=origin, score=reward))
+        response = tuple(row.response_ids or ())
+        found.append(Trajectory(prompt, response, origin=origin, score=reward, prefix=_begun(case, i, len(response))))
     return method, found
 
 
@@ -188,9 +240,31 @@ def _group(case: dict, place: int) -> int:
 
 def _rollouts(case: dict, trajectories: list[Any]) -> list[dict]:
     return [
-        {"reward": t.score, "group": _group(case, i), "demonstration": _is_shown(case, i)}
+        {"reward": t.score, "group": _group(case, i), "demonstration": _is_shown(case, i), "prefix": t.prefix,
+         "replay": t.origin == "replay", "sampler": t.behaviour or ()}
         for i, t in enumerate(trajectories)
-    ]
+    ]  # fmt: skip
+
+
+def _begun(case: dict, place: int, tokens: int) -> int:
+    """Tokens of the response at a place that an expert wrote."""
+    begun = case["options"].get("begun")
+    return tokens // 3 if begun == "all" or (begun == "in-group" and place % GROUP == GROUP - 1) else 0
+
+
+def _with_replays(trainer: Any, trajectories: list[Any]) -> list[Any]:
+    """The last of every group as a replay, sampled by a policy that is off by a fixed wave."""
+    from dataclasses import replace
+
+    from thence.methods.base import bare_row
+
+    found = []
+    scored = trainer.statistics([bare_row(t) for t in trajectories], 1.0)
+    for i, (trajectory, (logp, _)) in enumerate(zip(trajectories, scored, strict=True)):
+        past = tuple(a + NOISE * math.sin(1.7 * t + i) for t, a in enumerate(logp.double().tolist()))
+        last = i % GROUP == GROUP - 1
+        found.append(replace(trajectory, origin="replay", behaviour=past) if last else trajectory)
+    return found
 
 
 def _with_sampler(

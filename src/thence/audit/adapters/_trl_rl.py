@@ -8,7 +8,7 @@ take over: TRL's own code computes the correction, and vLLM is not needed.
 A KL is asked as GRPO's paper has it (arXiv 2402.03300 eq. 4): k3 with its own gradient. TRL 1.16 multiplies it by the
 differentiated ratio unless ``use_bias_correction_kl`` is off; a case with that asked for stands beside.
 
-Loss types whose gate is smooth (``sapo``, ``vespo``) have no case of a second step: no policy objective says them.
+``truncated``: two responses come without their end token, as if cut at the length limit.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from typing import Any
 
 from ._shared import policy_case
 
-SAMPLER, ENVIRONMENT = "sampler", "environment"
-"""Options of a case that are the stand-in's: log-probabilities off by a wave; two tokens of every other response."""
-STRANGERS = ("policy", SAMPLER, ENVIRONMENT)
+SAMPLER, ENVIRONMENT, TRUNCATED = "sampler", "environment", "truncated"
+"""Options of a case that are the stand-in's: log-probabilities off by a wave; two tokens of every other response that
+the policy did not write; two responses without an end."""
+STANDING_IN = (SAMPLER, ENVIRONMENT, TRUNCATED)
+STRANGERS = ("policy", *STANDING_IN)
 NOISE = 0.4
 """Size of the sampler's deviation, nats."""
 EPSILON = 1e-4
 """What TRL adds to the standard deviation."""
 
 _GROUP = {"scale": "group", "eps": EPSILON}
+_SMOOTH = {"clip_low": None, "clip_high": None}
 _IS = {
     SAMPLER: True, "vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_max": 1.2,
 }  # fmt: skip
@@ -75,9 +78,31 @@ CASES: tuple[dict, ...] = (
     _case("importance, sequence_mask", "sequence-mean",
           {"correction": "mask", "correction_level": "sequence", "correction_cap": 1.2}, loss_type="grpo",
           vllm_importance_sampling_mode="sequence_mask", **_IS),
+    _case("sapo", "sequence-mean", _SMOOTH | {"surrogate": "sigmoid"}, loss_type="sapo"),
+    _case("sapo, temperatures", "sequence-mean",
+          _SMOOTH | {"surrogate": "sigmoid", "soft_above": 2.0, "soft_below": 4.0}, loss_type="sapo",
+          sapo_temperature_pos=2.0, sapo_temperature_neg=4.0),
+    _case("vespo", "constant-divisor", _SMOOTH | {"surrogate": "gamma"}, lr=0.01, loss_type="vespo"),
+    _case("vespo, importance", "constant-divisor",
+          _SMOOTH | {"surrogate": "gamma", "correction": "truncate", "correction_cap": 1.2}, lr=0.01, loss_type="vespo",
+          vllm_importance_sampling_mode="token_truncate", **_IS),
+    _case("truncated, trained", "sequence-mean", {}, loss_type="grpo", truncated=True),
+    *(
+        _case(f"truncated, masked, {loss}", asked, {"truncated": "mask", **more}, loss_type=loss, truncated=True,
+              mask_truncated_completions=True)
+        for loss, asked, more in (
+            ("grpo", "sequence-mean", {}), ("dapo", "constant-divisor", {}), ("bnpo", "micro-batch-mean", {}),
+            ("dr_grpo", "constant-divisor", {"longest": 40}),
+        )
+    ),
     _case("environment", "sequence-mean", {}, loss_type="grpo", environment=True),
     _case("environment, dapo", "constant-divisor", {}, loss_type="dapo", environment=True),
 )  # fmt: skip
+
+
+def cut_of(case: dict, size: int) -> list[bool]:
+    """Which responses are cut."""
+    return [bool(case["options"].get(TRUNCATED)) and i in (1, 6) for i in range(size)]
 
 
 def environment_of(case: dict, rows: Sequence[dict]) -> list[list[int]]:
@@ -98,6 +123,7 @@ class Engine:
     def __init__(self, case: dict, rows: list[dict], say: Any):
         self.case, self.rows, self.say = case, rows, say
         self.environment = environment_of(case, rows)
+        self.cut = cut_of(case, len(rows))
         self.starts = [next(t for t, label in enumerate(row["labels"]) if label != -100) for row in rows]
 
     def __call__(self, prompts: list, trainer: Any) -> dict[str, Any]:
@@ -114,7 +140,7 @@ class Engine:
         examples = [found[tuple(prompt)] for prompt in ids]
         logps = [self._logps(trainer, i) for i in examples]
         self.say(dict(zip(examples, logps, strict=True)))
-        answers = [self.rows[i]["input_ids"][self.starts[i] :] for i in examples]
+        answers = [self._ids(i)[self.starts[i] :] for i in examples]
         result = {"prompt_ids": ids, "completion_ids": answers, "logprobs": logps}
         if self.case["options"].get(ENVIRONMENT):
             masks = [
@@ -124,10 +150,15 @@ class Engine:
             result["env_mask"] = masks
         return result
 
+    def _ids(self, example: int) -> list[int]:
+        ids = self.rows[example]["input_ids"]
+        last = max(t for t, label in enumerate(self.rows[example]["labels"]) if label != -100)
+        return ids[:last] if self.cut[example] else ids
+
     def _logps(self, trainer: Any, example: int) -> list[float]:
         import torch
 
-        row, start = torch.tensor(self.rows[example]["input_ids"]), self.starts[example]
+        row, start = torch.tensor(self._ids(example)), self.starts[example]
         with torch.no_grad():
             logits = trainer.accelerator.unwrap_model(trainer.model)(input_ids=row[None]).logits[0, start - 1 : -1]
         logps = (logits / trainer.args.temperature).log_softmax(-1).gather(1, row[start:, None])[:, 0].tolist()
@@ -149,9 +180,12 @@ def say(case: dict, session: Any, given: Sequence[float], rows: Sequence[dict], 
     policy = dict(options["policy"])
     if policy["normaliser"] == "constant-divisor" and "longest" not in policy:
         # dapo and cispo divide by the tokens of the generation batch, over its optimizer steps.
-        trained = sum(label != -100 for row in rows for label in row["labels"]) - sum(map(len, environment))
-        policy["longest"] = trained / len(rows)
-    rollouts = [{"reward": reward, "group": i // size, "environment": environment[i]} for i, reward in enumerate(given)]
+        policy["longest"] = _trained(case, rows, environment) / len(rows)
+    cut = cut_of(case, len(rows))
+    rollouts = [
+        {"reward": reward, "group": i // size, "environment": environment[i], "truncated": cut[i]}
+        for i, reward in enumerate(given)
+    ]
     per_generation = options["steps_per_generation"] * options["num_iterations"] // case["accumulation"]
     versions = [step // per_generation * per_generation for step in range(case["steps"])]
     session.say(policy=policy, rollouts=rollouts, versions=versions)
@@ -163,3 +197,12 @@ def say(case: dict, session: Any, given: Sequence[float], rows: Sequence[dict], 
             session.say(rollouts=rollouts)
 
         session.told = told
+
+
+def _trained(case: dict, rows: Sequence[dict], environment: Sequence[Sequence[int]]) -> int:
+    """Tokens of all responses that are to be trained."""
+    masked = case["options"]["policy"].get("truncated") == "mask"
+    sizes = [sum(label != -100 for label in row["labels"]) for row in rows]
+    cut = cut_of(case, len(rows))
+    kept = [(0 if masked else size - 1) if c else size for size, c in zip(sizes, cut, strict=True)]
+    return sum(kept) - sum(map(len, environment))

@@ -9,11 +9,17 @@ Options: ``stage`` 0 to 3; ``offload`` "none" or "cpu" (the optimizer's state an
 (``gradient_accumulation_steps``), "hand" (1 in the configuration, several backward calls, the boundary set by
 ``set_gradient_accumulation_boundary``, as accelerate does) or "never" (the same, and no boundary set); ``loss``
 "summed" (as above) or "model" (the mean that the model returns, so that the engine takes a mean of micro-batch means);
-``grad_accum_dtype`` "fp32", "bf16" or "" (the engine's choice).
+``grad_accum_dtype`` "fp32", "bf16" or "" (the engine's choice); ``saved_by`` "zero_to_fp32" (a checkpoint, and its
+weights collected by ``get_fp32_state_dict_from_zero_checkpoint``) or "16bit" (``save_16bit_model``).
 
-The optimizer is torch's SGD or AdamW given to the engine, so no extension is compiled; there is no schedule and no
-shuffling, and clipping is as the case says (its default differs between versions). Everything runs on the CPU
-accelerator with gloo. Not covered: DeepSpeed's own CPU Adam, offloaded parameters (ZeRO 3), its data loader.
+Cases that resume write ``save_checkpoint`` and load it into a new model, optimizer, schedule and engine. The engine
+holds no position in the data, so those cases say nothing of it. What ``save_16bit_model`` writes of float32 weights is
+float32; of bfloat16 weights it is the rounded copy that the engine computes with, and the case asks for that.
+
+The optimizer is torch's SGD or AdamW given to the engine, so no extension is compiled. There is no schedule but in
+cases that resume, and no shuffling; clipping is as the case says (its default differs between versions). Everything
+runs on the CPU accelerator with gloo. Not covered: DeepSpeed's own CPU Adam, offloaded parameters (ZeRO 3), its data
+loader.
 """
 
 # pyright: reportMissingImports=false
@@ -22,14 +28,17 @@ import contextlib
 import os
 import sys
 
-from ._shared import join_alone, optimizer
+from ._shared import RESUMED, SAVED, join_alone, optimizer, schedule
 from .transformers import padding_collator
 
 STACK = "deepspeed"
 PACKAGES = ("deepspeed", "transformers", "torch")
-AXES = frozenset({"ranks", "adamw", "bfloat16", "epochs", "checkpointing"})
+AXES = frozenset({"ranks", "adamw", "bfloat16", "epochs", "checkpointing", "resume", "saved"})
 
-DEFAULTS = {"stage": 2, "offload": "cpu", "accumulation_by": "config", "loss": "summed", "grad_accum_dtype": ""}
+DEFAULTS = {
+    "stage": 2, "offload": "cpu", "accumulation_by": "config", "loss": "summed", "grad_accum_dtype": "",
+    "saved_by": "zero_to_fp32",
+}  # fmt: skip
 """What the common cases run with: ZeRO 2 with the optimizer on the CPU is what most people set who offload at all."""
 
 
@@ -56,6 +65,19 @@ def _models_loss(name, stage, offload="cpu", **fields):
 def _summed_in(name, stage, offload="cpu", dtype="fp32", **fields):
     """Weights in bfloat16, gradients added up in ``dtype``."""
     return _case(name, stage, offload, also={"grad_accum_dtype": dtype}, precision="bfloat16", **fields)
+
+
+def _resumed(name, stage, offload="none", ranks=1, **fields):
+    """A checkpoint in the middle of an epoch; windows of four rows."""
+    return _case(name, stage, offload, micro_batch=2, accumulation=2 // ranks, ranks=ranks, **RESUMED, **fields)
+
+
+def _saved(name, stage, offload="none", by="zero_to_fp32", ranks=1, **fields):
+    """What is left on the disk after the last step."""
+    also = {"saved_by": by}
+    return _case(
+        name, stage, offload, also=also, micro_batch=2, accumulation=2 // ranks, ranks=ranks, **SAVED, **fields
+    )
 
 
 CASES = (
@@ -98,6 +120,19 @@ CASES = (
     _summed_in("ZeRO 2, offload cpu, bfloat16, grad_accum_dtype bf16, micro 2 x 4", 2, "cpu", "bf16"),
     _summed_in("ZeRO 1, bfloat16, grad_accum_dtype fp32, micro 1 x 4, 2 ranks", 1, "none", micro_batch=1, ranks=2),
     _summed_in("ZeRO 2, bfloat16, grad_accum_dtype fp32, micro 1 x 4, 2 ranks", 2, "none", micro_batch=1, ranks=2),
+    _resumed("ZeRO 0, resume", 0),
+    _resumed("ZeRO 1, resume, 2 ranks", 1, ranks=2),
+    _resumed("ZeRO 2, resume, 2 ranks", 2, ranks=2),
+    _resumed("ZeRO 2, offload cpu, resume", 2, "cpu"),
+    _resumed("ZeRO 3, resume, 2 ranks", 3, ranks=2),
+    _resumed("ZeRO 3, offload cpu, resume", 3, "cpu"),
+    _saved("ZeRO 0, save_16bit_model", 0, by="16bit"),
+    _saved("ZeRO 1, what is saved, 2 ranks", 1, ranks=2),
+    _saved("ZeRO 2, what is saved, 2 ranks", 2, ranks=2),
+    _saved("ZeRO 2, offload cpu, what is saved", 2, "cpu"),
+    _saved("ZeRO 3, what is saved, 2 ranks", 3, ranks=2),
+    _saved("ZeRO 2, bfloat16, what is saved", 2, precision="bfloat16"),
+    _saved("ZeRO 2, bfloat16, save_16bit_model", 2, by="16bit", precision="bfloat16"),
 )  # fmt: skip
 
 
@@ -133,32 +168,88 @@ def start() -> None:
 
 def run(case, session) -> None:
     """Train the probe under the engine."""
-    import deepspeed
-    import torch
-    from transformers import AutoModelForCausalLM
 
     rows = session.rows()
     if len(rows) % (case["micro_batch"] * case["accumulation"] * case["ranks"]):
         session.skip("the engine knows of no end of the data: a window that is not full is the loop's affair")
+    engine, options = _engine(case, session), case["options"]
+    session.say(lr=case["lr"], note=f"ZeRO stage {options['stage']}, optimizer offload: {options['offload']}")
+    windows = _windows(case, rows)
+    try:
+        session.parameters(_full_parameters(engine, options["stage"]))
+        for number, window in enumerate(windows, start=1):
+            _train_window(engine, window, session, options)
+            if case["save_after"] == number:
+                engine.save_checkpoint(_folder(session), tag="step")
+            if session.stepped(_full_parameters(engine, options["stage"])):
+                break
+        if case["beyond"] == "saved":
+            _save(engine, session, options)
+    finally:
+        engine.destroy()
+    if case["beyond"] == "resume":
+        _resume(case, session, windows[case["save_after"] :])
+
+
+def _engine(case, session):
+    """A new model, optimizer and engine; a schedule where the case has one, which the engine steps."""
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
     options = case["options"]
     model = AutoModelForCausalLM.from_pretrained(session.model, torch_dtype=torch.float32)
     model.train()
     if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     by_hand = options["accumulation_by"] != "config"
+    steps = optimizer(case, model.parameters())
+    rates = schedule(case, steps) if case["schedule"] == "linear" else None
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer(case, model.parameters()), config=_config(case, options, by_hand)
+        model=model, optimizer=steps, lr_scheduler=rates, config=_config(case, options, by_hand)
     )
     session.watch(engine.module)
-    session.say(lr=case["lr"], note=f"ZeRO stage {options['stage']}, optimizer offload: {options['offload']}")
+    return engine
+
+
+def _save(engine, session, options) -> None:
+    """Save as the option says, and hand over what a user would open."""
+    folder = _folder(session)
+    if options["saved_by"] == "16bit":
+        session.say(saved_dtype="bfloat16" if engine.bfloat16_enabled() else "float32")
+        if not engine.save_16bit_model(folder, "model.pt"):
+            session.skip("save_16bit_model saved nothing: stage3_gather_16bit_weights_on_model_save is off")
+        if session.rank == 0:
+            session.saved(f"{folder}/model.pt")
+        return
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    engine.save_checkpoint(folder, tag="step")
+    if session.rank == 0:
+        session.saved(get_fp32_state_dict_from_zero_checkpoint(folder, tag="step"))
+
+
+def _resume(case, session, windows) -> None:
+    """Build everything anew, load the checkpoint, and train the windows that are left."""
+    session.restart()
+    session.say(own_position=True)
+    engine, stage = _engine(case, session), case["options"]["stage"]
     try:
-        session.parameters(_full_parameters(engine, options["stage"]))
-        for window in _windows(case, rows):
-            _train_window(engine, window, session, options)
-            if session.stepped(_full_parameters(engine, options["stage"])):
+        engine.load_checkpoint(_folder(session), tag="step")
+        session.parameters(_full_parameters(engine, stage))
+        for window in windows:
+            _train_window(engine, window, session, case["options"])
+            if session.stepped(_full_parameters(engine, stage)):
                 break
     finally:
         engine.destroy()
+
+
+def _folder(session) -> str:
+    """One folder for all ranks."""
+    from pathlib import Path
+
+    return str(Path(session.scratch).with_name("scratch-0") / "checkpoint")
 
 
 def _config(case, options, by_hand) -> dict:

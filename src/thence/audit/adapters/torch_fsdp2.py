@@ -148,6 +148,7 @@ def resume(case: dict, session: Any, windows: list, options: dict) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     session.restart()
+    session.say(own_position=True)
     model = hf.load_model(case, session).train()
     shard(model, case, options)
     steps = optimizer(case, model.parameters())

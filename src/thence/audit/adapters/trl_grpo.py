@@ -122,7 +122,7 @@ def _engine(case: dict, rows: list[dict], session: Any, kind: Any) -> dict[str, 
     import inspect
 
     options = case["options"]
-    if not any(options.get(name) for name in (reinforcement.SAMPLER, reinforcement.ENVIRONMENT)):
+    if not any(options.get(name) for name in reinforcement.STANDING_IN):
         return {}
     if "rollout_func" not in inspect.signature(kind).parameters:
         session.skip("this version of TRL has no rollout_func")

@@ -112,7 +112,9 @@ class Judge:
             return judge_saved(self, observed, said)
         try:
             judge = self.with_adapters(said["lora"]) if "lora" in said else self
-            return (judge_resume if observed.case.beyond == "resume" else judge_evaluation)(judge, observed)
+            if observed.case.beyond == "evaluation":
+                return judge_evaluation(judge, observed)
+            return judge_resume(judge, observed, said)
         except UserError as error:
             return CaseResult(observed.case, "not judged", str(error), seconds=observed.seconds)
 

@@ -13,8 +13,8 @@ from thence.audit.judge.evidence import Evidence
 from thence.audit.judge.policy_record import EDGES, PolicyRecord, StepSource, by_piece, recorded
 from thence.audit.judge.weights import FLOORS, SIGMAS
 from thence.audit.objectives import OBJECTIVES
+from thence.audit.policy.change import Hypothesis
 from thence.audit.policy.facts import PolicyStep
-from thence.audit.policy.hypotheses import Hypothesis
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.observed import Observed, Variant, worst
 from thence.audit.policy.predict import token_weights
@@ -164,6 +164,10 @@ class PolicyCase:
         if any(o.step.versions and np.abs(o.step.logp - o.step.reference).max() > 1e-6 for o in self._observed()):
             still.pop("KL", None)
         verified = tuple(part for part in explained.tried if part not in still)
+        observed = self._observed()
+        if not any(o.system.signs for o in observed) and any(o.step.outside["prompt"].any() for o in observed):
+            # Every weight of theirs would be in the update, and nothing is left of it.
+            verified = (*verified, "prompts")
         other, distance = self.records[0].observed.at_temperature(_WARMER * self.asked.temperature)
         if distance(token_weights(other, self.asked)).share > self.records[0].observed.system.tolerance:
             verified = (*verified, "temperature")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,16 +11,20 @@ from torch import Tensor
 from thence.audit.policy.facts import PolicyStep
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.observed import Observed, Variant
-from thence.audit.policy.predict import beside_weights
+from thence.audit.policy.predict import beside_weights, sensitivity
 from thence.audit.policy.read import LogProbabilities, PolicyFacts, read_step
 from thence.audit.policy.system import Distance, UpdateSystem
 from thence.audit.result import RESPONSE_ROLES
+from thence.audit.solve.explain import padding_targets
 from thence.audit.solve.sequences import Piece
 from thence.audit.solve.signs import SignRegression
 from thence.audit.solve.solver import Explanation, ObservedUpdate, StepSolver
 
 EDGES = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}
 """How far rounding may move a log-ratio, by precision."""
+
+LOOSEST = 0.2
+"""Share of an update that may be left unexplained where weights are very sensitive to rounding."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,19 @@ class StepSource:
         found = [self.solver.differentiator.beside(p.ids, r) for p, r in zip(pieces, reference, strict=True)]
         return np.concatenate([b[i][k] for i in (0, 1) for b, k in zip(found, kept, strict=True)])
 
+    def padding(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Gradients of padding behind the responses, shape (padding, coordinates), and how much of it each row has.
+
+        First masked from attention, then not; nothing where no row has padding.
+        """
+        self.solver.move_to(self.state)
+        for masked in (True, False):
+            pads = padding_targets(self.solver, self.update.rows, masked)
+            if pads:
+                counts = np.bincount([row for row, _, _ in pads], minlength=len(self.update.rows))
+                own = np.array([counts[piece.row] for piece in self.update.pieces])
+                yield np.stack([tokens.gradients[t - 1] for _, tokens, t in pads]), own
+
     def at_temperature(self, temperature: float) -> tuple[PolicyStep, Callable[[np.ndarray], Distance]]:
         """See :class:`Observed`."""
         pieces, update = self.update.pieces, self.update
@@ -104,14 +121,27 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
     for target in design.targets:
         roles[target.column] = target.role
 
+    tolerance = max(update.tolerance, min(update.tolerance * sensitivity(step, asked), LOOSEST))
+
     def system(more: np.ndarray, loose: int = 0) -> UpdateSystem:
         columns = np.concatenate([design.columns, more]) if len(more) else design.columns
         return UpdateSystem(
-            columns, column, update.gradient, update.tolerance, sized=source.sized, signs=source.signs, loose=loose
+            columns, column, update.gradient, tolerance, sized=source.sized, signs=source.signs, loose=loose
         )
 
     def leaked() -> UpdateSystem:
         return system(np.stack(update.earlier), loose=len(update.earlier))
+
+    def padded() -> list[Observed]:
+        found = []
+        for pads, counts in source.padding():
+            wider = np.concatenate([roles, np.full(len(pads), "padding")])
+            own = replace(step, outside={**step.outside, "padding": counts})
+            widened = lambda p=pads: system(np.concatenate([p, source.beside()]))  # noqa: E731
+            found.append(
+                replace(observed, step=own, system=system(pads), roles=wider, widened=widened, leaked=None, _wide=[])
+            )
+        return found
 
     observed = Observed(
         source.index,
@@ -122,6 +152,7 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
         lambda: system(source.beside()),
         leaked if update.earlier and not source.signs else None,
         source.at_temperature,
+        padded,
     )
     if not source.signs and any(weights.any() for weights in beside_weights(step, asked)):
         factor = observed.distance(Variant(step, asked)).factor

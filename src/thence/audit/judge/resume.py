@@ -41,8 +41,12 @@ class AdamState:
     steps: int
 
 
-def judge_resume(judge: Judge, observed: Observation) -> CaseResult:
-    """Compare the run that started again from a checkpoint with the one that went straight through."""
+def judge_resume(judge: Judge, observed: Observation, said: Mapping[str, Any]) -> CaseResult:
+    """Compare the run that started again from a checkpoint with the one that went straight through.
+
+    Args:
+        said: by the adapter: ``own_position`` where its own loop remembers the position in the data.
+    """
     case, ranks = observed.case, len(observed.records)
     straight, differ = load_states(observed.folder, ranks)
     resumed, differ_later = load_states(observed.folder, ranks, "resumed", case.save_after)
@@ -52,12 +56,18 @@ def judge_resume(judge: Judge, observed: Observation) -> CaseResult:
     comparison = _Comparison(judge, observed, straight, resumed)
     findings = [*differ, *differ_later, *comparison.findings()]
     left, taken = len(straight) - 1 - case.save_after, len(resumed) - 1
-    said = f"rows and parameters of {taken} steps after step {case.save_after} compared with a run without a break"
+    steps = f"rows and parameters of {taken} steps after step {case.save_after} compared with a run without a break"
+    own, unseen = bool(said.get("own_position")), ()
+    if own:
+        unseen = ("position in the data: the stack does not keep it, so the audit's own loop went on at the right row",)
+    kept = ["optimizer state"] * (case.optimizer == "adamw") + ["schedule"] * (case.schedule != "constant")
+    kept += ["position in the data"] * (not own)
+    words = f"{', '.join(['weights', *kept])}; {steps}"
     if taken != left:
         detail = f"{taken} steps were taken after resuming where the run without a break took {left}"
         findings.append(Finding("resume-differs", "fault", detail))
-    unique = {finding.id: finding for finding in reversed(findings)}
-    return CaseResult(case, "judged", "", (), tuple(reversed(unique.values())), observed.seconds, said=said)
+    unique = tuple(reversed({finding.id: finding for finding in reversed(findings)}.values()))
+    return CaseResult(case, "judged", "", (), unique, observed.seconds, said=words, unseen=unseen)
 
 
 class _Comparison:

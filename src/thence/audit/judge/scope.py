@@ -10,7 +10,7 @@ from thence.audit.result import CaseResult
 NEVER = ("GPU kernels, real data, long runs",)
 """No case of any matrix looks at these."""
 BEYOND: Mapping[str, str] = {
-    "resume": "resuming from a checkpoint (optimizer state, data position, schedule)",
+    "resume": "resuming from a checkpoint",
     "saved": "what is saved",
     "evaluation": "the trainer's own evaluation",
 }
@@ -68,6 +68,7 @@ def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
             no.append(f"{words}: {'a fault was found' if any(case.faults for case in tried) else tried[0].reason}")
         else:
             yes.append(f"{words}: {sound[0].said}" + (f"; {_cases(sound)}" if len(sound) > 1 else ""))
+            no += dict.fromkeys(f"{words}, {clause}" for case in sound for clause in case.unseen)
     return yes, no
 
 

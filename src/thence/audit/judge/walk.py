@@ -209,7 +209,8 @@ class Walk:
         pieces: list[Piece] = []
         if evidence.rows is not None:
             rows = evidence.rows[step - 1]
-            pieces, strange = find_pieces(rows, self.judge.known, self.judge.end)
+            hidden = evidence.policy is not None and evidence.policy.truncated == "mask"
+            pieces, strange = find_pieces(rows, self.judge.known, self.judge.end, hidden)
             if strange or not pieces:
                 return [], rows, _strange(strange, rows)
             found = window_findings(self.case, step, pieces, self._seen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ class Rollout:
         environment: places in the response that the policy did not write (tool output), counted from its first token.
         sampler: log-probabilities that the sampling engine gave for the response's tokens, nats; empty: none given.
         demonstration: written by an expert, not sampled.
+        prefix: first tokens of the response that an expert wrote, and that the policy went on from.
+        replay: sampled by an earlier policy, whose log-probabilities are ``sampler``: they stand in its ratio, and it
+            has no correction.
     """
 
     reward: float
@@ -33,6 +36,8 @@ class Rollout:
     environment: tuple[int, ...] = ()
     sampler: tuple[float, ...] = ()
     demonstration: bool = False
+    prefix: int = 0
+    replay: bool = False
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Rollout:
@@ -41,7 +46,7 @@ class Rollout:
         Raises:
             UserError: an unknown fact, or no reward or group.
         """
-        known = {field.name for field in fields(cls)}
+        known = {own.name for own in fields(cls)}
         wrong = [name for name in said if name not in known] or [n for n in ("reward", "group") if n not in said]
         if wrong:
             raise UserError(
@@ -70,6 +75,9 @@ class PolicyStep:
         sampler: as handed to the trainer by the sampling engine; equal to ``old`` where none was.
         versions: the log-probabilities under the parameters before every step up to this one, the first ones first,
             shape (T,) each; the last is ``logp``.
+        entropy: of the distributions that predict the tokens, under the parameters before the step, nats, shape (T,).
+        outside: role -> tokens of each row with it that could be targets, shape (S,): ``prompt``, ``after`` (the end),
+            ``padding`` (behind the end).
     """
 
     rollouts: tuple[Rollout, ...]
@@ -83,6 +91,8 @@ class PolicyStep:
     reference: np.ndarray
     sampler: np.ndarray
     versions: tuple[np.ndarray, ...] = ()
+    entropy: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    outside: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -99,6 +109,18 @@ class PolicyStep:
     def demonstrated(self) -> np.ndarray:
         """Which rows are demonstrations, shape (S,), bool."""
         return np.array([self.rollouts[e].demonstration for e in self.example], bool)
+
+    def begun(self) -> np.ndarray:
+        """Which tokens an expert wrote before the policy went on, shape (T,), bool."""
+        return self.place < np.array([self.rollouts[e].prefix for e in self.example], int)[self.row]
+
+    def replayed(self) -> np.ndarray:
+        """Which tokens are of replayed responses, shape (T,), bool."""
+        return np.array([self.rollouts[e].replay for e in self.example], bool)[self.row]
+
+    def rewards(self) -> np.ndarray:
+        """Of every row, shape (S,)."""
+        return np.array([self.rollouts[e].reward for e in self.example], float)
 
     def truncated(self) -> np.ndarray:
         """Which rows were cut at the length limit, shape (S,), bool."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from thence.audit.objectives import OBJECTIVES
+from thence.audit.policy.change import Hypothesis, on_step, overridden, setting, whole_tokens
 from thence.audit.policy.facts import PolicyStep, Rollout
+from thence.audit.policy.mixed_changes import mixed_changes
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.observed import Variant
-from thence.audit.policy.predict import trained_tokens
-
-Change = Callable[[Variant], Variant]
+from thence.audit.policy.outside import outside_changes
 
 _BASELINES = {
     "group": "the mean of its group",
@@ -34,24 +34,9 @@ _SURROGATES = {
     "clip": "clipped by the sign of the advantage",
     "weight": "a detached weight",
     "mask": "masked on both sides, whatever the sign of the advantage",
+    "sigmoid": "passed through a sigmoid",
+    "gamma": "weighted by the gamma function of the whole response's ratio",
 }
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One change of what was asked for.
-
-    Args:
-        finding: id of what it is called.
-        part: the part of the objective that it changes: that part is verified where no such change fits.
-        detail: the change in words.
-        change: of the variant of any step.
-    """
-
-    finding: str
-    part: str
-    detail: str
-    change: Change
 
 
 def hypotheses(steps: Sequence[PolicyStep], asked: PolicyObjective) -> list[Hypothesis]:
@@ -59,20 +44,8 @@ def hypotheses(steps: Sequence[PolicyStep], asked: PolicyObjective) -> list[Hypo
     return [
         *_advantages(steps, asked), *_ratio(asked), *_old(steps, asked), *_kl(steps, asked),
         *_importance(steps, asked), *_masks(steps, asked), *_normalisers(steps, asked), *_rows(steps),
+        *mixed_changes(steps, asked), *outside_changes(steps, asked),
     ]  # fmt: skip
-
-
-def setting(finding: str, part: str, detail: str, **settings: Any) -> Hypothesis:
-    """The hypothesis that some settings are other ones."""
-    return Hypothesis(finding, part, detail, lambda v: replace(v, asked=replace(v.asked, **settings)))
-
-
-def _on_step(finding: str, part: str, detail: str, change: Callable[[PolicyStep], PolicyStep]) -> Hypothesis:
-    return Hypothesis(finding, part, detail, lambda v: replace(v, step=change(v.step)))
-
-
-def _overridden(finding: str, part: str, detail: str, made: Callable[[Variant], dict[str, Any]]) -> Hypothesis:
-    return Hypothesis(finding, part, detail, lambda v: replace(v, other=replace(v.other, **made(v))))
 
 
 def _advantages(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypothesis]:
@@ -84,13 +57,13 @@ def _advantages(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator
     if asked.baseline in ("group", "leave-one-out") or asked.scale == "group":
         for words, groups in _other_groups(rollouts):
             detail = f"the groups that advantages are made in are {words}"
-            yield _on_step("advantage-groups", "groups", detail, lambda s, g=groups: _regrouped(s, g))
+            yield on_step("advantage-groups", "groups", detail, lambda s, g=groups: _regrouped(s, g))
         for words, per in (("micro-batch", "micro_batch"), ("rank", "rank")):
             if all((getattr(s, per) >= 0).all() and len(set(getattr(s, per).tolist())) > 1 for s in steps):
                 detail = f"advantages are made among the rows of a {words}, not of a group"
-                yield _on_step("advantage-groups", "groups", detail, lambda s, p=per: _by_place(s, p))
+                yield on_step("advantage-groups", "groups", detail, lambda s, p=per: _by_place(s, p))
         detail = "a group counts one row more than it has, with reward 0 (padding, for example)"
-        yield _on_step("advantage-padded", "groups", detail, _padded)
+        yield on_step("advantage-padded", "groups", detail, _padded)
     for other, words in _SCALES.items():
         if other != asked.scale:
             detail = f"advantages are {words}, where they were to be {_SCALES[asked.scale]}"
@@ -101,12 +74,12 @@ def _advantages(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator
         yield setting("advantage-bessel", "deviation", detail, bessel=not asked.bessel)
         if _flat_groups(rollouts, asked.scale):
             detail = "a group of equal rewards is trained on the rewards themselves, where its advantages are zero"
-            yield _overridden("advantage-zero-variance", "groups of equal rewards", detail, _raw_where_flat)
+            yield overridden("advantage-zero-variance", "groups of equal rewards", detail, _raw_where_flat)
     if any(rollout.truncated for rollout in rollouts):
         detail = "responses cut at the length limit do not take part in the statistics of their group"
-        yield _on_step("advantage-filtered", "groups", detail, _filtered)
+        yield on_step("advantage-filtered", "groups", detail, _filtered)
     detail = "the advantages have the opposite sign"
-    yield _on_step("advantage-sign", "sign", detail, _negated)
+    yield on_step("advantage-sign", "sign", detail, _negated)
     yield Hypothesis("advantage-sign", "sign", "the loss has the opposite sign", lambda v: replace(v, factor=-1.0))
 
 
@@ -119,9 +92,10 @@ def _ratio(asked: PolicyObjective) -> Iterator[Hypothesis]:
         return
     detail = "the ratio is always one: left out, or the old log-probabilities are made anew at every step"
     yield setting("ratio-missing", "ratio", detail, ratio="none")
-    other = "token" if asked.by_response else "sequence"
-    detail = f"the ratio is {_LEVELS[other]}, not {_LEVELS[asked.ratio]}"
-    yield setting("ratio-level", "level of the ratio", detail, ratio=other)
+    if asked.surrogate != "gamma":  # whose w is the response's always
+        other = "token" if asked.by_response else "sequence"
+        detail = f"the ratio is {_LEVELS[other]}, not {_LEVELS[asked.ratio]}"
+        yield setting("ratio-level", "level of the ratio", detail, ratio=other)
     above = "1 + high is no bound to the ratio of positive advantages"
     below = "1 - low is no bound to the ratio of negative advantages"
     dual = {"dual_clip": math.inf}
@@ -150,16 +124,16 @@ def _old(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypoth
     part = "old log-probabilities"
     for back in range(1, max(_own(s) for s in steps) + 1):
         detail = f"the old log-probabilities are those of {_before(back)}"
-        yield _on_step("old-version", part, detail, lambda s, b=back: _older(s, b))
+        yield on_step("old-version", part, detail, lambda s, b=back: _older(s, b))
     if any(_own(s) for s in steps):
         detail = "the old log-probabilities are those of the initial parameters at every step"
-        yield _on_step("old-version", part, detail, lambda s: replace(s, old=s.versions[0]))
+        yield on_step("old-version", part, detail, lambda s: replace(s, old=s.versions[0]))
     detail = "the old log-probabilities are made anew at every step"
     if asked.correction != "none" or asked.kl_in == "reward":
-        yield _on_step("old-version", part, detail, lambda s: replace(s, old=s.logp))
-    if any(rollout.sampler for rollout in steps[0].rollouts):
+        yield on_step("old-version", part, detail, lambda s: replace(s, old=s.logp))
+    if _with_sampler(steps):
         detail = "the sampling engine's log-probabilities stand in the ratio, not the trainer's own old ones"
-        yield _on_step("old-sampler", "", detail, lambda s: replace(s, old=s.sampler))
+        yield on_step("old-sampler", "", detail, lambda s: replace(s, old=s.sampler))
 
 
 def _kl(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypothesis]:
@@ -181,21 +155,19 @@ def _kl(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypothe
         detail = f"the KL is in the {other}, where it was asked for in the {asked.kl_in}"
         yield setting("kl-place", "place of the KL", detail, kl_in=other)
     detail = "the reference of the KL is the old policy"
-    yield _on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.old))
+    yield on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.old))
     if max(len(s.versions) for s in steps) > 1:
         detail = "the reference of the KL is the policy one optimizer step before"
-        yield _on_step(
-            "kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.versions[-2:][0])
-        )
+        yield on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.versions[-2:][0]))
         detail = "the reference of the KL is the initial policy"
-        yield _on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.versions[0]))
-    if any(rollout.sampler for rollout in steps[0].rollouts):
+        yield on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.versions[0]))
+    if _with_sampler(steps):
         detail = "the reference of the KL is the sampling engine"
-        yield _on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.sampler))
+        yield on_step("kl-reference", "reference of the KL", detail, lambda s: replace(s, reference=s.sampler))
 
 
 def _importance(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypothesis]:
-    if not any(rollout.sampler for rollout in steps[0].rollouts):
+    if not _with_sampler(steps):
         return
     part, bound = "importance weights", "bounds of the importance weights"
     if asked.correction == "none":
@@ -212,7 +184,7 @@ def _importance(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator
     yield setting("importance-missing", part, "importance weights are left out", correction="none")
     detail = "the importance weights are the sampler's probability over the trainer's, not the other way round"
     inverse = lambda s: replace(s, sampler=2 * s.old - s.sampler)  # noqa: E731
-    yield _on_step("importance-inverted", part, detail, inverse)
+    yield on_step("importance-inverted", part, detail, inverse)
     other = "token" if asked.correction_level == "sequence" else "sequence"
     detail = f"importance weights are {_LEVELS[other]}, not {_LEVELS[asked.correction_level]}"
     yield setting("importance-level", "level of the importance weights", detail, correction_level=other)
@@ -233,27 +205,27 @@ def _masks(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypo
             detail = "responses cut at the length limit are trained, where they are to be masked"
             yield setting("truncated-trained", part, detail, truncated="train")
             detail = "responses cut at the length limit are masked, but counted by the normaliser"
-            yield _overridden("normaliser-counted", part, detail, lambda v: {"counted": ~v.step.environment()})
+            yield overridden("normaliser-counted", part, detail, lambda v: {"counted": ~v.step.environment()})
         else:
             detail = "responses cut at the length limit are masked, where they are to be trained"
             yield setting("truncated-masked", part, detail, truncated="mask")
             detail = f"{detail}; the normaliser counts them"
-            kept = lambda v: {"trained": _whole(v) & ~v.step.truncated()[v.step.row], "counted": _whole(v)}  # noqa: E731
-            yield _overridden("truncated-masked", part, detail, kept)
+            kept = lambda v: {"trained": whole_tokens(v) & ~v.step.truncated()[v.step.row], "counted": whole_tokens(v)}  # noqa: E731
+            yield overridden("truncated-masked", part, detail, kept)
     if any(rollout.environment for rollout in rollouts):
         part, detail = "tokens of the environment", "tokens that the policy did not write are trained"
-        yield _overridden("environment-trained", part, detail, lambda v: {"trained": _with_environment(v)})
+        yield overridden("environment-trained", part, detail, lambda v: {"trained": _with_environment(v)})
         detail += ", and not counted by the normaliser"
-        both = lambda v: {"trained": _with_environment(v), "counted": _whole(v)}  # noqa: E731
-        yield _overridden("environment-trained", part, detail, both)
+        both = lambda v: {"trained": _with_environment(v), "counted": whole_tokens(v)}  # noqa: E731
+        yield overridden("environment-trained", part, detail, both)
         detail = "tokens that the policy did not write are counted by the normaliser"
-        yield _overridden("normaliser-counted", part, detail, lambda v: {"counted": _with_environment(v)})
+        yield overridden("normaliser-counted", part, detail, lambda v: {"counted": _with_environment(v)})
     for found, words, which in (("end-missing", "last", _last), ("first-missing", "first", lambda s: s.place == 0)):
         detail = f"the {words} token of every response is not trained"
-        without = lambda v, w=which: {"trained": _whole(v) & ~w(v.step)}  # noqa: E731
-        yield _overridden(found, f"{words} tokens", detail, without)
-        counted = lambda v, w=which: {"trained": _whole(v) & ~w(v.step), "counted": _whole(v)}  # noqa: E731
-        yield _overridden(found, f"{words} tokens", f"{detail}, but counted", counted)
+        without = lambda v, w=which: {"trained": whole_tokens(v) & ~w(v.step)}  # noqa: E731
+        yield overridden(found, f"{words} tokens", detail, without)
+        counted = lambda v, w=which: {"trained": whole_tokens(v) & ~w(v.step), "counted": whole_tokens(v)}  # noqa: E731
+        yield overridden(found, f"{words} tokens", f"{detail}, but counted", counted)
 
 
 def _normalisers(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypothesis]:
@@ -265,7 +237,7 @@ def _normalisers(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterato
         part = "normaliser" if name in ("token-mean", "sequence-mean", "micro-batch-mean") else ""
         yield setting(name, part, detail, normaliser=name)
     if any(len({s.rollouts[e].group for e in s.example}) > 1 for s in steps):
-        yield _overridden("group-mean", "normaliser", "the mean of the means of groups is taken", _group_mean)
+        yield overridden("group-mean", "normaliser", "the mean of the means of groups is taken", _group_mean)
     other = {"all": "informative", "informative": "all"}[asked.counted]
     words = {"informative": "does not count", "all": "counts"}[other]
     detail = f"the normaliser {words} rows whose advantage is zero"
@@ -311,6 +283,11 @@ def _other_groups(rollouts: Sequence[Rollout]) -> Iterator[tuple[str, list[int]]
 
 def _same_parts(one: Sequence[int], other: Sequence[int]) -> bool:
     return len(set(zip(one, other, strict=True))) == len(set(one)) == len(set(other))
+
+
+def _with_sampler(steps: Sequence[PolicyStep]) -> bool:
+    """Whether a sampling engine gave log-probabilities; those of a replay are an earlier policy's."""
+    return any(rollout.sampler and not rollout.replay for rollout in steps[0].rollouts)
 
 
 def _regrouped(step: PolicyStep, groups: Sequence[int]) -> PolicyStep:
@@ -375,13 +352,6 @@ def _own(step: PolicyStep) -> int:
     return next((i for i, logp in enumerate(step.versions) if logp is step.old), 0)
 
 
-def _whole(variant: Variant) -> np.ndarray:
-    """The tokens that are to be trained, shape (T,)."""
-    if variant.other.trained is not None:
-        return variant.other.trained
-    return trained_tokens(variant.step, variant.asked)
-
-
 def _with_environment(variant: Variant) -> np.ndarray:
     masked = variant.step.truncated()[variant.step.row] & (variant.asked.truncated == "mask")
     return ~masked
@@ -395,6 +365,6 @@ def _last(step: PolicyStep) -> np.ndarray:
 def _group_mean(variant: Variant) -> dict[str, Any]:
     step = variant.step
     group = np.unique([step.rollouts[e].group for e in step.example], return_inverse=True)[1]
-    lengths = np.bincount(step.row[_whole(variant)], minlength=step.rows)
+    lengths = np.bincount(step.row[whole_tokens(variant)], minlength=step.rows)
     tokens = np.bincount(group, lengths)
     return {"normal": 1.0 / (len(tokens) * np.maximum(tokens[group], 1))}

@@ -31,7 +31,11 @@ class PolicyObjective:
             ``none`` (the plain policy gradient: r_t counts as one and nothing is clipped).
         surrogate: ``clip``: min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347 eq. 7); ``weight``: the
             detached ratio, clipped on both sides whatever the advantage, times log pi (CISPO, arXiv 2506.13585);
-            ``mask``: r A, and nothing outside the range whatever the advantage.
+            ``mask``: r A, and nothing outside the range whatever the advantage; ``sigmoid``: (4 / tau) sigmoid(tau
+            (r - 1)) A with tau = ``soft_above`` for positive advantages, else ``soft_below`` (SAPO, arXiv 2511.20347);
+            ``gamma``: the detached phi(w) times A log pi, phi(w) = e^l w^k e^(-l w) with (k, l) = ``gamma_above`` where
+            A >= 0, else ``gamma_below``, and w the product of a response's ratios and corrections (VESPO, arXiv
+            2602.10693). Neither of the two is clipped.
         clip_low, clip_high: range of the ratio below and above one; infinity: off.
         dual_clip: largest ratio through which a negative advantage acts (arXiv 1912.09729); infinity: off.
         kl: coefficient of the KL to the reference policy.
@@ -62,6 +66,23 @@ class PolicyObjective:
         compared: rewards that a group's baseline and standard deviation are made of: ``all`` or the policy's ``own``.
         counted: tokens that the normaliser counts: of ``all`` rows, or of rows whose weights are not all zero
             (``informative``: no masked response, no group of equal rewards).
+        demonstration_likelihood: coefficient of log p of demonstrations beside their surrogate (SRFT, arXiv 2506.19767
+            eq. 4 and 6).
+        demonstration_divisor: tokens that divide the terms of demonstrations: as the normaliser (``all``), their
+            ``own``, or both kinds by tokens of their own (``each``).
+        own: what all other responses are weighted by: ``advantage``, or ``correctness``: ``right_weight`` where the
+            reward is 1 or more, else minus ``wrong_weight`` (SRFT eq. 9).
+        confidence: level of the policy's entropy H before the step, a mean over the ``sequence`` or over all responses
+            of the step (``batch``), or that of the ``token``; right responses are multiplied by exp(H) and
+            ``demonstration_likelihood`` by exp(``confidence_sign`` * H), both detached (SRFT eq. 5, 10); or ``none``.
+        replay: surrogate of replayed responses, with r the ratio to the policy that sampled them: ``shape``
+            r / (r + gamma) (ExGRPO), ``ratio`` r, ``likelihood`` log p, each times the advantage.
+        prefix: tokens that an expert wrote before the policy went on: ``train`` as all others; ``context``: counted,
+            without a weight (BREAD, arXiv 2506.17211); ``likelihood``: ``prefix_weight`` times the mean of log p over
+            them (UFT, arXiv 2505.16984); ``kept``: as all others, but only the ``prefix_keep`` share of those of the
+            step with the highest entropy (Prefix-RFT, arXiv 2507.01679). Only ``train`` has a KL on them.
+        entropy_on: tokens with the entropy bonus: ``all``; those that are no ``prefix``'s (``own``); or a mean over
+            those (``own-mean``).
     """
 
     baseline: Literal["group", "batch", "leave-one-out", "none"] = "group"
@@ -69,7 +90,7 @@ class PolicyObjective:
     bessel: bool = True
     eps: float = 1e-6
     ratio: Literal["token", "sequence", "sequence-token", "none"] = "token"
-    surrogate: Literal["clip", "weight", "mask"] = "clip"
+    surrogate: Literal["clip", "weight", "mask", "sigmoid", "gamma"] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = math.inf
@@ -93,6 +114,22 @@ class PolicyObjective:
     gamma: float = 0.1
     own_weight: float = 1.0
     compared: Literal["all", "own"] = "all"
+    demonstration_likelihood: float = 0.0
+    demonstration_divisor: Literal["all", "own", "each"] = "all"
+    own: Literal["advantage", "correctness"] = "advantage"
+    right_weight: float = 0.1
+    wrong_weight: float = 1.0
+    confidence: Literal["none", "token", "sequence", "batch"] = "none"
+    confidence_sign: Literal[-1, 1] = -1
+    replay: Literal["shape", "ratio", "likelihood"] = "shape"
+    prefix: Literal["train", "context", "likelihood", "kept"] = "train"
+    prefix_weight: float = 1.0
+    prefix_keep: float = 0.2
+    entropy_on: Literal["all", "own", "own-mean"] = "all"
+    soft_above: float = 1.0
+    soft_below: float = 1.05
+    gamma_above: tuple[float, float] = (2.0, 3.0)
+    gamma_below: tuple[float, float] = (3.0, 2.0)
 
     @property
     def by_response(self) -> bool:
@@ -113,6 +150,7 @@ class PolicyObjective:
                     f"a policy objective has no setting {name!r}", remedy=f"use {', '.join(sorted(known))}", field=name
                 )
         settings: dict[str, Any] = {name: math.inf if value is None else value for name, value in said.items()}
+        settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
         made = cls(**settings)
         made.check()
         return made
@@ -126,7 +164,7 @@ class PolicyObjective:
         """
         for name, kind in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(kind)
-            if choices and value not in choices:
+            if choices and float not in choices and value not in choices:
                 raise UserError(
                     f"a policy objective's {name} cannot be {value!r}",
                     remedy=f"use one of {', '.join(map(str, choices))}",

@@ -46,6 +46,8 @@ class Observed:
         roles: of the columns of the system, shape (columns,).
         widened: makes the system that has the gradients of every token's entropy and of its exact KL to the reference
             behind the others, T columns each.
+        padded: makes this step with the gradients of padding as targets, without a role in the response: padding masked
+            from attention, and not; empty: there is none.
         leaked: makes the system in which gradients of earlier steps may have any factor; None: there are none.
         at_temperature: temperature -> that temperature's log-probabilities, and the distance of the update from what
             weights, shape (T,), would give at that temperature.
@@ -59,6 +61,7 @@ class Observed:
     widened: Callable[[], UpdateSystem]
     leaked: Callable[[], UpdateSystem] | None
     at_temperature: Callable[[float], tuple[PolicyStep, Callable[[np.ndarray], Distance]]]
+    padded: Callable[[], Sequence[Observed]] = tuple
     _wide: list[UpdateSystem] = field(default_factory=list)
 
     def wide(self) -> UpdateSystem:
@@ -69,21 +72,25 @@ class Observed:
 
     def distance(self, variant: Variant) -> Distance:
         """Of the update from what a variant of this step would give."""
-        weights = variant.weights()
         near = edges(variant.step, variant.asked, self.width, variant.other)
-        asked = variant.asked
-        system = self.wide() if asked.entropy or (asked.estimator == "full" and asked.kl) else self.system
+        system, spread = self.spread(variant)
         free = np.zeros(system.count, bool)
         free[system.column[near]] = True
         if variant.also:
             free[: len(self.roles)] |= np.isin(self.roles, variant.also)
+        return system.distance(spread, free)
+
+    def spread(self, variant: Variant) -> tuple[UpdateSystem, np.ndarray]:
+        """The system that can say a variant of this step, and its weights of the columns there, shape (columns,)."""
+        asked, weights = variant.asked, variant.weights()
+        system = self.wide() if asked.entropy or (asked.estimator == "full" and asked.kl) else self.system
         spread = system.spread(weights)
         if system is not self.system:
             entropy, exact = (
                 np.asarray(variant.factor) * w for w in beside_weights(variant.step, asked, variant.other)
             )
             spread[-2 * len(weights) :] += np.concatenate([entropy, exact])
-        return system.distance(spread, free)
+        return system, spread
 
     def fits(self, variant: Variant) -> bool:
         """Whether the update is the one that a variant would give."""

@@ -14,8 +14,13 @@ import numpy as np
 
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.policy.facts import PolicyStep, Rollout
+from thence.audit.policy.mixed import by_kind, correctness, near_kept, prefix_weights, with_others
 from thence.audit.policy.objective import PolicyObjective
 
+GAMMA_LEAST, GAMMA_MOST = 1e-8, 20.0
+"""Bounds of w, and of log w, in VESPO's code."""
+MOST_SENSITIVE = 20.0
+"""More than that times the usual tolerance would let mistakes pass."""
 LIMIT = 50.0
 """Log-ratios are held within it, so that an exponential is finite; every trainer's own limit is lower."""
 
@@ -39,24 +44,33 @@ class Overrides:
 def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | None = None) -> np.ndarray:
     """Weights of the response tokens under an objective, shape (T,)."""
     other = other or Overrides()
-    advantage = row_advantages(step, asked) if other.advantage is None else other.advantage
+    advantage = row_advantages(step, asked, other)
     trained = trained_tokens(step, asked) if other.trained is None else other.trained
     corrected = correction(step, asked, trained)
-    if asked.ratio == "sequence" and asked.surrogate != "weight":
+    if asked.surrogate == "gamma":
+        corrected = np.ones(len(step.row))  # part of w
+    if asked.ratio == "sequence" and asked.surrogate not in ("weight", "gamma"):
         # The gradient of a response's ratio reaches all its tokens alike, whichever of them is corrected.
         lengths = np.maximum(step.sums(trained.astype(float)), 1)
         corrected = (step.sums(np.where(trained, corrected, 0.0)) / lengths)[step.row]
-    acting = advantage[step.row] * surrogate_slope(step, asked, advantage, trained) * corrected
-    shown = step.demonstrated()[step.row]
-    if shown.any():
-        acting = np.where(shown, demonstration_weights(step, asked, advantage), asked.own_weight * acting)
+    factor = advantage[step.row]
+    if asked.own == "correctness":
+        advantage, factor = correctness(step, asked)
+    acting = factor * surrogate_slope(step, asked, advantage, trained) * corrected
+    acting = with_others(step, asked, asked.own_weight * acting, row_advantages(step, asked, other))
+    begun = step.begun() if asked.prefix != "train" else np.zeros(len(step.row), bool)
+    if begun.any():
+        acting = np.where(begun, prefix_weights(step, asked, acting, begun), acting)
     if asked.kl and asked.kl_in == "loss" and asked.estimator != "full":
         apart = step.logp - step.reference
         slope = kl_slope(apart, asked.estimator)
         if asked.kl_ratio:
             slope = np.exp(log_ratios(step, asked, trained)) * (slope + kl_value(apart, asked.estimator))
-        acting = acting - asked.kl * slope
-    return np.where(trained, normals(step, asked, other)[step.row] * acting, 0.0)
+        acting = acting - asked.kl * np.where(begun, 0.0, slope)
+    normal = by_kind(step, asked, normals(step, asked, other), trained)[step.row]
+    if asked.prefix == "likelihood":
+        normal = np.where(begun, 1.0 / max((begun & trained).sum(), 1), normal)
+    return np.where(trained, normal * acting, 0.0)
 
 
 def beside_weights(
@@ -68,7 +82,9 @@ def beside_weights(
     trained = trained_tokens(step, asked) if other.trained is None else other.trained
     normal = np.where(trained, normals(step, asked, other)[step.row], 0.0)
     exact = asked.kl if asked.estimator == "full" and asked.kl_in == "loss" else 0.0
-    return -asked.entropy * normal, exact * normal
+    own = trained & ~step.begun() if asked.entropy_on != "all" else trained
+    bonus = own / max(own.sum(), 1) if asked.entropy_on == "own-mean" else np.where(own, normal, 0.0)
+    return -asked.entropy * bonus, exact * normal
 
 
 def normals(step: PolicyStep, asked: PolicyObjective, other: Overrides) -> np.ndarray:
@@ -79,7 +95,7 @@ def normals(step: PolicyStep, asked: PolicyObjective, other: Overrides) -> np.nd
     if counted is None:
         counted = trained_tokens(step, asked) if other.trained is None else other.trained
         if asked.counted == "informative":
-            advantage = row_advantages(step, asked) if other.advantage is None else other.advantage
+            advantage = row_advantages(step, asked, other)
             counted = counted & np.isin(step.row, np.flatnonzero(advantage != 0))
     return OBJECTIVES[asked.normaliser].weights(step.counted(counted, asked.longest))
 
@@ -90,12 +106,14 @@ def trained_tokens(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
     return trained & ~step.truncated()[step.row] if asked.truncated == "mask" else trained
 
 
-def row_advantages(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
+def row_advantages(step: PolicyStep, asked: PolicyObjective, other: Overrides | None = None) -> np.ndarray:
     """Advantage of every row, shape (S,).
 
     A KL in the reward needs the log-probabilities of all rows of the generation batch, so it is taken from the rows
     of this step alone: a step must then hold its generation batches whole.
     """
+    if other is not None and other.advantage is not None:
+        return other.advantage
     taken = np.zeros(len(step.rollouts))
     if asked.kl and asked.kl_in == "reward":
         written = np.where(step.environment(), 0.0, kl_value(step.old - step.reference, asked.estimator))
@@ -134,24 +152,11 @@ def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.nd
 
 def log_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
     """Log of the ratio that acts on each token, shape (T,)."""
-    log_ratio = step.logp - step.old
+    log_ratio = step.logp - np.where(step.replayed(), step.sampler, step.old)
     if asked.by_response:
         lengths = np.maximum(np.bincount(step.row[trained], minlength=step.rows), 1)
         log_ratio = (step.sums(np.where(trained, log_ratio, 0.0)) / lengths)[step.row]
     return np.clip(log_ratio, -LIMIT, LIMIT)
-
-
-def demonstration_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray) -> np.ndarray:
-    """What acts on tokens of demonstrations before the normaliser, shape (T,)."""
-    p = np.exp(step.logp)
-    slope = {
-        "likelihood": np.ones_like(p),
-        "probability": p,
-        "shape": asked.gamma * p / (p + asked.gamma) ** 2,
-        "uncertain": p * (1 - p),
-    }[asked.demonstration]
-    factor = advantage[step.row] if asked.demonstration_advantage else 1.0
-    return asked.demonstration_weight * factor * slope
 
 
 def surrogate_slope(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -162,15 +167,55 @@ def surrogate_slope(step: PolicyStep, asked: PolicyObjective, advantage: np.ndar
     low, high = 1 - asked.clip_low, 1 + asked.clip_high
     if asked.surrogate == "weight":
         return np.clip(ratio, low, high)
+    if asked.surrogate == "sigmoid":
+        tau = np.where(advantage > 0, asked.soft_above, asked.soft_below)[step.row]
+        gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
+        return 4 * gate * (1 - gate) * ratio
+    if asked.surrogate == "gamma":
+        return gamma_weights(step, asked, advantage, trained)
     if asked.surrogate == "mask":
         return np.where((ratio < low) | (ratio > high), 0.0, ratio)
     held = np.where(advantage[step.row] >= 0, ratio > high, (ratio < low) | (ratio > asked.dual_clip))
     return np.where(held, 0.0, ratio)
 
 
+def gamma_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """phi(w) of VESPO, one number a response, shape (T,)."""
+    log_w, k, decay = _gamma(step, asked, advantage, trained)
+    return np.exp(decay + k * log_w - decay * np.exp(log_w))[step.row]
+
+
+def sensitivity(step: PolicyStep, asked: PolicyObjective) -> float:
+    """How many times more than log-probabilities the weights may be off by rounding, 1 to ``MOST_SENSITIVE``.
+
+    A weight phi(w) of VESPO changes by k - l w times what log w does; rows count by the size of their weights.
+    """
+    if asked.surrogate != "gamma":
+        return 1.0
+    log_w, k, decay = _gamma(step, asked, row_advantages(step, asked), trained_tokens(step, asked))
+    weights = token_weights(step, asked)
+    size = float(np.sqrt((weights**2).sum()))
+    moved = float(np.sqrt(((weights * (k - decay * np.exp(log_w))[step.row]) ** 2).sum()))
+    return min(max(1.0, moved / size if size else 1.0), MOST_SENSITIVE)
+
+
+def _gamma(
+    step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log of w, k and l of VESPO's gamma function, shape (S,) each."""
+    log_ratio = np.where(trained, step.logp - step.old, 0.0)
+    if asked.correction != "none":
+        log_ratio = log_ratio + np.where(
+            trained, np.log(np.maximum(correction(step, asked, trained), GAMMA_LEAST)), 0.0
+        )
+    log_w = np.clip(step.sums(log_ratio), np.log(GAMMA_LEAST), GAMMA_MOST)
+    k, decay = np.where((advantage >= 0)[:, None], asked.gamma_above, asked.gamma_below).T
+    return log_w, k, decay
+
+
 def correction_ratios(step: PolicyStep, asked: PolicyObjective, trained: np.ndarray) -> np.ndarray:
     """Ratio of the trainer's old probability to the sampling engine's, before any bound, shape (T,)."""
-    log_ratio = np.where(trained, step.old - step.sampler, 0.0)
+    log_ratio = np.where(trained & ~step.replayed(), step.old - step.sampler, 0.0)
     if asked.correction_level == "sequence":
         log_ratio = step.sums(log_ratio)[step.row]
     return np.exp(np.clip(log_ratio, -LIMIT, LIMIT))
@@ -190,7 +235,7 @@ def edges(step: PolicyStep, asked: PolicyObjective, width: float, other: Overrid
     """Tokens whose ratio lies so near a bound, on a log scale, that rounding decides whether they act, shape (T,)."""
     trained = trained_tokens(step, asked) if other is None or other.trained is None else other.trained
     near = np.zeros(len(step.row), bool)
-    if asked.ratio != "none" and asked.surrogate != "weight":
+    if asked.ratio != "none" and asked.surrogate in ("clip", "mask"):
         log_ratio = log_ratios(step, asked, trained)
         for bound in (1 - asked.clip_low, 1 + asked.clip_high, asked.dual_clip):
             if 0 < bound < np.inf:
@@ -202,6 +247,8 @@ def edges(step: PolicyStep, asked: PolicyObjective, width: float, other: Overrid
                 near |= np.abs(log_ratio - np.log(bound)) < width
     if asked.by_response:
         near = (step.sums((near & trained).astype(float)) > 0)[step.row]
+    if asked.prefix == "kept":
+        near |= near_kept(step, asked, width)
     return near & trained
 
 

@@ -79,6 +79,15 @@ class LogProbabilities:
             self._logits |= {(version, ids): self._differentiator.logits(ids) for ids in missing}
         return [self._logits[version, piece.ids] for piece in pieces]
 
+    def entropy(self, version: int, pieces: Sequence[Piece], temperature: float) -> np.ndarray:
+        """Of the distributions that predict the response tokens of all pieces, nats, shape (T,)."""
+        found = []
+        for piece, logits_TV in zip(pieces, self.logits(version, pieces), strict=True):
+            logp_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+            entropy_T = -torch.xlogy(logp_TV.exp(), logp_TV.exp()).sum(-1).numpy()
+            found.append(entropy_T[[role in RESPONSE_ROLES for role in piece.roles[1:]]])
+        return np.concatenate(found) if found else np.zeros(0)
+
     def of(self, version: int, pieces: Sequence[Piece], temperature: float) -> np.ndarray:
         """Log-probabilities of the response tokens of all pieces, nats, shape (T,)."""
         found = []
@@ -126,6 +135,11 @@ def read_step(
         versions[min(facts.reference, index - 1)],
         _sampler(facts, index, pieces, np.array(row, int), old),
         versions,
+        logs.entropy(index - 1, pieces, temperature),
+        {
+            outside: np.array([sum(role == outside for role in piece.roles[1:]) for piece in pieces])
+            for outside in ("prompt", "after")
+        },
     )
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from thence.audit.policy.hypotheses import Hypothesis, hypotheses
+from thence.audit.policy.change import Hypothesis
+from thence.audit.policy.hypotheses import hypotheses
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.observed import Observed, Variant, worst
+from thence.audit.policy.outside import outside_changes
 from thence.audit.policy.predict import row_advantages
 from thence.audit.policy.solved import beside, coefficients, scaled, solved
 
@@ -57,6 +59,7 @@ def search(observed: Sequence[Observed], asked: PolicyObjective, spanned: bool) 
         yield _fitting(observed, base, plain)
         yield _fitting(observed, base, solved(observed, base))
         if not spanned:
+            yield from _padded(observed, asked)
             yield _fitting(observed, base, list(beside(observed, base)))
             yield from _leaked(observed, base)
             yield list(temperatures(observed, base))
@@ -79,6 +82,15 @@ def search(observed: Sequence[Observed], asked: PolicyObjective, spanned: bool) 
 
 def _fitting(observed: Sequence[Observed], base: Sequence[Variant], tried: Sequence[Hypothesis]) -> list[Hypothesis]:
     return [h for h in tried if worst(observed, [h.change(v) for v in base]) <= 1]
+
+
+def _padded(observed: Sequence[Observed], asked: PolicyObjective) -> Iterator[list[Hypothesis]]:
+    """Padding as targets of the steps that have some, masked from attention or not."""
+    made = [o.padded() for o in observed]
+    for kind in range(max(map(len, made), default=0)):
+        padded = [own[kind] if own else o for o, own in zip(observed, made, strict=True)]
+        tried = list(outside_changes([o.step for o in padded], asked, ("padding",)))
+        yield _fitting(padded, [Variant(o.step, asked) for o in padded], tried)
 
 
 def _leaked(observed: Sequence[Observed], base: Sequence[Variant]) -> Iterator[list[Hypothesis]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from thence.audit.policy.hypotheses import Hypothesis, setting
+from thence.audit.policy.change import Hypothesis, setting
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.observed import Observed, Variant, worst
 from thence.audit.policy.predict import (
@@ -35,8 +35,8 @@ def scaled(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterato
     """All weights times one number, where the size of the update is known."""
     if not all(o.system.sized for o in observed):
         return
-    pairs = zip(observed, variants, strict=True)
-    products = [(o.system.moments(np.zeros(o.system.count), o.system.spread(v.weights()))) for o, v in pairs]
+    spreads = [o.spread(v) for o, v in zip(observed, variants, strict=True)]
+    products = [system.moments(np.zeros(system.count), spread) for system, spread in spreads]
     size, towards = sum(m[0, 0] for m, _ in products), sum(r[0] for _, r in products)
     if size <= 0 or towards <= 0:
         return
@@ -55,6 +55,7 @@ def scaled(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterato
 def coefficients(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterator[Hypothesis]:
     """Another coefficient of the KL in the loss, or a KL where none was asked for: linear in it."""
     asked = variants[0].asked
+    yield from _mixture(observed, variants)
     if asked.kl_in == "reward" and asked.kl:
         return
     names = [asked.estimator] if asked.kl else ["k3", "k2", "k1"]
@@ -90,13 +91,38 @@ def beside(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterato
 
 def _linear(observed: Sequence[Observed], variants: Sequence[Variant], **settings: str) -> float | None:
     """The coefficient of a KL that brings the prediction nearest."""
-    fixed = [replace(v, asked=replace(v.asked, kl=0.0, **settings)) for v in variants]
-    varied = [replace(v, asked=replace(v.asked, kl=1.0, **settings)) for v in variants]
+    return _coefficient(observed, variants, "kl", **settings)
+
+
+def _coefficient(observed: Sequence[Observed], variants: Sequence[Variant], name: str, **settings: str) -> float | None:
+    """The value of a setting in which the weights are linear that brings the prediction nearest."""
     parts = []
-    for o, none, one in zip(observed, fixed, varied, strict=True):
-        base = o.system.spread(none.weights())
-        parts.append(o.system.moments(base, o.system.spread(one.weights()) - base))
+    for o, v in zip(observed, variants, strict=True):
+        none, one = (replace(v, asked=replace(v.asked, **{**settings, name: x})) for x in (0.0, 1.0))
+        (system, base), (_, with_one) = o.spread(none), o.spread(one)
+        parts.append(system.moments(base, with_one - base))
     return _number(parts)
+
+
+def _mixture(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterator[Hypothesis]:
+    """Other coefficients of what a method mixes."""
+    asked, steps = variants[0].asked, [v.step for v in variants]
+    shown = any(step.demonstrated().any() for step in steps)
+    begun = any(step.begun().any() for step in steps) and asked.prefix == "likelihood"
+    right = asked.own == "correctness"
+    for name, there, found, part, words in (
+        ("demonstration_weight", shown, "demonstration-weight", "coefficient of demonstrations", "demonstrations"),
+        ("demonstration_likelihood", shown, "demonstration-weight", "coefficient of demonstrations",
+         "the likelihood of demonstrations beside their surrogate"),
+        ("own_weight", shown and not right, "policy-weight", "coefficient of the policy", "the policy's own responses"),
+        ("right_weight", right, "policy-weight", "weight of right and wrong", "right responses"),
+        ("wrong_weight", right, "policy-weight", "weight of right and wrong", "wrong responses"),
+        ("prefix_weight", begun, "prefix-weight", "prefixes", "the likelihood of prefixes"),
+    ):  # fmt: skip
+        number = _coefficient(observed, variants, name) if there else None
+        if number is not None:
+            detail = f"the coefficient of {words} is {number:.4g}, where {getattr(asked, name):g} was asked for"
+            yield setting(found, part, detail, **{name: number})
 
 
 def _linear_beside(observed: Sequence[Observed], variants: Sequence[Variant], name: str) -> float | None:

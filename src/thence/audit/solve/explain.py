@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from thence.audit.solve.gradients import TokenGradients, probability_features
+from thence.audit.solve.observation import ForwardRow
 from thence.audit.solve.parts import clipped_by_shard, scaled_by_parameter
 from thence.audit.solve.recover import Fit
 from thence.audit.solve.sequences import Piece
@@ -95,14 +96,7 @@ def _padded(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
     """Padding behind the responses as targets, with padding masked from attention or not."""
     found = None
     for masked in (True, False):
-        pads: list[tuple[TokenGradients, int]] = []
-        for row in update.rows:
-            real = [t for t, m in enumerate(row.mask) if m]
-            if not real or real[-1] + 1 == len(row.ids):
-                continue
-            ids, mask = row.ids[real[0] :], row.mask[real[0] :]
-            tokens = solver.token_gradients(ids, mask=mask if masked else None)
-            pads += [(tokens, t) for t in range(real[-1] + 1 - real[0], len(ids))]
+        pads = [(tokens, t) for _, tokens, t in padding_targets(solver, update.rows, masked)]
         if not pads:
             return None
         design, _ = solver.system(update.pieces)
@@ -120,6 +114,25 @@ def _padded(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:
         if found.fits:
             return found
     return found
+
+
+def padding_targets(
+    solver: StepSolver, rows: Sequence[ForwardRow], masked: bool
+) -> list[tuple[int, TokenGradients, int]]:
+    """Every padding token behind a response: its row, the gradients of that row and its place among their targets + 1.
+
+    Args:
+        masked: whether padding is masked from attention.
+    """
+    pads: list[tuple[int, TokenGradients, int]] = []
+    for index, row in enumerate(rows):
+        real = [t for t, m in enumerate(row.mask) if m]
+        if not real or real[-1] + 1 == len(row.ids):
+            continue
+        ids, mask = row.ids[real[0] :], row.mask[real[0] :]
+        tokens = solver.token_gradients(ids, mask=mask if masked else None)
+        pads += [(index, tokens, t) for t in range(real[-1] + 1 - real[0], len(ids))]
+    return pads
 
 
 def _contaminated(solver: StepSolver, update: ObservedUpdate) -> Explanation | None:

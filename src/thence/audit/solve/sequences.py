@@ -49,16 +49,21 @@ class Piece:
     rank: int | None
 
 
-def find_pieces(rows: Sequence[ForwardRow], known: Sequence[KnownExample], end: int | None) -> tuple[list[Piece], int]:
+def find_pieces(
+    rows: Sequence[ForwardRow], known: Sequence[KnownExample], end: int | None, hidden: bool = False
+) -> tuple[list[Piece], int]:
     """The examples in the rows, and the number of rows in which none was found.
 
     Args:
         end: id of the end-of-turn token.
+        hidden: also where the mask leaves a response out, as trainers do with responses that are not to be trained.
     """
     pieces: list[Piece] = []
     strange = 0
     for index, row in enumerate(rows):
         found = _in_row(row, index, known, end)
+        if hidden and not found:
+            found = _behind_mask(row, index, known)
         strange += not found and any(row.mask)
         pieces += found
     return pieces, strange
@@ -125,6 +130,23 @@ def _in_row(row: ForwardRow, index: int, known: Sequence[KnownExample], end: int
             roles = roles_of_labels([*item.labels, *[-100] * (len(own) - len(item.labels))])
         pieces.append(_piece(row, index, example, own, first + start, roles))
     return pieces
+
+
+def _behind_mask(row: ForwardRow, index: int, known: Sequence[KnownExample]) -> list[Piece]:
+    real = [t for t, m in enumerate(row.mask) if m]
+    if not real:
+        return []
+    first, last = real[0], real[-1] + 1
+    for example, item in enumerate(known):
+        done = last + len(item.response)
+        if (
+            item.prompt
+            and row.ids[last:done] == item.response
+            and _find(row.ids[first:last], item.prompt, 0) is not None
+        ):
+            ids = row.ids[first:done]
+            return [_piece(row, index, example, ids, first, _roles(len(ids), last - first, len(ids), ids, None))]
+    return []
 
 
 def _piece(row: ForwardRow, index: int, example: int, ids, start: int, roles) -> Piece:
