@@ -68,7 +68,7 @@ for name in "${names[@]}"; do
     swift460) $pip install torch==2.13.0 ms-swift==4.6.0 ;;
     axolotl0190) $pip install torch==2.13.0 axolotl==0.19.0 ;;
     # Its loss functions alone: what they import beside the package's own requirements.
-    skyrl030) $pip install torch==2.13.0 skyrl==0.3.0 skyrl-gym ray jaxtyping omegaconf cloudpickle loguru hydra-core ;;
+    skyrl030) $pip install torch==2.13.0 skyrl==0.3.0 skyrl-gym==0.4.0 ray jaxtyping omegaconf cloudpickle loguru hydra-core ;;
     *)
         echo "no environment is called $name" >&2
         exit 2
