@@ -43,7 +43,7 @@ def update(axolotl: bool, micro: int, accumulation: int, out: str):
             "labels": torch.tensor([r["input_ids"] + [-100] * (longest - len(r["input_ids"])) for r in rows]),
         }
 
-    class InOrder(AxolotlTrainer if axolotl else Trainer):
+    class InOrder(AxolotlTrainer if axolotl else Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         def _get_train_sampler(self, *_, **__):
             return SequentialSampler(self.train_dataset)
 
