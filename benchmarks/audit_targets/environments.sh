@@ -3,7 +3,7 @@
 #
 #   benchmarks/audit_targets/environments.sh FOLDER [NAME ...]
 #
-# NAME: tf4452 tf4461 trl rl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091; none: all of them. About 20 minutes and 15 GB.
+# NAME: tf4452 tf4461 trl rl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091 swift460 axolotl0190 skyrl030; none: all of them. About 30 minutes and 20 GB.
 # Further: ci, the newest TRL and DeepSpeed in one environment, which `make test` makes for tests/audit/test_stacks.py.
 set -euo pipefail
 if [ "$#" -lt 1 ]; then
@@ -14,7 +14,7 @@ folder=$1
 shift
 constraints="$(cd "$(dirname "$0")/../.." && pwd)/constraints.txt"
 names=("$@")
-[ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl rl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091)
+[ "${#names[@]}" -gt 0 ] || names=(tf4452 tf4461 trl rl ds0182 ds0189 ds019 orl0910 orl0112 lf095 verl091 swift460 axolotl0190 skyrl030)
 mkdir -p "$folder"
 
 environment() { # name
@@ -65,11 +65,15 @@ for name in "${names[@]}"; do
         $pip install --no-deps verl==0.9.1 openrlhf==0.11.2
         ;;
     verl091) $pip install torch==2.13.0 verl==0.9.1 uvicorn fastapi torchdata ;;
+    swift460) $pip install torch==2.13.0 ms-swift==4.6.0 ;;
+    axolotl0190) $pip install torch==2.13.0 axolotl==0.19.0 ;;
+    # Its loss functions alone: what they import beside the package's own requirements.
+    skyrl030) $pip install torch==2.13.0 skyrl==0.3.0 skyrl-gym==0.4.0 ray jaxtyping omegaconf cloudpickle loguru hydra-core ;;
     *)
         echo "no environment is called $name" >&2
         exit 2
         ;;
     esac
     # Not by $pip, whose --quiet keeps the list to itself.
-    "$folder/$name/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|transformers|deepspeed|trl|openrlhf|llamafactory|verl) '
+    "$folder/$name/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|transformers|deepspeed|trl|openrlhf|llamafactory|verl|ms_swift|axolotl|skyrl) '
 done
