@@ -213,7 +213,7 @@ class Walk:
             pieces, strange = find_pieces(rows, self.judge.known, self.judge.end, hidden)
             if strange or not pieces:
                 return [], rows, _strange(strange, rows)
-            found = window_findings(self.case, step, pieces, self._seen)
+            found = window_findings(self.case, step, pieces, self._seen, evidence.policy is not None)
             self._repeated = any(finding.id == "rows-repeated" for finding in found)
             self.findings += found
         elif evidence.pieces is not None:

@@ -30,6 +30,7 @@ from thence.audit.report import Report
 from thence.audit.result import RESPONSE_ROLES, CaseResult, PublicReport, Role, StepResult
 from thence.files import finite, write_atomically
 from thence.pages.audit.heatmap import SHADES, heat_map, shade
+from thence.pages.audit.policy import policy_table
 from thence.pages.table import NOTHING, Cell, Table, TableRow
 from thence.pages.template import render
 from thence.wording import percent
@@ -84,6 +85,7 @@ def render_page(report: Report) -> str:
         roles=_roles(report),
         meanings=_meanings(report),
         examples=_examples(report),
+        policies=policy_table(report),
         others=[(head, said, _others(report, status)) for status, head, said in _STATUSES if _others(report, status)],
         objectives=[(o.title, o.formula, key == verdict.asked, key in found) for key, o in OBJECTIVES.items()],
         not_told_apart=report.not_told_apart,
