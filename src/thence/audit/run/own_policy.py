@@ -17,9 +17,9 @@ from thence.audit.policy.facts import Rollout
 from thence.audit.policy.objective import PolicyObjective
 from thence.audit.policy.probe import LENGTHS, rollout_facts
 from thence.audit.policy.read import PolicyFacts
-from thence.audit.report import Report, make_report
+from thence.audit.report import Report
 from thence.audit.result import Case, CaseResult
-from thence.audit.run.own_step import random_rows, state_of, takes_a_cut, vocabulary_of
+from thence.audit.run.own_step import random_rows, state_of, step_report, takes_a_cut, vocabulary_of
 from thence.audit.solve.sequences import KnownExample
 from thence.audit.solve.signs import looks_like_signs
 from thence.errors import UserError
@@ -86,17 +86,8 @@ def check_policy(
     results = []
     for case in _cases(len(rows), cut, asked.normaliser, lr, updates * generations):
         results.append(_one(step, model, rows, case, judge, asked, updates, cut))
-    name = getattr(step, "__name__", type(step).__name__)
-    return make_report(
-        f"step {name}",
-        results,
-        {"torch": torch.__version__},
-        f"thence.audit.check_policy({name}, model=...)",
-        {"model": type(model).__name__, "rollouts": len(rows), "seed": seed},
-        time.monotonic() - begun,
-        asked.normaliser,
-        [] if cut else ["the step takes no micro_batch and accumulation"],
-    )
+    probe = {"rollouts": len(rows), "seed": seed}
+    return step_report("check_policy", step, model, results, asked.normaliser, cut, begun, probe)
 
 
 def _cases(rows: int, cut: bool, asked: str, lr: float | None, steps: int) -> list[Case]:

@@ -70,17 +70,37 @@ def check(
     for case in _cases(len(rows), cut, asked, lr):
         results.append(_one(step, model, rows[: case.examples], case, judge, cut, lr))
     results = judge.compare_cuts(results)
-    reasons = [] if cut else ["the step takes no micro_batch and accumulation"]
+    return step_report("check", step, model, results, asked, cut, start, {"examples": len(rows), "seed": seed})
+
+
+def step_report(
+    function: str,
+    step: StepFunction,
+    model: nn.Module,
+    results: Sequence[CaseResult],
+    asked: str,
+    cut: bool,
+    begun: float,
+    probe: Mapping[str, Any],
+) -> Report:
+    """The report of a step of one's own.
+
+    Args:
+        function: of ``thence.audit`` that audited it.
+        cut: whether the step can be told how to cut its rows.
+        begun: ``time.monotonic`` at the start of the audit, s.
+        probe: what there is to say of the rows.
+    """
     name = getattr(step, "__name__", type(step).__name__)
     return make_report(
         f"step {name}",
         results,
         {"torch": torch.__version__},
-        f"thence.audit.check({name}, model=...)",
-        {"model": type(model).__name__, "examples": len(rows), "seed": seed},
-        time.monotonic() - start,
+        f"thence.audit.{function}({name}, model=...)",
+        {"model": type(model).__name__, **probe},
+        time.monotonic() - begun,
         asked,
-        reasons,
+        [] if cut else ["the step takes no micro_batch and accumulation"],
     )
 
 
