@@ -46,7 +46,7 @@ def diagnose_step(
     if scale is not None and not any(f.id in _EXPLAIN_THE_SCALE for f in findings):
         findings += _scale_findings(scale, step, asked)
     if scale is None and step.scale < -1e-6:
-        findings.append(Finding("scale", "fault", "the update goes against the gradient: it makes the loss larger"))
+        findings.append(Finding("against-gradient", "fault", "it makes the loss larger"))
     undetermined = explanation.fit.undetermined[[t.column for t in step.targets]]
     return StepResult(
         index=index,
@@ -141,6 +141,8 @@ def _scale_findings(scale: float, step: StepWeights, asked: AskedObjective) -> l
             return [Finding(name, "fault", f"the update is {scale:.4g} times what it should be ({words})")]
     if step.varied:
         return [Finding("advantage", "fault", f"all advantages are {scale:.4g} times those asked for")]
+    if scale < 0:
+        return [Finding("against-gradient", "fault", f"the update is {scale:.4g} times what it should be")]
     return [Finding("scale", "fault", f"the update is {scale:.4g} times what it should be")]
 
 

@@ -84,7 +84,7 @@ class PolicyCase:
         """
         step = self.step(solver, index, update.pieces)
         assert self._logs is not None
-        source = StepSource(solver, self._logs, self.facts, state, update, index, sized)
+        source = StepSource(solver, self._logs, self.facts, state, update, index, sized, self._precision)
         self.records.append(recorded(source, step, self.asked, EDGES[self._precision]))
 
     def finish(self) -> tuple[list[StepResult], PolicyCheck]:
@@ -112,9 +112,11 @@ class PolicyCase:
         if explained.clean:
             return ()
         if explained.found:
-            also = (
-                f" (or: {'; '.join(explained.others)}: this probe cannot tell them apart)" if explained.others else ""
-            )
+            still = [r.observed.index for r in self.records if r.observed.index in explained.faulty]
+            others = list(explained.others)
+            if still and all(self.records[index - 1].observed.system.empty for index in still):
+                others.insert(0, f"no step is taken: step {', '.join(map(str, still))} changed no parameter")
+            also = f" (or: {'; '.join(others)}: this probe cannot tell them apart)" if others else ""
             return tuple(Finding(h.finding, "fault", h.detail + also) for h in explained.found)
         for record in self.records:
             if record.observed.index not in explained.faulty:

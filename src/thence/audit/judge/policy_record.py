@@ -50,6 +50,7 @@ class StepSource:
         state: the parameters before the step.
         index: of the step, 1 for the first.
         sized: whether the learning rate is known and nothing clips.
+        precision: of the step.
     """
 
     solver: StepSolver
@@ -59,6 +60,7 @@ class StepSource:
     update: ObservedUpdate
     index: int
     sized: bool
+    precision: str
 
     @property
     def signs(self) -> bool:
@@ -98,8 +100,9 @@ class StepSource:
             found = self.solver.differentiator.weighted(pieces, by_piece(weights, pieces), temperature)
             flat = self.solver.differentiator.flat(found)[None]
             own = UpdateSystem(
-                flat, np.zeros(1, int), update.gradient, update.tolerance, sized=self.sized, signs=self.signs
-            )
+                flat, np.zeros(1, int), update.gradient, update.tolerance, sized=self.sized, signs=self.signs,
+                precision=self.precision,
+            )  # fmt: skip
             return own.distance(np.ones(1))
 
         return other, distance
@@ -126,8 +129,9 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
     def system(more: np.ndarray, loose: int = 0) -> UpdateSystem:
         columns = np.concatenate([design.columns, more]) if len(more) else design.columns
         return UpdateSystem(
-            columns, column, update.gradient, tolerance, sized=source.sized, signs=source.signs, loose=loose
-        )
+            columns, column, update.gradient, tolerance, sized=source.sized, signs=source.signs, loose=loose,
+            precision=source.precision,
+        )  # fmt: skip
 
     def leaked() -> UpdateSystem:
         return system(np.stack(update.earlier), loose=len(update.earlier))

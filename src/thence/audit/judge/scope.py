@@ -33,7 +33,9 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
         far = ", ".join(f"{share:.2g} of the {_MEASURES[name]}" for name, share in measures.items())
         yes.append(f"the same update for other cuts of the same rows: {_cases(agree)}, apart by at most {far}")
     else:
-        no.append("whether the update depends on the cut: no two cases train the same rows in different cuts")
+        no.append(
+            "whether the update depends on the cut: no right case could be compared with another cut of the same rows"
+        )
     _sort(yes, no, "data-parallel ranks", [c for c in sound if c.case.ranks > 1], "no case with two ranks was judged")
     unfilled = [c for c in sound if c.case.examples % c.case.window and not c.case.packing]
     _sort(yes, no, "windows that are not full", unfilled, "no such case was judged")

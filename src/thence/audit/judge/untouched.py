@@ -29,6 +29,15 @@ RESOLVED = 20.0
 """The move that was due must be so many times the spacing of the stored numbers, or nothing can be said."""
 
 
+def not_finite(state: Mapping[str, Tensor]) -> str:
+    """What of a state is NaN or infinite, in words; empty: nothing."""
+    counts = {name: int((~value.isfinite()).sum()) for name, value in state.items()}
+    bad = {name: count for name, count in counts.items() if count}
+    if not bad:
+        return ""
+    return f"{sum(bad.values())} values in {len(bad)} of {len(state)} tensors are not finite: {groups(tuple(bad))}"
+
+
 @dataclass(frozen=True)
 class Untouched:
     """Names of tensors that did not move, and shares of those that moved in part."""

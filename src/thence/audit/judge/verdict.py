@@ -12,6 +12,7 @@ from thence.audit.result import AuditVerdict, CaseResult, Finding, PublicReport,
 from thence.known_faults import load_known_faults
 
 _BY_SEVERITY = (
+    "not-finite", "against-gradient",
     "parameters-untouched", "no-step", "advantage-sign", "first-and-last-only", "first-only", "last-only",
     "all-but-first", "all-but-last", "rank-missing", "rows-dropped", "ranks-differ", "frozen-moved",
     "differs-by-parameter",
@@ -22,6 +23,10 @@ _BY_SEVERITY = (
     "scale-accumulation", "scale-ranks", "scale",
 )  # fmt: skip
 """The order in which faults are named where there are several."""
+_OF_THE_WHOLE = {"depends-on-cut", "scale", "scale-accumulation", "scale-ranks", "scale-by-parameter", "scale-by-shard"}
+"""Faults that say nothing of single tokens: however many cases have them, they do not explain the others."""
+_RARE = 3
+"""A fault in so many times fewer cases than another one is what some of the cases happen to look like."""
 _RULE_OF_SOME = _BY_SEVERITY.index("token-mean")
 """Where a rule stands that does not give the weights of every judged step: it is not what the trainer does."""
 
@@ -174,9 +179,13 @@ def _faults(cases: Sequence[CaseResult]) -> dict[str, list[Hit]]:
     return found
 
 
-def _place(name: str, judged: Sequence[CaseResult], faults: Faults) -> tuple[bool, float]:
-    """Where a fault stands among several, the first is named first: those of the steps, then those beyond them."""
-    return is_beyond(name), _rank(name, judged, faults)
+def _place(name: str, judged: Sequence[CaseResult], faults: Faults) -> tuple[bool, bool, float]:
+    """Where a fault stands among several, the first is named first: those of the steps, then those beyond them.
+
+    Among those of the steps, what most cases show stands before what a few happen to look like.
+    """
+    most = max((len(hits) for other, hits in faults.items() if other not in _OF_THE_WHOLE), default=0)
+    return is_beyond(name), len(faults[name]) * _RARE <= most, _rank(name, judged, faults)
 
 
 def _rank(name: str, judged: Sequence[CaseResult], faults: Faults) -> float:

@@ -17,7 +17,7 @@ from thence.audit.judge.forms import merged
 from thence.audit.judge.policy import PolicyCase
 from thence.audit.judge.reading import Reading, of_any_signs, read_step, unverified, what_made_it
 from thence.audit.judge.repeats import per_example
-from thence.audit.judge.untouched import find_untouched, partly_finding, untouched_finding
+from thence.audit.judge.untouched import find_untouched, not_finite, partly_finding, untouched_finding
 from thence.audit.judge.weights import AskedObjective, step_rows
 from thence.audit.judge.windows import planned_steps, window_findings
 from thence.audit.objectives import OBJECTIVES
@@ -65,6 +65,9 @@ class Walk:
     def step(self, step: int) -> bool:
         """Judge one step, the first is 1. Returns whether the next one can be judged. Raises NotJudged."""
         evidence = self.evidence
+        if broken := not_finite(evidence.states[step]):
+            self.findings.append(Finding("not-finite", "fault", f"after optimizer step {step} {broken}"))
+            raise NotJudged(f"after step {step} {broken}")
         before, after = (self._solver.differentiator.flat(evidence.states[i]) for i in (step - 1, step))
         if not np.any(before - after) and self._policy is None:
             self.findings.append(Finding("no-step", "fault", f"optimizer step {step} changed no parameter"))
@@ -122,6 +125,9 @@ class Walk:
             detail = f"the parameters themselves enter with factor {reading.relation.decay:.3g}"
             findings = (*findings, Finding("weight-decay", "note", detail))
         unseen = (*unverified(reading, self.evidence.seen), *self.evidence.unseen)
+        if self.evidence.frozen:
+            count, all_of = len(self.evidence.frozen), len(self.evidence.states[0])
+            unseen += (f"{count} of {all_of} parameters: they need no gradient, and are taken for frozen on purpose",)
         result = replace(result, findings=findings, source=reading.source, unseen=unseen)
         self.results.append(per_example(result, self.case.asked) if self._repeated else result)
         return True

@@ -33,6 +33,7 @@ class UpdateSystem:
         sized: whether the size of the update is known.
         signs: whether nothing but signs is left of the gradient.
         loose: so many of the last columns may always have any weight.
+        precision: of the step: how small a gradient has no sign to speak of.
 
     Attributes:
         empty: whether the update is zero.
@@ -48,9 +49,10 @@ class UpdateSystem:
         sized: bool = True,
         signs: bool = False,
         loose: int = 0,
+        precision: str = "float32",
     ):
         self.column, self.tolerance, self.sized, self.signs = column, tolerance, sized and not signs, signs
-        self.count, self._loose = len(columns), loose
+        self.count, self._loose, self._precision = len(columns), loose, precision
         self._gram, self._right = columns @ columns.T, columns @ gradient
         self._size = float(gradient @ gradient)
         self.empty = self._size == 0
@@ -116,7 +118,7 @@ class UpdateSystem:
         assert self._columns is not None and self._update is not None
         used = np.abs(self._update) > SHORT * step_size(self._update)
         predicted = (weights @ self._columns)[used]
-        large = np.abs(predicted) > NEGLIGIBLE * np.sqrt((predicted**2).mean())
+        large = np.abs(predicted) > NEGLIGIBLE[self._precision] * np.sqrt((predicted**2).mean())
         if not large.any():
             return Distance(np.inf)
         return Distance(float((np.sign(predicted[large]) != np.sign(self._update[used][large])).mean()))

@@ -19,7 +19,15 @@ from thence.audit.policy.probe import LENGTHS, rollout_facts
 from thence.audit.policy.read import PolicyFacts
 from thence.audit.report import Report
 from thence.audit.result import Case, CaseResult
-from thence.audit.run.own_step import random_rows, state_of, step_report, takes_a_cut, vocabulary_of
+from thence.audit.run.own_step import (
+    frozen_in,
+    random_rows,
+    reshaped,
+    state_of,
+    step_report,
+    takes_a_cut,
+    vocabulary_of,
+)
 from thence.audit.solve.sequences import KnownExample
 from thence.audit.solve.signs import looks_like_signs
 from thence.errors import UserError
@@ -139,10 +147,11 @@ def _one(
     plan = judge.plan(replace(case, steps=1, epochs=1), cut_known=cut)[0]
     first = [replace(row.fact, sampler=logps) for row, logps in zip(rows, samplers[0], strict=True)]
     facts = PolicyFacts(tuple(first), tuple(versions), 0, tuple(samplers))
-    frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
+    if reason := reshaped(states[0], states[-1]):
+        return CaseResult(case, "not judged", reason, seconds=seconds)
     pieces = [plan] * (len(states) - 1)
     evidence = Evidence(
-        states, pieces=pieces, scale_known=case.optimizer == "sgd", frozen=frozen, policy=asked, facts=facts
+        states, pieces=pieces, scale_known=case.optimizer == "sgd", frozen=frozen_in(model), policy=asked, facts=facts
     )
     return replace(judge.case(case, evidence), seconds=seconds)
 

@@ -162,8 +162,9 @@ def _one(
         return CaseResult(case, "failed", f"the step raised {type(error).__name__}: {error}")
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
-    frozen = frozenset(name for name, parameter in own.named_parameters() if not parameter.requires_grad)
     after = state_of(own)
+    if reason := reshaped(before, after):
+        return CaseResult(case, "not judged", reason, seconds=seconds)
     if new := sorted(set(after) - set(before)):
         reason = (
             f"the step puts parameters into the model that were not there before ({new[0]} ...), such as adapters; put "
@@ -171,7 +172,7 @@ def _one(
         )
         return CaseResult(case, "not judged", reason, seconds=seconds)
     evidence = Evidence(
-        [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen, seen=watch.seen(after)
+        [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen_in(model), seen=watch.seen(after)
     )
     result = judge.case(case, evidence)
     if result.status == "not judged" and UNEXPLAINED in result.reason:
@@ -182,6 +183,22 @@ def _one(
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The parameters as they are now, by name, copied."""
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def frozen_in(model: nn.Module) -> frozenset[str]:
+    """The parameters that need no gradient in the model as it was handed over: what a step freezes is its own doing."""
+    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def reshaped(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+    """Why a step that changes the shapes of parameters, or takes some away, cannot be judged; empty: it does not."""
+    gone = sorted(name for name in before if name not in after)
+    if gone:
+        return f"the step takes parameters out of the model: {', '.join(gone[:3])}"
+    other = sorted(name for name in before if before[name].shape != after[name].shape)
+    if other:
+        return f"the step changes the shape of {', '.join(other[:3])}; do so first, and give that model to the audit"
+    return ""
 
 
 def takes_a_cut(step: StepFunction) -> bool:
