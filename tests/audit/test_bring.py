@@ -220,7 +220,7 @@ def test_an_optimizer_that_is_called_in_every_micro_batch_is_said(tiny_model: Ca
 def test_a_step_up_the_loss_is_never_acquitted(optimizer: str, tiny_model: Callable[..., Any]) -> None:
     up = HomeMade(optimizer, scale=-1.0)
     report = check(up, model=tiny_model(torch.float32), batch=SHORT)
-    assert ids(report) == {"scale"} and "makes the loss larger" in report.verdict.sentences[0]
+    assert ids(report) == {"against-gradient"} and "makes the loss larger" in report.verdict.sentences[0]
     assert blind(up, tiny_model(torch.float32)).faults or optimizer == "muon"
 
 
@@ -284,9 +284,9 @@ def test_an_adapter_that_begins_elsewhere_is_refused(tiny_model: Callable[..., A
         saved_adapter(copy.deepcopy(base), tmp_path / "ia3")
 
 
-def test_weights_of_the_wrong_sign_under_a_known_rate_are_a_wrong_scale(tiny_model: Callable[..., Any]) -> None:
+def test_weights_of_the_wrong_sign_under_a_known_rate_go_against_the_gradient(tiny_model: Callable[..., Any]) -> None:
     report = check(replace(HomeMade("sgd"), scale=-1.0), model=tiny_model(torch.float32), batch=SHORT, lr=0.5)
-    assert ids(report) == {"scale"}
+    assert ids(report) == {"against-gradient"}
 
 
 @pytest.mark.slow

@@ -163,13 +163,13 @@ def _one(
     seconds = time.monotonic() - begun
     pieces = judge.plan(case, cut_known=cut)
     after = state_of(own)
-    if reason := reshaped(before, after):
-        return CaseResult(case, "not judged", reason, seconds=seconds)
     if new := sorted(set(after) - set(before)):
         reason = (
             f"the step puts parameters into the model that were not there before ({new[0]} ...), such as adapters; put "
             "them in first, and give that model to check"
         )
+        return CaseResult(case, "not judged", reason, seconds=seconds)
+    if reason := reshaped(before, after):
         return CaseResult(case, "not judged", reason, seconds=seconds)
     evidence = Evidence(
         [before, after], pieces=pieces, scale_known=lr is not None, frozen=frozen_in(model), seen=watch.seen(after)
