@@ -52,7 +52,7 @@ def draw(axes: Axes, title: str, weights: list[float]) -> None:
     axes.set_xlabel("example (shading: micro-batches of 2)", fontsize=8)
     axes.tick_params(axis="both", length=0, labelsize=8)
     axes.set_xlim(-0.6, len(weights) - 0.4)
-    axes.set_ylim(0, 2.1)
+    axes.set_ylim(0, 2.4)
     axes.set_yticks([0, 1, 2])
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
