@@ -11,6 +11,7 @@ import pytest
 
 from tests.audit.made_reports import (
     CASES,
+    HOSTILE,
     LEFT,
     LENGTHS,
     Page,
@@ -23,15 +24,18 @@ from tests.audit.made_reports import (
     token_mean,
 )
 from thence.audit.objectives import OBJECTIVES
+from thence.audit.policy.objective import PolicyObjective
 from thence.audit.report import Report
 from thence.audit.result import (
     AuditVerdict,
     Case,
     CaseResult,
+    PolicyCheck,
 )
 from thence.audit.text import verdict_text
 from thence.pages.audit.heatmap import heat_map, shade
 from thence.pages.audit.page import write_page
+from thence.pages.audit.policy import policy_table
 
 
 @pytest.mark.parametrize("make", [clean, dropping, averaging])
@@ -159,3 +163,27 @@ def test_the_page_is_replaced_as_a_whole(tmp_path: Path):
     write_page(clean(), path)
     assert path.read_text(encoding="utf-8").endswith("</html>")
     assert [p.name for p in tmp_path.iterdir()] == ["audit.html"]
+
+
+def test_an_objective_of_reinforcement_learning_has_a_row_with_what_was_found_and_not_verified():
+    asked = PolicyObjective(kl=0.5, normaliser="sequence-mean", clip_high=0.28)
+    clear = PolicyCheck(asked.plain(), ("ratio", "KL coefficient"), {"rows": HOSTILE, "groups": HOSTILE})
+    other = PolicyCheck(PolicyObjective().plain(), found=(f"no clip {HOSTILE}",), others=("no step is taken",))
+    base = clean()
+    cases = [
+        replace(base.cases[0], case=replace(base.cases[0].case, name=name), policy=check)
+        for name, check in (("RL: clear", clear), ("RL: other", other))
+    ]
+    report = replace(base, cases=(*cases, *base.cases[1:]))
+    page = Page.of(report)
+    rows = {row.label: [(cell.text, cell.sub) for cell in row.cells] for row in policy_table(report).rows}
+    assert rows["RL: clear"][:3] == [
+        ("as asked", ""),
+        ("clip_high 0.28, kl 0.5, normaliser sequence-mean", ""),
+        ("ratio, KL coefficient", ""),
+    ]
+    assert rows["RL: clear"][3][0].startswith("rows, groups (")
+    assert rows["RL: other"][:2] == [(f"no clip {HOSTILE}", "or: no step is taken"), ("plain GRPO", "")]
+    assert "Objectives of reinforcement learning" in page.text
+    assert not any(tag == "img" for tag, _ in page.tags)
+    assert "Objectives of reinforcement learning" not in Page.of(base).text

@@ -11,13 +11,13 @@ from thence.audit.report import Report
 from thence.audit.result import PolicyCheck
 from thence.pages.table import NOTHING, Cell, Table, TableRow
 
-HEADERS = ("Case", "Asked for", "Found", "Verified", "Not verified")
+HEADERS = ("Case", "Found", "Asked for", "Verified", "Not verified")
 
 
 def policy_table(report: Report) -> Table:
     """The cases whose objective was compared setting by setting; no rows where there are none."""
     rows = [
-        TableRow(result.case.name, (_asked(check), _found(check), _verified(check), _open(check)))
+        TableRow(result.case.name, (_found(check), _asked(check), _verified(check), _open(check)))
         for result in report.cases
         if (check := result.policy) is not None
     ]
