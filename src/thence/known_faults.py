@@ -1,4 +1,4 @@
-"""Training faults of other packages that are publicly known, with versions and sources: known_faults.toml, read."""
+"""Known training faults of other packages, with versions and sources: known_faults.toml, read."""
 
 from __future__ import annotations
 

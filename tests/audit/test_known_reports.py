@@ -52,6 +52,17 @@ def test_a_report_needs_the_settings_of_a_case_with_the_finding() -> None:
     assert not known("deepspeed", newest, "first-and-last-only", **OFFLOAD)
 
 
+def test_faults_that_were_found_by_the_audit_are_known_by_it() -> None:
+    assert known("axolotl-sft", {"axolotl": "0.19.0", "transformers": "5.16.1"}, "micro-batch-mean") == [
+        "axolotl-mean-of-means"
+    ]
+    assert known("ms-swift-sft", {"ms-swift": "4.6.0"}, "scale-accumulation") == [
+        "ms-swift-label-smoothing-accumulation"
+    ]
+    assert not known("ms-swift-sft", {"ms-swift": "4.6.0"}, "micro-batch-mean"), "that has other causes too"
+    assert not known("axolotl-sft", {"axolotl": "0.20.0"}, "micro-batch-mean"), "nobody ran that version"
+
+
 def test_common_cases_carry_the_settings_that_the_adapter_runs_them_with() -> None:
     assert {**OFFLOAD}.items() <= dict(load_adapter("deepspeed").defaults).items()
     assert load_adapter("openrlhf-sft").defaults["offload"] == "none"
