@@ -11,6 +11,8 @@ import pytest
 from tests import ROOT
 from tests.audit.policy_cases import MISTAKES, audit, random_objective
 from thence.audit import PolicyObjective
+from thence.audit.policy.facts import Rollout
+from thence.audit.policy.predict import advantages
 from thence.errors import UserError
 
 
@@ -76,6 +78,14 @@ def test_a_part_without_effect_is_not_verified(folder: Path) -> None:
     whole = audit(folder, {"kl": 0.05})
     assert whole.policy is not None
     assert unseen <= set(whole.policy.verified)
+
+
+def test_a_reward_that_equals_its_baseline_has_no_advantage_left_by_rounding() -> None:
+    """0.8 - (0.5 + 0.5 + 2 + 0.8 + 0 + 1) / 6 is 1e-16, which would be all of a step where all else is clipped."""
+    rewards = (0.5, 0.5, 2.0, 0.8, 0.0, 1.0)
+    rollouts = [Rollout(reward=reward, group=i // 3) for i, reward in enumerate(rewards)]
+    found = advantages(rollouts, PolicyObjective(baseline="batch", scale="none"), np.zeros(6))
+    assert found[3] == 0.0 and np.allclose(found, np.array(rewards) - 0.8)
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -63,6 +63,16 @@ def test_a_short_response_is_not_taken_for_a_letter_of_the_template() -> None:
     assert pieces[0].roles == ("prompt",) * 5 + ("first", "end")
 
 
+def test_examples_that_are_alike_are_taken_in_turn() -> None:
+    """Two equal responses of a group are no example that came twice."""
+    one, other = KnownExample((), (), (5, 6, 7), (-100, 6, 7)), KnownExample((), (), (5, 8, 9), (-100, 8, 9))
+    known = [one, other, one]
+    rows = [ForwardRow(item.row, (1, 1, 1), None, 0, 0) for item in known]
+    assert [piece.example for piece in find_pieces(rows, known, end=9)[0]] == [0, 1, 2]
+    assert [piece.example for piece in find_pieces(rows[:1], known, end=9, seen={0: 1})[0]] == [2], "in a later step"
+    assert [piece.example for piece in find_pieces(rows[:1] * 3, known, end=9)[0]] == [0, 2, 0], "really repeated"
+
+
 def test_padding_that_a_mask_does_not_hide_is_no_text_of_the_template() -> None:
     record = {"forwards": [{"step": 0, "input_ids": [[1, 2, 3, 0, 0]], "attention_mask": [[1, 1, 1, 1, 1]]}]}
     record["forwards"][0]["position_ids"] = None

@@ -216,7 +216,7 @@ class Walk:
         if evidence.rows is not None:
             rows = evidence.rows[step - 1]
             hidden = evidence.policy is not None and evidence.policy.truncated == "mask"
-            pieces, strange = find_pieces(rows, self.judge.known, self.judge.end, hidden)
+            pieces, strange = find_pieces(rows, self.judge.known, self.judge.end, hidden, self._seen)
             if strange or not pieces:
                 return [], rows, _strange(strange, rows)
             found = window_findings(self.case, step, pieces, self._seen, evidence.policy is not None)

@@ -21,6 +21,8 @@ GAMMA_LEAST, GAMMA_MOST = 1e-8, 20.0
 """Bounds of w, and of log w, in VESPO's code."""
 MOST_SENSITIVE = 20.0
 """More than that times the usual tolerance would let mistakes pass."""
+ROUNDING = 1e-12
+"""Advantages below this share of the largest reward are rounding."""
 LIMIT = 50.0
 """Log-ratios are held within it, so that an exponential is finite; every trainer's own limit is lower."""
 
@@ -140,6 +142,8 @@ def advantages(rollouts: Sequence[Rollout], asked: PolicyObjective, taken: np.nd
         others = others & own
     base = {"group": mine, "batch": whole, "leave-one-out": others, "none": none}[asked.baseline]
     value = reward - (base @ reward) / np.maximum(base.sum(1), 1)
+    # What rounding leaves of a reward that equals its baseline would be all there is of a step in which nothing acts.
+    value = np.where(np.abs(value) < ROUNDING * np.abs(reward).max(initial=0.0), 0.0, value)
     if asked.scale == "none":
         return value
     over = mine if asked.scale == "group" else whole

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from thence.audit.result import Role
 from thence.audit.solve.observation import ForwardRow
@@ -50,13 +51,19 @@ class Piece:
 
 
 def find_pieces(
-    rows: Sequence[ForwardRow], known: Sequence[KnownExample], end: int | None, hidden: bool = False
+    rows: Sequence[ForwardRow],
+    known: Sequence[KnownExample],
+    end: int | None,
+    hidden: bool = False,
+    seen: Mapping[int, int] | None = None,
 ) -> tuple[list[Piece], int]:
     """The examples in the rows, and the number of rows in which none was found.
 
     Args:
         end: id of the end-of-turn token.
         hidden: also where the mask leaves a response out, as trainers do with responses that are not to be trained.
+        seen: how often each example came before; it tells apart examples that are alike, such as two equal responses
+            of a group.
     """
     pieces: list[Piece] = []
     strange = 0
@@ -66,7 +73,22 @@ def find_pieces(
             found = _behind_mask(row, index, known)
         strange += not found and any(row.mask)
         pieces += found
-    return pieces, strange
+    return _deal_alike(pieces, known, seen or {}), strange
+
+
+def _deal_alike(pieces: list[Piece], known: Sequence[KnownExample], seen: Mapping[int, int]) -> list[Piece]:
+    """The pieces with examples that are alike taken in turn: first the one that came least often, then in order."""
+    alike: dict[KnownExample, list[int]] = {}
+    for example, item in enumerate(known):
+        alike.setdefault(item, []).append(example)
+    if len(alike) == len(known):
+        return pieces
+    times, dealt = Counter(seen), []
+    for piece in pieces:
+        example = min(alike[known[piece.example]], key=lambda one: (times[one], one))
+        times[example] += 1
+        dealt.append(replace(piece, example=example))
+    return dealt
 
 
 def planned_pieces(known: Sequence[KnownExample], order: Sequence[tuple[int, int | None, int | None]]) -> list[Piece]:
