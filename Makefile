@@ -15,7 +15,7 @@ BY_FILE := --dist loadscope --no-loadscope-reorder
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check stacks vllm bases study evidence lock audit-dependencies trust clean
+.PHONY: quickstart test test-quick check stacks vllm bases study evidence wheel lock audit-dependencies trust clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
@@ -69,6 +69,12 @@ bases: $(VENV)/installed
 # Five seeds of the quickstart; writes docs/evidence/quickstart-seeds.json.
 evidence: $(VENV)/installed
 	$(BIN)/python benchmarks/quickstart_seeds.py
+
+# dist/: a wheel and a source archive (docs/release.md).
+wheel: $(VENV)/bin/python
+	$(PIP) install "build==1.3.0"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
 
 # lock/: sha256 of every dependency, from constraints.txt. Needs the package index.
 lock:
