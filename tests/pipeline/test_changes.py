@@ -105,6 +105,7 @@ FREE = {
     "model.trust_remote_code": True,
     "rl.checkpoint_every": 3,
     "rl.keep_every": 2,
+    "rl.keep_last": 2,
     "rl.micro_batch_tokens": 64,
     "rl.packing": True,
     "rl.activation_checkpointing": True,
@@ -120,6 +121,7 @@ ONWARD = {
     "rl.warmup": 0.5,
     "rl.floor": 0.5,
     "rl.schedule": "linear",
+    "rl.eval_every": 1,
 }
 LENGTH = {"rl.steps": 6, "rl.flops": None}
 FIXED = {

@@ -46,8 +46,9 @@ def _all(rule: Rule, names: str) -> dict[str, Rule]:
 
 _OPTIMIZATION = {
     **_all(ONWARD, "lr schedule warmup floor clip_norm skip_norm"),
-    **_all(FREE, "micro_batch_tokens packing activation_checkpointing checkpoint_every keep_every"),
+    **_all(FREE, "micro_batch_tokens packing activation_checkpointing checkpoint_every keep_every keep_last"),
     **_all(FREE, "checkpoint_async"),
+    **_all(ONWARD, "eval_every eval_on eval_limit keep_best patience"),
     **_all(LENGTH, "flops tokens"),
     **_all(FIXED, "betas eps weight_decay fault"),
 }

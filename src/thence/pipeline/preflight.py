@@ -7,7 +7,7 @@ the hub without network, is not verified, and that is said.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from thence.pipeline.rewards import stage_reward
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
-from thence.pipeline.test_sets import test_sets
+from thence.pipeline.test_sets import measured_sets, test_sets
+from thence.pipeline.validation import check_validation
 from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft, naming_fields_of
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.ready import check_vllm
@@ -190,6 +191,7 @@ def _settings(trial: Preflight, name: str) -> None:
         stage_method(stage, name)
         step_of(name, stage)
         check_lora(trial.recipe, name)
+        check_validation(trial.recipe, name)
         if stage.fault is not None and trial.ranks > 1:
             raise RecipeError(
                 "a fault plays all ranks in one process, but several processes share the step",
@@ -297,6 +299,10 @@ def _try_stage(trial: Preflight, name: str) -> None:
     else:
         for split, table in test_sets(stage).items():
             _try_sampled(trial, name, stage, f"{name}, {split}", table)
+    with suppress(RecipeError):  # of the settings, and said already
+        for found in measured_sets(trial.recipe, name):
+            trial.trying = found.owner
+            _try_sampled(trial, found.owner, found.stage, f"{name}, measured on {found.name}", found.table)
 
 
 def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None) -> tuple[Data, list[Prompt]]:

@@ -15,6 +15,7 @@ from thence.wording import counted
 SHOWN = (
     ("loss", "loss {:.3f}"),
     ("held_out_loss", "held-out {:.3f}"),
+    ("eval", "eval {:.3f}"),
     ("reward", "reward {:.3f}"),
     ("entropy", "entropy {:.2f}"),
     ("response_tokens", "length {:.0f}"),

@@ -25,6 +25,7 @@ from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import RolloutSampler, SyncedEngine
 from thence.pipeline.saving import Checkpoints, naming_step, saving
+from thence.pipeline.validation import Validation
 from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
@@ -45,11 +46,13 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     with ExitStack() as held:
         checkpoints = held.enter_context(saving(context, trainer, stage, stage.steps))
         done, own = checkpoints.resume()
+        validation = Validation(context, stage, held)
+        validation.resume(own)
         grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
         update = Update(stage, method, trainer, reference, minis)
-        loop = Loop(context, stage, sampler, update, checkpoints, budget_of(stage))
-        return {"steps": loop.run(done, own), "prompts": len(prompts)}
+        loop = Loop(context, stage, sampler, update, checkpoints, validation, budget_of(stage))
+        return {"steps": loop.run(done, own), "prompts": len(prompts), **validation.facts()}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Loop:
     sampler: RolloutSampler
     update: Update
     checkpoints: Checkpoints
+    validation: Validation
     budget: Budget | None
 
     def run(self, done: int, own: Mapping[str, Any]) -> int:
@@ -71,6 +75,7 @@ class Loop:
             own: the state that the last checkpoint kept; empty without one.
         """
         context, stage, budget, method = self.context, self.stage, self.budget, self.update.method
+        validation = self.validation
         ended = own.get("ended", False) and (budget is None or own.get("amount", budget.amount) >= budget.amount)
         if budget is not None:
             budget.spent = own.get("spent", 0.0)
@@ -79,15 +84,18 @@ class Loop:
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
         watch = Watch(context.name, stage.unknown)
-        while done < stage.steps and not ended:
+        while done < stage.steps and not ended and not validation.ended:
             self.sampler.steps = expected_steps(stage, done, budget)
             with naming_step(context, done + 1, self.checkpoints.standing):
                 line = self.step(done)
             done += 1
             watch.look(done, line)
             ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
+            line |= validation.measure(done, ended or done == stage.steps)
+            best = validation.look(done, line)
             context.log({"stage": context.name, "kind": "rl", "step": done, **line})
-            self.checkpoints.after(done, lambda ended=ended: self._state(ended), last=ended)
+            over = ended or validation.ended
+            self.checkpoints.after(done, lambda ended=ended: self._state(ended), last=over, best=best)
         return done
 
     def step(self, step: int) -> dict[str, Any]:
@@ -119,6 +127,7 @@ class Loop:
             "spent": budget.spent if budget is not None else 0.0,
             "ended": ended,
             **({"amount": budget.amount} if budget is not None else {}),
+            **self.validation.state(),
             "drawn": [sampler.drawn, sampler.expert_drawn],
             "method": same_or_each(self.context.ranks.gather(self.update.method.state())),
         }

@@ -30,6 +30,7 @@ from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.saving import refuse_what_is_broken
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
+from thence.pipeline.validation import take_best
 from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.lora import has_adapters
@@ -64,7 +65,7 @@ def run(
         repeat: stages that are done or begun, to be set aside and run again. A stage after one of them stays as it is
             where it starts from the same bits, and is repeated where it does not.
         keep_last: keep the last checkpoint of the last training stage, from which it can be given more steps. Where
-            the stage has keep_every, it stays in any case.
+            the stage has keep_every, keep_last or keep_best, it stays in any case.
         prompts: data tables that runs before have rendered; those of this run are added.
 
     Returns:
@@ -95,16 +96,28 @@ def run(
         together(ranks, tried)
         on_first_rank(ranks, begin)
         kept = last_trained(resolved)
-        if kept is not None and not keep_last and getattr(resolved.stage(kept), "keep_every", None) is None:
+        if kept is not None and not keep_last and not _keeps(resolved, kept):
             kept = None  # where older ones stay, the newest does too: a longer run never resumes from an older one
         for name in resolved.stages:
             on_first_rank(ranks, lambda name=name: Ground(resolved, folder).set_outdated_aside(name))
             if not together(ranks, lambda name=name: folder.is_done(name)):
                 run_stage(execution, name)
-            place, keep = folder.stage(name) / "checkpoints", int(name == kept)
+            place, keep = folder.stage(name) / "checkpoints", _newest_that_stay(resolved, name) or int(name == kept)
             # killed before this line, the next start comes to it
             on_first_rank(ranks, lambda place=place, keep=keep: remove_checkpoints(place, keep=keep))
     return folder.path
+
+
+def _keeps(recipe: Recipe, name: str) -> bool:
+    """Whether a stage is asked to keep checkpoints once it is done."""
+    stage = recipe.stage(name)
+    return isinstance(stage, Optimization) and any((stage.keep_every, stage.keep_last, stage.keep_best))
+
+
+def _newest_that_stay(recipe: Recipe, name: str) -> int:
+    """How many of a stage's newest checkpoints stay once it is done, whatever stage it is."""
+    stage = recipe.stage(name)
+    return stage.keep_last or 0 if isinstance(stage, Optimization) else 0
 
 
 def method_labels(recipe: Recipe) -> dict[str, str]:
@@ -195,6 +208,7 @@ def run_stage(execution: Execution, name: str) -> None:
             Ground(recipe, folder).reward_failed(name)
         raise
     if not isinstance(stage, Eval):
+        take_best(context, facts)
         publish_model(context, stage)
         # an adapter over quantized weights is wrong over those that everybody else has
         if has_adapters(context.model) and not is_quantized(recipe, name):

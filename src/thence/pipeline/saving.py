@@ -14,6 +14,7 @@ from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.undo import rewind
 from thence.recipe import Optimization
 from thence.train.checkpoint import (
+    BEST,
     KEPT,
     begin_checkpoint,
     begin_parts_checkpoint,
@@ -81,11 +82,13 @@ class Checkpoints:
             rewind(self.context.folder.path, self.context.name, step)
         return step, own
 
-    def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
+    def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False, best: bool = False) -> None:
         """Write a checkpoint if one is due after so many steps, or if the stage ends here.
 
         Args:
             own: gives the stage's own state, on every rank.
+            last: the stage ends here, whatever its number of steps.
+            best: the model is the best so far, and stays until there is a better one.
 
         Raises:
             StepRefused: the weights or the optimizer's moments are not finite; the checkpoint before stands.
@@ -94,7 +97,7 @@ class Checkpoints:
         if self.beside is not None:
             self.beside.look()
         stays = self._stays(step)
-        if step % self.every and step != self.last and not last and not stays:
+        if step % self.every and step != self.last and not (last or best or stays):
             return
         if self.beside is not None:
             self.beside.wait()  # so that there is one copy at a time
@@ -104,21 +107,23 @@ class Checkpoints:
         plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
         if stays:
             plain[KEPT] = True  # in the checkpoint itself: a resume with other settings does not remove it
+        if best:
+            plain[BEST] = True
         if (digest := quantized_digest(self.context.model)) is not None:
             plain["quantized"] = digest
         self._write(step, plain, tensors)
 
     def _write(self, step: int, plain: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         context, ranks = self.context, self.context.ranks
-        given = (self.folder, step, context.model, context.tokenizer, plain, tensors)
+        given, keep = (self.folder, step, context.model, context.tokenizer, plain, tensors), self._newest()
         if self.beside is not None:
-            rest = begin_beside(context, self.beside, given)
+            rest = begin_beside(context, self.beside, given, keep)
             self.beside.begin(lambda: self._note(step, rest))
             return
         if context.policy.sharded:
-            self._note(step, lambda: write_parts_checkpoint(*given, ranks))
+            self._note(step, lambda: write_parts_checkpoint(*given, ranks, keep=keep))
         else:
-            self._note(step, lambda: on_first_rank(ranks, lambda: write_checkpoint(*given)))
+            self._note(step, lambda: on_first_rank(ranks, lambda: write_checkpoint(*given, keep=keep)))
 
     def _note(self, step: int, act: Callable[[], object]) -> None:
         act()
@@ -136,6 +141,11 @@ class Checkpoints:
         stage = self.context.recipe.stage(self.context.name)
         every = stage.keep_every if isinstance(stage, Optimization) else None
         return every is not None and step % every == 0
+
+    def _newest(self) -> int:
+        """How many of the newest checkpoints stay."""
+        stage = self.context.recipe.stage(self.context.name)
+        return stage.keep_last or 1 if isinstance(stage, Optimization) else 1
 
     def _stops(self) -> list[int]:
         """What will end a response of the published model: an exported checkpoint is to stop there too."""
@@ -166,17 +176,22 @@ def saving(context: StageContext, trainer: Trainer, stage: Optimization, last: i
         beside.close()
 
 
-def begin_beside(context: StageContext, beside: Beside, given: tuple[Any, ...]) -> Callable[[], object]:
-    """Copy the state to host memory. Returns what is left to do in the thread of every rank."""
+def begin_beside(context: StageContext, beside: Beside, given: tuple[Any, ...], keep: int = 1) -> Callable[[], object]:
+    """Copy the state to host memory. Returns what is left to do in the thread of every rank.
+
+    Args:
+        given: what :func:`thence.train.checkpoint.write_checkpoint` takes.
+        keep: how many of the newest checkpoints stay.
+    """
     folder, step, model, tokenizer, plain, tensors = given
     ranks = context.ranks
     if context.policy.sharded:
         parts = together(ranks, lambda: on_host({**dict(named_parts(model)), **tensors}))
-        finish = begin_parts_checkpoint(folder, step, model, tokenizer, plain, parts, ranks)
+        finish = begin_parts_checkpoint(folder, step, model, tokenizer, plain, parts, ranks, keep=keep)
         return lambda: finish(beside.ranks)
 
     def begin() -> Callable[[], object]:
-        return begin_checkpoint(folder, step, host_copy(model), tokenizer, plain, on_host(tensors))
+        return begin_checkpoint(folder, step, host_copy(model), tokenizer, plain, on_host(tensors), keep=keep)
 
     rest = on_first_rank(ranks, begin)
     return lambda: on_first_rank(beside.ranks, rest or (lambda: None))

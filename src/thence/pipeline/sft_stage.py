@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from thence.pipeline.context import StageContext, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
 from thence.pipeline.saving import naming_step, refuse_what_is_broken, saving
+from thence.pipeline.validation import Validation
 from thence.recipe import Sft
 from thence.train.trainer import Trainer
 
@@ -38,11 +40,15 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
     steps = affordable_steps(trained, stage, context.recipe.seed, context.n_parameters)
     trainer = make_trainer(context, stage, steps)
-    with saving(context, trainer, stage, steps) as checkpoints:
-        done, _ = checkpoints.resume()
+    with ExitStack() as held:
+        checkpoints = held.enter_context(saving(context, trainer, stage, steps))
+        done, own = checkpoints.resume()
+        validation = Validation(context, stage, held)
+        validation.resume(own)
         if context.leads:
             context.watcher.stage(context.name, steps, done)
-        for step in range(done, steps):
+        while done < steps and not validation.ended:
+            step = done
             chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
             mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
             rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
@@ -74,9 +80,12 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
                     log.warning(
                         "step %d: the held-out loss is %s; a token of these examples cannot come", step + 1, missed
                     )
+            line |= validation.measure(step + 1, step + 1 == steps)
+            best = validation.look(step + 1, line)
             context.log(line)
-            checkpoints.after(step + 1, dict)
-    return {"steps": steps, "examples": len(trained)}
+            checkpoints.after(step + 1, validation.state, last=validation.ended, best=best)
+            done = step + 1
+    return {"steps": done, "examples": len(trained), **validation.facts()}
 
 
 def put_aside(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -1,7 +1,7 @@
 """Recipes: one typed schema for TOML files, Python and command-line flags.
 
-`schema` has the tables and their fields, `reading` makes a recipe of a file or mapping, `overrides` lays flags over it.
-Nothing here imports torch, so that ``thence --help`` and ``--dry-run`` of a typo answer at once.
+`schema` and `tables` have the tables and their fields, `reading` makes a recipe of a file or mapping, `overrides` lays
+flags over it. Nothing here imports torch, so that ``thence --help`` and ``--dry-run`` of a typo answer at once.
 """
 
 from thence.recipe.overrides import apply_overrides, type_of
@@ -13,20 +13,8 @@ from thence.recipe.reading import (
     read_tables,
     shipped_recipes,
 )
-from thence.recipe.schema import (
-    KINDS,
-    Data,
-    Eval,
-    Faulty,
-    Lora,
-    Model,
-    Optimization,
-    Recipe,
-    Rl,
-    Sft,
-    Sharding,
-    kind_of,
-)
+from thence.recipe.schema import KINDS, Eval, Optimization, Recipe, Rl, Sft, kind_of
+from thence.recipe.tables import Data, Faulty, Lora, Model, Sharding
 
 __all__ = [
     "KINDS", "Data", "Eval", "Faulty", "Lora", "Model", "Optimization", "Recipe", "Rl", "Sft", "Sharding",

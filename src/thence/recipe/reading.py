@@ -21,7 +21,8 @@ from typing import Any
 from thence.errors import RecipeError, UserError
 from thence.names import RULE, bad_name, same_file
 from thence.recipe.overrides import apply_overrides
-from thence.recipe.schema import KINDS, Data, Eval, Recipe, Rl, Sft, kind_of
+from thence.recipe.schema import KINDS, Eval, Recipe, Rl, Sft, kind_of
+from thence.recipe.tables import Data
 from thence.settings.annotations import fields_of
 from thence.settings.toml_file import TomlFile, read_toml
 from thence.settings.validation import validated

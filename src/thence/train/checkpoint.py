@@ -34,6 +34,8 @@ MANIFEST = "manifest.json"
 REPLACED, WRITING = ".replaced-", ".writing-"
 KEPT = "kept"
 """In ``state.json`` of a checkpoint that newer ones do not replace."""
+BEST = "best"
+"""In ``state.json`` of a checkpoint that newer ones do not replace, unless they have this mark too."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMED = re.compile(
     r"(model|shard-).*\.safetensors|optimizer\.safetensors|.*\.(json|jinja|py|model|tiktoken)|(vocab|merges|special_tokens).*"
@@ -65,7 +67,7 @@ def write_checkpoint(
     *,
     keep: int = 1,
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest before it, and those marked KEPT.
+    """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest, those marked KEPT and the best.
 
     Killed at any moment, the folder holds the earlier checkpoint, the new one, or both; never a part of one.
     """
@@ -205,9 +207,10 @@ def _write_plain(folder: Path, step: int, tokenizer: Any, plain: Mapping[str, An
 
 def _remove_others(folder: Path, final: Path, keep: int) -> None:
     # a checkpoint of a later step can only be a damaged one that resuming passed over
-    older = [path for path in checkpoints(folder) if path < final and not is_kept(path)]
+    stay = _marked(folder)
+    older = [path for path in checkpoints(folder) if path < final and path not in stay]
     later = [path for path in checkpoints(folder) if path > final]
-    for superseded in [*older[: len(older) - (keep - 1)], *later]:
+    for superseded in [*older[: max(0, len(older) - (keep - 1))], *later]:
         discard(superseded)
 
 
@@ -263,14 +266,14 @@ def written_names(folder: Path) -> list[str]:
 
 
 def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
-    """Remove the checkpoints in a folder but the ``keep`` newest and those marked KEPT, and what is left of others.
+    """Remove the checkpoints in a folder but the ``keep`` newest, those marked KEPT and the best, and what others left.
 
     The folder goes too if it is empty then.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
     found = checkpoints(folder)
-    kept = {*(found[-keep:] if keep else ()), *filter(is_kept, found)}
+    kept = {*(found[-keep:] if keep else ()), *_marked(folder)}
     for path in list(folder.iterdir()):
         if path.name.startswith(WRITING) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # a folder of this name holds what this program writes alone
@@ -289,13 +292,19 @@ def checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def is_kept(folder: Path) -> bool:
-    """Whether a checkpoint is marked as one that newer ones do not replace; one that cannot be read is not."""
+def _marked(folder: Path) -> set[Path]:
+    """The checkpoints in a folder that newer ones do not replace: those marked KEPT, and the newest marked BEST."""
+    found = checkpoints(folder)
+    return {*(path for path in found if has_mark(path, KEPT)), *[path for path in found if has_mark(path, BEST)][-1:]}
+
+
+def has_mark(folder: Path, mark: str) -> bool:
+    """Whether a checkpoint is marked KEPT or BEST; one that cannot be read is not."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(state, dict) and state.get(KEPT) is True
+    return isinstance(state, dict) and state.get(mark) is True
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

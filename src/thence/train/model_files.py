@@ -7,7 +7,7 @@ from typing import Any
 
 from thence.errors import RecipeError, UserError
 from thence.files import read_json
-from thence.recipe.schema import Model
+from thence.recipe.tables import Model
 from thence.train.places import find_place
 from thence.train.written import check_written
 

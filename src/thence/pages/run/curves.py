@@ -40,10 +40,16 @@ QUANTITIES = {
 }
 
 
+def measured_on(training: StageMetrics) -> tuple[Curve, ...]:
+    """A curve for each test set that the stage was measured on while it trained."""
+    keys = dict.fromkeys(key for step in training.steps for key in step if key.startswith("eval/"))
+    return tuple(Curve(key, f"Test set {key.removeprefix('eval/')}", "accuracy or mean reward") for key in keys)
+
+
 def curves(training: StageMetrics) -> list[Figure]:
     """The curves of a stage, each with its last value as a note; a quantity that was never measured is left out."""
     drawn = []
-    for index, quantity in enumerate(QUANTITIES.get(training.kind, QUANTITIES["sft"])):
+    for index, quantity in enumerate((*measured_on(training), *QUANTITIES.get(training.kind, QUANTITIES["sft"]))):
         xs, ys = training.series(quantity.key)
         if not xs:
             continue

@@ -1,0 +1,114 @@
+"""The tables of a recipe that describe its model, its data and its ranks. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from thence.settings.limits import Count, Place, Processes, Rows, Seed, SomeCoefficient, Source, Text, Tokens
+from thence.settings.section import Section
+
+
+class Lora(Section):
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of the weights, which stay as they are."""
+
+    rank: Rows
+    """Rank of every adapter."""
+    alpha: SomeCoefficient | None = None
+    """What an adapter adds is multiplied by alpha / rank. Default: 2 x rank."""
+    targets: Literal["all-linear"] | Annotated[list[Place], Field(min_length=1)] = "all-linear"
+    """Linear layers that get an adapter: names or ends of names, as q_proj. all-linear: all but the output layer."""
+    modules_to_save: list[Place] = []
+    """Modules that are trained whole beside the adapters, for example norm."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: keep the weights under the adapters in 4 bits (QLoRA). Needs bitsandbytes. Default: as they are."""
+
+    @property
+    def strength(self) -> float:
+        """alpha, given or not."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+class Model(Section):
+    """The model that the first stage starts from."""
+
+    path: Source | None = None
+    """A Hugging Face folder or hub name, or `world:chain/rich` for a base of the embedded world."""
+    gguf_file: Place | None = None
+    """A GGUF file inside `path`. transformers reads it."""
+    init: dict[str, Any] | None = None
+    """A transformers configuration (with `model_type`), instead of `path`. The weights start random."""
+    tokenizer: Source | None = None
+    """A folder or hub name. Default: `path`. `world:chain` is the tokenizer of the embedded world."""
+    config_overrides: dict[str, Any] = {}
+    """Changes to the model's configuration, for example rope_theta and max_position_embeddings."""
+    compute_dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Type of the computation. Master weights stay float32. auto: bfloat16 on a GPU that has it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. thence prints a line when this is on."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights, in every training stage: a table with rank and more."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of path and init")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("init needs a tokenizer: set model.tokenizer")
+        return self
+
+
+class Sharding(Section):
+    """How weights, gradients and moments are cut over ranks by `parallel = "fsdp2"` or `"hsdp"`, and how rows are."""
+
+    replicas: Processes = 1
+    """Groups of ranks that each hold a whole copy, with `hsdp`. Gradients are summed in a group, then over groups."""
+    reshard_after_forward: bool = True
+    """Free weights after the forward pass, and gather them again for the backward pass. false: faster, more memory."""
+    sum_every_pass: bool = True
+    """Sum gradients over ranks after every backward pass. false: once a step, from whole gradients in memory."""
+    offload: bool = False
+    """Keep weights, gradients and moments in host memory, where the optimizer steps too. For GPUs."""
+    context: Processes = 1
+    """Ranks that share every row of training, each with a piece of its tokens, in any layout. Needs packing."""
+
+
+class Data(Section):
+    """Where examples come from and how they become tokens."""
+
+    source: list[Source] = Field(default=["world:chain"], min_length=1)
+    """JSONL or Parquet files, Hugging Face data sets, or `world:chain` (the embedded world)."""
+    split: Place = "train"
+    """Split of a Hugging Face data set or of the embedded world."""
+    layout: Literal["auto", "messages", "prompt-completion", "question-answer", "verl", "text"] = "auto"
+    """How columns are read. auto: chosen from the names of the columns."""
+    columns: dict[str, Text] = {}
+    """Renamed columns: the name that the layout expects = the name in the file."""
+    limit: Count | None = None
+    """Use only this many examples, from the start."""
+    seed: Seed = 0
+    """Seed of the embedded world's generator."""
+    skip_bad: bool = False
+    """Skip rows that cannot be used and list them. Off: stop at the first such row."""
+    template: Text = "own"
+    """Chat template: own (the tokenizer's), none, or a path to a Jinja file."""
+    template_variables: dict[str, Any] = {}
+    """Values of the chat template's variables, for example { enable_thinking = false }."""
+    system: Text | None = None
+    """System message for every prompt that has none."""
+    max_prompt_tokens: Tokens | None = None
+    """Examples with longer prompts are left out and counted."""
+    max_response_tokens: Tokens | None = None
+    """Longer demonstrations are cut and counted. A cut one has no end token."""
+
+
+class Faulty(Section):
+    """Bugs of other trainers, switched on to measure their effect. `docs/faults.md` lists them."""
+
+    names: list[Text] = Field(min_length=1)
+    """Names of faults, as in `docs/faults.md`. Several act together."""
+    accumulation: Processes = 8
+    """Micro-batches per rank in one optimizer step of the faulty trainer."""
+    ranks: Processes = 1
+    """Data-parallel ranks of the faulty trainer. One process simulates them all."""
