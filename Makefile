@@ -15,7 +15,7 @@ BY_FILE := --dist loadscope --no-loadscope-reorder
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check stacks vllm bases study evidence wheel lock audit-dependencies trust clean
+.PHONY: quickstart test test-quick check stacks vllm bases study evidence wheel lock vega audit-dependencies trust clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
@@ -79,6 +79,10 @@ wheel: $(VENV)/bin/python
 # lock/: sha256 of every dependency, from constraints.txt. Needs the package index.
 lock:
 	$(PYTHON) tools/lock.py
+
+# The script that draws the charts of pages, out of the pinned vl-convert-python. Needs no network.
+vega:
+	$(PYTHON) tools/vega_bundle.py
 
 # The installed packages against lock/, and the locked ones against known vulnerabilities. Exit code 3: the database
 # could not be asked about all of them.

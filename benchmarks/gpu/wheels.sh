@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetch what check.sh needs besides torch, transformers, accelerate and peft: benchmarks/gpu/wheels.sh FOLDER [PYTHON_VERSION]
 # The folder travels to a machine without network, which then runs: WHEELS=FOLDER benchmarks/gpu/check.sh OUT
-# It stays below 60 MiB, so pyarrow and matplotlib are left out: no Parquet files, no figures.
+# It stays below 60 MiB, so pyarrow is left out: no Parquet files.
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 folder=$1 version=${2:-3.12}

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from thence.compare.result import RESULTS, Comparison, Run, read_results, results_json
+from thence.compare.sections import ScoreAgainstFlops
 from thence.compare.statistics import Difference, Statistics, statistics
 from thence.errors import UserError
 from thence.files import to_json, write_atomically
-from thence.pages.comparison.figures import score_against_flops_png
+from thence.pages.comparison.figures import section_figures
 from thence.pages.comparison.page import write_page
+from thence.pages.figure import LIGHT, still
 
 HERE = Path(__file__).parent
 DIGITS = 5  # of the curves that are kept
@@ -57,11 +59,26 @@ def main() -> None:
     write_atomically(HERE / "verdicts.json", to_json(verdicts, indent=1) + "\n")
     write_atomically(HERE / "verdicts.md", as_markdown(verdicts, comparison))
     write_atomically(HERE / "scores.md", scores(found))
-    try:
-        score_against_flops_png(found, HERE / "score-against-flops.png", arms=IN_FIGURE)
-    except ValueError as error:
-        print(f"no figure yet: {error}", file=sys.stderr)
+    draw(found, HERE / "score-against-flops.png")
     print(as_markdown(verdicts, comparison))
+
+
+def draw(found: Statistics, path: Path) -> None:
+    """The picture of the README: score against FLOPs, a panel a base."""
+    import vl_convert
+
+    section = ScoreAgainstFlops(kind="score-against-flops", arms=list(IN_FIGURE))
+    panels = [
+        {**still(chart.spec, LIGHT), "title": figure.title, "width": 620, "height": chart.height - 60}
+        for figure in section_figures(section, found)
+        for chart in figure.charts
+    ]
+    if not panels:
+        print("no figure yet: no finished run to draw", file=sys.stderr)
+        return
+    spec = {"vconcat": panels, "background": LIGHT.paper, "config": panels[0].pop("config")}
+    spec["vconcat"] = [{key: value for key, value in panel.items() if key != "config"} for panel in panels]
+    path.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
 
 
 def hand_over(folder: Path) -> None:

@@ -229,13 +229,13 @@ def test_the_example_of_the_readme_learns():
     assert rewards[-1] > 0.8
 
 
-def test_a_run_that_is_done_is_no_failure_where_figures_cannot_be_drawn(monkeypatch, tmp_path) -> None:
+def test_a_run_that_is_done_is_no_failure_where_its_page_cannot_be_written(monkeypatch, tmp_path) -> None:
     from thence.cli import run as command
     from thence.pages.run import page
 
-    def without_matplotlib(folder: Path) -> Path:
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+    def without_jinja(folder: Path) -> Path:
+        raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
 
-    monkeypatch.setattr(page, "write_page", without_matplotlib)
+    monkeypatch.setattr(page, "write_page", without_jinja)
     said = command._page_of(tmp_path)
-    assert "matplotlib cannot be imported" in said and f"thence report {tmp_path}" in said
+    assert "jinja2 cannot be imported" in said and f"thence report {tmp_path}" in said

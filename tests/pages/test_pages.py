@@ -12,7 +12,6 @@ from jinja2 import UndefinedError
 from rich.console import Console
 
 import thence.pages
-from thence.pages.figure import PAGE, canvas, drawing_settings, inline, plain_axes
 from thence.pages.samples import EACH, ShownSample, excerpt, first_of_each
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.template import _environment, render
@@ -49,18 +48,6 @@ def test_a_new_page_is_one_template_and_what_it_shows_is_escaped():
 def test_a_value_that_a_page_lacks_is_an_error():
     with pytest.raises(UndefinedError):
         render("run", title="t")
-
-
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_words_in_a_figure_cannot_end_it():
-    import matplotlib
-
-    with matplotlib.rc_context(drawing_settings("s")):
-        figure = canvas(3, 2)
-        plain_axes(figure.subplots(), PAGE, "</svg><script>", "y \x07 $x$")
-        svg = inline(figure, HOSTILE)
-    assert "<script" not in svg and "\x07" not in svg and "$x$" in svg
-    assert svg.startswith("<svg ") and svg.count("</svg>") == 1 and "var(--ink)" in svg
 
 
 TABLE = Table(

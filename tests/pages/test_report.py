@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -103,7 +106,7 @@ def test_a_finished_run_has_table_curves_samples_recipe_and_command(tmp_path):
     page = write_page(make_run(tmp_path / "run", steps=5))
     text = page.read_text(encoding="utf-8")
     assert not Tags(text).open
-    assert text.count("<svg") == 4 + 7
+    assert text.count('class="chart"') == 4 + 7
     for needed in (
         "8.0 to 12.0",
         "38.0 to 42.0",
@@ -128,10 +131,17 @@ def test_the_page_names_the_method_of_every_stage_and_says_what_is_a_reconstruct
     assert method_labels(load_recipe("quickstart")) == {"sft": "sft", "rl": "grpo"}
 
 
-def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path):
+def test_the_page_needs_nothing_from_outside_and_runs_only_its_own_scripts(tmp_path):
     text = write_page(make_run(tmp_path / "run", steps=5)).read_text(encoding="utf-8")
     tags = Tags(text).found
-    assert not {"script", "img", "iframe", "link", "object"} & {tag for tag, _ in tags}
+    assert not {"img", "iframe", "link", "object"} & {tag for tag, _ in tags}
+    allowed = re.findall(r"'sha256-([^']+)'", text[: text.index("</head>")])
+    bodies = re.findall(r'<script type="module">(.*?)</script>', text, re.DOTALL)
+    assert len(bodies) == 4
+    assert allowed == [base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies]
+    assert "default-src 'none'" in text and "unsafe-eval" not in text
+    assert {a.get("type") for tag, a in tags if tag == "script"} == {"module", "application/json", "text/plain"}
+    text = re.sub(r'<script type="module">.*?</script>', "", text, flags=re.DOTALL)
     for _, attributes in tags:
         for name, value in attributes.items():
             assert not name.startswith("on")
@@ -145,8 +155,30 @@ def test_model_output_is_shown_and_not_obeyed(tmp_path):
     text = write_page(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "{{ 7 * 7 }}" in text
-    assert "\u202e" not in text and "[U+202E]" in text
-    assert "\x00" not in text and "\u2400" in text
+    held = samples_of(text)
+    assert "</pre><script>alert(1)</script>{{ 7 * 7 }} [U+202E]txt" in held["samples"][0][7]
+    for shown in (text[: text.index('<script type="module">')], json.dumps(held, ensure_ascii=False)):
+        assert "\u202e" not in shown and "[U+202E]" in shown
+        assert "\x00" not in shown and "\u2400" in shown
+
+
+def samples_of(page: str) -> dict:
+    """What a page holds of its samples."""
+    data = re.search(r'id="samples-data">([^<]*)<', page)
+    assert data
+    return json.loads(gzip.decompress(base64.b64decode(data[1])))
+
+
+def test_a_page_holds_all_samples_with_what_they_can_be_filtered_by(tmp_path):
+    held = samples_of(write_page(make_run(tmp_path / "run")).read_text())
+    assert len(held["samples"]) == 90
+    ids = [row[0] for row in held["samples"]]
+    assert ids[:2] == ["sample-eval-base-1", "sample-eval-base-2"] and len(set(ids)) == 90
+    assert {held["texts"][row[1]] for row in held["samples"]} == {
+        f"eval-{model}, test, T = 0.6" for model in ("base", "sft", "rl")
+    }
+    assert {row[2] for row in held["samples"]} == {"right", "wrong", "unknown"}
+    assert {row[4] for row in held["samples"]} == {3}
 
 
 def test_hostile_names_in_recipe_and_results_are_escaped(tmp_path):
@@ -156,7 +188,7 @@ def test_hostile_names_in_recipe_and_results_are_escaped(tmp_path):
     recipe = (run / "recipe.toml").read_text().replace('name = "trial"', 'name = "<script>x</script>"')
     (run / "recipe.toml").write_text(recipe)
     tags = {tag for tag, _ in Tags(write_page(run).read_text(encoding="utf-8")).found}
-    assert not {"script", "img"} & tags
+    assert "img" not in tags
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=[]), max_size=60))

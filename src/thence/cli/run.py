@@ -151,13 +151,13 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
 
 
 def _page_of(folder: Path) -> str:
-    """Write a run's page and say where it is; say so where the package for figures is missing: the run is done."""
+    """Write a run's page and say where it is; say so where a package for pages is missing: the run is done."""
     from thence.pages.run.page import write_page
 
     try:
         return f"report: {write_page(folder)}"
     except ImportError as error:
-        package = (error.name or "matplotlib").split(".")[0]
+        package = (error.name or "jinja2").split(".")[0]
         return f"no report: {package} cannot be imported; install it, then run: thence report {folder}"
 
 

@@ -1,24 +1,24 @@
-"""Figures drawn with matplotlib, as SVG in the page's own colours (so that light and dark both work) or as PNG."""
+"""Figures as Vega-Lite specifications, in the page's own colours; Vega draws them in the reader's browser.
+
+A specification names colours as the variables of ``base.html``, so that a change from light to dark needs no new
+drawing. ``scripts/charts.js`` hands it to Vega and switches lines off and on.
+"""
 
 from __future__ import annotations
 
-import io
-import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thence.foreign_text import visible
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
-
-DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 2))
 """Of the first, second and third line of a colour."""
-SVG_DASHES = ("", "5 2", "1.5 1.5")
-"""The same as ``stroke-dasharray``."""
+BORDERS = ("solid", "dashed", "dotted")
+"""The same as CSS names for a border."""
+_MOST_POINTS = 600
+"""Points of a line that are drawn; a longer one is drawn as means of several steps each."""
+_ZOOM = "wheel![event.ctrlKey || event.metaKey]"
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,6 @@ class Palette:
     paper: str
     wash: str
     series: tuple[str, ...]
-
-    def line(self, index: int) -> tuple[str, Any]:
-        """Colour and dash of the line of this index."""
-        return self.series[index % len(self.series)], DASHES[index // len(self.series) % len(DASHES)]
 
 
 LIGHT = Palette(
@@ -53,11 +49,7 @@ DARK = Palette(
     wash="#1f2326",
     series=("#74b0e8", "#e8935a", "#6cc48f", "#c79be6", "#ef8386", "#d8b65a", "#5cc3cc", "#9aa0a6"),
 )
-# Stand-ins that matplotlib can parse; the variables of base.html replace them in the SVG text.
-PAGE = Palette("#010203", "#040506", "#070809", "#0c0d0e", "#0f1011", tuple(f"#0a0b{index:02x}" for index in range(8)))
-_REPLACED = {getattr(PAGE, name): f"var(--{name})" for name in ("ink", "soft", "faint", "paper", "wash")} | {
-    colour: f"var(--series-{index})" for index, colour in enumerate(PAGE.series)
-}
+COLOURS = len(LIGHT.series)
 
 
 @dataclass(frozen=True)
@@ -66,92 +58,222 @@ class Key:
 
     name: str
     colour: int
-    dash: int
+    dash: int = 0
 
     @classmethod
     def of(cls, name: str, index: int) -> Key:
-        """The key of the line of this index, see :meth:`Palette.line`."""
-        return cls(name, index % len(PAGE.series), index // len(PAGE.series) % len(DASHES))
+        """The key of the line of this index: colours first, then dashes."""
+        return cls(name, index % COLOURS, index // COLOURS % len(DASHES))
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One panel.
+
+    Args:
+        spec: Vega-Lite; its lines have names in the field ``name``.
+        words: what it shows, for those who cannot see it.
+        height: of the drawing with its axes, CSS pixels.
+        title, last: above it: the quantity, and its last value.
+    """
+
+    spec: Mapping[str, Any]
+    words: str
+    height: int
+    title: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: heading, SVG, the keys of its lines, notes, and whether it takes two thirds of the page."""
-
-    title: str
-    svg: str
-    keys: tuple[Key, ...] = ()
-    notes: tuple[str, ...] = ()
-    narrow: bool = False
-
-
-def canvas(width: float, height: float, right: float = 0.1, below: float = 0.5, above: float = 0.12) -> Canvas:
-    """An empty figure without a background and with fixed margins.
+    """Panels that share their keys: heading, panels, keys (each switches a line off and on in all panels), notes.
 
     Args:
-        width, height: in inches.
-        right, below, above: margins in inches; left there is room for an axis with its label.
+        wide: the panels are not made narrower than their labels allow; a narrow screen moves them sideways.
     """
-    figure = fitted_canvas(width, height)
-    figure.set_layout_engine(None)
-    figure.subplots_adjust(
-        left=0.62 / width, right=1 - right / width, bottom=below / height, top=1 - above / height, wspace=0.28
-    )
-    return figure
+
+    title: str
+    charts: tuple[Chart, ...]
+    keys: tuple[Key, ...] = ()
+    notes: tuple[str, ...] = ()
+    wide: bool = False
 
 
-def fitted_canvas(width: float, height: float) -> Canvas:
-    """An empty figure without a background, whose margins fit its labels; width and height in inches."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Canvas
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: its name, its points, and where known the ends of a band around them."""
 
-    figure = Canvas(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    figure.patch.set_alpha(0)
-    return figure
-
-
-def plain_axes(axes: Axes, palette: Palette, x: str, y: str) -> None:
-    """The look of all panels: a faint grid, a base line, no frame."""
-    axes.set_xlabel(x, color=palette.ink)
-    axes.set_ylabel(y, color=palette.ink)
-    axes.tick_params(colors=palette.ink, length=0)
-    axes.grid(axis="y", color=palette.faint, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.patch.set_alpha(0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(palette.faint)
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
-def drawing_settings(salt: str) -> dict[Any, Any]:
-    """For ``matplotlib.rc_context``, around all drawing: text stays text, and the same figure gives the same bytes."""
-    look = {"font.family": "sans-serif", "font.size": 9, "text.parse_math": False}
-    return {"svg.fonttype": "none", "svg.hashsalt": salt, **look}
+def line_chart(lines: Sequence[Line], keys: Sequence[Key], unit: str, words: str, **about: Any) -> Chart:
+    """Lines over steps: point at one to read it, drag to move, zoom with Ctrl and the wheel or with the buttons.
+
+    Args:
+        lines: at least one with a point; the names are those of keys.
+        keys: colour and dash of every line.
+        unit: of the vertical axis.
+        words: what the chart shows.
+        about: other fields of :class:`Chart`.
+    """
+    thinned = [_thinned(line) for line in lines]
+    rows = [row for line in thinned for row in _rows(line)]
+    banded = any(line.low is not None for line in thinned)
+    x = {"field": "x", "type": "quantitative", "title": "step", "scale": {"zero": False, "nice": False}}
+    x["axis"] = {"tickMinStep": 1, "tickCount": 5, "grid": False}
+    scale = _flat([row["y"] for row in rows]) or {"zero": False, "nice": True}
+    y = {"field": "y", "type": "quantitative", "title": unit, "scale": scale, "axis": {"tickCount": 5}}
+    tooltip = [{"field": "name", "title": "line"}, {"field": "x", "title": "step"}]
+    tooltip += [{"field": "y", "title": unit, "format": ".4~g"}]
+    if banded:
+        tooltip += [{"field": end, "title": title, "format": ".4~g"} for end, title in (("lo", "from"), ("hi", "to"))]
+    layers: list[dict[str, Any]] = []
+    if banded:
+        band = {"y": {**y, "field": "lo"}, "y2": {"field": "hi"}, "strokeDash": None}
+        layers.append({"mark": {"type": "area", "opacity": 0.14}, "encoding": band})
+    dotted = {"point": {"size": 14, "filled": True}} if max(len(line.x) for line in thinned) < 3 else {}
+    layers.append({"mark": {"type": "line", "strokeWidth": 1.4, **dotted}, "params": [zoom()], "encoding": {"y": y}})
+    layers.append(hover(tooltip))
+    layers[-1]["encoding"]["y"] = y
+    spec = {"data": {"values": rows}, "encoding": {"x": x, **named(keys)}, "layer": layers}
+    return Chart(whole(spec), words, about.pop("height", 190), **about)
 
 
-def inline(figure: Canvas, words: str) -> str:
-    """The bare <svg> element, fluid in width, in the page's colours and font; ``words`` say what it shows."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = visible(buffer.getvalue())
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[^"]*_\d+"', "", svg)
-    opening = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="'
-    label = f'" role="img" aria-label="{escape(words)}">'
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', lambda found: opening + found[1] + label, svg, count=1)
-    svg = re.sub(r"font: ((?:bold )?)(?:[\w-]+ )*?([\d.]+)px [^;\"]*", r"font-size: \2px", svg)
-    svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
-    for stand_in, colour in _REPLACED.items():
-        svg = svg.replace(stand_in, colour)
-    return svg
+def zoom(*encodings: str) -> dict[str, Any]:
+    """The parameter that binds a chart's axes to dragging and zooming; it stands in one layer."""
+    select = {"type": "interval", "encodings": list(encodings or ("x", "y")), "zoom": _ZOOM}
+    return {"name": "zoom", "select": select, "bind": "scales"}
 
 
-def write_png(figure: Canvas, path: Path, palette: Palette) -> None:
-    """A picture of the figure at 160 dots an inch."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def hover(tooltip: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The layer of points that appear, with their figures, near the pointer; the caller adds the vertical axis."""
+    near = {"type": "point", "on": "pointermove", "nearest": True, "clear": "pointerout"}
+    shown = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
+    return {
+        "mark": {"type": "point", "filled": True, "size": 45},
+        "params": [{"name": "near", "select": near}],
+        "encoding": {"opacity": shown, "tooltip": list(tooltip)},
+    }
 
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=160, facecolor=palette.paper, metadata={"Software": None})
+
+def whole(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A specification with what all charts share; what others wrote in it can be seen and does nothing."""
+    off = {"name": "off", "value": []}
+    shared = {
+        "width": "container",
+        "height": "container",
+        "autosize": {"type": "fit", "contains": "padding"},
+        "params": [off, *spec.get("params", ())],
+        "transform": [{"filter": "indexof(off, datum.name) < 0"}, *spec.get("transform", ())],
+        "config": CONFIG,
+    }
+    return _visible({**spec, **shared})
+
+
+def still(spec: Mapping[str, Any], palette: Palette) -> dict[str, Any]:
+    """A specification for a picture: in the colours of a palette, without what answers to a pointer."""
+    names = {f"var(--{name})": getattr(palette, name) for name in ("ink", "soft", "faint", "paper", "wash")}
+    names |= {f"var(--series-{index})": colour for index, colour in enumerate(palette.series)}
+    layers = [
+        {key: value for key, value in layer.items() if key != "params"}
+        for layer in spec["layer"]
+        if not any(param["name"] == "near" for param in layer.get("params", ()))
+    ]
+    left_out = ("params", "transform", "autosize")
+    return _replaced({**{key: value for key, value in spec.items() if key not in left_out}, "layer": layers}, names)
+
+
+def colour(index: int) -> str:
+    """A colour of the series as a style sheet names it."""
+    return f"var(--series-{index % COLOURS})"
+
+
+def named(keys: Sequence[Key]) -> dict[str, Any]:
+    """Colour and dash by name; the keys stand beside the chart, where they can be pressed."""
+    names = [key.name for key in keys]
+    colours = {"domain": names, "range": [colour(key.colour) for key in keys]}
+    dashes = {"domain": names, "range": [list(DASHES[key.dash]) for key in keys]}
+    return {
+        "color": {"field": "name", "type": "nominal", "scale": colours, "legend": None},
+        "strokeDash": {"field": "name", "type": "nominal", "scale": dashes, "legend": None},
+    }
+
+
+def _rows(line: Line) -> Iterable[dict[str, Any]]:
+    for index, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
+        row: dict[str, Any] = {"name": line.name, "x": x, "y": y}
+        if line.low is not None and line.high is not None:
+            row |= {"lo": line.low[index], "hi": line.high[index]}
+        yield row
+
+
+def steps_a_point(length: int) -> int:
+    """How many steps a drawn point stands for in a line of this many."""
+    return -(-length // _MOST_POINTS)
+
+
+def _thinned(line: Line) -> Line:
+    """The line as means of several steps, if it has too many; the ends of its band keep their extremes."""
+    size = steps_a_point(len(line.x))
+    if size <= 1:
+        return line
+
+    def parts(values: Sequence[float]) -> list[Sequence[float]]:
+        return [values[start : start + size] for start in range(0, len(values), size)]
+
+    low = None if line.low is None else [min(part) for part in parts(line.low)]
+    high = None if line.high is None else [max(part) for part in parts(line.high)]
+    x, y = ([sum(part) / len(part) for part in parts(values)] for values in (line.x, line.y))
+    return Line(line.name, x, y, low, high)
+
+
+def _flat(values: Sequence[float]) -> dict[str, Any] | None:
+    """The scale of a flat line, which is not noise blown up to the height of the chart."""
+    if min(values) != max(values):
+        return None
+    low, high = sorted((0.0, 1.5 * values[0] or 1.0))
+    return {"domain": [low, high], "nice": False}
+
+
+def _visible(value: Any) -> Any:
+    """Text of others as a page shows it, wherever it stands in a specification."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {key: _visible(held) for key, held in value.items()}
+    return [_visible(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def _replaced(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return names.get(value, value)
+    if isinstance(value, Mapping):
+        return {key: _replaced(held, names) for key, held in value.items()}
+    return [_replaced(held, names) for held in value] if isinstance(value, list | tuple) else value
+
+
+_FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, sans-serif"
+CONFIG: Mapping[str, Any] = {
+    "font": _FONT,
+    "background": None,
+    "view": {"stroke": None, "cursor": "crosshair"},
+    "axis": {
+        "labelColor": "var(--ink)",
+        "titleColor": "var(--ink)",
+        "titleFontWeight": "normal",
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "gridColor": "var(--faint)",
+        "gridWidth": 0.6,
+        "domainColor": "var(--faint)",
+        "ticks": False,
+        "labelPadding": 4,
+        "labelLimit": 260,
+    },
+    "axisY": {"domain": False},
+}
+"""The look of all charts: a faint grid, a base line, no frame."""

@@ -1,22 +1,37 @@
-"""A few responses of every kind of verdict. What a model wrote is hostile text until proven otherwise."""
+"""Responses on a page: all of them where there is room. What a model wrote is hostile text until proven otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import base64
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from thence.foreign_text import visible
 
 VERDICTS = ("right", "wrong", "graded", "unknown")
 EACH = 3
+ROOM = 2_400_000
+"""Bytes of a page that its samples may take, as base64. A page has 4 MB at most; Vega takes 0.9 of them."""
+_IN_MEMORY = 60_000_000
+"""Characters of samples that are held while a page is written."""
 _HEAD, _TAIL = 2500, 1000
 """Characters shown of a long text: its beginning and its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShownSample:
-    """One response as a page shows it."""
+    """One response as a page shows it.
+
+    Args:
+        group: what it can be told by in a list: stage and test set, or task.
+        reward, length, step: what it can be filtered and sorted by; None where it is not known.
+        weighed: of each of its tokens the text and what training made of it (see :func:`thence.pages.tokens`), where
+            the run kept that.
+    """
 
     verdict: str
     prompt: str
@@ -27,21 +42,137 @@ class ShownSample:
     where: str
     tokens: str
     score: str = ""
+    group: str = ""
+    reward: float | None = None
+    length: int | None = None
+    step: int | None = None
+    weighed: Mapping[str, Any] | None = None
 
 
-def first_of_each(found: Iterable[tuple[Any, Callable[[], ShownSample]]]) -> list[ShownSample]:
+@dataclass(frozen=True)
+class HeldSamples:
+    """The samples that a page carries.
+
+    Args:
+        data: JSON, compressed with gzip, as base64.
+        held, total: how many the page has, and how many there are.
+    """
+
+    data: str
+    held: int
+    total: int
+
+
+@dataclass
+class _Source:
+    """Samples of one file, thinned evenly while they are too many: every ``stride``-th is kept."""
+
+    name: str
+    stride: int = 1
+    total: int = 0
+    characters: int = 0
+    kept: list[tuple[int, ShownSample]] = field(default_factory=list)
+
+    def add(self, make: Callable[[], ShownSample]) -> None:
+        self.total += 1
+        if (self.total - 1) % self.stride == 0:
+            sample = make()
+            self.kept.append((self.total, sample))
+            self.characters += _size(sample)
+
+    def thin(self) -> None:
+        self.stride *= 2
+        self.kept = [one for one in self.kept if (one[0] - 1) % self.stride == 0]
+        self.characters = sum(_size(sample) for _, sample in self.kept)
+
+
+def hold(sources: Iterable[tuple[str, Iterable[Callable[[], ShownSample]]]], room: int = ROOM) -> HeldSamples:
+    """All samples of these sources, or evenly spaced ones of the largest where there is no room for all.
+
+    Args:
+        sources: name (of the file's stage or task, for links) and its samples in order, made only if they are kept.
+        room: bytes for them in the page.
+    """
+    found: list[_Source] = []
+    for name, samples in sources:
+        found.append(source := _Source(name))
+        for make in samples:
+            source.add(make)
+            while sum(s.characters for s in found) > _IN_MEMORY and _thinnable(found):
+                _largest(found).thin()
+    while len(data := _packed(found)) > room and _thinnable(found):
+        _largest(found).thin()
+    return HeldSamples(data, sum(len(s.kept) for s in found), sum(s.total for s in found))
+
+
+def _thinnable(found: list[_Source]) -> bool:
+    return any(len(source.kept) > 1 for source in found)
+
+
+def _largest(found: list[_Source]) -> _Source:
+    return max((s for s in found if len(s.kept) > 1), key=lambda source: source.characters)
+
+
+def _size(sample: ShownSample) -> int:
+    return len(sample.prompt) + len(sample.response) + len(sample.answer) + (400 if sample.weighed else 50)
+
+
+def _packed(found: list[_Source]) -> str:
+    """Texts that repeat (prompts, groups) once, and a list a sample, in the order that samples.js reads."""
+    texts: dict[str, int] = {}
+
+    def place(text: str) -> int:
+        return texts.setdefault(visible(text), len(texts))
+
+    rows = [
+        [
+            f"sample-{slug(source.name)}-{number}",
+            place(sample.group or source.name),
+            sample.verdict,
+            sample.reward,
+            sample.length,
+            sample.step,
+            place(sample.prompt),
+            sample.response,
+            place(sample.answer),
+            sample.extracted,
+            sample.reason,
+            place(sample.where),
+            visible(sample.tokens),
+            sample.score,
+            sample.weighed,
+        ]
+        for source in found
+        for number, sample in source.kept
+    ]
+    content = json.dumps({"texts": list(texts), "samples": rows}, ensure_ascii=False, separators=(",", ":"))
+    packed = gzip.compress(content.encode("utf-8", "replace"), compresslevel=9, mtime=0)
+    return base64.b64encode(packed).decode()
+
+
+def slug(name: str) -> str:
+    """A name as part of an address within the page."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "s"
+
+
+def first_of_each(samples: Iterable[tuple[Any, Callable[[], ShownSample]]]) -> list[ShownSample]:
     """The first few samples of every verdict: not chosen by hand.
 
     Args:
-        found: verdict and sample, in order. Reading stops where there are enough of each.
+        samples: verdict and sample, in order. Reading stops where there are enough of each.
     """
     kept: dict[str, list[ShownSample]] = {verdict: [] for verdict in VERDICTS}
-    for verdict, sample in found:
+    for verdict, sample in samples:
         if isinstance(verdict, str) and verdict in kept and len(kept[verdict]) < EACH:
             kept[verdict].append(sample())
         if all(len(samples) >= EACH for samples in kept.values()):
             break
     return [sample for verdict in VERDICTS for sample in kept[verdict]]
+
+
+def judged_only(samples: Iterable[tuple[Any, Callable[[], ShownSample]]]) -> Iterator[Callable[[], ShownSample]]:
+    """Those with a verdict that a page knows; the others are damaged."""
+    return (sample for verdict, sample in samples if isinstance(verdict, str) and verdict in VERDICTS)
 
 
 def excerpt(value: Any) -> str:

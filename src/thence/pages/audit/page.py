@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +55,11 @@ def write_page(report: Report, path: Path) -> None:
 
 def render_page(report: Report) -> str:
     """The page as text. Everything that the audited stack said is escaped; nothing is loaded from anywhere."""
-    from markupsafe import Markup
-
-    script = (resources.files("thence.pages") / "audit" / "page.js").read_text(encoding="utf-8").strip()
     view = heat_map(report)
     verdict = report.verdict
     found = {verdict.objective} | {step.objective for result in judged(report) for step in result.steps}
     return render(
         "audit",
-        script=Markup(script),
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=finite(view.data),
         target=report.target,
         outcome=verdict.outcome,

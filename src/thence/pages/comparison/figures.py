@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from thence.compare.result import Column
 from thence.compare.sections import (
@@ -17,28 +16,12 @@ from thence.compare.sections import (
     column_named,
     columns_of,
 )
-from thence.compare.statistics import Statistics
+from thence.compare.statistics import Estimate, Statistics
 from thence.pages.comparison.points import Point, along, back, ends_of_axis, label_places, points_of, side_by_side
 from thence.pages.comparison.series import UNITS, Series, dynamics_series, quantities_of, training_series
-from thence.pages.comparison.tables import SweepLine, sweep_lines, sweep_places
+from thence.pages.comparison.tables import sweep_lines, sweep_places
 from thence.pages.comparison.words import column_label, label
-from thence.pages.figure import (
-    LIGHT,
-    PAGE,
-    Figure,
-    Key,
-    Palette,
-    canvas,
-    drawing_settings,
-    inline,
-    plain_axes,
-    write_png,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_WIDTH = 9.4
+from thence.pages.figure import Chart, Figure, Key, Line, colour, hover, line_chart, named, whole, zoom
 
 
 def section_figures(section: AnySection, statistics: Statistics) -> list[Figure]:
@@ -63,151 +46,134 @@ def _figure(section: AnySection, statistics: Statistics, base: str) -> Figure | 
     return None
 
 
-def score_against_flops_png(
-    statistics: Statistics, path: Path, bases: Sequence[str] = (), arms: Sequence[str] = ()
-) -> None:
-    """One picture for a README: score over FLOPs by the rule, a panel for each base.
-
-    Args:
-        path: the PNG file to write.
-        bases, arms: which; empty: all.
-
-    Raises:
-        ValueError: no run of them has finished.
-    """
-    import matplotlib
-    from matplotlib.lines import Line2D
-
-    section = ScoreAgainstFlops(kind="score-against-flops", arms=list(arms), bases=list(bases))
-    column = statistics.comparison.columns[0]
-    held = {base: points_of(section, statistics, base, column) for base in bases or statistics.comparison.bases}
-    held = {base: points for base, points in held.items() if points}
-    if not held:
-        raise ValueError("no finished run to draw")
-    heights = [_height(points) for points in held.values()]
-    with matplotlib.rc_context(drawing_settings("png")):
-        longest = max(_labels(points) for points in held.values())
-        figure = canvas(_WIDTH, sum(heights) + 0.5, right=longest, below=1.0, above=0.3)
-        panels = figure.subplots(len(held), 1, squeeze=False, height_ratios=heights)[:, 0]
-        axes = panels[-1]
-        for axes, (base, points) in zip(panels, held.items(), strict=True):
-            _draw_scores(axes, points, statistics.comparison.reference, LIGHT, column, "rule")
-            axes.set_title(base, loc="left", color=LIGHT.ink)
-        axes.set_xlabel(f"{axes.get_xlabel()}; bars are 95% intervals over problems and seeds")
-        groups = dict((point.group, point.colour) for points in held.values() for point in points if point.group)
-        if len(groups) > 1:
-            marks = [Line2D([], [], color=LIGHT.line(c)[0], marker="o", markersize=4) for c in groups.values()]
-            figure.legend(marks, list(groups), loc="lower left", ncols=3, frameon=False, labelcolor=LIGHT.ink)
-        write_png(figure, path, LIGHT)
-
-
 def _score_figure(section: ScoreAgainstFlops, statistics: Statistics, base: str) -> Figure | None:
-    import matplotlib
-
     column = column_named(section.column, statistics.comparison)
     points = points_of(section, statistics, base, column)
     if not points:
         return None
-    with matplotlib.rc_context(drawing_settings(f"score-{base}")):
-        figure = canvas(_WIDTH, _height(points), right=_labels(points))
-        _draw_scores(figure.subplots(), points, statistics.comparison.reference, PAGE, column, section.flops)
-        svg = inline(figure, f"{column_label(column)}: accuracy against FLOPs on {base}")
     groups = list(dict.fromkeys((point.group, point.colour) for point in points if point.group))
     reference = label(statistics.comparison.arm(statistics.comparison.reference))
     notes = [f"Bars: 95% intervals over problems and seeds. Dashed: {reference}. Points at the same cost stand side "]
     notes[0] += "by side. Overlapping bars do not tell whether a paired difference is significant; the tables do."
     if section.flops == "executed" and len(points) < len(points_of(section, statistics, base, column, known=False)):
         notes.append("Arms whose executed FLOPs cannot be counted are left out.")
-    keys = tuple(Key(name, colour % len(PAGE.series), 0) for name, colour in groups)
-    return Figure(base, svg, keys if len(keys) > 1 else (), tuple(notes))
+    keys = tuple(Key(name, index) for name, index in groups)
+    words = f"{column_label(column)}: accuracy against FLOPs on {base}"
+    chart = Chart(
+        _score_spec(points, statistics.comparison.reference, column, section.flops),
+        words,
+        max(330, 18 * len(points) + 80),
+    )
+    return Figure(base, (chart,), keys if len(keys) > 1 else (), tuple(notes), wide=True)
 
 
-def _height(points: Sequence[Point]) -> float:
-    return max(3.2, 0.185 * len(points) + 0.9)
-
-
-def _labels(points: Sequence[Point]) -> float:
-    """Inches that the labels beside the axes take."""
-    return min(0.5 * _WIDTH, 0.25 + 0.066 * max(len(point.label) + 6 for point in points))
-
-
-def _draw_scores(
-    axes: Axes, points: Sequence[Point], reference: str, palette: Palette, column: Column, flops: str
-) -> None:
-    from matplotlib.collections import LineCollection
-
-    plain_axes(axes, palette, f"training FLOPs, {flops}", f"accuracy, %, {column_label(column)}")
+def _score_spec(points: Sequence[Point], reference: str, column: Column, flops: str) -> dict[str, Any]:
+    """Points with bars, and beside them the arms' names, each at its point's height or as near as there is room."""
     low, high = min(p.low for p in points), max(p.high for p in points)
     pad = 0.04 * (high - low) or 0.02
-    axes.set_ylim(100 * max(0, low - pad), 100 * (high + pad))
+    bottom, top = 100 * max(0, low - pad), 100 * (high + pad)
     scale, left, right = ends_of_axis([point.flops for point in points])
-    axes.set_xscale(scale)
-    axes.set_xlim(left, right)
     offsets = side_by_side(points, scale, left, right)
-    bottom, top = axes.get_ylim()
-    heights = [(100 * point.mean - bottom) / (top - bottom) for point in points]
-    across = [along(point.flops, scale, left, right) + offset for point, offset in zip(points, offsets, strict=True)]
-    colours = [palette.series[point.colour % len(palette.series)] for point in points]
-    places = label_places(heights)
-    leaders = [((x, y), (1.02, place)) for x, y, place in zip(across, heights, places, strict=True)]
-    style = {"colors": colours, "linewidths": 0.4, "alpha": 0.6, "clip_on": False}
-    axes.add_collection(LineCollection(leaders, transform=axes.transAxes, **style), autolim=False)
-    for point, x, place, colour in zip(points, across, places, colours, strict=True):
-        bars = [[100 * (point.mean - point.low)], [100 * (point.high - point.mean)]]
-        is_reference = point.arm == reference
-        marker = {"marker": "D", "markersize": 6} if is_reference else {"marker": "o", "markersize": 4}
-        at = back(x, scale, left, right)
-        axes.errorbar(at, 100 * point.mean, yerr=bars, color=colour, elinewidth=1, linestyle="none", **marker)
-        words = f"{100 * point.mean:.1f}  {point.label}"
-        axes.text(1.025, place, words, transform=axes.transAxes, va="center", fontsize=8, color=colour)
-        if is_reference:
-            axes.axhline(100 * point.mean, color=colour, linewidth=0.8, linestyle=(0, (5, 3)), zorder=1)
+    places = label_places([(100 * point.mean - bottom) / (top - bottom) for point in points])
+    rows = []
+    for point, offset, place in zip(points, offsets, places, strict=True):
+        row = {"name": point.group, "arm": point.label, "colour": point.colour, "flops": point.flops}
+        row |= {"x": back(along(point.flops, scale, left, right) + offset, scale, left, right), "y": 100 * point.mean}
+        row |= {"lo": 100 * point.low, "hi": 100 * point.high, "said": f"{100 * point.mean:.1f}  {point.label}"}
+        rows.append(row | {"place": bottom + place * (top - bottom), "reference": point.arm == reference})
+    x = {"field": "x", "type": "quantitative", "title": f"training FLOPs, {flops}"}
+    x |= {"scale": {"type": scale, "domain": [left, right], "nice": False}}
+    x |= {"axis": {"format": ".1~e", "grid": False, "tickCount": 5}}
+    title = f"accuracy, %, {column_label(column)}"
+    y = {"field": "y", "type": "quantitative", "title": title, "scale": {"domain": [bottom, top], "nice": False}}
+    used = sorted({point.colour for point in points})
+    paint = {"domain": used, "range": [colour(index) for index in used]}
+    tooltip = [{"field": "arm"}, {"field": "name", "title": "group"}, {"field": "flops", "format": ".3~e"}]
+    tooltip += [{"field": name, "title": said, "format": ".1f"} for name, said in _ENDS]
+    marks = {"condition": {"test": "datum.reference", "value": "diamond"}, "value": "circle"}
+    sizes = {"condition": {"test": "datum.reference", "value": 110}, "value": 45}
+    edge = {"value": "width"}
+    layers: list[dict[str, Any]] = [
+        {
+            "transform": [{"filter": "datum.reference"}],
+            "mark": {"type": "rule", "strokeDash": [5, 3], "strokeWidth": 0.8},
+            "encoding": {"y": y},
+        },
+        {
+            "mark": {"type": "rule", "strokeWidth": 0.5, "opacity": 0.5},
+            "encoding": {"x": x, "y": y, "x2": edge, "y2": {"field": "place"}},
+        },
+        {"mark": {"type": "rule"}, "encoding": {"x": x, "y": {**y, "field": "lo"}, "y2": {"field": "hi"}}},
+        {
+            "mark": {"type": "point", "filled": True, "opacity": 1},
+            "params": [zoom("x")],  # the names beside the points stay where they are
+            "encoding": {"x": x, "y": y, "shape": marks, "size": sizes},
+        },
+        {
+            "mark": {"type": "text", "align": "left", "dx": 6, "fontSize": 11, "clip": False},
+            "encoding": {"x": edge, "y": {**y, "field": "place"}, "text": {"field": "said"}},
+        },
+        hover(tooltip),
+    ]
+    layers[-1]["encoding"] |= {"x": x, "y": y}
+    encoding = {"color": {"field": "colour", "type": "nominal", "scale": paint, "legend": None}}
+    spec = {"data": {"values": rows}, "encoding": encoding, "layer": layers}
+    return whole(spec)
+
+
+_ENDS = (("y", "accuracy, %"), ("lo", "from"), ("hi", "to"))
 
 
 def _sweep_figure(section: Sensitivity, statistics: Statistics, base: str) -> Figure | None:
-    import matplotlib
-
     column, lines = columns_of(section, statistics.comparison)[0], sweep_lines(section, statistics, base)
     places = sweep_places(lines)
     measured = [line for line in lines if any((a.name, base, column) in statistics.estimates for _, a in line.at)]
     if not places or not measured:
         return None
-    with matplotlib.rc_context(drawing_settings(f"sweep-{section.x}-{base}")):
-        figure = canvas(6.4, 3.2)
-        axes = figure.subplots()
-        plain_axes(axes, PAGE, section.x, f"accuracy, %, {column_label(column)}")
-        for index, line in enumerate(measured):
-            _draw_line(axes, line, index, places, statistics, base, column)
-        axes.set_xticks(range(len(places)), [p if isinstance(p, str) else f"{p:g}" for p in places])
-        axes.set_xlim(-0.3, len(places) - 0.7)
-        svg = inline(figure, f"{column_label(column)}: accuracy by {section.x} on {base}")
+    names = [place if isinstance(place, str) else f"{place:g}" for place in places]
     keys = tuple(Key.of(line.title, index) for index, line in enumerate(measured))
-    return Figure(base, svg, keys, ("Bars and band: 95% intervals over problems and seeds.",), narrow=True)
+    rows, everywhere = [], []
+    for line in measured:
+        held = {place: statistics.estimates.get((arm.name, base, column)) for place, arm in line.at}
+        if (found := held.get(None)) is not None:
+            everywhere.append({"name": line.title, **_ends(found)})
+        at = sorted((places.index(place), e) for place, e in held.items() if place is not None and e is not None)
+        rows += [{"name": line.title, "x": names[place], **_ends(e)} for place, e in at]
+    x = {"field": "x", "type": "ordinal", "sort": names, "title": section.x, "scale": {"domain": names}}
+    x |= {"axis": {"labelAngle": 0, "grid": False}}
+    y = {"field": "y", "type": "quantitative", "title": f"accuracy, %, {column_label(column)}", "scale": _FREE}
+    low = {"y": {**y, "field": "lo"}, "y2": {"field": "hi"}}
+    beside = {"xOffset": {"field": "name", "type": "nominal", "sort": [key.name for key in keys]}}
+    tooltip = [{"field": "name", "title": "line"}, {"field": "x", "title": section.x}]
+    tooltip += [{"field": name, "title": said, "format": ".1f"} for name, said in _ENDS]
+    flat, points = {"data": {"values": everywhere}}, {"data": {"values": rows}}
+    layers: list[dict[str, Any]] = [
+        {**flat, "mark": {"type": "rect", "opacity": 0.12}, "encoding": {**low, "strokeDash": None}},
+        {**flat, "mark": "rule", "encoding": {"y": y, "tooltip": [tooltip[0], *tooltip[2:]]}},
+        {**points, "mark": {"type": "line", "strokeWidth": 1.2}, "encoding": {"x": x, "y": y, **beside}},
+        {**points, "mark": "rule", "encoding": {"x": x, **low, **beside, "strokeDash": {"value": []}}},
+        {
+            **points,
+            "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
+            "params": [zoom("y")],
+            "encoding": {"x": x, "y": y, **beside, "tooltip": tooltip},
+        },
+    ]
+    words = f"{column_label(column)}: accuracy by {section.x} on {base}"
+    spec = {"encoding": named(keys), "layer": [layer for layer in layers if layer["data"]["values"]]}
+    note = "Bars and band: 95% intervals over problems and seeds."
+    return Figure(base, (Chart(whole(spec), words, 320),), keys, (note,))
 
 
-def _draw_line(
-    axes: Axes, line: SweepLine, index: int, places: list, statistics: Statistics, base: str, column: Column
-) -> None:
-    colour, dash = PAGE.line(index)
-    held = {place: statistics.estimates.get((arm.name, base, column)) for place, arm in line.at}
-    everywhere = held.get(None)
-    if everywhere is not None:
-        axes.axhline(100 * everywhere.mean, color=colour, linestyle=dash, linewidth=1.2)
-        axes.axhspan(100 * everywhere.low, 100 * everywhere.high, color=colour, alpha=0.12, linewidth=0)
-    at = sorted((places.index(place), e) for place, e in held.items() if place is not None and e is not None)
-    if not at:
-        return
-    xs = [x + 0.03 * (index - 2) for x, _ in at]
-    ys = [100 * e.mean for _, e in at]
-    bars = [[100 * (e.mean - e.low) for _, e in at], [100 * (e.high - e.mean) for _, e in at]]
-    axes.errorbar(xs, ys, yerr=bars, color=colour, linestyle=dash, linewidth=1.2, elinewidth=0.9, marker="o", ms=4)
+_FREE = {"zero": False}
+
+
+def _ends(estimate: Estimate) -> dict[str, float]:
+    return {"y": 100 * estimate.mean, "lo": 100 * estimate.low, "hi": 100 * estimate.high}
 
 
 def _curves_figure(section: Training | Dynamics, statistics: Statistics, base: str) -> Figure | None:
     """Panels side by side, a quantity each, a line an arm."""
-    import matplotlib
-    from matplotlib.ticker import MaxNLocator
-
     comparison = statistics.comparison
     draw = training_series if isinstance(section, Training) else dynamics_series
     arms = arms_of(section, comparison)
@@ -218,25 +184,28 @@ def _curves_figure(section: Training | Dynamics, statistics: Statistics, base: s
             panels[quantity] = held
     if not panels:
         return None
-    with matplotlib.rc_context(drawing_settings(f"{section.kind}-{base}-{'-'.join(panels)}")):
-        figure = canvas(_WIDTH, 2.7 if len(panels) > 1 else 3.2)
-        drawn = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (quantity, held) in zip(drawn, panels.items(), strict=True):
-            plain_axes(axes, PAGE, "step", UNITS[quantity])
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            for index, series in held:
-                colour, dash = PAGE.line(index)
-                axes.plot(series.steps, series.mean, color=colour, linestyle=dash, linewidth=1.2)
-                if section.kind == "dynamics":
-                    band = {"color": colour, "alpha": 0.13, "linewidth": 0}
-                    axes.fill_between(series.steps, series.low, series.high, **band)
-        svg = inline(figure, f"{', '.join(UNITS[panel] for panel in panels)} by step on {base}")
     shown = sorted({index for held in panels.values() for index, _ in held})
+    names = [label(arm) for arm in arms]
+    apart = [f"{name} ({arm.name})" if names.count(name) > 1 else name for name, arm in zip(names, arms, strict=True)]
+    keys = {index: Key.of(apart[index], index) for index in shown}
+    charts = tuple(
+        line_chart(
+            [_line(keys[index].name, series, section.kind == "dynamics") for index, series in held],
+            [keys[index] for index, _ in held],
+            UNITS[quantity],
+            f"{UNITS[quantity]} by step on {base}",
+            height=270,
+        )
+        for quantity, held in panels.items()
+    )
     seeds = sorted({seed for held in panels.values() for _, series in held for seed in series.seeds})
     said = ", ".join(map(str, seeds))
     note = (
         f"Seed {said}." if isinstance(section, Training) else f"Mean and range over seeds {said}, as far as all went."
     )
     smooth = f" Each point is the mean of {section.smooth} steps." if section.smooth > 1 else ""
-    keys = tuple(Key.of(label(arms[index]), index) for index in shown)
-    return Figure(base, svg, keys, (note + smooth,))
+    return Figure(base, charts, tuple(keys.values()), (note + smooth,))
+
+
+def _line(name: str, series: Series, band: bool) -> Line:
+    return Line(name, series.steps, series.mean, series.low if band else None, series.high if band else None)

@@ -41,6 +41,15 @@ _FOLDED = frozenset({"tuning"})
 
 
 @dataclass(frozen=True)
+class OfBase:
+    """What a section shows of one base."""
+
+    name: str
+    figures: tuple[Figure, ...]
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True)
 class ShownSection:
     """A section, ready to be shown."""
 
@@ -49,6 +58,25 @@ class ShownSection:
     note: str
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
+
+    @property
+    def bases(self) -> list[OfBase]:
+        """Figures and tables base by base; both have its name as their title."""
+        own = [table for table in self.tables if not table.paper]
+        names = dict.fromkeys(shown.title for shown in (*self.figures, *own))
+        return [
+            OfBase(
+                name,
+                tuple(figure for figure in self.figures if figure.title == name),
+                tuple(table for table in own if table.title == name),
+            )
+            for name in names
+        ]
+
+    @property
+    def papers(self) -> list[Table]:
+        """Tables with a paper's own numbers."""
+        return [table for table in self.tables if table.paper]
 
 
 def write_page(folder: Path) -> Path:
@@ -100,6 +128,7 @@ def render_page(found: Statistics) -> str:
         facts=_facts(found),
         outcome=outcome(found),
         notes=notes(found),
+        bases=comparison.bases,
         parts=shown_sections(found),
         arms=Table("", ("Arm", "Starts from", "What it is"), tuple(_about(comparison, a) for a in comparison.arms)),
         failures=_failures(comparison),

@@ -11,11 +11,11 @@ from thence.evaluate.store import GradeLine, Sample, Store
 from thence.evaluate.summary import Result, TaskResult
 from thence.files import write_atomically
 from thence.pages.environment import environment_facts
+from thence.pages.evaluation.figures import score_figure
 from thence.pages.evaluation.tables import results_table
-from thence.pages.samples import ShownSample, excerpt, first_of_each
+from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only
 from thence.pages.template import render
 from thence.redaction import redacted, redacted_values
-from thence.stats.spread import Score
 from thence.toml import to_toml
 
 
@@ -36,9 +36,9 @@ def render_page(store: Store, result: Result) -> str:
         results=results_table(result, whole=True),
         how_to_read=_how_to_read(result),
         unanswered=[one for row in result.tasks for one in _unanswered(store, row)],
-        chart=[_bar(_name(row), row.avg) for row in result.tasks if row.avg is not None]
-        + [_bar(f"{group.name} mean", group.score) for group in result.groups],
+        chart=score_figure(result),
         samples=[(_name(row), first_of_each(_graded(store, row))) for row in result.tasks],
+        held=hold((row.task.name, judged_only(_graded(store, row))) for row in result.tasks),
         command=redacted(str(result.environment.get("command") or "")),
         environment=environment_facts(result.environment),
         settings=to_toml(redacted_values(settings.model_dump(mode="json", exclude_none=True))),
@@ -75,25 +75,14 @@ def _unanswered(store: Store, row: TaskResult) -> Iterator[dict[str, str]]:
         yield {"where": where, "question": excerpt(questions[key]), "reason": excerpt(reason)}
 
 
-def _bar(name: str, score: Score) -> dict[str, Any]:
-    """A score as places on an axis from 0 to 100."""
-    return {
-        "name": name,
-        "low": f"{100 * score.low:.2f}",
-        "width": f"{100 * (score.high - score.low):.2f}",
-        "value": f"{100 * score.value:.2f}",
-        "text": f"{100 * score.value:.1f}",
-    }
-
-
 def _graded(store: Store, row: TaskResult) -> Iterator[tuple[str, Any]]:
     grades = store.graded(row.task.name, row.grader)
     for line in store.samples(row.task.name):
         if line.place in grades:
-            yield grades[line.place].verdict, partial(_sample, line, grades[line.place])
+            yield grades[line.place].verdict, partial(_sample, row, line, grades[line.place])
 
 
-def _sample(line: Sample, grade: GradeLine) -> ShownSample:
+def _sample(row: TaskResult, line: Sample, grade: GradeLine) -> ShownSample:
     tokens = "" if line.tokens is None else f"{line.tokens:,} tokens"
     return ShownSample(
         verdict=grade.verdict,
@@ -105,4 +94,7 @@ def _sample(line: Sample, grade: GradeLine) -> ShownSample:
         answer=excerpt(line.answer),
         extracted=excerpt(grade.extracted),
         reason=excerpt(grade.reason),
+        group=_name(row),
+        reward=grade.score,
+        length=line.tokens,
     )

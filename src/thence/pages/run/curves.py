@@ -1,10 +1,11 @@
-"""Curves of training."""
+"""Curves of training: of one run, or of several laid over each other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from thence.pages.figure import PAGE, Figure, drawing_settings, fitted_canvas, inline, plain_axes
+from thence.pages.figure import Chart, Key, Line, line_chart, steps_a_point
 from thence.pipeline.run_files import StageMetrics
 
 
@@ -46,37 +47,61 @@ def measured_on(training: StageMetrics) -> tuple[Curve, ...]:
     return tuple(Curve(key, f"Test set {key.removeprefix('eval/')}", "accuracy or mean reward") for key in keys)
 
 
-def curves(training: StageMetrics) -> list[Figure]:
-    """The curves of a stage, each with its last value as a note; a quantity that was never measured is left out."""
+def quantities_of_stage(training: StageMetrics) -> tuple[Curve, ...]:
+    """What is drawn of a stage of this kind."""
+    return (*measured_on(training), *QUANTITIES.get(training.kind, QUANTITIES["sft"]))
+
+
+def curves(training: StageMetrics) -> list[Chart]:
+    """The curves of a stage, each with its last value; a quantity that was never measured is left out."""
     drawn = []
-    for index, quantity in enumerate((*measured_on(training), *QUANTITIES.get(training.kind, QUANTITIES["sft"]))):
-        xs, ys = training.series(quantity.key)
-        if not xs:
-            continue
-        second = training.series(quantity.second) if quantity.second else ([], [])
-        svg = _draw(quantity, (xs, ys), second, salt=f"{training.stage}-{index}")
-        drawn.append(Figure(quantity.title, svg, notes=(f"{ys[-1]:.4g} at step {xs[-1]:,.0f}",)))
+    for quantity in quantities_of_stage(training):
+        lines = [_line(training, quantity.key, quantity.title.lower())]
+        if quantity.second:
+            lines.append(_line(training, quantity.second, quantity.second_label))
+        if lines[0] is not None:
+            drawn.append(_chart(quantity, [line for line in lines if line is not None], alone=True))
     return drawn
 
 
-def _draw(quantity: Curve, main: tuple[list, list], second: tuple[list, list], salt: str) -> str:
-    import matplotlib
-    from matplotlib.ticker import MaxNLocator
+def overlaid(stages: Mapping[str, StageMetrics], keys: Mapping[str, Key]) -> list[Chart]:
+    """The curves of one stage in several runs, a line a run and a dashed one for its held-out loss.
 
-    with matplotlib.rc_context(drawing_settings(salt)):
-        figure = fitted_canvas(4.0, 2.3)
-        axes = figure.subplots()
-        plain_axes(axes, PAGE, "step", quantity.unit)
-        style = {"marker": "o", "markersize": 3} if len(main[0]) < 3 else {}
-        axes.plot(*main, color=PAGE.series[0], linewidth=1.1, solid_joinstyle="round", **style)
-        if second[0]:
-            other = {"color": PAGE.series[1], "linewidth": 1.1, "marker": "o", "markersize": 3}
-            axes.plot(*second, **other)
-            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "right", "color": PAGE.series[1]}
-            axes.annotate(quantity.second_label, (second[0][-1], second[1][-1]), **place)
-        if min(main[1]) == max(main[1]):  # a flat line, not noise blown up to the height of the chart
-            low, high = sorted((0.0, 1.5 * main[1][0] or 1.0))
-            axes.set_ylim(low, high)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        return inline(figure, f"{quantity.title}, {quantity.unit}, by step")
+    Args:
+        stages: by the name of the run.
+        keys: of the runs, by the same names.
+    """
+    drawn = []
+    first = next(iter(stages.values()))
+    for quantity in quantities_of_stage(first):
+        found = [_line(training, quantity.key, name) for name, training in stages.items()]
+        lines = [line for line in found if line is not None]
+        if lines:
+            drawn.append(_chart(quantity, lines, keys=[keys[line.name] for line in lines]))
+    return drawn
+
+
+def smoothing_note(longest: int) -> str:
+    """What a reader has to know of curves of this many steps; nothing where every step is drawn."""
+    size = steps_a_point(longest)
+    return f"Each point is the mean of {size} steps." if size > 1 else ""
+
+
+def _line(training: StageMetrics, key: str, name: str) -> Line | None:
+    xs, ys = training.series(key)
+    return Line(name, xs, ys) if xs else None
+
+
+def _chart(quantity: Curve, lines: list[Line], keys: list[Key] | None = None, alone: bool = False) -> Chart:
+    last = lines[0]
+    said = f"{last.y[-1]:.4g} at step {last.x[-1]:,.0f}" if alone else ""
+    if alone and len(lines) > 1:
+        said += f"; {lines[1].name} {lines[1].y[-1]:.4g}"
+    return line_chart(
+        lines,
+        keys or [Key(line.name, index) for index, line in enumerate(lines)],
+        quantity.unit,
+        f"{quantity.title}, {quantity.unit}, by step",
+        title=quantity.title,
+        last=said,
+    )

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from thence.files import write_atomically
 from thence.jsonl import stream_lines
 from thence.pages.environment import environment_facts
-from thence.pages.run.curves import curves
+from thence.pages.figure import Figure
+from thence.pages.run.curves import curves, smoothing_note
 from thence.pages.run.numbers import report_csv, report_json, totals
 from thence.pages.run.outcome import outcome
 from thence.pages.run.tables import results_table, verdicts_table
-from thence.pages.samples import ShownSample, excerpt, first_of_each
+from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only
 from thence.pages.template import render
-from thence.pipeline.run_files import RunFiles, StageMetrics, read_run
+from thence.pipeline.run_files import RunFiles, StageMetrics, number, read_run
 from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 from thence.wording import duration
 
 _FINISH = {"stop": "stopped by itself", "length": "cut off at the limit"}
 _SEARCHED = 20_000
-"""Lines of a file that are searched for examples."""
+"""Lines of a file that are searched for the first of each verdict."""
 
 
 def write_page(run_folder: Path) -> Path:
@@ -74,6 +76,7 @@ def render_page(run: RunFiles) -> str:
         verdicts=verdicts_table(run),
         stages=[_stage(training, _labels(run)) for training in run.training],
         samples=[(stage, kept) for stage, kept in samples if kept],
+        held=hold((stage, judged_only(_graded(run.folder, stage))) for stage in run.stages),
         recipe=run.recipe_text or to_toml(run.recipe),
         environment=environment_facts(run.environment),
         command=_command(run),
@@ -96,7 +99,7 @@ def _stage(training: StageMetrics, methods: Mapping[str, str]) -> dict[str, Any]
         facts.append(f"{sums['flops']:.3g} FLOPs")
     if sums["seconds"] is not None:
         facts.append(duration(sums["seconds"]))
-    return {"name": training.stage, "facts": ", ".join(facts), "curves": curves(training)}
+    return {"name": training.stage, "facts": ", ".join(facts), "figure": _figure(training)}
 
 
 def _command(run: RunFiles) -> str:
@@ -106,25 +109,31 @@ def _command(run: RunFiles) -> str:
     return str(command or f"thence run {run.folder / 'recipe.toml'}")
 
 
+def _figure(training: StageMetrics) -> Figure:
+    note = smoothing_note(len(training.steps))
+    return Figure(training.stage, tuple(curves(training)), notes=(note,) if note else ())
+
+
 def _samples(folder: Path, stage: str) -> list[ShownSample]:
-    return first_of_each(_graded(folder / "stages" / stage / "samples.jsonl"))
+    return first_of_each(islice(_graded(folder, stage), _SEARCHED))
 
 
-def _graded(path: Path) -> Iterator[tuple[Any, Any]]:
-    for count, line in enumerate(stream_lines(path)):
-        if count >= _SEARCHED:
-            return
+def _graded(folder: Path, stage: str) -> Iterator[tuple[Any, Callable[[], ShownSample]]]:
+    """Verdict of every readable line of a stage's samples, and how to make its sample."""
+    for line in stream_lines(folder / "stages" / stage / "samples.jsonl"):
         row = line[1] if isinstance(line, tuple) else {}
-        yield row.get("verdict"), partial(_sample, row)
+        yield row.get("verdict"), partial(_sample, stage, row)
 
 
-def _sample(row: Mapping[str, Any]) -> ShownSample:
+def _sample(stage: str, row: Mapping[str, Any]) -> ShownSample:
     where = [str(row["split"])] if row.get("split") is not None else []
     where += [f"T = {row['temperature']:g}"] if isinstance(row.get("temperature"), (int, float)) else []
+    group = ", ".join([stage, *where])
     where += [f"problem {row['index']}"] if row.get("index") is not None else []
     where += [f"step {row['step']}"] if row.get("step") else []
     finish = f", {_FINISH.get(str(row['finish']), row['finish'])}" if row.get("finish") else ""
-    graded = row["verdict"] == "graded" and isinstance(row.get("score"), (int, float))
+    length, step = number(row.get("tokens")), number(row.get("step"))
+    score = number(row.get("score"))
     return ShownSample(
         verdict=row["verdict"],
         prompt=excerpt(row.get("prompt")),
@@ -133,6 +142,10 @@ def _sample(row: Mapping[str, Any]) -> ShownSample:
         extracted=excerpt(row.get("extracted")),
         reason=excerpt(row.get("reason")),
         where=", ".join(where),
-        score=f"{row['score']:.4g}" if graded else "",
+        score=f"{score:.4g}" if row["verdict"] == "graded" and score is not None else "",
         tokens=f"{row['tokens']} tokens{finish}" if row.get("tokens") is not None else "",
+        group=group,
+        reward=score,
+        length=None if length is None else int(length),
+        step=int(step) if step else None,
     )
