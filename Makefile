@@ -15,7 +15,7 @@ BY_FILE := --dist loadscope --no-loadscope-reorder
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check docs stacks vllm bases study evidence lock audit-dependencies trust clean
+.PHONY: quickstart test test-quick check docs reference stacks vllm bases study evidence lock audit-dependencies trust clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
@@ -82,6 +82,10 @@ audit-dependencies: $(VENV)/installed-dev
 # The documentation site: static HTML in build/docs.
 docs: $(VENV)/installed-dev
 	$(BIN)/python tools/build_site.py
+
+# docs/commands.md, fields.md, method-list.md and api.md, from the program itself.
+reference: $(VENV)/installed-dev
+	$(BIN)/python tools/reference_pages.py
 
 # docs/trust.md, from docs/trust.toml and the figures in benchmarks/results.
 trust:
