@@ -32,6 +32,7 @@ PUBLIC = {
     "thence.data.trajectory": "Prompt Trajectory",
     "thence.data.readers": "read_examples",
     "thence.data.chat": "chat_format end_token_ids render_all trained_share",
+    "thence.data.worlds.vocabulary": "save_tokenizer",
     "thence.evaluate.problems": "load_problems",
     "thence.evaluate.suites": "load_suite",
     "thence.faults.catalogue": "FAULTS",
