@@ -58,7 +58,7 @@ def test_the_page_says_the_verdict_first_and_how_to_repeat_it():
         report.verdict.sentences[0],
         "What was measured",
         report.verdict.remedy,
-        "publicly reported",
+        "known for",
         "What was found",
     ]
     places = [page.text.index(said) for said in order]

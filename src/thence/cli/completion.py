@@ -12,7 +12,8 @@ from thence.cli.app import WITH_FIELDS, make_app
 from thence.cli.fields import field_flags
 from thence.errors import UserError
 
-Shell = Literal["bash", "zsh", "fish", "powershell"]
+# In the order of cyclopts' own: Python keeps one of two optional types that differ in the order of choices alone.
+Shell = Literal["zsh", "bash", "fish", "powershell"]
 
 
 def completion_command(shell: Shell | None = None, /, *, install: bool = False) -> int:

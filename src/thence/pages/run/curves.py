@@ -72,8 +72,7 @@ def overlaid(stages: Mapping[str, StageMetrics], keys: Mapping[str, Key]) -> lis
         keys: of the runs, by the same names.
     """
     drawn = []
-    first = next(iter(stages.values()))
-    for quantity in quantities_of_stage(first):
+    for quantity in dict.fromkeys(q for training in stages.values() for q in quantities_of_stage(training)):
         found = [_line(training, quantity.key, name) for name, training in stages.items()]
         lines = [line for line in found if line is not None]
         if lines:
