@@ -21,6 +21,7 @@ html_theme = "furo"
 html_title = f"thence {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["token-weight.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
