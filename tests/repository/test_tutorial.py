@@ -1,63 +1,53 @@
-"""The tutorial followed word for word: its files are saved, its commands and its Python are run, in order."""
+"""The tutorial and the page of a method of one's own, followed word for word."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import ROOT
 from tests.repository.blocks import blocks_of
+from tests.repository.following import follow
 
-PAGE = ROOT / "docs/tutorial.md"
+TUTORIAL, OWN_METHOD = ROOT / "docs/tutorial.md", ROOT / "docs/own-method.md"
 
 
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    (commands / "thence").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m thence "$@"\n')
-    (commands / "thence").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{commands}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "80",
-    }
-    place, told = tmp_path, {}
-    for block in blocks_of(PAGE):
-        if block.mark == "file":
-            (place / block.said).write_text(block.text)
-        elif block.language == "sh" and block.mark != "not run":
-            script = f"set -e\n{block.text}\npwd > '{tmp_path}/place'\n"
-            done = subprocess.run(["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{block.place}: {block.text}{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            place = Path((tmp_path / "place").read_text().strip())
-            told[block.text.strip()] = done.stdout
-        elif block.language == "python":
-            done = subprocess.run(
-                [sys.executable, "-c", block.text], cwd=place, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"{block.place}: {done.stderr[-2000:]}"
-            told["python"] = done.stdout
-
+    place, told = follow(TUTORIAL, tmp_path)
     assert place == tmp_path / "my-first-model"
     assert "report: runs/first-seed0/report.html" in told["thence run first.toml"]
     [longer] = [text for command, text in told.items() if "--rl.steps 12" in command]
     assert "sft 32/32" not in longer and "rl 12/12" in longer  # SFT is kept, RL goes on
     assert "B minus A on the same problems" in next(text for command, text in told.items() if "--compare" in command)
     assert (place / "runs/two/report.html").exists() and (place / "runs/first-seed0/report.html").exists()
-    assert told["python"].startswith("[") and told["python"].count(",") == 3
+    losses = next(text for command, text in told.items() if command.startswith("import json"))
+    assert losses.startswith("[") and losses.count(",") == 3
 
 
-def test_what_the_tutorial_shows_of_its_run_is_in_order() -> None:
-    kinds = [(block.mark or block.language, block.said or block.text.split("\n")[0]) for block in blocks_of(PAGE)]
-    names = [said for kind, said in kinds if kind == "file"]
-    assert names == ["first.toml", "two.toml"]
-    for name in names:  # saved before it is used
-        used = next(place for place, (kind, said) in enumerate(kinds) if kind == "sh" and name in said)
-        assert kinds.index(("file", name)) < used
+@pytest.mark.slow
+def test_the_method_of_the_page_is_installed_listed_and_compared(tmp_path: Path) -> None:
+    place, told = follow(OWN_METHOD, tmp_path)
+    assert "one importance ratio a response" in next(text for command, text in told.items() if "methods" in command)
+    compared = next(text for command, text in told.items() if "thence compare" in command)
+    assert "GRPO" in compared and "mine" in compared and "report: runs/own/report.html" in compared
+    assert (place / "runs/own/report.html").exists()
+
+
+@pytest.mark.parametrize("page", [TUTORIAL, OWN_METHOD], ids=lambda page: page.name)
+def test_a_file_is_saved_before_it_is_used(page: Path) -> None:
+    kinds = [(block.mark or block.language, block.said or block.text) for block in blocks_of(page)]
+    saved = [said for kind, said in kinds if kind == "file"]
+    assert len(saved) >= 2 and len(set(saved)) == len(saved)
+    for name in saved:
+        used = [place for place, (kind, said) in enumerate(kinds) if kind == "sh" and name in said]
+        assert not used or kinds.index(("file", name)) < used[0]
+
+
+def test_the_page_of_a_method_shows_the_package_of_the_examples() -> None:
+    shown = {block.said: block.text for block in blocks_of(OWN_METHOD) if block.mark == "file"}
+    package = {name: text for name, text in shown.items() if name.startswith("own_method/")}
+    assert set(package) == {f"own_method/{file.name}" for file in (ROOT / "examples/own_method").iterdir()}
+    for name, text in package.items():
+        assert (ROOT / "examples" / name).read_text() == text, name
