@@ -26,7 +26,7 @@ from thence.toml import to_toml
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a mistyped reward": ({"rl.reward": "mth"}, "no reward is called 'mth'"),
-    "a reward without its file": ({"rl.reward": "absent.py:share"}, "there is no file absent.py"),
+    "a reward without its file": ({"rl.reward": "absent.py:share"}, "absent.py:share: there is no file"),
     "a mistyped reward of an evaluation": ({"eval.reward": "exactt"}, "no reward is called"),
     "a missing evaluation file": ({"eval.data": {"source": ["absent.jsonl"]}}, "absent.jsonl: no such file"),
     "a missing RL file": ({"rl.data": {"source": ["absent.jsonl"]}}, "absent.jsonl: no such file"),

@@ -37,6 +37,7 @@ from thence.rollout.vllm.settings import vllm_settings
 from thence.train.context_length import context_of, open_config
 from thence.train.model import load_tokenizer
 from thence.train.model_files import resolve
+from thence.train.run_models import run_of
 from thence.train.written import check_manifest, check_written
 from thence.verify.reward import is_own
 from thence.verify.verdict import Verdict
@@ -286,6 +287,7 @@ def _is_hub_name(name: str) -> bool:
         or name.startswith(("/", "./", "../", "~", "world:", "package:"))
         or name.lower().endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
         or Path(name).expanduser().exists()
+        or run_of(name)[0] is not None
     )
 
 
