@@ -204,6 +204,8 @@ def _show(console: Console, stage: str, line: dict) -> None:
     if line["answer"] is not None:
         found = f"   found {line['extracted']}" if line.get("extracted") is not None else ""
         console.print(Text("  answer    ", "dim") + Text(clean(line["answer"] + found)))
+    if components := line.get("components"):
+        console.print(Text("  reward    ", "dim") + Text(", ".join(f"{k} {v:.4g}" for k, v in components.items())))
     if line.get("reason"):
         console.print(Text("  reason    ", "dim") + Text(clean(line["reason"])))
     console.print()

@@ -38,7 +38,8 @@ def _moved(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping) and name not in _OF_OTHERS:
-            found[name] = _moved(value, folder)
+            moved = _moved(value, folder)
+            found[name] = {_path(key, folder): weight for key, weight in moved.items()} if name == "rewards" else moved
         elif name in _PATHS and isinstance(value, str) and name != "source":
             found[name] = _path(value, folder)
         elif name in _PATHS and isinstance(value, list):
