@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import thence.evaluate.endpoint as endpoint
-import thence.pipeline.preflight as preflight
+import thence.pipeline.reward_trial as reward_trial
 from tests.evaluate.answering_server import Answer, Server, failed
 
 from .case import Case, Prepare, write
@@ -27,7 +27,7 @@ def reward(*lines: str, top: str = "") -> Prepare:
 @contextmanager
 def untried(here: Path) -> Iterator[None]:
     """No reward counts as tried by a case before."""
-    preflight._tried_rewards.clear()
+    reward_trial._tried_rewards.clear()
     yield
 
 

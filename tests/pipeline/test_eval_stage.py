@@ -29,7 +29,11 @@ class ByFirstToken(Grader):
     """Right where the response begins with a digit, unknown where it begins with a letter, else wrong."""
 
     def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str | None],
+        columns: Sequence[str] | None = None,
     ) -> list[Grade]:
         return [self._grade(response) for _, response, _ in zip(prompts, responses, answers, strict=True)]
 

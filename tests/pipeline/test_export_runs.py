@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.pipeline.on_ranks import case, drive, sampled
 from thence.cli import main
 from thence.errors import UserError
-from thence.pipeline.trained import find_trained
+from thence.train.run_models import find_trained
 
 LAYOUTS = {"one": {}, "fsdp2": {"parallel": "fsdp2"}, "ddp": {"parallel": "ddp"}}
 QUICK = {"method": "grpo", "mini_batch": 2, "steps": 2}

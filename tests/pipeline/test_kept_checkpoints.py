@@ -17,7 +17,7 @@ from thence.evaluate.origin import find_model
 from thence.jsonl import read_jsonl
 from thence.pipeline import sft_stage
 from thence.pipeline.run import run
-from thence.pipeline.trained import find_trained
+from thence.train.run_models import find_trained
 
 SFT = {"sft.steps": 6, "sft.schedule": "constant", "sft.warmup": 0.0, "sft.checkpoint_every": 4}
 
@@ -106,7 +106,72 @@ def test_a_name_that_is_a_folder_too_is_refused(keeping: Path, tmp_path: Path) -
         find_trained(f"{tmp_path / 'mine'}@6")
 
 
-def test_an_evaluation_says_how_to_get_a_model_of_one(keeping: Path) -> None:
-    with pytest.raises(UserError, match="is a checkpoint") as refused:
-        find_model(f"{keeping}:sft@2")
-    assert "thence export" in str(refused.value)
+def test_every_command_takes_one_where_it_takes_a_model(
+    keeping: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written beside the checkpoints once, and is the model of a run that ends there."""
+    model, stage = find_model(f"{keeping}:sft@2")
+    assert stage == "sft" and find_model(f"{keeping}:sft@2")[0] == model
+    made, checkpoint = load_file(f"{model.path}/model.safetensors"), keeping / "stages/sft/checkpoints/step-000002"
+    weights = load_file(checkpoint / "model.safetensors")
+    assert made.keys() == weights.keys() and all(equal(made[name], weights[name]) for name in made)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", f"{keeping}:sft@2"]) == 0
+    assert main(["eval", f"{keeping}:rl@2", "--suite", "embedded", "--limit", "2", "--set", "max_tokens=4"]) == 0
+    assert main(["sample", f"{keeping}:sft@2", "--prompt", "1+1?", "--n", "2", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.count("response  ") == 2
+    assert [path.name[:11] for path in (keeping / "stages/rl/exported").glob("step-*")] == ["step-000002"]
+
+
+def test_a_recipe_starts_from_one(keeping: Path, recipe: Tables, tmp_path: Path) -> None:
+    base = {"folder": str(tmp_path / "next"), "stages": ["sft"], "sft.steps": 1, "sft.lr": 1e-30}
+    tables = changed(recipe, base)
+    tables["model"] = {"path": f"{keeping}:sft@2"}
+    tables["sft"]["weight_decay"] = 0.0
+    started = load_file(run(tables) / "stages" / "sft" / "model" / "model.safetensors")
+    expected = load_file(keeping / "stages/sft/checkpoints/step-000002/model.safetensors")
+    assert all(equal(started[name], expected[name]) for name in expected)
+    for name, stage in ((f"{keeping}:sft", "sft"), (str(keeping), "rl")):
+        tables["model"], tables["folder"] = {"path": name}, str(tmp_path / stage)
+        started = load_file(run(tables) / "stages" / "sft" / "model" / "model.safetensors")
+        expected = load_file(keeping / "stages" / stage / "model" / "model.safetensors")
+        assert all(equal(started[tensor], expected[tensor]) for tensor in expected)
+
+
+def test_a_recipe_that_names_no_model_of_the_run_is_refused_with_those_that_there_are(
+    keeping: Path, recipe: Tables, tmp_path: Path
+) -> None:
+    tables = changed(recipe, {"folder": str(tmp_path / "next"), "stages": ["sft"]})
+    for name, says in ((f"{keeping}:sft@3", "no checkpoint after step 3"), (f"{keeping}:eval", "'eval' of this run")):
+        tables["model"] = {"path": name}
+        with pytest.raises(UserError, match=says) as refused:
+            run(tables)
+        assert f"{keeping}:sft@2" in refused.value.remedy and refused.value.field == "model.path"
+        assert not (tmp_path / "next").exists()
+
+
+def test_a_step_that_was_trained_anew_is_another_model(keeping: Path, tmp_path: Path) -> None:
+    shutil.copytree(keeping, tmp_path / "run")
+    first = find_model(f"{tmp_path / 'run'}:sft@2")[0].path
+    checkpoint = tmp_path / "run/stages/sft/checkpoints/step-000002"
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("step-000004"), checkpoint)
+    second = find_model(f"{tmp_path / 'run'}:sft@2")[0].path
+    assert first != second
+    made, other = (load_file(f"{path}/model.safetensors") for path in (first, second))
+    assert any(not equal(made[name], other[name]) for name in made)
+
+
+def test_what_was_written_beside_the_checkpoints_belongs_to_the_run(recipe: Tables, tmp_path: Path) -> None:
+    again = changed(recipe, {"folder": str(tmp_path / "run"), "stages": ["sft"], "sft.keep_every": 2})
+    find_model(f"{run(again)}:sft@2")
+    run(again, restart=True)
+    assert not (tmp_path / "run/stages/sft/exported").exists()
+
+
+def test_the_samples_of_a_step_are_shown_by_its_name(keeping: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", f"{keeping}:rl@2"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 2" in shown and "step 1" not in shown
+    assert main(["sample", f"{keeping}:sft@2"]) == 2
+    assert "has no samples" in capsys.readouterr().err

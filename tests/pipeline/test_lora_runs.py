@@ -17,10 +17,10 @@ from tests.pipeline.on_ranks import assert_same, case, drive, largest_difference
 from tests.recipes import Recipes
 from tests.runs import stop_in_rl, weights
 from thence.errors import RecipeError, UserError
-from thence.pipeline.adapters import merge_checkpoint
 from thence.pipeline.layout import layout_of
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
+from thence.train.adapted import merge_checkpoint
 from thence.train.export import export
 
 LORA = {"rank": 2}

@@ -17,7 +17,7 @@ from thence.cli import main
 from thence.data.worlds.vocabulary import VOCABULARY
 from thence.errors import UserError
 from thence.models.lengths import context_of
-from thence.pipeline import preflight as preflight_module
+from thence.pipeline import reward_trial
 from thence.pipeline.preflight import preflight
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
@@ -26,7 +26,7 @@ from thence.toml import to_toml
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a mistyped reward": ({"rl.reward": "mth"}, "no reward is called 'mth'"),
-    "a reward without its file": ({"rl.reward": "absent.py:share"}, "there is no file absent.py"),
+    "a reward without its file": ({"rl.reward": "absent.py:share"}, "absent.py:share: there is no file"),
     "a mistyped reward of an evaluation": ({"eval.reward": "exactt"}, "no reward is called"),
     "a missing evaluation file": ({"eval.data": {"source": ["absent.jsonl"]}}, "absent.jsonl: no such file"),
     "a missing RL file": ({"rl.data": {"source": ["absent.jsonl"]}}, "absent.jsonl: no such file"),
@@ -271,7 +271,7 @@ def test_the_context_is_what_the_configuration_says(config: Any, context: int | 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """No reward counts as tried by a test before."""
-    monkeypatch.setattr(preflight_module, "_tried_rewards", {})
+    monkeypatch.setattr(reward_trial, "_tried_rewards", {})
     return lambda: None
 
 

@@ -23,10 +23,11 @@ from tests.runs import weights
 from thence.cli import main
 from thence.data.order import stable_seed
 from thence.errors import CheckpointError, RecipeError, UserError
-from thence.pipeline.adapters import check_lora, check_same_base, merge_checkpoint
+from thence.pipeline.adapters import check_lora, check_same_base
 from thence.pipeline.layout import layout_of
 from thence.pipeline.run import run
 from thence.recipe import load_recipe
+from thence.train.adapted import merge_checkpoint
 from thence.train.lora import add_adapters, places_of
 from thence.train.model import load_model
 from thence.train.quantized import load_bitsandbytes, quantize, quantized_digest

@@ -55,7 +55,10 @@ def round_trip(recipe: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_a_shipped_recipe_survives_writing_and_reading(name: str, tmp_path: Path) -> None:
+def test_a_shipped_recipe_survives_writing_and_reading(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name)
     again = round_trip(recipe, tmp_path)
     assert again.resolved() == recipe.resolved()

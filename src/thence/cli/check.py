@@ -176,7 +176,7 @@ def _check_model(checked: Checked, recipe: Recipe, with_data: bool) -> None:
 
 def _adapted(checked: Checked, policy: Any, recipe: Recipe) -> bool:
     """Put the adapters that the recipe trains into the policy. Returns whether it can be."""
-    from thence.pipeline.adapters import adapt, lora_of
+    from thence.train.adapted import adapt, lora_of
 
     name = next((name for name in recipe.stages if lora_of(recipe, name) is not None), None)
     if name is None:

@@ -318,9 +318,10 @@ def _compare(names: tuple[str, str], suite: str | None, grader: str | None) -> i
 
 def _existing(name: str, suite: str | None = None) -> Store:
     """The evaluation in a folder, under `evals/`, of a model on a suite, or of a run's stage. Raises UserError."""
-    from thence.evaluate.origin import run_of, short_name
+    from thence.evaluate.origin import short_name
     from thence.evaluate.store import Store
     from thence.pipeline.run_files import evaluation_of
+    from thence.train.run_models import run_of
 
     places = [Path(name), Path("evals") / name]
     if suite is not None:

@@ -24,8 +24,8 @@ def export_command(checkpoint: str, folder: Path, /, *, trust_remote_code: bool 
         trust_remote_code: Run Python code that the model ships.
     """
     from thence.cli.app import quiet_libraries
-    from thence.pipeline.trained import find_trained
     from thence.train.export import check_free, export
+    from thence.train.run_models import find_trained
 
     check_free(folder)
     quiet_libraries()

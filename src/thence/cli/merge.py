@@ -24,10 +24,10 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
         trust_remote_code: Run Python code that the model ships.
     """
     from thence.cli.app import quiet_libraries
-    from thence.pipeline.adapters import merge_checkpoint
-    from thence.pipeline.trained import find_trained
+    from thence.train.adapted import merge_checkpoint
     from thence.train.export import check_free, export
     from thence.train.merge import is_adapter, merge
+    from thence.train.run_models import find_trained
 
     check_free(folder)
     quiet_libraries()

@@ -14,7 +14,7 @@ from thence.cli.report import existing_run
 from thence.errors import UserError
 from thence.foreign_text import clean
 from thence.jsonl import read_lines, say_bad_lines
-from thence.settings.limits import Rows
+from thence.settings.limits import Rows, Temperature, Tokens
 from thence.terminal import make_console
 from thence.wording import json_kind
 
@@ -32,24 +32,36 @@ def sample_command(
     task: Annotated[str | None, Parameter(metavar="NAME")] = None,
     problem: Annotated[str | None, Parameter(metavar="KEY")] = None,
     grader: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    prompt: Annotated[str | None, Parameter(metavar="TEXT")] = None,
+    temperature: Temperature = 1.0,
+    max_tokens: Tokens = 256,
 ) -> int:
-    """Show prompts with the model's responses and verdicts, of a run or of an evaluation.
+    """Show prompts with the model's responses and verdicts, of a run or of an evaluation; or ask a model.
 
     Examples:
 
       thence sample runs/quickstart-seed0 --verdict wrong
+      thence sample runs/quickstart-seed0:rl@40
+      thence sample runs/quickstart-seed0:rl@40 --prompt "47a+8b-3c*6?" --n 2
       thence sample evals/gsm8k-mine --task gsm8k --n 3
 
     Args:
-        folder: A run or an evaluation: its path, or its name under runs/ or evals/.
+        folder: A run or an evaluation: its path, or its name under runs/ or evals/. RUN:STAGE and RUN:STAGE@STEP show
+            what was kept of a stage, or of one of its steps. With --prompt: any model, as `thence eval` takes it.
         n: Samples of each stage or task.
         verdict: Only samples with this verdict.
         stage: Of a run: only this stage.
         task: Of an evaluation: only this task.
         problem: Of an evaluation: the first letters of a problem's key.
         grader: Of an evaluation: verdicts of another grader; letter is the lenient letter rule.
+        prompt: Ask the model this, once for each of --n responses; nothing is kept.
+        temperature: Of a --prompt. 0 is greedy.
+        max_tokens: Longest response to a --prompt.
     """
+    if prompt is not None:
+        return _answer(folder, prompt, n, temperature, max_tokens)
     evaluation = _evaluation(folder)
+    folder, stage, step = (folder, stage, None) if evaluation else _named(folder, stage)
     place = evaluation or existing_run(folder)
     of_runs, of_evaluations = {"--stage": stage}, {"--task": task, "--problem": problem, "--grader": grader}
     for flag, value in (of_runs if evaluation else of_evaluations).items():
@@ -58,15 +70,58 @@ def sample_command(
             raise UserError(f"{flag} is not for {kind}", remedy="leave it out", file=place, field=flag)
     console, shown = make_console(verbatim=True), 0
     for part, lines in _evaluated(place, task, problem or "", grader) if evaluation else _run(place, stage):
-        fitting = [line for line in lines if verdict in (None, line["verdict"])]
+        fitting = [line for line in lines if verdict in (None, line["verdict"]) and step in (None, line.get("step"))]
         # spread over the file, so that every split and temperature has its turn
         for line in fitting[:: max(1, len(fitting) // n)][:n]:
             _show(console, part, line)
             shown += 1
+    if not shown and step is not None:
+        raise UserError(
+            f"no samples were kept of step {step}",
+            remedy='to ask its model: --prompt "TEXT", if its checkpoint stayed (keep_every)',
+            file=place,
+        )
     if not shown:
         chosen = of_runs | of_evaluations | {"--verdict": verdict}
         given = ", ".join(flag for flag, value in chosen.items() if value is not None) or "the filters"
         raise UserError("no such samples", remedy=f"leave out {given}", file=place)
+    return 0
+
+
+def _named(name: str, stage: str | None) -> tuple[str, str | None, int | None]:
+    """The run, the stage and the step that ``RUN:STAGE@STEP`` names. Raises UserError."""
+    from thence.train.run_models import at_step, run_of
+
+    step = at_step(name)
+    run, named = run_of(name if step is None else name.rpartition("@")[0])
+    if named is not None and stage not in (None, named):
+        raise UserError(f"{name} is of stage {named}", remedy="leave --stage out", field="--stage")
+    return (name if run is None else str(run)), named or stage, step
+
+
+def _answer(name: str, prompt: str, n: int, temperature: float, max_tokens: int) -> int:
+    """Ask the model of a name, and show its responses. Raises UserError."""
+    from thence.cli.app import quiet_libraries
+    from thence.evaluate.backends import Refused, Request
+    from thence.evaluate.native_backend import NativeBackend
+    from thence.evaluate.origin import find_model
+    from thence.evaluate.problems import Problem
+    from thence.evaluate.suites import Task
+
+    quiet_libraries()
+    backend = NativeBackend(find_model(name)[0])
+    task = Task(name="prompt", files=("prompt",), samples=n, temperature=temperature, max_tokens=max_tokens)
+    problem = Problem(task.name, "prompt", (("user", prompt),), prompt, None, plain=not backend.prompts.chat.template)
+    console = make_console(verbatim=True)
+    console.print(Text("prompt    ", "dim") + Text(clean(prompt)))
+    requests = [Request(problem, number, number) for number in range(n)]
+    for _, found in sorted(backend.generate(requests, task), key=lambda pair: pair[0].sample):
+        if isinstance(found, Refused):
+            raise UserError(f"no response: {found.reason}", remedy="give a shorter --prompt", field="--prompt")
+        cut = ", cut" if found.finish == "length" else ""
+        console.print(
+            Text("response  ", "dim") + Text(clean(found.text)) + Text(f"  {found.tokens} tokens{cut}", "dim")
+        )
     return 0
 
 
@@ -149,6 +204,8 @@ def _show(console: Console, stage: str, line: dict) -> None:
     if line["answer"] is not None:
         found = f"   found {line['extracted']}" if line.get("extracted") is not None else ""
         console.print(Text("  answer    ", "dim") + Text(clean(line["answer"] + found)))
+    if components := line.get("components"):
+        console.print(Text("  reward    ", "dim") + Text(", ".join(f"{k} {v:.4g}" for k, v in components.items())))
     if line.get("reason"):
         console.print(Text("  reason    ", "dim") + Text(clean(line["reason"])))
     console.print()

@@ -77,6 +77,7 @@ class Example:
         reasoning: the demonstration's thinking where the row gives it by itself, without tags.
         tool_calls: the demonstration's calls of tools.
         tools: JSON schemas of the tools that the prompt offers, each a JSON object as text.
+        columns: what else the row holds, a JSON object as text, for reward functions; empty: nothing.
 
     Raises:
         ValueError: both or neither of `messages` and `prompt` are set.
@@ -91,6 +92,7 @@ class Example:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tools: tuple[str, ...] = ()
+    columns: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.messages) == (self.prompt is not None):

@@ -61,7 +61,11 @@ def open_table(name: str, *, split: str, wanted: Collection[str]) -> DataTable:
             file=path,
         )
     if not path.exists() and (known or name.startswith(("/", "./", "../", "~"))):
-        raise UserError("no such file", remedy="check the path; relative paths start at the current folder", file=path)
+        raise UserError(
+            "no such file",
+            remedy="check the path: in a recipe's file it starts where that file lies, elsewhere at the current folder",
+            file=path,
+        )
     if (kind := _kind(path)) not in (None, "a folder"):
         raise UserError(f"{kind} is no data file", remedy="write the rows to a file, and give that", file=path)
     if path.is_dir() and known:

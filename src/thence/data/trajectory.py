@@ -20,6 +20,7 @@ class Prompt:
         text: the prompt as the user wrote it, for graders and reports.
         group: the set it belongs to, for tables.
         opening: the think tag that the tokens end with ("<think>\\n"), put back before a response is graded; else "".
+        columns: what else the row holds, a JSON object as text, for reward functions; empty: nothing.
         draw: its place in the rollout batch of all ranks. Two draws of one prompt are two groups, and a batch is cut
             into optimizer steps in the order of the draws.
     """
@@ -31,6 +32,7 @@ class Prompt:
     text: str = ""
     group: str = ""
     opening: str = ""
+    columns: str = ""
     draw: int = 0
 
     @property
@@ -55,6 +57,7 @@ class Trajectory:
         sampler_logps: log-probabilities that the sampler reported, to measure its mismatch with the trainer.
         extracted: what the grader took for the answer.
         reason: why the grader could not tell, or what else it has to say.
+        components: what the score is made of, by name, where the reward function or several of them say so.
         prefix: first tokens of the response that the expert wrote and the policy went on from.
         behaviour: log-probabilities of a replayed response under the policy that sampled it. None for all others: a
             method finds those of a rollout in ``TokenFacts.old``.
@@ -70,6 +73,7 @@ class Trajectory:
     sampler_logps: tuple[float, ...] | None = None
     extracted: str | None = None
     reason: str = ""
+    components: tuple[tuple[str, float], ...] = ()
     prefix: int = 0
     behaviour: tuple[float, ...] | None = None
 

@@ -36,6 +36,7 @@ class Problem:
             a grader that needs none.
         options: the texts of the options in the order shown, letters A, B, ...; empty where they stand in the text.
         source: "file:line".
+        columns: what else the row holds, a JSON object as text, for reward functions; None: nobody knows.
         plain: the one message is text to go on from, without a chat template.
     """
 
@@ -47,6 +48,7 @@ class Problem:
     options: tuple[str, ...] = ()
     source: str = ""
     plain: bool = False
+    columns: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

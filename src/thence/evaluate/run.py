@@ -88,7 +88,8 @@ def evaluate(
                     if backend is not None:
                         total = len(problems[name]) * task.samples
                         _sample(store, task, backend, missing[name], total, progress, refusing)
-                    grade(store, task, task.grader, progress=progress, checker=checker)
+                    columns = {problem.key: problem.columns for problem in problems[name]}
+                    grade(store, task, task.grader, progress=progress, checker=checker, columns=columns)
                     progress.graded(name)
                 refusing.end()
         finally:
@@ -140,6 +141,7 @@ def grade(
     again: bool = False,
     progress: EvaluationProgress | None = None,
     checker: Grader | None = None,
+    columns: Mapping[str, str | None] | None = None,
 ) -> None:
     """Grade the samples of a task that have no grade of this grader in its present version; all of them `again`.
 
@@ -147,6 +149,7 @@ def grade(
 
     Args:
         checker: the grader, which stays open; default: the one of this name is opened.
+        columns: what else the row of a problem holds, by its key, a JSON object as text.
     """
     right_from = task.right_from if grader == task.grader else None
     samples, version = store.samples(task.name), grader_version(grader, right_from)
@@ -163,7 +166,9 @@ def grade(
             for start in range(0, len(todo), GRADED_AT_ONCE):
                 part = todo[start : start + GRADED_AT_ONCE]
                 texts = [sample.text for sample in part]
-                found = checker.grade_many([s.question for s in part], texts, [s.answer for s in part])
+                others = [(columns or {}).get(sample.problem) for sample in part]
+                known = None if None in others else [str(text) for text in others]
+                found = checker.grade_many([s.question for s in part], texts, [s.answer for s in part], known)
                 for sample, one in zip(part, found, strict=True):
                     lines.add(_line(sample, grader, version, one))
     if task.choices:

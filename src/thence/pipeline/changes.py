@@ -78,6 +78,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         **_all(FREE, "reward_seconds rollout_rows vllm"),
         "steps": LENGTH,
         "reward": CONTENT,
+        "rewards": FIXED,
     },
     "eval": {
         **_all(REPEAT, "data splits temperatures samples top_p max_tokens reward reward_seconds reward_right_from"),

@@ -66,6 +66,7 @@ class EvalPart:
                 *(self.task.name, key, (("user", tokenizer.decode(list(prompt.token_ids))),)),
                 *(prompt.text, prompt.answer),
                 plain=True,
+                columns=prompt.columns,
             )
             for key, prompt in self.prompts.items()
         ]
@@ -132,7 +133,7 @@ def eval_parts(context: StageContext, stage: Eval) -> Iterator[EvalPart]:
     for split, table in test_sets(stage).items():
         data = context.recipe.stage_data(table)
         prompts = context.load_prompts(table)
-        check_answers(prompts, stage.reward)
+        check_answers(prompts, [stage.reward])
         for temperature in stage.temperatures:
             sampling = Sampling(
                 max_tokens=response_tokens(context.name, stage, prompts, limit),

@@ -20,9 +20,10 @@ from thence.errors import UserError
 from thence.files import read_json, to_json, write_atomically
 from thence.pipeline.folder import RunFolder, environment
 from thence.pipeline.owned import RECIPE
+from thence.pipeline.rewards import reward_names
 from thence.pipeline.test_sets import test_sets
 from thence.pipeline.undo import set_stage_aside
-from thence.recipe import Eval, Model, Recipe, kind_of
+from thence.recipe import Eval, Model, Recipe, Rl, kind_of
 from thence.train.checkpoint import MANIFEST
 from thence.train.model_files import resolve
 from thence.train.written import check_written
@@ -58,9 +59,9 @@ def ground_of(recipe: Recipe, name: str) -> dict[str, State]:
     for table in tables:
         data = recipe.stage_data(table)
         named += [*data.source, *([data.template] if data.template not in ("own", "none") else [])]
-    if not hasattr(stage, "reward"):
-        return _states(named)
-    return _states([*named, *_reward_file(stage.reward)])  # type: ignore[union-attr]
+    if isinstance(stage, Rl | Eval):
+        named += [file for spec in reward_names(stage) for file in _reward_file(spec)]
+    return _states(named)
 
 
 def model_ground(settings: Model) -> dict[str, State]:

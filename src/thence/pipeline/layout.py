@@ -10,9 +10,10 @@ import torch
 from thence.accounting.layout import FITS, Layout, choose_layout, is_cut, weight_bytes
 from thence.errors import RecipeError
 from thence.models.packing import know_way, way_of
-from thence.pipeline.adapters import is_quantized, lora_of, sizes
+from thence.pipeline.adapters import sizes
 from thence.pipeline.context import StageContext
 from thence.recipe import Model, Optimization, Recipe
+from thence.train.adapted import is_quantized, lora_of
 from thence.train.cut_probe import Sums, check_cut, gradient_sums
 from thence.train.model import Loaded, compute_dtype, empty_model, load_model, load_tokenizer
 from thence.train.parallel import DataParallel, Ranks, ShardLayout, on_first_rank, shard, together

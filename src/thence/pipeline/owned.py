@@ -22,6 +22,7 @@ from thence.redaction import redacted_values
 from thence.toml import to_toml
 from thence.train.checkpoint import REPLACED, WRITING, written_names
 from thence.train.run_marker import MARKER, is_run
+from thence.train.run_models import EXPORTED
 
 FORMAT = 1
 RECIPE, ENVIRONMENT, CHANGES = "recipe.toml", "environment.json", "changes.jsonl"
@@ -199,9 +200,13 @@ def _place_of(place: str, name: str, marker: Marker) -> str | None:
     if place == "stage":
         known = {"model": "model", f"{REPLACED}model": "model", ".model-writing": "temporary"}
         known |= {"adapter": "model", f"{REPLACED}adapter": "model", ".adapter-writing": "temporary"}
-        return (known | {"checkpoints": "checkpoints", "parts": "parts", EVALUATION: EVALUATION}).get(name)
+        return (known | {n: n for n in ("checkpoints", "parts", EVALUATION, EXPORTED)}).get(name)
     if place == EVALUATION:
         return "lines" if name in ("samples", "grades", "refused") else None
+    if place == EXPORTED:
+        if re.fullmatch(r"step-\d+-[0-9a-f]{8}", name):
+            return "model"
+        return "temporary" if re.fullmatch(r"\.step-\d+-[0-9a-f]{8}\.writing", name) else None
     if place == "checkpoints":
         if re.fullmatch(rf"({re.escape(REPLACED)})?step-\d+", name):
             return "model"
@@ -218,6 +223,8 @@ def _is_own_file(place: str, name: str, named: frozenset[str]) -> bool:
         return name in _OF_STAGE
     if place == "parts":
         return bool(_PART.fullmatch(name))
+    if place == EXPORTED:
+        return name == LOCK
     if place == EVALUATION:
         return name in _OF_EVALUATION or bool(_DATED.fullmatch(name))
     if place == "lines":

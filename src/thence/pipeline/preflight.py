@@ -6,7 +6,7 @@ the hub without network, is not verified, and that is said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
 from thence.pipeline.prompts import RenderedPrompts, check_answers, check_trained, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
-from thence.pipeline.rewards import stage_reward
+from thence.pipeline.reward_trial import try_reward
+from thence.pipeline.rewards import reward_names
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
@@ -37,15 +38,8 @@ from thence.rollout.vllm.settings import vllm_settings
 from thence.train.context_length import context_of, open_config
 from thence.train.model import load_tokenizer
 from thence.train.model_files import resolve
+from thence.train.run_models import run_of
 from thence.train.written import check_manifest, check_written
-from thence.verify.reward import is_own
-from thence.verify.verdict import Verdict
-
-DEGREES = (
-    "a score of {:g} and no threshold, so results are a mean reward: for an accuracy state from which score a response "
-    "is right: reward_right_from, or the function's attribute right_from"
-)
-_tried_rewards: dict[tuple[str, float, float, float | None], str] = {}  # of this process, which may make many runs
 
 
 @dataclass(frozen=True)
@@ -286,6 +280,7 @@ def _is_hub_name(name: str) -> bool:
         or name.startswith(("/", "./", "../", "~", "world:", "package:"))
         or name.lower().endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
         or Path(name).expanduser().exists()
+        or run_of(name)[0] is not None
     )
 
 
@@ -305,7 +300,9 @@ def _try_stage(trial: Preflight, name: str) -> None:
             _try_sampled(trial, found.owner, found.stage, f"{name}, measured on {found.name}", found.table)
 
 
-def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None) -> tuple[Data, list[Prompt]]:
+def _load(
+    trial: Preflight, overrides: dict[str, Any], rewards: Iterable[str] | None = None
+) -> tuple[Data, list[Prompt]]:
     """A stage's data as its model will see them. Raises NotAtHand where they can only be read, or not even that."""
     data = trial.recipe.stage_data(overrides)
     far = [source for source in data.source if _is_hub_name(source)]
@@ -323,8 +320,8 @@ def _load(trial: Preflight, overrides: dict[str, Any], reward: str | None = None
             trial.absent[error.file or ""] = error
             raise NotAtHand(str(error).split("\n  remedy:")[0], error) from error
         raise
-    if reward is not None:
-        check_answers(examples, reward)
+    if rewards is not None:
+        check_answers(examples, rewards)
     raise NotAtHand(f"{len(examples):,} examples were read, but not rendered: there is no tokenizer")
 
 
@@ -341,8 +338,8 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
     loaded: list[Prompt] = []
 
     def data() -> str:
-        table, prompts = _load(trial, overrides, stage.reward)
-        check_answers(prompts, stage.reward)
+        table, prompts = _load(trial, overrides, reward_names(stage))
+        check_answers(prompts, reward_names(stage))
         limit = trial.context
         if isinstance(stage, Rl) and stage.engine == "vllm" and stage.vllm.get("max_model_len"):
             limit = min(stage.vllm["max_model_len"], limit or stage.vllm["max_model_len"])
@@ -355,7 +352,8 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
     if isinstance(stage, Rl) and loaded:
         trial.attempt(f"{part}: method {stage.method}", lambda: _try_method(trial, name, stage, loaded))
     if trial.leads:
-        trial.attempt(f"{part}: reward {stage.reward}", lambda: _try_reward(trial, stage, loaded))
+        named = " + ".join(reward_names(stage))
+        trial.attempt(f"{part}: reward {named}", lambda: try_reward(stage, loaded, trial.tokenizer))
 
 
 def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:
@@ -372,26 +370,3 @@ def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt
     except Exception as error:  # a method of another package may look deeper into the sampler
         raise NotAtHand(f"made-up responses were too little for it: {type(error).__name__}: {error}") from error
     return f"{shown:,} of {len(prompts):,} prompts have a demonstration" if method.demonstrations != "no" else ""
-
-
-def _try_reward(trial: Preflight, stage: Rl | Eval, prompts: Sequence[Prompt]) -> str:
-    """Load a reward and let it grade one response: the demonstration of the first prompt, or its answer."""
-    file = Path(stage.reward.rpartition(":")[0])
-    changed = file.stat().st_mtime if file.is_file() else 0.0
-    key = (stage.reward, changed, stage.reward_seconds, stage.reward_right_from)
-    if key in _tried_rewards:
-        return _tried_rewards[key]
-    own = is_own(stage.reward)
-    with stage_reward(stage, workers=1, slow_in_a_row=1) as grader:
-        if own and not prompts:
-            return "loaded, not called: there is no prompt to call it with"
-        first = prompts[0] if prompts else Prompt(0, (), answer="1")
-        decode = getattr(trial.tokenizer, "decode", None)
-        shown = first.demonstration_ids if own and decode is not None else None
-        text = f"The answer is {first.answer}."
-        if decode is not None and shown:
-            text = decode(shown, skip_special_tokens=True)
-        found = grader.grade_many([first.text], [text], [first.answer])[0]
-    degrees = found.verdict is Verdict.GRADED
-    _tried_rewards[key] = DEGREES.format(found.score) if degrees else ""
-    return _tried_rewards[key]

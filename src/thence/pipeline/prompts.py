@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,10 @@ def check_trained(prompts: list[Prompt], train_on: str, *, say: bool = True) -> 
     log.log(logging.INFO if say else logging.DEBUG, "%.0f%% of the tokens are trained", 100 * share)
 
 
-def check_answers(prompts: Sequence[Prompt] | Sequence[Example], reward: str) -> None:
+def check_answers(prompts: Sequence[Prompt] | Sequence[Example], rewards: Iterable[str]) -> None:
     """Refuse to grade by comparison where there is nothing to compare with. Raises DataError."""
-    if reward in ("exact", *MATH_RULES) and not any(prompt.answer for prompt in prompts):
+    reward = next((spec for spec in rewards if spec in ("exact", *MATH_RULES)), None)
+    if reward is not None and not any(prompt.answer for prompt in prompts):
         raise DataError(
             f"no example has an answer, and the reward {reward!r} compares with one",
             remedy="give a data set with answers, or your own reward function",
@@ -193,4 +194,5 @@ def _prompt(index: int, example: Example, row: Rendered) -> Prompt:
         text=example.question,
         group=example.group,
         opening=row.opening,
+        columns=example.columns,
     )

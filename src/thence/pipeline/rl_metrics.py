@@ -135,8 +135,22 @@ def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, A
         "unknown_share": unknown / n,
         "truncated": truncated / n,
         "response_tokens": sampled / n,
+        **_component_means(seen, ranks),
     }
     return facts, sampled
+
+
+def _component_means(seen: Sequence[Trajectory], ranks: Ranks) -> dict[str, float]:
+    """The mean of every component of the reward over the responses that have it, as ``reward/NAME``."""
+    sums: dict[str, tuple[float, int]] = {}
+    for trajectory in seen:
+        for name, value in trajectory.components:
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + value, count + 1)
+    every = ranks.gather(sums)
+    names = dict.fromkeys(name for own in every for name in own)
+    found = {name: [own[name] for own in every if name in own] for name in names}
+    return {f"reward/{name}": sum(t for t, _ in own) / sum(n for _, n in own) for name, own in found.items()}
 
 
 class Shares:

@@ -19,7 +19,7 @@ from thence.pipeline.context import Budget, StageContext, budget_of, make_traine
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
 from thence.pipeline.prompts import check_answers
-from thence.pipeline.rewards import stage_reward
+from thence.pipeline.rewards import reward_names, stage_reward
 from thence.pipeline.rl_metrics import BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
@@ -36,7 +36,7 @@ from thence.train.weights import whole
 def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
     prompts = context.load_prompts(stage.data)
-    check_answers(prompts, stage.reward)
+    check_answers(prompts, reward_names(stage))
     room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)

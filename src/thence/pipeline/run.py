@@ -16,7 +16,7 @@ from thence.accounting.layout import is_cut
 from thence.data.trajectory import Prompt
 from thence.errors import UserError
 from thence.methods.registry import stage_method
-from thence.pipeline.adapters import adapt, check_same_base, is_quantized, origin_of, publish_adapter, started_from
+from thence.pipeline.adapters import check_same_base, origin_of, publish_adapter
 from thence.pipeline.context import StageContext
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
@@ -32,6 +32,7 @@ from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
 from thence.pipeline.validation import take_best
 from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
+from thence.train.adapted import adapt, is_quantized, started_from
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
 from thence.train.lora import has_adapters
 from thence.train.model import save_model
@@ -152,7 +153,7 @@ class Execution:
     def context(self, name: str) -> StageContext:
         """What a stage is given, with the model as the stages before it left it."""
         recipe = self.recipe
-        model = started_from(recipe, self.folder, name)
+        model = started_from(recipe, self.folder.path, name)
         layout = layout_of(recipe, name, model, self.ranks, self.device)
         quantized = is_quantized(recipe, name)
         # quantized on the host, so that a GPU never holds the weights in float32

@@ -12,7 +12,8 @@ def rollout_line(trajectory: Trajectory, **where: Any) -> dict[str, Any]:
     """The line of a response that a training stage sampled."""
     graded = (trajectory.verdict, trajectory.extracted, trajectory.reason, trajectory.score)
     sampled = (trajectory.text, len(trajectory.response_ids), trajectory.finish)
-    return _line(trajectory.prompt, graded, sampled, where)
+    made_of = {"components": dict(trajectory.components)} if trajectory.components else {}
+    return _line(trajectory.prompt, graded, sampled, where) | made_of
 
 
 def evaluation_line(prompt: Prompt, sample: Sample, grade: GradeLine, **where: Any) -> dict[str, Any]:

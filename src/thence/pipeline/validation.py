@@ -274,7 +274,7 @@ def take_best(context: StageContext, facts: Mapping[str, Any]) -> None:
 def _part(context: StageContext, stage: Optimization, found: MeasuredSet, held: ExitStack) -> MeasuredPart:
     evaluation = found.stage
     prompts = tuple(context.load_prompts(found.table)[: stage.eval_limit])
-    check_answers(prompts, evaluation.reward)
+    check_answers(prompts, [evaluation.reward])
     temperature = evaluation.temperatures[0]
     limit = context_of(context.model.config)
     sampling = Sampling(

@@ -20,6 +20,7 @@ from typing import Any
 
 from thence.errors import RecipeError, UserError
 from thence.names import RULE, bad_name, same_file
+from thence.recipe.beside import beside
 from thence.recipe.overrides import apply_overrides
 from thence.recipe.schema import KINDS, Eval, Recipe, Rl, Sft, kind_of
 from thence.recipe.tables import Data
@@ -40,7 +41,7 @@ def load_recipe(origin: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         RecipeError: unknown recipe or key, wrong type or a combination that makes no sense.
     """
     file = None if isinstance(origin, Mapping) else read_recipe_file(origin)
-    tables = dict(origin) if isinstance(origin, Mapping) else file.tables if file else {}
+    tables = dict(origin) if isinstance(origin, Mapping) else _tables_of(file) if file else {}
     given = overrides or {}
     try:
         return build_recipe(apply_overrides(tables, given), file=file)
@@ -173,10 +174,15 @@ def read_recipe_file(origin: str | Path) -> TomlFile:
         ) from None
 
 
+def _tables_of(file: TomlFile) -> dict[str, Any]:
+    """The tables of a file, with paths that hold from the current folder. A shipped recipe has no files beside it."""
+    return file.tables if file.path in shipped_recipes().values() else beside(file)
+
+
 def read_tables(origin: str | Path) -> tuple[str, dict[str, Any]]:
     """The path and the plain tables of a TOML file or a shipped recipe, not validated. Raises RecipeError."""
     file = read_recipe_file(origin)
-    return str(file.path), file.tables
+    return str(file.path), _tables_of(file)
 
 
 def _table(tables: Mapping[str, Any], name: str, file: TomlFile | str | None) -> dict[str, Any]:

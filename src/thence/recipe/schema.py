@@ -170,6 +170,8 @@ class Rl(Optimization):
     """Longest response. If it is not set, it is cut to what the model's context leaves after the longest prompt."""
     reward: Place = "math"
     """exact, math, math-after-think, math-boxed, or your own function: package.module:function or file.py:function."""
+    rewards: dict[Place, Signed] = {}
+    """Several rewards with their weights, in place of reward: { math = 1.0, "own.py:brief" = 0.2 }."""
     reward_seconds: Seconds = 10.0
     """Time limit of one answer check or one call of your own function, in seconds."""
     reward_right_from: Signed | None = None
@@ -189,6 +191,12 @@ class Rl(Optimization):
     def _mini_batch_divides(self) -> Rl:
         if self.mini_batch is not None and self.prompts % self.mini_batch:
             raise ValueError(f"mini_batch {self.mini_batch} does not divide prompts {self.prompts}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> Rl:
+        if self.rewards and "reward" in self.model_fields_set:
+            raise ValueError("give one of reward and rewards")
         return self
 
 

@@ -34,7 +34,7 @@ class Model(Section):
     """The model that the first stage starts from."""
 
     path: Source | None = None
-    """A Hugging Face folder or hub name, or `world:chain/rich` for a base of the embedded world."""
+    """A Hugging Face folder or hub name, `RUN:STAGE@STEP` (what a run has trained), or `world:chain/rich`."""
     gguf_file: Place | None = None
     """A GGUF file inside `path`. transformers reads it."""
     init: dict[str, Any] | None = None

@@ -79,7 +79,9 @@ def grade(
         stop_ids: all tokens that end a response; the one at its end is no part of the text.
     """
     texts = [response_text(tokenizer, t.response_ids, stop_ids, t.prompt.opening) for t in trajectories]
-    grades = grader.grade_many([t.prompt.text for t in trajectories], texts, [t.prompt.answer for t in trajectories])
+    asked = [trajectory.prompt for trajectory in trajectories]
+    columns = [prompt.columns for prompt in asked]
+    grades = grader.grade_many([p.text for p in asked], texts, [p.answer for p in asked], columns)
     return [
         replace(
             trajectory,
@@ -88,6 +90,7 @@ def grade(
             text=text,
             extracted=grade.extracted,
             reason=grade.reason,
+            components=grade.components,
         )
         for trajectory, text, grade in zip(trajectories, texts, grades, strict=True)
     ]

@@ -20,15 +20,19 @@ LONGEST_HUB_NAME = 96
 
 
 def find_place(path: str, field: str = "model.path") -> str:
-    """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself.
+    """The folder of ``world:...`` (embedded world), ``package:...`` (installed package) or ``RUN:STAGE@STEP`` (what a
+    run has trained); else the name itself.
 
     Raises:
         RecipeError: no such base, package or folder, and no name that the hub could have.
+        UserError: a run that has no such model.
     """
     if path.startswith("world:"):
         return _base(path, field)
     if path.startswith("package:"):
         return _package(path.removeprefix("package:"), field)
+    if (trained := _of_run(path, field)) is not None:
+        return trained
     place = Path(path).expanduser()
     try:
         if place.is_dir():
@@ -52,7 +56,7 @@ def find_place(path: str, field: str = "model.path") -> str:
     ):
         raise RecipeError(
             f"there is no folder {path!r}, and no model on the hub has such a name",
-            remedy="give a Hugging Face folder, a hub name (owner/name), world:chain/rich or package:NAME",
+            remedy="give a Hugging Face folder, a hub name (owner/name), RUN:STAGE, world:chain/rich or package:NAME",
             field=field,
         )
     if not _is_reachable() and not _is_kept(path):
@@ -62,6 +66,22 @@ def find_place(path: str, field: str = "model.path") -> str:
             field=field,
         )
     return str(place)
+
+
+def _of_run(path: str, field: str) -> str | None:
+    from thence.train.run_models import BASE, base_of_run, model_of_run
+
+    try:
+        if path.endswith(f":{BASE}") and (base := base_of_run(path)) is not None:
+            return find_place(base, field)
+        found = model_of_run(path)
+    except (OSError, ValueError):  # too long for a name, or a NUL in it
+        return None
+    except UserError as error:
+        if error.field is None:
+            error.rename_field(field)
+        raise
+    return None if found is None else str(found[0])
 
 
 def _base(path: str, field: str) -> str:

@@ -1,14 +1,16 @@
 """The process in which a reward function of the user's own runs. `thence.verify.own_function` starts it.
 
-It loads the function once and then answers one request after the other: {"prompt", "response", "answer"} in, and
-{"score"}, {"raised"} or {"returned"} out, over pipes that the function cannot reach: what it prints goes to standard
-error, and what it reads from standard input is empty. Nothing that it does, `sys.exit` included, ends the run.
+It loads the function once and then answers one request after the other: {"prompt", "response", "answer", "columns"} in,
+and {"score", "components"}, {"raised"} or {"returned"} out; of a function that takes lists, lists in and "scores" out.
+This goes over pipes that the function cannot reach: what it prints goes to standard error, and what it reads from
+standard input is empty. Nothing that it does, `sys.exit` included, ends the run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
+import json
 import math
 import os
 import signal
@@ -21,8 +23,10 @@ from typing import Any, BinaryIO
 from thence.errors import UserError
 from thence.foreign_text import one_line
 from thence.framed import pack, read
-from thence.verify.loading import error_place, load_function, said, stated_threshold
+from thence.verify.loading import BATCHED, COLUMNS, error_place, load_function, said, stated_threshold, wants_columns
 
+REWARD = "reward"
+"""The key of a function's dict that is the score itself."""
 SHOWN = 60  # characters of a value that is no number
 _SET_PDEATHSIG = 1
 
@@ -44,20 +48,60 @@ def main(spec: str, parent: int, started_by_main_thread: bool) -> None:
         facts = {"problem": error.problem, "remedy": error.remedy, "file": error.file, "line": error.line}
         replies.write(pack({"refused": facts | {"field": error.field}}))
         return
-    file = _file_of(function)
-    replies.write(pack({"ready": True, "stated": stated, "right_from": right_from}))
+    file, batched = _file_of(function), bool(getattr(function, BATCHED, False))
+    wanted = wants_columns(function)
+    replies.write(
+        pack({"ready": True, "stated": stated, "right_from": right_from, "batched": batched, "columns": wanted})
+    )
     while (request := read(requests)) is not None:
-        replies.write(pack(_call(function, request, file)))
+        replies.write(pack(_call(function, request, file, batched, wanted)))
 
 
-def _call(function: Callable[..., Any], request: dict[str, Any], file: str | None) -> dict[str, Any]:
+def _call(
+    function: Callable[..., Any], request: dict[str, Any], file: str | None, batched: bool, wanted: bool
+) -> dict[str, Any]:
+    given = [request["prompt"], request["response"], request["answer"]]
+    named: dict[str, Any] = {}
+    if wanted:
+        columns = request["columns"]
+        named[COLUMNS] = list(map(_columns, columns)) if batched else _columns(columns)
     try:
-        value = function(request["prompt"], request["response"], request["answer"])
+        value = function(*given, **named)
+        if batched and hasattr(value, "__len__") and not isinstance(value, (str, bytes, dict)):
+            value = list(value)  # also of a tensor or an array
     except BaseException as error:
         found, line = error_place(error, file)
         return {"raised": said(error), "file": found, "line": line}
+    if not batched:
+        return as_reply(value)
+    count = len(request["response"])
+    if not isinstance(value, list) or len(value) != count:
+        said_count = f" with {len(value)} values" if isinstance(value, list) else ""
+        return {"returned": f"{_shown(value)}{said_count}, not a list of {count} scores,"}
+    return {"scores": list(map(as_reply, value))}
+
+
+def _columns(text: str) -> dict[str, Any]:
+    return json.loads(text) if text else {}
+
+
+def as_reply(value: Any) -> dict[str, Any]:
+    """What the function said of one response: its score and what that is made of, or what it returned instead.
+
+    Of a dict, the score is its `reward`, or else the sum of its values; None for one of them: nobody can tell.
+    """
     if value is None:
         return {"score": None}
+    if isinstance(value, dict):
+        numbers = {name: None if each is None else as_number(each) for name, each in value.items()}
+        wrong = any(numbers[name] is None and value[name] is not None for name in numbers)
+        if not numbers or wrong or not all(isinstance(name, str) for name in numbers):
+            return {"returned": f"{_shown(value)}, not a dict of names to finite numbers,"}
+        known = {name: number for name, number in numbers.items() if number is not None}
+        score = numbers[REWARD] if REWARD in numbers else math.fsum(known.values())
+        if len(known) < len(numbers) and not (REWARD in numbers and numbers[REWARD] is not None):
+            score = None
+        return {"score": score, "components": {name: each for name, each in known.items() if name != REWARD}}
     score = as_number(value)
     return {"returned": _shown(value)} if score is None else {"score": score}
 

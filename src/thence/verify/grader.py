@@ -13,9 +13,17 @@ class Grader(ABC):
 
     @abstractmethod
     def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str | None],
+        columns: Sequence[str] | None = None,
     ) -> list[Grade]:
-        """One grade for each response, in order. The three sequences are of one length (else ValueError)."""
+        """One grade for each response, in order. The sequences are of one length (else ValueError).
+
+        Args:
+            columns: what else the row of each response holds, a JSON object as text, empty for none; None: not known.
+        """
 
     def close(self) -> None:
         """Give up processes. May be called twice."""

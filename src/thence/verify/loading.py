@@ -17,13 +17,15 @@ from typing import Any, cast
 from thence.errors import UserError
 from thence.foreign_text import one_line
 
-RewardFunction = Callable[[str, str, str | None], float | None]
-"""`def reward(prompt, response, answer)`: a finite number, or None where it cannot tell."""
+RewardFunction = Callable[..., Any]
+"""`def reward(prompt, response, answer)`: a finite number, a dict of them, or None where it cannot tell."""
 
 SIGNATURE = "def reward(prompt: str, response: str, answer: str | None) -> float | None"
 BUILT_IN = ("exact", "math", "math-after-think", "math-boxed")
 RIGHT_FROM = "right_from"
 """Name of the attribute with which a function states the score from which a response is right."""
+BATCHED, COLUMNS = "batched", "columns"
+"""Names of the attribute with which a function says that it takes lists, and of the parameter for a row's columns."""
 
 
 def load_function(spec: str) -> RewardFunction:
@@ -79,6 +81,14 @@ def stated_threshold(function: Callable[..., Any], spec: str) -> tuple[bool, flo
             field="reward",
         )
     return True, float(value)
+
+
+def wants_columns(function: Callable[..., Any]) -> bool:
+    """Whether the function has a parameter for the row's other columns."""
+    try:
+        return COLUMNS in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def function_file(spec: str) -> Path | None:
@@ -172,7 +182,7 @@ def _check_signature(function: Callable[..., Any], spec: str) -> None:
     except (TypeError, ValueError):  # functions written in C may have none to look at
         return
     try:
-        signature.bind("prompt", "response", "answer")
+        signature.bind("prompt", "response", "answer", **({COLUMNS: {}} if COLUMNS in signature.parameters else {}))
     except TypeError as error:
         problem = f"reward {spec} cannot be called with a prompt, a response and an answer: {error}"
         raise UserError(problem, remedy=f"give it the signature: {SIGNATURE}", field="reward") from error

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from thence.errors import UserError
@@ -57,10 +57,14 @@ class Stated:
     Args:
         stated: whether it says from which score a response is right.
         right_from: that score; None: never.
+        batched: it takes lists, all responses of a batch at once.
+        columns: it takes what else the row of a response holds.
     """
 
     stated: bool = False
     right_from: float | None = None
+    batched: bool = False
+    columns: bool = False
 
 
 class FunctionProcess:
@@ -89,14 +93,18 @@ class FunctionProcess:
         self._finalizer = weakref.finalize(self, _leave, self._child, os.getpid())
         self.stated = self._started(limit)
 
-    def ask(self, prompt: str, response: str, answer: str | None) -> dict[str, Any]:
-        """What the function did with a response: `score`, `raised` or `returned`.
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What the function did with a response: `score`, `raised` or `returned`; with a batch: `scores`.
+
+        Args:
+            request: `prompt`, `response`, `answer` and `columns`, or lists of them.
+            seconds: how long it may take.
 
         Raises:
             TooSlow, Ended: the process is gone then.
         """
         try:
-            self._child.send({"prompt": prompt, "response": response, "answer": answer}, self.seconds)
+            self._child.send(request, seconds)
             return self._answer()
         except BaseException:  # also Ctrl-C: its answer would be taken for that of the next response
             self.kill()
@@ -135,7 +143,7 @@ class FunctionProcess:
             self.kill()
             refused = found["refused"]
             raise UserError(refused.pop("problem"), **refused)
-        return Stated(found["stated"], found["right_from"])
+        return Stated(found["stated"], found["right_from"], found["batched"], found["columns"])
 
     def _answer(self) -> dict[str, Any]:
         """The next message of the process. Raises TooSlow after its deadline, Ended when it is gone."""
@@ -195,16 +203,32 @@ class FunctionGrader(Grader):
         self._lock = threading.Lock()
         self._process: FunctionProcess | None = FunctionProcess(spec, seconds, setting)
         stated = self._process.stated
-        self.threshold = stated if right_from is None else Stated(True, right_from)
+        self.threshold = stated if right_from is None else replace(stated, stated=True, right_from=right_from)
 
     def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str | None],
+        columns: Sequence[str] | None = None,
     ) -> list[Grade]:
-        rows = enumerate(zip(prompts, responses, answers, strict=True), start=1)
+        if self.threshold.columns and columns is None:
+            raise UserError(
+                f"reward {self.spec} takes the row's columns, and they are not kept here",
+                remedy="grade with a function of prompt, response and answer; stages of a run hand columns over",
+                field="reward",
+            )
+        given = columns if columns is not None else [""] * len(prompts)
+        rows = [
+            {"prompt": p, "response": r, "answer": a, "columns": c}
+            for p, r, a, c in zip(prompts, responses, answers, given, strict=True)
+        ]
         with self._lock:
             if self._closed:
                 raise ValueError("the grader is closed")
-            return [self._grade(row, *fields) for row, fields in rows]
+            if self.threshold.batched:
+                return self._grade_batch(rows) if rows else []
+            return [self._grade(self._where(i, row), row) for i, row in enumerate(rows, start=1)]
 
     def close(self) -> None:
         self._closed = True
@@ -221,15 +245,35 @@ class FunctionGrader(Grader):
             return Verdict.RIGHT if score >= limit else Verdict.WRONG
         return {1.0: Verdict.RIGHT, 0.0: Verdict.WRONG}.get(score, Verdict.GRADED)
 
-    def _grade(self, row: int, prompt: str, response: str, answer: str | None) -> Grade:
-        where = f"response {row} of the batch (prompt {_short(prompt)}, response {_short(response)})"
+    def _where(self, number: int, row: dict[str, Any]) -> str:
+        return f"response {number} of the batch (prompt {_short(row['prompt'])}, response {_short(row['response'])})"
+
+    def _grade_batch(self, rows: list[dict[str, Any]]) -> list[Grade]:
+        """All responses in one call, which has the time of all of them."""
+        request = {name: [row[name] for row in rows] for name in rows[0]}
+        where = f"a batch of {len(rows)} responses"
+        found = self._asked(request, where, self.seconds * len(rows))
+        if found is None:
+            return [self._late()] * len(rows)
+        return [
+            self._graded(one, self._where(i, row))
+            for i, (row, one) in enumerate(zip(rows, found["scores"], strict=True), start=1)
+        ]
+
+    def _grade(self, where: str, row: dict[str, Any]) -> Grade:
+        found = self._asked(row, where, self.seconds)
+        return self._late() if found is None else self._graded(found, where)
+
+    def _asked(self, request: dict[str, Any], where: str, seconds: float) -> dict[str, Any] | None:
+        """What the function did with a request; None: it took too long. Raises UserError."""
         process, self._process = self._process, None  # gone, unless it answers
         if process is None:
             process = FunctionProcess(self.spec, self.seconds, self._setting)
         try:
-            found = process.ask(prompt, response, answer)
+            found = process.ask(request, seconds)
         except TooSlow:
-            return self._too_slow(where)
+            self._too_slow(where, seconds)
+            return None
         except Ended as how:
             raise UserError(
                 f"reward function {self.spec} ended its process ({how}) on {where}",
@@ -243,11 +287,19 @@ class FunctionGrader(Grader):
                 file=found["file"],
                 line=found["line"],
             )
+        self._refuse_returned(found, where)
+        return found
+
+    def _refuse_returned(self, found: dict[str, Any], where: str) -> None:
         if "returned" in found:
             raise UserError(
                 f"reward function {self.spec} returned {found['returned']} on {where}",
                 remedy="let it return a finite number, or None where it cannot tell",
             )
+
+    def _graded(self, found: dict[str, Any], where: str) -> Grade:
+        """The grade of what the function said of one response. Raises UserError."""
+        self._refuse_returned(found, where)
         score = found["score"]
         if score is None:
             return unknown("the reward function returned None")
@@ -256,14 +308,18 @@ class FunctionGrader(Grader):
                 f"reward function {self.spec} returned {score:g} on {where}",
                 remedy=f"let it return a number between -{LARGEST:,.0f} and {LARGEST:,.0f}: scale its scores down",
             )
-        return Grade(self.verdict(score), score)
+        components = tuple(found.get("components", {}).items())
+        return Grade(self.verdict(score), score, components=components)
 
-    def _too_slow(self, where: str) -> Grade:
+    def _late(self) -> Grade:
+        return unknown(f"time limit: the reward function took more than {self.seconds:g} s")
+
+    def _too_slow(self, where: str, seconds: float) -> None:
         self._slow += 1
         if self._slow >= self._slow_in_a_row:
             several = f"{self._slow} responses in a row, the last of them " if self._slow > 1 else ""
             raise UserError(
-                f"reward function {self.spec} took more than {self.seconds:g} s on {several}{where}",
+                f"reward function {self.spec} took more than {seconds:g} s on {several}{where}",
                 remedy=f"make it quicker, or raise {self._setting}",
             )
         if not self._told:
@@ -271,9 +327,8 @@ class FunctionGrader(Grader):
             log.warning(
                 "reward function %s took more than %g s on %s: nobody can tell its reward. The function is loaded "
                 "again, without what it kept from earlier calls. %s sets the limit; this is said once",
-                *(self.spec, self.seconds, where, self._setting),
+                *(self.spec, seconds, where, self._setting),
             )
-        return unknown(f"time limit: the reward function took more than {self.seconds:g} s")
 
 
 def _on(raised: str, where: str) -> str:

@@ -23,7 +23,11 @@ class ExactGrader(Grader):
     """Exact match after the last marker: see `grade_exact`."""
 
     def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str | None],
+        columns: Sequence[str] | None = None,
     ) -> list[Grade]:
         rows = zip(prompts, responses, answers, strict=True)
         return [grade_exact(response, answer) for _, response, answer in rows]
@@ -37,7 +41,11 @@ class MathGrader(Grader):
         self._pool = pool
 
     def grade_many(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str | None],
+        columns: Sequence[str] | None = None,
     ) -> list[Grade]:
         rows = zip(prompts, responses, answers, strict=True)
         return self._pool.grade_many([GradeRequest(response, answer, self._rule) for _, response, answer in rows])
@@ -65,7 +73,7 @@ def load_reward(
 
     Args:
         spec: `exact`, `math`, `math-after-think`, `math-boxed`, or the user's function: `package.module:function` or
-            `path/to/file.py:function`, with the signature `reward(prompt, response, answer) -> float | None`.
+            `path/to/file.py:function`, with the signature `reward(prompt, response, answer) -> float | dict | None`.
         seconds: wall-clock limit of one response.
         workers, memory_mb: limits of `GradingPool`; the user's function has one process and no memory limit.
         right_from: the lowest score of the user's function that is right; default: what the function states.

@@ -31,6 +31,7 @@ class Grade:
         score: what training uses; 1.0 for RIGHT and 0.0 else, except for own reward functions, which may return any
             number between -1e6 and 1e6. Always 0.0 for UNKNOWN.
         extracted: the text that was taken for the final answer, if one was found.
+        components: what the score is made of, by name, where a reward function or several of them say so.
         reason: why a verdict is UNKNOWN or WRONG without comparison, and anything else worth knowing; else empty.
     """
 
@@ -38,6 +39,7 @@ class Grade:
     score: float
     extracted: str | None = None
     reason: str = ""
+    components: tuple[tuple[str, float], ...] = ()
 
 
 def right(extracted: str | None, reason: str = "") -> Grade:
@@ -68,7 +70,9 @@ def count(grades: Iterable[Grade]) -> dict[str, int]:
 
 def to_plain(grade: Grade) -> dict[str, Any]:
     """A grade as JSON values."""
-    return asdict(grade) | {"verdict": grade.verdict.value}
+    plain = asdict(grade) | {"verdict": grade.verdict.value}
+    del plain["components"]  # of reward functions, which run elsewhere
+    return plain
 
 
 def from_plain(plain: dict[str, Any]) -> Grade:

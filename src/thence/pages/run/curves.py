@@ -42,9 +42,11 @@ QUANTITIES = {
 
 
 def measured_on(training: StageMetrics) -> tuple[Curve, ...]:
-    """A curve for each test set that the stage was measured on while it trained."""
-    keys = dict.fromkeys(key for step in training.steps for key in step if key.startswith("eval/"))
-    return tuple(Curve(key, f"Test set {key.removeprefix('eval/')}", "accuracy or mean reward") for key in keys)
+    """A curve for each test set that the stage was measured on while it trained, and for each part of its reward."""
+    keys = dict.fromkeys(key for step in training.steps for key in step)
+    sets = [Curve(k, f"Test set {k.removeprefix('eval/')}", "accuracy or mean reward") for k in keys if "eval/" in k]
+    parts = [Curve(k, f"Reward: {k.removeprefix('reward/')}", "mean over rollouts") for k in keys if "reward/" in k]
+    return (*sets, *parts)
 
 
 def quantities_of_stage(training: StageMetrics) -> tuple[Curve, ...]:
