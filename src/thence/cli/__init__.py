@@ -49,9 +49,17 @@ def _answer(arguments: list[str]) -> int:
     name, *rest = arguments or [""]
     try:
         if name in ("", "-h", "--help", "help"):
-            from thence.cli.app import print_help
+            from thence.cli.app import command, print_help
 
-            return print_help() if arguments else print_help() or 2
+            asked = [word for word in rest if not word.startswith("-")] if name == "help" else []
+            if len(asked) > 1:
+                raise UserError(
+                    f"thence help takes one command, not {len(asked)} ({', '.join(asked)})",
+                    remedy=f"`thence help {asked[0]}` explains the first",
+                )
+            for word in asked:
+                command(word)  # which refuses a name that there is not
+            return print_help(*asked) if arguments else print_help() or 2
         if name in ("-V", "--version"):
             from thence import __version__
 

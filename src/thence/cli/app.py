@@ -23,7 +23,7 @@ COMMANDS = {
     "run": "Run a recipe, or resume it where it stopped.",
     "check": "Try what training relies on, with your model and rows.",
     "compare": "Compare arms x bases x seeds at one budget.",
-    "eval": "Measure a model on benchmarks; compare two evaluations.",
+    "eval": "Measure a model on benchmarks; compare evaluations.",
     "sample": "Show what the model said, with verdicts.",
     "export": "Make a Hugging Face folder from a checkpoint.",
     "merge": "Merge a LoRA adapter into its model.",
@@ -32,6 +32,7 @@ COMMANDS = {
     "doctor": "List versions here, and those known to train wrongly.",
     "recipes": "List the recipes that come with thence, or print one.",
     "methods": "List the training methods, or explain one.",
+    "schema": "Print the JSON schema of recipes or comparisons.",
     "completion": "Print or install the completion for your shell.",
 }
 USAGE = {
@@ -40,12 +41,13 @@ USAGE = {
     "check": "thence check MODEL|RECIPE [--data FILE] [--table.field VALUE ...]",
     "eval": "thence eval MODEL --suite NAME [OPTIONS]\n"
     "       thence eval --endpoint URL --suite NAME [OPTIONS]\n"
-    "       thence eval --compare A B | --regrade FOLDER | --list",
+    "       thence eval --compare A B [C ...] | --regrade FOLDER | --list",
     "compare": "thence compare COMPARISON [OPTIONS]",
     "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]",
     "merge": "thence merge ADAPTER|RUN|RUN:STAGE FOLDER [OPTIONS]",
     "recipes": "thence recipes [NAME]",
     "methods": "thence methods [NAME]",
+    "schema": "thence schema [recipe|comparison]",
     "completion": "thence completion [SHELL] [--install]",
     "audit": "thence audit TARGET [OPTIONS]\n       thence audit command [OPTIONS] -- PROGRAM ... {model} {data} ...",
 }

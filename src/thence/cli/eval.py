@@ -1,4 +1,4 @@
-"""``thence eval``: measure a model on benchmarks, compare two evaluations, grade one again."""
+"""``thence eval``: measure a model on benchmarks, compare evaluations, grade one again."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def eval_command(
     set_: Annotated[tuple[str, ...], Parameter(metavar="[TASK.]FIELD=VALUE")] = (),
     fields: TaskFields = TaskFields(),
     generator: Generator = Generator(),
-    compare: Annotated[tuple[str, str] | None, Parameter(group=INSTEAD, metavar="A B")] = None,
+    compare: Annotated[tuple[str, ...], Parameter(group=INSTEAD, metavar="A B [C ...]", consume_multiple=True)] = (),
     regrade: Annotated[str | None, Parameter(group=INSTEAD, metavar="FOLDER")] = None,
     list_: Annotated[bool, Parameter(group=INSTEAD)] = False,
 ) -> int:
-    """Measure a model on benchmarks, compare two evaluations, grade one again.
+    """Measure a model on benchmarks, compare evaluations, grade one again.
 
     MODEL is a Hugging Face folder or hub name, a run's folder (its last trained model) or RUN:STAGE, world:chain/rich,
     package:NAME, or a GGUF file. Run the same command again after a crash or Ctrl-C: it resumes. `thence sample FOLDER`
@@ -63,7 +63,7 @@ def eval_command(
         limit: Only the first problems of every task.
         folder: Where everything is kept. Default: evals/SUITE-MODEL.
         set_: Any other field of the tasks.
-        compare: Two evaluations (folders, runs or RUN:STAGE): paired differences, B minus A.
+        compare: Two evaluations or more (folders, runs or RUN:STAGE): paired differences of each from the first.
         regrade: Grade an evaluation again without generating, with --grader or each task's own grader.
         list_: List the shipped suites.
     """
@@ -305,14 +305,22 @@ def _present(console: Console, store: Store, grader: str | None = None) -> int:
     return 0
 
 
-def _compare(names: tuple[str, str], suite: str | None, grader: str | None) -> int:
+def _compare(names: Sequence[str], suite: str | None, grader: str | None) -> int:
     from thence.evaluate.summary import compare_evaluations
-    from thence.pages.evaluation.tables import comparison_table
+    from thence.pages.evaluation.tables import comparison_table, comparison_tables
     from thence.pages.terminal import with_notes
     from thence.terminal import make_console
 
-    a, b = (_existing(name, suite) for name in names)
-    make_console().print(with_notes(comparison_table(compare_evaluations(a, b, grader))))
+    if len(names) < 2:
+        raise UserError("one evaluation has nothing to be compared with", remedy="name two or more", field="--compare")
+    first, *others = (_existing(name, suite) for name in names)
+    found = [compare_evaluations(first, other, grader) for other in others]
+    console = make_console()
+    if len(found) == 1:
+        console.print(with_notes(comparison_table(found[0])))
+        return 0
+    for place, table in enumerate(comparison_tables(found)):
+        console.print(*([""] if place else []), with_notes(table), sep="\n")
     return 0
 
 

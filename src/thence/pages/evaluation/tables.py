@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
 
 from thence.evaluate.summary import EvaluationComparison, Result, TaskResult
 from thence.foreign_text import one_line
 from thence.pages.table import NOTHING, Cell, Table, TableRow
+from thence.stats.multiplicity import holm
 from thence.stats.spread import Score
 from thence.wording import counted
 
@@ -136,24 +139,63 @@ def _not_answered(result: Result) -> list[str]:
 
 def comparison_table(comparison: EvaluationComparison) -> Table:
     """Paired differences of two evaluations; a row a task, and the means of groups."""
-    a, b = comparison.a.settings, comparison.b.settings
+    notes = [*_sides(comparison, "B"), *_doubts(comparison, "B")]
+    if len(comparison.rows) > 1:
+        notes.append("p-values are for one task each; over several tasks some are small by chance")
+    return _differences(comparison, "B", [p_value(row.paired.p_value) for row in comparison.rows], notes)
+
+
+def comparison_tables(comparisons: Sequence[EvaluationComparison]) -> list[Table]:
+    """Paired differences of several evaluations from the first, a table each.
+
+    Their p-values are corrected together: with every further evaluation one more is small by chance.
+    """
+    p_values = [row.paired.p_value for comparison in comparisons for row in comparison.rows]
+    corrected = iter(holm(p_values))
+    tables = []
+    for letter, comparison in zip(letters(1), comparisons, strict=False):
+        notes = [*_sides(comparison, letter), *_doubts(comparison, letter)]
+        tables.append(_differences(comparison, letter, [p_value(next(corrected)) for _ in comparison.rows], notes))
+    last = tables[-1]
+    said = f"p-values are corrected for all {len(p_values)} tests (Holm)"
+    tables[-1] = replace(last, notes=(*last.notes, said))
+    return tables
+
+
+def letters(start: int) -> Iterator[str]:
+    """A, B, ... Z, AA, AB, ... from a place on."""
+    for place in count(start):
+        name, rest = "", place
+        while rest >= 0:
+            name, rest = chr(ord("A") + rest % 26) + name, rest // 26 - 1
+        yield name
+
+
+def _differences(comparison: EvaluationComparison, other: str, ps: Sequence[str], notes: Sequence[str]) -> Table:
     rows = []
-    for row in comparison.rows:
+    for row, p in zip(comparison.rows, ps, strict=True):
         pair = row.paired
         texts = [f"{pair.problems:,}", f"{100 * row.a:.1f}", f"{100 * row.b:.1f}"]
-        texts += [f"{100 * pair.difference:+.1f}", interval(pair.low, pair.high), p_value(pair.p_value)]
+        texts += [f"{100 * pair.difference:+.1f}", interval(pair.low, pair.high), p]
         rows.append(TableRow(row.task.name, tuple(map(Cell, texts))))
     for name, value, low, high in comparison.groups:
         texts = ["", "", "", f"{100 * value:+.1f}", interval(low, high), ""]
         rows.append(TableRow(f"{name} mean", tuple(map(Cell, texts)), apart=True))
-    lines = [f"A: {_model(a.model, a.stage)}", f"B: {_model(b.model, b.stage)}"]
-    lines += [f"they differ in more than the model: {name}: {old} / {new}" for name, old, new in comparison.unlike]
+    title = f"{other} minus A on the same problems, % points (95% interval)"
+    return Table(title, ("task", "n", "A", other, f"{other} - A", "interval", "p"), tuple(rows), tuple(notes))
+
+
+def _sides(comparison: EvaluationComparison, other: str) -> list[str]:
+    a, b = comparison.a.settings, comparison.b.settings
+    return [f"A: {_model(a.model, a.stage)}", f"{other}: {_model(b.model, b.stage)}"]
+
+
+def _doubts(comparison: EvaluationComparison, other: str) -> list[str]:
+    """What differs besides the model, so that the difference need not be the model's."""
+    lines = [f"they differ in more than the model: {name}: {old} / {new}" for name, old, new in comparison.unlike]
     if comparison.only:
-        lines.append(f"only one of them has: {', '.join(comparison.only)}")
-    if len(comparison.rows) > 1:
-        lines.append("p-values are for one task each; over several tasks some are small by chance")
-    title = "B minus A on the same problems, % points (95% interval)"
-    return Table(title, ("task", "n", "A", "B", "B - A", "interval", "p"), tuple(rows), tuple(lines))
+        lines.append(f"only one of A and {other} has: {', '.join(comparison.only)}")
+    return lines
 
 
 def score_text(score: Score | None) -> str:
