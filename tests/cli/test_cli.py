@@ -66,6 +66,18 @@ def test_a_help_page_shows_examples_and_every_flag_and_fits(command, width, monk
     assert [flag for flag in flags_of(make_app()[command]) if flag not in page] == []
 
 
+def test_help_explains_a_command_by_name(capsys):
+    assert main(["help", "eval"]) == 0
+    page = capsys.readouterr().out
+    assert main(["eval", "--help"]) == 0
+    assert page == capsys.readouterr().out
+    assert main(["help"]) == 0
+    assert "thence COMMAND" in capsys.readouterr().out
+    assert main(["help", "evla"]) == 2
+    assert "eval" in capsys.readouterr().err
+    assert main(["help", "eval", "run"]) == 2
+
+
 def test_the_examples_of_the_help_pages_name_flags_that_there_are(capsys):
     for command in COMMANDS:
         main([command, "--help"])

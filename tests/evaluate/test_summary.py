@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from tests.evaluate.counting import Counting, run, settings_of
+from thence.cli import main
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Request
 from thence.evaluate.run import regrade
 from thence.evaluate.store import Store
 from thence.evaluate.suites import Task
 from thence.evaluate.summary import compare_evaluations, summarise
+from thence.pages.evaluation.tables import comparison_tables, letters, p_value
+from thence.stats.multiplicity import holm
 
 
 def test_numbers_of_a_known_case(tmp_path: Path, data: Path) -> None:
@@ -100,6 +104,29 @@ def test_paired_differences_of_two_models(tmp_path: Path, data: Path) -> None:
     assert row.paired.difference == pytest.approx(sum(expected) / 6)
     assert row.paired.low < row.paired.difference < row.paired.high and row.paired.problems == 6
     assert compare_evaluations(a, b).unlike == ()
+
+
+def test_several_evaluations_are_compared_with_the_first_and_corrected_together(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    rights = {"a": lambda r: False, "b": lambda r: True, "c": lambda r: r.sample == 0}
+    stores = [run(tmp_path / name, settings_of(data, name), Counting(right=right)) for name, right in rights.items()]
+    found = [compare_evaluations(stores[0], other) for other in stores[1:]]
+    tables = comparison_tables(found)
+    alone = [comparison.rows[0].paired.p_value for comparison in found]
+    assert [table.rows[0].cells[-1].text for table in tables] == [p_value(p) for p in holm(alone)]
+    assert holm(alone) != alone, "else nothing is shown"
+    assert [table.headers[3] for table in tables] == ["B", "C"]
+    assert main(["eval", "--compare", *(str(store.folder) for store in stores)]) == 0
+    said = capsys.readouterr().out
+    assert "B minus A" in said and "C minus A" in said and "+33.3" in said and "2 tests (Holm)" in said
+    assert main(["eval", "--compare", str(stores[0].folder)]) == 2
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_letters_go_on_after_the_alphabet() -> None:
+    assert list(islice(letters(24), 4)) == ["Y", "Z", "AA", "AB"]
 
 
 def test_comparing_names_what_else_differs_and_refuses_other_problems(tmp_path: Path, data: Path) -> None:

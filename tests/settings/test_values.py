@@ -304,7 +304,7 @@ def test_a_flag_for_a_number_refuses_everything_else(
         (["compare", "quick", "--folder", ""], "empty"),
         (["eval", "m", "--suite"], "needs a value"),
         (["eval", "m", "--suite", "a", "--suite", "b"], "twice"),
-        (["eval", "m", "--compare", "a"], "2 values"),
+        (["eval", "--compare", "a"], "two or more"),
         (["eval", "m", "--tempreature", "1"], "--temperature"),
         (["eval", "m", "--backend", "other", "--suite", "gsm8k"], "--backend"),
         (["sample", "x", "--verdict"], "needs a value"),
