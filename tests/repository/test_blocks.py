@@ -150,7 +150,7 @@ def test_a_table_on_a_page_is_valid(block: Block, tmp_path: Path) -> None:
 
 def laid_over(base: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe with the tables of a block in place of its own, so that a block may show only a part."""
-    model = {"model": {**base["model"], **tables.get("model", {})}}
+    model = {"model": {**base.get("model", {}), **tables.get("model", {})}}
     return {**base, **tables, **model}
 
 
