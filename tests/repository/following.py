@@ -28,6 +28,7 @@ def follow(page: Path, folder: Path) -> tuple[Path, dict[str, str]]:
     commands.mkdir()
     for name, call in (
         ("thence", '-m thence "$@"'),
+        ("python", '"$@"'),
         ("pip", f'-m pip "$1" {_PIP} --target "{installed}" "$2"'),
     ):
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {call}\n')

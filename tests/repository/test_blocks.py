@@ -149,11 +149,9 @@ def test_a_table_on_a_page_is_valid(block: Block, tmp_path: Path) -> None:
 
 
 def laid_over(base: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe with the tables of a block laid over it, so that a block may show only a part."""
-    merged = dict(base)
-    for name, value in tables.items():
-        merged[name] = {**merged[name], **value} if isinstance(merged.get(name), dict) else value
-    return merged
+    """A recipe with the tables of a block in place of its own, so that a block may show only a part."""
+    model = {"model": {**base.get("model", {}), **tables.get("model", {})}}
+    return {**base, **tables, **model}
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=by_place)

@@ -36,6 +36,7 @@ def test_the_python_on_the_page_prints_the_weights(capsys: pytest.CaptureFixture
     )
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 @pytest.mark.parametrize(
     ("address", "clicked", "cuts"),

@@ -1,7 +1,8 @@
-"""The tutorial and the page of a method of one's own, followed word for word."""
+"""The tutorial and the pages of one's own data and one's own method, followed word for word."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests import ROOT
 from tests.repository.blocks import blocks_of
 from tests.repository.following import follow
 
-TUTORIAL, OWN_METHOD = ROOT / "docs/tutorial.md", ROOT / "docs/own-method.md"
+TUTORIAL, OWN_DATA, OWN_METHOD = (ROOT / "docs" / name for name in ("tutorial.md", "own-data.md", "own-method.md"))
 
 
 @pytest.mark.slow
@@ -27,6 +28,18 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_data_of_the_page_are_checked_learned_and_tested(tmp_path: Path) -> None:
+    place, told = follow(OWN_DATA, tmp_path)
+    shown = next(block.text for block in blocks_of(OWN_DATA) if block.language == "text")
+    assert told["python export.py\npython make_rows.py\nhead -n 2 train.jsonl"] == shown
+    assert "all that was tried holds" in told["thence check world:chain/rich --data train.jsonl"]
+    assert (place / "runs/sums-seed0/report.html").exists()
+    [table] = [text for command, text in told.items() if "--dry-run" in command]
+    before, after = (float(re.findall(rf"^{name} +([\d.]+)$", table, re.MULTILINE)[0]) for name in ("base", "sft"))
+    assert before < 20 and after > 60
+
+
+@pytest.mark.slow
 def test_the_method_of_the_page_is_installed_listed_and_compared(tmp_path: Path) -> None:
     place, told = follow(OWN_METHOD, tmp_path)
     assert "one importance ratio a response" in next(text for command, text in told.items() if "methods" in command)
@@ -35,7 +48,7 @@ def test_the_method_of_the_page_is_installed_listed_and_compared(tmp_path: Path)
     assert (place / "runs/own/report.html").exists()
 
 
-@pytest.mark.parametrize("page", [TUTORIAL, OWN_METHOD], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [TUTORIAL, OWN_DATA, OWN_METHOD], ids=lambda page: page.name)
 def test_a_file_is_saved_before_it_is_used(page: Path) -> None:
     kinds = [(block.mark or block.language, block.said or block.text) for block in blocks_of(page)]
     saved = [said for kind, said in kinds if kind == "file"]
