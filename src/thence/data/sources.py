@@ -213,7 +213,8 @@ def _hub_table(name: str, path: Path, split: str, wanted: Collection[str], other
         ) from error
     columns = tuple(column for column in rows.column_names if column != "__index_level_0__")
     media = ("Image(", "Audio(", "Video(", "binary")
-    plain = {n for n, kind in rows.features.items() if others and not any(word in str(kind) for word in media)}
+    features = (others and getattr(rows, "features", None)) or {}
+    plain = {name for name, kind in features.items() if not any(word in str(kind) for word in media)}
     kept = rows.select_columns([column for column in columns if column in wanted or column in plain])
     group = path.name if path.is_dir() else name.partition(":")[0].rpartition("/")[2]
     return DataTable(f"{name}[{split}]", group, columns, enumerate(iter(kept), start=1))
