@@ -13,7 +13,6 @@ from thence.errors import UserError
 from thence.jsonl import read_jsonl
 from thence.pages.run.page import write_page
 from thence.pipeline.run import run
-from thence.recipe import load_recipe
 
 
 @pytest.fixture
@@ -76,6 +75,11 @@ def test_one_of_several_rewards_that_cannot_be_loaded_is_refused_before_the_firs
     assert not (Path(recipe["folder"]) / "stages").exists()
 
 
-def test_reward_and_rewards_do_not_go_together(recipe: Tables) -> None:
-    with pytest.raises(UserError, match="give one of reward and rewards"):
-        load_recipe(changed(recipe, {"rl.rewards": {"exact": 1.0}}))
+def test_rewards_take_the_place_of_a_reward_and_the_run_can_be_resumed(recipe: Tables, tmp_path: Path) -> None:
+    (tmp_path / "own.py").unlink()
+    given = changed(recipe, {"rl.rewards": {"exact": 2.0}})
+    folder = run(given)
+    assert all(sample["components"].keys() == {"exact"} for sample in lines(folder, "rl"))
+    assert run(given) == folder
+    with pytest.raises(UserError, match=r"rl\.rewards was"):
+        run(changed(given, {"rl.rewards": {"exact": 1.0}}))

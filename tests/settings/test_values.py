@@ -326,7 +326,7 @@ def test_a_mistyped_command_line_is_refused_with_the_flag(
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "check", "compare", "eval", "sample", "report", "audit", "doctor", "methods", "recipes"]
+    "command", ["run", "check", "data", "compare", "eval", "sample", "report", "audit", "doctor", "methods", "recipes"]
 )
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_is_given_wherever_it_is_asked_for(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,12 @@ from cyclopts import App, Parameter
 from thence.errors import UserError
 
 HELP_FLAGS = ("--help", "-h")
-WITH_FIELDS = ("run", "check")
+WITH_FIELDS = ("run", "check", "data")
 """Commands whose flags are also the fields of a recipe."""
 COMMANDS = {
     "run": "Run a recipe, or resume it where it stopped.",
     "check": "Try what training relies on, with your model and rows.",
+    "data": "Print rows as the model sees them, and their lengths.",
     "compare": "Compare arms x bases x seeds at one budget.",
     "eval": "Measure a model on benchmarks; compare evaluations.",
     "sample": "Show what the model said, with verdicts.",
@@ -42,6 +43,7 @@ USAGE = {
     "eval": "thence eval MODEL --suite NAME [OPTIONS]\n"
     "       thence eval --endpoint URL --suite NAME [OPTIONS]\n"
     "       thence eval --compare A B [C ...] | --regrade FOLDER | --list",
+    "data": "thence data SOURCE|RECIPE --model MODEL [--table.field VALUE ...]",
     "compare": "thence compare COMPARISON [OPTIONS]",
     "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]",
     "merge": "thence merge ADAPTER|RUN|RUN:STAGE FOLDER [OPTIONS]",

@@ -336,12 +336,19 @@ def absolute_data(table: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def absolute_reward(spec: str) -> str:
+    """A reward whose file, if it has one, is named from the root."""
+    file, colon, function = spec.rpartition(":")
+    return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else spec
+
+
 def absolute_stage(table: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's table whose files are named from the root."""
     own = {**table, "data": absolute_data(table["data"])} if "data" in table else dict(table)
-    file, colon, function = str(own.get("reward", "")).rpartition(":")
-    if colon and Path(file).is_file():
-        own["reward"] = f"{Path(file).resolve()}:{function}"
+    if "reward" in own:
+        own["reward"] = absolute_reward(str(own["reward"]))
+    if "rewards" in own:
+        own["rewards"] = {absolute_reward(spec): weight for spec, weight in own["rewards"].items()}
     if "splits" in own:
         own["splits"] = {name: absolute_data(split) for name, split in own["splits"].items()}
     return own

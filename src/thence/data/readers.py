@@ -54,7 +54,7 @@ def read_examples(
         left = None if limit is None else limit - len(examples)
         if left == 0:
             break
-        table = open_table(name, split=split, wanted=wanted)
+        table = open_table(name, split=split, wanted=wanted, others=True)
         more, worse = _read_table(table, renames, layout, left, skip_bad, strip_calculator)
         examples += more
         bad += worse

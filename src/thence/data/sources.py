@@ -38,7 +38,7 @@ class DataTable:
     rows: Iterator[NumberedRow]
 
 
-def open_table(name: str, *, split: str, wanted: Collection[str]) -> DataTable:
+def open_table(name: str, *, split: str, wanted: Collection[str], others: bool = False) -> DataTable:
     """Open a file, a folder or a hub data set.
 
     Args:
@@ -46,6 +46,7 @@ def open_table(name: str, *, split: str, wanted: Collection[str]) -> DataTable:
             data files, or a hub name, with `:config` after it where the data set has configurations.
         split: the split of a folder or hub data set; files have none.
         wanted: the columns that matter; others are not loaded where the format allows it.
+        others: load the other columns too, but for pictures, sounds and raw bytes.
 
     Raises:
         UserError: the file does not exist or the data set cannot be loaded.
@@ -75,9 +76,9 @@ def open_table(name: str, *, split: str, wanted: Collection[str]) -> DataTable:
     if path.is_file():
         group = path.name[: path.name.index(".", 1)] if "." in path.name[1:] else path.name
         if lowered.endswith(PARQUET_SUFFIXES):
-            return _parquet_table(path, group, wanted)
+            return _parquet_table(path, group, wanted, others)
         return DataTable(str(path), group, None, _json_rows(path))
-    return _hub_table(name, path, split, wanted)
+    return _hub_table(name, path, split, wanted, others)
 
 
 def _kind(path: Path) -> str | None:
@@ -127,17 +128,20 @@ def _json_array() -> RowProblem:
     return RowProblem(None, "a JSON array, not one object a line", "convert it: jq -c '.[]' data.json > data.jsonl")
 
 
-def _parquet_table(path: Path, group: str, wanted: Collection[str]) -> DataTable:
+def _parquet_table(path: Path, group: str, wanted: Collection[str], others: bool) -> DataTable:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        columns = tuple(column for column in pq.read_schema(path).names if column != "__index_level_0__")
+        schema = pq.read_schema(path)
+        columns = tuple(column for column in schema.names if column != "__index_level_0__")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"not a readable Parquet file: {error}", remedy="download or write the file again", file=path
         ) from error
-    return DataTable(str(path), group, columns, _parquet_rows(path, [column for column in columns if column in wanted]))
+    plain = {field.name for field in schema if "binary" not in str(field.type)} if others else set[str]()
+    kept = [column for column in columns if column in wanted or column in plain]
+    return DataTable(str(path), group, columns, _parquet_rows(path, kept))
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[NumberedRow]:
@@ -188,7 +192,7 @@ def _parquet_row(one: Any) -> dict[str, Any] | RowProblem:
     return one.to_pylist()[0]
 
 
-def _hub_table(name: str, path: Path, split: str, wanted: Collection[str]) -> DataTable:
+def _hub_table(name: str, path: Path, split: str, wanted: Collection[str], others: bool) -> DataTable:
     try:
         import datasets
     except ImportError:
@@ -208,7 +212,10 @@ def _hub_table(name: str, path: Path, split: str, wanted: Collection[str]) -> Da
             field=f"split {split}",
         ) from error
     columns = tuple(column for column in rows.column_names if column != "__index_level_0__")
-    kept = rows.select_columns([column for column in columns if column in wanted])
+    media = ("Image(", "Audio(", "Video(", "binary")
+    features = (others and getattr(rows, "features", None)) or {}
+    plain = {name for name, kind in features.items() if not any(word in str(kind) for word in media)}
+    kept = rows.select_columns([column for column in columns if column in wanted or column in plain])
     group = path.name if path.is_dir() else name.partition(":")[0].rpartition("/")[2]
     return DataTable(f"{name}[{split}]", group, columns, enumerate(iter(kept), start=1))
 

@@ -63,7 +63,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "data": {
         **_all(CONTENT, "source template"),
         **_all(FIXED, "split layout columns limit seed skip_bad template_variables system"),
-        **_all(FIXED, "max_prompt_tokens max_response_tokens"),
+        **_all(FIXED, "max_prompt_tokens max_response_tokens leave_out_cut weights pass_rate order"),
     },
     "sft": {
         **_OPTIMIZATION,

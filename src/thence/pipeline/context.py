@@ -96,6 +96,10 @@ class StageContext:
         """The prompts of a stage's data table. Raises DataError as :func:`thence.pipeline.prompts.load_prompts`."""
         return self.prompts.load(self.recipe.stage_data(table), self.tokenizer)
 
+    def order_seed(self, table: Mapping[str, Any]) -> int | None:
+        """What the order of a data table's rows follows from; None: they come as they stand."""
+        return self.recipe.seed if self.recipe.stage_data(table).order == "shuffled" else None
+
     def seed_parts(self) -> tuple[object, ...]:
         """What this stage's random numbers follow from."""
         return (self.recipe.seed, self.name)

@@ -15,6 +15,7 @@ from typing import Any
 from thence.data.chat import Rendered, chat_format, render_all, trained_share
 from thence.data.example import Example
 from thence.data.readers import read_examples
+from thence.data.selection import between, by_difficulty, mixed
 from thence.data.template import changes_by_day
 from thence.data.trajectory import Prompt
 from thence.errors import DataError
@@ -68,7 +69,16 @@ def load_prompts(data: Data, tokenizer: Any) -> list[Prompt]:
 
 def read_only(data: Data) -> list[Example]:
     """The examples of a data table, in order, not rendered. Raises DataError."""
-    return [example for name in data.source for example in _read(data, name)][: data.limit]
+    parts = [_read(data, name) for name in data.source]
+    if data.pass_rate is not None:
+        parts = [between(part, *data.pass_rate) for part in parts]
+    if data.weights is not None:
+        found = mixed(parts, data.weights, data.limit)
+    else:
+        found = [example for part in parts for example in part][: data.limit]
+    if data.order in ("easy-first", "hard-first"):
+        return by_difficulty(found, easy_first=data.order == "easy-first")
+    return found
 
 
 def first_example(data: Data) -> Example:
@@ -101,11 +111,15 @@ def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[
         log.warning(
             "%d examples left out: their prompts are longer than data.max_prompt_tokens", len(rendered.too_long)
         )
-    if rendered.truncated:
+    pairs = list(zip(rendered.examples, rendered.rows, strict=True))
+    if data.leave_out_cut and rendered.truncated:
+        pairs = [(example, row) for example, row in pairs if not row.truncated]
+        log.warning("%d examples left out: longer than data.max_response_tokens", len(rendered.rows) - len(pairs))
+    elif rendered.truncated:
         log.warning("%d demonstrations cut at data.max_response_tokens; they teach no end token", rendered.truncated)
-    if not rendered.rows:
+    if not pairs:
         raise DataError("no example is left", remedy="look at data.source, data.split and data.limit", field="data")
-    return [_prompt(i, e, r) for i, (e, r) in enumerate(zip(rendered.examples, rendered.rows, strict=True))]
+    return [_prompt(i, example, row) for i, (example, row) in enumerate(pairs)]
 
 
 def check_trained(prompts: list[Prompt], train_on: str, *, say: bool = True) -> None:
@@ -151,7 +165,7 @@ def _read(data: Data, name: str) -> list[Example]:
         split=data.split,
         columns=data.columns,
         layout=data.layout,
-        limit=data.limit,
+        limit=data.limit if data.pass_rate is None else None,  # those that are left count
         skip_bad=data.skip_bad,
     )
     for row in bad:

@@ -46,7 +46,7 @@ class RolloutSampler:
         engine: SyncedEngine | None = None,
     ):
         self.context, self.grader, self.engine = context, grader, engine
-        self.prompts = prompts
+        self.prompts, self.seed = prompts, context.order_seed(stage.data)
         self.experts = [prompt for prompt in self.prompts if prompt.demonstration_ids]
         self.rank, self.world = context.ranks.rank, context.ranks.world
         self.drawn = self.expert_drawn = 0
@@ -78,16 +78,15 @@ class RolloutSampler:
             self.seconds += time.perf_counter() - start
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        chosen = drawn_from(len(self.prompts), self.drawn, count, self.context.recipe.seed)
+        chosen = drawn_from(len(self.prompts), self.drawn, count, self.seed)
         self.drawn += count
         return self._dealt([self.prompts[i] for i in chosen])
 
     def expert_prompts(self, count: int) -> list[Prompt]:
         if not self.experts:
             raise no_demonstrations()
-        chosen = drawn_from(
-            len(self.experts), self.expert_drawn, count, stable_seed(self.context.recipe.seed, "expert")
-        )
+        seed = None if self.seed is None else stable_seed(self.seed, "expert")
+        chosen = drawn_from(len(self.experts), self.expert_drawn, count, seed)
         self.expert_drawn += count
         return self._dealt([self.experts[i] for i in chosen])
 

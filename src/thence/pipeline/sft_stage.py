@@ -38,7 +38,8 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
     check_trained(prompts or found, stage.train_on)
     check_rows(context.name, prompts, context_of(context.model.config))
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
-    steps = affordable_steps(trained, stage, context.recipe.seed, context.n_parameters)
+    seed = context.order_seed(stage.data)
+    steps = affordable_steps(trained, stage, seed, context.n_parameters)
     trainer = make_trainer(context, stage, steps)
     with ExitStack() as held:
         checkpoints = held.enter_context(saving(context, trainer, stage, steps))
@@ -49,7 +50,7 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
             context.watcher.stage(context.name, steps, done)
         while done < steps and not validation.ended:
             step = done
-            chosen = batch_at(len(trained), stage.batch, context.recipe.seed, step)
+            chosen = batch_at(len(trained), stage.batch, seed, step)
             mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
             rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
             with naming_step(context, step + 1, checkpoints.standing):
@@ -103,7 +104,7 @@ def total_steps(examples: int, stage: Sft) -> int:
     return stage.steps or max(1, round(stage.epochs * steps_per_epoch(examples, stage.batch)))
 
 
-def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int, n_parameters: int) -> int:
+def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int | None, n_parameters: int) -> int:
     """Optimizer steps of the stage, fewer where its budget ends earlier; at least one.
 
     The order of the data is known before the first step, so the learning-rate schedule ends with the budget.

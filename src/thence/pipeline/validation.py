@@ -45,6 +45,12 @@ def check_validation(recipe: Recipe, name: str) -> None:
     stage = recipe.stage(name)
     if not isinstance(stage, Optimization):
         return
+    if isinstance(stage, Sft) and stage.held_out and recipe.stage_data(stage.data).weights is not None:
+        raise RecipeError(
+            "data.weights may repeat rows, so a row could be held out and trained too",
+            remedy=f"leave {name}.held_out out, and measure on a test set with {name}.eval_every",
+            field=f"{name}.held_out",
+        )
     sets = [found.name for found in measured_sets(recipe, name)]
     for field in ("eval_on", "eval_limit"):
         if getattr(stage, field) and stage.eval_every is None:

@@ -193,12 +193,6 @@ class Rl(Optimization):
             raise ValueError(f"mini_batch {self.mini_batch} does not divide prompts {self.prompts}")
         return self
 
-    @model_validator(mode="after")
-    def _one_reward(self) -> Rl:
-        if self.rewards and "reward" in self.model_fields_set:
-            raise ValueError("give one of reward and rewards")
-        return self
-
 
 class Eval(Section):
     """A stage that measures accuracy. Defaults: temperature 0.6, as section 4 of arXiv 2604.23747."""

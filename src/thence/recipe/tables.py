@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from thence.settings.limits import Count, Place, Processes, Rows, Seed, SomeCoefficient, Source, Text, Tokens
+from thence.settings.limits import Count, Place, Processes, Rows, Seed, Share, SomeCoefficient, Source, Text, Tokens
 from thence.settings.section import Section
 
 
@@ -89,6 +89,12 @@ class Data(Section):
     """Use only this many examples, from the start."""
     seed: Seed = 0
     """Seed of the embedded world's generator."""
+    weights: list[SomeCoefficient] | None = Field(default=None, min_length=1)
+    """One weight for each source: their shares of the rows. Too small a source is repeated. Default: every row once."""
+    pass_rate: tuple[Share, Share] | None = None
+    """Use only rows whose column `pass_rate` lies between these, both included: [0.1, 0.9]."""
+    order: Literal["shuffled", "as-given", "easy-first", "hard-first"] = "shuffled"
+    """Order in which rows are trained. easy-first and hard-first sort by the column `pass_rate`."""
     skip_bad: bool = False
     """Skip rows that cannot be used and list them. Off: stop at the first such row."""
     template: Text = "own"
@@ -101,6 +107,8 @@ class Data(Section):
     """Examples with longer prompts are left out and counted."""
     max_response_tokens: Tokens | None = None
     """Longer demonstrations are cut and counted. A cut one has no end token."""
+    leave_out_cut: bool = False
+    """Leave examples out whose demonstration is longer than max_response_tokens, instead of cutting it."""
 
 
 class Faulty(Section):

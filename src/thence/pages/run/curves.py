@@ -41,17 +41,19 @@ QUANTITIES = {
 }
 
 
-def measured_on(training: StageMetrics) -> tuple[Curve, ...]:
-    """A curve for each test set that the stage was measured on while it trained, and for each part of its reward."""
-    keys = dict.fromkeys(key for step in training.steps for key in step)
-    sets = [Curve(k, f"Test set {k.removeprefix('eval/')}", "accuracy or mean reward") for k in keys if "eval/" in k]
-    parts = [Curve(k, f"Reward: {k.removeprefix('reward/')}", "mean over rollouts") for k in keys if "reward/" in k]
-    return (*sets, *parts)
+def _named(training: StageMetrics, prefix: str, title: str, unit: str) -> list[Curve]:
+    """A curve for each quantity whose key begins with the prefix: a test set, a part of the reward."""
+    keys = dict.fromkeys(key for step in training.steps for key in step if key.startswith(prefix))
+    return [Curve(key, f"{title}{key.removeprefix(prefix)}", unit) for key in keys]
 
 
 def quantities_of_stage(training: StageMetrics) -> tuple[Curve, ...]:
-    """What is drawn of a stage of this kind."""
-    return (*measured_on(training), *QUANTITIES.get(training.kind, QUANTITIES["sft"]))
+    """What is drawn of a stage of this kind: test sets first, and parts of the reward after the reward."""
+    sets = _named(training, "eval/", "Test set ", "accuracy or mean reward")
+    parts = _named(training, "reward/", "Reward: ", "mean over rollouts")
+    own = list(QUANTITIES.get(training.kind, QUANTITIES["sft"]))
+    at = next((i + 1 for i, quantity in enumerate(own) if quantity.key == "reward"), len(own))
+    return (*sets, *own[:at], *parts, *own[at:])
 
 
 def curves(training: StageMetrics) -> list[Chart]:
