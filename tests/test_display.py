@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from thence.evaluate.progress import EvaluationDisplay
-from thence.pipeline.progress import RunDisplay
+from thence.pipeline.panel import RunDisplay
 from thence.terminal import make_console
 
 
 def train(console: Any) -> None:
     with RunDisplay(console, seconds=0.0) as display:
+        display.begin("mine", ["sft", "rl"])
+        display.doing("trying")
         display.stage("sft", 3, 1)
         display.step({"loss": 1.25, "tokens_per_s": 1e4})
         display.step({"loss": 1.0})
@@ -35,8 +37,9 @@ def evaluate(console: Any) -> None:
     [
         (
             train,
-            "sft: resumed after step 1 of 3\nsft 2/3  loss 1.250  10,000 tok/s\nsft 3/3  loss 1.000\n",
-            ("sft", "3/3", "loss 1.000"),
+            "trying ...\nsft: resumed after step 1 of 3\nsft 2/3  loss 1.250  10,000 tok/s  about 0 s and rl left\n"
+            "sft 3/3  loss 1.000\n",
+            ("stage 1 of 2: sft", "3/3", "loss\u00a01.000"),
         ),
         (evaluate, "sums: 2 samples\nsums 2/2  0 s left\nsums: grading 2 samples\n", ("sums", "2/2", "0 s left")),
     ],

@@ -249,5 +249,6 @@ def test_a_run_that_is_done_is_no_failure_where_its_page_cannot_be_written(monke
         raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
 
     monkeypatch.setattr(page, "write_page", without_jinja)
-    said = command._page_of(tmp_path)
+    written, said = command._page_of(tmp_path)
+    assert written is None
     assert "jinja2 cannot be imported" in said and f"thence report {tmp_path}" in said

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from thence.cli.events import ComparisonEvents, NoEvents, Way, tell_done, way_of
 from thence.cli.parsing import none_given, read_flag
 from thence.errors import UserError
+from thence.files import read_json
 from thence.machine import usable_cores
 from thence.settings.limits import Processes, Seed
+
+if TYPE_CHECKING:
+    from thence.compare.engine import ComparisonWatcher
 
 
 def compare_command(
@@ -29,6 +35,8 @@ def compare_command(
     report: bool = False,
     list_: bool = False,
     fields: bool = False,
+    quiet: bool = False,
+    json_: bool = False,
 ) -> int:
     """Compare methods: arms x bases x seeds at one budget, with intervals.
 
@@ -53,7 +61,10 @@ def compare_command(
         report: Write the report of what is there; run nothing.
         list_: List the shipped comparisons.
         fields: List every field of a comparison.
+        quiet: Print nothing but warnings and errors.
+        json_: Print what happens and where the results are as JSON, one object a line.
     """
+    way = way_of(quiet, json_)
     if fields:
         print(_fields())
         return 0
@@ -77,18 +88,29 @@ def compare_command(
     if dry_run:
         return _dry_run(recipe, arms, some_seeds, some_bases)
     if report:
-        return _report(recipe, recipe.path(), collect_again=True)
+        return _report(recipe, recipe.path(), collect_again=True, way=way)
     from thence.compare.engine import compare
+
+    jobs = jobs or usable_cores()
+    with _told(way, jobs) as watcher:
+        compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=some_seeds, bases=some_bases, watcher=watcher)
+    return _report(recipe, recipe.path(), collect_again=False, way=way)
+
+
+@contextlib.contextmanager
+def _told(way: Way, jobs: int) -> Iterator[ComparisonWatcher]:
+    """Who is told how the comparison goes."""
     from thence.compare.live import LiveTable
     from thence.terminal import make_console
 
-    jobs = jobs or usable_cores()
-    with LiveTable(make_console(), jobs) as watcher:
-        compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=some_seeds, bases=some_bases, watcher=watcher)
-    return _report(recipe, recipe.path(), collect_again=False)
+    if way == "shown":
+        with LiveTable(make_console(), jobs) as watcher:
+            yield watcher
+    else:
+        yield ComparisonEvents() if way == "json" else NoEvents()
 
 
-def _report(recipe, folder: Path, collect_again: bool) -> int:
+def _report(recipe, folder: Path, collect_again: bool, way: Way) -> int:
     from thence.compare.result import read_results, write_results
     from thence.compare.statistics import statistics
     from thence.pages.comparison.page import print_comparison, write_page
@@ -106,10 +128,14 @@ def _report(recipe, folder: Path, collect_again: bool) -> int:
     page = write_page(folder)
     results = read_results(folder)
     console = make_console()
-    print_comparison(statistics(results), console)
+    if way == "shown":
+        print_comparison(statistics(results), console)
     for failure in results.failures:
         print(f"failed: {failure.arm} from {failure.base}, seed {failure.seed}: {failure.why}", file=sys.stderr)
-    console.print(f"report: {page}", soft_wrap=True)
+    if way == "json":
+        tell_done(folder, page, read_json(folder / "report.json", remedy="run the same command again"))
+    elif way == "shown":
+        console.print(f"report: {page}", soft_wrap=True)
     return 1 if results.failures else 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,9 @@ from cyclopts import Group, Parameter
 
 from thence.cli.app import quiet_libraries
 from thence.cli.eval_flags import KEY_VARIABLE, ONLY_SERVED, Generator, TaskFields
+from thence.cli.events import Way, logging_as_events, tell_done, way_of
 from thence.errors import RecipeError, UserError
+from thence.files import read_json
 from thence.settings.annotations import type_at
 from thence.settings.limits import Count
 from thence.settings.text_values import parse_value, read_value
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from thence.evaluate.backends import Backend
+    from thence.evaluate.progress import EvaluationProgress
     from thence.evaluate.store import Settings, Store
     from thence.evaluate.suites import Suite
 
@@ -42,6 +47,8 @@ def eval_command(
     compare: Annotated[tuple[str, ...], Parameter(group=INSTEAD, metavar="A B [C ...]", consume_multiple=True)] = (),
     regrade: Annotated[str | None, Parameter(group=INSTEAD, metavar="FOLDER")] = None,
     list_: Annotated[bool, Parameter(group=INSTEAD)] = False,
+    quiet: bool = False,
+    json_: bool = False,
 ) -> int:
     """Measure a model on benchmarks, compare evaluations, grade one again.
 
@@ -66,7 +73,12 @@ def eval_command(
         compare: Two evaluations or more (folders, runs or RUN:STAGE): paired differences of each from the first.
         regrade: Grade an evaluation again without generating, with --grader or each task's own grader.
         list_: List the shipped suites.
+        quiet: Print nothing but warnings and errors.
+        json_: Print what happens and the results as JSON, one object a line.
     """
+    way = way_of(quiet, json_)
+    if way != "shown" and (list_ or compare or regrade):
+        raise UserError("it is for measuring a model", remedy="leave it out", field=f"--{way}")
     if list_:
         return _list()
     if compare:
@@ -74,7 +86,7 @@ def eval_command(
     if regrade:
         return _regrade(regrade, fields.grader)
     settings = _settings(model, _suite(suite, fields, set_), data, limit, generator)
-    return _evaluate(settings, folder, generator)
+    return _evaluate(settings, folder, generator, way)
 
 
 def _list() -> int:
@@ -90,20 +102,19 @@ def _list() -> int:
     return 0
 
 
-def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> int:
+def _evaluate(settings: Settings, folder: Path | None, generator: Generator, way: Way) -> int:
     from thence.evaluate.problems import load_problems
-    from thence.evaluate.progress import EvaluationDisplay
     from thence.evaluate.run import evaluate
-    from thence.terminal import logging_to, make_console
+    from thence.terminal import make_console
 
     folder = folder or Path("evals") / _folder_name(settings)
     data = None if settings.data is None else Path(settings.data)
     problems = {name: load_problems(task, data, settings.limit) for name, task in settings.tasks.items()}
-    console = make_console()
+    console = make_console(quiet=way != "shown")
     count = counted(sum(map(len, problems.values())), "problem")
     console.print(f"{settings.suite}: {count}, into {folder}", highlight=False)
     try:
-        with logging_to(console), EvaluationDisplay(console) as progress:
+        with _told(way, console) as progress:
             store = evaluate(
                 settings,
                 problems,
@@ -115,7 +126,29 @@ def _evaluate(settings: Settings, folder: Path | None, generator: Generator) -> 
     except KeyboardInterrupt:
         print(f"\nwhat was sampled is kept in {folder}", file=sys.stderr)
         raise
-    return _present(console, store) or _notice(store)
+    code = _present(console, store)
+    if way == "json":
+        results = read_json(store.folder / "results.json", remedy="run the same command again")
+        tell_done(store.folder, store.folder / "report.html", results)
+    return code or _notice(store)
+
+
+@contextlib.contextmanager
+def _told(way: Way, console: Console) -> Iterator[EvaluationProgress]:
+    """Who is told how an evaluation goes, and where its log goes."""
+    from thence.cli.events import EvaluationEvents
+    from thence.evaluate.progress import EvaluationDisplay, EvaluationProgress
+    from thence.terminal import logging_to, make_console
+
+    if way == "json":
+        with logging_as_events():
+            yield EvaluationEvents()
+    elif way == "quiet":
+        with logging_to(make_console(stderr=True), logging.WARNING):
+            yield EvaluationProgress()
+    else:
+        with logging_to(console), EvaluationDisplay(console) as progress:
+            yield progress
 
 
 def _notice(store: Store) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from thence.cli.app import quiet_libraries
+from thence.cli.events import RunEvents, Way, logging_as_events, tell_done, way_of
 from thence.cli.parsing import none_given
 from thence.errors import UserError
 from thence.files import read_json
@@ -20,6 +23,7 @@ from thence.settings.limits import Gigabytes, Processes
 from thence.toml import to_toml
 
 if TYPE_CHECKING:
+    from thence.pipeline.progress import RunWatcher
     from thence.pipeline.prompts import RenderedPrompts
 
 
@@ -33,6 +37,8 @@ def run_command(
     fields: bool = False,
     ranks: Processes | None = None,
     device_gb: Gigabytes | None = None,
+    quiet: bool = False,
+    json_: bool = False,
     overrides: Annotated[dict[str, Any], Parameter(parse=False)],
 ) -> int:
     """Run a recipe, or resume it where it stopped; print its table and the path of its report.
@@ -57,7 +63,10 @@ def run_command(
         ranks: With --dry-run: plan for this many processes.
         device_gb: With --dry-run: plan for so much memory in each, in GB. Default: that of this machine.
         fields: List every field of a recipe with its default, and what may change when a run is resumed.
+        quiet: Print nothing but warnings and errors.
+        json_: Print what happens and the results as JSON, one object a line.
     """
+    way = way_of(quiet, json_)
     if fields:
         from thence.cli.fields import describe_fields
         from thence.pipeline.changes import describe_rules
@@ -76,7 +85,7 @@ def run_command(
     for flag, value in (("--ranks", ranks), ("--device-gb", device_gb)):
         if value is not None:
             raise UserError("it is for --dry-run", remedy="torchrun starts the processes of a run", field=flag)
-    return execute(loaded, restart, stages)
+    return execute(loaded, restart, stages, way)
 
 
 def plan_run(
@@ -126,39 +135,69 @@ def plan_run(
     return 0
 
 
-def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
-    """Run, show progress, then print the results and the report's path."""
-    from thence.pipeline.progress import RunDisplay
+def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = (), way: Way = "shown") -> int:
+    """Run, show progress, then print the results and the report's path.
+
+    Args:
+        way: shown to a person, as JSON for a program, or quiet.
+    """
     from thence.pipeline.run import run
-    from thence.terminal import logging_to, make_console
+    from thence.terminal import make_console
     from thence.train.parallel import rank_variable
 
-    console = make_console()
     leads = rank_variable("RANK") == 0
     quiet_libraries()
-    with logging_to(console, logging.INFO if leads else logging.ERROR), RunDisplay(console) as watcher:
+    with _told(way, leads) as watcher:
         folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
-    if leads:
-        from thence.pages.run.tables import results_table
-        from thence.pages.terminal import with_notes
-        from thence.pipeline.run_files import read_run
+    if not leads:
+        return 0
+    page, problem = _page_of(folder)
+    from thence.pages.run.tables import results_table
+    from thence.pages.terminal import with_notes
+    from thence.pipeline.run_files import read_run
 
-        table = results_table(read_run(folder))
-        if table.rows:
-            console.print(with_notes(table))
-        console.print(_page_of(folder), soft_wrap=True)
+    found = read_run(folder)
+    if way == "json":
+        tell_done(folder, page, [asdict(cell) for cell in found.cells])
+    if way != "shown":
+        if problem:
+            print(problem, file=sys.stderr)
+        return 0
+    console = make_console()
+    if (table := results_table(found)).rows:
+        console.print(with_notes(table))
+    console.print(problem or f"report: {page}", soft_wrap=True)
     return 0
 
 
-def _page_of(folder: Path) -> str:
-    """Write a run's page and say where it is; say so where a package for pages is missing: the run is done."""
+@contextlib.contextmanager
+def _told(way: Way, leads: bool) -> Iterator[RunWatcher]:
+    """Who is told what happens in a run, and where its log goes."""
+    from thence.pipeline.panel import RunDisplay
+    from thence.pipeline.progress import NullWatcher
+    from thence.terminal import logging_to, make_console
+
+    if way == "json" and leads:
+        with logging_as_events():
+            yield RunEvents()
+    elif way == "quiet" or way == "json":
+        with logging_to(make_console(stderr=True), logging.WARNING if leads else logging.ERROR):
+            yield NullWatcher()
+    else:
+        console = make_console()
+        with logging_to(console, logging.INFO if leads else logging.ERROR), RunDisplay(console) as watcher:
+            yield watcher
+
+
+def _page_of(folder: Path) -> tuple[Path | None, str]:
+    """Write a run's page. Returns it, or why there is none where a package for pages is missing: the run is done."""
     from thence.pages.run.page import write_page
 
     try:
-        return f"report: {write_page(folder)}"
+        return write_page(folder), ""
     except ImportError as error:
         package = (error.name or "jinja2").split(".")[0]
-        return f"no report: {package} cannot be imported; install it, then run: thence report {folder}"
+        return None, f"no report: {package} cannot be imported; install it, then run: thence report {folder}"
 
 
 def _config(recipe: Recipe) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -34,6 +34,12 @@ class JobWatcher:
         """Send one message."""
         self.out.write(pack(message))
         self.out.flush()
+
+    def begin(self, name: str, stages: Sequence[str]) -> None:
+        pass
+
+    def doing(self, what: str) -> None:
+        pass
 
     def stage(self, name: str, total: int, done: int) -> None:
         self.stage_name, self.total, self.done = name, total, done

@@ -16,7 +16,8 @@ from thence.train.step import Observer
 
 log = logging.getLogger(__name__)
 
-DEAD_STEPS = 10  # consecutive steps without any lesson before the first warning, and between two warnings
+DEAD_STEPS = 10  # consecutive steps without any lesson before the warning
+CUT_SHARE, CUT_STEPS = 0.5, 3  # more of the responses than that, in so many consecutive steps
 UNKNOWN_SHARE = 0.1  # of a step's responses
 NOTHING = 1e-200  # a smaller weight only makes a token count in a normaliser
 
@@ -81,33 +82,57 @@ class Lessons:
 
 
 class Watch:
-    """Warns of what a stage would otherwise do in silence: steps that teach nothing, responses that nobody judged."""
+    """Warns of what a stage would otherwise do in silence: steps that teach nothing, responses that are cut short or
+    that nobody judged. Each is said once a stage, with what helps."""
 
     def __init__(self, stage: str, unknown: str) -> None:
         self.stage, self.unknown = stage, unknown
-        self.dead = 0
-        self.told = False
+        self.dead = self.cut = 0
+        self.told: set[str] = set()
 
     def look(self, step: int, line: Mapping[str, Any]) -> None:
         """Look at a step's line of metrics."""
         if "dead_groups" in line:
             self.dead = self.dead + 1 if line["dead_groups"] >= 1 else 0
-            if self.dead and self.dead % DEAD_STEPS == 0:
-                log.warning(
-                    "%s: nothing was learned from rewards in the last %d steps: the rewards of every group were equal "
-                    "(reward %.3g at step %d). Look at the samples (`thence sample`), at reward, and at the data: "
-                    "too hard or too easy problems, or a grader that never says right",
-                    *(self.stage, self.dead, line["reward"], step),
-                )
-        share = line.get("unknown_share", 0.0)
-        if share >= UNKNOWN_SHARE and not self.told:
-            done = "left out" if self.unknown == "leave-out" else "trained as a reward of 0"
-            log.warning(
-                "%s: nobody could judge %d responses of step %d (%.0f%%); they are %s. "
-                "`thence sample RUN --verdict unknown` shows why; this is said once",
-                *(self.stage, line["unknown"], step, 100 * share, done),
+            if self.dead == DEAD_STEPS:
+                self._say_dead(step, line)
+        self.cut = self.cut + 1 if line.get("truncated", 0.0) > CUT_SHARE else 0
+        if self.cut == CUT_STEPS:
+            self._say(
+                "cut",
+                f"{line['truncated']:.0%} of the responses of step {step} were cut off at the limit, and most "
+                f"of the {CUT_STEPS - 1} steps before. What is cut has no answer, so its reward says little. Raise "
+                "max_tokens; or look whether the model ends its responses (`thence sample`)",
             )
-            self.told = True
+        share = line.get("unknown_share", 0.0)
+        if share >= UNKNOWN_SHARE:
+            done = "left out" if self.unknown == "leave-out" else "trained as a reward of 0"
+            self._say(
+                "unknown",
+                f"nobody could judge {line['unknown']} responses of step {step} ({share:.0%}); they are {done}. "
+                "`thence sample RUN --verdict unknown` shows why",
+            )
+
+    def _say_dead(self, step: int, line: Mapping[str, Any]) -> None:
+        said = f"nothing was learned from rewards in the last {self.dead} steps: the rewards of every group were equal"
+        if line["reward"] == 0 and line.get("reward_std") == 0:
+            self._say(
+                "dead",
+                f"{said}, and all of them 0 at step {step}. Look at the samples (`thence sample`): if answers are "
+                "right, the reward does not find them (its name, the form of the answer, max_tokens); if none is "
+                "right, train SFT first or take easier problems",
+            )
+            return
+        self._say(
+            "dead",
+            f"{said} (reward {line['reward']:.3g} at step {step}). Look at the samples (`thence sample`), at reward, "
+            "and at the data: too hard or too easy problems, or a grader that never says right",
+        )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self.told:
+            self.told.add(what)
+            log.warning("%s: %s; this is said once", self.stage, text)
 
 
 def each_of(observers: Sequence[Observer]) -> Observer | None:

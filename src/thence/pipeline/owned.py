@@ -17,6 +17,7 @@ from thence import __version__
 from thence.errors import UserError
 from thence.files import read_json, to_json, write_atomically
 from thence.locks import LOCK
+from thence.pipeline.progress import PROGRESS
 from thence.recipe import Recipe, load_recipe
 from thence.redaction import redacted_values
 from thence.toml import to_toml
@@ -29,7 +30,7 @@ RECIPE, ENVIRONMENT, CHANGES = "recipe.toml", "environment.json", "changes.jsonl
 SET_ASIDE = "set-aside"
 SHOWN = 3  # things of others that an error names
 _OF_RUN = {RECIPE, ENVIRONMENT, CHANGES, "ground.json", "metrics.jsonl", "summary.json", MARKER, LOCK}
-_OF_RUN |= {"report.html", "report.json", "report.csv"}
+_OF_RUN |= {"report.html", "report.json", "report.csv", PROGRESS}
 _OF_STAGE = {"ground.json", "result.json", "samples.jsonl", "done.json", "metrics.jsonl"}
 EVALUATION = "evaluation"
 """The store in the folder of an evaluation stage."""

@@ -1,31 +1,29 @@
-"""What a run shows while it goes: a bar on a terminal, one plain line every few seconds elsewhere."""
+"""Who is told what happens in a run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import TimeRemainingColumn
+from thence.files import to_json, write_atomically
 
-from thence.display import BarDisplay
-from thence.wording import counted
-
-SHOWN = (
-    ("loss", "loss {:.3f}"),
-    ("held_out_loss", "held-out {:.3f}"),
-    ("eval", "eval {:.3f}"),
-    ("reward", "reward {:.3f}"),
-    ("entropy", "entropy {:.2f}"),
-    ("response_tokens", "length {:.0f}"),
-    ("grad_norm", "norm {:.2f}"),
-    ("tokens_per_s", "{:,.0f} tok/s"),
-)
+PROGRESS = "progress.json"
+WRITTEN_EVERY = 1.0  # seconds
 
 
 class RunWatcher(Protocol):
     """Is told what happens in a run."""
+
+    def begin(self, name: str, stages: Sequence[str]) -> None:
+        """The run begins, or is resumed, with these stages to go."""
+        ...
+
+    def doing(self, what: str) -> None:
+        """What goes on before the steps of a stage, which may take a while."""
+        ...
 
     def stage(self, name: str, total: int, done: int) -> None:
         """A stage begins, or is resumed after ``done`` of ``total`` steps."""
@@ -39,6 +37,12 @@ class RunWatcher(Protocol):
 class NullWatcher:
     """Shows nothing; what the other ranks and Python callers use."""
 
+    def begin(self, name: str, stages: Sequence[str]) -> None:
+        pass
+
+    def doing(self, what: str) -> None:
+        pass
+
     def stage(self, name: str, total: int, done: int) -> None:
         pass
 
@@ -46,23 +50,42 @@ class NullWatcher:
         pass
 
 
-class RunDisplay(BarDisplay):
-    """Shows a bar where there is a terminal, else a line every ``seconds``."""
+class ProgressFile:
+    """Tells a watcher, and keeps ``progress.json`` in the run's folder for `thence watch`: where the run is.
 
-    def __init__(self, console: Console, seconds: float = 5.0):
-        super().__init__(console, seconds, 10, TimeRemainingColumn())
-        self.last = 0.0
+    The file is written once a second at most. Nothing depends on it.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, watcher: RunWatcher, folder: Path):
+        self.watcher, self.file = watcher, folder / PROGRESS
+        self.facts: dict[str, Any] = {}
+        self.written = -WRITTEN_EVERY
+
+    def begin(self, name: str, stages: Sequence[str]) -> None:
+        self.facts = {"run": name, "to_go": list(stages)}
+        self.watcher.begin(name, stages)
+
+    def doing(self, what: str) -> None:
+        self.facts |= {"doing": what}
+        self._write()
+        self.watcher.doing(what)
 
     def stage(self, name: str, total: int, done: int) -> None:
-        self.last = time.monotonic()
-        self.start_task(name, total, done)
-        self.line(f"{name}: " + (f"resumed after step {done} of {total}" if done else counted(total, "step")))
+        self.facts |= {"stage": name, "total": total, "done": done, "doing": None, "began": time.time()}
+        self.facts["first"] = done
+        self._write()
+        self.watcher.stage(name, total, done)
 
     def step(self, facts: Mapping[str, Any]) -> None:
-        self.done += 1
-        text = "  ".join(pattern.format(facts[key]) for key, pattern in SHOWN if facts.get(key) is not None)
-        if self.redraw(text):
-            return
-        if time.monotonic() - self.last >= self.seconds or self.done == self.total:
-            self.last = time.monotonic()
-            self.line(f"{self.name} {self.done}/{self.total}  {text}")
+        self.facts["done"] = self.facts.get("done", 0) + 1
+        if time.monotonic() - self.written >= WRITTEN_EVERY or self.facts["done"] == self.facts.get("total"):
+            self._write()
+        self.watcher.step(facts)
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        with suppress(OSError):  # a full disk ends the run where something is lost by it
+            write_atomically(self.file, to_json(self.facts | {"at": time.time()}))

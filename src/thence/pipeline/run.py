@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.layout import check_layout, check_pieces, cut, cut_policy, layout_of, open_model
 from thence.pipeline.preflight import preflight, refuse
-from thence.pipeline.progress import NullWatcher, RunWatcher
+from thence.pipeline.progress import NullWatcher, ProgressFile, RunWatcher
 from thence.pipeline.promises import hold
 from thence.pipeline.prompts import RenderedPrompts
 from thence.pipeline.rl_stage import run_rl
@@ -94,8 +94,15 @@ def run(
 
     with ExitStack() as held:
         on_first_rank(ranks, folder.refuse_if_held)
+        execution.told.doing("trying what the recipe names")
         together(ranks, tried)
         on_first_rank(ranks, begin)
+        told = execution.told
+        if execution.leads:
+            told = ProgressFile(told, folder.path)
+            to_go = [name for name in resolved.stages if not folder.is_done(name)]
+            told.begin(resolved.name, to_go)
+        execution = replace(execution, watcher=told)
         kept = last_trained(resolved)
         if kept is not None and not keep_last and not _keeps(resolved, kept):
             kept = None  # where older ones stay, the newest does too: a longer run never resumes from an older one
@@ -150,6 +157,11 @@ class Execution:
         """Whether this process writes the files."""
         return self.ranks.rank == 0
 
+    @property
+    def told(self) -> RunWatcher:
+        """The watcher, on the first rank; elsewhere one that shows nothing."""
+        return self.watcher if self.leads else NullWatcher()
+
     def context(self, name: str) -> StageContext:
         """What a stage is given, with the model as the stages before it left it."""
         recipe = self.recipe
@@ -183,7 +195,7 @@ class Execution:
             tokenizer=loaded.tokenizer,
             ranks=self.ranks,
             device=self.device,
-            watcher=self.watcher if self.leads else NullWatcher(),
+            watcher=self.told,
             prompts=self.prompts,
             origin=origin_of(model),
         )
@@ -192,8 +204,10 @@ class Execution:
 def run_stage(execution: Execution, name: str) -> None:
     """Run one stage to its end and mark it done."""
     recipe, folder, leads = execution.recipe, execution.folder, execution.leads
+    execution.told.doing(f"{name}: opening the model")
     context, stage = execution.context(name), recipe.stage(name)
     to_come = recipe.stages[recipe.stages.index(name) :]
+    execution.told.doing(f"{name}: checking gradients, sampling and checkpoints with this model, and reading the data")
     if is_cut(context.layout):
         on_first_rank(execution.ranks, lambda: hold(context, to_come))
         cut(context, isinstance(stage, Optimization) and stage.packing)

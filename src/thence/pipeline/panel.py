@@ -1,0 +1,116 @@
+"""What a run shows while it goes: one panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from thence.display import BAR_WIDTH, Display
+from thence.pipeline.time_left import Clock
+from thence.wording import counted, duration
+
+SHOWN = (
+    ("loss", "loss {:.3f}"),
+    ("held_out_loss", "held-out {:.3f}"),
+    ("eval", "eval {:.3f}"),
+    ("reward", "reward {:.3f}"),
+    ("entropy", "entropy {:.2f}"),
+    ("response_tokens", "length {:.0f}"),
+    ("grad_norm", "norm {:.2f}"),
+    ("tokens_per_s", "{:,.0f} tok/s"),
+)
+REFRESHES = 4  # a second
+
+
+def said_of(facts: Mapping[str, Any]) -> list[str]:
+    """The quantities of a step that people look at, in words."""
+    return [pattern.format(facts[key]) for key, pattern in SHOWN if facts.get(key) is not None]
+
+
+class RunDisplay(Display):
+    """Shows a panel on a terminal: run, stage, time left, the last step. Elsewhere it prints a line every ``seconds``.
+
+    The panel takes the width that there is and wraps; it cuts nothing. A stage that has ended leaves a line behind.
+    """
+
+    def __init__(self, console: Console, seconds: float = 5.0):
+        self.seconds, self.last = seconds, time.monotonic()
+        self.clock = Clock()
+        self.run, self.stages, self.now = "", 0, ""
+        self.facts: list[str] = []
+        picture = Live(console=console, refresh_per_second=REFRESHES, transient=True, get_renderable=self._panel)
+        super().__init__(console, picture)
+
+    def __exit__(self, *error: object) -> None:
+        self._end_stage()
+        self.now = ""
+        super().__exit__(*error)
+
+    def begin(self, name: str, stages: Sequence[str]) -> None:
+        self.run, self.stages = name, len(stages)
+        self.clock.begin(stages)
+
+    def doing(self, what: str) -> None:
+        self._end_stage()
+        self.now = what
+        self.line(f"{what} ...", wrap=False)
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        self._end_stage()
+        self.last = time.monotonic()
+        self.now, self.facts = "", []
+        self.clock.stage(name, total, done, self.last)
+        if self.animated:
+            self.picture.refresh()
+        self.line(
+            f"{name}: " + (f"resumed after step {done} of {total}" if done else counted(total, "step")), wrap=False
+        )
+
+    def step(self, facts: Mapping[str, Any]) -> None:
+        now, clock = time.monotonic(), self.clock
+        clock.step(now)
+        self.facts = said_of(facts)
+        if not self.animated and (now - self.last >= self.seconds or clock.done == clock.total):
+            self.last = now
+            left = str(clock.left(now)) if clock.done < clock.total else ""
+            told = "  ".join(filter(None, [*self.facts, left]))
+            self.line(f"{clock.name} {clock.done}/{clock.total}  {told}", wrap=False)
+
+    def _end_stage(self) -> None:
+        """A line of what a stage was, above the panel."""
+        name, done, total = self.clock.name, self.clock.done, self.clock.total
+        took = self.clock.end(time.monotonic())
+        if took is not None and self.animated and self.facts:
+            self.console.print(_glued([f"{name} {done}/{total}", *self.facts, f"in {duration(took)}"]))
+
+    def _panel(self) -> Group:
+        clock = self.clock
+        left = clock.left(time.monotonic())
+        head = Text(self.run, style="bold")
+        if clock.name or self.now:
+            place = self.stages - len(clock.to_come) if clock.name else 0
+            head.append(f"  stage {place} of {self.stages}: {clock.name}" if place else f"  {self.now} ...", style="")
+        parts: list[Any] = [head]
+        if clock.name:
+            bar = Table.grid(padding=(0, 2, 0, 0))
+            count = Text(f"{clock.done:,}/{clock.total:,}")
+            stage = "" if left.stage is None else f"{duration(left.stage)} left of this stage"
+            bar.add_row(ProgressBar(total=clock.total, completed=clock.done, width=BAR_WIDTH), count, Text(stage))
+            parts.append(bar)
+        if self.facts:
+            parts.append(_glued(self.facts))
+        if str(left) and (clock.to_come or not clock.name):
+            parts.append(Text(f"whole run: {left}", style="dim"))
+        return Group(*parts)
+
+
+def _glued(parts: Sequence[str]) -> Text:
+    """Parts that a line may be broken between, but not within."""
+    return Text("  ".join(part.replace(" ", "\u00a0") for part in parts))
