@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from functools import partial
+from itertools import pairwise
 
 from thence.pages.samples import HeldSamples, ShownSample, hold, weighed_tokens
 
@@ -38,7 +39,7 @@ def test_the_largest_source_is_thinned_evenly_where_there_is_no_room():
     assert sum(name.startswith("sample-small") for name in names) == 20
     numbers = [int(name.rpartition("-")[2]) for name in names if name.startswith("sample-large")]
     assert 100 < len(numbers) < 1000
-    assert {after - before for before, after in zip(numbers, numbers[1:], strict=False)} == {numbers[1] - numbers[0]}
+    assert {after - before for before, after in pairwise(numbers)} == {numbers[1] - numbers[0]}
 
 
 def test_what_is_left_out_is_never_made():
@@ -54,10 +55,10 @@ def test_what_is_left_out_is_never_made():
 
 def test_figures_of_tokens_go_before_whole_samples_do():
     def weighed(number: int) -> dict:
-        values = [random.Random(number).random() for _ in range(100)]
-        return {"text": ["t"] * 100, "weight": values}
+        drawn = random.Random(number)
+        return {"text": ["t"] * 100, "weight": [drawn.random() for _ in range(100)]}
 
-    held = hold([("rl", [partial(sample, i, "x", weighed(i)) for i in range(200)])], room=60_000)
+    held = hold([("rl", [partial(sample, i, "x", weighed(i)) for i in range(200)])], room=120_000)
     kept = [row[-1] for row in rows(held)]
     assert held.held == 200 and 20 <= sum(one is not None for one in kept) < 200
 
