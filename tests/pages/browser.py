@@ -53,9 +53,9 @@ def visit(browser: Any, path: Path, anchor: str = "", **look: Any) -> Iterator[V
     try:
         page.goto(path.resolve().as_uri() + (f"#{anchor}" if anchor else ""))
         if page.locator(".chart").count():
-            page.wait_for_function("document.documentElement.dataset.charts === 'drawn'")
+            page.wait_for_selector("html[data-charts=drawn]", state="attached")
         if page.locator("#held-samples").count():
-            page.wait_for_function("document.documentElement.dataset.samples === 'shown'")
+            page.wait_for_selector("html[data-samples=shown]", state="attached")
         yield found
     finally:
         context.close()

@@ -199,7 +199,7 @@ def test_samples_are_filtered_sorted_and_paged_through(browser: Any, pages: dict
         lengths = [int(text.split()[0]) for text in page.locator(".sample summary small").all_inner_texts()]
         assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
         page.get_by_role("button", name="Reset").click()
-        page.wait_for_function("document.querySelector('#held-samples [role=status]').innerText.endsWith('of 93')")
+        page.wait_for_selector("#held-samples [role=status]:text('of 93')")
         page.get_by_label("Step from").fill("2")
         assert found.text(count) == "1–2 of 2"
         page.get_by_label("Reward to").fill("0")
