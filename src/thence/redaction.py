@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 HIDDEN = "[hidden]"
@@ -91,6 +92,14 @@ def redacted_values(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         return HIDDEN if value and is_secret_name(name) else redacted(value)
     return value
+
+
+def as_typed(argv: Sequence[str]) -> list[str]:
+    """The words of a command line as the user typed them, given ``sys.argv``: that has a file in the first place."""
+    program = Path(argv[0])
+    if program.name == "__main__.py":  # python -m PACKAGE
+        return ["python", "-m", program.parent.name, *argv[1:]]
+    return [program.name, *argv[1:]]
 
 
 def redacted_command(argv: Sequence[str]) -> str:

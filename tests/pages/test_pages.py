@@ -24,7 +24,7 @@ BASE = '{% extends "base.html" %}'
 
 def test_every_kind_of_page_extends_the_base_and_has_no_document_of_its_own():
     pages = sorted(ROOM.glob("*/page.html"))
-    assert [page.parent.name for page in pages] == ["audit", "comparison", "evaluation", "run"]
+    assert [page.parent.name for page in pages] == ["audit", "comparison", "evaluation", "overlay", "run"]
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert text.startswith(BASE) and not re.search(r"<(html|head|body|style)\b", text)

@@ -290,12 +290,12 @@ def _backend(settings: Settings, generator: Generator) -> Backend:
 def _environment(endpoint: str | None) -> dict[str, Any]:
     from thence.http_client import shown_address
     from thence.pipeline.folder import environment
-    from thence.redaction import redacted_command
+    from thence.redaction import as_typed, redacted_command
 
     facts = environment("")
     if endpoint:  # before the arguments are quoted, or a quote in a password would hide it from us
         shown = [argument.replace(endpoint, shown_address(endpoint)) for argument in sys.argv[1:]]
-        facts["command"] = redacted_command([Path(sys.argv[0]).name, *shown])
+        facts["command"] = redacted_command(as_typed([sys.argv[0], *shown]))
     del facts["device"]  # the backend tells, if it knows
     return facts
 

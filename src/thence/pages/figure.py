@@ -260,6 +260,7 @@ _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, sans-serif"
 CONFIG: Mapping[str, Any] = {
     "font": _FONT,
     "background": None,
+    "aria": False,  # the label of the box says what is drawn
     "view": {"stroke": None, "cursor": "crosshair"},
     "axis": {
         "labelColor": "var(--ink)",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thence.foreign_text import visible
@@ -18,6 +19,8 @@ ROOM = 2_400_000
 """Bytes of a page that its samples may take, as base64. A page has 4 MB at most; Vega takes 0.9 of them."""
 _IN_MEMORY = 60_000_000
 """Characters of samples that are held while a page is written."""
+_FEW_FIGURES = 40
+"""Samples with figures of their tokens that are kept in any case; more of them go before whole samples do."""
 _HEAD, _TAIL = 2500, 1000
 """Characters shown of a long text: its beginning and its end."""
 
@@ -29,8 +32,8 @@ class ShownSample:
     Args:
         group: what it can be told by in a list: stage and test set, or task.
         reward, length, step: what it can be filtered and sorted by; None where it is not known.
-        weighed: of each of its tokens the text and what training made of it (see :func:`thence.pages.tokens`), where
-            the run kept that.
+        weighed: of each of its tokens the text and what training made of it, where the run kept that
+            (:mod:`thence.pipeline.token_figures`).
     """
 
     verdict: str
@@ -101,7 +104,8 @@ def hold(sources: Iterable[tuple[str, Iterable[Callable[[], ShownSample]]]], roo
             while sum(s.characters for s in found) > _IN_MEMORY and _thinnable(found):
                 _largest(found).thin()
     while len(data := _packed(found)) > room and _thinnable(found):
-        _largest(found).thin()
+        if not _half_of_the_figures(found):
+            _largest(found).thin()
     return HeldSamples(data, sum(len(s.kept) for s in found), sum(s.total for s in found))
 
 
@@ -111,6 +115,17 @@ def _thinnable(found: list[_Source]) -> bool:
 
 def _largest(found: list[_Source]) -> _Source:
     return max((s for s in found if len(s.kept) > 1), key=lambda source: source.characters)
+
+
+def _half_of_the_figures(found: list[_Source]) -> bool:
+    """Leave every second sample's figures of tokens away, while there are many; whether there were."""
+    places = [(s, i) for s in found for i, (_, sample) in enumerate(s.kept) if sample.weighed is not None]
+    if len(places) < _FEW_FIGURES:
+        return False
+    for source, index in places[1::2]:
+        number, sample = source.kept[index]
+        source.kept[index] = (number, replace(sample, weighed=None))
+    return True
 
 
 def _size(sample: ShownSample) -> int:
@@ -173,6 +188,25 @@ def first_of_each(samples: Iterable[tuple[Any, Callable[[], ShownSample]]]) -> l
 def judged_only(samples: Iterable[tuple[Any, Callable[[], ShownSample]]]) -> Iterator[Callable[[], ShownSample]]:
     """Those with a verdict that a page knows; the others are damaged."""
     return (sample for verdict, sample in samples if isinstance(verdict, str) and verdict in VERDICTS)
+
+
+def weighed_tokens(value: Any) -> dict[str, Any] | None:
+    """Figures of tokens as a run kept them, texts made visible; None where they are missing or do not fit together."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("text"), list):
+        return None
+    texts = [visible(str(text)) for text in value["text"]]
+    found: dict[str, Any] = {"text": texts}
+    for name, figures in value.items():
+        if name == "text":
+            continue
+        fitting = isinstance(figures, list) and len(figures) == len(texts) and all(map(_plain_number, figures))
+        if fitting and texts:
+            found[visible(str(name))] = figures
+    return found if len(found) > 1 else None
+
+
+def _plain_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def excerpt(value: Any) -> str:

@@ -37,7 +37,7 @@ from thence.pipeline.owned import (
 )
 from thence.pipeline.undo import reopen, set_stage_aside
 from thence.recipe import Recipe, kind_of, load_recipe
-from thence.redaction import redacted_command
+from thence.redaction import as_typed, redacted_command
 from thence.train.checkpoint import checkpoints
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def environment(device: str, ranks: int | None = None) -> dict[str, Any]:
         **numerics(),
         "device": device,
         **({"ranks": ranks} if ranks is not None else {}),
-        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted_command(as_typed(sys.argv)),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

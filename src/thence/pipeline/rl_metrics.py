@@ -18,6 +18,7 @@ from thence.pipeline.context import StageContext
 from thence.pipeline.lessons import Lessons, each_of
 from thence.pipeline.sample_lines import rollout_line
 from thence.pipeline.sampler import RolloutSampler
+from thence.pipeline.token_figures import TokenFigures
 from thence.train.parallel import Ranks
 from thence.train.step import Observer, StepReport
 
@@ -29,11 +30,13 @@ class BatchMetrics:
 
     Args:
         terms: of the method.
+        shown: responses that are written for the reader, with the figures of some of their tokens.
     """
 
-    def __init__(self, ranks: Ranks, terms: Sequence[Term]) -> None:
+    def __init__(self, ranks: Ranks, terms: Sequence[Term], shown: Sequence[Trajectory] = ()) -> None:
         self.ranks = ranks
         self.mismatch, self.shares, self.lessons = Mismatch(), Shares(ranks), Lessons(ranks, terms)
+        self.tokens = TokenFigures(terms, shown)
         self.reports: list[StepReport] = []
         self.side: list[StepReport] = []
 
@@ -56,7 +59,8 @@ class BatchMetrics:
         """For :meth:`Trainer.step` on these trajectories' rows."""
         # only before the first optimizer step of a batch do sampler and trainer hold the same weights
         observers = [] if self.reports else [self.mismatch.observer(trajectories)]
-        return each_of([*observers, *self.lessons.observers(rows)])
+        kept = self.tokens.observer(trajectories, rows)
+        return each_of([*observers, *self.lessons.observers(rows), *([kept] if kept else [])])
 
     def line(
         self,
@@ -213,12 +217,16 @@ class Mismatch:
         return kl / compared if compared else None
 
 
-def keep_samples(context: StageContext, trajectories: Sequence[Trajectory], step: int) -> None:
-    """Write the first group's responses for the reader; a crash can lose them, a resumed run writes them again."""
+def keep_samples(context: StageContext, kept: Sequence[Trajectory], step: int, tokens: TokenFigures) -> None:
+    """Write responses of a step for the reader; a crash can lose them, a resumed run writes them again."""
     path = context.folder.stage(context.name) / "samples.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = trajectories[:SAMPLES_KEPT]
-    append_jsonl(path, (rollout_line(trajectory, stage=context.name, step=step) for trajectory in kept))
+    lines = []
+    for trajectory in kept:
+        line = rollout_line(trajectory, stage=context.name, step=step)
+        weighed = tokens.of(trajectory, context.tokenizer)
+        lines.append(line if weighed is None else line | {"weighed": weighed})
+    append_jsonl(path, lines)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -20,7 +20,7 @@ from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
 from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import reward_names, stage_reward
-from thence.pipeline.rl_metrics import BatchMetrics, keep_samples
+from thence.pipeline.rl_metrics import SAMPLES_KEPT, BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import RolloutSampler, SyncedEngine
@@ -111,12 +111,13 @@ class Loop:
             composed = method.compose(sampler, self.stage.prompts, self.stage.rollouts)
         trajectories = leave_out(method, composed)
         rate = trainer.learning_rate(trainer.steps_taken)
-        metrics = BatchMetrics(context.ranks, method.terms)
+        shown = composed[:SAMPLES_KEPT] if context.leads else []
+        metrics = BatchMetrics(context.ranks, method.terms, shown)
         if sampler.total(len(trajectories)):
             self.update.take(trajectories, metrics)
         self.update.take_side_steps(sampler, metrics)
         if context.leads:
-            keep_samples(context, composed, step + 1)
+            keep_samples(context, shown, step + 1, metrics.tokens)
         line = metrics.line(context, sampler, composed, rate, time.perf_counter() - start)
         return line | {"executed_flops": context.executed_flops(before)}
 

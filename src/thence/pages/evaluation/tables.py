@@ -51,11 +51,19 @@ def _columns(result: Result, level: str, whole: bool, mark: str) -> dict[str, Ca
     def scored(score: Score | None) -> Cell:
         return NOTHING if score is None else Cell(score_text(score), ends(score) if whole else "")
 
-    columns: dict[str, Callable[[TaskResult], Cell]] = {"n": _problems}
+    columns: dict[str, Callable[[TaskResult], Cell]] = {}
+
+    def level_of(row: TaskResult) -> Cell:
+        return scored(row.avg) if row.reward is None else _reward(row.reward, whole, mark)
+
+    if whole:  # first, so that a narrow screen shows it
+        columns[level] = level_of
+    columns["n"] = _problems
     if result.not_answered:
         columns["unanswered"] = lambda row: Cell(f"{len(row.not_answered):,}")
     columns["k"] = lambda row: Cell(str(row.task.samples))
-    columns[level] = lambda row: scored(row.avg) if row.reward is None else _reward(row.reward, whole, mark)
+    if not whole:
+        columns[level] = level_of
     if not whole:
         columns["interval"] = lambda row: Cell(ends(row.avg) if row.reward is None else degree_ends(row.reward))
     if any(row.task.samples > 1 for row in rows):

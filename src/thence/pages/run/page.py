@@ -17,7 +17,7 @@ from thence.pages.run.curves import curves, smoothing_note
 from thence.pages.run.numbers import report_csv, report_json, totals
 from thence.pages.run.outcome import outcome
 from thence.pages.run.tables import results_table, verdicts_table
-from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only
+from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only, weighed_tokens
 from thence.pages.template import render
 from thence.pipeline.run_files import RunFiles, StageMetrics, number, read_run
 from thence.redaction import redacted, redacted_values
@@ -38,7 +38,7 @@ def write_page(run_folder: Path) -> Path:
     Raises:
         UserError: there is no such folder.
     """
-    run = _without_secrets(read_run(run_folder))
+    run = read_shown(run_folder)
     page = run_folder / "report.html"
     for path, text in (
         (run_folder / "report.json", report_json(run)),
@@ -49,8 +49,13 @@ def write_page(run_folder: Path) -> Path:
     return page
 
 
-def _without_secrets(run: RunFiles) -> RunFiles:
-    """A run as its page may show it: an older version kept recipe and command as they were."""
+def read_shown(folder: Path) -> RunFiles:
+    """A run as a page may show it, without secrets: an older version kept recipe and command as they were.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    run = read_run(folder)
     return replace(
         run,
         recipe=redacted_values(run.recipe),
@@ -76,7 +81,7 @@ def render_page(run: RunFiles) -> str:
         verdicts=verdicts_table(run),
         stages=[_stage(training, _labels(run)) for training in run.training],
         samples=[(stage, kept) for stage, kept in samples if kept],
-        held=hold((stage, judged_only(_graded(run.folder, stage))) for stage in run.stages),
+        held=hold((stage, shown_samples(run.folder, stage)) for stage in run.stages),
         recipe=run.recipe_text or to_toml(run.recipe),
         environment=environment_facts(run.environment),
         command=_command(run),
@@ -114,21 +119,30 @@ def _figure(training: StageMetrics) -> Figure:
     return Figure(training.stage, tuple(curves(training)), notes=(note,) if note else ())
 
 
+def shown_samples(folder: Path, stage: str, before: str = "") -> Iterator[Callable[[], ShownSample]]:
+    """The graded samples of a stage, in order, each made when it is called.
+
+    Args:
+        before: what the names of their groups begin with.
+    """
+    return judged_only(_graded(folder, stage, before))
+
+
 def _samples(folder: Path, stage: str) -> list[ShownSample]:
     return first_of_each(islice(_graded(folder, stage), _SEARCHED))
 
 
-def _graded(folder: Path, stage: str) -> Iterator[tuple[Any, Callable[[], ShownSample]]]:
+def _graded(folder: Path, stage: str, before: str = "") -> Iterator[tuple[Any, Callable[[], ShownSample]]]:
     """Verdict of every readable line of a stage's samples, and how to make its sample."""
     for line in stream_lines(folder / "stages" / stage / "samples.jsonl"):
         row = line[1] if isinstance(line, tuple) else {}
-        yield row.get("verdict"), partial(_sample, stage, row)
+        yield row.get("verdict"), partial(_sample, before + stage, row)
 
 
-def _sample(stage: str, row: Mapping[str, Any]) -> ShownSample:
+def _sample(source: str, row: Mapping[str, Any]) -> ShownSample:
     where = [str(row["split"])] if row.get("split") is not None else []
     where += [f"T = {row['temperature']:g}"] if isinstance(row.get("temperature"), (int, float)) else []
-    group = ", ".join([stage, *where])
+    group = ", ".join([source, *where])
     where += [f"problem {row['index']}"] if row.get("index") is not None else []
     where += [f"step {row['step']}"] if row.get("step") else []
     finish = f", {_FINISH.get(str(row['finish']), row['finish'])}" if row.get("finish") else ""
@@ -148,4 +162,5 @@ def _sample(stage: str, row: Mapping[str, Any]) -> ShownSample:
         reward=score,
         length=None if length is None else int(length),
         step=int(step) if step else None,
+        weighed=weighed_tokens(row.get("weighed")),
     )

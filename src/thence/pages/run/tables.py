@@ -32,7 +32,7 @@ def results_table(run: RunFiles, whole: bool = False) -> Table:
     for (split, temperature), reward in zip(run.columns, by_reward, strict=True):
         headers.append(f"{split}, T = {temperature:g}{', mean reward' if mixed and reward else ''}")
     rows = [
-        TableRow(subject, tuple(_cell(run, run.cell(subject, column), whole) for column in run.columns))
+        TableRow(subject, tuple(measured_cell(run, run.cell(subject, column), whole) for column in run.columns))
         for subject in run.subjects
     ]
     if whole:
@@ -46,7 +46,8 @@ def results_table(run: RunFiles, whole: bool = False) -> Table:
     return Table(title, tuple(headers), tuple(rows), (NO_THRESHOLD,) if any(by_reward) else ())
 
 
-def _cell(run: RunFiles, cell: Measurement | None, whole: bool) -> Cell:
+def measured_cell(run: RunFiles, cell: Measurement | None, whole: bool) -> Cell:
+    """A measurement with its interval, and with its size where the table is ``whole``; a dash for none."""
     if cell is None:
         return NOTHING
     level = run.level(cell)

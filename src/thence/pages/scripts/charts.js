@@ -15,8 +15,6 @@ async function draw(box) {
   const options = { renderer: "svg", actions: false, ast: true, defaultStyle: false, tooltip: { disableDefaultStyle: true } };
   const { view } = await window.vegaEmbed(box, specOf(box), options);
   views.set(box, view);
-  // What a screen reader says is the label of the box; a mark by mark account of the drawing would only be in the way.
-  box.querySelector("svg")?.setAttribute("aria-hidden", "true");
 }
 
 // A domain that is smaller or larger than the one in view, around the same middle.

@@ -46,7 +46,7 @@ function range(label, name) {
 function filters(samples) {
   const form = make("form", { class: "filters", "aria-label": "Filter the samples" });
   const groups = distinct(samples, "group");
-  if (groups.length > 1) form.append(choice("From", "group", [["", "all"], ...groups.map((name) => [name, name])]));
+  if (groups.length > 1) form.append(choice("Stage or task", "group", [["", "all"], ...groups.map((name) => [name, name])]));
   form.append(choice("Verdict", "verdict", [["", "all"], ...distinct(samples, "verdict").map((name) => [name, name])]));
   for (const [label, name] of [["Reward", "reward"], ["Length", "length"], ["Step", "step"]]) if (known(samples, name)) form.append(range(label, name));
   form.append(make("label", {}, "Text", make("input", { type: "search", name: "text" })));
@@ -149,6 +149,7 @@ function browser(samples) {
   const count = make("span", { role: "status" });
   let found = samples;
   let page = 0;
+  let sought = false; // whether a link empties the filters, and not the reader
   const turn = (to) => {
     page = to;
     draw();
@@ -177,6 +178,7 @@ function browser(samples) {
     if (!id.startsWith("sample-")) return;
     let place = found.findIndex((sample) => sample.id === id);
     if (place < 0 && samples.some((sample) => sample.id === id)) {
+      sought = true;
       form.reset();
       found = chosen(samples, form);
       place = found.findIndex((sample) => sample.id === id);
@@ -190,7 +192,10 @@ function browser(samples) {
   }
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", choose);
-  form.addEventListener("reset", () => setTimeout(choose));
+  form.addEventListener("reset", () => {
+    if (!sought) setTimeout(choose); // the fields are empty only after the event
+    sought = false;
+  });
   addEventListener("hashchange", seek);
   box.replaceChildren(form, make("div", { class: "pages" }, before, after, make("span", {}, "page ", number), count), list);
   draw();

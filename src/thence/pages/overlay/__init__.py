@@ -1,0 +1,1 @@
+"""The page of several runs, laid over each other."""
