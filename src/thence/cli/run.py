@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,17 +127,14 @@ def plan_run(
 
 def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = ()) -> int:
     """Run, show progress, then print the results and the report's path."""
-    from thence.pipeline.progress import RunDisplay
-    from thence.pipeline.run import run
-    from thence.terminal import logging_to, make_console
+    from thence.recorded import run_shown
+    from thence.terminal import make_console
     from thence.train.parallel import rank_variable
 
     console = make_console()
-    leads = rank_variable("RANK") == 0
     quiet_libraries()
-    with logging_to(console, logging.INFO if leads else logging.ERROR), RunDisplay(console) as watcher:
-        folder = run(recipe, watcher=watcher, restart=restart, repeat=repeat)
-    if leads:
+    folder = run_shown(console, recipe, restart=restart, repeat=repeat)
+    if rank_variable("RANK") == 0:
         from thence.pages.run.tables import results_table
         from thence.pages.terminal import with_notes
         from thence.pipeline.run_files import read_run
