@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.saving import refuse_what_is_broken
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
+from thence.pipeline.trackers import Tracking, tracked
 from thence.pipeline.validation import take_best
 from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.adapted import adapt, is_quantized, started_from
@@ -96,6 +97,8 @@ def run(
         on_first_rank(ranks, folder.refuse_if_held)
         together(ranks, tried)
         on_first_rank(ranks, begin)
+        told = held.enter_context(tracked(resolved, folder.path, execution.watcher, execution.leads))
+        execution = replace(execution, watcher=told)
         kept = last_trained(resolved)
         if kept is not None and not keep_last and not _keeps(resolved, kept):
             kept = None  # where older ones stay, the newest does too: a longer run never resumes from an older one
@@ -218,6 +221,8 @@ def run_stage(execution: Execution, name: str) -> None:
     def finish() -> None:
         model = {} if isinstance(stage, Eval) else {"model": published(folder.stage(name) / "model")}
         folder.finish(name, {**facts, **model})
+        if isinstance(stage, Eval) and isinstance(execution.watcher, Tracking):
+            execution.watcher.results(name, folder.stage(name) / "result.json")
 
     on_first_rank(execution.ranks, finish)
 
