@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,13 @@ def test_wandb_works_offline_and_a_resumed_run_is_the_same_one(tmp_path: Path, m
     name = json.loads((folder / "trackers.json").read_text())["wandb"]
     kept = list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))
     assert len(kept) == 2 and all(file.name == f"run-{name}.wandb" for file in kept)
-    content = b"".join(file.read_bytes() for file in kept)
-    assert b"sft/loss" in content and b"rl/reward" in content and b"eval/test/T=" in content
+    sent, until = (b"sft/loss", b"rl/reward", b"eval/test/T="), time.monotonic() + 30
+    while True:  # wandb's own process writes the files, a moment after the run has ended
+        content = b"".join(file.read_bytes() for file in kept)
+        if not (missing := [name for name in sent if name not in content]) or time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    assert not missing
     for file in [*folder.rglob("*"), *tmp_path.glob("*/wandb/**/*")]:
         assert not file.is_file() or b"0123456789" * 4 not in file.read_bytes(), file
 
