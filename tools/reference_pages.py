@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -247,6 +247,8 @@ def _fields_of(value: Any, heading: str) -> str:
 
 def _about_value(value: Any) -> str:
     """What a value that is neither class nor function is."""
+    if isinstance(value, ModuleType):
+        return f"The module `{value.__name__}`. {(value.__doc__ or '').strip().splitlines()[0]}"
     if isinstance(value, Mapping):
         return f"A table of {len(value)}: {', '.join(f'`{key}`' for key in value)}."
     return f"`{re.sub(r'(?:[a-z_]+[.])+([A-Z])', chr(92) + '1', str(value))}`"

@@ -20,10 +20,10 @@ from thence.pipeline.context import StageContext
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.run import run
 from thence.pipeline.run_files import read_run
-from thence.recipe import KINDS, Data, Model, Recipe, Sharding, load_recipe
+from thence.recipe import KINDS, Data, Model, Recipe, Sharding, Trackers, load_recipe
 
-SECTIONS = {"": Recipe, "model": Model, "data": Data, "sharding": Sharding, **KINDS}
-OWN_TABLES = {"": {"model", "data", "sharding", "tables"}}
+SECTIONS = {"": Recipe, "model": Model, "data": Data, "sharding": Sharding, "trackers": Trackers, **KINDS}
+OWN_TABLES = {"": {"model", "data", "sharding", "trackers", "tables"}}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,7 @@ FREE = {
     "description": "words",
     "parallel": "fsdp2",
     "sharding.sum_every_pass": False,
+    "trackers.project": "other",
     "model.trust_remote_code": True,
     "rl.checkpoint_every": 3,
     "rl.keep_every": 2,

@@ -26,7 +26,7 @@ COMMANDS = {
     "compare": "Compare arms x bases x seeds at one budget.",
     "eval": "Measure a model on benchmarks; compare evaluations.",
     "sample": "Show what the model said, with verdicts.",
-    "export": "Make a Hugging Face folder from a checkpoint.",
+    "export": "Make a Hugging Face folder or GGUF file of a run.",
     "merge": "Merge a LoRA adapter into its model.",
     "report": "Write the report page of a run again.",
     "audit": "Recover the weight that a trainer gives to every token.",
@@ -45,7 +45,8 @@ USAGE = {
     "       thence eval --compare A B [C ...] | --regrade FOLDER | --list",
     "data": "thence data SOURCE|RECIPE --model MODEL [--table.field VALUE ...]",
     "compare": "thence compare COMPARISON [OPTIONS]",
-    "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]",
+    "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]\n"
+    "       thence export RUN FILE.gguf --gguf TYPE",
     "merge": "thence merge ADAPTER|RUN|RUN:STAGE FOLDER [OPTIONS]",
     "recipes": "thence recipes [NAME]",
     "methods": "thence methods [NAME]",

@@ -9,7 +9,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 
 from thence.errors import UserError
-from thence.recipe import KINDS, Data, Lora, Model, Recipe, Sharding, type_of
+from thence.recipe import KINDS, Data, Lora, Model, Recipe, Sharding, Trackers, type_of
 from thence.settings.annotations import members_of, takes
 from thence.settings.text_values import is_mapping, is_switch
 
@@ -126,7 +126,15 @@ def describe_section(
 
 
 def _tables() -> dict[str, type[BaseModel]]:
-    return {"": Recipe, "model": Model, "model.lora": Lora, "data": Data, "sharding": Sharding, **KINDS}
+    return {
+        "": Recipe,
+        "model": Model,
+        "model.lora": Lora,
+        "data": Data,
+        "sharding": Sharding,
+        "trackers": Trackers,
+        **KINDS,
+    }
 
 
 def _names(table: str, section: type[BaseModel]) -> list[str]:

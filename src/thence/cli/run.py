@@ -173,8 +173,8 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = (), way: Way 
 @contextlib.contextmanager
 def _told(way: Way, leads: bool) -> Iterator[RunWatcher]:
     """Who is told what happens in a run, and where its log goes."""
-    from thence.pipeline.panel import RunDisplay
     from thence.pipeline.progress import NullWatcher
+    from thence.recorded import shown_on
     from thence.terminal import logging_to, make_console
 
     if way == "json" and leads:
@@ -184,8 +184,7 @@ def _told(way: Way, leads: bool) -> Iterator[RunWatcher]:
         with logging_to(make_console(stderr=True), logging.WARNING if leads else logging.ERROR):
             yield NullWatcher()
     else:
-        console = make_console()
-        with logging_to(console, logging.INFO if leads else logging.ERROR), RunDisplay(console) as watcher:
+        with shown_on(make_console()) as watcher:
             yield watcher
 
 

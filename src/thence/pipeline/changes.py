@@ -55,6 +55,7 @@ _OPTIMIZATION = {
 RULES: Mapping[str, Mapping[str, Rule]] = {
     "": {**_all(FREE, "name description folder parallel"), "seed": FIXED, "stages": STAGES},
     "sharding": _all(FREE, "replicas reshard_after_forward sum_every_pass offload context"),
+    "trackers": _all(FREE, "to project"),
     "model": {
         **_all(CONTENT, "path tokenizer"),
         **_all(FIXED, "gguf_file init config_overrides compute_dtype lora"),
@@ -141,7 +142,7 @@ def differences(before: Recipe, now: Recipe) -> list[Change]:
         for name in ("name", "description", "seed", "folder", "stages", "parallel")
         if getattr(before, name) != getattr(now, name)
     ]
-    for table in ("model", "sharding"):
+    for table in ("model", "sharding", "trackers"):
         old, new = (getattr(recipe, table).model_dump() for recipe in (before, now))
         found += [
             Change(f"{table}.{name}", old[name], new[name], None, rule_of(table, name))

@@ -32,6 +32,9 @@ SHOWN = 3  # things of others that an error names
 _OF_RUN = {RECIPE, ENVIRONMENT, CHANGES, "ground.json", "metrics.jsonl", "summary.json", MARKER, LOCK}
 _OF_RUN |= {"report.html", "report.json", "report.csv", PROGRESS}
 _OF_STAGE = {"ground.json", "result.json", "samples.jsonl", "done.json", "metrics.jsonl"}
+TRACKERS = "trackers.json"
+"""The name of the run at a tracker, so that a resumed run stays the same one there."""
+_OF_RUN |= {TRACKERS}
 EVALUATION = "evaluation"
 """The store in the folder of an evaluation stage."""
 _OF_EVALUATION = {"evaluation.toml", ENVIRONMENT, "problems.json", LOCK, "report.html", "results.json", "results.csv"}
@@ -193,9 +196,11 @@ def _walk(folder: Path, place: str, marker: Marker) -> Iterator[tuple[str, Path]
 def _place_of(place: str, name: str, marker: Marker) -> str | None:
     """What thence keeps in a folder of this name; None: it makes none."""
     if place == "run":
-        return {"stages": "stages", SET_ASIDE: "aside"}.get(name)
+        return {"stages": "stages", SET_ASIDE: "aside", "tensorboard": "tensorboard"}.get(name)
     if place == "stages":
         return "stage" if name in marker.stages else None
+    if place == "tensorboard":
+        return "events" if name in marker.stages else None
     if place == "aside":
         return "stage" if re.sub(r"-\d+$", "", name) in marker.stages else None
     if place == "stage":
@@ -228,6 +233,8 @@ def _is_own_file(place: str, name: str, named: frozenset[str]) -> bool:
         return name == LOCK
     if place == EVALUATION:
         return name in _OF_EVALUATION or bool(_DATED.fullmatch(name))
+    if place == "events":
+        return name.startswith("events.out.tfevents.")
     if place == "lines":
         return name.endswith(".jsonl")
     return place == "temporary" or (place == "model" and name in named)

@@ -30,6 +30,7 @@ from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
 from thence.pipeline.test_sets import measured_sets, test_sets
+from thence.pipeline.trackers import check_trackers
 from thence.pipeline.validation import check_validation
 from thence.recipe import Data, Eval, Model, Recipe, Rl, Sft, naming_fields_of
 from thence.rollout.native import Sampling
@@ -142,6 +143,8 @@ def preflight(
         trial.attempt("files that the run was begun with", lambda: ground.check(trial.resumption.again))
     again = trial.resumption.again
     left = [name for name in recipe.stages if restart or name in again or not trial.folder.is_done(name)]
+    if recipe.trackers.to:
+        trial.attempt("trackers", lambda: check_trackers(recipe))
     for name in left:
         trial.trying = name
         trial.attempt(f"{name}: settings", lambda name=name: _settings(trial, name))

@@ -30,6 +30,7 @@ from thence.pipeline.rl_stage import run_rl
 from thence.pipeline.saving import refuse_what_is_broken
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
+from thence.pipeline.trackers import Tracking, tracked
 from thence.pipeline.validation import take_best
 from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.adapted import adapt, is_quantized, started_from
@@ -100,8 +101,8 @@ def run(
         told = execution.told
         if execution.leads:
             told = ProgressFile(told, folder.path)
-            to_go = [name for name in resolved.stages if not folder.is_done(name)]
-            told.begin(resolved.name, to_go)
+            told.begin(resolved.name, [name for name in resolved.stages if not folder.is_done(name)])
+        told = held.enter_context(tracked(resolved, folder.path, told, execution.leads))
         execution = replace(execution, watcher=told)
         kept = last_trained(resolved)
         if kept is not None and not keep_last and not _keeps(resolved, kept):
@@ -232,6 +233,8 @@ def run_stage(execution: Execution, name: str) -> None:
     def finish() -> None:
         model = {} if isinstance(stage, Eval) else {"model": published(folder.stage(name) / "model")}
         folder.finish(name, {**facts, **model})
+        if isinstance(stage, Eval) and isinstance(execution.watcher, Tracking):
+            execution.watcher.results(name, folder.stage(name) / "result.json")
 
     on_first_rank(execution.ranks, finish)
 

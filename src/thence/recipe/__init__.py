@@ -14,10 +14,10 @@ from thence.recipe.reading import (
     shipped_recipes,
 )
 from thence.recipe.schema import KINDS, Eval, Optimization, Recipe, Rl, Sft, kind_of
-from thence.recipe.tables import Data, Faulty, Lora, Model, Sharding
+from thence.recipe.tables import Data, Faulty, Lora, Model, Sharding, Trackers
 
 __all__ = [
-    "KINDS", "Data", "Eval", "Faulty", "Lora", "Model", "Optimization", "Recipe", "Rl", "Sft", "Sharding",
+    "KINDS", "Data", "Eval", "Faulty", "Lora", "Model", "Optimization", "Recipe", "Rl", "Sft", "Sharding", "Trackers",
     "apply_overrides", "build_recipe", "kind_of", "load_recipe", "naming_fields_of", "read_recipe_file", "read_tables",
     "shipped_recipes", "type_of",
 ]  # fmt: skip

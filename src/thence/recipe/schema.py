@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from thence.given_files import folder_place
-from thence.recipe.tables import Data, Faulty, Model, Sharding
+from thence.recipe.tables import Data, Faulty, Model, Sharding, Trackers
 from thence.settings.limits import (
     Coefficient,
     Epochs,
@@ -244,6 +244,7 @@ class Recipe(Section):
     model: Model
     data: Data = Data()
     sharding: Sharding = Sharding()
+    trackers: Trackers = Trackers()
     tables: dict[str, Sft | Rl | Eval] = Field(default={}, exclude=True)
     """The resolved table of every stage; filled from the tables of the file."""
 

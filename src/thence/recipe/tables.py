@@ -6,7 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from thence.settings.limits import Count, Place, Processes, Rows, Seed, Share, SomeCoefficient, Source, Text, Tokens
+from thence.settings.limits import (
+    Count,
+    Name,
+    Place,
+    Processes,
+    Rows,
+    Seed,
+    Share,
+    SomeCoefficient,
+    Source,
+    Text,
+    Tokens,
+)
 from thence.settings.section import Section
 
 
@@ -72,6 +84,15 @@ class Sharding(Section):
     """Keep weights, gradients and moments in host memory, where the optimizer steps too. For GPUs."""
     context: Processes = 1
     """Ranks that share every row of training, each with a piece of its tokens, in any layout. Needs packing."""
+
+
+class Trackers(Section):
+    """Where metrics go besides the run folder. The key of an account comes from the tracker's own login."""
+
+    to: list[Literal["tensorboard", "wandb"]] = []
+    """tensorboard: event files in the run folder. wandb: Weights & Biases. Needs `pip install "thence[trackers]"`."""
+    project: Name = "thence"
+    """Project at Weights & Biases."""
 
 
 class Data(Section):
