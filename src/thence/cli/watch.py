@@ -122,7 +122,9 @@ def where(seen: Seen) -> str:
         stage += f" {seen.step:,}" + (f" of {seen.total:,}" if seen.total else "")
     if seen.state == "stopped":
         return f"stopped in {stage}"
-    return stage if seen.doing or seen.seconds is None else f"{stage}, about {duration(seen.seconds)} left of this stage"
+    return (
+        stage if seen.doing or seen.seconds is None else f"{stage}, about {duration(seen.seconds)} left of this stage"
+    )
 
 
 def screen(seen: Seen, width: int) -> Group:
