@@ -69,6 +69,25 @@ def refuse_if_held(folder: Path, doing: str, *, wait: float = 0.0) -> None:
         os.close(handle)
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a process holds the folder; None where its file system has no locks. Nothing is written."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return None
+    finally:
+        os.close(handle)
+
+
 def _take(handle: int, folder: Path, doing: str, wait: float) -> None:
     until = time.monotonic() + wait
     while True:

@@ -26,6 +26,8 @@ COMMANDS = {
     "compare": "Compare arms x bases x seeds at one budget.",
     "eval": "Measure a model on benchmarks; compare evaluations.",
     "sample": "Show what the model said, with verdicts.",
+    "watch": "Watch a run from another terminal.",
+    "serve": "Show the pages of runs in a browser, as they grow.",
     "export": "Make a Hugging Face folder or GGUF file of a run.",
     "merge": "Merge a LoRA adapter into its model.",
     "report": "Write the report page of a run again.",
@@ -48,6 +50,7 @@ USAGE = {
     "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]\n"
     "       thence export RUN FILE.gguf --gguf TYPE",
     "merge": "thence merge ADAPTER|RUN|RUN:STAGE FOLDER [OPTIONS]",
+    "serve": "thence serve [RUN ...] [OPTIONS]",
     "recipes": "thence recipes [NAME]",
     "methods": "thence methods [NAME]",
     "schema": "thence schema [recipe|comparison]",

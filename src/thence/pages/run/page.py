@@ -49,6 +49,11 @@ def write_page(run_folder: Path) -> Path:
     return page
 
 
+def current_page(run_folder: Path) -> str:
+    """The page of a run as it is now; nothing is written. Raises UserError where there is no such folder."""
+    return render_page(read_shown(run_folder))
+
+
 def read_shown(folder: Path) -> RunFiles:
     """A run as a page may show it, without secrets: an older version kept recipe and command as they were.
 

@@ -1,0 +1,1 @@
+"""Pages in a browser of this machine, as they grow."""
