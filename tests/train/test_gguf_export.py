@@ -29,7 +29,9 @@ def model_folder(folder: Path, kind: str, digits: str = "", **changes: Any) -> P
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN.replace("DIGITS", digits or DIGITS.get(kind, DIGITS["llama"]))), "isolated"),
+            pre_tokenizers.Split(
+                Regex(PATTERN.replace("DIGITS", digits or DIGITS.get(kind, DIGITS["llama"]))), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
