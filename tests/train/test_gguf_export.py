@@ -21,7 +21,7 @@ PATTERN = (
 DIGITS = {"qwen2": r"\p{N}", "llama": r"\p{N}{1,3}"}
 
 
-def model_folder(folder: Path, kind: str, **changes: Any) -> Path:
+def model_folder(folder: Path, kind: str, digits: str = "", **changes: Any) -> Path:
     """A random model of two layers with a byte-level BPE tokenizer of its family."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -29,7 +29,9 @@ def model_folder(folder: Path, kind: str, **changes: Any) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN.replace("DIGITS", DIGITS.get(kind, DIGITS["llama"]))), "isolated"),
+            pre_tokenizers.Split(
+                Regex(PATTERN.replace("DIGITS", digits or DIGITS.get(kind, DIGITS["llama"]))), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -105,6 +107,8 @@ def test_weights_that_are_read_back_otherwise_are_refused(tmp_path: Path, monkey
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "RoPE scaling"),
         ("llama", {"attention_bias": True}, "biases of Llama"),
         ("gpt2", {}, "architecture 'gpt2' cannot be verified"),
+        ("llama", {"digits": r"\p{N}{1,2}"}, "the tokenizer is none that is known"),
+        ("llama", {"digits": r"\p{N}"}, "the tokenizer is none that is known"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(kind: str, changes: Any, said: str, tmp_path: Path) -> None:

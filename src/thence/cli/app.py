@@ -48,7 +48,8 @@ USAGE = {
     "data": "thence data SOURCE|RECIPE --model MODEL [--table.field VALUE ...]",
     "compare": "thence compare COMPARISON [OPTIONS]",
     "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]\n"
-    "       thence export RUN FILE.gguf --gguf TYPE",
+    "       thence export RUN FILE.gguf --gguf TYPE\n"
+    "       thence export RUN FOLDER --push-to-hub OWNER/NAME [--dry-run]",
     "merge": "thence merge ADAPTER|RUN|RUN:STAGE FOLDER [OPTIONS]",
     "serve": "thence serve [RUN ...] [OPTIONS]",
     "recipes": "thence recipes [NAME]",

@@ -9,7 +9,8 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
     """Merge a LoRA adapter into its model: a plain Hugging Face folder.
 
     It takes the folder of an adapter, as peft writes it, or a run that trains adapters: of the last training stage that
-    has begun the finished model, or what its newest checkpoint holds, merged. The weights are written in float32.
+    has begun the finished model, or what its newest checkpoint holds, merged. The weights are written in float32. The
+    folder of a run's model gets a model card.
 
     Examples:
 
@@ -24,8 +25,9 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
         trust_remote_code: Run Python code that the model ships.
     """
     from thence.cli.app import quiet_libraries
+    from thence.pages.card import write_card
     from thence.train.adapted import merge_checkpoint
-    from thence.train.export import check_free, export
+    from thence.train.export import check_free, export, measured_model
     from thence.train.merge import is_adapter, merge
     from thence.train.run_models import find_trained
 
@@ -40,5 +42,7 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
             merge_checkpoint(found.folder, folder)
         else:
             export(found.folder, folder, trust_remote_code=trust_remote_code or found.trust_remote_code)
+        made = measured_model(folder.expanduser(), folder)
+        write_card(found.folder, folder.expanduser() / "README.md", made.parameters, ", ".join(made.dtypes))
     print(f"written: {folder}")
     return 0

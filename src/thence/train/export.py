@@ -79,7 +79,7 @@ def export(source: Path, folder: Path, *, trust_remote_code: bool = False) -> Ex
             for name in manifest_of(source) or ():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, temporary / name)
-        found = _measured(temporary, place)
+        found = measured_model(temporary, place)
         publish(temporary, place)
     return found
 
@@ -152,7 +152,8 @@ def _write(model: Any, source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _measured(folder: Path, final: Path) -> Exported:
+def measured_model(folder: Path, final: Path) -> Exported:
+    """What the weights of a folder are, as the model that is, or will be, at ``final``."""
     from safetensors import safe_open
 
     parameters, types = 0, set()

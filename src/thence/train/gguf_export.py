@@ -25,6 +25,12 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 ARCHITECTURES = ("llama", "qwen2")
 TEXTS = ("Hello world", "What is 12 + 7*(3-1)?\n\nIt's 26!", "  naïve café — 数学 1234567", "def f(x):\n\treturn x\n")
 """What both tokenizers must cut into the same tokens."""
+_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CUT_BY = {_CUT.replace("DIGITS", r"\p{N}"): "qwen2", _CUT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe"}
+"""How Qwen2 and Llama 3 cut text before its pieces are looked up -> llama.cpp's name for it."""
 _BLOCK = 32  # values that q8_0 keeps together
 _CLOSE = 1e-4
 
@@ -201,13 +207,16 @@ def _write_tokenizer(gguf: Any, writer: Any, tokenizer: Any, config: Any, source
 
 
 def _pre_tokenizer(kept: Mapping[str, Any], architecture: str) -> str | None:
-    """llama.cpp's name of how a tokenizer cuts text, known by its pattern; None: it is not known here."""
-    pattern = json.dumps(kept.get("pre_tokenizer"))
-    if '"ByteLevel"' not in pattern or "\\\\p{N}" not in pattern:
+    """llama.cpp's name of how a tokenizer cuts text, known by its whole pattern; None: it is not known here."""
+    found = kept.get("pre_tokenizer") or {}
+    parts = found.get("pretokenizers", [found])
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    if len(parts) != 2 or any(parts[1].get(name) != value for name, value in plain.items()):
         return None
-    if "\\\\p{N}{1,3}" in pattern:
-        return "llama-bpe" if architecture == "llama" else None
-    return "qwen2" if architecture == "qwen2" else None
+    if parts[0].get("type") != "Split" or parts[0].get("behavior") != "Isolated" or parts[0].get("invert"):
+        return None
+    name = CUT_BY.get(parts[0]["pattern"].get("Regex"))
+    return name if name == {"llama": "llama-bpe"}.get(architecture, architecture) else None
 
 
 def _compare(file: Path, model: Any, tokenizer: Any, rounded: Mapping[str, Tensor]) -> float:
