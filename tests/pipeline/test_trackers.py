@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard read back from its files, Weights & Biases offline, and trackers that fail."""
+"""Trackers: TensorBoard and trackio read back from their files, Weights & Biases offline, and trackers that fail."""
 
 from __future__ import annotations
 
@@ -113,6 +113,31 @@ def test_wandb_works_offline_and_a_resumed_run_is_the_same_one(tmp_path: Path, m
     assert not missing
     for file in [*folder.rglob("*"), *tmp_path.glob("*/wandb/**/*")]:
         assert not file.is_file() or b"0123456789" * 4 not in file.read_bytes(), file
+
+
+def test_trackio_keeps_every_step_and_a_resumed_run_is_the_same_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    recipe = tracking(tmp_path, "trackio")
+    stop_in_rl(recipe, monkeypatch)
+    folder = run(recipe)
+    (name,) = SQLiteStorage.get_runs("thence")
+    assert name == f"run-{json.loads((folder / 'trackers.json').read_text())['trackio']}"
+    lines = SQLiteStorage.get_logs("thence", name)
+    for stage in ("sft", "rl"):
+        kept = {line["step"]: line["loss"] for line in metrics(folder, stage)}
+        assert {line[f"{stage}/step"]: line[f"{stage}/loss"] for line in lines if f"{stage}/loss" in line} == kept
+    [row] = json.loads((folder / "stages/eval/result.json").read_text())["rows"]
+    cell = f"eval/test/T={row['temperature']:g}/accuracy"
+    assert [line[cell] for line in lines if cell in line] == [row["accuracy"]]
+    assert "rackio" not in capsys.readouterr().out
+    assert trackio.context_vars.current_run.get() is None  # else it would finish it once more at the end
 
 
 def test_a_package_that_is_missing_is_named_before_the_first_step(

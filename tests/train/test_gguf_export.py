@@ -138,3 +138,12 @@ def test_a_run_becomes_a_gguf_file_by_the_command(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert main(["export", str(run.folder), str(tmp_path / "merged"), "--merge"]) == 0
     assert capsys.readouterr().out.endswith(f"written: {tmp_path / 'merged'}\n")
+    assert "the finished model of stage `sft`" in (tmp_path / "merged" / "README.md").read_text()
+    again = tmp_path / "out" / "again.gguf"
+    assert (
+        main(["export", str(run.folder), str(again), "--gguf", "f16", "--merge", "--push-to-hub", "a/b", "--dry-run"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    listed = [line.split()[-1] for line in said.splitlines() if " bytes  " in line]
+    assert listed == ["again.gguf", "README.md"] and ".thence-gguf" not in said

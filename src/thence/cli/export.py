@@ -98,14 +98,16 @@ def _to_gguf(checkpoint: str, file: Path, kind: GgufType, merge: bool, trust_rem
 def _to_folder(checkpoint: str, folder: Path, merge: bool, trust_remote_code: bool, *, tell: bool = True) -> Path:
     """Write the folder. Returns where its weights come from."""
     from thence.cli.app import quiet_libraries
-    from thence.cli.merge import merge_command
+    from thence.cli.merge import merge_into
     from thence.pages.card import write_card
     from thence.train.export import check_free, export
     from thence.train.run_models import find_trained
 
     found = find_trained(checkpoint)
     if merge:
-        merge_command(checkpoint, folder, trust_remote_code=trust_remote_code)
+        merge_into(checkpoint, folder, None, trust_remote_code)
+        if tell:
+            print(f"written: {folder}")
         return found.folder
     check_free(folder)
     quiet_libraries()

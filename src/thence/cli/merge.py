@@ -24,6 +24,13 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
         base: The model that the adapter belongs to. Default: the one that the adapter names.
         trust_remote_code: Run Python code that the model ships.
     """
+    merge_into(adapter, folder, base, trust_remote_code)
+    print(f"written: {folder}")
+    return 0
+
+
+def merge_into(adapter: str, folder: Path, base: str | None, trust_remote_code: bool) -> None:
+    """Write the merged model, and its card where it is one of a run. Raises UserError."""
     from thence.cli.app import quiet_libraries
     from thence.pages.card import write_card
     from thence.train.adapted import merge_checkpoint
@@ -44,5 +51,3 @@ def merge_command(adapter: str, folder: Path, /, *, base: str | None = None, tru
             export(found.folder, folder, trust_remote_code=trust_remote_code or found.trust_remote_code)
         made = measured_model(folder.expanduser(), folder)
         write_card(found.folder, folder.expanduser() / "README.md", made.parameters, ", ".join(made.dtypes))
-    print(f"written: {folder}")
-    return 0

@@ -1,4 +1,4 @@
-"""Trackers: metrics sent to TensorBoard or Weights & Biases beside the run's own files.
+"""Trackers: metrics sent to TensorBoard, trackio or Weights & Biases beside the run's own files.
 
 A tracker never stops a run: what it raises is logged once, and it is told nothing more. Only the first rank has any.
 """
@@ -6,12 +6,13 @@ A tracker never stops a run: what it raises is logged once, and it is told nothi
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,13 +81,14 @@ class WeightsAndBiases:
         self.run = wandb.init(
             project=recipe.trackers.project,
             name=folder.name,
-            id=_kept_id(folder),
+            id=_kept_id(folder, "wandb"),
             resume="allow",
             config=kept_values(recipe),
             settings=settings,
         )
 
     def begin(self, stage: str, done: int) -> None:
+        # a stage has steps of its own
         self.run.define_metric(f"{stage}/step")
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
@@ -97,8 +99,41 @@ class WeightsAndBiases:
         self.run.finish()
 
 
+class Trackio:
+    """A run of trackio, in its own database on this machine: ``trackio show``. A resumed run is the same one there.
+
+    trackio is not asked for the load of the machine.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        with redirect_stdout(io.StringIO()):  # what it prints would break the bar of a run
+            import trackio
+
+            self.finish = trackio.finish
+            self.run = trackio.init(
+                project=recipe.trackers.project,
+                name=f"{folder.name}-{_kept_id(folder, 'trackio')}",  # trackio knows a run by its name
+                resume="allow",
+                config=kept_values(recipe),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def begin(self, stage: str, done: int) -> None:
+        pass
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self.finish()
+
+
 KNOWN: dict[str, tuple[str, Callable[[Path, Recipe], Tracker]]] = {
     "tensorboard": ("tensorboard", TensorBoard),
+    "trackio": ("trackio", Trackio),
     "wandb": ("wandb", WeightsAndBiases),
 }
 """Name in the recipe -> the package that it needs, and what opens it."""
@@ -193,12 +228,13 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
-def _kept_id(folder: Path) -> str:
-    """The name of the run at its tracker, the same whenever it is resumed."""
-    file = folder / TRACKERS
-    try:
-        return str(json.loads(file.read_text())["wandb"])
-    except (OSError, ValueError, KeyError, TypeError):
-        made = uuid.uuid4().hex[:12]
-        write_atomically(file, to_json({"wandb": made}) + "\n")
-        return made
+def _kept_id(folder: Path, tracker: str) -> str:
+    """What tells the run from others at its tracker, the same whenever it is resumed."""
+    file, kept = folder / TRACKERS, {}
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        kept = found if isinstance(found, dict) else {}
+    if not isinstance(kept.get(tracker), str):
+        kept[tracker] = uuid.uuid4().hex[:12]
+        write_atomically(file, to_json(kept) + "\n")
+    return kept[tracker]

@@ -89,10 +89,10 @@ class Sharding(Section):
 class Trackers(Section):
     """Where metrics go besides the run folder. The key of an account comes from the tracker's own login."""
 
-    to: list[Literal["tensorboard", "wandb"]] = []
-    """tensorboard: event files in the run folder. wandb: Weights & Biases. Needs `pip install "thence[trackers]"`."""
+    to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """tensorboard: files in the run folder. wandb: Weights & Biases. Needs `pip install "thence[trackers]"`."""
     project: Name = "thence"
-    """Project at Weights & Biases."""
+    """Project at trackio and Weights & Biases."""
 
 
 class Data(Section):
