@@ -53,7 +53,7 @@ def test_one_problem_that_cannot_be_asked_is_counted_apart_and_the_suite_continu
     with (evaluation.folder / "results.csv").open() as file:
         assert next(csv.DictReader(file))["not_answered"] == "1"
     page = (evaluation.folder / "report.html").read_text()
-    assert "<h2>Not answered</h2>" in page and "0000+0=?" in page and reason[:20] in text
+    assert '<h2 id="not-answered">Not answered</h2>' in page and "0000+0=?" in page and reason[:20] in text
 
 
 def test_what_was_refused_is_asked_again_and_the_rest_is_not(

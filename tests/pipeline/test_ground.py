@@ -14,6 +14,7 @@ from tests.recipes import ROWS, Tables, changed, write_rows
 from tests.runs import stop_in_rl
 from thence.cli import main
 from thence.errors import UserError
+from thence.pipeline.progress import NullWatcher
 from thence.pipeline.run import run
 from thence.recipe import Model
 from thence.toml import to_toml
@@ -170,8 +171,7 @@ def test_a_run_that_is_resumed_without_the_kernels_says_so(
     """The same recipe without a C compiler gives other last bits; two logs would then differ without a reason."""
     recipe = changed(recipe, {"stages": ["sft"], "sft.checkpoint_every": 1, "sft.steps": 2})
 
-    class Stop:
-        def stage(self, *_: Any) -> None: ...
+    class Stop(NullWatcher):
         def step(self, *_: Any) -> None:
             self.steps = getattr(self, "steps", 0) + 1
             if self.steps == 2:

@@ -311,7 +311,7 @@ def test_a_flag_for_a_number_refuses_everything_else(
         (["sample", "x", "--problem="], "empty"),
         (["doctor", "--pyton", "x"], "--python"),
         (["audit", "trl-sft", "--keep"], "needs a value"),
-        (["report", "a", "b"], "not 2"),
+        (["serve", "a", "--port", "x"], "--port"),
         (["report", "--x"], "no such flag"),
         (["recipes", "quickstrat"], "quickstart"),
         (["methods", "grpo", "dapo"], "not 2"),

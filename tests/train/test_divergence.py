@@ -173,6 +173,7 @@ def test_every_json_text_goes_through_one_function() -> None:
         "files.py": "the function itself",
         "compare/result.py": "finite first, without spaces",
         "pages/template.py": "finite first, without spaces",
+        "pages/samples.py": "finite first, without spaces",
         "locks.py": "numbers of processes",
         "audit/": "what a foreign trainer told, NaN included, handed to the parent",
         "data/": "text of prompts",

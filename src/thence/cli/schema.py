@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
+
+from thence.files import to_json
 
 
 def schema_command(of: Literal["recipe", "comparison"] = "recipe", /) -> int:
@@ -27,5 +28,5 @@ def schema_command(of: Literal["recipe", "comparison"] = "recipe", /) -> int:
         from thence.compare.json_schema import comparison_schema
 
         schema = comparison_schema()
-    print(json.dumps(schema, indent=1, ensure_ascii=False))
+    print(to_json(schema, indent=1))
     return 0

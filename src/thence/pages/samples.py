@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from thence.files import finite
 from thence.foreign_text import visible
 
 VERDICTS = ("right", "wrong", "graded", "unknown")
@@ -160,7 +161,7 @@ def _packed(found: list[_Source]) -> str:
         for source in found
         for number, sample in source.kept
     ]
-    content = json.dumps({"texts": list(texts), "samples": rows}, ensure_ascii=False, separators=(",", ":"))
+    content = json.dumps(finite({"texts": list(texts), "samples": rows}), ensure_ascii=False, separators=(",", ":"))
     packed = gzip.compress(content.encode("utf-8", "replace"), compresslevel=9, mtime=0)
     return base64.b64encode(packed).decode()
 

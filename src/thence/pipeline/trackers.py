@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -75,6 +76,8 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, recipe: Recipe):
         import wandb
 
+        # wandb puts hooks of its own here for the whole process, and then says how a command of ours has ended
+        ours = sys.exit, sys.excepthook
         settings = wandb.Settings(
             console="off", disable_code=True, disable_git=True, x_disable_meta=True, init_timeout=60, login_timeout=10
         )
@@ -86,6 +89,7 @@ class WeightsAndBiases:
             config=kept_values(recipe),
             settings=settings,
         )
+        sys.exit, sys.excepthook = ours
 
     def begin(self, stage: str, done: int) -> None:
         # a stage has steps of its own
