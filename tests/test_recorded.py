@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,27 @@ def test_a_run_is_opened_by_folder_and_by_name(finished: thence.Run, monkeypatch
 def test_the_page_is_written_where_it_is_missing(finished: thence.Run) -> None:
     finished.report.unlink()
     assert "<html" in finished.report.read_text()
+
+
+@pytest.mark.parametrize("newer", ["metrics.jsonl", "stages/eval/result.json"])
+def test_a_page_older_than_what_it_shows_is_written_again(newer: str, finished: thence.Run) -> None:
+    page = finished.report
+    page.write_text("as it was")
+    assert finished.report.read_text() == "as it was"
+    then = (finished.folder / newer).stat().st_mtime_ns - 1
+    os.utime(page, ns=(then, then))
+    assert "<html" in finished.report.read_text()
+
+
+def test_tables_without_rows_have_their_columns(finished: thence.Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text((finished.folder / "recipe.toml").read_text())
+    begun = thence.load_run(tmp_path)
+    for full, empty in (
+        (finished.metrics, begun.metrics),
+        (finished.samples, begun.samples),
+        (finished.results, begun.results),
+    ):
+        assert len(empty) == 0 < len(empty.columns) and set(empty.columns) <= set(full.columns)
 
 
 def test_progress_is_shown_and_the_libraries_are_left_as_they_were(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from thence.errors import UserError
 from thence.jsonl import read_lines
 from thence.pages.run.page import write_page
 from thence.pipeline.panel import RunDisplay
-from thence.pipeline.run_files import read_run
+from thence.pipeline.run_files import Measurement, read_run
 from thence.recipe import Recipe
 from thence.terminal import logging_to, make_console
 from thence.train.parallel import rank_variable
@@ -42,7 +42,8 @@ class RecordedRun:
 
         Where a resumed run measured a step twice, the later measurement counts. Raises UserError without pandas.
         """
-        return _table([dict(step) for stage in read_run(self.folder).training for step in stage.steps])
+        rows = [dict(step) for stage in read_run(self.folder).training for step in stage.steps]
+        return _table(rows, ["stage", "step"])
 
     @property
     def samples(self) -> DataFrame:
@@ -54,7 +55,7 @@ class RecordedRun:
         for stage in read_run(self.folder).stages:
             lines = read_lines(self.folder / "stages" / stage / "samples.jsonl").values
             rows += [{"stage": stage, **line} for line in lines]
-        return _table(rows)
+        return _table(rows, ["stage", "prompt", "response", "verdict", "score"])
 
     @property
     def results(self) -> DataFrame:
@@ -62,13 +63,23 @@ class RecordedRun:
 
         Raises UserError without pandas.
         """
-        return _table([asdict(cell) for cell in read_run(self.folder).cells])
+        columns = [field.name for field in fields(Measurement)]
+        return _table([asdict(cell) for cell in read_run(self.folder).cells], columns)
 
     @property
     def report(self) -> Path:
-        """The path of the page. It is written first where it is not there."""
+        """The path of the page. It is written first where it is not there, or older than what it shows.
+
+        Raises:
+            UserError: the run folder is gone.
+        """
         page = self.folder / "report.html"
-        return page if page.is_file() else write_page(self.folder)
+        if page.is_file():
+            own = [self.folder / name for name in ("recipe.toml", "environment.json", "metrics.jsonl")]
+            shown = [*own, *self.folder.glob("stages/*/*.json*")]
+            if all(file.stat().st_mtime_ns <= page.stat().st_mtime_ns for file in shown if file.is_file()):
+                return page
+        return write_page(self.folder)
 
 
 def run(
@@ -127,7 +138,8 @@ def load_run(folder: str | Path) -> RecordedRun:
     raise UserError(f"no run at {folder}", remedy="give the folder that a run wrote", file=folder)
 
 
-def _table(rows: list[dict[str, Any]]) -> DataFrame:
+def _table(rows: list[dict[str, Any]], columns: Sequence[str]) -> DataFrame:
+    """A data frame of rows; ``columns`` are those of one without rows."""
     try:
         import pandas
     except ImportError:
@@ -135,7 +147,7 @@ def _table(rows: list[dict[str, Any]]) -> DataFrame:
             "the tables of a run are pandas data frames, and pandas cannot be imported",
             remedy='pip install "thence[pandas]"; or read metrics.jsonl and stages/*/samples.jsonl',
         ) from None
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows or None, columns=None if rows else list(columns))
 
 
 @contextmanager

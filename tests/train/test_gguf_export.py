@@ -118,6 +118,15 @@ def test_what_cannot_be_verified_is_refused(kind: str, changes: Any, said: str, 
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_a_refused_run_is_named_by_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {**file_recipe(tmp_path), "stages": ["sft"]}
+    del recipe["rl"], recipe["eval"]
+    run = thence.run(recipe, progress=False)
+    assert main(["export", str(run.folder), str(tmp_path / "mine.gguf"), "--gguf", "f32"]) == 2
+    said = capsys.readouterr().err
+    assert str(run.folder / "stages/sft/model") in said and ".thence-gguf" not in said
+
+
 def test_a_run_becomes_a_gguf_file_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import gguf
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -161,3 +162,13 @@ def test_a_refusal_keeps_the_folder_and_shows_no_token(
     said = capsys.readouterr()
     assert remedy in said.err and (tmp_path / "out" / "model.safetensors").is_file()
     assert TOKEN not in said.out + said.err and not hub.files
+
+
+@pytest.mark.parametrize(("flags", "seen"), [([], ["--private"]), (["--public"], [])])
+def test_the_command_that_sends_later_names_the_folder_and_stays_private(
+    flags: list[str], seen: list[str], hub: FakeHub, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.status, out = 401, tmp_path / "my model"
+    assert main(["export", str(finished), str(out), "--push-to-hub", "me/mine", *flags]) == 2
+    later = shlex.split(capsys.readouterr().err.split("`")[-2])
+    assert later == ["hf", "upload", "me/mine", str(out), *seen]

@@ -66,7 +66,8 @@ def export_command(
         if push_to_hub is not None:
             # the manifest is thence's own
             paths = [path for path in sorted(place.rglob("*")) if path.is_file() and path.name != "manifest.json"]
-            _send(push_to_hub, {path.relative_to(place).as_posix(): path for path in paths}, public, dry_run)
+            files = {path.relative_to(place).as_posix(): path for path in paths}
+            _send(push_to_hub, files, place, public, dry_run)
         return 0
     if folder.suffix != ".gguf":
         raise UserError("the name of a GGUF file ends in .gguf", remedy=f"write {folder}.gguf", field="--gguf")
@@ -78,7 +79,8 @@ def export_command(
         card = Path(temporary) / "README.md"
         _to_gguf(checkpoint, folder, gguf, merge, trust_remote_code, card)
         if push_to_hub is not None:
-            _send(push_to_hub, {place.name: place, **({card.name: card} if card.is_file() else {})}, public, dry_run)
+            files = {place.name: place, **({card.name: card} if card.is_file() else {})}
+            _send(push_to_hub, files, place, public, dry_run)
     return 0
 
 
@@ -89,7 +91,13 @@ def _to_gguf(checkpoint: str, file: Path, kind: GgufType, merge: bool, trust_rem
 
     source = card.parent / file.stem
     weights = _to_folder(checkpoint, source, merge, trust_remote_code, tell=False)
-    made = write_gguf(source, file.expanduser(), kind)
+    try:
+        made = write_gguf(source, file.expanduser(), kind)
+    except UserError as error:
+        if error.file != str(source):
+            raise
+        # the folder in between is gone when the user reads this
+        raise UserError(error.problem, remedy=error.remedy, file=weights) from error
     write_card(weights, card, measured_model(source, file).parameters, f"{kind}, one GGUF file", "gguf")
     print(f"read back: {made.tensors} tensors as written, the same tokens, logits within {made.largest:.1g}")
     print(f"{kind}, {made.bytes / 1e9:.2f} GB: {file}")
@@ -122,7 +130,7 @@ def _to_folder(checkpoint: str, folder: Path, merge: bool, trust_remote_code: bo
     return found.folder
 
 
-def _send(repository: str, files: Mapping[str, Path], public: bool, dry_run: bool) -> None:
+def _send(repository: str, files: Mapping[str, Path], exported: Path, public: bool, dry_run: bool) -> None:
     from thence.train.hub import CARD, push
 
     seen = "public" if public else "private"
@@ -132,7 +140,8 @@ def _send(repository: str, files: Mapping[str, Path], public: bool, dry_run: boo
     if dry_run:
         print("nothing was sent")
         return
-    address, stays = push(repository, files, public=public, message=f"Model exported by thence {__version__}")
+    message = f"Model exported by thence {__version__}"
+    address, stays = push(repository, files, exported=exported, public=public, message=message)
     if stays:
         print(f"the {CARD} of the repository was there, and stays as it was")
     print(f"sent: {address}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def check_repository(name: str) -> None:
         ) from None
 
 
-def push(repository: str, files: Mapping[str, Path], *, public: bool, message: str) -> tuple[str, bool]:
+def push(repository: str, files: Mapping[str, Path], *, exported: Path, public: bool, message: str) -> tuple[str, bool]:
     """Send files to a model repository in one commit. It is made where it is not there.
 
     A card that the repository has already stays: its owner may have written into it, a licence for example.
@@ -37,6 +38,7 @@ def push(repository: str, files: Mapping[str, Path], *, public: bool, message: s
     Args:
         repository: OWNER/NAME.
         files: name in the repository -> file.
+        exported: the folder or file that was exported, which stays where sending fails.
         public: everyone may see it. A repository that is there keeps what it is.
         message: of the commit.
 
@@ -54,7 +56,7 @@ def push(repository: str, files: Mapping[str, Path], *, public: bool, message: s
         if not public and not api.model_info(repository).private:
             raise UserError(
                 f"the repository {repository} is public: everyone would see the model",
-                remedy="add --public, or make the repository private at the hub",
+                remedy="export to another place with --public, or make the repository private at the hub",
                 field="--push-to-hub",
             )
         stays = CARD in files and api.file_exists(repository, CARD)
@@ -67,11 +69,13 @@ def push(repository: str, files: Mapping[str, Path], *, public: bool, message: s
     except UserError:
         raise
     except Exception as error:  # the hub's client raises many unrelated types: of itself, of httpx, of the system
-        raise _refused(repository, error) from error
+        raise _refused(repository, exported, public, error) from error
     return address, stays
 
 
-def _refused(repository: str, error: Any) -> UserError:
+def _refused(repository: str, exported: Path, public: bool, error: Any) -> UserError:
+    # hf upload makes a new repository public unless it is told otherwise
+    later = shlex.join(["hf", "upload", repository, str(exported), *([] if public else ["--private"])])
     status = getattr(getattr(error, "response", None), "status_code", None)
     remedies: dict[Any, str] = {
         401: "log in with `hf auth login`, or set HF_TOKEN",
@@ -82,6 +86,6 @@ def _refused(repository: str, error: Any) -> UserError:
     remedy = "unset HF_HUB_OFFLINE" if offline else remedies.get(status, "check the connection, and try again")
     return UserError(
         f"the hub did not take {repository}: {redacted(first_line(error))}",
-        remedy=f"{remedy}; what was exported is kept, and `hf upload {repository} FOLDER` sends it",
+        remedy=f"{remedy}; what was exported is kept, and `{later}` sends it",
         field="--push-to-hub",
     )
