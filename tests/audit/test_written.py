@@ -198,6 +198,21 @@ def test_earlier_checkpoints_are_no_finding(tmp_path: Path) -> None:
     assert [line.split(":")[0].split("/")[0] for line in sets.left] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_checkpoints_with_two_numbers_are_told_apart_by_the_last(tmp_path: Path) -> None:
+    start = whole()
+    for epoch, step in ((0, 1), (1, 2)):
+        put(tmp_path / f"epoch={epoch}-step={step}.ckpt", moved(start, seed=step))
+    put(tmp_path / "model.safetensors", moved(start, seed=2))
+    (tmp_path / "__0_0.distcp").write_bytes(b"")
+    found, sets = compared(tmp_path, start)
+    assert (found, sets.same) == ({}, ("epoch=1-step=2.ckpt",))
+    assert [line.split(": ")[1] for line in sets.left] == [
+        "the audit does not read *.distcp", "a checkpoint before the last, by its number",
+    ]  # fmt: skip
+    put(tmp_path / "only" / "epoch=0-step=1.ckpt", moved(start, seed=9))
+    assert list(compared(tmp_path, start)[0]) == ["saved-differs"]
+
+
 def test_an_untrained_final_model_is_not_judged_in_place_of_the_trained_checkpoint(tmp_path: Path) -> None:
     start = whole()
     put(tmp_path / "checkpoint-1" / "model.safetensors", moved(start))

@@ -18,6 +18,7 @@ from torch import Tensor
 from thence.audit.judge.copies import Claim, Written, WrittenSet
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+UNREAD = (".distcp", ".gguf", ".npz", ".h5", ".msgpack", ".onnx")
 LARGEST = 2 << 30
 """Bytes; the probe's models are a thousandth of it."""
 STANDARD = re.compile(r"(model|pytorch_model)\.(safetensors|bin)|.*\.index\.json")
@@ -31,7 +32,10 @@ _OTHERS = frozenset((
     "init", "initial", "base", "before", "start", "pretrained", "ref", "reference", "orig", "original", "teacher",
     "old", "backup", "prev", "previous", "best", "critic", "reward", "draft",
 ))  # fmt: skip
-_NUMBERED = "checkpoints?|ckpt|steps?|iter|iteration|epochs?|ep|save|model|weights|state|global"
+_NUMBER = re.compile(
+    r"(?:(?<![a-z])(?:checkpoints?|ckpt|steps?|iter|iteration|epochs?|ep|save|model|weights|state)[-_=. ]*|(?:^|/))"
+    r"(\d+)(?=[^a-z0-9]|$)"
+)
 _NO_WEIGHTS = re.compile(r"optim|exp_avg|moment|grad|scheduler|(^|\W)rng|random_states|scaler|training_args")
 _SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)[-_]of[-_](?P<all>\d+)(?P<end>\.\w+)")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -68,6 +72,8 @@ def find_written(
             if before.get(path) == _stamp(path):
                 if path.suffix in SUFFIXES:
                     left.append(f"{path.relative_to(out)}: it was there before the program ran")
+            elif path.suffix in UNREAD:
+                left.append(f"{path.relative_to(out)}: the audit does not read *{path.suffix}")
             else:
                 files.append(path)
         found, reasons = _of_folder(out, folder, files, start)
@@ -254,13 +260,10 @@ def _claims(sets: list[WrittenSet]) -> list[WrittenSet]:
 
 
 def _number(name: str) -> tuple[str, int] | None:
-    """The number of a checkpoint and its name without it; None: there is none."""
-    plain = name.lower()
-    plain = re.sub(r"[-_.]?\d+[-_]of[-_]\d+", "", plain)
-    found = re.search(rf"(?:(?<![a-z])(?:{_NUMBERED})[-_=. ]*|(?:^|/))(\d+)(?=[^a-z0-9]|$)", plain)
-    if found is None:
-        return None
-    return plain[: found.start(1)] + "#" + plain[found.end(1) :], int(found[1])
+    """The last number of a checkpoint's name, and the name without numbers; None: there is none."""
+    plain = re.sub(r"[-_.]?\d+[-_]of[-_]\d+", "", name.lower())
+    numbers = re.findall(_NUMBER, plain)
+    return (re.sub(_NUMBER, "#", plain), int(numbers[-1])) if numbers else None
 
 
 def nothing_written(written: Written, out: Path) -> str:
