@@ -24,6 +24,7 @@ from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for, named_like
 from thence.audit.run.child import write_first
+from thence.audit.run.printed import last_cause, printed_lines
 from thence.audit.run.repeat import apart, dropout_of_folder, with_cause
 from thence.audit.run.runner import free_port
 from thence.audit.run.stack import OnCase, working_folder
@@ -324,8 +325,9 @@ def _call(words: Sequence[str], place: Path, seconds: float) -> str:
             return f"no answer within {seconds:g} s"
     if code == 0:
         return ""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"exit code {code}: {(lines or ['it printed nothing'])[-1][:300]}"
+    lines = printed_lines(log.read_text(encoding="utf-8", errors="replace"))
+    cause = last_cause(lines) or (lines or ["it printed nothing"])[-1]
+    return f"exit code {code}: {cause.strip()[:300]}"
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
