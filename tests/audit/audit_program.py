@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--also", choices=["", "copies", "average"], default="", help="what else is saved")
     args = parser.parse_args()
     if args.fail:
         sys.exit("the disk of this trainer is full")
@@ -53,6 +54,7 @@ def main() -> None:
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
     encoded = [(tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]) for row in rows]
     window = encoded[: args.micro_batch * args.accumulation]
+    begun = {name: value.detach().clone() for name, value in model.state_dict().items()}
     tokens = sum(len(response) for _, response in window)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = OPTIMIZERS[args.optimizer](trained)
@@ -78,6 +80,21 @@ def main() -> None:
     for optimizer in optimizers:
         optimizer.step()
     (model.merge_and_unload() if args.merge else model).save_pretrained(args.out)  # pyright: ignore
+    if args.also:
+        save_also(args.also, Path(args.out), begun, model.state_dict())
+
+
+def save_also(what: str, out: Path, begun: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> None:
+    """Right copies and an average with its name, or an average that is named as the final model."""
+    average = {name: begun[name] + 0.001 * (trained[name] - begun[name]) for name in begun}
+    if what == "copies":
+        (out / "checkpoint-1").mkdir()
+        torch.save(
+            {"model": {name: value.bfloat16() for name, value in trained.items()}}, out / "checkpoint-1" / "state.pt"
+        )
+        torch.save(average, out / "model_ema.pt")
+    else:
+        torch.save(average, out / "final.pt")
 
 
 if __name__ == "__main__":

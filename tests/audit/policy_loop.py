@@ -80,7 +80,7 @@ class Loop:
             self._backward(model, rows, used, theirs, reference_model, [torch.tensor(s) for s in sampler])
             with torch.no_grad():
                 for parameter in model.parameters():
-                    if parameter.grad is not None:
+                    if parameter.grad is not None and (self.mistake != "steps-lost" or step == 0):
                         parameter -= self.lr * parameter.grad
             states.append(_state(model))
         return states, versions, sampler

@@ -18,6 +18,7 @@ from thence.audit import Report, check, random_rows
 from thence.audit.judge.adapted import saved_adapter
 from thence.audit.judge.case import Judge
 from thence.audit.judge.evidence import Evidence
+from thence.audit.judge.settle import scale_law, settle
 from thence.audit.judge.untouched import find_untouched
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.program import audit_program
@@ -324,3 +325,18 @@ def test_a_norm_of_ones_that_moved_by_equal_steps_has_moved() -> None:
     moved = {"matrix": matrix - steps.float(), "norm": torch.ones(16) - 1e-3}
     assert find_untouched(before, moved, expected, 23).whole == ()
     assert find_untouched(before, moved | {"norm": before["norm"]}, expected, 23).whole == ("norm",)
+
+
+def test_a_summed_loss_of_the_wrong_sign_goes_against_the_gradient_and_has_no_divisor(
+    tiny_model: Callable[..., Any],
+) -> None:
+    """The size follows the tokens, as with a constant divisor; which of them is wrong is the sign."""
+
+    def summed(model: Any, rows: Any, micro_batch: int, accumulation: int) -> None:
+        tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
+        replace(HomeMade("sgd"), scale=-0.05 * tokens)(model, rows, micro_batch, accumulation)
+
+    found = [check(summed, model=tiny_model(torch.float32), batch=SHORT[:size], lr=0.5) for size in (4, 3)]
+    settled = settle([case for report in found for case in report.cases])
+    assert scale_law([case for case in settled if case.status == "judged"]) == "tokens"
+    assert {finding.id for case in settled for finding in case.faults} == {"against-gradient"}

@@ -60,6 +60,16 @@ def test_dropped_negative_advantages_are_not_taken_for_a_clip_range(folder: Path
     assert {fault.id for fault in result.faults} == {"advantage"}, result.faults
 
 
+@pytest.mark.parametrize("asked", [{}, {"ratio": "sequence"}, {"scale": "none", "kl": 0.05}])
+def test_steps_that_are_not_taken_are_named_before_what_would_leave_the_parameters_alone_too(
+    folder: Path, asked: dict[str, Any]
+) -> None:
+    """A level of the ratio at which all is clipped, for example, once led."""
+    result = audit(folder, asked, "steps-lost")
+    assert {fault.id for fault in result.faults} == {"no-step"}, result.faults
+    assert "changed no parameter" in result.faults[0].detail and "2" in result.faults[0].detail
+
+
 def test_the_example_of_the_docs_is_named() -> None:
     text = (ROOT / "docs/audit-rl.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}

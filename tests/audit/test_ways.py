@@ -136,6 +136,7 @@ def test_every_family_of_model_is_judged(tiny_model: Callable[..., Any]) -> None
 def test_a_program_with_adamw_and_clipping_is_judged_from_outside(tmp_path: Path) -> None:
     right = audit_program(WORDS, only=["micro 2 x 4"])
     assert right.ok, str(right)
+    assert any("no other set claims to be the trained model" in line for line in right.not_verified), str(right)
     wrong = audit_program([*WORDS, "--loss", "means"], only=["micro 2 x 4", "micro 8 x 1"])
     assert wrong.verdict.objective == "micro-batch-mean"
     failed = audit_program([*WORDS, "--fail"], only=["micro 2 x 4"])

@@ -188,7 +188,7 @@ def amounts_to(report: Report) -> str:
     """What the weights of all judged cases amount to: their rule; where that was asked for, the commonest fault."""
     rule, asked = report.verdict.objective, report.verdict.asked
     cases: dict[str, int] = {}
-    for fault in (f for result in report.cases for f in faults(result)):
+    for fault in (f for result in report.cases for f in faults(result) if not is_beyond(f.id)):
         cases[fault.id] = cases.get(fault.id, 0) + 1
     cases.pop(rule or "", None)
     often = sorted(cases, key=lambda key: -cases[key])

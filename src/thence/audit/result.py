@@ -219,6 +219,21 @@ class PolicyCheck:
 
 
 @dataclass(frozen=True)
+class SavedSets:
+    """The sets of weights that a program wrote, by the names of their files.
+
+    Args:
+        judged: whose weights the case is about, and why that one.
+        same: further ones that hold the same numbers, up to rounding.
+        left: others, each with the reason why nothing is said of them.
+    """
+
+    judged: str
+    same: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """One case: its steps, or why there are none.
 
@@ -232,6 +247,7 @@ class CaseResult:
         said: of a case without steps (``Case.beyond``), what was seen, one clause.
         unseen: of such a case, what it could not show, clauses.
         policy: what was verified of a policy objective; None: supervised, or nothing but advantages was said.
+        written: of a program, the sets of weights that it wrote; None: nobody looked for others.
     """
 
     case: Case
@@ -244,6 +260,7 @@ class CaseResult:
     said: str = ""
     unseen: tuple[str, ...] = ()
     policy: PolicyCheck | None = None
+    written: SavedSets | None = None
 
     @property
     def faults(self) -> tuple[Finding, ...]:

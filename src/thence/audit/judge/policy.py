@@ -111,12 +111,19 @@ class PolicyCase:
     def _findings(self, explained: Explained) -> tuple[Finding, ...]:
         if explained.clean:
             return ()
+        still = [
+            r.observed.index for r in self.records if r.observed.index in explained.faulty and r.observed.system.empty
+        ]
+        if explained.found and set(still) == set(explained.faulty):
+            # Nothing speaks for any change of the objective but that it, too, would leave the parameters alone.
+            many = "steps" if len(still) > 1 else "step"
+            detail = f"optimizer {many} {', '.join(map(str, still))} changed no parameter, though a gradient was due"
+            others = "; ".join([*(h.detail for h in explained.found), *explained.others])
+            return (Finding("no-step", "fault", f"{detail} (so would it be if {others})"),)
         if explained.found:
-            still = [r.observed.index for r in self.records if r.observed.index in explained.faulty]
-            others = list(explained.others)
-            if still and all(self.records[index - 1].observed.system.empty for index in still):
-                others.insert(0, f"no step is taken: step {', '.join(map(str, still))} changed no parameter")
-            also = f" (or: {'; '.join(others)}: this probe cannot tell them apart)" if others else ""
+            also = ""
+            if explained.others:
+                also = f" (or: {'; '.join(explained.others)}: this probe cannot tell them apart)"
             return tuple(Finding(h.finding, "fault", h.detail + also) for h in explained.found)
         for record in self.records:
             if record.observed.index not in explained.faulty:

@@ -24,7 +24,8 @@ def verified(cases: Sequence[CaseResult]) -> tuple[tuple[str, ...], tuple[str, .
     no: list[str] = []
     past, unseen = _beyond(cases)
     if not sound:
-        return (tuple(past), tuple(unseen)) if past else ((), ())
+        told = past or any(case.written is not None for case in cases)
+        return (tuple(past), tuple(unseen)) if told else ((), ())
     yes.append(f"token weights of the first step: {_cases(sound)}")
     yes.append("every parameter with a gradient moved")
     agree = [case for case in sound if case.cut is not None]
@@ -64,7 +65,9 @@ def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
     for kind, words in BEYOND.items():
         tried = [case for case in cases if case.case.beyond == kind and case.status != "skipped"]
         sound = [case for case in tried if case.status == "judged" and not case.faults]
-        if not tried:
+        if kind == "saved" and any(case.written is not None for case in cases):
+            _written(words, [case for case in cases if case.written is not None], yes, no)
+        elif not tried:
             no.append(f"{words}: no case looked at it")
         elif len(sound) < len(tried):
             no.append(f"{words}: {'a fault was found' if any(case.faults for case in tried) else tried[0].reason}")
@@ -72,6 +75,22 @@ def _beyond(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:
             yes.append(f"{words}: {sound[0].said}" + (f"; {_cases(sound)}" if len(sound) > 1 else ""))
             no += dict.fromkeys(f"{words}, {clause}" for case in sound for clause in case.unseen)
     return yes, no
+
+
+def _written(words: str, cases: Sequence[CaseResult], yes: list[str], no: list[str]) -> None:
+    """Lines on the sets of weights that a program wrote, from the case with most of them."""
+    told = [case.written for case in cases if case.written is not None]
+    most = max(told, key=lambda sets: (len(sets.same), len(sets.left)))
+    wrong = [case for case in cases if any(finding.id.startswith("saved-") for finding in case.faults)]
+    head = f"judged was {most.judged}"
+    if wrong:
+        no.append(f"{words}: a fault was found ({len(wrong)} of {_cases(cases)}); {head}")
+    elif most.same:
+        same = f"the same weights are in {', '.join(most.same)}"
+        yes.append(f"{words}: {head}; {same}, up to rounding; {_cases([c for c in cases if c.written == most])}")
+    else:
+        no.append(f"{words}: {head}; no other set claims to be the trained model, so nothing could be compared")
+    no += dict.fromkeys(f"{words}, {clause}" for sets in told for clause in sets.left)
 
 
 def _policy(cases: Sequence[CaseResult]) -> tuple[list[str], list[str]]:

@@ -52,6 +52,8 @@ def common_objective(judged: Sequence[CaseResult], asked: str) -> str | None:
 def _constant(step: StepResult, asked: str) -> StepResult:
     if step.objective != "token-mean" or step.scale is None or asked == "constant-divisor":
         return step
+    if step.scale < 0:
+        return step  # against the gradient, and named so: no divisor is negative
     kept = [f for f in step.findings if not f.id.startswith("scale")]
     detail = f"the update is {step.scale:.4g} times that of a {OBJECTIVES[asked].title}"
     found = Finding("constant-divisor", "fault", detail)

@@ -238,7 +238,7 @@ def _what(main: str, worst: Hit, hits: Sequence[Hit], cases: Sequence[CaseResult
 def _means(main: str, worst: Hit, others: Sequence[str], faults: Faults) -> str:
     words = CATALOGUE[main].meaning
     step = worst.figures
-    if step is not None and main not in _TURNED:
+    if step is not None and main not in _TURNED and not is_beyond(main):
         moved = "does not arrive" if main in _GRADIENT_LOST else "goes to other tokens than it should"
         words += (
             f" In the case '{worst.case.case.name}' the smallest token weight is {step.smallest + 0.0:.2f} and the "

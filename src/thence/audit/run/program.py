@@ -17,15 +17,18 @@ from torch import Tensor
 
 from thence.audit.judge.adapted import ASSUMED, saved_adapter
 from thence.audit.judge.case import Judge, probe_model
+from thence.audit.judge.copies import WholeModel, WrittenSet, compare_sets, merged_state
 from thence.audit.judge.evidence import UNEXPLAINED, Evidence
 from thence.audit.objectives import check_objective
 from thence.audit.report import Report, make_report
 from thence.audit.result import Case, CaseResult
 from thence.audit.run.cases import cases_for, named_like
 from thence.audit.run.child import write_first
+from thence.audit.run.printed import last_cause, printed_lines
 from thence.audit.run.repeat import apart, dropout_of_folder, with_cause
 from thence.audit.run.runner import free_port
 from thence.audit.run.stack import OnCase, working_folder
+from thence.audit.run.written import files_before, find_written, nothing_written
 from thence.audit.solve.probe import Probe, write_probe
 from thence.errors import UserError
 from thence.redaction import redacted_command
@@ -207,24 +210,28 @@ def _run(program: _Program, case: Case, folder: Path) -> CaseResult:
     out = folder / "out"
     values = _values(program, case, folder, out)
     begun = time.monotonic()
+    before = files_before(out)
     problem = _call([word.format(**values) for word in program.words], folder, program.seconds)
     waited = time.monotonic() - begun
     if problem:
         return CaseResult(case, "failed", problem, seconds=waited)
-    trained = newest_model(out)
-    if trained is None:
-        reason = f"no model (*.safetensors) was written below {{out}} ({out.name})"
-        return CaseResult(case, "failed", reason, seconds=waited)
+    start = WholeModel.of(program.judge.model, read_model(program.probe.model))
+    written = find_written(out, start.state, len(start.expected), before)
+    if not written.sets or written.sets[0].form == "parts":
+        return CaseResult(case, "failed", nothing_written(written, out), seconds=waited)
     pieces = program.judge.plan(case, cut_known="micro_batch" in program.placeholders)
     if program.lr is not None:
         case = replace(case, optimizer="sgd", lr=program.lr)
+    first = written.sets[0]
     try:
-        judge, states, unseen = _states(program, trained)
+        judge, states, unseen, trained = _states(program, first, start)
     except UserError as error:
         return CaseResult(case, "not judged", str(error), seconds=waited)
     frozen = frozenset(name for name in states[0] if any(part in name for part in program.frozen))
     evidence = Evidence(states, pieces=pieces, scale_known=program.lr is not None, frozen=frozen, unseen=unseen)
-    return replace(judge.case(case, evidence), seconds=waited)
+    result = judge.case(case, evidence)
+    found, saved = compare_sets(written, start, trained, program.frozen)
+    return replace(result, findings=(*result.findings, *found), written=saved, seconds=waited)
 
 
 def _with_causes(program: _Program, results: list[CaseResult], folder: Path) -> list[CaseResult]:
@@ -239,12 +246,14 @@ def _with_causes(program: _Program, results: list[CaseResult], folder: Path) -> 
         values = _values(replace(program, seed=seed), unclear[0].case, place, place / "out")
         if _call([word.format(**values) for word in program.words], place, program.seconds):
             return results
-        trained.append(newest_model(place / "out"))
-    if None in trained:
+        whole = WholeModel.of(program.judge.model, read_model(program.probe.model))
+        written = find_written(place / "out", whole.state, len(whole.expected), {})
+        trained += written.sets[:1]
+    if len(trained) < 2 or trained[0].state.keys() != trained[1].state.keys():
         return results
-    before, first, second = (read_model(path) for path in (program.probe.model, *trained) if path is not None)
+    before, first, second = read_model(program.probe.model), trained[0].state, trained[1].state
     start = {name: before.get(name, torch.zeros_like(first[name])) for name in first}
-    share, dropout = apart(start, first, second), dropout_of_folder(trained[0])
+    share, dropout = apart(start, first, second), dropout_of_folder(trained[0].folder)
     if any(name not in before for name in first):
         share = 0.0  # an adapter begins at random, so two runs differ without any dropout
     return [
@@ -253,16 +262,21 @@ def _with_causes(program: _Program, results: list[CaseResult], folder: Path) -> 
     ]
 
 
-def _states(program: _Program, trained: Path) -> tuple[Judge, list[dict[str, Tensor]], tuple[str, ...]]:
-    """The judge of what a program wrote, the parameters before and after its step, and what these do not show.
+def _states(
+    program: _Program, first: WrittenSet, start: WholeModel
+) -> tuple[Judge, list[dict[str, Tensor]], tuple[str, ...], dict[str, Tensor]]:
+    """The judge of what a program wrote, the parameters before and after its step, what these do not show, and the
+    whole model after the step.
 
     Raises:
         UserError: it wrote an adapter that nobody can follow.
     """
-    if not (trained / "adapter_config.json").exists():
-        return program.judge, [read_model(program.probe.model), read_model(trained)], ()
-    found = saved_adapter(probe_model(program.probe), trained)
-    return program.judge.beside(found.model), [found.before, found.after], ASSUMED
+    if first.form == "model":
+        after = start.named_once(first.state)
+        return program.judge, [start.named_once(start.state), after], (), after
+    found = saved_adapter(probe_model(program.probe), first.folder)
+    merged = merged_state(found.model)
+    return program.judge.beside(found.model), [found.before, found.after], ASSUMED, start.named_once(merged)
 
 
 def _values(program: _Program, case: Case, folder: Path, out: Path) -> dict[str, str]:
@@ -311,18 +325,13 @@ def _call(words: Sequence[str], place: Path, seconds: float) -> str:
             return f"no answer within {seconds:g} s"
     if code == 0:
         return ""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"exit code {code}: {(lines or ['it printed nothing'])[-1][:300]}"
-
-
-def newest_model(out: Path) -> Path | None:
-    """The folder with a model's safetensors below ``out``; of several the one written last."""
-    files = [p for p in out.rglob("*.safetensors") if "optim" not in p.name]
-    return max(files, key=lambda p: p.stat().st_mtime_ns).parent if files else None
+    lines = printed_lines(log.read_text(encoding="utf-8", errors="replace"))
+    cause = last_cause(lines) or (lines or ["it printed nothing"])[-1]
+    return f"exit code {code}: {cause.strip()[:300]}"
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model's folder."""
+    """All tensors of the probe's folder."""
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ from typing import Any
 
 from thence.audit.result import Case
 from thence.audit.run.cases import AXES
+from thence.audit.run.printed import last_cause, names_error, printed_lines
 from thence.audit.solve.observation import Observation
 from thence.audit.solve.probe import Probe
 from thence.errors import UserError
@@ -340,15 +340,15 @@ def _observe(run: StackRun, case: Case, name: str, complete: bool, waited: float
 def _tail(folder: Path, ranks: int) -> str:
     """The line in the logs of the processes that tells most: the last error, else the last line."""
     said = _logs(folder, ranks)
-    errors = [line for lines in said for line in lines if _is_error(line)]
-    lines = errors or [line for lines in said for line in lines]
+    causes = [cause for cause in map(last_cause, said) if cause]
+    lines = causes or [line for lines in said for line in lines]
     return lines[-1].strip()[:300] if lines else "it printed nothing"
 
 
 def _cause(folder: Path, ranks: int) -> str:
     """The line that tells most, and under it the last lines that the same process printed."""
     said = _logs(folder, ranks)
-    chosen = next((lines for lines in said if any(map(_is_error, lines))), next(iter(said), []))
+    chosen = next((lines for lines in said if any(map(names_error, lines))), next(iter(said), []))
     below = "".join(f"\n    {line[:200]}" for line in chosen[-LAST_LINES:])
     return f"{_tail(folder, ranks)}{below}"
 
@@ -357,13 +357,7 @@ def _logs(folder: Path, ranks: int) -> list[list[str]]:
     """Lines that say something, of each process that said anything."""
     paths = [folder / f"log-{ranks}-{rank}.txt" for rank in range(ranks)]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.exists()]
-    said = [[line.rstrip() for line in text.splitlines() if line.strip()] for text in texts]
-    return [lines for lines in said if lines]
-
-
-def _is_error(line: str) -> bool:
-    """Whether a line names an exception, as a traceback ends with."""
-    return re.match(r"\s*[\w.]*(Error|Exception)\b", line) is not None
+    return [lines for lines in map(printed_lines, texts) if lines]
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
