@@ -72,3 +72,13 @@ def test_ranks_of_ms_swift_talk_over_gloo_and_axolotl_has_one() -> None:
 def test_options_of_a_case_win(module: str, option: str, tmp_path: Path) -> None:
     adapter = importlib.import_module(f"thence.audit.adapters.{module}")
     assert adapter.arguments(plain(options={option: "other"}), session(tmp_path))[option] == "other"
+
+
+@pytest.mark.parametrize(
+    "name", ["llamafactory-sft", "openrlhf-sft", "verl-sft", "trl-grpo", "ms-swift-sft", "axolotl-sft"]
+)
+def test_adapters_that_switch_saving_off_have_no_case_that_saves(name: str) -> None:
+    """LLaMA-Factory's took over the axes of transformers once, so that such cases were never judged."""
+    adapter = load_adapter(name)
+    cases = [case for case, reason in cases_for(adapter.axes, adapter.cases, quick=False, extra=True) if not reason]
+    assert cases and not [case.name for case in cases if case.beyond]

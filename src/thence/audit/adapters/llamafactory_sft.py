@@ -29,7 +29,7 @@ from . import transformers as hf
 
 STACK = "llamafactory"
 PACKAGES = ("llamafactory", "transformers", "accelerate", "datasets", "torch")
-AXES = hf.AXES | {"packing"}
+AXES = (hf.AXES - {"resume", "saved"}) | {"packing"}
 CASES = (
     {"name": "packing, micro 1 x 2", "micro_batch": 1, "accumulation": 2, "packing": True},
     {
