@@ -191,7 +191,9 @@ def test_sets_that_are_something_else_by_name_are_listed_and_not_accused(path: s
 def test_earlier_checkpoints_are_no_finding(tmp_path: Path) -> None:
     start = whole()
     for step in (1, 2, 3):
-        put(tmp_path / f"checkpoint-{step}" / "model.safetensors", moved(start, seed=step))
+        path = tmp_path / f"checkpoint-{step}" / "model.safetensors"
+        put(path, moved(start, seed=step))
+        os.utime(path, (step, step))
     put(tmp_path / "model.safetensors", moved(start, seed=3))
     found, sets = compared(tmp_path, start)
     assert (found, sets.same) == ({}, ("checkpoint-3/model.safetensors",))

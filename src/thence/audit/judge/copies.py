@@ -128,7 +128,7 @@ def compare_sets(
     found = _own_findings(first, start, expected) if first.form == "model" else []
     same_ones: list[str] = []
     left = list(written.left_out)
-    for one in rest:
+    for one in sorted(rest, key=lambda one: one.name):
         if one.claim in ("average", "other", "earlier"):
             left.append(f"{one.name}: {_LEFT[one.claim]}")
             continue
