@@ -49,6 +49,14 @@ def test_components_are_logged_kept_with_samples_and_drawn(recipe: Tables, tmp_p
     assert "Reward: length" in page and "Reward: level" in page
 
 
+def test_a_reward_that_is_not_used_beside_others_is_named(
+    recipe: Tables, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own(tmp_path, share="1.0")
+    run(changed(recipe, {"rl.rewards": {"exact": 1.0}}))
+    assert "is not used, since rewards is set" in caplog.text and recipe["rl"]["reward"] in caplog.text
+
+
 def test_several_rewards_with_weights(recipe: Tables, tmp_path: Path) -> None:
     own(tmp_path, share="len(response) / 8", level="columns['level']")
     reward = recipe["rl"].pop("reward")

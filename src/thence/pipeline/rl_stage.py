@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -32,11 +33,15 @@ from thence.rollout.vllm.settings import vllm_settings
 from thence.train.model import save_model
 from thence.train.weights import whole
 
+log = logging.getLogger(__name__)
+
 
 def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     """Train the context's model on its own graded responses. Returns facts for ``done.json``."""
     prompts = context.load_prompts(stage.data)
     check_answers(prompts, reward_names(stage))
+    if stage.rewards and context.leads and stage.reward not in (Rl.model_fields["reward"].default, *stage.rewards):
+        log.warning("%s: reward = %r is not used, since rewards is set", context.name, stage.reward)
     room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
