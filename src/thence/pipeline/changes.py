@@ -71,6 +71,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         **_all(FIXED, "data method options batch train_on held_out"),
         **_all(LENGTH, "epochs steps"),
         "held_out_every": FREE,
+        "stop": ONWARD,
     },
     "rl": {
         **_OPTIMIZATION,

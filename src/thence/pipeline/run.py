@@ -31,7 +31,7 @@ from thence.pipeline.saving import refuse_what_is_broken
 from thence.pipeline.sft_stage import run_sft
 from thence.pipeline.test_sets import test_sets
 from thence.pipeline.trackers import Tracking, tracked
-from thence.pipeline.validation import take_best
+from thence.pipeline.validation import best_metric, take_best
 from thence.recipe import Eval, Optimization, Recipe, Rl, Sft, load_recipe, naming_fields_of
 from thence.train.adapted import adapt, is_quantized, started_from
 from thence.train.checkpoint import publish, remove_checkpoints, removed_on_failure
@@ -67,7 +67,7 @@ def run(
         repeat: stages that are done or begun, to be set aside and run again. A stage after one of them stays as it is
             where it starts from the same bits, and is repeated where it does not.
         keep_last: keep the last checkpoint of the last training stage, from which it can be given more steps. Where
-            the stage has keep_every, keep_last or keep_best, it stays in any case.
+            the stage has keep_every, keep_last, keep_best or stop, it stays in any case.
         prompts: data tables that runs before have rendered; those of this run are added.
 
     Returns:
@@ -120,7 +120,7 @@ def run(
 def _keeps(recipe: Recipe, name: str) -> bool:
     """Whether a stage is asked to keep checkpoints once it is done."""
     stage = recipe.stage(name)
-    return isinstance(stage, Optimization) and any((stage.keep_every, stage.keep_last, stage.keep_best))
+    return isinstance(stage, Optimization) and any((stage.keep_every, stage.keep_last, best_metric(stage)))
 
 
 def _newest_that_stay(recipe: Recipe, name: str) -> int:

@@ -81,6 +81,8 @@ class StageMetrics:
     stage: str
     kind: str
     steps: tuple[Mapping[str, Any], ...]
+    best_step: int | None = None
+    """The step whose model the stage left; None: its last one, or it has not ended."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Step numbers and finite values of one quantity."""
@@ -184,7 +186,7 @@ def read_run(folder: Path) -> RunFiles:
         recipe=recipe,
         recipe_text=text,
         environment=_json(folder / "environment.json", notes),
-        training=_training(lines, stages),
+        training=_training(lines, stages, folder, notes),
         cells=tuple(_cells(folder, stages, notes)),
         stages=tuple(stages),
         notes=tuple(notes),
@@ -225,7 +227,9 @@ def subject_of(stage: str, stages: list[str]) -> str:
     return trained[-1] if trained else "base"
 
 
-def _training(lines: list[dict[str, Any]], stages: list[str]) -> tuple[StageMetrics, ...]:
+def _training(
+    lines: list[dict[str, Any]], stages: list[str], folder: Path, notes: list[str]
+) -> tuple[StageMetrics, ...]:
     """A resumed run measures some steps twice: the later line counts, for it belongs to the weights that are there."""
     by_stage: dict[str, dict[float, dict[str, Any]]] = {}
     for line in lines:
@@ -237,7 +241,8 @@ def _training(lines: list[dict[str, Any]], stages: list[str]) -> tuple[StageMetr
     for stage in order:
         steps = [by_stage[stage][step] for step in sorted(by_stage[stage])]
         kind = next((str(step["kind"]) for step in steps if step.get("kind")), kind_of(stage))
-        found.append(StageMetrics(stage, kind, tuple(steps)))
+        best = number(_json(folder / "stages" / stage / "done.json", notes).get("best_step"))
+        found.append(StageMetrics(stage, kind, tuple(steps), None if best is None else int(best)))
     return tuple(found)
 
 

@@ -23,6 +23,7 @@ from thence.models.lengths import context_of
 from thence.pipeline.context import StageContext
 from thence.pipeline.ground import rows_digest
 from thence.pipeline.prompts import check_answers
+from thence.pipeline.regimes import SEVERE
 from thence.pipeline.rewards import stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.test_sets import MeasuredSet, measured_sets
@@ -51,6 +52,7 @@ def check_validation(recipe: Recipe, name: str) -> None:
             remedy=f"leave {name}.held_out out, and measure on a test set with {name}.eval_every",
             field=f"{name}.held_out",
         )
+    _check_stop(stage, name)
     sets = [found.name for found in measured_sets(recipe, name)]
     for field in ("eval_on", "eval_limit"):
         if getattr(stage, field) and stage.eval_every is None:
@@ -59,7 +61,7 @@ def check_validation(recipe: Recipe, name: str) -> None:
                 remedy=f"set {name}.eval_every to the steps between them, or leave {field} out",
                 field=f"{name}.{field}",
             )
-    if stage.patience is not None and stage.keep_best is None:
+    if stage.patience is not None and best_metric(stage) is None:
         raise RecipeError(
             "patience waits for a better value, and keep_best does not say of what",
             remedy=f'set {name}.keep_best, for example keep_best = "eval"',
@@ -77,6 +79,30 @@ def check_validation(recipe: Recipe, name: str) -> None:
             else f"set {name}.eval_every{more if isinstance(stage, Sft) else ''}",
             field=f"{name}.keep_best",
         )
+
+
+def _check_stop(stage: Optimization, name: str) -> None:
+    """Refuse to end a stage by a held-out loss that it does not measure, or beside another choice of the best step."""
+    if not isinstance(stage, Sft) or stage.stop is None:
+        return
+    if not stage.held_out:
+        raise RecipeError(
+            f'stop = "{stage.stop}" looks at the loss of held-out examples, and there are none',
+            remedy=f"set {name}.held_out to a number of examples, for example 100, or leave {name}.stop out",
+            field=f"{name}.stop",
+        )
+    if stage.keep_best not in (None, HELD_OUT):
+        raise RecipeError(
+            f'stop = "{stage.stop}" leaves the model of the smallest held-out loss, not that of the best '
+            f"{stage.keep_best}",
+            remedy=f"leave {name}.keep_best out, or {name}.stop (then {name}.patience can end the stage)",
+            field=f"{name}.keep_best",
+        )
+
+
+def best_metric(stage: Optimization) -> str | None:
+    """The key of the metrics that chooses the stage's model; None: its last step's model stays."""
+    return HELD_OUT if isinstance(stage, Sft) and stage.stop is not None else stage.keep_best
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,10 @@ class Validation:
     def __init__(self, context: StageContext, stage: Optimization, held: ExitStack):
         self.context, self.stage = context, stage
         self.parts = [_part(context, stage, found, held) for found in measured_sets(context.recipe, context.name)]
-        self.best = None if stage.keep_best is None else Best(stage.keep_best, stage.patience, self._measured())
+        metric, self.best = best_metric(stage), None
+        if metric is not None:
+            worst = SEVERE if isinstance(stage, Sft) and stage.stop is not None else math.inf
+            self.best = Best(metric, stage.patience, self._measured(metric), worst)
 
     def resume(self, own: Mapping[str, Any]) -> None:
         """Take up what the last checkpoint kept of the best step; empty: nothing."""
@@ -121,12 +150,12 @@ class Validation:
             self.best.restore(kept, self.context)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: nothing without ``keep_best``."""
+        """What a checkpoint keeps: nothing where no step is chosen."""
         return {} if self.best is None else {"best": self.best.state()}
 
     @property
     def ended(self) -> bool:
-        """Whether patience has run out."""
+        """Whether patience has run out, or the held-out loss is where ``stop`` ends the stage."""
         return self.best is not None and self.best.ended
 
     def measure(self, step: int, last: bool) -> dict[str, Any]:
@@ -162,14 +191,11 @@ class Validation:
             )
         better = best.metric in line and best.look(step, line[best.metric])
         if best.ended and self.context.leads:
-            log.info(
-                "%s ends after step %d: %d measurements of %s were no better than that of step %d",
-                *(self.context.name, step, best.since, best.metric, best.step),
-            )
+            log.info("%s ends after step %d: %s", self.context.name, step, best.why())
         return better
 
     def facts(self) -> dict[str, Any]:
-        """What ``done.json`` says of the best step; nothing without ``keep_best``."""
+        """What ``done.json`` says of the best step; nothing where none is chosen."""
         best = self.best
         return {} if best is None or not best.step else {"best_step": best.step, "best": {best.metric: best.value}}
 
@@ -193,14 +219,14 @@ class Validation:
             return (mean_reward_of(scores, n).value if any(scores) else None), "reward"
         return avg_at_k([sum(verdict == "right" for verdict, _ in row) for row in rows], n).value, "accuracy"
 
-    def _measured(self) -> str:
+    def _measured(self, metric: str) -> str:
         """16 hex digits that follow from what is measured and how: other ones cannot be compared."""
         parts = [
             (p.of.name, rows_digest(p.prompts), str(p.sampling), p.samples, p.of.stage.reward, str(p.seed_parts))
             for p in self.parts
         ]
         held_out = self.stage.held_out if isinstance(self.stage, Sft) else 0
-        return f"{stable_seed(self.stage.keep_best, held_out, parts):016x}"
+        return f"{stable_seed(metric, held_out, parts):016x}"
 
 
 class Best:
@@ -210,16 +236,18 @@ class Best:
         metric: the key of the metrics that is compared; of a loss less is better.
         patience: measurements without a better value after which the stage ends; None: any number.
         measured: what is measured, as a text.
+        worst: the stage ends when a measurement reaches this multiple of the best one; for a loss.
     """
 
-    def __init__(self, metric: str, patience: int | None, measured: str):
-        self.metric, self.patience, self.measured = metric, patience, measured
+    def __init__(self, metric: str, patience: int | None, measured: str, worst: float = math.inf):
+        self.metric, self.patience, self.measured, self.worst = metric, patience, measured, worst
         self.step, self.since = 0, 0
         self.value: float | None = None
+        self.newest: float | None = None
 
     def look(self, step: int, value: float | None) -> bool:
         """Take in a measurement. Returns whether it is the best so far; the earlier of two equal ones is."""
-        sign = -1 if self.metric == HELD_OUT else 1
+        sign, self.newest = -1 if self.metric == HELD_OUT else 1, value
         better = value is not None and math.isfinite(value)
         if better and self.value is not None:
             better = sign * (value or 0.0) > sign * self.value
@@ -231,20 +259,36 @@ class Best:
 
     @property
     def ended(self) -> bool:
-        """Whether there were as many measurements without a better value as patience allows."""
-        return self.patience is not None and self.since >= self.patience
+        """Whether there were as many measurements without a better value as patience allows, or one was too bad."""
+        return (self.patience is not None and self.since >= self.patience) or self._too_bad
+
+    @property
+    def _too_bad(self) -> bool:
+        if math.isinf(self.worst) or self.value is None or self.newest is None:
+            return False
+        return not self.newest < self.worst * self.value and self.newest != self.value
+
+    def why(self) -> str:
+        """Why the stage has ended, in words."""
+        if self._too_bad:
+            return (
+                f"{self.metric} is {self.newest:.4g}, at least {self.worst:.2f} times the {self.value:.4g} of step "
+                f"{self.step}"
+            )
+        return f"{self.since} measurements of {self.metric} were no better than that of step {self.step}"
 
     def state(self) -> dict[str, Any]:
         """Plain values."""
         return {"metric": self.metric, "measured": self.measured, **self._so_far()}
 
     def _so_far(self) -> dict[str, Any]:
-        return {"step": self.step, "value": self.value, "since": self.since}
+        return {"step": self.step, "value": self.value, "since": self.since, "newest": self.newest}
 
     def restore(self, kept: Mapping[str, Any], context: StageContext) -> None:
         """Take up the inverse of :meth:`state`; values of another measurement are left, which the log says."""
         if (kept["metric"], kept["measured"]) == (self.metric, self.measured):
             self.step, self.value, self.since = kept["step"], kept["value"], kept["since"]
+            self.newest = kept.get("newest")  # a checkpoint of an older version has none
         elif context.leads:
             log.warning(
                 "%s: keep_best, or what it measures, has changed; the best step is sought from here on", context.name

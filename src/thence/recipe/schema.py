@@ -139,6 +139,8 @@ class Sft(Optimization):
     """Number of held-out examples. They are never trained; the loss on them is measured."""
     held_out_every: Steps = 50
     """Steps between measurements of the held-out loss. The first and the last step always have one."""
+    stop: Literal["held-out"] | None = None
+    """held-out: end the stage when the held-out loss reaches 1.10 times its smallest value, whose model it leaves."""
 
 
 class Rl(Optimization):

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from thence.files import to_csv, to_json
+from thence.pages.run.leaving import held_out_regimes
 from thence.pages.run.outcome import outcome
 from thence.pipeline.run_files import Measurement, RunFiles, StageMetrics
 
@@ -20,7 +21,7 @@ def report_json(run: RunFiles) -> str:
         "seed": run.recipe.get("seed"),
         "environment": dict(run.environment),
         "results": [asdict(cell) for cell in run.cells],
-        "training": [{**totals(stage), "curve": list(stage.steps)} for stage in run.training],
+        "training": [{**totals(stage), **_regimes(stage), "curve": list(stage.steps)} for stage in run.training],
         "pending": run.pending,
         "notes": list(run.notes),
     }
@@ -33,6 +34,13 @@ def report_csv(run: RunFiles) -> str:
     return to_csv(
         [*own, *(field.name for field in fields(Measurement))], ({**own, **asdict(cell)} for cell in run.cells)
     )
+
+
+def _regimes(stage: StageMetrics) -> dict[str, Any]:
+    """The step whose model was left and the regimes of the held-out loss, where they are known."""
+    best = {} if stage.best_step is None else {"best_step": stage.best_step}
+    found = [asdict(measured) for measured in held_out_regimes(stage)]
+    return best | ({"held_out_regimes": found} if found else {})
 
 
 def totals(stage: StageMetrics) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from thence.jsonl import stream_lines
 from thence.pages.environment import environment_facts
 from thence.pages.figure import Figure
 from thence.pages.run.curves import curves, smoothing_note
+from thence.pages.run.leaving import leaving_table
 from thence.pages.run.numbers import report_csv, report_json, totals
 from thence.pages.run.outcome import outcome
 from thence.pages.run.tables import results_table, verdicts_table
@@ -84,7 +85,7 @@ def render_page(run: RunFiles) -> str:
         notes=[*unfinished, *run.notes],
         results=results_table(run, whole=True),
         verdicts=verdicts_table(run),
-        stages=[_stage(training, _labels(run)) for training in run.training],
+        stages=[_stage(training, run) for training in run.training],
         samples=[(stage, kept) for stage, kept in samples if kept],
         held=hold((stage, shown_samples(run.folder, stage)) for stage in run.stages),
         recipe=run.recipe_text or to_toml(run.recipe),
@@ -99,8 +100,8 @@ def _labels(run: RunFiles) -> dict[str, str]:
     return {str(k): str(v) for k, v in labels.items()} if isinstance(labels, Mapping) else {}
 
 
-def _stage(training: StageMetrics, methods: Mapping[str, str]) -> dict[str, Any]:
-    sums = totals(training)
+def _stage(training: StageMetrics, run: RunFiles) -> dict[str, Any]:
+    sums, methods, table = totals(training), _labels(run), run.recipe.get(training.stage)
     facts = [methods[training.stage]] if training.stage in methods else []
     facts += [f"{sums['steps']:,} step{'' if sums['steps'] == 1 else 's'}"]
     if sums["trained_tokens"] is not None:
@@ -109,7 +110,13 @@ def _stage(training: StageMetrics, methods: Mapping[str, str]) -> dict[str, Any]
         facts.append(f"{sums['flops']:.3g} FLOPs")
     if sums["seconds"] is not None:
         facts.append(duration(sums["seconds"]))
-    return {"name": training.stage, "facts": ", ".join(facts), "figure": _figure(training)}
+    ended = (run.folder / "stages" / training.stage / "done.json").is_file()
+    return {
+        "name": training.stage,
+        "facts": ", ".join(facts),
+        "figure": _figure(training),
+        "leaving": leaving_table(training, table if isinstance(table, Mapping) else {}, ended),
+    }
 
 
 def _command(run: RunFiles) -> str:
