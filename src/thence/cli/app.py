@@ -17,12 +17,13 @@ from cyclopts import App, Parameter
 from thence.errors import UserError
 
 HELP_FLAGS = ("--help", "-h")
-WITH_FIELDS = ("run", "check", "data")
+WITH_FIELDS = ("run", "check", "data", "pope")
 """Commands whose flags are also the fields of a recipe."""
 COMMANDS = {
     "run": "Run a recipe, or resume it where it stopped.",
     "check": "Try what training relies on, with your model and rows.",
     "data": "Print rows as the model sees them, and their lengths.",
+    "pope": "Make guided rows for the problems that a model never solves.",
     "compare": "Compare arms x bases x seeds at one budget.",
     "eval": "Measure a model on benchmarks; compare evaluations.",
     "sample": "Show what the model said, with verdicts.",
@@ -46,6 +47,7 @@ USAGE = {
     "       thence eval --endpoint URL --suite NAME [OPTIONS]\n"
     "       thence eval --compare A B [C ...] | --regrade FOLDER | --list",
     "data": "thence data SOURCE|RECIPE --model MODEL [--table.field VALUE ...]",
+    "pope": "thence pope RECIPE FILE [--table.field VALUE ...] [OPTIONS]",
     "compare": "thence compare COMPARISON [OPTIONS]",
     "export": "thence export CHECKPOINT FOLDER [OPTIONS]\n       thence export RUN|RUN:STAGE FOLDER [OPTIONS]\n"
     "       thence export RUN FILE.gguf --gguf TYPE\n"

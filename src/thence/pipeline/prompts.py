@@ -88,6 +88,11 @@ def first_example(data: Data) -> Example:
 
 def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
     """Render examples by the template and limits of a data table. Raises DataError."""
+    return [prompt for _, prompt in rendered_examples(data, examples, tokenizer)]
+
+
+def rendered_examples(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[tuple[Example, Prompt]]:
+    """As :func:`to_prompts`, each prompt with the example that it was made of. Raises DataError."""
     chat = chat_format(tokenizer, data.template, data.template_variables)
     if changes_by_day(chat):
         log.warning(
@@ -119,7 +124,7 @@ def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[
         log.warning("%d demonstrations cut at data.max_response_tokens; they teach no end token", rendered.truncated)
     if not pairs:
         raise DataError("no example is left", remedy="look at data.source, data.split and data.limit", field="data")
-    return [_prompt(i, example, row) for i, (example, row) in enumerate(pairs)]
+    return [(example, _prompt(i, example, row)) for i, (example, row) in enumerate(pairs)]
 
 
 def check_trained(prompts: list[Prompt], train_on: str, *, say: bool = True) -> None:
