@@ -202,7 +202,8 @@ def test_many_dead_steps_in_a_row_are_warned_of(caplog):
     assert f"last {DEAD_STEPS} steps" in caplog.text
 
 
-NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
+NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "ipo"}
+NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
 
 
 @pytest.mark.parametrize("name", [name for name, m in registry.methods().items() if m.stage == "rl"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from thence.objective import (
+    CappedRatio,
     Clip,
     Context,
     Entropy,
@@ -17,8 +18,10 @@ from thence.objective import (
     Ratio,
     Shape,
     ShapeRatio,
+    SquaredGap,
     Term,
     TokenInputs,
+    TrustMask,
     fused,
     group_advantages,
     kl_estimate,
@@ -65,6 +68,7 @@ def test_shape_ratio_golden_vectors(ratio, value):
 
 
 SURROGATES = [Logp(), Ratio(), Clip(), Clip(0.2, 0.28, 3.0), Prob(), Shape(), ShapeRatio()]
+SURROGATES += [CappedRatio(0.5, 1.5), TrustMask("tv"), TrustMask("kl"), TrustMask("band", 0.2, 0.3, 1.5), SquaredGap()]
 SURROGATES += [NegativeKl("k1"), NegativeKl("k2"), NegativeKl("k3")]
 
 

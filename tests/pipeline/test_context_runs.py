@@ -15,6 +15,7 @@ from thence.recipe import load_recipe
 GRPO = {"method": "grpo", "mini_batch": 2, "packing": True}
 METHODS = {
     "gspo": {"method": "gspo", "options": {"clip_low": 0.01, "clip_high": 0.02}},
+    "dppo": {"method": "dppo", "mini_batch": 4, "options": {"low": 0.001, "high": 0.001}},
     "luffy": {"method": "luffy", "mini_batch": 4},
     "srft": {"method": "srft", "options": {"entropy_level": "batch"}},
     "relift": {"method": "relift", "rollouts": 2, "options": {"sft_batch": 3}},

@@ -19,6 +19,8 @@ QUICK = {"grpo": {"method": "grpo", "mini_batch": 2}, "reference": {"method": "g
 METHODS = {
     "dapo": {"method": "dapo", "mini_batch": 2, "options": {"overlong_tokens": 12, "overlong_buffer": 4}},
     "gspo": {"method": "gspo", "mini_batch": 2, "options": {"clip_low": 0.01, "clip_high": 0.02}},
+    "cispo": {"method": "cispo", "mini_batch": 2, "options": {"cap": 1.02}},
+    "ipo": {"method": "ipo", "mini_batch": 2, "options": {"bound": 0.001}},
     "luffy": {"method": "luffy"},
     "srft": {"method": "srft", "options": {"entropy_level": "batch"}},
     "relift": {"method": "relift", "rollouts": 2, "options": {"sft_batch": 3}},

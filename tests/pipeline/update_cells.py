@@ -44,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "relift": {"sft_batch": 3},
     "exgrpo": {"start": 0.0},
     "gspo": {"clip_low": 0.01, "clip_high": 0.02},
+    "cispo": {"cap": 1.01},
+    "dppo": {"low": 1e-3, "high": 1e-3, "kappa": 0.1},
 }
 LAYOUTS = {1: ("ddp", "fsdp2"), 2: ("ddp", "fsdp2"), 4: ("ddp", "fsdp2", "hsdp")}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from thence.objective import Batch, Clip, Entropy, NegativeKl, Row, Term
+from thence.objective import Batch, Clip, NegativeKl, Row, Term, is_penalty
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def policy_term(batch: Batch) -> int:
     Raises:
         ValueError: there is none, or several; :data:`ROLLOUTS` says so before.
     """
-    (place,) = (j for j, term in enumerate(batch.terms) if not isinstance(term.surrogate, NegativeKl | Entropy))
+    (place,) = (j for j, term in enumerate(batch.terms) if not is_penalty(term))
     return place
 
 
@@ -45,7 +45,7 @@ def _policy(batch: Batch) -> Term:
 
 
 def _has_rollouts(batch: Batch) -> bool:
-    policies = [term for term in batch.terms if not isinstance(term.surrogate, NegativeKl | Entropy)]
+    policies = [term for term in batch.terms if not is_penalty(term)]
     return len(policies) == 1 and all(row.sampled is not None for row in batch.rows)
 
 
@@ -75,13 +75,15 @@ def _steps_on_one(stage: Any) -> bool:
     return bool(stage.mini_batch and stage.mini_batch < stage.prompts)
 
 
+_CLIPPED = ("grpo", "dapo", "dr_grpo")
+"""Methods whose policy term is a clipped ratio of tokens."""
 ROLLOUTS = Feature(
     "responses with known rewards and groups, and one policy term (the GRPO family)",
     _has_rollouts,
-    lambda stage: stage.method in ("grpo", "dapo", "dr_grpo", "gspo"),
+    lambda stage: stage.method in (*_CLIPPED, "gspo", "cispo", "dppo", "ipo"),
 )
 CLIP = Feature(
-    "a clipped ratio of tokens", lambda batch: _clips(batch, lambda clip: True), lambda stage: stage.method != "gspo"
+    "a clipped ratio of tokens", lambda batch: _clips(batch, lambda clip: True), lambda stage: stage.method in _CLIPPED
 )
 CLIP_HIGHER = Feature(
     "a clip range that is wider above one than below",

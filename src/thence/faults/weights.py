@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thence.faults.cut import Change, Cut, PolicyFacts, Window
-from thence.objective import Batch, Entropy, NegativeKl, Term, divisors, local_counts
+from thence.objective import Batch, Term, divisors, is_penalty, local_counts
 
 STD_EPS = 1e-6
 
@@ -182,7 +182,7 @@ def _advantaged(batch: Batch, factor: Sequence[float], shift: float) -> Batch:
     for row, times in zip(batch.rows, factor, strict=True):
         parts = []
         for term, weights in zip(batch.terms, row.weights, strict=True):
-            if isinstance(term.surrogate, NegativeKl | Entropy):
+            if is_penalty(term):
                 parts.append(weights)
             else:
                 own = shift / max(row.n_trained, 1) if is_share(term) else shift

@@ -151,6 +151,8 @@ class Method(ABC):
     """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
     uses_old: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the old log-probabilities too (:attr:`TokenFacts.old`); it then gets facts."""
+    needs_several_steps: ClassVar[bool] = False
+    """Whether its bound can act only from the second optimizer step of a rollout batch on."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):

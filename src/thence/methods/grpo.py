@@ -19,19 +19,13 @@ from torch import Tensor
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Options, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.groups import group_numbers
-from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Term, group_advantages
+from thence.objective import Clip, Entropy, NegativeKl, Normaliser, Surrogate, Term, group_advantages
 from thence.settings.limits import Ceiling, Coefficient, Signed, Tokens
 
 
-class GrpoOptions(Options):
-    """Settings of the GRPO family."""
+class GroupOptions(Options):
+    """Settings that the GRPO family shares, whatever its surrogate."""
 
-    clip_low: Coefficient = 0.2
-    """Clip range of the ratio below one."""
-    clip_high: Coefficient = 0.28
-    """Clip range of the ratio above one."""
-    dual_clip: Ceiling = math.inf
-    """Dual clip: largest ratio of a negative advantage. inf: off."""
     std: bool = False
     """Divide advantages by the group's standard deviation."""
     singleton: Literal["zero", "reward"] = "zero"
@@ -47,6 +41,17 @@ class GrpoOptions(Options):
     """Estimator of the KL. k3 is GRPO's; k1 has no gradient in expectation."""
     entropy: Signed = 0.0
     """Coefficient of the entropy bonus."""
+
+
+class GrpoOptions(GroupOptions):
+    """Settings of GRPO."""
+
+    clip_low: Coefficient = 0.2
+    """Clip range of the ratio below one."""
+    clip_high: Coefficient = 0.28
+    """Clip range of the ratio above one."""
+    dual_clip: Ceiling = math.inf
+    """Dual clip: largest ratio of a negative advantage. inf: off."""
 
 
 class Grpo(Method):
@@ -65,6 +70,12 @@ class Grpo(Method):
         return 1 if self.options.singleton == "reward" else 2
 
     @property
+    def surrogate(self) -> Surrogate:
+        """What every token's advantage weighs."""
+        o = self.options
+        return Clip(o.clip_low, o.clip_high, o.dual_clip)
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         o = self.options
         normaliser = {
@@ -72,7 +83,7 @@ class Grpo(Method):
             "sequence-mean": Normaliser("sequences"),
             "constant": Normaliser("sequences", float(o.constant_tokens)),
         }[o.aggregation]
-        terms = [Term("policy", Clip(o.clip_low, o.clip_high, o.dual_clip), normaliser)]
+        terms = [Term("policy", self.surrogate, normaliser)]
         if o.kl:
             terms.append(Term("kl", NegativeKl(o.kl_estimator), normaliser))
         if o.entropy:
@@ -84,9 +95,14 @@ class Grpo(Method):
         advantages = self.advantages(trajectories).tolist()
         weights = []
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
-            share = 1 / max(len(trajectory.response_ids), 1) if o.aggregation == "sequence-mean" else 1.0
+            share = self.share(trajectory)
             weights.append({"policy": advantage * share, **switched_on(kl=o.kl * share, entropy=o.entropy)})
         return weights
+
+    def share(self, trajectory: Trajectory) -> float:
+        """What the weight of each of a response's tokens is multiplied by before the term's normaliser divides it."""
+        by_response = self.options.aggregation == "sequence-mean"
+        return 1 / max(len(trajectory.response_ids), 1) if by_response else 1.0
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """One advantage a trajectory, shape (N,), float64; groups are the trajectories of one draw of a prompt."""

@@ -52,6 +52,7 @@ class Gspo(Grpo):
     source = "arXiv 2507.18071 eq. 5 and 7"
     exactness = "exact"
     uses_old = True
+    needs_several_steps = True
     Options = GspoOptions
 
     @property

@@ -11,7 +11,9 @@ from thence.errors import RecipeError, UserError
 from thence.methods.base import Method
 from thence.methods.bread import Bread
 from thence.methods.chord import ChordMu, ChordPhi
+from thence.methods.cispo import Cispo
 from thence.methods.dapo import Dapo
+from thence.methods.dppo import Dppo, Ipo
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.exgrpo import ExGrpo
 from thence.methods.grpo import Grpo
@@ -33,6 +35,7 @@ from thence.recipe import Rl, Sft, kind_of
 
 OWN: tuple[type[Method], ...] = (
     SftMethod, Grpo, DrGrpo, Dapo, Gspo,
+    Cispo, Dppo, Ipo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
 )  # fmt: skip

@@ -16,11 +16,23 @@ from thence.objective.surrogates import (
     ShapeRatio,
     Surrogate,
 )
-from thence.objective.terms import BareRow, Batch, Normaliser, Row, Term, divisors, local_counts, trained_tokens
+from thence.objective.terms import (
+    BareRow,
+    Batch,
+    Normaliser,
+    Row,
+    Term,
+    divisors,
+    is_penalty,
+    local_counts,
+    trained_tokens,
+)
+from thence.objective.trust import CappedRatio, SquaredGap, TrustMask, binary_kl
 
 __all__ = [
     "BareRow",
     "Batch",
+    "CappedRatio",
     "Clip",
     "Context",
     "Entropy",
@@ -35,12 +47,16 @@ __all__ = [
     "Sampled",
     "Shape",
     "ShapeRatio",
+    "SquaredGap",
     "Surrogate",
     "Term",
     "TokenInputs",
     "TokenStats",
+    "TrustMask",
+    "binary_kl",
     "divisors",
     "group_advantages",
+    "is_penalty",
     "kl_estimate",
     "local_counts",
     "logits_of",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thence.objective.surrogates import Clip, Context, Entropy, log_ratio
+from thence.objective.surrogates import Bounded, Context, Entropy
 from thence.objective.terms import Term
 
 CHUNK_BYTES = 32 * 2**20  # of logits; larger chunks gain no speed and cost memory
@@ -122,9 +122,8 @@ def objective(
     )
     clipped_T = torch.zeros_like(logp_T, dtype=torch.bool)
     for j, term in enumerate(terms):
-        if isinstance(term.surrogate, Clip) and inputs.behaviour_T is not None:
-            ratio_T = log_ratio(logp_T, inputs.behaviour_T).exp()
-            clipped_T |= term.surrogate.clipped(ratio_T, inputs.context(j)) & (inputs.weight_JT[j] != 0)
+        if isinstance(term.surrogate, Bounded) and inputs.behaviour_T is not None:
+            clipped_T |= term.surrogate.held_back(logp_T, inputs.context(j)) & (inputs.weight_JT[j] != 0)
     return loss, TokenStats(logp_T, entropy_T, slope_T, clipped_T)
 
 

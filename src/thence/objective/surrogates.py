@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class Surrogate(Protocol):
 
     def slope(self, logp_T: Tensor, context: Context) -> Tensor:
         """dS/dlogp at every token, in closed form. Shape (T,)."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A surrogate with a bound that can hold back or limit the gradient of a token."""
+
+    def held_back(self, logp_T: Tensor, context: Context) -> Tensor:
+        """Where the bound acts. Shape (T,), bool."""
         ...
 
 
@@ -109,8 +118,12 @@ class Clip:
         ratio_T = log_ratio(logp_T, context.behaviour_T).exp()
         return ratio_T * (~self.clipped(ratio_T, context)).to(ratio_T.dtype) * _not_clamped(logp_T, context.behaviour_T)
 
-    def clipped(self, ratio_T: Tensor, context: Context) -> Tensor:
+    def held_back(self, logp_T: Tensor, context: Context) -> Tensor:
         """Where the clip holds the gradient back. Shape (T,), bool."""
+        return self.clipped(log_ratio(logp_T, context.behaviour_T).exp(), context)
+
+    def clipped(self, ratio_T: Tensor, context: Context) -> Tensor:
+        """The same from the ratios. Shape (T,), bool."""
         up_T = ratio_T > 1 + self.high
         down_T = (ratio_T < 1 - self.low) | (ratio_T > self.dual)
         return torch.where(context.weight_T >= 0, up_T, down_T)

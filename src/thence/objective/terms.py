@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from thence.objective.sampled import Sampled
-from thence.objective.surrogates import Clip, NegativeKl, Ratio, ShapeRatio, Surrogate
+from thence.objective.surrogates import Clip, Entropy, NegativeKl, Ratio, ShapeRatio, Surrogate
+from thence.objective.trust import CappedRatio, SquaredGap, TrustMask
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,13 @@ def divisors(terms: Sequence[Term], counts: Sequence[int]) -> list[float]:
 
 def needs_behaviour(terms: Sequence[Term]) -> bool:
     """Whether any term's surrogate is a ratio to the behaviour policy."""
-    return any(isinstance(term.surrogate, Ratio | Clip | ShapeRatio) for term in terms)
+    ratios = Ratio | Clip | ShapeRatio | CappedRatio | TrustMask | SquaredGap
+    return any(isinstance(term.surrogate, ratios) for term in terms)
+
+
+def is_penalty(term: Term) -> bool:
+    """Whether a term holds the policy where it is (KL, entropy, a squared gap) rather than teach it a reward."""
+    return isinstance(term.surrogate, NegativeKl | Entropy | SquaredGap)
 
 
 def needs_reference(terms: Sequence[Term]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from thence.data.trajectory import Trajectory
-from thence.objective import Entropy, NegativeKl, Row, Term, TokenStats
+from thence.objective import NegativeKl, Row, Term, TokenStats, is_penalty
 from thence.objective.kl import kl_estimate
 from thence.train.parallel import Ranks
 from thence.train.step import Observer
@@ -32,7 +32,7 @@ class Lessons:
     def __init__(self, ranks: Ranks, terms: Sequence[Term]) -> None:
         self.ranks = ranks
         self.live: set[tuple[int, int]] = set()
-        self.taught_J = [not isinstance(term.surrogate, Entropy | NegativeKl) for term in terms]
+        self.taught_J = [not is_penalty(term) for term in terms]
         self.kl_term = next((j for j, term in enumerate(terms) if isinstance(term.surrogate, NegativeKl)), None)
         surrogate = None if self.kl_term is None else terms[self.kl_term].surrogate
         self.estimator = surrogate.estimator if isinstance(surrogate, NegativeKl) else "k3"

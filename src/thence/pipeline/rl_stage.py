@@ -34,6 +34,10 @@ from thence.train.model import save_model
 from thence.train.weights import whole
 
 log = logging.getLogger(__name__)
+ONE_STEP = (
+    "the bound of {0} cannot act while a rollout batch has one optimizer step: the policy has not moved. "
+    "Set {2}.mini_batch to a part of the {1} prompts, for example a quarter"
+)
 
 
 def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
@@ -46,6 +50,8 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
     minis = mini_batches_of(stage)
+    if method.needs_several_steps and minis == 1 and context.leads:
+        log.warning("%s: %s", context.name, ONE_STEP.format(stage.method, stage.prompts, context.name))
     reference = context.frozen_policy() if needs_reference(method.terms) else None
     trainer = make_trainer(context, stage, stage.steps * minis)
     with ExitStack() as held:

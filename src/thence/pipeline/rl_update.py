@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, behaviour_of, make_rows
-from thence.objective import BareRow, Batch, Entropy, NegativeKl, Term
+from thence.objective import BareRow, Batch, Term, is_penalty
 from thence.objective.terms import needs_behaviour
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
@@ -148,8 +148,8 @@ class Update:
 
 
 def trusted(terms: Sequence[Term], weights: Weights, trust_n: Tensor) -> Weights:
-    """A trajectory's weights times its importance weights, in all terms but entropy bonus and KL."""
-    policy = {term.name for term in terms if not isinstance(term.surrogate, Entropy | NegativeKl)}
+    """A trajectory's weights times its importance weights, in all terms but penalties (KL, entropy bonus)."""
+    policy = {term.name for term in terms if not is_penalty(term)}
     return {name: weight * trust_n if name in policy else weight for name, weight in weights.items()}
 
 

@@ -38,8 +38,7 @@ def sampled_of(
         group_numbers(trajectories),
         options.std,
         by_sequence,
-        options.clip_low,
-        options.clip_high,
+        *((options.clip_low, options.clip_high) if by_sequence else ()),
     )
     advantages = method.advantages(trajectories).tolist()
     found = []

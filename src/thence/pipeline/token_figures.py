@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from thence.data.trajectory import Trajectory
-from thence.objective import Entropy, NegativeKl, Row, Term, TokenStats
+from thence.objective import Row, Term, TokenStats, is_penalty
 from thence.train.step import Observer
 
 KEPT = 2  # responses of a step whose tokens are kept
@@ -25,7 +25,7 @@ class TokenFigures:
     """
 
     def __init__(self, terms: Sequence[Term], candidates: Sequence[Trajectory]) -> None:
-        self.taught_J = [not isinstance(term.surrogate, Entropy | NegativeKl) for term in terms]
+        self.taught_J = [not is_penalty(term) for term in terms]
         self.chosen = _chosen(candidates)
         self.found: dict[int, dict[str, list[float]]] = {}
 

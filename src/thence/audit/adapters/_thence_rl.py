@@ -65,6 +65,7 @@ _UFT = {
     "scale": "group", "prefix": "likelihood", "prefix_weight": 0.5, "kl": 0.5, "entropy": 0.001, "entropy_on": "own",
 }  # fmt: skip
 _FIRST, _LAST = ({"shown": "apart", "sides": sides} for sides in ("first", "last"))
+_TRUST = {"clip_low": 0.002, "clip_high": 0.003, "dual_clip": 1.2}
 _GSPO = {"scale": "group", "ratio": "sequence-token"}
 
 CASES: tuple[dict, ...] = tuple(
@@ -86,6 +87,17 @@ CASES: tuple[dict, ...] = tuple(
         ("gspo", "sequence-mean", _GSPO | {"clip_low": 3e-4, "clip_high": 4e-4}, {"method": "gspo"}),
         ("gspo, wide clip", "sequence-mean", _GSPO | {"clip_low": 0.1, "clip_high": 0.1},
          {"method": "gspo", "clip_low": 0.1, "clip_high": 0.1}),
+        ("cispo", "token-mean", _ORIGINAL | {"surrogate": "weight", "clip_low": 0.8, "clip_high": 0.1},
+         {"method": "cispo", "floor": 0.2, "cap": 1.1}),
+        ("dppo, total variation", "token-mean", {"scale": "none", "surrogate": "tv", **_TRUST},
+         {"method": "dppo", "low": 0.002, "high": 0.003, "cap": 1.2}),
+        ("dppo, binary KL, sequence mean, pull", "sequence-mean",
+         {"scale": "none", "surrogate": "binary-kl", "clip_low": 1e-4, "clip_high": 2e-4, "pull": 0.5},
+         {"method": "dppo", "divergence": "kl", "low": 1e-4, "high": 2e-4, "kappa": 0.5,
+          "aggregation": "sequence-mean"}),
+        ("ipo", "token-mean",
+         {"scale": "none", "surrogate": "band", "clip_low": 0.003, "clip_high": 0.003, "pull": 0.5},
+         {"method": "ipo", "bound": 0.003, "kappa": 0.5}),
         ("on_policy", "token-mean", _SFT | _CLIPPED, {"method": "on_policy"}),
         ("luffy", "token-mean", _LUFFY, {"method": "luffy", "shown": "in-group"}),
         ("luffy, clipped, over std", "token-mean", _LUFFY | _CLIPPED | {"scale": "group"},

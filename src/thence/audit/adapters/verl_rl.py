@@ -4,7 +4,7 @@ Driven are ``verl.trainer.ppo.core_algos`` and its ``ActorConfig``, with the tot
 workers hand to them. The loop around them is the adapter's own: verl's actor worker and trainer need Ray and a sampling
 engine, and are not audited here.
 
-Options: ``loss_mode`` (vanilla, gspo, cispo), any argument of ``ActorConfig``, ``std`` (``norm_adv_by_std_in_grpo``).
+Options: ``loss_mode`` (vanilla, gspo, cispo, dppo_tv, dppo_kl), any argument of ``ActorConfig``, ``std`` (``norm_adv_by_std_in_grpo``).
 verl bounds k3's exponent to 20 and k3 to 10, beyond which a token has no gradient; the probe stays within.
 """
 
@@ -21,6 +21,8 @@ PACKAGES = ("verl", "transformers", "tensordict", "torch")
 AXES = frozenset()
 
 _GRPO = {"dual_clip": 3.0}
+_TRUST = {"clip_low": 2e-3, "clip_high": 3e-3, "dual_clip": 1.2}
+_BOUNDS = {"clip_ratio_low": 2e-3, "clip_ratio_high": 3e-3, "clip_ratio_c": 1.2}
 _IS = {"correction": "truncate", "correction_cap": 1.2}
 
 CASES = (
@@ -38,6 +40,8 @@ CASES = (
     loop_case("gspo", "sequence-mean", {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.1}, loss_mode="gspo",
               loss_agg_mode="seq-mean-token-mean", clip_ratio_low=0.1, clip_ratio_high=0.1),
     loop_case("cispo", "token-mean", {"surrogate": "weight"}, loss_mode="cispo"),
+    loop_case("dppo_tv", "token-mean", _TRUST | {"surrogate": "tv"}, loss_mode="dppo_tv", **_BOUNDS),
+    loop_case("dppo_kl", "token-mean", _TRUST | {"surrogate": "binary-kl"}, loss_mode="dppo_kl", **_BOUNDS),
 )  # fmt: skip
 
 STRANGERS = ("policy", "sampler", "std", "loss_mode")

@@ -36,6 +36,9 @@ _SURROGATES = {
     "mask": "masked on both sides, whatever the sign of the advantage",
     "sigmoid": "passed through a sigmoid",
     "gamma": "weighted by the gamma function of the whole response's ratio",
+    "tv": "masked by the change of the token's probability, by the sign of the advantage",
+    "binary-kl": "masked by the KL between the token and all others",
+    "band": "masked by the change of the token's probability, whatever the sign of the advantage",
 }
 
 

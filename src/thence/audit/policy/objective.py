@@ -35,9 +35,14 @@ class PolicyObjective:
             (r - 1)) A with tau = ``soft_above`` for positive advantages, else ``soft_below`` (SAPO, arXiv 2511.20347);
             ``gamma``: the detached phi(w) times A log pi, phi(w) = e^l w^k e^(-l w) with (k, l) = ``gamma_above`` where
             A >= 0, else ``gamma_below``, and w the product of a response's ratios and corrections (VESPO, arXiv
-            2602.10693). Neither of the two is clipped.
-        clip_low, clip_high: range of the ratio below and above one; infinity: off.
-        dual_clip: largest ratio through which a negative advantage acts (arXiv 1912.09729); infinity: off.
+            2602.10693). Neither of the two is clipped. ``tv``, ``binary-kl``, ``band``: the detached ratio, at most
+            ``dual_clip``, times log pi, and nothing outside a trust region of probabilities (DPPO, arXiv 2602.04879;
+            IPO of prime-rl). With d = pi - pi_old: ``tv`` d <= high where A > 0, d >= -low where A < 0; ``binary-kl``
+            the KL between taking the token and another one, for tokens that move away; ``band`` -low <= d <= high.
+        clip_low, clip_high: range of the ratio below and above one, or bounds of a trust region; infinity: off.
+        dual_clip: largest ratio through which a negative advantage acts (arXiv 1912.09729), with a trust region largest
+            ratio at all; infinity: off.
+        pull: coefficient of (log pi - log pi_old)^2.
         kl: coefficient of the KL to the reference policy.
         estimator: of the KL from samples; with d = log pi - log pi_ref: ``k1`` d, ``k2`` d^2 / 2,
             ``k3`` exp(-d) - 1 + d; ``full``: exact, over the whole vocabulary.
@@ -90,10 +95,11 @@ class PolicyObjective:
     bessel: bool = True
     eps: float = 1e-6
     ratio: Literal["token", "sequence", "sequence-token", "none"] = "token"
-    surrogate: Literal["clip", "weight", "mask", "sigmoid", "gamma"] = "clip"
+    surrogate: Literal["clip", "weight", "mask", "sigmoid", "gamma", "tv", "binary-kl", "band"] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = math.inf
+    pull: float = 0.0
     kl: float = 0.0
     estimator: Literal["k1", "k2", "k3", "full"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
@@ -135,6 +141,11 @@ class PolicyObjective:
     def by_response(self) -> bool:
         """Whether the ratio is that of a whole response."""
         return self.ratio.startswith("sequence")
+
+    @property
+    def trusts(self) -> bool:
+        """Whether tokens outside a trust region of probabilities are masked."""
+        return self.surrogate in ("tv", "binary-kl", "band")
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> PolicyObjective:

@@ -69,6 +69,8 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
         if asked.kl_ratio:
             slope = np.exp(log_ratios(step, asked, trained)) * (slope + kl_value(apart, asked.estimator))
         acting = acting - asked.kl * np.where(begun, 0.0, slope)
+    if asked.pull:
+        acting = acting - 2 * asked.pull * (step.logp - step.old)
     normal = by_kind(step, asked, normals(step, asked, other), trained)[step.row]
     if asked.prefix == "likelihood":
         normal = np.where(begun, 1.0 / max((begun & trained).sum(), 1), normal)
@@ -179,8 +181,30 @@ def surrogate_slope(step: PolicyStep, asked: PolicyObjective, advantage: np.ndar
         return gamma_weights(step, asked, advantage, trained)
     if asked.surrogate == "mask":
         return np.where((ratio < low) | (ratio > high), 0.0, ratio)
+    if asked.trusts:
+        return np.where(beyond_trust(step, asked, advantage), 0.0, np.minimum(ratio, asked.dual_clip))
     held = np.where(advantage[step.row] >= 0, ratio > high, (ratio < low) | (ratio > asked.dual_clip))
     return np.where(held, 0.0, ratio)
+
+
+def beyond_trust(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray) -> np.ndarray:
+    """Tokens outside the trust region that is asked for, shape (T,), bool."""
+    change, _ = trust_change(step, asked)
+    moved, up = np.exp(step.logp) - np.exp(step.old), advantage[step.row] > 0
+    if asked.surrogate == "band":
+        return (change > asked.clip_high) | (change < -asked.clip_low)
+    if asked.surrogate == "tv":
+        return np.where(up, change > asked.clip_high, change < -asked.clip_low)
+    return np.where(up, (moved > 0) & (change > asked.clip_high), (moved < 0) & (change > asked.clip_low))
+
+
+def trust_change(step: PolicyStep, asked: PolicyObjective) -> tuple[np.ndarray, np.ndarray]:
+    """What a trust region bounds: pi - pi_old, or the KL of "this token or another"; and its derivative by log pi."""
+    now, old = np.exp(step.logp), np.exp(step.old)
+    if asked.surrogate != "binary-kl":
+        return now - old, now
+    missed, missed_old = (np.maximum(-np.expm1(logp), np.finfo(float).tiny) for logp in (step.logp, step.old))
+    return old * (step.old - step.logp) + missed_old * np.log(missed_old / missed), missed_old * now / missed - old
 
 
 def gamma_weights(step: PolicyStep, asked: PolicyObjective, advantage: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -244,6 +268,10 @@ def edges(step: PolicyStep, asked: PolicyObjective, width: float, other: Overrid
         for bound in (1 - asked.clip_low, 1 + asked.clip_high, asked.dual_clip):
             if 0 < bound < np.inf:
                 near |= np.abs(log_ratio - np.log(bound)) < width
+    if asked.trusts:
+        change, slope = trust_change(step, asked)
+        for bound in (-asked.clip_low, asked.clip_high, *((asked.clip_low,) if asked.surrogate == "binary-kl" else ())):
+            near |= np.abs(change - bound) < width * np.abs(slope)
     if asked.correction == "mask":
         log_ratio = np.log(correction_ratios(step, asked, trained))
         for bound in (asked.correction_floor, asked.correction_cap):
