@@ -11,8 +11,9 @@ and 0.05 (kl), verl's examples; prime-rl has 0.2 and kappa = 0.001, where pi_old
 Elsewhere: verl 0.9.1 takes the bounds from ``clip_ratio_low`` and ``clip_ratio_high`` (0.2 if they are not set) and the
 cap from ``clip_ratio_c``, whose default of 3 was meant for PPO's dual clip: with it, ratios above 3 are truncated.
 
-IPO keeps a token where |pi - pi_old| <= bound, whatever its advantage. Known of it is the mask; that it has the same
-kappa is taken from the trainer's default loss, so it is a reconstruction.
+IPO keeps a token where |pi - pi_old| <= bound, whatever its advantage, has the same kappa, and no cap. prime-rl (commit
+559b447 of August 2026) takes pi_old from the sampler for both; here it is the trainer's own log-probability, which
+``rl.importance_bound`` corrects.
 
 The policy has not moved before the first optimizer step of a rollout batch, so both act with several (``mini_batch``).
 The logged loss is the weighted log-probability; ``clip_share`` counts tokens that the mask takes.
@@ -20,6 +21,7 @@ The logged loss is the weighted log-probability; ``clip_share`` counts tokens th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -90,6 +92,8 @@ class IpoOptions(TrustOptions):
 
     bound: Coefficient = 0.1
     """Largest change of the token's probability, up or down."""
+    cap: Ceiling = math.inf
+    """Largest ratio. inf: off."""
     kappa: Coefficient = 1e-3
     """Coefficient of the squared distance of the log-probability from the old one. 0: off."""
 
@@ -99,8 +103,8 @@ class Ipo(Dppo):
 
     name = "ipo"
     formula = "-(1/N) sum A sg(r keep) log pi + 0.001 (log pi - log pi_old)^2, keep: |pi - pi_old| <= 0.1"
-    source = "the trainer prime-rl"
-    exactness = "reconstruction"
+    source = "the trainer prime-rl, commit 559b447"
+    exactness = "exact"
     Options = IpoOptions
 
     @property
