@@ -139,7 +139,8 @@ def row(name: str, report: dict[str, Any]) -> str:
         }
         for each in ids:
             found[each] = found.get(each, 0) + 1
-    said = ", ".join(f"{CATALOGUE[i].title} ({n})" for i, n in sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+    ordered = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+    said = ", ".join(f"{CATALOGUE[i].title} ({n})" for i, n in ordered)
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items() if k not in ("python", "program"))
     low = min((s["smallest"] for s in steps), default=0.0)
     high = max((s["largest"] for s in steps), default=0.0)

@@ -4,7 +4,8 @@ Driven are ``verl.trainer.ppo.core_algos`` and its ``ActorConfig``, with the tot
 workers hand to them. The loop around them is the adapter's own: verl's actor worker and trainer need Ray and a sampling
 engine, and are not audited here.
 
-Options: ``loss_mode`` (vanilla, gspo, cispo, dppo_tv, dppo_kl), any argument of ``ActorConfig``, ``std`` (``norm_adv_by_std_in_grpo``).
+Options: ``loss_mode`` (vanilla, gspo, cispo, dppo_tv, dppo_kl), any argument of ``ActorConfig``, ``std``
+(``norm_adv_by_std_in_grpo``).
 verl bounds k3's exponent to 20 and k3 to 10, beyond which a token has no gradient; the probe stays within.
 """
 
