@@ -19,6 +19,7 @@ _KL = {"kl": 0.05}
 _IS = {"correction": "truncate", "correction_cap": 1.1}
 _WARM = {"temperature": 0.7}
 _WIDE = {"clip_high": 0.4}
+_TRUST = {"surrogate": "tv", "clip_low": 0.003, "clip_high": 0.004}
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "baseline-batch": (_SCALED, "advantage-baseline"),
@@ -41,6 +42,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "dual-missing": ({"dual_clip": 1.3}, "clip-dual"),
     "dual-added": ({}, "clip-dual"),
     "surrogate-weight": ({}, "clip-surrogate"),
+    "trust-as-clip": (_TRUST, "clip-surrogate"),
+    "trust-as-band": (_TRUST, "clip-surrogate"),
+    "pull-missing": (_TRUST | {"pull": 0.3}, "kl-coefficient"),
+    "pull-double": (_TRUST | {"pull": 0.3}, "kl-coefficient"),
     "ratio-missing": ({}, "ratio-missing"),
     "old-recomputed": ({}, "ratio-missing"),
     "ratio-sequence": ({}, "ratio-level"),

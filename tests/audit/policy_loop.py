@@ -176,7 +176,9 @@ class Loop:
                 "clip-one-sided": (math.inf, high, surrogate, dual),
             }[self.mistake]
         dual: float = {"dual-missing": math.inf, "dual-added": 1.3}.get(self.mistake) or dual
-        surrogate = {"surrogate-weight": "weight"}.get(self.mistake, surrogate)
+        surrogate = {"surrogate-weight": "weight", "trust-as-clip": "clip", "trust-as-band": "band"}.get(
+            self.mistake, surrogate
+        )
         if level == "none":
             return advantage * logp
         log_ratio = logp - old
@@ -187,6 +189,17 @@ class Loop:
             return ratio.detach().clamp(1 - low, 1 + high) * advantage * logp
         if surrogate == "mask":
             return ratio * advantage * ((ratio >= 1 - low) & (ratio <= 1 + high))
+        if surrogate in ("tv", "binary-kl", "band"):
+            p, q = logp.detach().exp(), old.exp()
+            change, up = p - q, advantage > 0
+            if surrogate == "binary-kl":
+                far = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+                held = ((change > 0) & (far > high)) if up else ((change < 0) & (far > low))
+            elif surrogate == "tv":
+                held = change > high if up else change < -low
+            else:
+                held = (change > high) | (change < -low)
+            return (ratio.clamp(max=dual) * ~held).detach() * advantage * logp
         value = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
         return torch.maximum(value, torch.full_like(value, dual * advantage)) if advantage < 0 else value
 
@@ -234,6 +247,8 @@ class Loop:
                 logp = distribution.gather(1, torch.tensor(rows[i].ids[rows[i].start :])[:, None])[:, 0]
                 loss = -self._surrogate(logp, old[i], masks[i], advantages[i])
                 loss = loss * self._correction(old[i], sampler[i], masks[i])
+                pull = {"pull-missing": 0.0, "pull-double": 2 * self.get("pull")}.get(self.mistake, self.get("pull"))
+                loss = loss + pull * (logp - old[i]).square()
                 if self._kl_in() == "loss":
                     if self._estimator() == "full":
                         with torch.no_grad():
@@ -268,7 +283,8 @@ class Loop:
 
 DEFAULTS: dict[str, Any] = {
     "baseline": "group", "scale": "group", "bessel": True, "eps": 1e-6, "ratio": "token", "surrogate": "clip",
-    "clip_low": 0.2, "clip_high": 0.2, "dual_clip": math.inf, "kl": 0.0, "estimator": "k3", "kl_in": "loss",
+    "clip_low": 0.2, "clip_high": 0.2, "dual_clip": math.inf, "pull": 0.0,
+    "kl": 0.0, "estimator": "k3", "kl_in": "loss",
     "entropy": 0.0, "temperature": 1.0, "correction": "none", "correction_level": "token", "correction_cap": math.inf,
     "correction_floor": 0.0, "normaliser": "token-mean", "longest": 0.0, "truncated": "train", "counted": "all",
 }  # fmt: skip

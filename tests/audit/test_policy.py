@@ -54,6 +54,25 @@ def test_a_mistake_is_named(folder: Path, mistake: str) -> None:
     assert len(result.faults) == 1, result.faults
 
 
+@pytest.mark.parametrize("surrogate", ["tv", "binary-kl", "band"])
+def test_a_clean_trust_region_is_verified(folder: Path, surrogate: str) -> None:
+    """Some tokens lie beyond the bounds, and ratios beyond the cap."""
+    low, high = (2e-4, 3e-4) if surrogate == "binary-kl" else (0.003, 0.004)
+    asked = {"surrogate": surrogate, "clip_low": low, "clip_high": high, "dual_clip": 1.1, "pull": 0.2}
+    result = audit(folder, asked)
+    assert result.status == "judged" and not result.faults, (result.reason, result.faults)
+    assert result.policy is not None
+    assert {"clipping above", "clipping below", "dual clip"} <= set(result.policy.verified)
+
+
+@pytest.mark.parametrize("mistake", ["trust-as-clip", "trust-as-band", "clip-missing", "pull-missing", "pull-double"])
+def test_a_mistake_in_a_trust_region_is_named(folder: Path, mistake: str) -> None:
+    asked = {"surrogate": "tv", "clip_low": 0.003, "clip_high": 0.004, "pull": 0.3}
+    result = audit(folder, asked, mistake)
+    named = {"clip-missing": "clip-missing", "pull-missing": "kl-coefficient", "pull-double": "kl-coefficient"}
+    assert [fault.id for fault in result.faults] == [named.get(mistake, "clip-surrogate")], result.faults
+
+
 def test_dropped_negative_advantages_are_not_taken_for_a_clip_range(folder: Path) -> None:
     """A lower bound above every ratio would drop them too; it was once called "or not at all"."""
     result = audit(folder, {"scale": "none"}, "negative-dropped")

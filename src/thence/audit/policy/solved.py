@@ -257,6 +257,13 @@ def _lines(observed: Sequence[Observed], variants: Sequence[Variant], asked: Pol
             observed, variants, ("kl-coefficient", "KL coefficient"), asked.kl * np.linspace(-3, 10, 53),
             lambda x: replace(asked, kl=x), lambda x: detail.format(x, asked.kl),
         )  # fmt: skip
+    if asked.pull:
+        detail = "the coefficient of the squared distance from log pi_old is {:.4g}, where {:g} was asked for"
+        yield from _line(
+            observed, variants, ("kl-coefficient", "squared distance from log pi_old"),
+            asked.pull * np.linspace(-3, 10, 53), lambda x: replace(asked, pull=x),
+            lambda x: detail.format(x, asked.pull),
+        )  # fmt: skip
     if asked.correction == "truncate":
         ratios = np.concatenate([correction_ratios(v.step, asked, trained_tokens(v.step, asked)) for v in variants])
         detail = "importance weights are cut at {:.4g}, where {:.4g} was asked for"
