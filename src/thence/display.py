@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.text import Text
 
 BAR_WIDTH = 24
+GLUE = "\u00a0"
+"""The space within a part: no line is broken there."""
+
+
+class SideBySide:
+    """Short texts, two spaces apart. A line is broken between two of them and not within, unless one is too long."""
+
+    def __init__(self, parts: Iterable[str | Text]):
+        self.parts = [Text(part.replace(" ", GLUE)) if isinstance(part, str) else part for part in parts]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # not left to rich, which breaks a line at every kind of space
+        line = Text()
+        for part in self.parts:
+            if line and line.cell_len + 2 + part.cell_len > options.max_width:
+                yield line
+                line = Text()
+            line = line + "  " + part if line else part.copy()
+        yield line
 
 
 class Display:

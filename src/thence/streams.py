@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from thence.foreign_text import clean
 from thence.redaction import redacted
+
+_before: list[Callable[[], None]] = []
 
 
 class OutputLost(OSError):
@@ -33,6 +35,8 @@ class Plain:
 
     def write(self, text: str) -> int:
         """Write a text as it is. Raises OutputLost."""
+        while _before:
+            _before.pop()()
         try:
             self.stream.write(text)
         except UnicodeEncodeError:
@@ -81,6 +85,11 @@ class Guarded(Plain):
         said = text[len(head) :].replace("\r\n", "\n")
         super().write(head + clean(redacted(said)))
         return len(text)
+
+
+def before_next_output(act: Callable[[], None]) -> None:
+    """Have something done once, before anything more is written to the guarded streams."""
+    _before.append(act)
 
 
 @contextmanager

@@ -20,6 +20,9 @@ class Quiet:
     def begin(self, planner, runs) -> None:
         self.runs = list(runs)
 
+    def started(self, job) -> None:
+        pass
+
     def progress(self, job, stage, done, total) -> None:
         pass
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from thence.cli.loading import loading_shown
 from thence.errors import UserError
 from thence.explain import TRACEBACK, explained, foreign_exit, keep_traceback, of_thence, traceback_text
 from thence.streams import OutputLost, give_up, guarded
@@ -65,7 +66,8 @@ def _answer(arguments: list[str]) -> int:
 
             print(f"thence {__version__}")
             return 0
-        return _command(name)(rest)
+        with loading_shown(arguments):
+            return _command(name)(rest)
     except OutputLost as error:
         return _lost(error, arguments)
     except Terminated:

@@ -130,7 +130,7 @@ def _report(recipe, folder: Path, collect_again: bool, way: Way) -> int:
     console = make_console()
     if way == "shown":
         print_comparison(statistics(results), console)
-    for failure in results.failures:
+    for failure in () if way == "shown" else results.failures:  # they stand below the tables
         print(f"failed: {failure.arm} from {failure.base}, seed {failure.seed}: {failure.why}", file=sys.stderr)
     if way == "json":
         tell_done(folder, page, read_json(folder / "report.json", remedy="run the same command again"))

@@ -109,10 +109,13 @@ class EvaluationEvents(EvaluationProgress):
 
 
 class ComparisonEvents:
-    """Events of a comparison: begin, progress, finished, failed."""
+    """Events of a comparison: begin, started, progress, finished, failed."""
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         tell("begin", runs=len(runs), done=sum(planner.is_done(run) for run in runs))
+
+    def started(self, job: Job) -> None:
+        tell("started", **_of(job.run))
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
         tell("progress", **_of(job.run), stage=stage, done=done, total=total)
@@ -128,6 +131,9 @@ class NoEvents:
     """A comparison that tells nobody anything."""
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
+        pass
+
+    def started(self, job: Job) -> None:
         pass
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:

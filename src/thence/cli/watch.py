@@ -17,7 +17,7 @@ from rich.text import Text
 
 from thence.cli.report import existing_run
 from thence.cli.sample import COLOURS
-from thence.display import BAR_WIDTH
+from thence.display import BAR_WIDTH, GLUE, SideBySide
 from thence.foreign_text import one_line
 from thence.terminal import make_console
 from thence.wording import duration
@@ -37,8 +37,6 @@ CURVES = (
 )
 """Quantity, its name, how its last value is written."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_GLUE = "\u00a0"
-"""A space at which no line is broken."""
 _SHOWN = 240
 """Characters of a prompt or a response."""
 
@@ -90,7 +88,8 @@ def _lines(folder: Any, console: Console, every: float) -> Seen:
     said = ""
     while True:
         seen = look(folder)
-        text = "  ".join([where(seen), *(f"{name} {value}" for name, value, _ in curves(seen, 0))])
+        told = filter(None, [where(seen), whole_run(seen)])
+        text = "  ".join([*told, *(f"{name} {value}" for name, value, _ in curves(seen, 0))])
         if text != said:
             console.print(text, soft_wrap=True)
             said = text
@@ -127,6 +126,12 @@ def where(seen: Seen) -> str:
     )
 
 
+def whole_run(seen: Seen) -> str:
+    """How long the whole run will take; "" where that is not known, or is what :func:`where` says already."""
+    last = not seen.doing and seen.stages[-1:] == (seen.stage,)
+    return "" if seen.state in ("done", "stopped") or last or not str(seen.whole) else f"whole run: {seen.whole}"
+
+
 def screen(seen: Seen, width: int) -> Group:
     """The whole picture, in ``width`` columns."""
     colour = {"done": "green", "running": "cyan", "stopped": "red", "unclear": "yellow"}[seen.state]
@@ -137,6 +142,8 @@ def screen(seen: Seen, width: int) -> Group:
         parts.append(bar)
     elif seen.state != "done":
         parts.append(Text(where(seen)))
+    if left := whole_run(seen):
+        parts.append(Text(left, "dim"))
     if rows := curves(seen, max(10, width - 30)):
         assert seen.metrics is not None
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -148,14 +155,14 @@ def screen(seen: Seen, width: int) -> Group:
     return Group(*parts)
 
 
-def _stages(seen: Seen) -> Text:
+def _stages(seen: Seen) -> SideBySide:
     """Every stage, and which of them are done."""
-    said = Text()
+    said = []
     for name in seen.stages:
         style = "green" if name in seen.done else "bold" if name == seen.stage else "dim"
         word = "done" if name in seen.done else "now" if name == seen.stage else "to come"
-        said.append(f"{name} {word}".replace(" ", _GLUE), style).append("  ")
-    return said
+        said.append(Text(f"{name} {word}".replace(" ", GLUE), style))
+    return SideBySide(said)
 
 
 def curves(seen: Seen, width: int) -> list[tuple[str, str, str]]:

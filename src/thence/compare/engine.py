@@ -41,6 +41,10 @@ class ComparisonWatcher(Protocol):
         """All runs that the comparison needs; those that are done can be asked of the planner."""
         ...
 
+    def started(self, job: Job) -> None:
+        """A process has begun with a run, and says more when it has opened the model."""
+        ...
+
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
         """A run has come so far in a stage."""
         ...
@@ -172,6 +176,7 @@ def _start_next(
         ):  # the same settings as a run that another planned run has finished
             continue
         worker.start(job)
+        watcher.started(job)
         return True
     return False
 

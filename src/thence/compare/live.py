@@ -5,24 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from thence.compare.plan import Job, PlannedRun, Planner
-from thence.compare.recipe import ComparisonRecipe
 from thence.display import Display
 from thence.wording import duration
 
 REFRESHES = 2  # a second
+MANY = 100_000
+"""Of so many and more (tokens of pretraining, say) only what is done is shown."""
 
 
 class LiveTable(Display):
-    """Arms by bases: how many of their runs are done, which one goes on, and how long the rest will take."""
+    """How long the rest will take, which runs go on, and of arms by bases how many runs are done.
+
+    What goes on stands above the table: a low terminal cuts the bottom of it.
+    """
 
     def __init__(self, console: Console, jobs: int):
-        self.live = Live(console=console, refresh_per_second=REFRESHES)
+        before = Text("trying what the comparison names ...")
+        self.live = Live(before, console=console, refresh_per_second=REFRESHES)
         super().__init__(console, self.live)
         self.jobs = jobs
         self.runs: list[PlannedRun] = []
@@ -38,6 +44,10 @@ class LiveTable(Display):
         self.ended = {run for run in runs if planner.is_done(run)}
         self.before = len(self.ended)
         self._show(f"{len(runs)} runs, {len(self.ended)} of them are done")
+
+    def started(self, job: Job) -> None:
+        self.running[job.run] = ("starting", 0, 0)
+        self._show()
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
         self.running[job.run] = (stage, done, total)
@@ -73,34 +83,35 @@ class LiveTable(Display):
 
     def _show(self, line: str = "") -> None:
         if self.animated:
-            self.live.update(self.table(self.planner.recipe))
+            self.live.update(self.picture())
         elif line:
             self.line(line, wrap=False)
 
-    def table(self, recipe: ComparisonRecipe) -> Table:
-        """The table of arms and bases."""
-        bases = list(recipe.bases)
-        table = Table(title=f"{recipe.name}: {self.left()}", title_justify="left", caption_justify="left")
-        table.add_column("arm", no_wrap=True)
-        for base in bases:
-            table.add_column(base)
+    def picture(self) -> Group:
+        """What a terminal shows."""
+        recipe = self.planner.recipe
+        parts: list[RenderableType] = [Text(f"{recipe.name}: {self.left()}", "bold")]
+        for run, (stage, at, total) in self.running.items():
+            share = f" {at:,}" + (f" of {total:,}" if total <= MANY else "") if total else ""
+            parts.append(Text.assemble(title(run), (f"  {stage}{share}", "cyan")))
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("arm", overflow="fold")
+        for base in recipe.bases:
+            table.add_column(base, overflow="fold")
         names = [*([""] if any(not run.arm for run in self.runs) else []), *recipe.arms]
         for name in names:
             if any(run.arm == name for run in self.runs):
-                table.add_row(name or "pretraining", *(self._cell(name, base) for base in bases))
-        return table
+                table.add_row(name or "pretraining", *(self._cell(name, base) for base in recipe.bases))
+        return Group(*parts, "", table)
 
     def _cell(self, arm: str, base: str) -> Text:
         runs = [run for run in self.runs if (run.arm, run.base) == (arm, base)]
+        if not runs:
+            return Text("")
         done = sum(run in self.ended for run in runs)
-        text = Text(f"{done}/{len(runs)}", style="green" if runs and done == len(runs) else "")
+        text = Text(f"{done}/{len(runs)}", style="green" if done == len(runs) else "")
         if failed := sum(run in self.failures for run in runs):
             text.append(f"  {failed} failed", style="red")
-        for run in runs:
-            if run in self.running:
-                stage, at, total = self.running[run]
-                share = f" {at}" if total > 100_000 else f" {at}/{total}"
-                text.append(f"  seed {run.seed} {stage}{share}", style="dim")
         return text
 
 

@@ -34,10 +34,9 @@ class TableView:
             max(width // 3, 10),
             max([len(row.label) for row in table.rows] + [_narrowest(table.headers[0])]),
         )
-        widths = [
-            max([_narrowest(header), *(_needs(row.cells[index]) for row in table.rows)])
-            for index, header in enumerate(table.headers[1:])
-        ]
+        widths = self._widths(False)
+        if not _fit(labels, widths, width) and _fit(labels, narrow := self._widths(True), width):
+            widths = narrow  # headers broken at hyphens keep the table in one piece
         parts: list[list[int]] = [[]]
         for index, needed in enumerate(widths):
             used = labels + sum(_GAP + widths[held] for held in parts[-1])
@@ -54,6 +53,17 @@ class TableView:
                     wider = max(0, min(left_over, longest - widths[index]))
                     widths[index], left_over = widths[index] + wider, left_over - wider
             yield _drawn(table, columns, [labels, *(widths[i] for i in columns)])
+
+    def _widths(self, hyphens: bool) -> list[int]:
+        """Characters of each column but the first; headers are broken at spaces, or at hyphens too."""
+        return [
+            max([_narrowest(header, hyphens), *(_needs(row.cells[index]) for row in self.table.rows)])
+            for index, header in enumerate(self.table.headers[1:])
+        ]
+
+
+def _fit(labels: int, widths: Sequence[int], width: int) -> bool:
+    return labels + sum(_GAP + each for each in widths) <= width
 
 
 def with_notes(table: Table) -> Group:
@@ -124,8 +134,9 @@ def _needs(cell: Cell) -> int:
     return min(30, max(map(len, _lines(cell).split("\n"))))
 
 
-def _narrowest(header: str) -> int:
-    """Characters that a header needs: short ones stay on a line."""
-    return (
-        len(header) if 0 < len(header) <= _UNBROKEN else max([len(word) for word in _glued(header).split(" ")] or [1])
-    )
+def _narrowest(header: str, hyphens: bool = False) -> int:
+    """Characters that a header needs: short ones stay on a line, others are broken at spaces, or at hyphens too."""
+    if 0 < len(header) <= _UNBROKEN:
+        return len(header)
+    words = _glued(header).replace("-", "- ") if hyphens else _glued(header)
+    return max([len(word) for word in words.split(" ")] or [1])

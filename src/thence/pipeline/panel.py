@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from thence.display import BAR_WIDTH, Display
+from thence.display import BAR_WIDTH, Display, SideBySide
 from thence.pipeline.time_left import Clock
 from thence.wording import counted, duration
 
@@ -88,16 +88,15 @@ class RunDisplay(Display):
         name, done, total = self.clock.name, self.clock.done, self.clock.total
         took = self.clock.end(time.monotonic())
         if took is not None and self.animated and self.facts:
-            self.console.print(_glued([f"{name} {done}/{total}", *self.facts, f"in {duration(took)}"]))
+            self.console.print(SideBySide([f"{name} {done}/{total}", *self.facts, f"in {duration(took)}"]))
 
     def _panel(self) -> Group:
         clock = self.clock
         left = clock.left(time.monotonic())
-        head = Text(self.run, style="bold")
-        if clock.name or self.now:
-            place = self.stages - len(clock.to_come) if clock.name else 0
-            head.append(f"  stage {place} of {self.stages}: {clock.name}" if place else f"  {self.now} ...", style="")
-        parts: list[Any] = [head]
+        place = self.stages - len(clock.to_come) if clock.name else 0
+        now = f"stage {place} of {self.stages}: {clock.name}" if place else f"{self.now} ..." if self.now else ""
+        head = [Text(self.run, "bold")] if self.run else []  # it has none before its recipe has been tried
+        parts: list[Any] = [SideBySide([*head, *([Text(now)] if now else [])])] if head or now else []
         if clock.name:
             bar = Table.grid(padding=(0, 2, 0, 0))
             count = Text(f"{clock.done:,}/{clock.total:,}")
@@ -105,12 +104,7 @@ class RunDisplay(Display):
             bar.add_row(ProgressBar(total=clock.total, completed=clock.done, width=BAR_WIDTH), count, Text(stage))
             parts.append(bar)
         if self.facts:
-            parts.append(_glued(self.facts))
+            parts.append(SideBySide(self.facts))
         if str(left) and (clock.to_come or not clock.name):
             parts.append(Text(f"whole run: {left}", style="dim"))
         return Group(*parts)
-
-
-def _glued(parts: Sequence[str]) -> Text:
-    """Parts that a line may be broken between, but not within."""
-    return Text("  ".join(part.replace(" ", "\u00a0") for part in parts))

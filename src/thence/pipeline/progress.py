@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thence.files import to_json, write_atomically
+from thence.pipeline.time_left import Clock
 
 PROGRESS = "progress.json"
 WRITTEN_EVERY = 1.0  # seconds
@@ -63,24 +64,29 @@ class ProgressFile:
         self.watcher, self.file = watcher, folder / PROGRESS
         self.facts: dict[str, Any] = {}
         self.written = -WRITTEN_EVERY
+        self.clock = Clock()
 
     def begin(self, name: str, stages: Sequence[str]) -> None:
         self.facts = {"run": name, "to_go": list(stages)}
+        self.clock.begin(stages)
         self.watcher.begin(name, stages)
 
     def doing(self, what: str) -> None:
         self.facts |= {"doing": what}
+        self.clock.end(time.monotonic())
         self._write()
         self.watcher.doing(what)
 
     def stage(self, name: str, total: int, done: int) -> None:
         self.facts |= {"stage": name, "total": total, "done": done, "doing": None, "began": time.time()}
         self.facts["first"] = done
+        self.clock.stage(name, total, done, time.monotonic())
         self._write()
         self.watcher.stage(name, total, done)
 
     def step(self, facts: Mapping[str, Any]) -> None:
         self.facts["done"] = self.facts.get("done", 0) + 1
+        self.clock.step(time.monotonic())
         if time.monotonic() - self.written >= WRITTEN_EVERY or self.facts["done"] == self.facts.get("total"):
             self._write()
         self.watcher.step(facts)
@@ -88,4 +94,6 @@ class ProgressFile:
     def _write(self) -> None:
         self.written = time.monotonic()
         with suppress(OSError):  # a full disk ends the run where something is lost by it
-            write_atomically(self.file, to_json(self.facts | {"at": time.time()}))
+            left = self.clock.left(self.written)
+            told = {"left": {"seconds": left.known, "unknown": left.unknown}, "at": time.time()}
+            write_atomically(self.file, to_json(self.facts | told))

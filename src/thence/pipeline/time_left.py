@@ -18,8 +18,8 @@ class Remaining:
     """Time that is left.
 
     Args:
-        stage: of the stage that runs, seconds; None before its first step.
-        known: of that stage and of the later ones whose speed is known, seconds.
+        stage: of the stage that runs, seconds; None before its first step and between two stages.
+        known: of that stage and of the later ones whose speed is known, seconds; None where nothing is known.
         unknown: later stages that nothing is known of, since none of their kind has run yet.
     """
 
@@ -86,6 +86,7 @@ class Clock:
             stage = max(0.0, each * (self.total - self.done) - (now - ends[-1]))
         later = [self._took.get(kind_of(name)) for name in self.to_come]
         unknown = tuple(name for name, took in zip(self.to_come, later, strict=True) if took is None)
-        if stage is None:
+        known = [took for took in later if took is not None]
+        if stage is None and (self.name or not known):  # of a stage before its first step nothing is known
             return Remaining(None, None, unknown)
-        return Remaining(stage, stage + sum(took for took in later if took is not None), unknown)
+        return Remaining(stage, (stage or 0.0) + sum(known), unknown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from thence.files import read_json
 from thence.locks import is_held
 from thence.pipeline.progress import PROGRESS
 from thence.pipeline.run_files import StageMetrics, number, read_run
+from thence.pipeline.time_left import Remaining
 from thence.redaction import redacted
 
 State = Literal["done", "running", "stopped", "unclear"]
@@ -36,6 +38,7 @@ class Seen:
         step: steps of the present stage that have been taken.
         total: steps of the present stage; None where that is not known.
         seconds: left of the present stage; None where that is not known.
+        whole: left of the whole run, as far as it is known.
         doing: what goes on before the first step, in words; "" otherwise.
         metrics: of the last stage that trained; None before.
         sample: the last response that was graded, a line of ``samples.jsonl`` with its stage; None before.
@@ -49,6 +52,7 @@ class Seen:
     step: int
     total: int | None
     seconds: float | None
+    whole: Remaining
     doing: str
     metrics: StageMetrics | None
     sample: Mapping[str, Any] | None
@@ -86,6 +90,7 @@ def look(folder: Path) -> Seen:
         step=step,
         total=None if total is None else int(total),
         seconds=_seconds_left(metrics, step, total),
+        whole=_whole(progress),
         doing=redacted(doing) if isinstance(doing, str) else "",
         metrics=metrics or (run.training[-1] if run.training else None),
         sample=_last_sample(folder, stages),
@@ -102,7 +107,22 @@ def _progress(folder: Path, stage: str | None) -> Mapping[str, Any]:
         return {}
     if not isinstance(found, dict):
         return {}
-    return found if found.get("stage") == stage else {"doing": found.get("doing")}
+    return found if found.get("stage") == stage else {key: found.get(key) for key in ("doing", "left", "at")}
+
+
+def _whole(progress: Mapping[str, Any]) -> Remaining:
+    """What the run said of the time that it has to go, less the time since."""
+    left, at = progress.get("left"), number(progress.get("at"))
+    seconds = number(left.get("seconds")) if isinstance(left, Mapping) else None
+    if not isinstance(left, Mapping) or seconds is None or at is None:
+        return Remaining(None, None)
+    unknown = left.get("unknown")
+    names = tuple(map(redacted, filter(_is_text, unknown))) if isinstance(unknown, list) else ()
+    return Remaining(None, max(0.0, seconds - max(0.0, time.time() - at)), names)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _of_recipe(recipe: Mapping[str, Any], stage: str | None) -> float | None:
