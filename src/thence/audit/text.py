@@ -42,6 +42,11 @@ _BARS = (("▁", 0.3), ("▂", 0.6), ("▃", 1.0), ("▅", 1.5), ("▆", 2.5), (
 _IDEAL, _ZERO = "▄", "·"
 _SIGNS = {"skipped": ("–", "dim"), "failed": ("!", "red"), "not judged": ("?", "yellow")}
 _NAME, _BAR, _RANGE, _SCALE = 34, 13, 13, 7
+_FIGURES = _BAR + _RANGE + _SCALE + 8
+"""Characters between the name of a case and what is said of it."""
+_SAID = 24
+"""Characters that are kept for it; on a terminal with less the name stands above the figures."""
+_INDENT = 4
 _OUTCOMES = {"no finding": "bold green", "finding": "bold red", "cannot judge": "bold yellow"}
 _REASON = 160
 
@@ -68,9 +73,12 @@ def report_text(report: Report, *, colour: bool | None = None, width: int | None
     console.print(Text.assemble(("thence audit ", "bold"), (_line(report.target), "bold"), f"  {versions}"))
     console.print()
     names = name_width(result.case.name for result in report.cases)
-    console.print(table_head(names), soft_wrap=True)
-    for result in report.cases:
-        console.print(case_line(result, names=names), soft_wrap=True)
+    low = console.width < 2 + names + _FIGURES + _SAID
+    for line in (table_head(names), *(case_line(result, names=names) for result in report.cases)):
+        if low:
+            console.print(_below_each_other(line, names, console))
+        else:
+            console.print(line, soft_wrap=True)
     console.print()
     console.print(legend())
     console.print()
@@ -120,6 +128,25 @@ def case_line(result: CaseResult, *, names: int = _NAME) -> Text:
         line.append(f"\n{'':{max(names - 6, 0)}}{f'step {step.index}':>8}  ")
         line.append_text(_step(result, step, ""))
     return line
+
+
+def _below_each_other(lines: Text, names: int, console: Console) -> Text:
+    """Lines of :func:`case_line` for a narrow terminal: the name, below it the rest, which wraps in its own column."""
+    parts: list[Text] = []
+    for line in lines.split("\n"):
+        cut = 2 + max(names, line.plain.find("  ", 2) - 2)
+        name, rest = line[:cut], line[cut + 2 :]
+        name.rstrip()
+        if name.plain.startswith("   "):  # a later step
+            name = Text(f"  {name.plain.strip()}")
+        figures = _FIGURES - 2 if rest.plain[_BAR : _BAR + 2] == "  " else 0
+        said = rest[figures:].wrap(console, max(1, console.width - _INDENT - figures))
+        parts += [name] if name else []
+        for number, piece in enumerate(said or [Text()]):
+            piece.rstrip()
+            before = rest[:figures] if not number else Text(" " * figures)
+            parts.append(Text(" " * _INDENT) + before + piece)
+    return Text("\n").join(parts)
 
 
 def table_head(names: int = _NAME) -> Text:

@@ -147,7 +147,7 @@ def _told(way: Way, console: Console) -> Iterator[EvaluationProgress]:
         with logging_to(make_console(stderr=True), logging.WARNING):
             yield EvaluationProgress()
     else:
-        with logging_to(console), EvaluationDisplay(console) as progress:
+        with logging_to(console), EvaluationDisplay(console, doing="opening the model ...") as progress:
             yield progress
 
 

@@ -8,11 +8,9 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from thence.display import BAR_WIDTH, Display, SideBySide
+from thence.display import Display, SideBySide, bar_line
 from thence.pipeline.time_left import Clock
 from thence.wording import counted, duration
 
@@ -98,11 +96,8 @@ class RunDisplay(Display):
         head = [Text(self.run, "bold")] if self.run else []  # it has none before its recipe has been tried
         parts: list[Any] = [SideBySide([*head, *([Text(now)] if now else [])])] if head or now else []
         if clock.name:
-            bar = Table.grid(padding=(0, 2, 0, 0))
-            count = Text(f"{clock.done:,}/{clock.total:,}")
             stage = "" if left.stage is None else f"{duration(left.stage)} left of this stage"
-            bar.add_row(ProgressBar(total=clock.total, completed=clock.done, width=BAR_WIDTH), count, Text(stage))
-            parts.append(bar)
+            parts.append(bar_line(clock.done, clock.total, stage))
         if self.facts:
             parts.append(SideBySide(self.facts))
         if str(left) and (clock.to_come or not clock.name):
