@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import pytest
+
 from tests.audit.made_reports import (
     CASES,
     Page,
@@ -110,6 +112,28 @@ def test_later_steps_have_lines_of_their_own_only_where_they_differ():
     assert "windows mixed across epochs" in lines[1]
     assert lines[0].startswith("✗")
     assert not steps_alike(alike.steps[0], third)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_on_a_narrow_terminal_a_case_stands_above_its_figures_and_no_word_is_cut(width: int):
+    case = Case("edge", 2, 4, steps=3, epochs=2)
+    alike = judged(case, token_mean)
+    mixed = Finding("window-mixed", "fault", "rows of two epochs in one step")
+    third = a_step(case, token_mean, 3, (8, 9, 0, 1), mixed, objective="token-mean")
+    report = dropping()
+    report = replace(report, cases=(*report.cases, replace(alike, steps=(*alike.steps[:2], third))))
+    text = report_text(report, colour=False, width=width)
+    cases = text.split("\n\n")[1]
+    assert max(map(len, cases.splitlines())) <= width
+    lines = cases.splitlines()
+    assert lines[0] == "  case"
+    at = lines.index("✗ micro 2 x 4")
+    assert lines[at + 1].startswith("    ▄··▄           0.00 to 1.00   0.53     first and last")
+    said = " ".join(cases.split())
+    for part in ("first and last micro-batch only", "skipped: the stack has no rows laid end to end", "windows mixed"):
+        assert part in said
+    assert "  step 3" in lines
+    assert "✓ micro 8 x 1       " in report_text(report, colour=False, width=120)
 
 
 def test_rows_whose_micro_batch_is_not_known_get_a_bar_each():

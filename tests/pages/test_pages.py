@@ -75,6 +75,23 @@ def test_a_table_fits_the_terminal_and_loses_nothing(width: int):
     assert ("further columns" in " ".join(text.split())) == (width < 200)
 
 
+def test_headers_are_broken_at_hyphens_where_that_keeps_a_table_in_one_piece():
+    names = ("in-distribution", "out-of-distribution")
+    headers = ("model", *(f"{name}, T = {t}" for name in names for t in (0.6, 1)))
+    row = TableRow("problems x samples", tuple(Cell("15.3", "13.7 to 17.0") for _ in headers[1:]))
+    shown = {}
+    for width in (60, 80, 120):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(TableView(Table("title", headers, (row,))))
+        shown[width] = console.export_text()
+    assert "further columns" in shown[60]
+    assert "further columns" not in shown[80] and "out-of-\n" not in shown[120]
+    assert "…" not in "".join(shown.values())
+    for width in (60, 120):
+        assert shown[width].count("out-of-distribution,") == 2
+    assert shown[80].split().count("distribution,") == 4 and shown[80].split().count("out-of-") == 2
+
+
 def test_samples_are_the_first_of_each_verdict_and_no_more_are_read():
     read = []
 

@@ -55,3 +55,14 @@ def test_a_resumed_stage_counts_as_a_whole_one_for_those_of_its_kind() -> None:
     clock.begin(["sft-c"])
     assert clock.left(9.0).known == pytest.approx(27.0 + 30.0), "ten steps of 3 s, though only two were taken here"
     assert Clock().end(1.0) is None
+
+
+def test_between_two_stages_those_of_a_known_kind_count() -> None:
+    clock = Clock()
+    clock.begin(["sft", "eval-sft", "sft-b"])
+    clock.stage("sft", 1, 0, 0.0)
+    clock.step(7.0)
+    clock.end(7.0)
+    left = clock.left(8.0)
+    assert (left.stage, left.known, left.unknown) == (None, pytest.approx(7.0), ("eval-sft",))
+    assert str(left) == "about 7 s and eval-sft left"

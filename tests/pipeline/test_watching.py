@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.pages.test_report import make_run
 from thence.cli import main
-from thence.cli.watch import screen, sparkline, where
+from thence.cli.watch import screen, sparkline, where, whole_run
 from thence.locks import held, is_held
+from thence.pipeline.progress import NullWatcher, ProgressFile
 from thence.pipeline.watching import look
 from thence.terminal import make_console
 
@@ -69,6 +71,34 @@ def test_the_screen_fits_and_shows_the_last_sample(run: Path, width: int) -> Non
     for part in ("trial", "stopped", "rl now", "eval-rl to come", "reward", "0.300", "last sample", "right", "a=15#15"):
         assert part in text.replace("\u00a0", " "), part
     assert "\x1b" not in text and "▁" in text
+
+
+def test_the_time_that_the_whole_run_has_to_go_is_shown(run: Path) -> None:
+    progress = {"stage": "rl", "done": 3, "total": 8, "doing": None, "at": time.time() - 10}
+    told = {"left": {"seconds": 100.0, "unknown": ["eval-rl"]}}
+    (run / "progress.json").write_text(json.dumps(progress | told))
+    with held(run, "runs this recipe"):
+        seen = look(run)
+        assert whole_run(seen) == "whole run: about 1 min 30 s and eval-rl left"  # 10 s have gone by
+        console = make_console(width=80)
+        with console.capture() as captured:
+            console.print(screen(seen, 80))
+        assert "about 5 s left of this stage" in captured.get() and whole_run(seen) in captured.get()
+    assert whole_run(look(run)) == "", "nothing runs"
+    for odd in ({"left": 3}, {"left": {"seconds": "x"}}, {"left": {"seconds": 1.0, "unknown": 3}}, {"at": "x"}):
+        (run / "progress.json").write_text(json.dumps(progress | told | odd))
+        assert look(run).whole.unknown == ()
+
+
+def test_a_run_keeps_what_it_has_to_go(tmp_path: Path) -> None:
+    kept = ProgressFile(NullWatcher(), tmp_path)
+    kept.begin("mine", ["sft", "rl"])
+    kept.doing("sft: opening the model")
+    assert json.loads((tmp_path / "progress.json").read_text())["left"] == {"seconds": None, "unknown": ["sft", "rl"]}
+    kept.stage("sft", 1, 0)
+    kept.step({})
+    left = json.loads((tmp_path / "progress.json").read_text())["left"]
+    assert left == {"seconds": 0.0, "unknown": ["rl"]}
 
 
 def test_what_goes_on_before_the_first_step_is_said(run: Path) -> None:

@@ -83,11 +83,11 @@ class LiveTable(Display):
 
     def _show(self, line: str = "") -> None:
         if self.animated:
-            self.live.update(self.picture())
+            self.live.update(self.screen())
         elif line:
             self.line(line, wrap=False)
 
-    def picture(self) -> Group:
+    def screen(self) -> Group:
         """What a terminal shows."""
         recipe = self.planner.recipe
         parts: list[RenderableType] = [Text(f"{recipe.name}: {self.left()}", "bold")]
