@@ -87,6 +87,11 @@ def test_who_is_silent_where_output_is_piped(arguments: list[str], spoken: bool)
     assert (said(io.StringIO(), arguments, "slow_a") != "") is spoken
 
 
+def test_a_process_that_has_loaded_one_before_prints_no_line() -> None:
+    importlib.import_module("slow_a")
+    assert said(io.StringIO(), ["run", "x"], "slow_b") == ""
+
+
 def test_a_list_on_a_terminal_says_it_too() -> None:
     assert said(Screen(), ["methods"], "slow_a").startswith("loading Ay ...")
 

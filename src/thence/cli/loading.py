@@ -30,7 +30,8 @@ def loading_shown(arguments: Sequence[str]) -> Iterator[None]:
     if silent or os.environ.get("RANK", "0") != "0":
         yield
         return
-    finder = _Finder(lines=arguments[0] not in LISTS)
+    loaded = any(name in sys.modules for name in SLOW)  # by whoever called main: what is left takes no time
+    finder = _Finder(lines=arguments[0] not in LISTS and not loaded)
     sys.meta_path.insert(0, finder)
     try:
         yield
