@@ -206,6 +206,21 @@ def test_samples_are_filtered_sorted_and_paged_through(browser: Any, pages: dict
         assert found.text(count) == "1–1 of 1"
 
 
+def test_samples_are_filtered_and_sorted_by_a_component_of_their_reward(browser: Any, pages: dict[str, Path]):
+    with visit(browser, pages["evaluation"]) as found:
+        page, count = found.page, "#held-samples [role=status]"
+        assert found.text(count) == "1–18 of 18"
+        page.get_by_label("Reward: <b>form to").fill("0.3")
+        assert found.text(count) == "1–3 of 3"
+        page.locator(".sample summary").first.click()
+        assert "Reward: <b>form\t0.25" in page.locator(".sample table").first.inner_text()
+        page.get_by_role("button", name="Reset").click()
+        page.wait_for_selector("#held-samples [role=status]:text('of 18')")
+        page.locator("[name=order]").select_option(label="highest right first")
+        assert page.locator(".sample summary b").all_inner_texts() == ["right"] * 6 + ["wrong"] * 12
+        assert found.said == []
+
+
 def test_a_link_leads_to_one_sample_and_hostile_text_stays_text(browser: Any, pages: dict[str, Path]):
     with visit(browser, pages["run"], "sample-eval-rl-25") as found:
         item = found.page.locator("#sample-eval-rl-25")
