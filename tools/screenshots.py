@@ -26,7 +26,7 @@ def main(pages: list[str]) -> int:
 
 
 def made_pages(folder: Path) -> list[str]:
-    """Pages that need no long run: an evaluation of a shipped base, a made-up audit, and the study that is kept here."""
+    """Pages that need no long run: an evaluation of a shipped base, a made-up audit, the kept study."""
     from tests.audit.made_reports import dropping
     from thence.cli import main as thence
     from thence.pages.audit.page import write_page
