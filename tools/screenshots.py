@@ -1,6 +1,7 @@
 """Writes docs/img/: pages as a browser shows them, at 1280 and 390 pixels, light and dark.
 
-    python tools/screenshots.py NAME=PAGE.html ...
+    python tools/screenshots.py                      # the pages of an evaluation, an audit and the kept study
+    python tools/screenshots.py NAME=PAGE.html ...   # pages of your own, such as those of runs
 
 It needs Chromium. A picture is the first screen of a page, or with NAME=PAGE.html#PART the part of that id.
 """
@@ -8,6 +9,7 @@ It needs Chromium. A picture is the first screen of a page, or with NAME=PAGE.ht
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +20,31 @@ SIZES = ((1280, 900), (390, 844))
 def main(pages: list[str]) -> int:
     """Write four pictures of every page."""
     sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        photograph(pages or made_pages(Path(folder)))
+    return 0
+
+
+def made_pages(folder: Path) -> list[str]:
+    """Pages that need no long run: an evaluation of a shipped base, a made-up audit, the kept study."""
+    from tests.audit.made_reports import dropping
+    from thence.cli import main as thence
+    from thence.pages.audit.page import write_page
+
+    write_page(dropping(), folder / "audit.html")
+    asked = ["eval", "world:chain/rich", "--suite", "embedded", "--limit", "100", "--samples", "2"]
+    if thence([*asked, "--folder", str(folder / "evaluation")]) != 0:
+        raise SystemExit("the evaluation for its picture failed; its message stands above")
+    study = ROOT / "studies" / "embedded-world" / "report.html"
+    return [
+        f"evaluation={folder / 'evaluation' / 'report.html'}",
+        f"audit={folder / 'audit.html'}",
+        f"comparison={study}#methods-at-equal-flops",
+    ]
+
+
+def photograph(pages: list[str]) -> None:
+    """Four pictures of every page."""
     from playwright.sync_api import sync_playwright
 
     from tests.pages.browser import chromium, visit
@@ -35,7 +62,6 @@ def main(pages: list[str]) -> int:
                         found.page.wait_for_timeout(200)
                         found.page.screenshot(path=FOLDER / f"{name}-{width}-{scheme}.png")
         browser.close()
-    return 0
 
 
 if __name__ == "__main__":

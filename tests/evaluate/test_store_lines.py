@@ -27,6 +27,8 @@ GRADE = {"problem": "p", "sample": 1, "grader": "exact", "version": "v", "verdic
         (Sample, SAMPLE, {"prompt": [["user", 3]]}, "prompt holds a whole number"),
         (Sample, SAMPLE, {"options": ["a", 1]}, "options holds a whole number"),
         (GradeLine, GRADE, {"extracted": None}, None),
+        (GradeLine, GRADE, {"components": {"form": 1, "length": 0.5}}, None),
+        (GradeLine, GRADE, {"components": {"form": "1"}}, "components holds text"),
         (GradeLine, GRADE, {"verdict": "maybe"}, "no such verdict: 'maybe'"),
         (GradeLine, GRADE, {"score": "1"}, "score is text"),
         (GradeLine, {}, {}, "it lacks problem"),

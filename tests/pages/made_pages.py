@@ -10,6 +10,13 @@ from tests.pages.test_report import HOSTILE, make_run
 from thence.evaluate.summary import summarise
 from thence.pages.evaluation.page import write_page
 
+PARTS = """def parts(prompt, response, answer):
+    right = float(response.endswith(f"#{answer}"))
+    return {"right": right, "<b>form": 0.25 if answer == "0" else 0.5}
+
+
+parts.right_from = 1.0
+"""
 WEIGHED = {"text": ["a=", "<b>", "12"], "weight": [0.1, -0.2, 0.0], "log-probability": [-0.5, -2.0, -0.01]}
 
 
@@ -33,7 +40,12 @@ def run_folder(folder: Path, rl: float) -> Path:
 def evaluation_page(folder: Path) -> Path:
     """The page of an evaluation of six problems."""
     folder.mkdir()
+    (folder / "parts.py").write_text(PARTS)
     rows = [{"question": f"{i}+{i}=? {HOSTILE[:50]}", "answer": str(2 * i)} for i in range(6)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    store = run(folder / "kept", settings_of(folder / "sums.jsonl"), Counting(right=lambda r: r.sample == 0))
+    store = run(
+        folder / "kept",
+        settings_of(folder / "sums.jsonl", grader=f"{folder / 'parts.py'}:parts"),
+        Counting(right=lambda r: r.sample == 0),
+    )
     return write_page(store, summarise(store))

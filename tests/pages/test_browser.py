@@ -15,6 +15,7 @@ from tests.audit.made_reports import dropping
 from tests.pages import test_comparison as compared
 from tests.pages.browser import chromium, visit
 from tests.pages.made_pages import evaluation_page, run_folder
+from thence.compare.result import read_results
 from thence.compare.statistics import statistics
 from thence.pages.audit.page import write_page as write_audit
 from thence.pages.comparison.page import render_page
@@ -22,6 +23,7 @@ from thence.pages.overlay.page import write_page as write_overlay
 from thence.pages.run.page import write_page as write_run
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: install one, or name it in THENCE_BROWSER")
+STUDY = Path(__file__).parents[2] / "studies" / "embedded-world"
 KINDS = ("run", "overlay", "evaluation", "comparison", "audit")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
@@ -183,6 +185,24 @@ def test_one_base_is_shown_at_a_time(browser: Any, pages: dict[str, Path]):
         assert shown.all_inner_texts() == ["rich", "poor"]
 
 
+@pytest.mark.slow
+def test_every_question_of_the_study_fits_a_screen_and_prints_whole(browser: Any, tmp_path: Path):
+    page = tmp_path / "study.html"
+    page.write_text(render_page(statistics(read_results(STUDY), 50)))
+    with visit(browser, page, viewport={"width": 1280, "height": 800}) as found:
+        room = 800 - found.page.locator(".switch").bounding_box()["height"]
+        sections = found.page.locator("section")
+        assert sections.count() > 10
+        heights = {part.locator("h2").first.inner_text(): part.bounding_box()["height"] for part in sections.all()}
+        assert {name: height for name, height in heights.items() if height > room} == {}
+        folded = found.page.locator("details:not([open])")
+        before = folded.count()
+        found.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert before > 10 and folded.count() == 0
+        found.page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert folded.count() == before and found.said == []
+
+
 def test_samples_are_filtered_sorted_and_paged_through(browser: Any, pages: dict[str, Path]):
     with visit(browser, pages["run"]) as found:
         page, count = found.page, "#held-samples [role=status]"
@@ -204,6 +224,21 @@ def test_samples_are_filtered_sorted_and_paged_through(browser: Any, pages: dict
         assert found.text(count) == "1–2 of 2"
         page.get_by_label("Reward to").fill("0")
         assert found.text(count) == "1–1 of 1"
+
+
+def test_samples_are_filtered_and_sorted_by_a_component_of_their_reward(browser: Any, pages: dict[str, Path]):
+    with visit(browser, pages["evaluation"]) as found:
+        page, count = found.page, "#held-samples [role=status]"
+        assert found.text(count) == "1–18 of 18"
+        page.get_by_label("Reward: <b>form to").fill("0.3")
+        assert found.text(count) == "1–3 of 3"
+        page.locator(".sample summary").first.click()
+        assert "Reward: <b>form\t0.25" in page.locator(".sample table").first.inner_text()
+        page.get_by_role("button", name="Reset").click()
+        page.wait_for_selector("#held-samples [role=status]:text('of 18')")
+        page.locator("[name=order]").select_option(label="highest right first")
+        assert page.locator(".sample summary b").all_inner_texts() == ["right"] * 6 + ["wrong"] * 12
+        assert found.said == []
 
 
 def test_a_link_leads_to_one_sample_and_hostile_text_stays_text(browser: Any, pages: dict[str, Path]):

@@ -11,7 +11,7 @@ import pytest
 from tests.recipes import ROWS, Tables, changed, file_recipe, write_rows
 from thence.errors import UserError
 from thence.jsonl import read_jsonl
-from thence.pages.run.page import write_page
+from thence.pages.run.page import shown_samples, write_page
 from thence.pipeline.run import run
 
 
@@ -74,6 +74,16 @@ def test_an_evaluation_stage_hands_the_columns_over(recipe: Tables, tmp_path: Pa
     assert [sample["score"] for sample in lines(folder, "eval")] == [2, 3, 4]
     (row,) = json.loads((folder / "stages" / "eval" / "result.json").read_text())["rows"]
     assert row["reward"] == 3
+
+
+def test_an_evaluation_stage_keeps_the_components_and_its_page_shows_them(recipe: Tables, tmp_path: Path) -> None:
+    own(tmp_path, share="{'length': len(response) / 8, 'level': columns['level']}")
+    folder = run(changed(recipe, {"eval.reward": recipe["rl"]["reward"]}))
+    found = lines(folder, "eval")
+    assert [sample["components"]["level"] for sample in found] == [2, 3, 4]
+    assert all(s["score"] == pytest.approx(sum(s["components"].values())) for s in found)
+    shown = [make().components for make in shown_samples(folder, "eval")]
+    assert shown == [sample["components"] for sample in found]
 
 
 def test_one_of_several_rewards_that_cannot_be_loaded_is_refused_before_the_first_step(recipe: Tables) -> None:

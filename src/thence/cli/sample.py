@@ -182,6 +182,7 @@ def _evaluated(folder: Path, wanted: str | None, problem: str, grader: str | Non
                     "response": sample.text,
                     "answer": sample.answer,
                     "extracted": grade.extracted if grade else None,
+                    "components": grade.components if grade else None,
                     "reason": f"{grade.reason} ({grade.grader}, {grade.version})" if grade and grade.reason else "",
                 }
             )

@@ -184,6 +184,7 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
     return GradeLine(
         *(sample.problem, sample.sample, grader, version),
         *(found.verdict.value, found.score, found.extracted, found.reason),
+        dict(found.components) or None,
     )
 
 

@@ -116,7 +116,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class GradeLine:
-    """One grade of one response; several graders may grade it, and of one grader the last line counts."""
+    """One grade of one response; several graders may grade it, and of one grader the last line counts.
+
+    Attributes:
+        components: what the score is made of, by name, where a reward function says so; lines of older versions
+            have none.
+    """
 
     problem: str
     sample: Whole
@@ -126,6 +131,7 @@ class GradeLine:
     score: Annotated[float, Strict()]
     extracted: str | None = None
     reason: str = ""
+    components: dict[str, Annotated[float, Strict()]] | None = None
 
 
 class Store:

@@ -33,6 +33,7 @@ class ShownSample:
     Args:
         group: what it can be told by in a list: stage and test set, or task.
         reward, length, step: what it can be filtered and sorted by; None where it is not known.
+        components: what the reward is made of, by name; empty where that is not known.
         weighed: of each of its tokens the text and what training made of it, where the run kept that
             (:mod:`thence.pipeline.token_figures`).
     """
@@ -50,6 +51,7 @@ class ShownSample:
     reward: float | None = None
     length: int | None = None
     step: int | None = None
+    components: Mapping[str, float] = field(default_factory=dict)
     weighed: Mapping[str, Any] | None = None
 
 
@@ -156,6 +158,7 @@ def _packed(found: list[_Source]) -> str:
             place(sample.where),
             visible(sample.tokens),
             sample.score,
+            {visible(name): value for name, value in sample.components.items()},
             sample.weighed,
         ]
         for source in found
@@ -204,6 +207,17 @@ def weighed_tokens(value: Any) -> dict[str, Any] | None:
         if fitting and texts:
             found[visible(str(name))] = figures
     return found if len(found) > 1 else None
+
+
+def reward_components(value: Any) -> dict[str, float]:
+    """What a reward is made of as a file holds it; entries that are no finite numbers are left out."""
+    found = value.items() if isinstance(value, Mapping) else ()
+    return {str(name): number for name, number in found if _plain_number(number)}
+
+
+def components_text(components: Mapping[str, float]) -> str:
+    """The components of a reward in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in components.items())
 
 
 def _plain_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from thence.foreign_text import visible
 from thence.pages.figure import BORDERS, DARK, LIGHT
+from thence.pages.samples import components_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -98,5 +99,5 @@ def _environment() -> Environment:
         finalize=lambda value: visible(value) if type(value) is str else value,  # not Markup, which is escaped already
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.globals.update(light=LIGHT, dark=DARK, borders=BORDERS)
+    environment.globals.update(light=LIGHT, dark=DARK, borders=BORDERS, components_text=components_text)
     return environment

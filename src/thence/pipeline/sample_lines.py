@@ -12,14 +12,17 @@ def rollout_line(trajectory: Trajectory, **where: Any) -> dict[str, Any]:
     """The line of a response that a training stage sampled."""
     graded = (trajectory.verdict, trajectory.extracted, trajectory.reason, trajectory.score)
     sampled = (trajectory.text, len(trajectory.response_ids), trajectory.finish)
-    made_of = {"components": dict(trajectory.components)} if trajectory.components else {}
-    return _line(trajectory.prompt, graded, sampled, where) | made_of
+    return _line(trajectory.prompt, graded, sampled, where) | _made_of(dict(trajectory.components))
 
 
 def evaluation_line(prompt: Prompt, sample: Sample, grade: GradeLine, **where: Any) -> dict[str, Any]:
     """The line of a response that an evaluation stage sampled."""
     graded = (grade.verdict, grade.extracted, grade.reason, grade.score)
-    return _line(prompt, graded, (sample.text, sample.tokens, sample.finish), where)
+    return _line(prompt, graded, (sample.text, sample.tokens, sample.finish), where) | _made_of(grade.components)
+
+
+def _made_of(components: dict[str, float] | None) -> dict[str, Any]:
+    return {"components": components} if components else {}
 
 
 def _line(prompt: Prompt, graded: tuple[Any, ...], sampled: tuple[Any, ...], where: dict[str, Any]) -> dict[str, Any]:

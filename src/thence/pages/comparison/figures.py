@@ -62,7 +62,7 @@ def _score_figure(section: ScoreAgainstFlops, statistics: Statistics, base: str)
     chart = Chart(
         _score_spec(points, statistics.comparison.reference, column, section.flops),
         words,
-        max(330, 18 * len(points) + 80),
+        max(330, 16 * len(points) + 70),
     )
     return Figure(base, (chart,), keys if len(keys) > 1 else (), tuple(notes), wide=True)
 

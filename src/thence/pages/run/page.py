@@ -18,7 +18,15 @@ from thence.pages.run.leaving import leaving_table
 from thence.pages.run.numbers import report_csv, report_json, totals
 from thence.pages.run.outcome import outcome
 from thence.pages.run.tables import results_table, verdicts_table
-from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only, weighed_tokens
+from thence.pages.samples import (
+    ShownSample,
+    excerpt,
+    first_of_each,
+    hold,
+    judged_only,
+    reward_components,
+    weighed_tokens,
+)
 from thence.pages.template import render
 from thence.pipeline.run_files import RunFiles, StageMetrics, number, read_run
 from thence.redaction import redacted, redacted_values
@@ -174,5 +182,6 @@ def _sample(source: str, row: Mapping[str, Any]) -> ShownSample:
         reward=score,
         length=None if length is None else int(length),
         step=int(step) if step else None,
+        components=reward_components(row.get("components")),
         weighed=weighed_tokens(row.get("weighed")),
     )

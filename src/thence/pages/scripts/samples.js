@@ -1,6 +1,6 @@
 "use strict";
 // All samples that the page holds: filter, sort, page through, link to one. Their text only ever becomes text nodes.
-const FIELDS = ["id", "group", "verdict", "reward", "length", "step", "prompt", "response", "answer", "extracted", "reason", "where", "tokens", "score", "weighed"];
+const FIELDS = ["id", "group", "verdict", "reward", "length", "step", "prompt", "response", "answer", "extracted", "reason", "where", "tokens", "score", "components", "weighed"];
 const A_PAGE = 20;
 const box = document.getElementById("held-samples");
 
@@ -25,6 +25,8 @@ async function unpacked() {
   });
 }
 
+// Names of the components of rewards; a filter's field is named by the component's place, since names are hostile text.
+const componentsOf = (samples) => [...new Set(samples.flatMap((sample) => Object.keys(sample.components)))].slice(0, 12);
 const distinct = (samples, name) => [...new Set(samples.map((sample) => sample[name]))];
 const known = (samples, name) => samples.some((sample) => sample[name] !== null);
 
@@ -43,30 +45,33 @@ function range(label, name) {
   return make("label", { class: "range" }, label, make("span", {}, ...ends));
 }
 
-function filters(samples) {
+function filters(samples, components) {
   const form = make("form", { class: "filters", "aria-label": "Filter the samples" });
   const groups = distinct(samples, "group");
   if (groups.length > 1) form.append(choice("Stage or task", "group", [["", "all"], ...groups.map((name) => [name, name])]));
   form.append(choice("Verdict", "verdict", [["", "all"], ...distinct(samples, "verdict").map((name) => [name, name])]));
   for (const [label, name] of [["Reward", "reward"], ["Length", "length"], ["Step", "step"]]) if (known(samples, name)) form.append(range(label, name));
+  for (const [index, name] of components.entries()) form.append(range(`Reward: ${name}`, `component${index}`));
   form.append(make("label", {}, "Text", make("input", { type: "search", name: "text" })));
   const orders = [["", "as they came"]];
   for (const [name, low, high] of [["reward", "lowest", "highest"], ["length", "shortest", "longest"], ["step", "earliest", "latest"]]) {
     if (known(samples, name)) orders.push([`${name}-up`, `${low} ${name} first`], [`${name}-down`, `${high} ${name} first`]);
   }
+  for (const [index, name] of components.entries()) orders.push([`component${index}-up`, `lowest ${name} first`], [`component${index}-down`, `highest ${name} first`]);
   form.append(choice("Order", "order", orders));
   if (known(samples, "weighed")) form.append(choice("Tokens", "weighed", [["", "all samples"], ["kept", "with figures of their tokens"]]));
   form.append(make("button", { type: "reset" }, "Reset"));
   return form;
 }
 
-function chosen(samples, form) {
+function chosen(samples, form, components) {
   const value = (name) => form.elements[name]?.value ?? "";
   const text = value("text").toLowerCase();
+  const amount = (sample, name) => (name.startsWith("component") ? sample.components[components[Number(name.slice(9))]] ?? null : sample[name]);
   const within = (sample, name) => {
     const [from, to] = [value(`${name}-from`), value(`${name}-to`)];
     if (from === "" && to === "") return true;
-    const number = sample[name];
+    const number = amount(sample, name);
     return number !== null && (from === "" || number >= Number(from)) && (to === "" || number <= Number(to));
   };
   const found = samples.filter(
@@ -74,13 +79,13 @@ function chosen(samples, form) {
       (!value("group") || sample.group === value("group")) &&
       (!value("verdict") || sample.verdict === value("verdict")) &&
       (!value("weighed") || sample.weighed) &&
-      ["reward", "length", "step"].every((name) => within(sample, name)) &&
+      ["reward", "length", "step", ...components.map((_, index) => `component${index}`)].every((name) => within(sample, name)) &&
       (!text || `${sample.prompt}\n${sample.response}\n${sample.answer}\n${sample.extracted}`.toLowerCase().includes(text)),
   );
   const [name, direction] = value("order").split("-");
   if (name) {
     const sign = direction === "down" ? -1 : 1;
-    const at = (sample) => sample[name];
+    const at = (sample) => amount(sample, name);
     found.sort((a, b) => (at(a) === null) - (at(b) === null) || sign * (at(a) - at(b)));
   }
   return found;
@@ -130,6 +135,7 @@ function shown(sample) {
     if (!item.open || item.children.length > 1) return;
     const facts = [["Expected", sample.answer], ["Extracted", sample.extracted || "–"]];
     if (sample.reward !== null) facts.push(["Reward", String(sample.reward)]);
+    for (const [name, value] of Object.entries(sample.components)) facts.push([`Reward: ${name}`, String(value)]);
     if (sample.reason) facts.push(["Reason", sample.reason]);
     const rows = facts.map(([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value)));
     item.append(
@@ -144,7 +150,8 @@ function shown(sample) {
 }
 
 function browser(samples) {
-  const form = filters(samples);
+  const components = componentsOf(samples);
+  const form = filters(samples, components);
   const list = make("div", { id: "sample-list" });
   const count = make("span", { role: "status" });
   let found = samples;
@@ -170,7 +177,7 @@ function browser(samples) {
     number.max = String(last() + 1);
   }
   function choose() {
-    found = chosen(samples, form);
+    found = chosen(samples, form, components);
     turn(0);
   }
   function seek() {
@@ -180,7 +187,7 @@ function browser(samples) {
     if (place < 0 && samples.some((sample) => sample.id === id)) {
       sought = true;
       form.reset();
-      found = chosen(samples, form);
+      found = chosen(samples, form, components);
       place = found.findIndex((sample) => sample.id === id);
     }
     if (place < 0) return;

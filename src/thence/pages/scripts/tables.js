@@ -71,3 +71,14 @@ function unfold() {
 }
 addEventListener("hashchange", unfold);
 unfold();
+
+// Paper cannot be unfolded: printing opens what is folded, and afterwards it is as it was. Samples stay as they are.
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = [...document.querySelectorAll("details:not([open], .sample)")].filter((item) => !item.closest("#held-samples"));
+  for (const item of unfolded) item.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const item of unfolded) item.open = false;
+  unfolded = [];
+});
