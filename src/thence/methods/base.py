@@ -12,8 +12,8 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
-from thence.objective import BareRow, Batch, Row, Sampled, Term, trained_tokens
-from thence.objective.terms import needs_behaviour
+from thence.objective import BareRow, Batch, Row, Sampled, Term, compares, trained_tokens
+from thence.objective.terms import needs_behaviour, needs_reference
 from thence.settings.section import Section
 from thence.settings.validation import validated
 
@@ -88,11 +88,16 @@ class TokenFacts:
         old: log-probabilities under the policy that the rollout batch was sampled from, from a pass of the trainer's
             own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before the first optimizer step
             of a rollout batch this is ``logp`` itself. None: the method does not say that it ``uses_old``.
+        reference: log-probabilities under the reference model, the policy as the stage began, shape (n,), nats. None:
+            the method does not say that it ``uses_reference``.
+        vocabulary: words that the distributions are over; 0 without ``reference``.
     """
 
     logp: Tensor
     entropy: Tensor
     old: Tensor | None = None
+    reference: Tensor | None = None
+    vocabulary: int = 0
 
     @property
     def log_ratio(self) -> Tensor:
@@ -153,6 +158,9 @@ class Method(ABC):
     """Whether :meth:`weigh` looks at the old log-probabilities too (:attr:`TokenFacts.old`); it then gets facts."""
     needs_several_steps: ClassVar[bool] = False
     """Whether its bound can act only from the second optimizer step of a rollout batch on."""
+    uses_reference: ClassVar[bool] = False
+    """Whether :meth:`weigh` looks at the log-probabilities of a reference model (:attr:`TokenFacts.reference`). The
+    facts' ``logp`` and ``entropy`` are NaN where it says nothing else."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -191,6 +199,11 @@ class Method(ABC):
     def compared(self, trajectory: Trajectory) -> bool:
         """Whether this trajectory's reward is part of its group's baseline. Default: if the reward is needed."""
         return self.rewarded(trajectory)
+
+    @property
+    def reference_passes(self) -> int:
+        """How often a reference model, the policy as the stage began, reads every row of a step; 0: none is kept."""
+        return needs_reference(self.terms) + self.uses_reference + compares(self.terms)
 
     @property
     @abstractmethod

@@ -1,7 +1,16 @@
 """Pure functions on tensors: surrogates, advantages, normalisers and the one loss. No I/O, no torch.distributed."""
 
 from thence.objective.advantages import group_advantages
-from thence.objective.fused import Head, TokenInputs, TokenStats, logits_of, objective, token_statistics
+from thence.objective.distributions import compares
+from thence.objective.fused import (
+    Head,
+    ReferenceStates,
+    TokenInputs,
+    TokenStats,
+    logits_of,
+    objective,
+    token_statistics,
+)
 from thence.objective.kl import kl_estimate
 from thence.objective.sampled import Generation, Sampled
 from thence.objective.surrogates import (
@@ -12,6 +21,7 @@ from thence.objective.surrogates import (
     NegativeKl,
     Prob,
     Ratio,
+    RefCE,
     Shape,
     ShapeRatio,
     Surrogate,
@@ -43,6 +53,8 @@ __all__ = [
     "Normaliser",
     "Prob",
     "Ratio",
+    "RefCE",
+    "ReferenceStates",
     "Row",
     "Sampled",
     "Shape",
@@ -54,6 +66,7 @@ __all__ = [
     "TokenStats",
     "TrustMask",
     "binary_kl",
+    "compares",
     "divisors",
     "group_advantages",
     "is_penalty",
