@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
+from thence.methods.facts import TokenFacts
 from thence.objective import BareRow, Batch, Row, Sampled, Term, compares, trained_tokens
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.settings.section import Section
@@ -76,42 +77,6 @@ class Sampler(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """A plain value of every rank, in rank order, on every rank. All ranks must ask."""
         ...
-
-
-@dataclass(frozen=True)
-class TokenFacts:
-    """What the policy as it stands says of a trajectory's response tokens; no gradient.
-
-    Args:
-        logp: log-probabilities, shape (n,), nats.
-        entropy: of the distributions that the tokens were drawn from, shape (n,), nats.
-        old: log-probabilities under the policy that the rollout batch was sampled from, from a pass of the trainer's
-            own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before the first optimizer step
-            of a rollout batch this is ``logp`` itself. None: the method does not say that it ``uses_old``.
-        reference: log-probabilities under the reference model, the policy as the stage began, shape (n,), nats. None:
-            the method does not say that it ``uses_reference``.
-        vocabulary: words that the distributions are over; 0 without ``reference``.
-    """
-
-    logp: Tensor
-    entropy: Tensor
-    old: Tensor | None = None
-    reference: Tensor | None = None
-    vocabulary: int = 0
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """Log of the ratio of each token's probability to the old one, shape (n,), nats.
-
-        Raises:
-            UserError: old log-probabilities were not computed. No ratio is ever taken to be one for want of them.
-        """
-        if self.old is None:
-            raise UserError(
-                "a method reads the policy's old log-probabilities, which were not computed",
-                remedy="set uses_old = True in the method's class",
-            )
-        return self.logp - self.old
 
 
 @dataclass(frozen=True)
@@ -230,6 +195,13 @@ class Method(ABC):
         in :meth:`weigh` from any other 0. The arguments are those of :meth:`weigh`.
         """
         return 0
+
+    def figures(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> dict[str, float]:
+        """Quantities of an SFT stage's log by name, each summed over these response tokens; default: none.
+
+        The stage logs their means a token, over all ranks. The arguments are those of :meth:`weigh`.
+        """
+        return {}
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         """This rank's trajectories of one rollout batch, whole groups; default: ``n`` rollouts for each prompt.

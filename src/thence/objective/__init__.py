@@ -1,7 +1,7 @@
 """Pure functions on tensors: surrogates, advantages, normalisers and the one loss. No I/O, no torch.distributed."""
 
 from thence.objective.advantages import group_advantages
-from thence.objective.distributions import compares
+from thence.objective.distributions import compares, smoothed
 from thence.objective.fused import (
     Head,
     ReferenceStates,
@@ -20,6 +20,7 @@ from thence.objective.surrogates import (
     Logp,
     NegativeKl,
     Prob,
+    ProbLogp,
     Ratio,
     RefCE,
     Shape,
@@ -52,6 +53,7 @@ __all__ = [
     "NegativeKl",
     "Normaliser",
     "Prob",
+    "ProbLogp",
     "Ratio",
     "RefCE",
     "ReferenceStates",
@@ -74,6 +76,7 @@ __all__ = [
     "local_counts",
     "logits_of",
     "objective",
+    "smoothed",
     "token_statistics",
     "trained_tokens",
 ]

@@ -34,26 +34,33 @@ def smoothed(log_p: Tensor, vocabulary: int, smoothing: float = 0.0, floor: floa
     return (log_p.exp() * (1 - smoothing)).add_(least).div_(1 + vocabulary * floor).log_()
 
 
-def compare(weighed: Sequence[tuple[RefCE, Tensor]], log_p_CV: Tensor, log_ref_CV: Tensor) -> tuple[Tensor, Tensor]:
+def held_against(
+    weighed: Sequence[tuple[RefCE, Tensor]], p_CV: Tensor, log_p_CV: Tensor, log_ref_CV: Tensor
+) -> tuple[Tensor, Tensor]:
     """The weighted sum of S over a chunk, and the gradient of minus that sum with respect to the logits, (C, V).
 
     Args:
-        weighed: the surrogates, each with its weights over the normaliser, shape (C,).
-        log_p_CV: of the policy; not changed.
-        log_ref_CV: of the reference model; not changed.
+        weighed: the surrogates, one at least, each with its weights over the normaliser, shape (C,).
+        p_CV, log_p_CV: probabilities of the policy, and their logs.
+        log_ref_CV: log-probabilities of the reference model.
     """
-    total, grad_CV = log_p_CV.new_zeros(()), torch.zeros_like(log_p_CV)
+    total, grads = log_p_CV.new_zeros(()), []
     for surrogate, weight_C in weighed:
         held_CV = smoothed(log_ref_CV, log_p_CV.shape[1], surrogate.smoothing, surrogate.floor)
-        p_CV = log_p_CV.exp()
         if surrogate.of == "reverse":
-            gap_CV = log_p_CV - held_CV
-            divergence_C = (p_CV * gap_CV).sum(1)
-            total = total - (weight_C * divergence_C).sum()
-            grad_CV += gap_CV.sub_(divergence_C[:, None]).mul_(p_CV).mul_(weight_C[:, None])
-            continue
-        ref_CV = held_CV.exp()
-        gap_CV = log_p_CV if surrogate.of == "cross-entropy" else log_p_CV - held_CV
-        total = total + (weight_C * (ref_CV * gap_CV).sum(1)).sum()
-        grad_CV += p_CV.sub_(ref_CV).mul_(weight_C[:, None])
-    return total, grad_CV
+            grad_CV = log_p_CV - held_CV
+            value_C = -_sum_of_products(p_CV, grad_CV)
+            grad_CV.add_(value_C[:, None]).mul_(p_CV)
+        else:
+            grad_CV = held_CV.exp()
+            gap_CV = log_p_CV if surrogate.of == "cross-entropy" else log_p_CV - held_CV
+            value_C = _sum_of_products(grad_CV, gap_CV)
+            grad_CV.neg_().add_(p_CV)
+        total = total + (weight_C * value_C).sum()
+        grads.append(grad_CV.mul_(weight_C[:, None]))
+    return total, grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
+
+
+def _sum_of_products(left_CV: Tensor, right_CV: Tensor) -> Tensor:
+    """The sum over the vocabulary of products, shape (C,), without a tensor of the products."""
+    return torch.einsum("cv,cv->c", left_CV, right_CV)

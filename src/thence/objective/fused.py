@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thence.objective.distributions import compare, compares
+from thence.objective.distributions import compares, held_against
 from thence.objective.surrogates import Bounded, Context, Entropy, RefCE
 from thence.objective.terms import Term
 
@@ -181,7 +181,9 @@ class _Objective(torch.autograd.Function):
             compared_CV = None
             if reference is not None:
                 log_ref_CV = _log_softmax(_logits(reference.hidden_TD[part], reference.head, temperature))
-                more, compared_CV = compare(_compared(inputs, terms, divisor_J, part, wide), log_p_CV, log_ref_CV)
+                more, compared_CV = held_against(
+                    _compared(inputs, terms, divisor_J, part, wide), p_CV, log_p_CV, log_ref_CV
+                )
                 value, log_ref_CV = value + more, None  # a chunk's logits are freed at once
             loss -= value
             logp_T[part], entropy_T[part], slope_T[part] = logp_C, entropy_C, slope_C

@@ -141,6 +141,20 @@ class Prob:
 
 
 @dataclass(frozen=True)
+class ProbLogp:
+    """PROB_LOGP: ``sg(pi) log pi``, the likelihood weighed by the probability itself (DFT).
+
+    Its slope is that of PROB.
+    """
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T.detach().exp() * logp_T
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T.exp()
+
+
+@dataclass(frozen=True)
 class Shape:
     """SHAPE: ``pi / (pi + gamma)``, LUFFY's policy shaping; equal to ``sigmoid(logp - log gamma)``."""
 
@@ -213,7 +227,7 @@ class RefCE:
 
     Like :class:`Entropy` it is no function of the taken token's log-probability: :func:`.fused.objective` computes it
     from the reference model's hidden states and output layer, and adds its gradient to the logits. ``value`` is given
-    what :func:`~thence.objective.distributions.compare` finds in place of log-probabilities.
+    what :func:`~thence.objective.distributions.held_against` finds in place of log-probabilities.
 
     Args:
         of: ``cross-entropy``: S = sum p_ref log p; ``forward``: S = -KL(p_ref || p), the same up to a constant; the

@@ -109,6 +109,11 @@ class Trainer:
             self.meter.scored(*_sizes(rows))
         return policy_statistics(self.policy, rows, temperature, self.settings, self.ranks)
 
+    @property
+    def vocabulary(self) -> int:
+        """Words that the model's next-token distributions are over."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
     def reference_logps(self, rows: Sequence[BareRow], temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities of the rows' trained tokens under the reference model, shape (n,) each, on the CPU.
 
