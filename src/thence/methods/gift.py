@@ -13,8 +13,8 @@ beta = 20 (published) is plain SFT but for tokens that the starting model finds 
 p_ref(y) = 1, 2e-3 at 1e-6, 0.67 at 1e-9. The log has the mean of a (``blend/mean``) and the share of tokens above some
 bounds (``blend/above 0.01``, ...): look there before a difference from SFT is believed.
 
-* ``smoothing``, ``floor``: the released code takes (1 - smoothing) p_ref + smoothing / V, plus 1e-10 on every
-  probability, as p_ref. Its script sets smoothing 0, and the floor is fixed: set ``floor = 1e-10`` for that. A token that
+* ``smoothing``, ``floor``: the released code takes (1 - smoothing) p_ref + smoothing / V as p_ref, and adds 1e-10 to
+  every probability. Its script sets smoothing 0; the floor is fixed, set ``floor = 1e-10`` for it. A token that
   the starting model excludes then has a = 0.95 at most.
 * The code adds the means of micro-batches of 2 rows without dividing by their number. Its gradient is that many times as
   large, before clipping, and rows with few tokens count more. Here the sum is divided by the N of the step.

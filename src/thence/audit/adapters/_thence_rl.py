@@ -154,13 +154,13 @@ def run(case: dict, session: Any, loaded: Any, make_trainer: Any) -> None:
         session.skip("the update of a rollout batch is driven on one rank")
     options, policy = case["options"], Policy(loaded.model)
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
-    trainer = make_trainer(case, policy, trajectories, _alone())
+    reference = Policy(copy.deepcopy(loaded.model)) if options["policy"].get("kl") else None
+    trainer = make_trainer(case, policy, trajectories, _alone(), reference)
     if options.get("replayed"):
         trajectories = _with_replays(trainer, trajectories)
     bound = options.get("importance_bound")
     stage: Any = SimpleNamespace(temperature=options.get("temperature", 1.0), importance_bound=bound, fault=None)
-    reference = Policy(copy.deepcopy(loaded.model)) if options["policy"].get("kl") else None
-    update = Update(stage, method, trainer, reference, 1 if options.get("sides") else options["minis"])
+    update = Update(stage, method, trainer, 1 if options.get("sides") else options["minis"])
     session.watch(loaded.model.base_model)
     session.parameters(policy.model)
     versions, rollouts, metrics = [], _rollouts(case, trajectories), _Steps(session, policy)
