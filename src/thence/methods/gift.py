@@ -16,8 +16,8 @@ bounds (``blend/above 0.01``, ...): look there before a difference from SFT is b
 * ``smoothing``, ``floor``: the released code takes (1 - smoothing) p_ref + smoothing / V as p_ref, and adds 1e-10 to
   every probability. Its script sets smoothing 0; the floor is fixed, set ``floor = 1e-10`` for it. A token that
   the starting model excludes then has a = 0.95 at most.
-* The code adds the means of micro-batches of 2 rows without dividing by their number. Its gradient is that many times as
-  large, before clipping, and rows with few tokens count more. Here the sum is divided by the N of the step.
+* The code adds the means of micro-batches of 2 rows without dividing by their number. Its gradient is that many times
+  as large, before clipping, and rows with few tokens count more. Here the sum is divided by the N of the step.
 * Published settings: lr 1e-5, batch 128, 10 epochs, the best checkpoint by held-out loss (``keep_best``).
 """
 
