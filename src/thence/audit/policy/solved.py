@@ -83,7 +83,7 @@ def beside(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterato
             detail = f"an entropy bonus of {number:.4g} is in the loss, where {asked.entropy:g} was asked for"
             yield setting("entropy-bonus", "entropy", detail, entropy=number)
             continue
-        found = "kl-estimator" if asked.kl else "kl-coefficient"
+        found = "kl-estimator" if asked.kl and asked.estimator != name else "kl-coefficient"
         detail = f"a KL over the whole vocabulary, with coefficient {number:.4g}, is in the loss; "
         detail += f"{asked.kl:g} times {asked.estimator} was asked for" if asked.kl else "none was asked for"
         yield setting(found, "KL estimator", detail, kl=number, estimator=name, kl_in="loss")
