@@ -13,7 +13,16 @@ from thence.accounting.budget import Plan, StagePlan, plan
 from thence.accounting.flops import parameters, training_flops
 from thence.accounting.layout import FITS, choose_layout, parts_of
 from thence.accounting.lora import adapter_parameters
-from thence.accounting.memory import Held, Line, Memory, reference_memory, rollout_memory, state_memory, whole_copy
+from thence.accounting.memory import (
+    Held,
+    Line,
+    Memory,
+    Reference,
+    reference_memory,
+    rollout_memory,
+    state_memory,
+    whole_copy,
+)
 from thence.cli import main
 from thence.pages.plan import fit_lines
 from thence.pipeline import layout as run_layout
@@ -142,7 +151,7 @@ def test_without_the_memory_of_a_device_the_plan_says_what_it_assumed() -> None:
 
 def test_a_frozen_reference_and_a_sampler_elsewhere_are_counted() -> None:
     rl = {"engine": "vllm"}
-    planned = plan(recipe(stages=["rl"], rl=rl), references=["rl"])
+    planned = plan(recipe(stages=["rl"], rl=rl), references={"rl": Reference()})
     (stage,) = planned.stages
     assert stage.memory is not None
     found = sizes(*stage.memory.lines)

@@ -37,6 +37,10 @@ FOUND = {
     "prefix trained": ("bread", {"begun": None}, "prefix-trained"),
     "replay to the old policy": ("exgrpo", {}, "replay-ratio"),
     "SFT step doubled": ("relift, RL and SFT steps", {}, "demonstration-weight"),
+    "whole KL halved": ("asft", {"kl": 0.25}, "kl-coefficient"),
+    "no KL": ("asft", {"method": "dft", "kl": None}, "kl-coefficient"),
+    "plain likelihood": ("gift", {"beta": 40.0}, "demonstration-surrogate"),
+    "likelihood instead of probability": ("dft", {"method": "gift", "beta": 40.0}, "demonstration-surrogate"),
     "prompt trained": ("srft", {}, "prompt-trained"),
     "prompt trained beside a KL": ("sasr, its GRPO steps", {}, "prompt-trained"),
 }

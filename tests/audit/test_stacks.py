@@ -149,6 +149,17 @@ def test_the_accelerate_loop_of_its_documentation_is_found(stacks_python: str) -
 
 @pytest.mark.stacks
 def test_weights_that_depend_on_the_token_are_found_in_trl(stacks_python: str) -> None:
-    report = audit_stack("trl-sft", python=stacks_python, only=["dft"])
+    report = audit_stack("trl-sft", python=stacks_python, only=["loss type dft"])
     assert report.verdict.outcome == "finding", str(report)
     assert "token-dependent" in faults(report)
+
+
+@pytest.mark.stacks
+def test_the_dft_of_trl_and_of_thence_is_one_update(stacks_python: str) -> None:
+    """Both are asked for the same objective by its formula, over several optimizer steps."""
+    theirs = audit_stack("trl-sft", python=stacks_python, only=["dft, 3 steps"])
+    own = audit_stack("thence", only=["RL: dft, "])
+    for report, cases in ((theirs, 2), (own, 1)):
+        assert [case.status for case in report.cases] == ["judged"] * cases, str(report)
+        assert report.verdict.exit_code == 0, str(report)
+        assert all("surrogate of demonstrations" in case.policy.verified for case in report.cases if case.policy)

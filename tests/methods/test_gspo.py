@@ -85,7 +85,7 @@ def steps_of(
     trainer = Trainer(model, 1e-2, StepSettings(budget, packing, 0.0, torch.float64), take_step=step_and_tell)
     stage: Any = SimpleNamespace(temperature=1.0, importance_bound=None, fault=None)
     metrics = metrics or BatchMetrics(SingleProcess(), method.terms)
-    Update(stage, method, trainer, None, MINIS).take(trajectories, metrics)
+    Update(stage, method, trainer, MINIS).take(trajectories, metrics)
     return taken
 
 

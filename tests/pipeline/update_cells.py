@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 from tests.oracle import relative
 from tests.pipeline.made_rollouts import Kind, MadeRollouts
 from tests.tiny_model import make_tiny_model
-from thence.methods.base import Method, make_batch
+from thence.methods.base import Method
 from thence.methods.registry import methods
 from thence.methods.unknown import leave_out
 from thence.objective import Batch
-from thence.objective.terms import needs_reference
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.rl_update import Update
+from thence.pipeline.sft_stage import demonstration_batch
 from thence.recipe import Lora, Rl
 from thence.train.lora import add_adapters, stirred
 from thence.train.parallel import DataParallel, Ranks, ShardLayout, shard
@@ -35,6 +35,9 @@ from thence.train.trainer import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
+    "dft": {},
+    "asft": {"kl": 0.5},
+    "gift": {"beta": 3.0, "smoothing": 0.05},
     "grpo": {"kl": 0.05},
     "dapo": {"overlong_tokens": 20, "overlong_buffer": 8},
     "luffy": {},
@@ -138,12 +141,14 @@ def train(
         found.norms.append(report.grad_norm)
         return report
 
-    trainer = Trainer(policy, RATE, StepSettings(tokens, False, CLIP_NORM, dtype), ranks=mine, take_step=step, eps=EPS)
     method = methods()[cell.method](METHODS[cell.method])
+    reference = reference_of(cell, policy, ranks, layout) if method.reference_passes else None
+    settings = StepSettings(tokens, False, CLIP_NORM, dtype)
+    trainer = Trainer(policy, RATE, settings, ranks=mine, take_step=step, eps=EPS, reference=reference)
     if method.stage == "sft":
         train_sft(trainer, method)
     else:
-        train_rl(trainer, method, reference_of(cell, policy, ranks, layout))
+        train_rl(trainer, method)
     found.end = whole([p.detach() for p in policy.trained()])
     return found
 
@@ -154,15 +159,15 @@ def train_sft(trainer: Trainer, method: Method) -> None:
     counts: list[tuple[int, Kind]] = [(7, "ragged"), (1, "ragged"), (6, "idle ranks")]
     for number, (count, kind) in enumerate(counts):
         sampler.begin(number, kind)
-        trainer.step(make_batch(method, sampler.demonstrations(sampler.next_prompts(count))))
+        trainer.step(demonstration_batch(trainer, method, sampler.demonstrations(sampler.next_prompts(count)))[0])
 
 
-def train_rl(trainer: Trainer, method: Method, reference: Scorer | None) -> None:
+def train_rl(trainer: Trainer, method: Method) -> None:
     """A rollout batch of every kind, as an RL stage trains it."""
     stage = Rl(method=method.name, prompts=PROMPTS, rollouts=ROLLOUTS, max_tokens=24, temperature=0.9)
     method.prepare(stage.rollouts, stage.max_tokens)
     sampler = MadeRollouts(trainer.ranks, len(KINDS))
-    update = Update(stage, method, trainer, reference if needs_reference(method.terms) else None, STEPS_OF_A_BATCH)
+    update = Update(stage, method, trainer, STEPS_OF_A_BATCH)
     for number, kind in enumerate(KINDS):
         sampler.begin(number, kind)
         metrics = BatchMetrics(trainer.ranks, method.terms)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from thence.accounting.flops import (
 from thence.accounting.layout import Layout, choose_layout, is_cut, parts_of, weight_bytes
 from thence.accounting.lora import adapter_parameters, quantized_parameters
 from thence.accounting.memory import (
+    NO_REFERENCE,
     PER_ROW,
     Held,
     Line,
     Memory,
+    Reference,
     activation_memory,
     checkpoint_memory,
     loading_memory,
@@ -40,9 +41,9 @@ from thence.accounting.memory import (
     state_memory,
     whole_copy,
 )
+from thence.accounting.published import public_architecture, published_table
 from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
-from thence.toml import parse_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class _Known:
     prompt: float | None
     response: float | None
     ranks: int
-    references: Collection[str]
+    references: Mapping[str, Reference]
     held: Held
     on_host: bool
     assumed: list[str] = field(default_factory=list)
@@ -122,7 +123,7 @@ def plan(
     *,
     ranks: int = 1,
     device_bytes: float | None = None,
-    references: Collection[str] = (),
+    references: Mapping[str, Reference] = {},
     compute_bytes: int | None = None,
     on_host: bool = False,
 ) -> Plan:
@@ -136,7 +137,7 @@ def plan(
         mean_response_tokens: of the demonstrations; rollouts are assumed to be as long.
         ranks: processes that share each step.
         device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
-        references: stages whose method compares with a frozen copy of the policy.
+        references: what stages compare the policy with, by their names.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
         on_host: the ranks train in host memory, on CPUs.
 
@@ -168,14 +169,6 @@ def plan(
 def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
     """Optimizer steps of so many passes over the data, the last, smaller batch of each pass included."""
     return max(1, round(epochs * math.ceil(n_examples / batch)))
-
-
-def public_architecture(name: str) -> dict[str, Any] | None:
-    """The shape of a public model by hub name, for planning only; None when it is not listed."""
-    for key, shape in _table("architectures.toml").items():
-        if name == key or name in shape.get("also", ()):
-            return shape
-    return None
 
 
 def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known: _Known) -> Held:
@@ -231,7 +224,7 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
     elif (examples := _examples(data, known)) is not None:
         examples = max(examples - sft.held_out, 0)
         steps, rows = sft_steps(examples, sft.batch, sft.epochs), sft.epochs * examples
-    memory = _training_memory(sft, known)
+    memory = _training_memory(name, sft, known)
     if rows is None or known.response is None:
         what = "the number of examples" if rows is None else "the mean response length"
         known.assume(f"{name}: tokens and FLOPs are not known without {what}")
@@ -241,17 +234,19 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
     loss_tokens = rows * (length if sft.train_on == "all" else response)
     rule = exact = None
     if known.counts:
-        rule = rule_flops(known.counts.total, loss_tokens)
+        passes = known.references.get(name, NO_REFERENCE).passes
+        rule = rule_flops(known.counts.total, loss_tokens, scored=passes * loss_tokens)
         pairs = rows * causal_pairs(length)
         how = (sft.activation_checkpointing, known.held.adapters)
         exact = training_flops(known.counts, rows * length, pairs, loss_tokens, *how)
+        exact += passes * forward_flops(known.counts, rows * length, pairs, loss_tokens)
     sent = _sent(sft, sft.batch * length, known)
     return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory, sent=sent)
 
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
     steps = rl.steps * (rl.prompts // (rl.mini_batch or rl.prompts))
-    memory = _training_memory(rl, known, _sampling_lines(name, rl, data, known))
+    memory = _training_memory(name, rl, known, _sampling_lines(name, rl, data, known))
     parallel = None if rl.engine == "vllm" else _rollout_rows(rl, known)
     prompt, response = known.prompt or 0.0, _rollout_length(name, rl, known)
     rows = rl.steps * rl.prompts * rl.rollouts
@@ -260,7 +255,8 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         length = prompt + response
         tokens, pairs, logits = rows * length, rows * causal_pairs(length), rows * response
         rule = rule_flops(counts.total, logits, logits)
-        exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
+        passes = 1 + known.references.get(name, NO_REFERENCE).passes
+        exact = rows * sampling_flops(counts, prompt, response) + passes * forward_flops(counts, tokens, pairs, logits)
         exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
     sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (prompt + response), known)
@@ -288,10 +284,13 @@ def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePla
     return StagePlan(name, "eval", 0, 0, generated, rule, exact)
 
 
-def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
+def _training_memory(name: str, stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
     if known.counts is None:
         return None
     tokens, size = stage.micro_batch_tokens, known.held.compute_bytes
+    reference = known.references.get(name, NO_REFERENCE)
+    if reference.passes and not known.held.adapters:  # adapters are switched off instead
+        more = (reference_memory(known.counts, known.held), *more)
     if stage.checkpoint_async:
         more = (checkpoint_memory(known.counts, known.held, known.on_host), *more)
     return Memory(
@@ -299,7 +298,7 @@ def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()
             *loading_memory(known.counts, known.held, known.on_host),
             *state_memory(known.counts, known.held),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing, known.held.context),
-            *logit_memory(known.counts, tokens, known.held.frozen_head),
+            *logit_memory(known.counts, tokens, known.held.frozen_head, reference.whole),
             *more,
         )
     )
@@ -318,14 +317,12 @@ def _sent(stage: Sft | Rl, tokens: float, known: _Known) -> tuple[Sent, ...]:
 def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
     if known.counts is None:
         return ()
-    copied = name in known.references and not known.held.adapters  # adapters are switched off instead
-    reference = (reference_memory(known.counts, known.held),) if copied else ()
     if rl.engine == "vllm":
         known.assume(f"{name}: vLLM's own memory is not counted; rl.vllm.kv_cache_gb and the weights are most of it")
-        return reference
+        return ()
     longest = data.max_prompt_tokens or math.ceil(known.prompt or 0)
     sampler = rollout_memory(known.counts, _rollout_rows(rl, known), longest + rl.max_tokens)
-    return (*reference, *whole_copy(known.counts, known.held), *sampler)
+    return (*whole_copy(known.counts, known.held), *sampler)
 
 
 def _rollout_rows(rl: Rl, known: _Known) -> int:
@@ -350,7 +347,7 @@ def _examples(data: Data, known: _Known) -> int | None:
 
 
 def _published_sizes(recipe: Recipe, known: _Known) -> None:
-    sizes = _table("data_sets.toml")
+    sizes = published_table("data_sets.toml")
     published = [sizes[name] for name in recipe.data.source if name in sizes]
     if len(published) != len(recipe.data.source):
         return
@@ -394,7 +391,3 @@ def _compute_bytes(recipe: Recipe, known: _Known) -> int:
 
 def _capped(length: float, limit: int | None) -> float:
     return length if limit is None else min(length, float(limit))
-
-
-def _table(name: str) -> dict[str, dict[str, Any]]:
-    return parse_toml((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))

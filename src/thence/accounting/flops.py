@@ -98,8 +98,8 @@ def parameters(config: Mapping[str, Any]) -> Counts:
     )
 
 
-def rule_flops(n_parameters: float, trained: float, generated: float = 0) -> float:
-    """The paper's rule (arXiv 2604.23747, appendix B): ``6 N trained + 2 N generated``.
+def rule_flops(n_parameters: float, trained: float, generated: float = 0, scored: float = 0) -> float:
+    """The paper's rule (arXiv 2604.23747, appendix B): ``6 N trained + 2 N generated``; and 2 N for each token scored.
 
     A forward pass costs 2N a token and a backward pass 4N, so a demonstration's token costs 6N, and a token that was
     generated and then trained costs 8N: count it in both arguments.
@@ -108,8 +108,10 @@ def rule_flops(n_parameters: float, trained: float, generated: float = 0) -> flo
         n_parameters: N. The paper takes the nominal 7e9; budgets here take every parameter of the model.
         trained: tokens that go forward and backward.
         generated: tokens that are sampled.
+        scored: tokens that a reference model reads beside the policy, which the paper's methods do not have; once for
+            every time.
     """
-    return n_parameters * (6 * trained + 2 * generated)
+    return n_parameters * (6 * trained + 2 * generated + 2 * scored)
 
 
 def causal_pairs(length: float, prefix: float = 0) -> float:

@@ -162,6 +162,22 @@ def _gathered(counts: Counts, held: Held) -> tuple[Line, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A frozen policy that a stage compares with.
+
+    Args:
+        passes: how often it reads every row of a step.
+        whole: whether its whole distributions are compared, not the taken tokens' probabilities alone.
+    """
+
+    passes: int = 1
+    whole: bool = False
+
+
+NO_REFERENCE = Reference(0)
+
+
 def reference_memory(counts: Counts, held: Held) -> Line:
     """A frozen copy of the policy to compare with, laid out as the policy."""
     share = held.parts if held.cut else 1
@@ -228,16 +244,20 @@ def activation_memory(
     return Line("activations", size, text, "loss")
 
 
-def logit_memory(counts: Counts, tokens: int, frozen: bool = False) -> tuple[Line, ...]:
+def logit_memory(counts: Counts, tokens: int, frozen: bool = False, compared: bool = False) -> tuple[Line, ...]:
     """The fused objective: one chunk of float32 logits at a time, and the output head's gradient beside the sum.
 
     Args:
         frozen: the output head is not trained, and has no gradient.
+        compared: whole distributions are held against those of a reference model.
     """
+    held, what = 3, "logits, probabilities, their gradient"
+    if compared:
+        held, what = 6, f"{what}; of the reference too, and their difference"
     rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
-    chunk = f"{rows:,} tokens x {counts.vocab:,} words x 3 x 4 B (logits, probabilities, their gradient)"
+    chunk = f"{rows:,} tokens x {counts.vocab:,} words x {held} x 4 B ({what})"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"
-    logits = Line("logits, one chunk", rows * counts.vocab * 12, chunk, "loss")
+    logits = Line("logits, one chunk", rows * counts.vocab * 4 * held, chunk, "loss")
     gradient = Line("output head's gradient", counts.vocab * counts.hidden * 8, head, "loss")
     return (logits,) if frozen else (logits, gradient)
 

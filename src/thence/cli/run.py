@@ -17,7 +17,7 @@ from thence.cli.events import RunEvents, Way, logging_as_events, tell_done, way_
 from thence.cli.parsing import none_given
 from thence.errors import UserError
 from thence.files import read_json
-from thence.recipe import Recipe, Rl, load_recipe, shipped_recipes
+from thence.recipe import Recipe, Rl, Sft, load_recipe, shipped_recipes
 from thence.redaction import redacted_values
 from thence.settings.limits import Gigabytes, Processes
 from thence.toml import to_toml
@@ -209,17 +209,18 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
     return read_json(file, remedy=remedy) if file is not None and file.exists() else None
 
 
-def _references(recipe: Recipe) -> list[str]:
-    """The stages that keep a frozen copy of the policy; one whose method cannot be made is refused elsewhere."""
+def _references(recipe: Recipe) -> dict[str, Any]:
+    """What stages compare the policy with; one whose method cannot be made is refused elsewhere."""
+    from thence.accounting.budget import Reference
     from thence.methods.registry import stage_method
-    from thence.objective.terms import needs_reference
+    from thence.objective import compares
 
-    found = []
+    found = {}
     for name in recipe.stages:
         stage = recipe.stage(name)
         with contextlib.suppress(UserError):
-            if isinstance(stage, Rl) and needs_reference(stage_method(stage, name).terms):
-                found.append(name)
+            if isinstance(stage, Sft | Rl) and (passes := (method := stage_method(stage, name)).reference_passes):
+                found[name] = Reference(passes, compares(method.terms))
     return found
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError, UserError
-from thence.objective import BareRow, Batch, Row, Sampled, Term, trained_tokens
-from thence.objective.terms import needs_behaviour
+from thence.methods.facts import TokenFacts
+from thence.objective import BareRow, Batch, Row, Sampled, Term, compares, trained_tokens
+from thence.objective.terms import needs_behaviour, needs_reference
 from thence.settings.section import Section
 from thence.settings.validation import validated
 
@@ -79,37 +80,6 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenFacts:
-    """What the policy as it stands says of a trajectory's response tokens; no gradient.
-
-    Args:
-        logp: log-probabilities, shape (n,), nats.
-        entropy: of the distributions that the tokens were drawn from, shape (n,), nats.
-        old: log-probabilities under the policy that the rollout batch was sampled from, from a pass of the trainer's
-            own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before the first optimizer step
-            of a rollout batch this is ``logp`` itself. None: the method does not say that it ``uses_old``.
-    """
-
-    logp: Tensor
-    entropy: Tensor
-    old: Tensor | None = None
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """Log of the ratio of each token's probability to the old one, shape (n,), nats.
-
-        Raises:
-            UserError: old log-probabilities were not computed. No ratio is ever taken to be one for want of them.
-        """
-        if self.old is None:
-            raise UserError(
-                "a method reads the policy's old log-probabilities, which were not computed",
-                remedy="set uses_old = True in the method's class",
-            )
-        return self.logp - self.old
-
-
-@dataclass(frozen=True)
 class SideStep:
     """An optimizer step of a second kind, with its own optimizer state.
 
@@ -153,6 +123,9 @@ class Method(ABC):
     """Whether :meth:`weigh` looks at the old log-probabilities too (:attr:`TokenFacts.old`); it then gets facts."""
     needs_several_steps: ClassVar[bool] = False
     """Whether its bound can act only from the second optimizer step of a rollout batch on."""
+    uses_reference: ClassVar[bool] = False
+    """Whether :meth:`weigh` looks at the log-probabilities of a reference model (:attr:`TokenFacts.reference`). The
+    facts' ``logp`` and ``entropy`` are NaN where it says nothing else."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -193,6 +166,11 @@ class Method(ABC):
         return self.rewarded(trajectory)
 
     @property
+    def reference_passes(self) -> int:
+        """How often a reference model, the policy as the stage began, reads every row of a step; 0: none is kept."""
+        return needs_reference(self.terms) + self.uses_reference + compares(self.terms)
+
+    @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
         """The terms of every batch, each with a name of its own."""
@@ -217,6 +195,13 @@ class Method(ABC):
         in :meth:`weigh` from any other 0. The arguments are those of :meth:`weigh`.
         """
         return 0
+
+    def figures(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> dict[str, float]:
+        """Quantities of an SFT stage's log by name, each summed over these response tokens; default: none.
+
+        The stage logs their means a token, over all ranks. The arguments are those of :meth:`weigh`.
+        """
+        return {}
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         """This rank's trajectories of one rollout batch, whole groups; default: ``n`` rollouts for each prompt.

@@ -8,14 +8,17 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from thence.errors import RecipeError, UserError
+from thence.methods.asft import Asft
 from thence.methods.base import Method
 from thence.methods.bread import Bread
 from thence.methods.chord import ChordMu, ChordPhi
 from thence.methods.cispo import Cispo
 from thence.methods.dapo import Dapo
+from thence.methods.dft import Dft
 from thence.methods.dppo import Dppo, Ipo
 from thence.methods.dr_grpo import DrGrpo
 from thence.methods.exgrpo import ExGrpo
+from thence.methods.gift import Gift
 from thence.methods.grpo import Grpo
 from thence.methods.gspo import Gspo
 from thence.methods.hpt import Hpt
@@ -34,7 +37,8 @@ from thence.methods.uft import Uft
 from thence.recipe import Rl, Sft, kind_of
 
 OWN: tuple[type[Method], ...] = (
-    SftMethod, Grpo, DrGrpo, Dapo, Gspo,
+    SftMethod, Dft, Asft, Gift,
+    Grpo, DrGrpo, Dapo, Gspo,
     Cispo, Dppo, Ipo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,

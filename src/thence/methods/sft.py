@@ -40,6 +40,10 @@ class SftMethod(Method):
         return (Term("sft", Logp(), Normaliser("tokens" if by_token else "sequences")),)
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
-        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
-        by_token = self.options.aggregation == "token-mean"
-        return [{"sft": 1.0 if by_token else 1 / max(n, 1)} for n in lengths]
+        return [{"sft": weight} for weight in per_token(trajectories, self.options.aggregation)]
+
+
+def per_token(trajectories: Sequence[Trajectory], aggregation: str) -> list[float]:
+    """The weight of each token of a trajectory, whose sum is divided by the response tokens or the responses."""
+    lengths = [len(trajectory.response_ids) for trajectory in trajectories]
+    return [1.0 if aggregation == "token-mean" else 1 / max(n, 1) for n in lengths]

@@ -1,7 +1,16 @@
 """Pure functions on tensors: surrogates, advantages, normalisers and the one loss. No I/O, no torch.distributed."""
 
 from thence.objective.advantages import group_advantages
-from thence.objective.fused import Head, TokenInputs, TokenStats, logits_of, objective, token_statistics
+from thence.objective.distributions import compares, smoothed
+from thence.objective.fused import (
+    Head,
+    ReferenceStates,
+    TokenInputs,
+    TokenStats,
+    logits_of,
+    objective,
+    token_statistics,
+)
 from thence.objective.kl import kl_estimate
 from thence.objective.sampled import Generation, Sampled
 from thence.objective.surrogates import (
@@ -11,7 +20,9 @@ from thence.objective.surrogates import (
     Logp,
     NegativeKl,
     Prob,
+    ProbLogp,
     Ratio,
+    RefCE,
     Shape,
     ShapeRatio,
     Surrogate,
@@ -42,7 +53,10 @@ __all__ = [
     "NegativeKl",
     "Normaliser",
     "Prob",
+    "ProbLogp",
     "Ratio",
+    "RefCE",
+    "ReferenceStates",
     "Row",
     "Sampled",
     "Shape",
@@ -54,6 +68,7 @@ __all__ = [
     "TokenStats",
     "TrustMask",
     "binary_kl",
+    "compares",
     "divisors",
     "group_advantages",
     "is_penalty",
@@ -61,6 +76,7 @@ __all__ = [
     "local_counts",
     "logits_of",
     "objective",
+    "smoothed",
     "token_statistics",
     "trained_tokens",
 ]

@@ -3,7 +3,7 @@
 The loss is a weighted sum of elementwise functions of each token's log-probability (and entropy). Weights and divisors
 are known before the forward pass, so the gradient with respect to a chunk's logits is known as soon as the logits are.
 The forward pass computes it. Nothing is recomputed, and no logits are kept for the backward pass. Extra memory: one
-chunk of logits for any number of tokens.
+chunk of logits for any number of tokens; a second one of a reference model where a term compares whole distributions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thence.objective.surrogates import Bounded, Context, Entropy
+from thence.objective.distributions import compares, held_against
+from thence.objective.surrogates import Bounded, Context, Entropy, RefCE
 from thence.objective.terms import Term
 
 CHUNK_BYTES = 32 * 2**20  # of logits; larger chunks gain no speed and cost memory
@@ -61,6 +62,19 @@ class TokenInputs:
 
 
 @dataclass(frozen=True)
+class ReferenceStates:
+    """What a reference model says at the places of the trained tokens, before its output layer is applied.
+
+    Args:
+        hidden_TD: its last hidden states at the positions that predict the trained tokens, shape (T, D of its own).
+        head: its own output layer, over the same vocabulary.
+    """
+
+    hidden_TD: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
 class TokenStats:
     """Detached measurements of every trained token.
 
@@ -103,6 +117,7 @@ def objective(
     terms: Sequence[Term],
     divisor_J: Sequence[float],
     temperature: float = 1.0,
+    reference: ReferenceStates | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """The loss of one micro-batch: ``- sum_j sum_t weight[j, t] S_j(t) / Z_j``, and what was measured on the way.
 
@@ -113,12 +128,17 @@ def objective(
         terms: the batch's terms.
         divisor_J: Z of each term, for the whole optimizer step.
         temperature: the logits are divided by it.
+        reference: of the same tokens, for terms that compare whole distributions (RefCE); it gets no gradient.
 
     Returns:
         The loss (a scalar that may be called ``backward`` on) and the statistics.
+
+    Raises:
+        ValueError: a term compares with a reference model, and there is none, or one of another vocabulary.
     """
+    reference = _checked_reference(reference, head, terms)
     loss, logp_T, entropy_T, slope_T = _Objective.apply(
-        hidden_TD, head.weight_VD, head.bias_V, head, inputs, tuple(terms), tuple(divisor_J), temperature
+        hidden_TD, head.weight_VD, head.bias_V, head, inputs, tuple(terms), tuple(divisor_J), temperature, reference
     )
     clipped_T = torch.zeros_like(logp_T, dtype=torch.bool)
     for j, term in enumerate(terms):
@@ -127,9 +147,20 @@ def objective(
     return loss, TokenStats(logp_T, entropy_T, slope_T, clipped_T)
 
 
+def _checked_reference(reference: ReferenceStates | None, head: Head, terms: Sequence[Term]) -> ReferenceStates | None:
+    if not compares(terms):
+        return None
+    if reference is None:
+        raise ValueError("a RefCE term compares with a reference model, and its hidden states are not given")
+    if len(reference.head.weight_VD) != len(head.weight_VD):
+        words = f"{len(reference.head.weight_VD)} and {len(head.weight_VD)} words"
+        raise ValueError(f"reference model and policy have other vocabularies: {words}")
+    return reference
+
+
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, head, inputs, terms, divisor_J, temperature):
+    def forward(ctx, hidden_TD, weight_VD, bias_V, head, inputs, terms, divisor_J, temperature, reference):
         wide = _wide(hidden_TD.dtype)
         n = hidden_TD.shape[0]
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
@@ -147,10 +178,19 @@ class _Objective(torch.autograd.Function):
             p_CV = log_p_CV.exp()
             entropy_C = -(p_CV * log_p_CV).sum(1)
             value, slope_C, bonus_C = _weigh(logp_C, entropy_C, inputs, terms, divisor_J, part)
+            compared_CV = None
+            if reference is not None:
+                log_ref_CV = _log_softmax(_logits(reference.hidden_TD[part], reference.head, temperature))
+                more, compared_CV = held_against(
+                    _compared(inputs, terms, divisor_J, part, wide), p_CV, log_p_CV, log_ref_CV
+                )
+                value, log_ref_CV = value + more, None  # a chunk's logits are freed at once
             loss -= value
             logp_T[part], entropy_T[part], slope_T[part] = logp_C, entropy_C, slope_C
             if wants_hidden or wants_weight or wants_bias:
                 grad_CV = _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C)
+                if compared_CV is not None:
+                    grad_CV = grad_CV.add_(compared_CV)
                 grad_CV = grad_CV.div_(temperature / head.scale)
                 if slope_CV is not None:
                     grad_CV.mul_(slope_CV)
@@ -174,7 +214,7 @@ class _Objective(torch.autograd.Function):
         upstream = grad_outputs[0]
         gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in ctx.gradients)
         ctx.gradients = None
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice):
@@ -187,11 +227,20 @@ def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice
         if isinstance(term.surrogate, Entropy):
             value = value + (weight_C * entropy_C).sum()
             bonus_C = weight_C if bonus_C is None else bonus_C + weight_C
-        else:
+        elif not isinstance(term.surrogate, RefCE):
             value = value + (weight_C * term.surrogate.value(logp_C, context)).sum().to(logp_C.dtype)
             # old log-probabilities may be wider than the model's
             slope_C = slope_C + (weight_C * term.surrogate.slope(logp_C, context)).to(logp_C.dtype)
     return value, slope_C, bonus_C
+
+
+def _compared(inputs: TokenInputs, terms, divisor_J, part: slice, dtype: torch.dtype) -> list[tuple[RefCE, Tensor]]:
+    """The chunk's terms that compare with the reference, with their weights over the normaliser, shape (C,)."""
+    return [
+        (term.surrogate, inputs.weight_JT[j, part].to(dtype) / divisor_J[j])
+        for j, term in enumerate(terms)
+        if isinstance(term.surrogate, RefCE)
+    ]
 
 
 def _logit_gradient(p_CV, log_p_CV, target_C, slope_C, entropy_C, bonus_C):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -141,6 +141,20 @@ class Prob:
 
 
 @dataclass(frozen=True)
+class ProbLogp:
+    """PROB_LOGP: ``sg(pi) log pi``, the likelihood weighed by the probability itself (DFT).
+
+    Its slope is that of PROB.
+    """
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T.detach().exp() * logp_T
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T.exp()
+
+
+@dataclass(frozen=True)
 class Shape:
     """SHAPE: ``pi / (pi + gamma)``, LUFFY's policy shaping; equal to ``sigmoid(logp - log gamma)``."""
 
@@ -199,6 +213,33 @@ class Entropy:
     The only surrogate that is not a function of the taken token's log-probability: :func:`.fused.objective` adds its
     gradient to the logits itself, and ``value`` is given the entropies in place of log-probabilities.
     """
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return torch.ones_like(logp_T)
+
+
+@dataclass(frozen=True)
+class RefCE:
+    """REFCE: the whole next-token distribution p held against that of a reference model, p_ref, at the same place.
+
+    Like :class:`Entropy` it is no function of the taken token's log-probability: :func:`.fused.objective` computes it
+    from the reference model's hidden states and output layer, and adds its gradient to the logits. ``value`` is given
+    what :func:`~thence.objective.distributions.held_against` finds in place of log-probabilities.
+
+    Args:
+        of: ``cross-entropy``: S = sum p_ref log p; ``forward``: S = -KL(p_ref || p), the same up to a constant; the
+            loss of both has the logit gradient p - p_ref. ``reverse``: S = -KL(p || p_ref), with the logit gradient
+            p (log(p / p_ref) - KL).
+        smoothing: p_ref is replaced by (1 - smoothing) p_ref + smoothing / V, with V words.
+        floor: is then added to every probability, and the sum made one again.
+    """
+
+    of: Literal["cross-entropy", "forward", "reverse"] = "cross-entropy"
+    smoothing: float = 0.0
+    floor: float = 0.0
 
     def value(self, logp_T: Tensor, context: Context) -> Tensor:
         return logp_T

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thence.objective.sampled import Sampled
-from thence.objective.surrogates import Clip, Entropy, NegativeKl, Ratio, ShapeRatio, Surrogate
+from thence.objective.surrogates import Clip, Entropy, NegativeKl, Ratio, RefCE, ShapeRatio, Surrogate
 from thence.objective.trust import CappedRatio, SquaredGap, TrustMask
 
 
@@ -124,7 +124,7 @@ def needs_behaviour(terms: Sequence[Term]) -> bool:
 
 def is_penalty(term: Term) -> bool:
     """Whether a term holds the policy where it is (KL, entropy, a squared gap) rather than teach it a reward."""
-    return isinstance(term.surrogate, NegativeKl | Entropy | SquaredGap)
+    return isinstance(term.surrogate, NegativeKl | Entropy | SquaredGap | RefCE)
 
 
 def needs_reference(terms: Sequence[Term]) -> bool:

@@ -130,8 +130,12 @@ class StageContext:
             self.watcher.step(line)
 
 
-def make_trainer(context: StageContext, stage: Optimization, steps: int) -> Trainer:
-    """The trainer of a stage that will take ``steps`` optimizer steps."""
+def make_trainer(context: StageContext, stage: Optimization, steps: int, reference: Scorer | None = None) -> Trainer:
+    """The trainer of a stage that will take ``steps`` optimizer steps.
+
+    Args:
+        reference: the policy as the stage begins (:meth:`StageContext.frozen_policy`), for methods that compare.
+    """
     settings = StepSettings(
         micro_batch_tokens=stage.micro_batch_tokens,
         packing=stage.packing,
@@ -156,6 +160,7 @@ def make_trainer(context: StageContext, stage: Optimization, steps: int) -> Trai
         ranks=context.ranks,
         take_step=step_of(context.name, stage),
         meter=context.meter,
+        reference=reference,
     )
 
 

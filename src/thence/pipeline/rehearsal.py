@@ -29,8 +29,10 @@ def rehearse(method: Method, stage: Rl, prompts: Sequence[Prompt]) -> None:
         found = method.compose(Rehearsal(stage, prompts), min(stage.prompts, PROMPTS), stage.rollouts)
         sizes = [len(t.response_ids) for t in found]
         facts = []
-        if method.uses_facts or method.uses_old:
-            facts = [TokenFacts(z, z, z if method.uses_old else None) for z in map(torch.zeros, sizes)]
+        if method.uses_facts or method.uses_old or method.uses_reference:
+            old, theirs = method.uses_old, method.uses_reference
+            zeros = map(torch.zeros, sizes)
+            facts = [TokenFacts(z, z, z if old else None, z if theirs else None, 2 * theirs) for z in zeros]
         make_batch(method, found, facts)
     finally:
         logger.setLevel(before)

@@ -15,7 +15,6 @@ from thence.errors import RecipeError
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out
 from thence.models.lengths import context_of
-from thence.objective.terms import needs_reference
 from thence.pipeline.context import Budget, StageContext, budget_of, make_trainer
 from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.lessons import Watch
@@ -52,8 +51,8 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     minis = mini_batches_of(stage)
     if method.needs_several_steps and minis == 1 and context.leads:
         log.warning("%s: %s", context.name, ONE_STEP.format(stage.method, stage.prompts, context.name))
-    reference = context.frozen_policy() if needs_reference(method.terms) else None
-    trainer = make_trainer(context, stage, stage.steps * minis)
+    reference = context.frozen_policy() if method.reference_passes else None
+    trainer = make_trainer(context, stage, stage.steps * minis, reference)
     with ExitStack() as held:
         checkpoints = held.enter_context(saving(context, trainer, stage, stage.steps))
         done, own = checkpoints.resume()
@@ -61,7 +60,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
         validation.resume(own)
         grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
-        update = Update(stage, method, trainer, reference, minis)
+        update = Update(stage, method, trainer, minis)
         loop = Loop(context, stage, sampler, update, checkpoints, validation, budget_of(stage))
         return {"steps": loop.run(done, own), "prompts": len(prompts), **validation.facts()}
 

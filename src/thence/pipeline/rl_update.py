@@ -11,14 +11,12 @@ from torch import Tensor
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, behaviour_of, make_rows
 from thence.objective import BareRow, Batch, Term, is_penalty
-from thence.objective.terms import needs_behaviour
+from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.sampled import sampled_of
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
-from thence.train.policy import Scorer
-from thence.train.step import policy_statistics
 from thence.train.trainer import Trainer
 
 
@@ -29,15 +27,13 @@ class Update:
     Args:
         stage: the stage's settings.
         method: gives every token its weights.
-        trainer: holds the policy.
-        reference: the model of the KL term; None without one.
+        trainer: holds the policy, and the reference model where the method compares with one.
         minis: optimizer steps on one rollout batch.
     """
 
     stage: Rl
     method: Method
     trainer: Trainer
-    reference: Scorer | None = None
     minis: int = 1
 
     def take(self, trajectories: Sequence[Trajectory], metrics: BatchMetrics) -> None:
@@ -50,7 +46,8 @@ class Update:
         bare = [bare_row(trajectory) for trajectory in trajectories]
         parts = mini_batches(trajectories, self.minis, trainer.ranks)
         old, reference = self._old_logps(trajectories, bare, parts), self._reference_logps(bare)
-        whole = None if method.uses_facts or method.uses_old else method.weigh(trajectories)
+        asks = method.uses_facts or method.uses_old or method.uses_reference
+        whole = None if asks else method.weigh(trajectories)
         trust = self._importance_weights(trajectories, bare)
         sampled = None
         if self.stage.fault is not None:
@@ -62,7 +59,8 @@ class Update:
                 if number == 0 and method.uses_old:  # the policy has not moved yet
                     old |= {i: logp for i, (logp, _) in now.items()}
                 was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
-                facts = [TokenFacts(*now[i], was[i]) for i in part]
+                theirs = reference if method.uses_reference else {}
+                facts = [TokenFacts(*now[i], was[i], theirs.get(i), trainer.vocabulary) for i in part]
                 weights = method.weigh(chosen, facts)
             else:
                 facts, weights = [], [whole[i] for i in part]
@@ -120,13 +118,9 @@ class Update:
 
     def _reference_logps(self, bare: Sequence[BareRow]) -> dict[int, Tensor]:
         """The same under the reference policy; empty without one."""
-        if self.reference is None:
+        if not (needs_reference(self.method.terms) or self.method.uses_reference):
             return {}
-        if self.trainer.meter is not None:
-            self.trainer.meter.scored([len(row.token_ids) for row in bare], sum(row.n_trained for row in bare))
-        trainer = self.trainer
-        found = policy_statistics(self.reference, bare, self.stage.temperature, trainer.settings, trainer.ranks)
-        return {i: logp for i, (logp, _) in enumerate(found)}
+        return dict(enumerate(self.trainer.reference_logps(bare, self.stage.temperature)))
 
     def _importance_weights(self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow]) -> list[Tensor] | None:
         """Truncated importance weights of every trained token, shape (n,) each; None where they are not asked for.

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from thence.accounting.flops import rule_flops
 from thence.data.order import batch_at, epoch_order, steps_per_epoch
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError
-from thence.methods.base import bare_row, make_batch
+from thence.methods.base import Method, TokenFacts, bare_row, make_batch
 from thence.methods.registry import stage_method
 from thence.models.lengths import context_of
+from thence.objective import Batch, Logp
 from thence.pipeline.context import StageContext, budget_of, make_trainer
 from thence.pipeline.prompts import check_trained
 from thence.pipeline.room import check_rows
@@ -39,8 +41,10 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
     check_rows(context.name, prompts, context_of(context.model.config))
     trained, held_out = put_aside(prompts, stage.held_out, context.recipe.seed)
     seed = context.order_seed(stage.data)
-    steps = affordable_steps(trained, stage, seed, context.n_parameters)
-    trainer = make_trainer(context, stage, steps)
+    cost = StepCost(context.n_parameters, method.reference_passes)
+    steps = affordable_steps(trained, stage, seed, cost)
+    reference = context.frozen_policy() if method.reference_passes else None
+    trainer = make_trainer(context, stage, steps, reference)
     with ExitStack() as held:
         checkpoints = held.enter_context(saving(context, trainer, stage, steps))
         done, own = checkpoints.resume()
@@ -54,24 +58,28 @@ def run_sft(context: StageContext, stage: Sft) -> dict[str, Any]:
             mine = [trained[i] for i in chosen[context.ranks.rank :: context.ranks.world]]
             rate, before = trainer.learning_rate(trainer.steps_taken), context.meter.total
             with naming_step(context, step + 1, checkpoints.standing):
-                report = trainer.step(make_batch(method, trajectories_of(mine, stage.train_on)))
+                batch, figures = demonstration_batch(trainer, method, trajectories_of(mine, stage.train_on))
+                report = trainer.step(batch)
             line = {
                 "stage": context.name,
                 "kind": "sft",
                 "step": step + 1,
                 "epoch": (step + 1) / steps_per_epoch(len(trained), stage.batch),
                 "loss": report.loss,
+                **figures,
                 "grad_norm": report.grad_norm,
                 "lr": rate,
                 "entropy": report.entropy,
                 "sequences": report.rows,
                 "tokens": report.tokens,
                 "trained_tokens": report.trained_tokens,
-                "flops": rule_flops(context.n_parameters, report.trained_tokens),
+                "flops": cost.of(report.trained_tokens),
                 "executed_flops": context.executed_flops(before),
                 "seconds": report.seconds,
                 "tokens_per_s": report.tokens / report.seconds,
             }
+            if not all(isinstance(term.surrogate, Logp) for term in method.terms):
+                line["nll"] = -report.logp  # what the held-out loss compares with
             if report.skipped:
                 line["skipped_steps"] = 1
             if held_out and (step == 0 or (step + 1) % stage.held_out_every == 0 or step + 1 == steps):
@@ -104,7 +112,41 @@ def total_steps(examples: int, stage: Sft) -> int:
     return stage.steps or max(1, round(stage.epochs * steps_per_epoch(examples, stage.batch)))
 
 
-def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int | None, n_parameters: int) -> int:
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of a step by the rule, from its trained tokens.
+
+    Args:
+        n_parameters: of the model.
+        reference_passes: how often a reference model reads every row.
+    """
+
+    n_parameters: int
+    reference_passes: int = 0
+
+    def of(self, trained_tokens: int) -> float:
+        """FLOPs: 6 N a trained token, and 2 N for every time that a reference model reads it."""
+        return rule_flops(self.n_parameters, trained_tokens, scored=self.reference_passes * trained_tokens)
+
+
+def demonstration_batch(
+    trainer: Trainer, method: Method, trajectories: Sequence[Trajectory]
+) -> tuple[Batch, dict[str, float]]:
+    """One optimizer step's batch of demonstrations, with what the method asks of its models; figures for the log."""
+    bare, facts = [bare_row(trajectory) for trajectory in trajectories], []
+    if method.uses_facts or method.uses_reference:
+        unknown = [torch.full((row.n_trained,), math.nan) for row in bare]
+        now = trainer.statistics(bare) if method.uses_facts else list(zip(unknown, unknown, strict=True))
+        theirs = trainer.reference_logps(bare) if method.uses_reference else [None] * len(bare)
+        facts = [TokenFacts(*own, None, ref, trainer.vocabulary) for own, ref in zip(now, theirs, strict=True)]
+    sums = method.figures(trajectories, facts)
+    tokens = sum(row.n_trained for row in bare)
+    *totals, count = trainer.ranks.sum_floats(torch.tensor([*sums.values(), tokens], dtype=torch.float64)).tolist()
+    figures = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=True)}
+    return make_batch(method, trajectories, facts), figures
+
+
+def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int | None, cost: StepCost) -> int:
     """Optimizer steps of the stage, fewer where its budget ends earlier; at least one.
 
     The order of the data is known before the first step, so the learning-rate schedule ends with the budget.
@@ -115,7 +157,7 @@ def affordable_steps(prompts: Sequence[Prompt], stage: Sft, seed: int | None, n_
         tokens = sum(len(p.demonstration_ids or ()) for p in chosen)
         if stage.train_on == "all":
             tokens += sum(len(p.token_ids) - 1 for p in chosen)
-        if budget is not None and budget.spend(rule_flops(n_parameters, tokens), tokens):
+        if budget is not None and budget.spend(cost.of(tokens), tokens):
             return step + 1
     return most
 

@@ -6,7 +6,7 @@ must run inside of the same call as the body. Whoever trains or scores goes thro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -17,7 +17,15 @@ from torch.distributed.fsdp import FSDPModule
 from thence.errors import UserError
 from thence.models.layers import check_model, output_head
 from thence.models.packing import is_known, way_of
-from thence.objective import Term, TokenInputs, TokenStats, objective, token_statistics
+from thence.objective import (
+    ReferenceStates,
+    Term,
+    TokenInputs,
+    TokenStats,
+    compares,
+    objective,
+    token_statistics,
+)
 from thence.train.forward import compute_context, hidden_states
 from thence.train.lora import adapters_off
 from thence.train.micro_batches import MicroBatch
@@ -33,6 +41,8 @@ class Scorer(Protocol):
     def device(self) -> torch.device: ...
 
     def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]: ...
+
+    def beside(self, micro: MicroBatch, use: Callable[[ReferenceStates], None]) -> None: ...
 
     def computing(self, dtype: torch.dtype) -> AbstractContextManager: ...
 
@@ -56,6 +66,7 @@ class Policy(nn.Module):
         self.model = model
         self.sum_every_pass = True
         self._skeleton: list[Any] = []
+        self._reference: list[Scorer] = []
 
     @property
     def skeleton(self) -> Any:
@@ -65,6 +76,18 @@ class Policy(nn.Module):
     def keep_skeleton(self, model: Any) -> None:
         """Keep the model without its weights, as it was before it was cut: it is filled where whole ones are needed."""
         self._skeleton = [model]  # in a list: torch would take a module for a part of the policy
+
+    @property
+    def reference(self) -> Scorer | None:
+        """See :meth:`compare_with`."""
+        return self._reference[0] if self._reference else None
+
+    def compare_with(self, reference: Scorer | None) -> None:
+        """Give the model whose next-token distributions terms compare with (RefCE), laid out as this one; None: none.
+
+        It is not a part of the policy: nothing of it is trained, cut, saved or counted with it.
+        """
+        self._reference = [] if reference is None else [reference]
 
     def forward(
         self,
@@ -80,10 +103,25 @@ class Policy(nn.Module):
             inputs, terms, divisor_J, temperature: as for :func:`thence.objective.objective`.
 
         Raises:
-            UserError: the rows are packed, and the model cannot be; a row is longer than the model's context.
+            UserError: the rows are packed, and the model cannot be; a row is longer than the model's context; a term
+                compares with a reference model, and there is none.
         """
-        hidden_TD = hidden_states(self.model, micro)
-        return objective(hidden_TD, output_head(self.model), inputs, terms, divisor_J, temperature)
+        found: list[tuple[Tensor, TokenStats]] = []
+
+        def use(states: ReferenceStates | None) -> None:
+            hidden_TD = hidden_states(self.model, micro)
+            found.append(objective(hidden_TD, output_head(self.model), inputs, terms, divisor_J, temperature, states))
+
+        if not compares(terms):
+            use(None)
+        elif self.reference is None:
+            raise UserError(
+                "a term compares whole distributions with a reference model, and the policy has none to compare with",
+                remedy="give Trainer(reference=...), or call policy.compare_with(), before the first step",
+            )
+        else:
+            self.reference.beside(micro, use)
+        return found[0]
 
     def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the trained tokens of one micro-batch. Shapes (T,), (T,).
@@ -93,6 +131,15 @@ class Policy(nn.Module):
         """
         hidden_TD = hidden_states(self.model, micro)
         return token_statistics(hidden_TD, output_head(self.model), micro.target_T, temperature)
+
+    def beside(self, micro: MicroBatch, use: Callable[[ReferenceStates], None]) -> None:
+        """Call ``use`` with what this model says of the micro-batch, without gradient, while its weights are whole.
+
+        For a model that another is compared with: ``use`` runs the other one's pass, in the caller's gradient mode.
+        """
+        with torch.no_grad():
+            states = ReferenceStates(hidden_states(self.model, micro), output_head(self.model))
+        use(states)
 
     def check(self, packing: bool = False) -> None:
         """Make sure of what every step relies on; shards were checked as a whole model before they were cut.
@@ -139,6 +186,8 @@ class Policy(nn.Module):
         for module in self.modules():  # layers too: with reshard_after_forward off they stay whole after a last forward
             if isinstance(module, FSDPModule):
                 module.reshard()
+        if self.reference is not None and self.reference.model is not self.model:
+            self.reference.settle()
 
 
 class Unadapted:
@@ -161,6 +210,12 @@ class Unadapted:
         """As :meth:`Policy.statistics`."""
         with adapters_off(self.policy.model):
             return self.policy.statistics(micro, temperature)
+
+    def beside(self, micro: MicroBatch, use: Callable[[ReferenceStates], None]) -> None:
+        """As :meth:`Policy.beside`; called from within the policy's own pass, where its weights are whole already."""
+        with torch.no_grad(), adapters_off(self.policy.model):
+            states = ReferenceStates(hidden_states(self.policy.model, micro), output_head(self.policy.model))
+        use(states)
 
     def computing(self, dtype: torch.dtype) -> AbstractContextManager:
         """As :meth:`Policy.computing`."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from thence.accounting.meter import FlopMeter
-from thence.objective import BareRow, Batch
+from thence.errors import UserError
+from thence.objective import BareRow, Batch, compares
 from thence.train.parallel import Ranks, SingleProcess
-from thence.train.policy import Policy
+from thence.train.policy import Policy, Scorer
 from thence.train.recompute import recompute
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
@@ -32,6 +33,8 @@ class Trainer:
         ranks: who shares the step; this process alone when absent.
         take_step: the step itself; a faulty one, to see what a fault does.
         meter: counts the FLOPs of every pass.
+        reference: a frozen model to compare with, or a policy that holds one; for methods that look at the whole
+            next-token distributions of a reference model (ASFT, GIFT).
 
     Raises:
         UserError: the model is one whose gradient the step would get wrong, that cannot be packed as asked, or whose
@@ -51,10 +54,15 @@ class Trainer:
         ranks: Ranks | None = None,
         take_step: TakeStep = train_step,
         meter: FlopMeter | None = None,
+        reference: Any = None,
     ):
         self.policy = model if isinstance(model, Policy) else Policy(model)
         self.model, self.settings, self.ranks = self.policy.model, settings or StepSettings(), ranks or SingleProcess()
         self.policy.check(self.settings.packing)
+        self.reference: Scorer | None = (
+            Policy(reference) if isinstance(reference, nn.Module) and not isinstance(reference, Policy) else reference
+        )
+        self.policy.compare_with(self.reference)
         self.learning_rate: Callable[[int], float] = (
             learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
         )
@@ -91,6 +99,8 @@ class Trainer:
             live = [row.weights.any() for row in batch.rows]
             self.meter.trained(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if is_live]))
             self.meter.scored(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if not is_live]))
+            if compares(batch.terms):  # the reference model reads every row beside the policy
+                self.meter.scored(*_sizes(batch.rows))
         return report
 
     def statistics(self, rows: Sequence[BareRow], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
@@ -98,6 +108,27 @@ class Trainer:
         if self.meter is not None:
             self.meter.scored(*_sizes(rows))
         return policy_statistics(self.policy, rows, temperature, self.settings, self.ranks)
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that the model's next-token distributions are over."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def reference_logps(self, rows: Sequence[BareRow], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities of the rows' trained tokens under the reference model, shape (n,) each, on the CPU.
+
+        Raises:
+            UserError: there is no reference model.
+        """
+        if self.reference is None:
+            raise UserError(
+                "log-probabilities under a reference model are asked for, and the trainer has none",
+                remedy="give Trainer(reference=...): the model as it stands before the first step",
+            )
+        if self.meter is not None:
+            self.meter.scored(*_sizes(rows))
+        found = policy_statistics(self.reference, rows, temperature, self.settings, self.ranks)
+        return [logp for logp, _ in found]
 
     def optimizer(self, name: str) -> torch.optim.AdamW:
         """The optimizer of this kind of step, made when first asked for."""

@@ -6,10 +6,11 @@ groups of four. Every epoch is a rollout batch, dealt to ``minis`` steps.
 
 Options of a case: ``method`` and its own options; ``minis``; ``temperature``; ``importance_bound``, with which the
 sampler's log-probabilities are those of the policy with a fixed noise; ``shown``: which responses are demonstrations
-(``in-group``: the last of every group; ``apart``: the second half, each of its own prompt); ``begun``: which responses
-an expert began, by their first third (``all``; ``in-group``); ``replayed``: the last of every group was sampled by an
-earlier policy, the present one with a fixed noise. ``policy`` says what is asked, by hand and from the papers'
-formulas: it is not read from the method. With ``sides`` the first half is a rollout batch and the second half the
+(``in-group``: the last of every group; ``apart``: the second half, each of its own prompt; ``all``: those of an SFT
+stage whose weights depend on the policy or on a reference model); ``begun``: which responses an expert began, by their
+first third (``all``; ``in-group``); ``replayed``: the last of every group was sampled by an earlier policy, the present
+one with a fixed noise. ``policy`` says what is asked, by hand and from the papers' formulas: it is not read from the
+method. With ``sides`` the first half is a rollout batch and the second half the
 demonstrations of the SFT step that goes with it, before it (``first``) or after it (``last``), as an RL stage does.
 
 Not covered is how a batch is composed: the coin of ``sasr``, the pool of ``exgrpo``, the search of ``bread``, the
@@ -23,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ._shared import policy_case
-from ._thence_sides import take_turns
+from ._thence_sides import take_turns, train_demonstrations
 
 GROUP = 4
 LONGEST = 48
@@ -66,6 +67,7 @@ _UFT = {
 }  # fmt: skip
 _FIRST, _LAST = ({"shown": "apart", "sides": sides} for sides in ("first", "last"))
 _TRUST = {"clip_low": 0.002, "clip_high": 0.003, "dual_clip": 1.2}
+_DEMONSTRATIONS, _SHOWN = {"scale": "none"}, {"shown": "all"}
 _GSPO = {"scale": "group", "ratio": "sequence-token"}
 
 CASES: tuple[dict, ...] = tuple(
@@ -136,6 +138,15 @@ CASES: tuple[dict, ...] = tuple(
         ("uft, published weights", "token-mean", _UFT | {"kl": 0.001, "prefix_weight": 0.001},
          {"method": "uft", "begun": "all"}),
         ("bread", "token-mean", _ORIGINAL | {"prefix": "context"}, {"method": "bread", "begun": "all"}),
+        ("dft", "token-mean", _DEMONSTRATIONS | {"demonstration": "probability"}, _SHOWN | {"method": "dft"}),
+        ("asft", "token-mean",
+         _DEMONSTRATIONS | {"demonstration": "probability", "kl": 0.5, "estimator": "full-forward"},
+         _SHOWN | {"method": "asft", "kl": 0.5}),
+        ("asft, the other direction", "sequence-mean",
+         _DEMONSTRATIONS | {"demonstration": "probability", "kl": 0.5, "estimator": "full"},
+         _SHOWN | {"method": "asft", "kl": 0.5, "direction": "reverse", "aggregation": "sequence-mean"}),
+        ("gift", "token-mean", _DEMONSTRATIONS | {"demonstration": "raised", "raised_by": 3.0},
+         _SHOWN | {"method": "gift", "beta": 3.0}),
         ("exgrpo", "token-mean", _SFT | {"compared": "all"}, {"method": "exgrpo", "replayed": True}),
         ("exgrpo, over std", "token-mean", _SFT | {"compared": "all", "scale": "group"},
          {"method": "exgrpo", "replayed": True, "std": True}),
@@ -154,13 +165,16 @@ def run(case: dict, session: Any, loaded: Any, make_trainer: Any) -> None:
         session.skip("the update of a rollout batch is driven on one rank")
     options, policy = case["options"], Policy(loaded.model)
     method, trajectories = _trajectories(case, session, loaded.tokenizer)
-    trainer = make_trainer(case, policy, trajectories, _alone())
+    reference = Policy(copy.deepcopy(loaded.model)) if method.reference_passes else None
+    trainer = make_trainer(case, policy, trajectories, _alone(), reference)
     if options.get("replayed"):
         trajectories = _with_replays(trainer, trajectories)
     bound = options.get("importance_bound")
     stage: Any = SimpleNamespace(temperature=options.get("temperature", 1.0), importance_bound=bound, fault=None)
-    reference = Policy(copy.deepcopy(loaded.model)) if options["policy"].get("kl") else None
-    update = Update(stage, method, trainer, reference, 1 if options.get("sides") else options["minis"])
+    if method.stage == "sft":
+        train_demonstrations(case, session, trainer, method, trajectories)
+        return
+    update = Update(stage, method, trainer, 1 if options.get("sides") else options["minis"])
     session.watch(loaded.model.base_model)
     session.parameters(policy.model)
     versions, rollouts, metrics = [], _rollouts(case, trajectories), _Steps(session, policy)
@@ -211,6 +225,8 @@ def _alone() -> Any:
 def _is_shown(case: dict, place: int) -> bool:
     """Whether the response at a place is a demonstration."""
     shown = case["options"].get("shown")
+    if shown == "all":
+        return True
     return place % GROUP == GROUP - 1 if shown == "in-group" else shown == "apart" and place >= case["examples"] // 2
 
 

@@ -1,4 +1,5 @@
-"""SFT steps of their own between the rollout batches of thence's RL stages; driven by ``_thence_rl.py``."""
+"""SFT steps of thence: between the rollout batches of an RL stage, and those of a stage whose weights depend on the
+policy or on a reference model; driven by ``_thence_rl.py``."""
 
 from __future__ import annotations
 
@@ -27,6 +28,22 @@ def take_turns(case: dict, update: Any, method: Any, trajectories: list[Any], me
             method.restore({"buffer": [_buffered(p) for p in sampler.experts]})
             update.take(rollouts, metrics)
             update.take_side_steps(sampler, metrics)
+
+
+def train_demonstrations(case: dict, session: Any, trainer: Any, method: Any, trajectories: list[Any]) -> None:
+    """The steps of an SFT stage; all responses are demonstrations, dealt to ``minis`` steps an epoch."""
+    from thence.pipeline.sft_stage import demonstration_batch
+
+    options, size = case["options"], case["examples"] // case["options"]["minis"]
+    rollouts = [{"reward": 0.0, "group": i, "demonstration": True} for i in range(len(trajectories))]
+    steps = case["epochs"] * options["minis"]
+    session.watch(trainer.model.base_model)
+    session.parameters(trainer.model)
+    session.say(policy=options["policy"], rollouts=rollouts, versions=list(range(steps)))
+    for _ in range(case["epochs"]):
+        for start in range(0, len(trajectories), size):
+            trainer.step(demonstration_batch(trainer, method, trajectories[start : start + size])[0])
+            session.stepped(trainer.model)
 
 
 class _Sampler:

@@ -254,7 +254,7 @@ def _share(batch: Any, ranks: Any) -> Any:
     return replace(batch, rows=batch.rows[ranks.rank :: ranks.world])
 
 
-def _make_trainer(case: dict, model: Any, trajectories: list[Any], ranks: Any) -> Any:
+def _make_trainer(case: dict, model: Any, trajectories: list[Any], ranks: Any, reference: Any = None) -> Any:
     import torch
 
     from thence.train.step import StepSettings
@@ -284,6 +284,7 @@ def _make_trainer(case: dict, model: Any, trajectories: list[Any], ranks: Any) -
         weight_decay=0.0,
         activation_checkpointing=case["checkpointing"],
         ranks=ranks,
+        reference=reference,
     )
 
 

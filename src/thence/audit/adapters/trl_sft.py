@@ -1,7 +1,8 @@
 """Drives TRL's ``SFTTrainer``: TRL tokenizes the texts, masks prompts, pads or packs, and computes the loss.
 
 Options, beside any argument of ``SFTConfig``: ``layout``, one of ``chat-prompt-completion`` (default), ``messages``
-(with ``assistant_only_loss``) and ``prompt-completion`` (text).
+(with ``assistant_only_loss``) and ``prompt-completion`` (text); ``policy``, what a loss whose weights depend on the
+policy asks by its formula.
 
 Switched off: shuffling (a sequential sampler; accelerate still deals batches to the ranks), clipping unless the case
 asks for it, warm-up, logging and saving; TRL's own defaults of bf16 and activation checkpointing follow the case.
@@ -25,6 +26,9 @@ PACKAGES = ("trl", "transformers", "accelerate", "datasets", "torch")
 AXES = hf.AXES | {"packing"}
 PACKED_LENGTH = 64
 """Tokens in a packed row of the own cases: the probe's examples fill several such rows."""
+DFT = {"scale": "none", "demonstration": "probability", "normaliser": "token-mean"}
+"""What DFT asks of every token: the gradient of its probability, over the trained tokens of the step."""
+STEPS = {"micro_batch": 2, "accumulation": 2, "epochs": 2, "steps": 3, "lr": 0.1}
 CASES: tuple[dict, ...] = (
     {"name": "assistant-only loss on messages", "options": {"layout": "messages", "assistant_only_loss": True}},
     {"name": "prompt and completion as text", "options": {"layout": "prompt-completion"}},
@@ -44,6 +48,10 @@ CASES: tuple[dict, ...] = (
         "extra": True,
     },
     {"name": "loss type dft", "options": {"loss_type": "dft"}, "extra": True},
+    *(
+        {"name": name, "ranks": ranks, "options": {"loss_type": "dft", "policy": DFT}, **STEPS}
+        for name, ranks in (("dft, 3 steps", 1), ("dft, 3 steps, 2 ranks", 2))
+    ),
     {"name": "loss type chunked_nll", "options": {"loss_type": "chunked_nll"}},
     {"name": "resume in the second epoch", "micro_batch": 2, "accumulation": 2, **RESUMED, "save_after": 4},
     {"name": "evaluation in batches of 2", **EVALUATED, "options": {"reports": hf.REPORTS}},
@@ -64,7 +72,7 @@ def run(case: dict, session: Any) -> None:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
-    options = {name: value for name, value in case["options"].items() if name != "reports"}
+    options = {name: value for name, value in case["options"].items() if name not in ("reports", "policy")}
     layout = options.pop("layout", "chat-prompt-completion")
     if "loss_type" in options:
         require_choice(SFTConfig, "loss_type", options["loss_type"], session)
@@ -78,6 +86,10 @@ def run(case: dict, session: Any) -> None:
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any):
             return SequentialSampler(self.train_dataset)  # pyright: ignore
+
+    if "policy" in case["options"]:
+        shown = [{"reward": 0.0, "group": i, "demonstration": True} for i in range(len(session.rows(layout)))]
+        session.say(policy=case["options"]["policy"], rollouts=shown, versions=list(range(case["steps"])))
 
     def make(model: Any, callback: Any):
         return (SFTTrainer if case["beyond"] == "resume" else InOrder)(

@@ -67,13 +67,17 @@ class StepSource:
         """Whether nothing but signs is left of the update."""
         return self.solver.regression is SignRegression
 
-    def beside(self) -> np.ndarray:
-        """Gradients of the entropy at every response token, then of the exact KL there, shape (2 T, coordinates)."""
+    def beside(self, forward: bool) -> np.ndarray:
+        """Gradients of the entropy at every response token, then of the exact KL there, shape (2 T, coordinates).
+
+        Args:
+            forward: KL(reference || policy), not KL(policy || reference).
+        """
         pieces = self.update.pieces
         reference = self.logs.logits(min(self.facts.reference, self.index - 1), pieces)
         self.solver.move_to(self.state)
         kept = [[role in RESPONSE_ROLES for role in piece.roles[1:]] for piece in pieces]
-        found = [self.solver.differentiator.beside(p.ids, r) for p, r in zip(pieces, reference, strict=True)]
+        found = [self.solver.differentiator.beside(p.ids, r, forward) for p, r in zip(pieces, reference, strict=True)]
         return np.concatenate([b[i][k] for i in (0, 1) for b, k in zip(found, kept, strict=True)])
 
     def padding(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -141,7 +145,7 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
         for pads, counts in source.padding():
             wider = np.concatenate([roles, np.full(len(pads), "padding")])
             own = replace(step, outside={**step.outside, "padding": counts})
-            widened = lambda p=pads: system(np.concatenate([p, source.beside()]))  # noqa: E731
+            widened = lambda p=pads: system(np.concatenate([p, source.beside(asked.forward)]))  # noqa: E731
             found.append(
                 replace(observed, step=own, system=system(pads), roles=wider, widened=widened, leaked=None, _wide=[])
             )
@@ -153,14 +157,14 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
         step,
         system(np.empty(0)),
         roles,
-        lambda: system(source.beside()),
+        lambda: system(source.beside(asked.forward)),
         leaked if update.earlier and not source.signs else None,
         source.at_temperature,
         padded,
     )
     if not source.signs and any(weights.any() for weights in beside_weights(step, asked)):
         factor = observed.distance(Variant(step, asked)).factor
-        others = factor * np.concatenate(beside_weights(step, asked)) @ source.beside()
+        others = factor * np.concatenate(beside_weights(step, asked)) @ source.beside(asked.forward)
         solver.move_to(source.state)
         explanation = solver.plain(replace(update, gradient=update.gradient - others))
     return PolicyRecord(observed, update, explanation)

@@ -149,11 +149,11 @@ def _kl(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterator[Hypothe
         if other != asked.estimator:
             detail = f"the KL is estimated by {other}, where {asked.estimator} was asked for"
             yield setting("kl-estimator", "KL estimator", detail, estimator=other)
-    if asked.kl_in == "loss" and asked.estimator != "full" and asked.ratio != "none":
+    if asked.kl_in == "loss" and not asked.exact and asked.ratio != "none":
         how = ("is not multiplied", "was to be") if asked.kl_ratio else ("is multiplied", "was not to be")
         detail = f"the KL {how[0]} by the ratio, and {how[1]}"
         yield setting("kl-estimator", "KL estimator", detail, kl_ratio=not asked.kl_ratio)
-    if asked.estimator != "full":
+    if not asked.exact:
         other = "reward" if asked.kl_in == "loss" else "loss"
         detail = f"the KL is in the {other}, where it was asked for in the {asked.kl_in}"
         yield setting("kl-place", "place of the KL", detail, kl_in=other)

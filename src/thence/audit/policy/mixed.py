@@ -98,6 +98,11 @@ def _dropped(asked: PolicyObjective, tokens: int) -> int:
     return math.floor((1 - asked.prefix_keep) * tokens + 1e-9)
 
 
+def blends(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
+    """Share of the reference policy's distribution in the target of GIFT, shape (T,): 1 / (1 + p_ref (e^beta - 1))."""
+    return 1 / (1 + np.exp(step.reference) * np.expm1(asked.raised_by))
+
+
 def _replays(step: PolicyStep, asked: PolicyObjective) -> np.ndarray:
     ratio = np.exp(np.clip(step.logp - step.sampler, -50.0, 50.0))
     if asked.replay == "shape":
@@ -113,6 +118,7 @@ def _demonstrations(step: PolicyStep, asked: PolicyObjective, advantage: np.ndar
         "probability": p,
         "shape": asked.gamma * p / (p + asked.gamma) ** 2,
         "uncertain": p * (1 - p),
+        "raised": 1 - blends(step, asked),
     }[asked.demonstration]
     factor = advantage[step.row] if asked.demonstration_advantage else 1.0
     beside = asked.demonstration_likelihood * np.exp(asked.confidence_sign * confidence(step, asked))

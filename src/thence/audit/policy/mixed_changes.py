@@ -15,6 +15,7 @@ _SURROGATES = {
     "probability": "p",
     "shape": "p / (p + gamma)",
     "uncertain": "log p times p (1 - p)",
+    "raised": "the cross-entropy to the raised distribution (GIFT)",
 }
 _DIVISORS = {
     "all": "all tokens of the step",
@@ -70,7 +71,7 @@ def _demonstrations(asked: PolicyObjective) -> Iterator[Hypothesis]:
             yield setting("demonstration-missing", part, detail, **{name: 0.0})
     part = "surrogate of demonstrations"
     for other, words in _SURROGATES.items():
-        if other != asked.demonstration:
+        if other not in (asked.demonstration, "raised"):  # which needs gradients that no other surrogate has
             detail = (
                 f"the surrogate of demonstrations is {words}, where {_SURROGATES[asked.demonstration]} was asked for"
             )

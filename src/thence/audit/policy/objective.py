@@ -45,7 +45,8 @@ class PolicyObjective:
         pull: coefficient of (log pi - log pi_old)^2.
         kl: coefficient of the KL to the reference policy.
         estimator: of the KL from samples; with d = log pi - log pi_ref: ``k1`` d, ``k2`` d^2 / 2,
-            ``k3`` exp(-d) - 1 + d; ``full``: exact, over the whole vocabulary.
+            ``k3`` exp(-d) - 1 + d; ``full``: KL(pi || pi_ref), exact, over the whole vocabulary; ``full-forward``:
+            KL(pi_ref || pi), exact too (ASFT, arXiv 2509.23753).
         kl_in: ``loss``: a term of its own, differentiated; ``reward``: kl times the estimator, summed over the
             response, is taken from the reward before advantages are made.
         kl_ratio: the KL is multiplied by the ratio, which is differentiated too (DeepSeek-V3.2, arXiv 2512.02556).
@@ -62,8 +63,10 @@ class PolicyObjective:
             overlong filtering). They take part in the advantages of their group either way.
         demonstration: surrogate of demonstrations, with p their tokens' probability: ``likelihood`` log p (SFT),
             ``probability`` p (mixed policy), ``shape`` p / (p + gamma) (LUFFY, arXiv 2504.14945 eq. 8),
-            ``uncertain`` log p times the detached p (1 - p) (CHORD-phi, arXiv 2508.11408); they have no ratio, no clip
-            and no correction.
+            ``uncertain`` log p times the detached p (1 - p) (CHORD-phi, arXiv 2508.11408), ``raised`` minus the
+            cross-entropy to the reference policy's distribution with the token raised by ``raised_by`` nats (GIFT,
+            arXiv 2601.09233); they have no ratio, no clip and no correction.
+        raised_by: beta of ``raised``.
         demonstration_weight: its coefficient.
         demonstration_advantage: whether it is multiplied by the advantage.
         gamma: of the shaping.
@@ -101,7 +104,7 @@ class PolicyObjective:
     dual_clip: float = math.inf
     pull: float = 0.0
     kl: float = 0.0
-    estimator: Literal["k1", "k2", "k3", "full"] = "k3"
+    estimator: Literal["k1", "k2", "k3", "full", "full-forward"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     kl_ratio: bool = False
     entropy: float = 0.0
@@ -114,7 +117,8 @@ class PolicyObjective:
     longest: float = 0.0
     truncated: Literal["train", "mask"] = "train"
     counted: Literal["all", "informative"] = "all"
-    demonstration: Literal["likelihood", "probability", "shape", "uncertain"] = "likelihood"
+    demonstration: Literal["likelihood", "probability", "shape", "uncertain", "raised"] = "likelihood"
+    raised_by: float = 20.0
     demonstration_weight: float = 1.0
     demonstration_advantage: bool = False
     gamma: float = 0.1
@@ -146,6 +150,16 @@ class PolicyObjective:
     def trusts(self) -> bool:
         """Whether tokens outside a trust region of probabilities are masked."""
         return self.surrogate in ("tv", "binary-kl", "band")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the KL is over the whole vocabulary."""
+        return self.estimator in ("full", "full-forward")
+
+    @property
+    def forward(self) -> bool:
+        """Whether whole distributions are compared as KL(pi_ref || pi), not as KL(pi || pi_ref)."""
+        return self.estimator == "full-forward" or self.demonstration == "raised"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> PolicyObjective:
@@ -193,7 +207,7 @@ class PolicyObjective:
                 remedy="give the temperature that logits are divided by",
                 field="temperature",
             )
-        if self.estimator == "full" and self.kl_in == "reward" and self.kl:
+        if self.exact and self.kl_in == "reward" and self.kl:
             raise UserError(
                 "the exact KL in the reward cannot be predicted",
                 remedy="use an estimator of the sampled tokens: k1, k2 or k3",

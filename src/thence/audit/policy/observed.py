@@ -83,7 +83,8 @@ class Observed:
     def spread(self, variant: Variant) -> tuple[UpdateSystem, np.ndarray]:
         """The system that can say a variant of this step, and its weights of the columns there, shape (columns,)."""
         asked, weights = variant.asked, variant.weights()
-        system = self.wide() if asked.entropy or (asked.estimator == "full" and asked.kl) else self.system
+        whole = (asked.exact and asked.kl) or asked.demonstration == "raised"
+        system = self.wide() if asked.entropy or whole else self.system
         spread = system.spread(weights)
         if system is not self.system:
             entropy, exact = (

@@ -14,7 +14,7 @@ import numpy as np
 
 from thence.audit.objectives import OBJECTIVES
 from thence.audit.policy.facts import PolicyStep, Rollout
-from thence.audit.policy.mixed import by_kind, correctness, near_kept, prefix_weights, with_others
+from thence.audit.policy.mixed import blends, by_kind, correctness, near_kept, prefix_weights, with_others
 from thence.audit.policy.objective import PolicyObjective
 
 GAMMA_LEAST, GAMMA_MOST = 1e-8, 20.0
@@ -63,7 +63,7 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
     begun = step.begun() if asked.prefix != "train" else np.zeros(len(step.row), bool)
     if begun.any():
         acting = np.where(begun, prefix_weights(step, asked, acting, begun), acting)
-    if asked.kl and asked.kl_in == "loss" and asked.estimator != "full":
+    if asked.kl and asked.kl_in == "loss" and not asked.exact:
         apart = step.logp - step.reference
         slope = kl_slope(apart, asked.estimator)
         if asked.kl_ratio:
@@ -85,7 +85,9 @@ def beside_weights(
     other = other or Overrides()
     trained = trained_tokens(step, asked) if other.trained is None else other.trained
     normal = np.where(trained, normals(step, asked, other)[step.row], 0.0)
-    exact = asked.kl if asked.estimator == "full" and asked.kl_in == "loss" else 0.0
+    exact = np.full(len(step.row), asked.kl if asked.exact and asked.kl_in == "loss" else 0.0)
+    if asked.demonstration == "raised":
+        exact = exact + np.where(step.demonstrated()[step.row], asked.demonstration_weight * blends(step, asked), 0.0)
     own = trained & ~step.begun() if asked.entropy_on != "all" else trained
     bonus = own / max(own.sum(), 1) if asked.entropy_on == "own-mean" else np.where(own, normal, 0.0)
     return -asked.entropy * bonus, exact * normal

@@ -59,7 +59,7 @@ def coefficients(observed: Sequence[Observed], variants: Sequence[Variant]) -> I
     if asked.kl_in == "reward" and asked.kl:
         return
     names = [asked.estimator] if asked.kl else ["k3", "k2", "k1"]
-    for name in (n for n in names if n != "full"):
+    for name in (n for n in names if not n.startswith("full")):
         number = _linear(observed, variants, kl_in="loss", estimator=name)
         if number is None or abs(number) < 1e-9:
             continue
@@ -75,7 +75,7 @@ def coefficients(observed: Sequence[Observed], variants: Sequence[Variant]) -> I
 def beside(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterator[Hypothesis]:
     """An entropy bonus and an exact KL: gradients that are no weights of tokens."""
     asked = variants[0].asked
-    for name in ("entropy", "full"):
+    for name in ("entropy", "full-forward" if asked.forward else "full"):
         number = _linear_beside(observed, variants, name)
         if number is None or abs(number) < 1e-9:
             continue
@@ -83,10 +83,10 @@ def beside(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterato
             detail = f"an entropy bonus of {number:.4g} is in the loss, where {asked.entropy:g} was asked for"
             yield setting("entropy-bonus", "entropy", detail, entropy=number)
             continue
-        found = "kl-estimator" if asked.kl else "kl-coefficient"
+        found = "kl-estimator" if asked.kl and asked.estimator != name else "kl-coefficient"
         detail = f"a KL over the whole vocabulary, with coefficient {number:.4g}, is in the loss; "
         detail += f"{asked.kl:g} times {asked.estimator} was asked for" if asked.kl else "none was asked for"
-        yield setting(found, "KL estimator", detail, kl=number, estimator="full", kl_in="loss")
+        yield setting(found, "KL estimator", detail, kl=number, estimator=name, kl_in="loss")
 
 
 def _linear(observed: Sequence[Observed], variants: Sequence[Variant], **settings: str) -> float | None:
@@ -129,7 +129,7 @@ def _linear_beside(observed: Sequence[Observed], variants: Sequence[Variant], na
     parts = []
     for o, v in zip(observed, variants, strict=True):
         none = replace(v.asked, entropy=0.0) if name == "entropy" else replace(v.asked, kl=0.0)
-        unit = {"entropy": 1.0} if name == "entropy" else {"kl": 1.0, "estimator": "full", "kl_in": "loss"}
+        unit = {"entropy": 1.0} if name == "entropy" else {"kl": 1.0, "estimator": name, "kl_in": "loss"}
         system, size = o.wide(), len(v.step.row)
         base = system.spread(replace(v, asked=none).weights())
         base[-2 * size :] += np.concatenate(beside_weights(v.step, none, v.other))

@@ -129,6 +129,7 @@ def shard(policy: Any, ranks: DataParallel, sharding: ShardLayout) -> Sharded:
             module.set_force_sum_reduction_for_comms(True)
     policy.sum_every_pass = sharding.sum_every_pass
     register_fsdp_forward_method(policy, "statistics")
+    register_fsdp_forward_method(policy, "beside")
     return Sharded(ranks.device, mesh, ranks.context)
 
 
