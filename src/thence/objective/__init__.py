@@ -15,6 +15,7 @@ from thence.objective.surrogates import (
     Shape,
     ShapeRatio,
     Surrogate,
+    TrSft,
 )
 from thence.objective.terms import (
     BareRow,
@@ -52,6 +53,7 @@ __all__ = [
     "Term",
     "TokenInputs",
     "TokenStats",
+    "TrSft",
     "TrustMask",
     "binary_kl",
     "divisors",
