@@ -152,13 +152,14 @@ def recipe_of(folder: Path, **rl: Any) -> dict[str, Any]:
 
 
 def composed_of(monkeypatch: pytest.MonkeyPatch) -> list[list[Trajectory]]:
-    """What the method composes from now on, batch by batch."""
+    """What the method composes from now on in runs, batch by batch."""
     heard: list[list[Trajectory]] = []
     compose = Trapo.compose
 
     def listened(method: Trapo, sampler: Any, prompts: int, n: int) -> list[Trajectory]:
-        heard.append(compose(method, sampler, prompts, n))
-        return heard[-1]
+        found = compose(method, sampler, prompts, n)
+        heard.extend([found] if isinstance(sampler, RolloutSampler) else [])
+        return found
 
     monkeypatch.setattr(Trapo, "compose", listened)
     return heard
@@ -174,8 +175,8 @@ def test_a_run_samples_in_rounds_and_counts_what_it_samples(tmp_path: Path, monk
         assert line["sampled_tokens"] == sum(t.sampled_tokens for t in batch)
         assert line["sequences"] == len(batch) == 32
         assert line["grad_norm"] > 0
-        own = {t.response_ids for t in batch if not t.prefix and t.origin == "rollout"}
-        assert len(own) > 20  # no round repeats the random numbers of another
+        own = [t.response_ids for t in batch if not t.prefix and t.origin == "rollout"]
+        assert len(set(own)) > 0.9 * len(own) >= 0.9 * 16  # no round repeats the random numbers of another
     assert any("prefix" in line.get("shares", {}) for line in lines)
     assert any("demonstration" in line.get("shares", {}) for line in lines)
 
@@ -200,45 +201,49 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path: Path, monkeypa
 
 
 def test_rollouts_in_rounds_are_those_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
+    compared, plain = [], Trapo.compose
 
     def compose(method: Trapo, sampler: RolloutSampler, prompts: int, n: int) -> list[Trajectory]:
+        if not isinstance(sampler, RolloutSampler):
+            return plain(method, sampler, prompts, n)
         asked = sampler.next_prompts(prompts)
         before = sampler.context.meter.total
         whole = sampler.rollouts(asked, 8)
         cost = sampler.context.meter.total - before
         rounds = [sampler.rollouts(asked, size, first=first) for size, first in ((4, 0), (2, 4), (1, 6), (1, 7))]
-        assert sampler.context.meter.total - before == pytest.approx(2 * cost)
+        assert sampler.context.meter.total - before > 2 * cost  # every round reads the prompts
         for i in range(len(asked)):
-            parts = [t for found, size in zip(rounds, (4, 2, 1, 1), strict=True) for t in found[i * size : (i + 1) * size]]
+            parts = [
+                t for found, size in zip(rounds, (4, 2, 1, 1), strict=True) for t in found[i * size : (i + 1) * size]
+            ]
             assert [t.response_ids for t in parts] == [t.response_ids for t in whole[8 * i : 8 * i + 8]]
         assert len({t.response_ids for t in whole}) > len(whole) / 2
         begins = [(prompt.demonstration_ids or ())[:2] for prompt in asked]
         first, then = (sampler.continuations(asked, begins, 1, first=number) for number in (0, 1))
         both = sampler.continuations(asked, begins, 2)
-        assert [t.response_ids for pair in zip(first, then, strict=True) for t in pair] == [t.response_ids for t in both]
+        assert [t.response_ids for pair in zip(first, then, strict=True) for t in pair] == [
+            t.response_ids for t in both
+        ]
         assert [t.response_ids for t in first] != [t.response_ids for t in then]
         compared.append(len(asked))
         return whole
 
     monkeypatch.setattr(Trapo, "compose", compose)
     run(recipe_of(tmp_path, steps=1), {"folder": str(tmp_path / "run")})
-    assert compared == [8, 4] or compared[-1] == 4, compared
+    assert compared == [4]
 
 
-def test_the_text_of_a_token_is_what_the_tokenizer_makes_of_it_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = []
+def test_tokens_are_told_by_the_text_that_each_has_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, plain = [], Trapo.compose
 
     def compose(method: Trapo, sampler: RolloutSampler, prompts: int, n: int) -> list[Trajectory]:
-        asked = sampler.next_prompts(prompts)
-        for prompt in asked:
-            told.append("".join(sampler.token_texts(prompt.token_ids)))
-        return sampler.rollouts(asked, n)
+        if isinstance(sampler, RolloutSampler):
+            tokenizer = sampler.context.tokenizer
+            ids = [token for token in range(len(tokenizer)) for _ in range(2)]
+            told.append((sampler.token_texts(ids), [tokenizer.decode([token]) for token in ids]))
+        return plain(method, sampler, prompts, n)
 
     monkeypatch.setattr(Trapo, "compose", compose)
-    recipe = recipe_of(tmp_path, steps=1)
-    monkeypatch.setattr("thence.pipeline.preflight.rehearse", lambda *given: None)
-    run(recipe, {"folder": str(tmp_path / "run")})
-    assert len(told) == 4 and all("?" in text or "=" in text or text for text in told), told
+    run(recipe_of(tmp_path, steps=1), {"folder": str(tmp_path / "run")})
+    ((texts, expected),) = told
+    assert texts == expected and len(set(texts)) > 10

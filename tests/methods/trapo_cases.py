@@ -51,9 +51,7 @@ class Rewarded:
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         self.asked.append(("demonstrations", [p.index for p in prompts], 1, 0))
-        return [
-            Trajectory(p, p.demonstration_ids or (), "demonstration", self.rewards[p.index][-1]) for p in prompts
-        ]
+        return [Trajectory(p, p.demonstration_ids or (), "demonstration", self.rewards[p.index][-1]) for p in prompts]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return ["so.\n\n" if token in self.lines else "\n" for token in token_ids]
