@@ -28,7 +28,7 @@ PUBLIC = {
     "thence.audit": "",
     "thence.methods.base": "Method Options TokenFacts Weights Sampler SideStep make_batch reward_of",
     "thence.methods.grpo": "Grpo GrpoOptions",
-    "thence.objective": "Term Normaliser Logp Ratio Clip Prob Shape ShapeRatio Entropy NegativeKl",
+    "thence.objective": "Term Normaliser Logp Ratio Clip Prob Shape ShapeRatio TrSft Entropy NegativeKl",
     "thence.data.trajectory": "Prompt Trajectory",
     "thence.data.readers": "read_examples",
     "thence.data.chat": "chat_format end_token_ids render_all trained_share",

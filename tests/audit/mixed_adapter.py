@@ -35,6 +35,10 @@ FOUND = {
     "hint missing": ("uft", {"hint_weight": 0.0}, "prefix-missing"),
     "prefix not counted": ("bread", {"normaliser": "paper"}, "normaliser-counted"),
     "prefix trained": ("bread", {"begun": None}, "prefix-trained"),
+    "bounded prefix doubled": ("trapo", {"prefix_weight": 2.0}, "prefix-weight"),
+    "bounded prefix missing": ("trapo", {"prefix_weight": 0.0}, "prefix-missing"),
+    "plain likelihood of a prefix": ("trapo", {"alpha": 1e-12}, "prefix-trained"),
+    "repeated prefix trained": ("trapo", {}, "prefix-trained"),
     "replay to the old policy": ("exgrpo", {}, "replay-ratio"),
     "SFT step doubled": ("relift, RL and SFT steps", {}, "demonstration-weight"),
     "whole KL halved": ("asft", {"kl": 0.25}, "kl-coefficient"),
@@ -91,7 +95,7 @@ def run(case, session):
 
 
 def patches(wrong):
-    from thence.methods import base, rl_sft_loss
+    from thence.methods import base, rl_sft_loss, trapo
     from thence.methods.relift import Relift
     from thence.objective import Normaliser
     from thence.pipeline import rl_update
@@ -99,6 +103,8 @@ def patches(wrong):
     if wrong == "divided by their own tokens":
         own = lambda *_: Normaliser("term tokens")  # noqa: E731
         return [mock.patch.object(rl_sft_loss, "likelihood_normaliser", own)]
+    if wrong == "repeated prefix trained":
+        return [mock.patch.object(trapo, "trained_prefixes", lambda trajectories: [True] * len(trajectories))]
     if wrong == "replay to the old policy":
         return [mock.patch.object(base, "behaviour_of", lambda trajectory, old: old)]
     if wrong == "SFT step doubled":

@@ -61,6 +61,20 @@ def prefix_rft(logp, step, advantage):
     return (mask * advantage * (logp - torch.tensor(step.old)).exp()).sum() / len(logp)
 
 
+def trapo(logp, step, advantage):
+    begun = torch.tensor(step.begun())
+    own = advantage * (logp - torch.tensor(step.old)).exp()
+    p = logp.exp()
+    bounded = torch.where(p >= 0.3, logp, p / 0.3 - 1 + np.log(0.3))
+    assert (p[begun] < 0.3).any() and (p[begun] > 0.3).any()
+    return torch.where(begun, 0.5 * bounded, own).sum() / len(logp)
+
+
+def trapo_repeated(logp, step, advantage):
+    own = advantage * (logp - torch.tensor(step.old)).exp()
+    return torch.where(torch.tensor(step.begun()), 0.0, own).sum() / len(logp)
+
+
 def sapo(logp, step, advantage):
     ratio = (logp - torch.tensor(step.old)).exp()
     tau = torch.where(advantage > 0, 1.0, 1.05)
@@ -83,6 +97,8 @@ FORMULAS = {
     "exgrpo": ({}, {"replay": True}, exgrpo),
     "uft": ({"prefix": "likelihood", "prefix_weight": 0.3}, {"prefix": 2}, uft),
     "prefix_rft": ({"prefix": "kept", "prefix_keep": 0.5}, {"prefix": 2}, prefix_rft),
+    "trapo": ({"prefix": "bounded", "prefix_bound": 0.3, "prefix_weight": 0.5}, {"prefix": 3}, trapo),
+    "trapo, a repeated prefix": ({"prefix": "bounded"}, {"prefix": 2, "repeated": True}, trapo_repeated),
     "sapo": ({"surrogate": "sigmoid"}, {}, sapo),
     "vespo": ({"surrogate": "gamma"}, {}, vespo),
 }  # fmt: skip

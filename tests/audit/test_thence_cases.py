@@ -19,7 +19,13 @@ WRONG = {
 }
 
 
-FEW = ("rl_sft_loss: coefficient doubled", "uft: hint missing", "srft: prompt trained", "RL: loop: padding, counted")
+FEW = (
+    "rl_sft_loss: coefficient doubled",
+    "uft: hint missing",
+    "srft: prompt trained",
+    "trapo: plain likelihood of a prefix",
+    "RL: loop: padding, counted",
+)
 """A sample for every day; the others are slow."""
 
 

@@ -23,8 +23,9 @@ RL = {
     "checkpoint_every": 1,
     "data": {"limit": 20, "seed": 1},
 }
-METHODS: dict[str, dict[str, Any]] = {"relift": {}, "exgrpo": {}, "bread": {}, "sasr": {}}
-"""Methods that carry something from one step to the next, beside the optimizer's moments."""
+ROUNDS = {"groups": [2, 1, 1], "thresholds": [0.5, 0.9], "fractions": [0.25, 1.0]}
+METHODS: dict[str, dict[str, Any]] = {"relift": {}, "exgrpo": {}, "bread": {}, "sasr": {}, "trapo": ROUNDS}
+"""Methods that carry something from one step to the next, beside the optimizer's moments, or sample in rounds."""
 
 
 @dataclass(frozen=True)

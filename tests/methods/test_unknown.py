@@ -203,7 +203,9 @@ def test_many_dead_steps_in_a_row_are_warned_of(caplog):
 
 
 NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "ipo"}
-NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
+NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread", "trapo"}
+OF_TWO = {"trapo": {"groups": [1, 1], "thresholds": [0.5], "fractions": [1.0]}}
+"""Options with which a method that has sizes of its own takes two rollouts."""
 
 
 @pytest.mark.parametrize("name", [name for name, m in registry.methods().items() if m.stage == "rl"])
@@ -215,7 +217,7 @@ def test_one_rollout_is_refused_by_the_methods_that_learn_nothing_from_it(name):
         assert caught.value.field == "rl-late.rollouts" and "rollouts to 2" in caught.value.remedy
     else:
         registry.stage_method(stage, "rl-late")
-    registry.stage_method(Rl(method=name, rollouts=2), "rl-late")
+    registry.stage_method(Rl(method=name, rollouts=2, options=OF_TWO.get(name, {})), "rl-late")
 
 
 def test_a_lone_response_that_gets_its_reward_is_fine():

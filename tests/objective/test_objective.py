@@ -21,6 +21,7 @@ from thence.objective import (
     SquaredGap,
     Term,
     TokenInputs,
+    TrSft,
     TrustMask,
     fused,
     group_advantages,
@@ -62,12 +63,22 @@ def test_shape_golden_vectors(p, value, slope):
     assert Shape(0.1).slope(logp, context).item() == pytest.approx(slope, abs=1e-6)
 
 
+@pytest.mark.parametrize(("p", "slope"), [(1.0, 1.0), (0.1, 1.0), (0.04, 0.4), (0.01, 0.1), (1e-4, 0.001)])
+def test_tr_sft_golden_vectors(p, slope):
+    logp = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)
+    value = TrSft(0.1).value(logp, Context(torch.ones(1)))
+    (gradient,) = torch.autograd.grad(value.sum(), logp)
+    assert gradient.item() == pytest.approx(slope, rel=1e-12)
+    assert TrSft(0.1).slope(logp.detach(), Context(torch.ones(1))).item() == pytest.approx(slope, rel=1e-12)
+    assert value.item() == pytest.approx(math.log(p) if p >= 0.1 else p / 0.1 - 1 + math.log(0.1), rel=1e-12)
+
+
 @pytest.mark.parametrize(("ratio", "value"), [(1.0, 0.909091), (0.1, 0.5)])
 def test_shape_ratio_golden_vectors(ratio, value):
     assert values_and_slopes(ShapeRatio(0.1), ratio, 1.0)[0] == pytest.approx(value, abs=1e-6)
 
 
-SURROGATES = [Logp(), Ratio(), Clip(), Clip(0.2, 0.28, 3.0), Prob(), Shape(), ShapeRatio()]
+SURROGATES = [Logp(), Ratio(), Clip(), Clip(0.2, 0.28, 3.0), Prob(), Shape(), ShapeRatio(), TrSft()]
 SURROGATES += [CappedRatio(0.5, 1.5), TrustMask("tv"), TrustMask("kl"), TrustMask("band", 0.2, 0.3, 1.5), SquaredGap()]
 SURROGATES += [NegativeKl("k1"), NegativeKl("k2"), NegativeKl("k3")]
 

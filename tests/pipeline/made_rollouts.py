@@ -38,15 +38,20 @@ class MadeRollouts:
         self.expert_drawn += count
         return self._dealt(self.expert_drawn - count, count)
 
-    def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-        return [self._made(prompt, (), number) for prompt in prompts for number in range(n)]
+    def rollouts(self, prompts: Sequence[Prompt], n: int, first: int = 0) -> list[Trajectory]:
+        return [self._made(prompt, (), number) for prompt in prompts for number in range(first, first + n)]
 
-    def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
-        pairs = zip(prompts, prefixes, strict=True)
-        return [self._made(prompt, tuple(prefix), 100 + j) for prompt, prefix in pairs for j in range(n)]
+    def continuations(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int, first: int = 0
+    ) -> list[Trajectory]:
+        pairs, numbers = zip(prompts, prefixes, strict=True), range(first, first + n)
+        return [self._made(prompt, tuple(prefix), 100 + j) for prompt, prefix in pairs for j in numbers]
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         return [Trajectory(p, p.demonstration_ids or (), "demonstration", 1.0, "right") for p in prompts]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return ["\n\n" if token % 5 == 0 else "" for token in token_ids]
 
     def uniform(self, *key: object) -> float:
         return stable_seed(self.step, *key) / 2**63

@@ -43,6 +43,7 @@ SLOW = {
     "exgrpo": {"method": "exgrpo", "steps": 5, "options": {"start": 0.0}},
     "red": {"method": "red"},
     "bread": {"method": "bread", "rollouts": 2},
+    "trapo": {"method": "trapo", "rollouts": 8, "options": {"fractions": [0.2, 0.5, 1.0]}},
     "reference": {"method": "grpo", "options": {"kl": 0.05}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }

@@ -27,6 +27,7 @@ METHODS = {
     "prefix_rft": {"method": "prefix_rft"},
     "hpt": {"method": "hpt", "options": {"gate": 0.3}},
     "exgrpo": {"method": "exgrpo", "steps": 5, "options": {"start": 0.0}},
+    "trapo": {"method": "trapo", "rollouts": 8},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
 EXACT = 1e-12

@@ -14,6 +14,7 @@ from tests.pipeline.update_matrix import holds, matrix
 KEPT = ROOT / "benchmarks/results"
 QUICK = [Cell("sft", True, False, "float64"), Cell("srft", False, True, "float64"), Cell("gspo", True, True, "float32")]
 QUICK += [Cell("gift", True, False, "float64"), Cell("asft", False, True, "float64")]
+QUICK += [Cell("trapo", False, False, "float64")]
 SLOW = [Cell(name, number % 2 == 0, number % 3 == 0, "float64") for number, name in enumerate(METHODS)][1::3]
 
 

@@ -50,6 +50,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "cispo": {"cap": 1.01},
     "dppo": {"low": 1e-3, "high": 1e-3, "kappa": 0.1},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "trapo": {"groups": [2, 1, 1], "thresholds": [0.5, 0.9], "fractions": [0.25, 1.0]},
+}
+"""Methods whose cells tests try, and which are not part of the kept matrix."""
 LAYOUTS = {1: ("ddp", "fsdp2"), 2: ("ddp", "fsdp2"), 4: ("ddp", "fsdp2", "hsdp")}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 ALLOWED = {
@@ -141,7 +145,7 @@ def train(
         found.norms.append(report.grad_norm)
         return report
 
-    method = methods()[cell.method](METHODS[cell.method])
+    method = methods()[cell.method]((METHODS | OTHERS)[cell.method])
     reference = reference_of(cell, policy, ranks, layout) if method.reference_passes else None
     settings = StepSettings(tokens, False, CLIP_NORM, dtype)
     trainer = Trainer(policy, RATE, settings, ranks=mine, take_step=step, eps=EPS, reference=reference)

@@ -77,7 +77,7 @@ def arm_of(recipe: ComparisonRecipe, name: str) -> Arm:
         fault=tuple(names),
         accumulation=accumulation if names else 0,
         tries=tries_in(recipe, name),
-        reconstruction=bool(method) and methods()[method].exactness == "reconstruction",
+        reconstruction=bool(method) and methods()[method].exactness_with(stage.get("options", {})) == "reconstruction",
         paper=table.paper,
         note=table.note,
     )

@@ -61,6 +61,8 @@ class Trajectory:
         prefix: first tokens of the response that the expert wrote and the policy went on from.
         behaviour: log-probabilities of a replayed response under the policy that sampled it. None for all others: a
             method finds those of a rollout in ``TokenFacts.old``.
+        round: of sampling, from 0, where a method samples a group in rounds, and what a later one asks for follows from
+            the rewards of the earlier.
     """
 
     prompt: Prompt
@@ -76,6 +78,7 @@ class Trajectory:
     components: tuple[tuple[str, float], ...] = ()
     prefix: int = 0
     behaviour: tuple[float, ...] | None = None
+    round: int = 0
 
     @property
     def sampled_tokens(self) -> int:
@@ -85,3 +88,7 @@ class Trajectory:
     def scored(self, score: float | None) -> Trajectory:
         """The same trajectory with another score."""
         return replace(self, score=score)
+
+    def in_round(self, number: int) -> Trajectory:
+        """The same trajectory as one of another round of sampling."""
+        return replace(self, round=number)

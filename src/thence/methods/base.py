@@ -47,15 +47,31 @@ class Sampler(Protocol):
         """This rank's share of the next ``count`` prompts in the data's order: every ``world``-th from ``rank`` on."""
         ...
 
-    def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
+    def rollouts(self, prompts: Sequence[Prompt], n: int, first: int = 0) -> list[Trajectory]:
         """``n`` graded responses of the policy for each prompt, prompt by prompt.
 
         Those that nobody can judge are among them, with ``score = None``: see :mod:`thence.methods.unknown`.
+
+        Args:
+            first: number of a prompt's first response. The random numbers of a response follow from its number, so a
+                method that samples a group in rounds gives each round the numbers that come next: 4 responses and then
+                4 more with ``first = 4`` are the 8 that one call gives. Two calls for one draw of a prompt with the
+                same numbers give the same responses twice. A rank may ask for other prompts in a round than another
+                rank, or for none: no rank waits for another here.
         """
         ...
 
-    def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
-        """``n`` graded responses for each prompt that begin with the given tokens and are finished by the policy."""
+    def continuations(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int, first: int = 0
+    ) -> list[Trajectory]:
+        """``n`` graded responses for each prompt that begin with the given tokens and are finished by the policy.
+
+        ``first`` as for :meth:`rollouts`; the numbers of continuations and rollouts are apart.
+        """
+        ...
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself, as the tokenizer decodes it."""
         ...
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
@@ -131,6 +147,11 @@ class Method(ABC):
     def __init__(self, options: Mapping[str, Any] | None = None):
         remedy = f"see `thence methods {self.name}` (method {self.name})"
         self.options: Any = validated(self.Options, dict(options or {}), "options", remedy=remedy)
+
+    @classmethod
+    def exactness_with(cls, options: Mapping[str, Any]) -> Literal["exact", "reconstruction"]:
+        """The exactness with these options of a recipe; default: :attr:`exactness` whatever they are."""
+        return cls.exactness
 
     @property
     def least_rollouts(self) -> int:

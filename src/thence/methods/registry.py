@@ -33,6 +33,7 @@ from thence.methods.sasr import Sasr
 from thence.methods.sft import SftMethod
 from thence.methods.srft import Srft
 from thence.methods.superrl import SuperRl
+from thence.methods.trapo import Trapo
 from thence.methods.uft import Uft
 from thence.recipe import Rl, Sft, kind_of
 
@@ -42,6 +43,7 @@ OWN: tuple[type[Method], ...] = (
     Cispo, Dppo, Ipo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
+    Trapo,
 )  # fmt: skip
 ENTRY_POINT_GROUP = "thence.methods"
 

@@ -26,6 +26,7 @@ from thence.objective.surrogates import (
     Shape,
     ShapeRatio,
     Surrogate,
+    TrSft,
 )
 from thence.objective.terms import (
     BareRow,
@@ -66,6 +67,7 @@ __all__ = [
     "Term",
     "TokenInputs",
     "TokenStats",
+    "TrSft",
     "TrustMask",
     "binary_kl",
     "compares",

@@ -3,7 +3,8 @@
 Every surrogate is an elementwise function of the log-probability of the token that was taken, so its gradient is
 ``slope * d logp``: the slope times the weight, divided by the normaliser, is the weight that the token gets.
 Tensors are flat over trained tokens (suffix T). All formulas side by side: ``docs/objective.md``; PPO clip from
-arXiv 1707.06347 eq. 7, dual clip from arXiv 1912.09729, shaping from LUFFY (arXiv 2504.14945) eq. 8.
+arXiv 1707.06347 eq. 7, dual clip from arXiv 1912.09729, shaping from LUFFY (arXiv 2504.14945) eq. 8, TrSFT from TRAPO
+(arXiv 2512.17636).
 """
 
 from __future__ import annotations
@@ -166,6 +167,25 @@ class Shape:
     def slope(self, logp_T: Tensor, context: Context) -> Tensor:
         shaped_T = self.value(logp_T, context)
         return shaped_T * (1 - shaped_T)
+
+
+@dataclass(frozen=True)
+class TrSft:
+    """TR_SFT: ``logp`` where ``pi >= alpha``, else ``pi / alpha - 1 + log alpha`` (TRAPO, arXiv 2512.17636).
+
+    The likelihood, with the slope ``min(1, pi / alpha)``: scaled down where the policy finds the token unlikely. Value
+    and slope are continuous at alpha.
+    """
+
+    alpha: float = 0.1
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        edge = math.log(self.alpha)
+        below_T = (logp_T - edge).clamp(max=0).exp() - 1 + edge
+        return torch.where(logp_T >= edge, logp_T, below_T)
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return (logp_T - math.log(self.alpha)).clamp(max=0).exp()
 
 
 @dataclass(frozen=True)

@@ -21,30 +21,36 @@ PROMPTS = 8
 
 
 def rehearse(method: Method, stage: Rl, prompts: Sequence[Prompt]) -> None:
-    """Let a fresh method compose and weigh a batch of one-token responses. Raises UserError where it refuses."""
+    """Let a fresh method compose and weigh a batch of one-token responses. Raises UserError where it refuses.
+
+    A method that falls back on demonstrations does so where rewards are low, so it gets a second batch without any
+    right response.
+    """
     logger = logging.getLogger("thence.methods")
     before = logger.level
     logger.setLevel(logging.ERROR)  # what it says of made-up responses is of no use
     try:
-        found = method.compose(Rehearsal(stage, prompts), min(stage.prompts, PROMPTS), stage.rollouts)
-        sizes = [len(t.response_ids) for t in found]
-        facts = []
-        if method.uses_facts or method.uses_old or method.uses_reference:
-            old, theirs = method.uses_old, method.uses_reference
-            zeros = map(torch.zeros, sizes)
-            facts = [TokenFacts(z, z, z if old else None, z if theirs else None, 2 * theirs) for z in zeros]
-        make_batch(method, found, facts)
+        for hopeless in (False, True) if method.demonstrations != "no" else (False,):
+            sampler = Rehearsal(stage, prompts, hopeless)
+            found = method.compose(sampler, min(stage.prompts, PROMPTS), stage.rollouts)
+            sizes = [len(t.response_ids) for t in found]
+            facts = []
+            if method.uses_facts or method.uses_old or method.uses_reference:
+                old, theirs = method.uses_old, method.uses_reference
+                zeros = map(torch.zeros, sizes)
+                facts = [TokenFacts(z, z, z if old else None, z if theirs else None, 2 * theirs) for z in zeros]
+            make_batch(method, found, facts)
     finally:
         logger.setLevel(before)
 
 
 class Rehearsal:
-    """Stands in for the sampler: every second response is right."""
+    """Stands in for the sampler: every second response is right, or none is. No token holds a blank line."""
 
     rank, world, step = 0, 1, 0
 
-    def __init__(self, stage: Rl, prompts: Sequence[Prompt]):
-        self.steps, self.prompts, self.drawn = stage.steps, prompts, 0
+    def __init__(self, stage: Rl, prompts: Sequence[Prompt], hopeless: bool = False):
+        self.steps, self.prompts, self.drawn, self.hopeless = stage.steps, prompts, 0, hopeless
 
     def next_prompts(self, count: int) -> list[Prompt]:
         self.drawn += count
@@ -56,14 +62,20 @@ class Rehearsal:
             raise no_demonstrations()
         return [experts[i % len(experts)] for i in range(count)]
 
-    def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-        return [_made(prompt, (), j) for prompt in prompts for j in range(n)]
+    def rollouts(self, prompts: Sequence[Prompt], n: int, first: int = 0) -> list[Trajectory]:
+        return [self._made(prompt, (), j) for prompt in prompts for j in range(first, first + n)]
 
-    def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
-        return [_made(p, tuple(begin), j) for p, begin in zip(prompts, prefixes, strict=True) for j in range(n)]
+    def continuations(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int, first: int = 0
+    ) -> list[Trajectory]:
+        pairs = zip(prompts, prefixes, strict=True)
+        return [self._made(p, tuple(begin), j) for p, begin in pairs for j in range(first, first + n)]
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         return [Trajectory(p, p.demonstration_ids or (), "demonstration", 1.0, "right") for p in prompts]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [""] * len(token_ids)
 
     def uniform(self, *key: object) -> float:
         return stable_seed(*key) / 2**63
@@ -74,6 +86,11 @@ class Rehearsal:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def _made(self, prompt: Prompt, begin: tuple[int, ...], j: int) -> Trajectory:
+        ids, right = (*begin, prompt.token_ids[-1]), not (self.hopeless or j % 2)
+        logps, verdict = None if begin else (-1.0,), "right" if right else "wrong"
+        return Trajectory(prompt, ids, "rollout", float(right), verdict, sampler_logps=logps, prefix=len(begin))
+
 
 def no_demonstrations() -> DataError:
     """What a method that trains on demonstrations says of data without any."""
@@ -82,10 +99,3 @@ def no_demonstrations() -> DataError:
         remedy="give data with demonstrations, or another method",
         field="data.source",
     )
-
-
-def _made(prompt: Prompt, begin: tuple[int, ...], j: int) -> Trajectory:
-    ids = (*begin, prompt.token_ids[-1])
-    logps = None if begin else (-1.0,)
-    verdict = "wrong" if j % 2 else "right"
-    return Trajectory(prompt, ids, score=1.0 - j % 2, verdict=verdict, sampler_logps=logps, prefix=len(begin))

@@ -136,7 +136,8 @@ def method_labels(recipe: Recipe) -> dict[str, str]:
         stage = recipe.stage(name)
         if isinstance(stage, Sft | Rl):
             method = stage_method(stage, name)
-            labels[name] = stage.method + (" (reconstruction)" if method.exactness == "reconstruction" else "")
+            made_up = method.exactness_with(stage.options) == "reconstruction"
+            labels[name] = stage.method + (" (reconstruction)" if made_up else "")
             if stage.fault is not None:
                 labels[name] += f" with {' and '.join(stage.fault.names)}"
     return labels

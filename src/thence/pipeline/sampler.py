@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from thence.data.order import drawn_from, stable_seed
+from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
 from thence.models.lengths import context_of
 from thence.pipeline.context import StageContext
@@ -57,6 +58,7 @@ class RolloutSampler:
         self.model: Any = None  # while a rollout batch is composed
         self.seconds = 0.0
         self.seen: list[Trajectory] = []
+        self.texts: dict[int, str] = {}  # of single tokens
         self.limit = context_of(context.model.config)
         self.unknown = stage.unknown
         self.sampling = Sampling(
@@ -90,15 +92,17 @@ class RolloutSampler:
         self.expert_drawn += count
         return self._dealt([self.experts[i] for i in chosen])
 
-    def rollouts(self, prompts: Sequence[Prompt], n: int) -> list[Trajectory]:
-        return self._sampled(prompts, n, (*self.context.seed_parts(), "rollout", self.drawn))
+    def rollouts(self, prompts: Sequence[Prompt], n: int, first: int = 0) -> list[Trajectory]:
+        return self._sampled(prompts, n, (*self.context.seed_parts(), "rollout", self.drawn), first=first)
 
-    def continuations(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int) -> list[Trajectory]:
+    def continuations(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int, first: int = 0
+    ) -> list[Trajectory]:
         longer = [
             replace(prompt, token_ids=(*prompt.token_ids, *prefix))
             for prompt, prefix in zip(prompts, prefixes, strict=True)
         ]
-        found = self._continued(longer, [len(prefix) for prefix in prefixes], n)
+        found = self._continued(longer, [len(prefix) for prefix in prefixes], n, first)
         original = [(prompt, tuple(prefix)) for prompt, prefix in zip(prompts, prefixes, strict=True) for _ in range(n)]
         whole = []
         for trajectory, (prompt, prefix) in zip(found, original, strict=True):
@@ -110,7 +114,7 @@ class RolloutSampler:
         self.seen += graded
         return graded
 
-    def _continued(self, longer: Sequence[Prompt], given: Sequence[int], n: int) -> list[Trajectory]:
+    def _continued(self, longer: Sequence[Prompt], given: Sequence[int], n: int, first: int) -> list[Trajectory]:
         """``n`` responses for each prompt that ends with so many given tokens of its response, within ``max_tokens``.
 
         What goes beyond it is cut off by the caller; here only what would not fit into the model's context is left out.
@@ -126,7 +130,8 @@ class RolloutSampler:
             made = [Trajectory(longer[i], (), finish="length") for i in chosen for _ in range(n)]
             if room > 0:
                 sampling = replace(self.sampling, max_tokens=room)
-                made = self._sampled([longer[i] for i in chosen], n, seed_parts, keep=False, sampling=sampling)
+                asked = [longer[i] for i in chosen]
+                made = self._sampled(asked, n, seed_parts, keep=False, sampling=sampling, first=first)
             found |= {i: made[k * n : k * n + n] for k, i in enumerate(chosen)}
         return [trajectory for i in range(len(longer)) for trajectory in found[i]]
 
@@ -139,6 +144,12 @@ class RolloutSampler:
         if self.unknown == "zero":
             return list(graded)
         return [t.scored(None) if t.verdict == "unknown" else t for t in graded]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        for token in token_ids:
+            if token not in self.texts:
+                self.texts[token] = response_text(self.context.tokenizer, [token], ())
+        return [self.texts[token] for token in token_ids]
 
     def uniform(self, *key: object) -> float:
         return stable_seed(*self.context.seed_parts(), "method", self.step, *key) / 2**63
@@ -165,6 +176,7 @@ class RolloutSampler:
         seed_parts: tuple[object, ...],
         keep: bool = True,
         sampling: Sampling | None = None,
+        first: int = 0,
     ) -> list[Trajectory]:
         if not prompts:
             return []
@@ -173,7 +185,7 @@ class RolloutSampler:
         again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
         tokenizer = self.context.tokenizer
         found = respond(
-            self.model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again
+            self.model, tokenizer, grader, prompts, n, sampling or self.sampling, seed_parts, self.engine, again, first
         )
         found = self._known(found) if keep else found
         self.seconds += time.perf_counter() - start

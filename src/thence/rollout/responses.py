@@ -32,6 +32,7 @@ def respond(
     seed_parts: tuple[object, ...],
     engine: Engine | None = None,
     again: Sequence[int] | None = None,
+    first: int = 0,
 ) -> list[Trajectory]:
     """``n`` responses for each prompt, prompt by prompt, graded if there is a grader.
 
@@ -40,12 +41,13 @@ def respond(
         engine: samples in place of the model's own process, and holds the same weights.
         again: how often each prompt was drawn before, one number a prompt; default: how often it stands before in
             ``prompts``. A prompt drawn twice is sampled anew.
+        first: number of each prompt's first response, where others of the same batch came before.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
     seeds = []
     for prompt, times in zip(prompts, times_before(prompts) if again is None else again, strict=True):
         parts = (*seed_parts, times) if times else seed_parts
-        seeds += [response_seed(parts, prompt, j) for j in range(n)]
+        seeds += [response_seed(parts, prompt, j) for j in range(first, first + n)]
     token_ids = [prompt.token_ids for prompt in repeated]
     responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
     found = [

@@ -8,13 +8,14 @@ Options of a case: ``method`` and its own options; ``minis``; ``temperature``; `
 sampler's log-probabilities are those of the policy with a fixed noise; ``shown``: which responses are demonstrations
 (``in-group``: the last of every group; ``apart``: the second half, each of its own prompt; ``all``: those of an SFT
 stage whose weights depend on the policy or on a reference model); ``begun``: which responses an expert began, by their
-first third (``all``; ``in-group``); ``replayed``: the last of every group was sampled by an earlier policy, the present
-one with a fixed noise. ``policy`` says what is asked, by hand and from the papers' formulas: it is not read from the
-method. With ``sides`` the first half is a rollout batch and the second half the
+first third (``all``; ``in-group``; ``rounds``: the second and third of every group, in one round of sampling; the last,
+in the next round, is a demonstration); ``replayed``: the last of every group was sampled by an earlier policy, the
+present one with a fixed noise. ``policy`` says what is asked, by hand and from the papers' formulas: it is not read from
+the method. With ``sides`` the first half is a rollout batch and the second half the
 demonstrations of the SFT step that goes with it, before it (``first``) or after it (``last``), as an RL stage does.
 
 Not covered is how a batch is composed: the coin of ``sasr``, the pool of ``exgrpo``, the search of ``bread``, the
-lengths of prefixes, the gates of ``hpt`` and ``superrl``. Here the batch is given.
+lengths of prefixes, the rounds of ``trapo``, the gates of ``hpt`` and ``superrl``. Here the batch is given.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ._shared import policy_case
 from ._thence_sides import take_turns, train_demonstrations
 
 GROUP = 4
+LAST_ROUND = 2
 LONGEST = 48
 NOISE = 0.4
 """Size of the sampler's deviation, nats."""
@@ -65,6 +67,7 @@ _PREFIX = {
 _UFT = {
     "scale": "group", "prefix": "likelihood", "prefix_weight": 0.5, "kl": 0.5, "entropy": 0.001, "entropy_on": "own",
 }  # fmt: skip
+_TRAPO = _GRPO | _UNCLIPPED | {"prefix": "bounded", "entropy": 0.001}
 _FIRST, _LAST = ({"shown": "apart", "sides": sides} for sides in ("first", "last"))
 _TRUST = {"clip_low": 0.002, "clip_high": 0.003, "dual_clip": 1.2}
 _DEMONSTRATIONS, _SHOWN = {"scale": "none"}, {"shown": "all"}
@@ -147,6 +150,10 @@ CASES: tuple[dict, ...] = tuple(
          _SHOWN | {"method": "asft", "kl": 0.5, "direction": "reverse", "aggregation": "sequence-mean"}),
         ("gift", "token-mean", _DEMONSTRATIONS | {"demonstration": "raised", "raised_by": 3.0},
          _SHOWN | {"method": "gift", "beta": 3.0}),
+        ("trapo", "token-mean", _TRAPO, {"method": "trapo", "begun": "rounds", "lr": 0.1}),
+        ("trapo, a narrower bound, over std", "token-mean",
+         _TRAPO | {"scale": "group", "prefix_bound": 0.02, "prefix_weight": 0.5},
+         {"method": "trapo", "begun": "rounds", "lr": 0.1, "alpha": 0.02, "prefix_weight": 0.5, "std": True}),
         ("exgrpo", "token-mean", _SFT | {"compared": "all"}, {"method": "exgrpo", "replayed": True}),
         ("exgrpo, over std", "token-mean", _SFT | {"compared": "all", "scale": "group"},
          {"method": "exgrpo", "replayed": True, "std": True}),
@@ -253,12 +260,18 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
     rows = render_all(examples, tokenizer).rows[: case["examples"]]
     found = []
     for i, (row, reward) in enumerate(zip(rows, _rewards(case, len(rows)), strict=True)):
-        shown, group = _is_shown(case, i), _group(case, i)
-        origin = "demonstration" if shown else "rollout"
+        group, number = _group(case, i), _round(case, i)
+        origin = "demonstration" if _is_shown(case, i) or number == LAST_ROUND else "rollout"
         prompt = Prompt(group, tuple(row.prompt_ids), draw=group)
         response = tuple(row.response_ids or ())
-        found.append(Trajectory(prompt, response, origin=origin, score=reward, prefix=_begun(case, i, len(response))))
+        made = Trajectory(prompt, response, origin=origin, score=reward, prefix=_begun(case, i, len(response)))
+        found.append(made.in_round(number))
     return method, found
+
+
+def _round(case: dict, place: int) -> int:
+    """The round of sampling in which the response at a place came about."""
+    return (0, 1, 1, LAST_ROUND)[place % GROUP] if case["options"].get("begun") == "rounds" else 0
 
 
 def _group(case: dict, place: int) -> int:
@@ -268,8 +281,12 @@ def _group(case: dict, place: int) -> int:
 
 def _rollouts(case: dict, trajectories: list[Any]) -> list[dict]:
     return [
-        {"reward": t.score, "group": _group(case, i), "demonstration": _is_shown(case, i), "prefix": t.prefix,
-         "replay": t.origin == "replay", "sampler": t.behaviour or ()}
+        {"reward": t.score, "group": _group(case, i), "demonstration": _is_shown(case, i),
+         # To a method of rounds a demonstration is a response of which the expert wrote all.
+         "prefix": len(t.response_ids) if _round(case, i) == LAST_ROUND else t.prefix,
+         "repeated": _round(case, i) == _round(case, i + 1) == 1 and trajectories[i + 1].prefix > 0,
+         "replay": t.origin == "replay",
+         "sampler": t.behaviour or ()}
         for i, t in enumerate(trajectories)
     ]  # fmt: skip
 
@@ -277,6 +294,8 @@ def _rollouts(case: dict, trajectories: list[Any]) -> list[dict]:
 def _begun(case: dict, place: int, tokens: int) -> int:
     """Tokens of the response at a place that an expert wrote."""
     begun = case["options"].get("begun")
+    if begun == "rounds":
+        return tokens // 3 if _round(case, place) == 1 else 0
     return tokens // 3 if begun == "all" or (begun == "in-group" and place % GROUP == GROUP - 1) else 0
 
 

@@ -25,6 +25,7 @@ class Rollout:
         sampler: log-probabilities that the sampling engine gave for the response's tokens, nats; empty: none given.
         demonstration: written by an expert, not sampled.
         prefix: first tokens of the response that an expert wrote, and that the policy went on from.
+        repeated: its prefix is one that another response has too, where each is to be trained once.
         replay: sampled by an earlier policy, whose log-probabilities are ``sampler``: they stand in its ratio, and it
             has no correction.
     """
@@ -37,6 +38,7 @@ class Rollout:
     sampler: tuple[float, ...] = ()
     demonstration: bool = False
     prefix: int = 0
+    repeated: bool = False
     replay: bool = False
 
     @classmethod
@@ -113,6 +115,10 @@ class PolicyStep:
     def begun(self) -> np.ndarray:
         """Which tokens an expert wrote before the policy went on, shape (T,), bool."""
         return self.place < np.array([self.rollouts[e].prefix for e in self.example], int)[self.row]
+
+    def repeated(self) -> np.ndarray:
+        """Which tokens are of responses with a repeated prefix, shape (T,), bool."""
+        return np.array([self.rollouts[e].repeated for e in self.example], bool)[self.row]
 
     def replayed(self) -> np.ndarray:
         """Which tokens are of replayed responses, shape (T,), bool."""

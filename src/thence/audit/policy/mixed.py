@@ -72,6 +72,9 @@ def prefix_weights(step: PolicyStep, asked: PolicyObjective, acting: np.ndarray,
         return np.full(len(acting), asked.prefix_weight)
     if asked.prefix == "context":
         return np.zeros(len(acting))
+    if asked.prefix == "bounded":
+        limited = np.exp(np.minimum(step.logp - np.log(asked.prefix_bound), 0.0)) if asked.prefix_bound else 1.0
+        return np.where(step.repeated(), 0.0, asked.prefix_weight * limited)
     return np.where(kept(step, asked, begun), acting, 0.0)
 
 

@@ -97,6 +97,10 @@ def _as_sampled(step: PolicyStep) -> PolicyStep:
     return replace(step, rollouts=tuple(replace(r, demonstration=False) for r in step.rollouts))
 
 
+def _each_prefix(step: PolicyStep) -> PolicyStep:
+    return replace(step, rollouts=tuple(replace(r, repeated=False) for r in step.rollouts))
+
+
 def _confidence(asked: PolicyObjective) -> Iterator[Hypothesis]:
     part = "weight by entropy"
     for other, words in _LEVELS.items():
@@ -116,6 +120,11 @@ def _prefixes(asked: PolicyObjective) -> Iterator[Hypothesis]:
     if asked.prefix == "kept":
         detail = "of a prefix the tokens with the lowest entropy are trained, not those with the highest"
         yield on_step("prefix-trained", part, detail, lambda s: replace(s, entropy=-s.entropy))
+    if asked.prefix == "bounded":
+        detail = "the likelihood of a prefix is not scaled down where its tokens are improbable"
+        yield setting("prefix-trained", part, detail, prefix_bound=0.0)
+        detail = "a prefix that several responses begin with is trained in each of them"
+        yield on_step("prefix-trained", part, detail, _each_prefix)
     detail = "tokens of a prefix are not counted by the normaliser"
     rest = lambda v: {"counted": whole_tokens(v) & ~v.step.begun()}  # noqa: E731
     yield overridden("normaliser-counted", "normaliser of prefixes", detail, rest)

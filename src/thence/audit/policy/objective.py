@@ -88,7 +88,9 @@ class PolicyObjective:
         prefix: tokens that an expert wrote before the policy went on: ``train`` as all others; ``context``: counted,
             without a weight (BREAD, arXiv 2506.17211); ``likelihood``: ``prefix_weight`` times the mean of log p over
             them (UFT, arXiv 2505.16984); ``kept``: as all others, but only the ``prefix_keep`` share of those of the
-            step with the highest entropy (Prefix-RFT, arXiv 2507.01679). Only ``train`` has a KL on them.
+            step with the highest entropy (Prefix-RFT, arXiv 2507.01679); ``bounded``: ``prefix_weight`` times log p
+            with the slope min(1, p / ``prefix_bound``) (TrSFT of TRAPO, arXiv 2512.17636; a bound of 0: slope 1),
+            divided as all others, and nothing on a repeated prefix. Only ``train`` has a KL on them.
         entropy_on: tokens with the entropy bonus: ``all``; those that are no ``prefix``'s (``own``); or a mean over
             those (``own-mean``).
     """
@@ -132,9 +134,10 @@ class PolicyObjective:
     confidence: Literal["none", "token", "sequence", "batch"] = "none"
     confidence_sign: Literal[-1, 1] = -1
     replay: Literal["shape", "ratio", "likelihood"] = "shape"
-    prefix: Literal["train", "context", "likelihood", "kept"] = "train"
+    prefix: Literal["train", "context", "likelihood", "kept", "bounded"] = "train"
     prefix_weight: float = 1.0
     prefix_keep: float = 0.2
+    prefix_bound: float = 0.1
     entropy_on: Literal["all", "own", "own-mean"] = "all"
     soft_above: float = 1.0
     soft_below: float = 1.05

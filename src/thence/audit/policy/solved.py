@@ -108,7 +108,7 @@ def _mixture(observed: Sequence[Observed], variants: Sequence[Variant]) -> Itera
     """Other coefficients of what a method mixes."""
     asked, steps = variants[0].asked, [v.step for v in variants]
     shown = any(step.demonstrated().any() for step in steps)
-    begun = any(step.begun().any() for step in steps) and asked.prefix == "likelihood"
+    begun = any(step.begun().any() for step in steps) and asked.prefix in ("likelihood", "bounded")
     right = asked.own == "correctness"
     for name, there, found, part, words in (
         ("demonstration_weight", shown, "demonstration-weight", "coefficient of demonstrations", "demonstrations"),
