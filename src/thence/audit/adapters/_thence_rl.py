@@ -11,7 +11,8 @@ stage whose weights depend on the policy or on a reference model); ``begun``: wh
 first third (``all``; ``in-group``; ``rounds``: the second and third of every group, in one round of sampling; the last,
 in the next round, is a demonstration); ``replayed``: the last of every group was sampled by an earlier policy, the
 present one with a fixed noise. ``policy`` says what is asked, by hand and from the papers' formulas: it is not read
-from the method. With ``sides`` the first half is a rollout batch and the second half the demonstrations of the SFT step that goes with it, before it (``first``) or after it (``last``), as an RL stage does.
+from the method. With ``sides`` the first half is a rollout batch and the second half the demonstrations of the SFT step
+that goes with it, before it (``first``) or after it (``last``), as an RL stage does.
 
 Not covered is how a batch is composed: the coin of ``sasr``, the pool of ``exgrpo``, the search of ``bread``, the
 lengths of prefixes, the rounds of ``trapo``, the gates of ``hpt`` and ``superrl``. Here the batch is given.
