@@ -6,16 +6,14 @@ There are no times in a plan: a time is measured, never guessed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from thence.accounting.flops import (
-    FAMILIES,
     Counts,
     causal_pairs,
     forward_flops,
@@ -38,11 +36,12 @@ from thence.accounting.memory import (
     reference_memory,
     rollout_memory,
     state_memory,
+    teacher_memory,
     whole_copy,
 )
+from thence.accounting.published import own_configuration, public_architecture, published_table
 from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
-from thence.toml import parse_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +103,7 @@ class _Known:
     response: float | None
     ranks: int
     references: Collection[str]
+    teachers: Mapping[str, str]
     held: Held
     on_host: bool
     assumed: list[str] = field(default_factory=list)
@@ -123,6 +123,7 @@ def plan(
     ranks: int = 1,
     device_bytes: float | None = None,
     references: Collection[str] = (),
+    teachers: Mapping[str, str] = MappingProxyType({}),
     compute_bytes: int | None = None,
     on_host: bool = False,
 ) -> Plan:
@@ -137,6 +138,7 @@ def plan(
         ranks: processes that share each step.
         device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
         references: stages whose method compares with a frozen copy of the policy.
+        teachers: stages whose method has a teacher, and its weights: :class:`thence.methods.base.Teacher`.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
         on_host: the ranks train in host memory, on CPUs.
 
@@ -150,6 +152,7 @@ def plan(
         response=mean_response_tokens,
         ranks=ranks,
         references=references,
+        teachers=teachers,
         held=Held(),
         on_host=on_host,
     )
@@ -168,14 +171,6 @@ def plan(
 def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
     """Optimizer steps of so many passes over the data, the last, smaller batch of each pass included."""
     return max(1, round(epochs * math.ceil(n_examples / batch)))
-
-
-def public_architecture(name: str) -> dict[str, Any] | None:
-    """The shape of a public model by hub name, for planning only; None when it is not listed."""
-    for key, shape in _table("architectures.toml").items():
-        if name == key or name in shape.get("also", ()):
-            return shape
-    return None
 
 
 def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known: _Known) -> Held:
@@ -231,7 +226,7 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
     elif (examples := _examples(data, known)) is not None:
         examples = max(examples - sft.held_out, 0)
         steps, rows = sft_steps(examples, sft.batch, sft.epochs), sft.epochs * examples
-    memory = _training_memory(sft, known)
+    memory = _training_memory(name, sft, known)
     if rows is None or known.response is None:
         what = "the number of examples" if rows is None else "the mean response length"
         known.assume(f"{name}: tokens and FLOPs are not known without {what}")
@@ -251,7 +246,7 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
     steps = rl.steps * (rl.prompts // (rl.mini_batch or rl.prompts))
-    memory = _training_memory(rl, known, _sampling_lines(name, rl, data, known))
+    memory = _training_memory(name, rl, known, _sampling_lines(name, rl, data, known))
     parallel = None if rl.engine == "vllm" else _rollout_rows(rl, known)
     prompt, response = known.prompt or 0.0, _rollout_length(name, rl, known)
     rows = rl.steps * rl.prompts * rl.rollouts
@@ -262,6 +257,11 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         rule = rule_flops(counts.total, logits, logits)
         exact = rows * sampling_flops(counts, prompt, response) + forward_flops(counts, tokens, pairs, logits)
         exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
+        if name in known.teachers:
+            read = length + response
+            known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
+            rule += rule_flops(counts.total, 0, scored=logits)
+            exact += forward_flops(counts, rows * read, rows * causal_pairs(read), logits)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
     sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (prompt + response), known)
     if known.counts and rl.engine != "vllm":
@@ -288,12 +288,13 @@ def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePla
     return StagePlan(name, "eval", 0, 0, generated, rule, exact)
 
 
-def _training_memory(stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
+def _training_memory(name: str, stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
     if known.counts is None:
         return None
     tokens, size = stage.micro_batch_tokens, known.held.compute_bytes
     if stage.checkpoint_async:
-        more = (checkpoint_memory(known.counts, known.held, known.on_host), *more)
+        averaged = known.teachers.get(name) == "average"
+        more = (checkpoint_memory(known.counts, known.held, known.on_host, 4 if averaged else 3), *more)
     return Memory(
         (
             *loading_memory(known.counts, known.held, known.on_host),
@@ -318,8 +319,10 @@ def _sent(stage: Sft | Rl, tokens: float, known: _Known) -> tuple[Sent, ...]:
 def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
     if known.counts is None:
         return ()
-    copied = name in known.references and not known.held.adapters  # adapters are switched off instead
-    reference = (reference_memory(known.counts, known.held),) if copied else ()
+    adapted = known.held.adapters  # they are switched off instead
+    reference = (reference_memory(known.counts, known.held),) if name in known.references and not adapted else ()
+    if known.teachers.get(name, "current") != "current" and not adapted:
+        reference += (teacher_memory(known.counts, known.held),)
     if rl.engine == "vllm":
         known.assume(f"{name}: vLLM's own memory is not counted; rl.vllm.kv_cache_gb and the weights are most of it")
         return reference
@@ -350,7 +353,7 @@ def _examples(data: Data, known: _Known) -> int | None:
 
 
 def _published_sizes(recipe: Recipe, known: _Known) -> None:
-    sizes = _table("data_sets.toml")
+    sizes = published_table("data_sets.toml")
     published = [sizes[name] for name in recipe.data.source if name in sizes]
     if len(published) != len(recipe.data.source):
         return
@@ -366,7 +369,7 @@ def _published_sizes(recipe: Recipe, known: _Known) -> None:
 def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> Counts | None:
     config = config or recipe.model.init
     if config is None and recipe.model.path is not None:
-        config = _own_configuration(Path(recipe.model.path).expanduser())
+        config = own_configuration(Path(recipe.model.path).expanduser())
     if config is None and recipe.model.path is not None:
         config = public_architecture(recipe.model.path)
         if config is not None:
@@ -375,14 +378,6 @@ def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> 
         known.assume("the model's configuration is not known: no FLOPs and no memory")
         return None
     return parameters({**config, **recipe.model.config_overrides})
-
-
-def _own_configuration(folder: Path) -> dict[str, Any] | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return config if isinstance(config, dict) and config.get("model_type") in FAMILIES else None
 
 
 def _compute_bytes(recipe: Recipe, known: _Known) -> int:
@@ -394,7 +389,3 @@ def _compute_bytes(recipe: Recipe, known: _Known) -> int:
 
 def _capped(length: float, limit: int | None) -> float:
     return length if limit is None else min(length, float(limit))
-
-
-def _table(name: str) -> dict[str, dict[str, Any]]:
-    return parse_toml((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))

@@ -98,8 +98,8 @@ def parameters(config: Mapping[str, Any]) -> Counts:
     )
 
 
-def rule_flops(n_parameters: float, trained: float, generated: float = 0) -> float:
-    """The paper's rule (arXiv 2604.23747, appendix B): ``6 N trained + 2 N generated``.
+def rule_flops(n_parameters: float, trained: float, generated: float = 0, scored: float = 0) -> float:
+    """The paper's rule (arXiv 2604.23747, appendix B): ``6 N trained + 2 N generated``, and 2 N a token of a teacher.
 
     A forward pass costs 2N a token and a backward pass 4N, so a demonstration's token costs 6N, and a token that was
     generated and then trained costs 8N: count it in both arguments.
@@ -108,8 +108,9 @@ def rule_flops(n_parameters: float, trained: float, generated: float = 0) -> flo
         n_parameters: N. The paper takes the nominal 7e9; budgets here take every parameter of the model.
         trained: tokens that go forward and backward.
         generated: tokens that are sampled.
+        scored: response tokens that a method's teacher scores, a forward pass each. The paper has no teacher.
     """
-    return n_parameters * (6 * trained + 2 * generated)
+    return n_parameters * (6 * trained + 2 * (generated + scored))
 
 
 def causal_pairs(length: float, prefix: float = 0) -> float:

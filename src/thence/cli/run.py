@@ -118,7 +118,7 @@ def plan_run(
     findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
     wrong = [finding for finding in findings if finding.state == "refused"]
     try:
-        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, "references": _references(recipe)}
+        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, **_copies(recipe)}
         given["on_host"] = device_gb is None and own_device().type == "cpu"
         console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), **given)))
     except UserError:
@@ -209,18 +209,21 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
     return read_json(file, remedy=remedy) if file is not None and file.exists() else None
 
 
-def _references(recipe: Recipe) -> list[str]:
-    """The stages that keep a frozen copy of the policy; one whose method cannot be made is refused elsewhere."""
+def _copies(recipe: Recipe) -> dict[str, Any]:
+    """The stages whose method has a reference or a teacher; one whose method cannot be made is refused elsewhere."""
     from thence.methods.registry import stage_method
     from thence.objective.terms import needs_reference
 
-    found = []
+    references: list[str] = []
+    teachers: dict[str, str] = {}
     for name in recipe.stages:
         stage = recipe.stage(name)
         with contextlib.suppress(UserError):
-            if isinstance(stage, Rl) and needs_reference(stage_method(stage, name).terms):
-                found.append(name)
-    return found
+            if isinstance(stage, Rl):
+                method = stage_method(stage, name)
+                references += [name] if needs_reference(method.terms) else []
+                teachers |= {name: method.teacher.weights} if method.teacher is not None else {}
+    return {"references": references, "teachers": teachers}
 
 
 def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:

@@ -29,8 +29,12 @@ def rehearse(method: Method, stage: Rl, prompts: Sequence[Prompt]) -> None:
         found = method.compose(Rehearsal(stage, prompts), min(stage.prompts, PROMPTS), stage.rollouts)
         sizes = [len(t.response_ids) for t in found]
         facts = []
-        if method.uses_facts or method.uses_old:
-            facts = [TokenFacts(z, z, z if method.uses_old else None) for z in map(torch.zeros, sizes)]
+        if method.uses_facts or method.uses_old or method.teacher is not None:
+            shown = [solution is not None for solution in method.solutions(found)]
+            facts = [
+                TokenFacts(z, z, z if method.uses_old else None, z if taught else None)
+                for z, taught in zip(map(torch.zeros, sizes), shown, strict=True)
+            ]
         make_batch(method, found, facts)
     finally:
         logger.setLevel(before)
@@ -76,7 +80,7 @@ class Rehearsal:
 def no_demonstrations() -> DataError:
     """What a method that trains on demonstrations says of data without any."""
     return DataError(
-        "no example has a demonstration, and the method trains on them",
+        "no example has a demonstration, and the method learns from them",
         remedy="give data with demonstrations, or another method",
         field="data.source",
     )
