@@ -23,8 +23,8 @@ RL = {
     "checkpoint_every": 1,
     "data": {"limit": 20, "seed": 1},
 }
-METHODS: dict[str, dict[str, Any]] = {"relift": {}, "exgrpo": {}, "bread": {}, "sasr": {}}
-"""Methods that carry something from one step to the next, beside the optimizer's moments."""
+METHODS: dict[str, dict[str, Any]] = {"relift": {}, "exgrpo": {}, "bread": {}, "sasr": {}, "sdpo": {"form": "{solution};{prompt}"}}
+"""Methods that carry something from one step to the next, beside the optimizer's moments: sdpo a moving average."""
 
 
 @dataclass(frozen=True)
