@@ -23,7 +23,13 @@ RL = {
     "checkpoint_every": 1,
     "data": {"limit": 20, "seed": 1},
 }
-METHODS: dict[str, dict[str, Any]] = {"relift": {}, "exgrpo": {}, "bread": {}, "sasr": {}, "sdpo": {"form": "{solution};{prompt}"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "relift": {},
+    "exgrpo": {},
+    "bread": {},
+    "sasr": {},
+    "sdpo": {"form": "{solution};{prompt}"},
+}
 """Methods that carry something from one step to the next, beside the optimizer's moments: sdpo a moving average."""
 
 

@@ -203,7 +203,7 @@ def test_many_dead_steps_in_a_row_are_warned_of(caplog):
 
 
 NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "ipo"}
-NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread"}
+NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread", "sdpo"}
 
 
 @pytest.mark.parametrize("name", [name for name, m in registry.methods().items() if m.stage == "rl"])
