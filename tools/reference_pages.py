@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import sys
@@ -26,7 +27,7 @@ WIDTH = "100"
 PUBLIC = {
     "thence": "",
     "thence.audit": "",
-    "thence.methods.base": "Method Options TokenFacts Weights Sampler SideStep make_batch reward_of",
+    "thence.methods.base": "Method Options TokenFacts Teacher Weights Sampler SideStep make_batch reward_of",
     "thence.methods.grpo": "Grpo GrpoOptions",
     "thence.objective": "Term Normaliser Logp Ratio Clip Prob Shape ShapeRatio TrSft Entropy NegativeKl",
     "thence.data.trajectory": "Prompt Trajectory",
@@ -164,7 +165,7 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
 
 
 def _rules(rules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

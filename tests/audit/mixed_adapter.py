@@ -45,6 +45,9 @@ FOUND = {
     "no KL": ("asft", {"method": "dft", "kl": None}, "kl-coefficient"),
     "plain likelihood": ("gift", {"beta": 40.0}, "demonstration-surrogate"),
     "likelihood instead of probability": ("dft", {"method": "gift", "beta": 40.0}, "demonstration-surrogate"),
+    "ratio not held": ("sdpo", {"ratio_bound": 50.0}, "clip-missing"),
+    "advantages for the teacher": ("sdft", {}, "policy-weight"),
+    "teacher left out": ("sdft", {}, "policy-weight"),
     "prompt trained": ("srft", {}, "prompt-trained"),
     "prompt trained beside a KL": ("sasr, its GRPO steps", {}, "prompt-trained"),
 }
@@ -95,10 +98,14 @@ def run(case, session):
 
 
 def patches(wrong):
+    import torch
+
     from thence.methods import base, rl_sft_loss, trapo
     from thence.methods.relift import Relift
+    from thence.methods.self_distillation import SelfDistillation
     from thence.objective import Normaliser
     from thence.pipeline import rl_update
+    from thence.pipeline.teacher import TeacherPass
 
     if wrong == "divided by their own tokens":
         own = lambda *_: Normaliser("term tokens")  # noqa: E731
@@ -117,10 +124,24 @@ def patches(wrong):
             ]
 
         return [mock.patch.object(Relift, "side_steps", doubled)]
+    if wrong == "advantages for the teacher":
+        return [mock.patch.object(SelfDistillation, "weigh", weighed_by_advantages)]
+    if wrong == "teacher left out":
+        nothing = lambda self, rows: [torch.zeros(len(t.response_ids)) for t in rows]  # noqa: E731
+        return [mock.patch.object(TeacherPass, "logps", nothing)]
     if wrong.startswith("prompt trained"):
         made = rl_update.make_rows
         return [mock.patch.object(rl_update, "make_rows", lambda *a, **k: [with_prompt(r) for r in made(*a, **k)])]
     return []
+
+
+def weighed_by_advantages(self, trajectories, facts):
+    """Of the group, a mean over each response, with the ratio held as the teacher's weights have it."""
+    from thence.methods.grpo import Grpo
+
+    found = zip(Grpo().advantages(trajectories).tolist(), facts, strict=True)
+    held = self.options.ratio_bound
+    return [{"distillation": a * f.log_ratio.double().exp().clamp(max=held) / len(f.logp)} for a, f in found]
 
 
 def with_prompt(row):

@@ -24,8 +24,16 @@ RL = {
     "data": {"limit": 20, "seed": 1},
 }
 ROUNDS = {"groups": [2, 1, 1], "thresholds": [0.5, 0.9], "fractions": [0.25, 1.0]}
-METHODS: dict[str, dict[str, Any]] = {"relift": {}, "exgrpo": {}, "bread": {}, "sasr": {}, "trapo": ROUNDS}
-"""Methods that carry something from one step to the next, beside the optimizer's moments, or sample in rounds."""
+METHODS: dict[str, dict[str, Any]] = {
+    "relift": {},
+    "exgrpo": {},
+    "bread": {},
+    "sasr": {},
+    "trapo": ROUNDS,
+    "sdpo": {"form": "{solution};{prompt}"},
+}
+"""Methods that carry something from one step to the next, beside the optimizer's moments (sdpo a moving average), or
+sample in rounds."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def test_many_dead_steps_in_a_row_are_warned_of(caplog):
 
 
 NEED_TWO = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "ipo"}
-NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread", "trapo"}
+NEED_TWO |= {"rl_sft_loss", "mixed_policy", "luffy", "srft", "red", "exgrpo", "bread", "trapo", "sdpo"}
 OF_TWO = {"trapo": {"groups": [1, 1], "thresholds": [0.5], "fractions": [1.0]}}
 """Options with which a method that has sizes of its own takes two rollouts."""
 

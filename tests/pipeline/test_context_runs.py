@@ -19,6 +19,7 @@ METHODS = {
     "luffy": {"method": "luffy", "mini_batch": 4},
     "srft": {"method": "srft", "options": {"entropy_level": "batch"}},
     "relift": {"method": "relift", "rollouts": 2, "options": {"sft_batch": 3}},
+    "sdpo": {"method": "sdpo", "options": {"form": "{solution};{prompt}", "average_rate": 0.5}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
 EXACT = 1e-12

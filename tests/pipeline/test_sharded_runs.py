@@ -28,6 +28,8 @@ METHODS = {
     "hpt": {"method": "hpt", "options": {"gate": 0.3}},
     "exgrpo": {"method": "exgrpo", "steps": 5, "options": {"start": 0.0}},
     "trapo": {"method": "trapo", "rollouts": 8},
+    "sdft": {"method": "sdft", "mini_batch": 2, "options": {"form": "{solution};{prompt}"}},
+    "sdpo": {"method": "sdpo", "mini_batch": 2, "options": {"form": "{solution};{prompt}", "average_rate": 0.5}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
 EXACT = 1e-12
@@ -113,6 +115,10 @@ def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     cases += [case(base, moved, 1, four, stop=1), case(cut(base), moved, 4, four, suffix="-four", stop=2)]
     cases += [case(cut(base, "hsdp", replicas=2), moved, 4, four, suffix="-hsdp", stop=3)]
     cases += [case(cut(base), moved, 2, four, suffix="-two")]
+    taught = METHODS["sdpo"]  # its moving average is part of the state, cut as the weights are
+    cases += [case(base, folder / "taught", 1, taught, stop=1)]
+    cases += [case(cut(base), folder / "taught", 2, taught, suffix="-two", stop=3)]
+    cases += [case(base, folder / "taught", 1, taught, suffix="-last")]
     drive(folder, cases)
     return folder
 
@@ -121,6 +127,13 @@ def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("name", METHODS)
 def test_shared_weights_are_as_one_process_with_every_method(name: str, slow: Path) -> None:
     assert_same(slow / f"{name}-2", slow / f"{name}-1")
+
+
+@pytest.mark.slow
+def test_a_teachers_moving_average_moves_over_layouts(slow: Path) -> None:
+    for suffix in ("", "-two", "-last"):
+        sampled(slow / "taught", suffix)
+    assert largest_difference(slow / "taught", slow / "sdpo-1") < EXACT
 
 
 @pytest.mark.slow

@@ -6,15 +6,14 @@ There are no times in a plan: a time is measured, never guessed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from thence.accounting.flops import (
-    FAMILIES,
     Counts,
     causal_pairs,
     forward_flops,
@@ -39,9 +38,10 @@ from thence.accounting.memory import (
     reference_memory,
     rollout_memory,
     state_memory,
+    teacher_memory,
     whole_copy,
 )
-from thence.accounting.published import public_architecture, published_table
+from thence.accounting.published import own_configuration, public_architecture, published_table
 from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
 
@@ -105,6 +105,7 @@ class _Known:
     response: float | None
     ranks: int
     references: Mapping[str, Reference]
+    teachers: Mapping[str, str]
     held: Held
     on_host: bool
     assumed: list[str] = field(default_factory=list)
@@ -123,7 +124,8 @@ def plan(
     *,
     ranks: int = 1,
     device_bytes: float | None = None,
-    references: Mapping[str, Reference] = {},
+    references: Mapping[str, Reference] = MappingProxyType({}),
+    teachers: Mapping[str, str] = MappingProxyType({}),
     compute_bytes: int | None = None,
     on_host: bool = False,
 ) -> Plan:
@@ -138,6 +140,7 @@ def plan(
         ranks: processes that share each step.
         device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
         references: what stages compare the policy with, by their names.
+        teachers: stages whose method has a teacher, and its weights: :class:`thence.methods.base.Teacher`.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
         on_host: the ranks train in host memory, on CPUs.
 
@@ -151,6 +154,7 @@ def plan(
         response=mean_response_tokens,
         ranks=ranks,
         references=references,
+        teachers=teachers,
         held=Held(),
         on_host=on_host,
     )
@@ -258,6 +262,11 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
         passes = 1 + known.references.get(name, NO_REFERENCE).passes
         exact = rows * sampling_flops(counts, prompt, response) + passes * forward_flops(counts, tokens, pairs, logits)
         exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
+        if name in known.teachers:
+            read = length + response
+            known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
+            rule += rule_flops(counts.total, 0, scored=logits)
+            exact += forward_flops(counts, rows * read, rows * causal_pairs(read), logits)
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
     sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (prompt + response), known)
     if known.counts and rl.engine != "vllm":
@@ -292,7 +301,8 @@ def _training_memory(name: str, stage: Sft | Rl, known: _Known, more: tuple[Line
     if reference.passes and not known.held.adapters:  # adapters are switched off instead
         more = (reference_memory(known.counts, known.held), *more)
     if stage.checkpoint_async:
-        more = (checkpoint_memory(known.counts, known.held, known.on_host), *more)
+        averaged = known.teachers.get(name) == "average"
+        more = (checkpoint_memory(known.counts, known.held, known.on_host, 4 if averaged else 3), *more)
     return Memory(
         (
             *loading_memory(known.counts, known.held, known.on_host),
@@ -317,12 +327,16 @@ def _sent(stage: Sft | Rl, tokens: float, known: _Known) -> tuple[Sent, ...]:
 def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
     if known.counts is None:
         return ()
+    adapted = known.held.adapters  # they are switched off instead
+    teacher: tuple[Line, ...] = ()
+    if known.teachers.get(name, "current") != "current" and not adapted:
+        teacher = (teacher_memory(known.counts, known.held),)
     if rl.engine == "vllm":
         known.assume(f"{name}: vLLM's own memory is not counted; rl.vllm.kv_cache_gb and the weights are most of it")
-        return ()
+        return teacher
     longest = data.max_prompt_tokens or math.ceil(known.prompt or 0)
     sampler = rollout_memory(known.counts, _rollout_rows(rl, known), longest + rl.max_tokens)
-    return (*whole_copy(known.counts, known.held), *sampler)
+    return (*teacher, *whole_copy(known.counts, known.held), *sampler)
 
 
 def _rollout_rows(rl: Rl, known: _Known) -> int:
@@ -363,7 +377,7 @@ def _published_sizes(recipe: Recipe, known: _Known) -> None:
 def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> Counts | None:
     config = config or recipe.model.init
     if config is None and recipe.model.path is not None:
-        config = _own_configuration(Path(recipe.model.path).expanduser())
+        config = own_configuration(Path(recipe.model.path).expanduser())
     if config is None and recipe.model.path is not None:
         config = public_architecture(recipe.model.path)
         if config is not None:
@@ -372,14 +386,6 @@ def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> 
         known.assume("the model's configuration is not known: no FLOPs and no memory")
         return None
     return parameters({**config, **recipe.model.config_overrides})
-
-
-def _own_configuration(folder: Path) -> dict[str, Any] | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return config if isinstance(config, dict) and config.get("model_type") in FAMILIES else None
 
 
 def _compute_bytes(recipe: Recipe, known: _Known) -> int:

@@ -108,8 +108,8 @@ def rule_flops(n_parameters: float, trained: float, generated: float = 0, scored
         n_parameters: N. The paper takes the nominal 7e9; budgets here take every parameter of the model.
         trained: tokens that go forward and backward.
         generated: tokens that are sampled.
-        scored: tokens that a reference model reads beside the policy, which the paper's methods do not have; once for
-            every time.
+        scored: tokens that a reference model or a teacher reads beside the policy, which the paper's methods do not
+            have; once for every time.
     """
     return n_parameters * (6 * trained + 2 * generated + 2 * scored)
 

@@ -7,7 +7,7 @@ Temporary buffers, fragmentation, the allocator's cache and the libraries themse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from thence.accounting.flops import Counts, recomputed_layers
@@ -187,18 +187,25 @@ def reference_memory(counts: Counts, held: Held) -> Line:
     return Line("reference", -(-counts.total * held.width // share), text, "host" if away else "always")
 
 
-def checkpoint_memory(counts: Counts, held: Held, on_host: bool) -> Line:
+def teacher_memory(counts: Counts, held: Held) -> Line:
+    """The teacher's weights, which are not the policy's any more, laid out as the policy."""
+    return replace(reference_memory(counts, held), name="teacher")
+
+
+def checkpoint_memory(counts: Counts, held: Held, on_host: bool, copies: int = 3) -> Line:
     """The copy of weights and moments that a checkpoint is written from while training goes on, in host memory.
 
     Args:
         on_host: training itself is in host memory, where the copy then stands beside it.
+        copies: numbers a parameter: its weight and two moments, and a moving average of it where there is one.
     """
     share = held.parts if held.cut else 1
     trained = held.adapters or counts.total
     by = f" / {share} ranks" if held.cut else ""
-    text = f"{trained:,} parameters x 3 x {held.width} B (weights and moments){by}"
+    what = "weights and moments" if copies == 3 else "weights, moments and their moving average"
+    text = f"{trained:,} parameters x {copies} x {held.width} B ({what}){by}"
     return Line(
-        "checkpoint being written", -(-trained * 3 * held.width // share), text, "always" if on_host else "host"
+        "checkpoint being written", -(-trained * copies * held.width // share), text, "always" if on_host else "host"
     )
 
 

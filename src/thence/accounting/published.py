@@ -1,10 +1,13 @@
-"""Published shapes of public models and sizes of public data sets, for plans only."""
+"""What is known of models and data sets without opening them: their own configuration, else their published shape."""
 
 from __future__ import annotations
 
+import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from thence.accounting.flops import FAMILIES
 from thence.toml import parse_toml
 
 
@@ -16,6 +19,15 @@ def public_architecture(name: str) -> dict[str, Any] | None:
     return None
 
 
+def own_configuration(folder: Path) -> dict[str, Any] | None:
+    """What a model's folder says of it; None: nothing that can be counted."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) and config.get("model_type") in FAMILIES else None
+
+
 def published_table(name: str) -> dict[str, dict[str, Any]]:
-    """A table of this folder: ``architectures.toml`` or ``data_sets.toml``."""
+    """A table of published facts that comes with thence, by its file's name."""
     return parse_toml((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))

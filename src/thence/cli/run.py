@@ -118,7 +118,7 @@ def plan_run(
     findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
     wrong = [finding for finding in findings if finding.state == "refused"]
     try:
-        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, "references": _references(recipe)}
+        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, **_copies(recipe)}
         given["on_host"] = device_gb is None and own_device().type == "cpu"
         console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), **given)))
     except UserError:
@@ -209,19 +209,24 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
     return read_json(file, remedy=remedy) if file is not None and file.exists() else None
 
 
-def _references(recipe: Recipe) -> dict[str, Any]:
-    """What stages compare the policy with; one whose method cannot be made is refused elsewhere."""
+def _copies(recipe: Recipe) -> dict[str, Any]:
+    """What stages compare the policy with, and their teachers; a method that cannot be made is refused elsewhere."""
     from thence.accounting.budget import Reference
     from thence.methods.registry import stage_method
     from thence.objective import compares
 
-    found = {}
+    references: dict[str, Reference] = {}
+    teachers: dict[str, str] = {}
     for name in recipe.stages:
         stage = recipe.stage(name)
         with contextlib.suppress(UserError):
-            if isinstance(stage, Sft | Rl) and (passes := (method := stage_method(stage, name)).reference_passes):
-                found[name] = Reference(passes, compares(method.terms))
-    return found
+            if isinstance(stage, Sft | Rl):
+                method = stage_method(stage, name)
+                if method.reference_passes:
+                    references[name] = Reference(method.reference_passes, compares(method.terms))
+                if method.teacher is not None:
+                    teachers[name] = method.teacher.weights
+    return {"references": references, "teachers": teachers}
 
 
 def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class ArmBudget(Section):
     """The budget of an arm and the arms before it, counted from the base. Training stops at the nearest step."""
 
     flops: Flops | None = None
-    """FLOPs: 6N per trained token, 2N per sampled one, with N parameters."""
+    """FLOPs: 6N per trained token, 2N per sampled one and per token that a teacher scores, with N parameters."""
     tokens: TokenBudget | None = None
     """Trained tokens."""
     steps: Steps | None = None

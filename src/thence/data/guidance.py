@@ -9,7 +9,8 @@ Reconstruction: abstract and notes are public, no code is.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,24 +59,39 @@ def guided(example: Example, prefix: str, form: str | None = None) -> Example:
     Raises:
         RowProblem: the last turn of the prompt is not a user's.
     """
+    given = form or (PLAIN_FORM if example.prompt is not None else FORM)
+    return asked_anew(example, lambda problem: filled(given, {PROBLEM: problem, PREFIX: prefix}))
+
+
+def asked_anew(example: Example, write: Callable[[str], str]) -> Example:
+    """The example with another question and without a demonstration: its plain prompt, or its last turn, rewritten.
+
+    Args:
+        write: makes the new text of the old one.
+
+    Raises:
+        RowProblem: the last turn of the prompt is not a user's.
+    """
     bare = replace(example, demonstration=None, reasoning="", tool_calls=())
     if example.prompt is not None:
-        return replace(bare, prompt=_filled(form or PLAIN_FORM, example.prompt, prefix))
+        return replace(bare, prompt=write(example.prompt))
     *before, last = example.messages
     if last.role != "user":
         raise RowProblem(
             "messages",
-            f"the last turn of the prompt is of role {last.role}, and a prefix is written into a user's",
+            f"the last turn of the prompt is of role {last.role}, and only a user's can be written anew",
             "leave this row out",
         )
-    turn = Message("user", _filled(form or FORM, last.content, prefix))
-    return replace(bare, messages=(*before, turn))
+    return replace(bare, messages=(*before, Message("user", write(last.content))))
 
 
-def _filled(form: str, problem: str, prefix: str) -> str:
-    """The form with both texts in it. Texts are not read as forms: a problem may hold braces."""
-    head, _, tail = form.partition(PREFIX)
-    return head.replace(PROBLEM, problem) + prefix + tail.replace(PROBLEM, problem)
+def filled(form: str, texts: Mapping[str, str]) -> str:
+    """The form with each text in its place. Texts are not read as forms: a problem may hold braces.
+
+    Args:
+        texts: by place, such as ``{problem}``.
+    """
+    return re.sub("|".join(map(re.escape, texts)), lambda found: texts[found[0]], form)
 
 
 def row_of(example: Example, more: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,22 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The same model as a teacher: it scores a response without gradient, under a prompt that holds a solution.
+
+    Args:
+        weights: ``current``: the policy's before every optimizer step; ``start``: those that the stage began with;
+            ``average``: their moving average.
+        form: the teacher's question, with {prompt} where the question stands and {solution} where the solution does.
+        rate: share of the policy's weights in the moving average after every optimizer step.
+    """
+
+    weights: Literal["current", "start", "average"]
+    form: str
+    rate: float = 0.05
+
+
+@dataclass(frozen=True)
 class SideStep:
     """An optimizer step of a second kind, with its own optimizer state.
 
@@ -131,8 +147,9 @@ class Method(ABC):
     exactness: ClassVar[Literal["exact", "reconstruction"]]
     """reconstruction: parts of it are not public, and what stands for them was chosen here. There is no default, and
     none is inherited: every method that can be named in a recipe states it in its own class."""
-    demonstrations: ClassVar[Literal["no", "whole", "begun"]] = "no"
-    """Whether it trains on demonstrations in an RL stage: whole ones, or responses that begin with a part of one."""
+    demonstrations: ClassVar[Literal["no", "whole", "begun", "shown"]] = "no"
+    """Whether it learns from demonstrations in an RL stage: from whole ones, from responses that begin with a part of
+    one, or from what a teacher who reads them makes of responses. Then prompts without one are not drawn."""
     uses_facts: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the policy's own log-probabilities and entropies."""
     uses_old: ClassVar[bool] = False
@@ -157,6 +174,22 @@ class Method(ABC):
     def least_rollouts(self) -> int:
         """The fewest rollouts of a prompt with which it can learn anything; default: 1."""
         return 1
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Who scores the responses beside the policy; default: nobody. With a teacher, :meth:`weigh` gets facts."""
+        return None
+
+    def solutions(self, trajectories: Sequence[Trajectory]) -> Sequence[tuple[int, ...] | None]:
+        """What the teacher reads beside each trajectory's prompt: the tokens of a response to it. Default: nothing.
+
+        Args:
+            trajectories: whole groups.
+
+        Returns:
+            One entry a trajectory; None: there is nothing to show, and the trajectory has no teacher.
+        """
+        return [None] * len(trajectories)
 
     def prepare(self, rollouts: int, max_tokens: int) -> None:
         """Told the stage's settings, once, before anything is sampled.

@@ -22,6 +22,8 @@ class TokenFacts:
         reference: log-probabilities under the reference model, the policy as the stage began, shape (n,), nats. None:
             the method does not say that it ``uses_reference``.
         vocabulary: words that the distributions are over; 0 without ``reference``.
+        teacher: log-probabilities under the method's :class:`thence.methods.base.Teacher`, who reads a solution in the
+            prompt. Shape (n,), nats. None: the method has no teacher, or nothing to show it for this trajectory.
     """
 
     logp: Tensor
@@ -29,6 +31,7 @@ class TokenFacts:
     old: Tensor | None = None
     reference: Tensor | None = None
     vocabulary: int = 0
+    teacher: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:

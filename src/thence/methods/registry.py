@@ -30,6 +30,7 @@ from thence.methods.red import Red
 from thence.methods.relift import Relift
 from thence.methods.rl_sft_loss import RlSftLoss
 from thence.methods.sasr import Sasr
+from thence.methods.self_distillation import Sdft, Sdpo
 from thence.methods.sft import SftMethod
 from thence.methods.srft import Srft
 from thence.methods.superrl import SuperRl
@@ -43,7 +44,7 @@ OWN: tuple[type[Method], ...] = (
     Cispo, Dppo, Ipo,
     OnPolicy, RlSftLoss, MixedPolicy, Luffy, Relift, Srft, PrefixRft, Hpt,
     ChordMu, ChordPhi, Uft, SuperRl, Sasr, ExGrpo, Red, Bread,
-    Trapo,
+    Trapo, Sdft, Sdpo,
 )  # fmt: skip
 ENTRY_POINT_GROUP = "thence.methods"
 

@@ -114,6 +114,14 @@ class Watch:
             )
 
     def _say_dead(self, step: int, line: Mapping[str, Any]) -> None:
+        if line.get("taught_share", 1.0) == 0:
+            self._say(
+                "dead",
+                f"nothing was learned in the last {self.dead} steps: at step {step} no response had a teacher. Look at "
+                "the samples (`thence sample`): a teacher reads a demonstration, or a right response of the same group "
+                "(options.success); if none is right, train SFT first or take easier problems",
+            )
+            return
         said = f"nothing was learned from rewards in the last {self.dead} steps: the rewards of every group were equal"
         if line["reward"] == 0 and line.get("reward_std") == 0:
             self._say(

@@ -29,6 +29,7 @@ from thence.pipeline.rewards import reward_names
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
 from thence.pipeline.sft_stage import put_aside
+from thence.pipeline.teacher import check_teacher, check_teacher_rows, drawn_prompts
 from thence.pipeline.test_sets import measured_sets, test_sets
 from thence.pipeline.trackers import check_trackers
 from thence.pipeline.validation import check_validation
@@ -185,7 +186,7 @@ def refuse(findings: Sequence[CheckResult]) -> None:
 def _settings(trial: Preflight, name: str) -> None:
     stage = trial.recipe.stage(name)
     if isinstance(stage, Sft | Rl):
-        stage_method(stage, name)
+        check_teacher(trial.recipe, name, stage_method(stage, name))
         step_of(name, stage)
         check_lora(trial.recipe, name)
         check_validation(trial.recipe, name)
@@ -360,14 +361,19 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
 
 
 def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:
-    method = stage_method(stage, name, response_tokens(name, stage, prompts, trial.context, say=False))
     shown = sum(bool(prompt.demonstration_ids) for prompt in prompts)
+    method = stage_method(stage, name)
     if method.demonstrations != "no" and not shown:
         raise no_demonstrations()
+    drawn = drawn_prompts(method, prompts, name)
+    room = response_tokens(name, stage, drawn, trial.context, say=False)
+    method = stage_method(stage, name, room)
     if method.demonstrations == "whole":
         check_rows(name, prompts, trial.context)
+    table = trial.recipe.stage_data(stage.data)
+    check_teacher_rows(name, method, table, trial.tokenizer, drawn, room, trial.context)
     try:
-        rehearse(method, stage, prompts)
+        rehearse(method, stage, drawn)
     except UserError:
         raise
     except Exception as error:  # a method of another package may look deeper into the sampler

@@ -91,6 +91,19 @@ def to_prompts(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[
     return [prompt for _, prompt in rendered_examples(data, examples, tokenizer)]
 
 
+def examples_of(data: Data, tokenizer: Any) -> dict[int, Example]:
+    """The example of every prompt that :func:`load_prompts` gives, by the prompt's index. Raises DataError.
+
+    What is left out or cut was said when the prompts were loaded, and is not said again.
+    """
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return {prompt.index: example for example, prompt in rendered_examples(data, read_only(data), tokenizer)}
+    finally:
+        log.setLevel(level)
+
+
 def rendered_examples(data: Data, examples: Sequence[Example], tokenizer: Any) -> list[tuple[Example, Prompt]]:
     """As :func:`to_prompts`, each prompt with the example that it was made of. Raises DataError."""
     chat = chat_format(tokenizer, data.template, data.template_variables)

@@ -30,18 +30,24 @@ def rehearse(method: Method, stage: Rl, prompts: Sequence[Prompt]) -> None:
     before = logger.level
     logger.setLevel(logging.ERROR)  # what it says of made-up responses is of no use
     try:
-        for hopeless in (False, True) if method.demonstrations != "no" else (False,):
-            sampler = Rehearsal(stage, prompts, hopeless)
-            found = method.compose(sampler, min(stage.prompts, PROMPTS), stage.rollouts)
-            sizes = [len(t.response_ids) for t in found]
-            facts = []
-            if method.uses_facts or method.uses_old or method.uses_reference:
-                old, theirs = method.uses_old, method.uses_reference
-                zeros = map(torch.zeros, sizes)
-                facts = [TokenFacts(z, z, z if old else None, z if theirs else None, 2 * theirs) for z in zeros]
-            make_batch(method, found, facts)
+        for hopeless in (False, True) if method.demonstrations in ("whole", "begun") else (False,):
+            found = method.compose(Rehearsal(stage, prompts, hopeless), min(stage.prompts, PROMPTS), stage.rollouts)
+            make_batch(method, found, _facts(method, found))
     finally:
         logger.setLevel(before)
+
+
+def _facts(method: Method, found: Sequence[Trajectory]) -> list[TokenFacts]:
+    """Made-up facts of every trajectory, as far as the method asks for them."""
+    if not (method.uses_facts or method.uses_old or method.uses_reference or method.teacher is not None):
+        return []
+    facts, theirs = [], method.uses_reference
+    for trajectory, solution in zip(found, method.solutions(found), strict=True):
+        zeros = torch.zeros(len(trajectory.response_ids))
+        old, reference = zeros if method.uses_old else None, zeros if theirs else None
+        taught = None if solution is None else zeros
+        facts.append(TokenFacts(zeros, zeros, old, reference, 2 * theirs, taught))
+    return facts
 
 
 class Rehearsal:
@@ -95,7 +101,7 @@ class Rehearsal:
 def no_demonstrations() -> DataError:
     """What a method that trains on demonstrations says of data without any."""
     return DataError(
-        "no example has a demonstration, and the method trains on them",
+        "no example has a demonstration, and the method learns from them",
         remedy="give data with demonstrations, or another method",
         field="data.source",
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thence.accounting.flops import rule_flops
 from thence.data.trajectory import Trajectory
@@ -39,11 +40,16 @@ class BatchMetrics:
         self.tokens = TokenFigures(terms, shown)
         self.reports: list[StepReport] = []
         self.side: list[StepReport] = []
+        self.scores: list[Tensor | None] | None = None
 
     def weighed(self, batch: Batch, trajectories: Sequence[Trajectory]) -> None:
         """Take in one optimizer step; its rows are those of the trajectories."""
         self.shares.add(batch, trajectories)
         self.lessons.add(trajectories, batch.rows)
+
+    def taught(self, scores: Sequence[Tensor | None]) -> None:
+        """Take in a teacher's log-probabilities of this rank's responses of one step; None: it had none to give."""
+        self.scores = [*(self.scores or []), *scores]
 
     def stepped(self, report: StepReport, clipped: int) -> None:
         """Take in what an optimizer step was.
@@ -82,6 +88,7 @@ class BatchMetrics:
         tokens = sum(report.tokens for report in taken)
         trained = sum(report.trained_tokens for report in taken)
         facts, sampled = sampled_facts(sampler.seen, self.ranks)
+        taught, scored = self._by_the_teacher()
         line = {
             "loss": _mean([r.loss for r in main]),
             "grad_norm": max((r.grad_norm for r in main), default=0.0),
@@ -94,11 +101,12 @@ class BatchMetrics:
             "tokens": tokens,
             "trained_tokens": trained,
             "sampled_tokens": int(sampled),
-            "flops": rule_flops(context.n_parameters, trained, sampled),
+            "flops": rule_flops(context.n_parameters, trained, sampled, scored),
             "seconds": seconds,
             "sample_seconds": sampler.seconds,
             "train_seconds": sum(r.seconds for r in taken),
             "tokens_per_s": tokens / seconds,
+            **taught,
         }
         if skipped := sum(report.skipped for report in taken):
             line["skipped_steps"] = skipped
@@ -108,6 +116,18 @@ class BatchMetrics:
         if mixed := self.shares.mixed():
             line["shares"] = mixed
         return line
+
+    def _by_the_teacher(self) -> tuple[dict[str, float], int]:
+        """``taught_share``, the share of the responses that a teacher scored, and how many tokens it scored.
+
+        Over all ranks. Without a teacher: nothing, and 0.
+        """
+        scores = self.scores or []
+        known = [logp for logp in scores if logp is not None]
+        asked, some, all_of, tokens = self.ranks.sum_counts(
+            [int(self.scores is not None), len(known), len(scores), sum(map(len, known))]
+        )
+        return ({"taught_share": some / max(all_of, 1)} if asked else {}), tokens
 
 
 def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, Any], float]:

@@ -25,6 +25,7 @@ from thence.pipeline.rl_update import Update
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import RolloutSampler, SyncedEngine
 from thence.pipeline.saving import Checkpoints, naming_step, saving
+from thence.pipeline.teacher import check_teacher, drawn_prompts, teacher_pass, teacher_weights
 from thence.pipeline.validation import Validation
 from thence.recipe import Rl
 from thence.rollout.vllm.engine import VllmEngine
@@ -45,14 +46,20 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     check_answers(prompts, reward_names(stage))
     if stage.rewards and context.leads and stage.reward not in (Rl.model_fields["reward"].default, *stage.rewards):
         log.warning("%s: reward = %r is not used, since rewards is set", context.name, stage.reward)
+    prompts = drawn_prompts(stage_method(stage, context.name), prompts, context.name, say=context.leads)
     room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
+    check_teacher(context.recipe, context.name, method)
     minis = mini_batches_of(stage)
     if method.needs_several_steps and minis == 1 and context.leads:
         log.warning("%s: %s", context.name, ONE_STEP.format(stage.method, stage.prompts, context.name))
+    if method.needs_several_steps and minis == 1 and context.leads:
+        log.warning("%s: %s", context.name, ONE_STEP.format(stage.method, stage.prompts, context.name))
     reference = context.frozen_policy() if method.reference_passes else None
+    scorer = teacher_weights(context, method)
     trainer = make_trainer(context, stage, stage.steps * minis, reference)
+    teacher = teacher_pass(context, stage, method, trainer, scorer)
     with ExitStack() as held:
         checkpoints = held.enter_context(saving(context, trainer, stage, stage.steps))
         done, own = checkpoints.resume()
@@ -60,7 +67,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
         validation.resume(own)
         grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
-        update = Update(stage, method, trainer, minis)
+        update = Update(stage, method, trainer, minis, teacher)
         loop = Loop(context, stage, sampler, update, checkpoints, validation, budget_of(stage))
         return {"steps": loop.run(done, own), "prompts": len(prompts), **validation.facts()}
 

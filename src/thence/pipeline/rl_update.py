@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
+from thence.errors import UserError
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, behaviour_of, make_rows
 from thence.objective import BareRow, Batch, Term, is_penalty
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.sampled import sampled_of
+from thence.pipeline.teacher import TeacherPass
 from thence.recipe import Rl
 from thence.rollout.correction import truncated_importance
 from thence.train.trainer import Trainer
@@ -29,24 +31,32 @@ class Update:
         method: gives every token its weights.
         trainer: holds the policy, and the reference model where the method compares with one.
         minis: optimizer steps on one rollout batch.
+        teacher: scores responses for a method that has a teacher; None without one.
     """
 
     stage: Rl
     method: Method
     trainer: Trainer
     minis: int = 1
+    teacher: TeacherPass | None = None
 
     def take(self, trajectories: Sequence[Trajectory], metrics: BatchMetrics) -> None:
         """Take the optimizer steps on this rank's trajectories of a rollout batch; ``metrics`` is told of them.
 
         Raises:
             StepRefused: as :func:`thence.train.step.train_step`.
+            UserError: the method has a teacher, and nobody was given to be it.
         """
+        if self.method.teacher is not None and self.teacher is None:
+            raise UserError(
+                f"{self.method.name} has a teacher, and these steps were given none",
+                remedy="train it in a recipe's RL stage, or give the update a TeacherPass",
+            )
         method, trainer, temperature = self.method, self.trainer, self.stage.temperature
         bare = [bare_row(trajectory) for trajectory in trajectories]
         parts = mini_batches(trajectories, self.minis, trainer.ranks)
         old, reference = self._old_logps(trajectories, bare, parts), self._reference_logps(bare)
-        asks = method.uses_facts or method.uses_old or method.uses_reference
+        asks = method.uses_facts or method.uses_old or method.uses_reference or method.teacher is not None
         whole = None if asks else method.weigh(trajectories)
         trust = self._importance_weights(trajectories, bare)
         sampled = None
@@ -60,7 +70,13 @@ class Update:
                     old |= {i: logp for i, (logp, _) in now.items()}
                 was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
                 theirs = reference if method.uses_reference else {}
-                facts = [TokenFacts(*now[i], was[i], theirs.get(i), trainer.vocabulary) for i in part]
+                taught = [None] * len(part) if self.teacher is None else self.teacher.logps(chosen)
+                facts = [
+                    TokenFacts(*now[i], was[i], theirs.get(i), trainer.vocabulary, by)
+                    for i, by in zip(part, taught, strict=True)
+                ]
+                if self.teacher is not None:
+                    metrics.taught(taught)
                 weights = method.weigh(chosen, facts)
             else:
                 facts, weights = [], [whole[i] for i in part]

@@ -86,7 +86,8 @@ class Optimization(Section):
     checkpoint_async: bool = False
     """Write checkpoints while training goes on, from a copy in host memory. One at a time: the next one waits."""
     flops: Flops | None = None
-    """Budget in FLOPs; the stage ends at the nearest step. N parameters: 6N per trained token, 2N per sampled one."""
+    """Budget in FLOPs; the stage ends at the nearest step. N parameters: 6N per trained token, 2N per sampled one and
+    per token that a teacher scores."""
     tokens: TokenBudget | None = None
     """Budget in trained tokens. The stage ends at the nearest step."""
     fault: Faulty | None = None

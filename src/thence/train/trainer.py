@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from thence.accounting.meter import FlopMeter
-from thence.errors import UserError
+from thence.errors import CheckpointError, UserError
 from thence.objective import BareRow, Batch, compares
+from thence.train.average import MovingAverage
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.policy import Policy, Scorer
 from thence.train.recompute import recompute
 from thence.train.step import Observer, StepReport, StepSettings, policy_statistics, train_step
 
+AVERAGE = "average"
+"""The kind under which the moving average stands among the tensors of a checkpoint."""
 TakeStep = Callable[[Policy, torch.optim.Optimizer, Batch, Ranks, StepSettings, Observer | None], StepReport]
 
 
@@ -35,6 +38,7 @@ class Trainer:
         meter: counts the FLOPs of every pass.
         reference: a frozen model to compare with, or a policy that holds one; for methods that look at the whole
             next-token distributions of a reference model (ASFT, GIFT).
+        average: follows the policy after every step of the kind ``main``, and is part of the state.
 
     Raises:
         UserError: the model is one whose gradient the step would get wrong, that cannot be packed as asked, or whose
@@ -55,6 +59,7 @@ class Trainer:
         take_step: TakeStep = train_step,
         meter: FlopMeter | None = None,
         reference: Any = None,
+        average: MovingAverage | None = None,
     ):
         self.policy = model if isinstance(model, Policy) else Policy(model)
         self.model, self.settings, self.ranks = self.policy.model, settings or StepSettings(), ranks or SingleProcess()
@@ -67,7 +72,7 @@ class Trainer:
             learning_rate if callable(learning_rate) else lambda _: float(learning_rate)  # type: ignore[arg-type]
         )
         self.steps_taken = 0
-        self.take_step, self.meter = take_step, meter
+        self.take_step, self.meter, self.average = take_step, meter, average
         self._adamw = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         if activation_checkpointing:
@@ -95,6 +100,8 @@ class Trainer:
         settings = self.settings if clip_norm is None else replace(self.settings, clip_norm=clip_norm)
         report = self.take_step(self.policy, adamw, batch, self.ranks, settings, observe)
         self.steps_taken += optimizer == "main"
+        if self.average is not None and optimizer == "main":
+            self.average.follow(self.policy)
         if self.meter is not None:
             live = [row.weights.any() for row in batch.rows]
             self.meter.trained(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if is_live]))
@@ -143,6 +150,8 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 for field, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{kind}/{name}/{field}"] = value
+        if self.average is not None:
+            tensors |= {f"{AVERAGE}/{name}/weight": value for name, value in self.average.weights().items()}
         return {"steps_taken": self.steps_taken, "optimizers": sorted(self._optimizers)}, tensors
 
     def empty_state(self, plain: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -153,26 +162,42 @@ class Trainer:
             shapes: of the tensors that were written, by name; others than those of :meth:`state` are left alone.
         """
         parameters, found = dict(self.model.named_parameters()), {}
+        kinds = {*plain["optimizers"], AVERAGE} if self.average is not None else set(plain["optimizers"])
         for key, shape in shapes.items():
             kind, _, rest = key.partition("/")
             name, _, _ = rest.partition("/")
-            if kind in plain["optimizers"] and (parameter := parameters.get(name)) is not None:
+            if kind in kinds and (parameter := parameters.get(name)) is not None:
                 like = shape == parameter.shape and parameter.ndim
                 found[key] = torch.zeros_like(parameter.detach()) if like else torch.zeros(shape)
         return found
 
     def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take up a state that :meth:`state` gave; the model's weights are restored by the caller."""
+        """Take up a state that :meth:`state` gave; the model's weights are restored by the caller.
+
+        Raises:
+            CheckpointError: it lacks the moving average.
+        """
         self.steps_taken = plain["steps_taken"]
         self._optimizers.clear()
         parameters = dict(self.model.named_parameters())
         for kind in plain["optimizers"]:
             self.optimizer(kind)
+        averaged: dict[str, Tensor] = {}
         for key, value in tensors.items():
             kind, name, field = key.split("/")
+            if kind == AVERAGE:
+                averaged[name] = value
+                continue
             parameter = parameters[name]
             # the count of steps too: the fused AdamW reads it where the parameter is
             self.optimizer(kind).state[parameter][field] = value.clone().to(parameter.device)
+        if self.average is not None:
+            if missing := next((name for name in self.average.weights() if name not in averaged), None):
+                raise CheckpointError(
+                    f"the checkpoint does not hold the teacher's moving average ({missing})",
+                    remedy="--restart the run, or resume it with the options that it was begun with",
+                )
+            self.average.restore(averaged)
 
 
 def _sizes(rows: Sequence[BareRow]) -> tuple[list[int], int]:

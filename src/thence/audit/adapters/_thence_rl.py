@@ -71,6 +71,9 @@ _TRAPO = _GRPO | _UNCLIPPED | {"prefix": "bounded", "entropy": 0.001}
 _FIRST, _LAST = ({"shown": "apart", "sides": sides} for sides in ("first", "last"))
 _TRUST = {"clip_low": 0.002, "clip_high": 0.003, "dual_clip": 1.2}
 _DEMONSTRATIONS, _SHOWN = {"scale": "none"}, {"shown": "all"}
+_TAUGHT = {
+    "scale": "none", "own": "teacher", "surrogate": "weight", "clip_low": None, "clip_high": 1.0,
+}  # fmt: skip
 _GSPO = {"scale": "group", "ratio": "sequence-token"}
 
 CASES: tuple[dict, ...] = tuple(
@@ -154,6 +157,9 @@ CASES: tuple[dict, ...] = tuple(
         ("trapo, a narrower bound, over std", "token-mean",
          _TRAPO | {"scale": "group", "prefix_bound": 0.02, "prefix_weight": 0.5},
          {"method": "trapo", "begun": "rounds", "lr": 0.1, "alpha": 0.02, "prefix_weight": 0.5, "std": True}),
+        ("sdft", "sequence-mean", _TAUGHT, {"method": "sdft", "epochs": 1}),
+        ("sdpo", "sequence-mean", _TAUGHT | {"clip_high": 0.02},
+         {"method": "sdpo", "teacher": "start", "ratio_bound": 1.02, "epochs": 1}),
         ("exgrpo", "token-mean", _SFT | {"compared": "all"}, {"method": "exgrpo", "replayed": True}),
         ("exgrpo, over std", "token-mean", _SFT | {"compared": "all", "scale": "group"},
          {"method": "exgrpo", "replayed": True, "std": True}),
@@ -181,10 +187,14 @@ def run(case: dict, session: Any, loaded: Any, make_trainer: Any) -> None:
     if method.stage == "sft":
         train_demonstrations(case, session, trainer, method, trajectories)
         return
-    update = Update(stage, method, trainer, 1 if options.get("sides") else options["minis"])
+    minis, (teacher, scores) = 1 if options.get("sides") else options["minis"], _taught(method, trajectories, trainer)
+    update = Update(stage, method, trainer, minis, teacher)
     session.watch(loaded.model.base_model)
     session.parameters(policy.model)
-    versions, rollouts, metrics = [], _rollouts(case, trajectories), _Steps(session, policy)
+    rollouts = [
+        rollout | {"teacher": said} for rollout, said in zip(_rollouts(case, trajectories), scores, strict=True)
+    ]
+    versions, metrics = [], _Steps(session, policy)
     if options.get("sides"):
         # Between an SFT step and a rollout batch the old policy is the present one.
         session.say(policy=options["policy"], rollouts=rollouts, versions=list(range(case["steps"])))
@@ -215,12 +225,49 @@ class _Steps:
             if not row.weights.any():
                 self.session.forward(row.token_ids)
 
+    def taught(self, scores: Any) -> None:
+        """The adapter scores for itself."""
+
     def observer(self, chosen: Any, rows: Any) -> None:
         """Nothing to watch."""
 
     def stepped(self, report: Any, clipped: int) -> None:
         """Keep the parameters."""
         self.session.stepped(self.policy.model)
+
+
+class _SolutionFirst:
+    """Stands where a stage renders the teacher's prompts: the solution, then the student's prompt."""
+
+    def token_ids(self, prompt: Any, solution: Any) -> tuple[int, ...]:
+        """The teacher's prompt."""
+        return (*solution, *prompt.token_ids)
+
+
+def _taught(method: Any, trajectories: list[Any], trainer: Any) -> tuple[Any, list[list[float]]]:
+    """The teacher of a method, which keeps the weights of the start; and its log-probabilities of every trajectory's
+    tokens, from a plain forward pass. No teacher: None, and nothing of each."""
+    import copy
+
+    import torch
+
+    from thence.pipeline.teacher import TeacherPass
+    from thence.train.policy import Policy
+
+    if method.teacher is None:
+        return None, [[] for _ in trajectories]
+    prompts: Any = _SolutionFirst()
+    scorer, found = Policy(copy.deepcopy(trainer.policy.model).requires_grad_(False)), []
+    for trajectory, solution in zip(trajectories, method.solutions(trajectories), strict=True):
+        if solution is None:
+            found.append([])
+            continue
+        before = prompts.token_ids(trajectory.prompt, solution)
+        ids = torch.tensor([[*before, *trajectory.response_ids]])
+        with torch.no_grad():
+            logp = scorer.model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        found.append(logp.gather(1, ids[0, len(before) :, None])[:, 0].double().tolist())
+    return TeacherPass("rl", method, prompts, trainer, 1.0, scorer), found
 
 
 def _alone() -> Any:
@@ -262,7 +309,8 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
     for i, (row, reward) in enumerate(zip(rows, _rewards(case, len(rows)), strict=True)):
         group, number = _group(case, i), _round(case, i)
         origin = "demonstration" if _is_shown(case, i) or number == LAST_ROUND else "rollout"
-        prompt = Prompt(group, tuple(row.prompt_ids), draw=group)
+        first = tuple(rows[group * GROUP].response_ids or ()) if method.demonstrations == "shown" else None
+        prompt = Prompt(group, tuple(row.prompt_ids), first, draw=group)
         response = tuple(row.response_ids or ())
         made = Trajectory(prompt, response, origin=origin, score=reward, prefix=_begun(case, i, len(response)))
         found.append(made.in_round(number))

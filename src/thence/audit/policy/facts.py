@@ -28,6 +28,7 @@ class Rollout:
         repeated: its prefix is one that another response has too, where each is to be trained once.
         replay: sampled by an earlier policy, whose log-probabilities are ``sampler``: they stand in its ratio, and it
             has no correction.
+        teacher: log-probabilities that a teacher gave for the response's tokens, nats; empty: it has no teacher.
     """
 
     reward: float
@@ -40,6 +41,7 @@ class Rollout:
     prefix: int = 0
     repeated: bool = False
     replay: bool = False
+    teacher: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Rollout:
@@ -57,7 +59,7 @@ class Rollout:
                 remedy="say these facts of every rollout",
                 field="rollouts",
             )
-        lists = {n: tuple(said.get(n) or ()) for n in ("environment", "sampler")}
+        lists = {n: tuple(said.get(n) or ()) for n in ("environment", "sampler", "teacher")}
         return cls(**{**said, **lists})
 
 
@@ -123,6 +125,15 @@ class PolicyStep:
     def replayed(self) -> np.ndarray:
         """Which tokens are of replayed responses, shape (T,), bool."""
         return np.array([self.rollouts[e].replay for e in self.example], bool)[self.row]
+
+    def gap_to_teacher(self) -> np.ndarray:
+        """Log-probability under the teacher minus that under the policy, shape (T,); zero without a teacher."""
+        found = np.zeros(len(self.row))
+        for i, rollout in enumerate(self.rollouts[e] for e in self.example):
+            if rollout.teacher:
+                mine = self.row == i
+                found[mine] = np.array(rollout.teacher)[self.place[mine]] - self.logp[mine]
+        return found
 
     def rewards(self) -> np.ndarray:
         """Of every row, shape (S,)."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from thence.audit.policy.change import Hypothesis, on_step, overridden, setting, whole_tokens
-from thence.audit.policy.facts import PolicyStep
+from thence.audit.policy.facts import PolicyStep, Rollout
 from thence.audit.policy.objective import PolicyObjective
 
 _SURROGATES = {
@@ -44,6 +44,12 @@ def mixed_changes(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterat
         detail = "responses are weighted by their advantage, not by whether they are right"
         yield setting("policy-weight", "weight of right and wrong", detail, own="advantage")
         yield from _confidence(asked)
+    if asked.own == "teacher":
+        detail = "responses are weighted by their advantage, not by what the teacher says of their tokens"
+        yield setting("policy-weight", "weight by the teacher", detail, own="advantage")
+        detail = "tokens are weighted by the policy's log-probability alone, without the teacher's"
+        alone = lambda s: replace(s, rollouts=tuple(_without_teacher(r) for r in s.rollouts))  # noqa: E731
+        yield on_step("policy-weight", "log-probabilities of the teacher", detail, alone)
     if any(step.begun().any() for step in steps):
         yield from _prefixes(asked)
     if any(step.replayed().any() for step in steps):
@@ -134,3 +140,8 @@ def _prefixes(asked: PolicyObjective) -> Iterator[Hypothesis]:
             if other != asked.entropy_on:
                 detail = f"the entropy bonus is on {words[other]}, where {words[asked.entropy_on]} was asked for"
                 yield setting("entropy-bonus", "tokens of the entropy bonus", detail, entropy_on=other)
+
+
+def _without_teacher(rollout: Rollout) -> Rollout:
+    """As if the teacher had said nothing: log-probabilities of zero."""
+    return replace(rollout, teacher=(0.0,) * len(rollout.teacher))

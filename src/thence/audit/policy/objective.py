@@ -78,8 +78,9 @@ class PolicyObjective:
             eq. 4 and 6).
         demonstration_divisor: tokens that divide the terms of demonstrations: as the normaliser (``all``), their
             ``own``, or both kinds by tokens of their own (``each``).
-        own: what all other responses are weighted by: ``advantage``, or ``correctness``: ``right_weight`` where the
-            reward is 1 or more, else minus ``wrong_weight`` (SRFT eq. 9).
+        own: what all other responses are weighted by: ``advantage``; ``correctness``: ``right_weight`` where the
+            reward is 1 or more, else minus ``wrong_weight`` (SRFT eq. 9); or ``teacher``: each token by the teacher's
+            log-probability minus the policy's (self-distillation, arXiv 2601.19897 and 2601.20802).
         confidence: level of the policy's entropy H before the step, a mean over the ``sequence`` or over all responses
             of the step (``batch``), or that of the ``token``; right responses are multiplied by exp(H) and
             ``demonstration_likelihood`` by exp(``confidence_sign`` * H), both detached (SRFT eq. 5, 10); or ``none``.
@@ -128,7 +129,7 @@ class PolicyObjective:
     compared: Literal["all", "own"] = "all"
     demonstration_likelihood: float = 0.0
     demonstration_divisor: Literal["all", "own", "each"] = "all"
-    own: Literal["advantage", "correctness"] = "advantage"
+    own: Literal["advantage", "correctness", "teacher"] = "advantage"
     right_weight: float = 0.1
     wrong_weight: float = 1.0
     confidence: Literal["none", "token", "sequence", "batch"] = "none"

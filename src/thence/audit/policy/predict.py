@@ -58,6 +58,8 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
     factor = advantage[step.row]
     if asked.own == "correctness":
         advantage, factor = correctness(step, asked)
+    elif asked.own == "teacher":
+        factor = step.gap_to_teacher()
     acting = factor * surrogate_slope(step, asked, advantage, trained) * corrected
     acting = with_others(step, asked, asked.own_weight * acting, row_advantages(step, asked, other))
     begun = step.begun() if asked.prefix != "train" else np.zeros(len(step.row), bool)
