@@ -79,7 +79,7 @@ def steps_of(
     prompts: Any = Before()
     teacher = TeacherPass("rl", method, prompts, trainer, 1.0, scorer)
     metrics = BatchMetrics(SingleProcess(), method.terms)
-    Update(stage, method, trainer, None, minis, teacher).take(rows, metrics)
+    Update(stage, method, trainer, minis, teacher).take(rows, metrics)
     return taken, metrics
 
 

@@ -54,8 +54,6 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     minis = mini_batches_of(stage)
     if method.needs_several_steps and minis == 1 and context.leads:
         log.warning("%s: %s", context.name, ONE_STEP.format(stage.method, stage.prompts, context.name))
-    if method.needs_several_steps and minis == 1 and context.leads:
-        log.warning("%s: %s", context.name, ONE_STEP.format(stage.method, stage.prompts, context.name))
     reference = context.frozen_policy() if method.reference_passes else None
     scorer = teacher_weights(context, method)
     trainer = make_trainer(context, stage, stage.steps * minis, reference)
