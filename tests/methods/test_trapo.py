@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any
 
 import pytest
@@ -10,13 +11,16 @@ from hypothesis import strategies as st
 
 from tests.methods.trapo_cases import Rewarded, levels
 from tests.oracle import weights_of
+from thence.compare.collect import arm_of
+from thence.compare.recipe import check_methods, load_comparison, shipped_comparisons
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.methods import registry
 from thence.methods.trapo import Trapo, cut, trained_prefixes
 from thence.methods.unknown import leave_out
 from thence.objective import Normaliser
-from thence.recipe import Rl
+from thence.pipeline.run import method_labels
+from thence.recipe import Rl, load_recipe
 
 FIRST = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
 SECOND = (1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
@@ -90,7 +94,8 @@ def test_a_prefix_ends_at_the_next_blank_line_within_reach(fraction: float, brea
 def test_a_prefix_leaves_the_last_token_to_the_policy(tokens: int, fraction: float, breaks: set[int]) -> None:
     found = cut(["\n\n" if i in breaks else "" for i in range(tokens)], fraction, 0.3)
     assert min(int(fraction * tokens), max(tokens - 1, 0)) <= found <= max(tokens - 1, 0)
-    assert found == max(min(int(fraction * tokens), tokens - 1), 0) or found - 1 in breaks
+    ends = {int(fraction * tokens), *(i + 1 for i in breaks)}
+    assert found in {max(min(end, tokens - 1), 0) for end in ends}
 
 
 def test_guided_and_plain_prompts_share_a_round_and_every_response_has_a_number_of_its_own() -> None:
@@ -157,6 +162,24 @@ def test_only_the_preset_paper_is_a_reconstruction() -> None:
     labels = {preset: Trapo.exactness_with({"preset": preset}) for preset in ("clean", "code", "paper")}
     assert labels == {"clean": "exact", "code": "exact", "paper": "reconstruction"}
     assert Trapo.exactness_with({}) == "exact"
+
+
+def test_reports_of_runs_and_comparisons_say_which_preset_is_a_reconstruction() -> None:
+    settings = {"method": "trapo", "options": {"preset": "paper"}}
+    paper = {f"rl.{name}": value for name, value in settings.items()} | {"rl.rollouts": 8}
+    assert method_labels(load_recipe("quickstart", paper))["rl"] == "trapo (reconstruction)"
+    code = paper | {"rl.options": {"preset": "code"}}
+    assert method_labels(load_recipe("quickstart", code))["rl"] == "trapo"
+    tables = tomllib.loads(shipped_comparisons()["quick"].read_text())
+    tables["arms"] |= {
+        "trapo": {"kind": "rl", "settings": {"method": "trapo"}},
+        "sft-then-trapo": {"after": "sft", "kind": "rl", "settings": settings},
+    }
+    recipe = load_comparison(tables)
+    assert [arm_of(recipe, name).reconstruction for name in ("trapo", "sft-then-trapo")] == [False, True]
+    tables["arms"]["trapo"]["settings"]["rollouts"] = 4
+    with pytest.raises(RecipeError, match=r"4 \+ 2 \+ 1 \+ 1 = 8"):
+        check_methods(load_comparison(tables))
 
 
 def stage(**settings: Any) -> Rl:

@@ -59,6 +59,19 @@ def test_another_engine_has_the_newest_weights_at_every_step(
     assert all(line["mismatch_kl"] < 1e-9 for line in lines)
 
 
+def test_every_round_of_a_group_is_sampled_by_the_other_engine(
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"method": "trapo", "rollouts": 8, "options": {"thresholds": [1.0, 1.0, 1.0]}}
+    native, expected = trained(rl_recipe, tmp_path / "native", **settings)
+    use(monkeypatch, OwnCopy())
+    monkeypatch.setattr("thence.rollout.responses.sample", None)  # the trainer's own sampler
+    other, lines = trained(rl_recipe, tmp_path / "other", **settings)
+    assert all(torch.equal(native[name], other[name]) for name in native)
+    assert [line["shares"] for line in lines] == [line["shares"] for line in expected]
+    assert all({"rollout", "prefix", "demonstration"} <= line["shares"].keys() for line in lines)
+
+
 def test_the_mismatch_of_sampler_and_trainer_is_measured(
     rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
