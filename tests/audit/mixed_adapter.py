@@ -42,7 +42,7 @@ FOUND = {
     "replay to the old policy": ("exgrpo", {}, "replay-ratio"),
     "SFT step doubled": ("relift, RL and SFT steps", {}, "demonstration-weight"),
     "whole KL halved": ("asft", {"kl": 0.25}, "kl-coefficient"),
-    "no KL": ("asft", {"method": "dft", "kl": None}, "kl-coefficient"),
+    "no KL": ("asft", {"kl": 0.0}, "kl-coefficient"),
     "plain likelihood": ("gift", {"beta": 40.0}, "demonstration-surrogate"),
     "likelihood instead of probability": ("dft", {"method": "gift", "beta": 40.0}, "demonstration-surrogate"),
     "ratio not held": ("sdpo", {"ratio_bound": 50.0}, "clip-missing"),

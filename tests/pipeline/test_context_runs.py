@@ -42,6 +42,8 @@ def quick(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     sft = {"lr": 1e-2, "batch": 3, "steps": 6, "checkpoint_every": 1, "packing": True, "held_out": 3}
     sft = {**base, "stages": ["sft"], "sft": sft}
     cases += [case(sft, folder / "sft-1", 1, {}), case(in_pieces(sft, "fsdp2"), folder / "sft-2", 2, {})]
+    weighed = {**sft, "sft": {**sft["sft"], "method": "gift", "options": {"beta": 3.0}}}
+    cases += [case(weighed, folder / "gift-1", 1, {}), case(in_pieces(weighed, "fsdp2"), folder / "gift-2", 2, {})]
     drive(folder, cases)
     return folder
 
@@ -52,13 +54,14 @@ def test_two_ranks_that_share_rows_sample_and_train_what_one_process_does(name: 
     assert largest_difference(quick / f"{name}-2", quick / f"{name}-1") < EXACT
 
 
-def test_sft_in_pieces_is_that_of_one_process_and_so_is_the_loss_on_held_out_rows(quick: Path) -> None:
-    sampled(quick / "sft-2")
-    assert largest_difference(quick / "sft-2", quick / "sft-1", "sft") < EXACT
-    for got, expected in zip(lines(quick / "sft-2"), lines(quick / "sft-1"), strict=True):
-        for name in {"loss", "held_out_loss"} & expected.keys():
-            assert got[name] == pytest.approx(expected[name], rel=1e-10), name
-    assert any("held_out_loss" in line for line in lines(quick / "sft-2"))
+@pytest.mark.parametrize("name", ["sft", "gift"])
+def test_sft_in_pieces_is_that_of_one_process_and_so_is_the_loss_on_held_out_rows(name: str, quick: Path) -> None:
+    sampled(quick / f"{name}-2")
+    assert largest_difference(quick / f"{name}-2", quick / f"{name}-1", "sft") < EXACT
+    for got, expected in zip(lines(quick / f"{name}-2"), lines(quick / f"{name}-1"), strict=True):
+        for key in {"loss", "held_out_loss", "nll", "blend/mean"} & expected.keys():
+            assert got[key] == pytest.approx(expected[key], rel=1e-10), key
+    assert any("held_out_loss" in line for line in lines(quick / f"{name}-2"))
 
 
 def test_a_run_moves_from_ranks_that_share_rows_to_one_process(quick: Path) -> None:

@@ -55,8 +55,16 @@ def quick(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     sft = {**base, "stages": ["sft"], "sft": {"lr": 1e-2, "batch": 3, "steps": 6, "checkpoint_every": 1}}
     cases += [case(sft, folder / "sft-1", 1, {})]
     cases += [case(cut(sft, reshard_after_forward=False, sum_every_pass=False), folder / "sft-2", 2, {})]
+    weighed = {**sft, "sft": {**sft["sft"], "method": "gift", "options": {"beta": 3.0}}}
+    cases += [case(weighed, folder / "gift-1", 1, {}), case(cut(weighed), folder / "gift-2", 2, {}, stop=3)]
+    cases += [case(cut(weighed), folder / "gift-2", 2, {}, suffix="-more")]
     drive(folder, cases)
     return folder
+
+
+def test_a_reference_of_whole_distributions_is_cut_too_and_is_the_start_of_the_stage_after_a_stop(quick: Path) -> None:
+    assert not list(quick.glob("gift*-notes/error-*"))
+    assert largest_difference(quick / "gift-2", quick / "gift-1", "sft") < EXACT
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -40,6 +40,12 @@ QUANTITIES = {
     ),
 }
 
+WEIGHED = (
+    Curve("nll", "Cross-entropy", "nats a trained token", "held_out_loss", "held out"),
+    Curve("loss", "Loss", "the method's own, a trained token"),
+)
+"""In place of the loss, where a method of SFT weighs tokens: its own loss is no cross-entropy."""
+
 
 def _named(training: StageMetrics, prefix: str, title: str, unit: str) -> list[Curve]:
     """A curve for each quantity whose key begins with the prefix: a test set, a part of the reward."""
@@ -52,6 +58,9 @@ def quantities_of_stage(training: StageMetrics) -> tuple[Curve, ...]:
     sets = _named(training, "eval/", "Test set ", "accuracy or mean reward")
     parts = _named(training, "reward/", "Reward: ", "mean over rollouts")
     own = list(QUANTITIES.get(training.kind, QUANTITIES["sft"]))
+    if training.kind == "sft" and any("nll" in step for step in training.steps):
+        own[:1] = WEIGHED
+        own += _named(training, "blend/", "Reference in the target: ", "mean, or share of tokens")
     at = next((i + 1 for i, quantity in enumerate(own) if quantity.key == "reward"), len(own))
     return (*sets, *own[:at], *parts, *own[at:])
 
