@@ -42,7 +42,7 @@ QUANTITIES = {
 
 WEIGHED = (
     Curve("nll", "Cross-entropy", "nats a trained token", "held_out_loss", "held out"),
-    Curve("loss", "Loss", "the method's own, a trained token"),
+    Curve("loss", "Loss", "of the method, a token"),
 )
 """In place of the loss, where a method of SFT weighs tokens: its own loss is no cross-entropy."""
 
