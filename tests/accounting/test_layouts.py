@@ -159,6 +159,23 @@ def test_a_frozen_reference_and_a_sampler_elsewhere_are_counted() -> None:
     assert any("vLLM's own memory is not counted" in text for text in planned.assumptions)
 
 
+def test_passes_of_a_reference_in_sft_are_counted() -> None:
+    facts: dict[str, Any] = {"n_examples": 64, "mean_prompt_tokens": 10, "mean_response_tokens": 20}
+    alone, once, twice = (
+        plan(recipe(stages=["sft"]), **facts, references={} if not n else {"sft": Reference(n, whole=True)}).stages[0]
+        for n in range(3)
+    )
+    assert alone.memory and once.memory and alone.rule_flops and once.rule_flops and twice.rule_flops
+    assert once.rule_flops / alone.rule_flops == pytest.approx(8 / 6)
+    assert twice.rule_flops / alone.rule_flops == pytest.approx(10 / 6)
+    assert alone.exact_flops and once.exact_flops and twice.exact_flops
+    assert once.exact_flops / alone.exact_flops == pytest.approx(4 / 3)  # a forward pass beside one and its backward
+    assert twice.exact_flops - once.exact_flops == pytest.approx(once.exact_flops - alone.exact_flops)
+    plain, compared = sizes(*alone.memory.lines), sizes(*once.memory.lines)
+    assert compared["reference"] == (4 * N, "always") and "reference" not in plain
+    assert compared["logits, one chunk"][0] == 2 * plain["logits, one chunk"][0]
+
+
 def test_a_dry_run_plans_for_ranks_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     flags = ["--ranks", "4", "--device-gb", "0.01", "--folder", str(tmp_path / "run")]
     assert main(["run", "quickstart", "--dry-run", *flags, "--rl.options", "kl=0.1"]) == 0
