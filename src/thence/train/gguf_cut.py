@@ -110,7 +110,8 @@ def merges_decide(kept: Mapping[str, Any], name: str) -> bool:
     model = kept["model"]
     if bool(model.get("ignore_merges")) == (name in WHOLE_WORDS):
         return True
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    listed = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges: list[tuple[str, str]] = [(first, second) for first, second in listed]
     merging = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, ignore_merges=False)).model
     special = {added["content"] for added in kept["added_tokens"]}
     return all(len(merging.tokenize(word)) == 1 for word in model["vocab"] if word not in special)
