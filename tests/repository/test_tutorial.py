@@ -37,6 +37,10 @@ def test_the_data_of_the_page_are_checked_learned_and_tested(tmp_path: Path) -> 
     [table] = [text for command, text in told.items() if "--dry-run" in command]
     before, after = (float(re.findall(rf"^{name} +([\d.]+)$", table, re.MULTILINE)[0]) for name in ("base", "sft"))
     assert before < 20 and after > 60
+    rated = next(text for command, text in told.items() if "--pass-rates" in command)
+    [counts] = re.findall(r"^500 rows: (\d+) never right, (\d+) always, (\d+) in between$", rated, re.MULTILINE)
+    assert sum(map(int, counts)) == 500 and int(counts[2]) > 20
+    assert (place / "rated.jsonl").read_text().count('"pass_rate": ') == 500
 
 
 @pytest.mark.slow

@@ -13,15 +13,18 @@ import thence.train.gguf_export as gguf_export
 from tests.recipes import file_recipe
 from thence.cli import main
 from thence.errors import UserError
+from thence.recipe import Model
+from thence.train.gguf_cut import make_cut
 from thence.train.gguf_export import GgufType, write_gguf
+from thence.train.model import load_model
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DIGITS = {"qwen2": r"\p{N}", "llama": r"\p{N}{1,3}"}
+DIGITS = {"qwen2": r"\p{N}", "qwen3": r"\p{N}", "llama": r"\p{N}{1,3}"}
 
 
-def model_folder(folder: Path, kind: str, digits: str = "", **changes: Any) -> Path:
+def model_folder(folder: Path, kind: str, digits: str = "", cut: str = "", **changes: Any) -> Path:
     """A random model of two layers with a byte-level BPE tokenizer of its family."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -35,6 +38,8 @@ def model_folder(folder: Path, kind: str, digits: str = "", **changes: Any) -> P
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    if cut:
+        tokenizer.pre_tokenizer = make_cut(cut)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
@@ -69,7 +74,7 @@ def model_folder(folder: Path, kind: str, digits: str = "", **changes: Any) -> P
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("numbers", ["f32", "f16", "bf16", "q8_0"])
 def test_a_file_is_read_back_as_it_was_written(kind: str, numbers: GgufType, tmp_path: Path) -> None:
     import gguf
@@ -101,14 +106,63 @@ def test_weights_that_are_read_back_otherwise_are_refused(tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    YARN,
+    LLAMA3 | {"original_max_position_embeddings": 8192},
+    LLAMA3 | {"original_max_position_embeddings": 64, "high_freq_factor": 2.0},
+]
+
+
+@pytest.mark.parametrize("rope", SCALED, ids=["linear", "yarn", "llama3", "other llama3"])
+def test_scaled_rope_is_written_and_read(rope: dict[str, Any], tmp_path: Path) -> None:
+    source, file = model_folder(tmp_path / "model", "llama", rope_parameters=rope), tmp_path / "model.gguf"
+    write_gguf(source, file, "f32")
+    cpu = torch.device("cpu")
+    own = load_model(Model(path=str(source)), cpu).model
+    read = load_model(Model(path=str(tmp_path), gguf_file="model.gguf"), cpu).model
+    assert {name: read.config.rope_parameters[name] for name in rope} == rope
+    ids = torch.tensor([[i * 7 % 300 for i in range(120)]])
+    with torch.no_grad():
+        assert torch.equal(own(ids).logits, read(ids).logits)
+        read.model.rotary_emb.inv_freq *= 1.01
+        assert not torch.allclose(own(ids).logits, read(ids).logits, atol=1e-4)
+
+
+def test_rope_that_is_read_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_export, "write_rope", lambda gguf, writer, config: writer.add_rope_freq_base(1e4))
+    with pytest.raises(UserError, match="RoPE's frequencies are read back"):
+        write_gguf(model_folder(tmp_path / "model", "llama", rope_parameters=YARN), tmp_path / "m.gguf", "f32")
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("llama", "smollm"), ("llama", "gpt-2"), ("llama", "qwen2")])
+def test_every_known_cut_is_written(kind: str, cut: str, tmp_path: Path) -> None:
+    import gguf
+
+    write_gguf(model_folder(tmp_path / "model", kind, cut=cut), tmp_path / "model.gguf", "f32")
+    fields = gguf.GGUFReader(str(tmp_path / "model.gguf")).fields
+    assert fields["tokenizer.ggml.pre"].contents() == cut
+
+
+def test_the_embedded_world_is_refused_with_what_works_instead(tmp_path: Path) -> None:
+    from thence.train.places import find_place
+
+    with pytest.raises(UserError, match="no tokenizer of this kind: WordLevel") as told:
+        write_gguf(Path(find_place("world:chain/rich")), tmp_path / "model.gguf", "f32")
+    assert told.value.remedy == "export a Hugging Face folder, which transformers opens"
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "RoPE scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "scaling 'dynamic'"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "'yarn' with attention_factor is not written"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "RoPE with beta_fast = 16 is not written"),
         ("llama", {"attention_bias": True}, "biases of Llama"),
         ("gpt2", {}, "architecture 'gpt2' cannot be verified"),
         ("llama", {"digits": r"\p{N}{1,2}"}, "the tokenizer is none that is known"),
-        ("llama", {"digits": r"\p{N}"}, "the tokenizer is none that is known"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(kind: str, changes: Any, said: str, tmp_path: Path) -> None:

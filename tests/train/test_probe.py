@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.train.small_models import CPU, MIXTURE, SLIDING, make, plain, rows_of, step_of
 from thence.errors import UserError
+from thence.models import layers
 from thence.models.layers import check_model
 from thence.recipe import Model
 from thence.rollout.choice import choice_of
@@ -69,6 +71,26 @@ def test_a_parameter_that_would_get_no_gradient_is_named():
 def test_models_that_look_ahead_are_refused():
     with pytest.raises(UserError, match="tokens after it"):
         check_model(make("llama", is_causal=False))
+
+
+@pytest.mark.parametrize(
+    ("far", "follows", "said"),
+    [(2e-4, False, ""), (2e-4, True, "depend on the rows beside it"), (2e-2, False, "depend on the rows beside it")],
+)
+def test_sums_in_another_order_are_not_taken_for_rows_that_see_each_other(far, follows, said, monkeypatch):
+    """A batch of another shape gives other roundings: they are the same whatever the other rows hold."""
+    whole = layers._hidden
+
+    def off(model, token_ids):
+        found = whole(model, token_ids)
+        rows = found.flip(0) if follows else found
+        return found + far * rows if len(found) > 1 else found
+
+    monkeypatch.setattr(layers, "_hidden", off)
+    true = layers.largest_difference
+    monkeypatch.setattr(layers, "largest_difference", lambda a, b: 0.0 if a.shape[-1] == 40 else true(a, b))  # logits
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        check_model(make("llama", torch.float32))
 
 
 class Adapter(nn.Module):

@@ -1,13 +1,15 @@
-"""``thence data``: look at rows as the model will see them."""
+"""``thence data``: look at rows as the model will see them, and give them pass rates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from thence.errors import UserError
 from thence.foreign_text import clean
 from thence.recipe import Data, Recipe, load_recipe, shipped_recipes
 from thence.settings.limits import Rows
@@ -26,24 +28,37 @@ def data_command(
     *,
     model: str | None = None,
     n: Rows = 3,
+    pass_rates: Annotated[str | None, Parameter(metavar="EVALUATION")] = None,
+    out: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     overrides: Annotated[dict[str, Any], Parameter(parse=False)],
 ) -> int:
-    """Print rows as the model will see them, with what is trained, and how long they are.
+    """Print rows as the model will see them, with what is trained, and how long they are; or give them pass rates.
 
     SOURCE is a JSONL or Parquet file, a hub data set, or a recipe: then the data of its first training stage. Any field
     of a recipe is a flag. The model gives the tokenizer and the chat template; no weight is read.
+
+    With --pass-rates, every row of SOURCE is written to --out with one more column, `pass_rate`: the share of its
+    responses that are right in an evaluation of that file. A recipe then sets data.pass_rate or data.order.
 
     Examples:
 
       thence data train.jsonl --model ./my-model
       thence data mine.toml --n 10
       thence data rows.parquet --model ./my-model --data.columns '{ question = "problem" }'
+      thence eval ./my-model --suite train.jsonl --samples 8 --temperature 1
+      thence data train.jsonl --pass-rates evals/train-my-model --out rated.jsonl
 
     Args:
         source: Rows, several files with commas between; or a recipe.
         model: Whose tokenizer: a folder, a hub name or a run. Default: the recipe's.
         n: Rows that are printed, spread over the data set.
+        pass_rates: An evaluation of SOURCE: its folder, or its name under evals/.
+        out: The JSONL file to write with --pass-rates.
     """
+    if pass_rates is not None:
+        return _rate(source, pass_rates, out, {**({} if model is None else {"model": model}), **overrides})
+    if out is not None:
+        raise UserError("rows are only printed", remedy="leave it out, or add --pass-rates EVALUATION", field="--out")
     from rich.text import Text
 
     from thence.cli.app import quiet_libraries
@@ -72,6 +87,36 @@ def data_command(
     return 0
 
 
+def _rate(source: str, evaluation: str, out: Path | None, unused: Mapping[str, Any]) -> int:
+    from thence.cli.eval import existing_evaluation
+    from thence.data.selection import PASS_RATE
+    from thence.evaluate.pass_rates import rated_rows
+    from thence.jsonl import write_jsonl
+
+    if unused:
+        flag = f"--{next(iter(unused)).replace('_', '-')}"
+        raise UserError("pass rates need the file and its evaluation only", remedy="leave it out", field=flag)
+    if out is None:
+        raise UserError("where do the rows go?", remedy="add --out rated.jsonl", field="--out")
+    file, place = Path(source).expanduser(), out.expanduser()
+    if place.exists():
+        raise UserError("the file exists", remedy="give another file, or remove it", file=out)
+    if not file.is_file():
+        problem = "pass rates are of one JSONL or Parquet file"
+        raise UserError(problem, remedy="give the file that was evaluated", file=source)
+    if not place.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {place.parent}", remedy="make it, or give another file", field="--out")
+    rows = rated_rows(existing_evaluation(evaluation), file)
+    write_jsonl(place, rows)
+    rates = [row[PASS_RATE] for row in rows]
+    never, always = rates.count(0), rates.count(1)
+    print(f"{len(rows):,} rows: {never:,} never right, {always:,} always, {len(rows) - never - always:,} in between")
+    print("\npass rate, per cent")
+    print("\n".join(histogram([round(100 * rate) for rate in rates], 10)[:-1]))
+    print(f"\nwritten: {out}; for rows that are sometimes right: --data.source {out} --data.pass-rate 0.01,0.99")
+    return 0
+
+
 def _recipe(source: str, model: str | None, overrides: dict[str, Any]) -> Recipe:
     if source in shipped_recipes() or source.endswith(".toml"):
         return load_recipe(source, {**({} if model is None else {"model.path": model}), **overrides})
@@ -82,8 +127,6 @@ def _recipe(source: str, model: str | None, overrides: dict[str, Any]) -> Recipe
         "data": {"source": source.split(",")},
     }
     if model is None and source != "world:chain":
-        from thence.errors import UserError
-
         raise UserError(
             "rows become tokens by a model's tokenizer", remedy=f"thence data {source} --model MODEL", field="--model"
         )

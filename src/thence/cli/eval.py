@@ -308,7 +308,7 @@ def _regrade(name: str, grader: str | None) -> int:
     console = make_console()
     try:
         with logging_to(console), EvaluationDisplay(console) as progress:
-            store = regrade(_existing(name).folder, grader, progress)
+            store = regrade(existing_evaluation(name).folder, grader, progress)
     except UserError as error:
         if error.field != "reward":
             raise
@@ -346,7 +346,7 @@ def _compare(names: Sequence[str], suite: str | None, grader: str | None) -> int
 
     if len(names) < 2:
         raise UserError("one evaluation has nothing to be compared with", remedy="name two or more", field="--compare")
-    first, *others = (_existing(name, suite) for name in names)
+    first, *others = (existing_evaluation(name, suite, comparing=True) for name in names)
     found = [compare_evaluations(first, other, grader) for other in others]
     console = make_console()
     if len(found) == 1:
@@ -357,7 +357,7 @@ def _compare(names: Sequence[str], suite: str | None, grader: str | None) -> int
     return 0
 
 
-def _existing(name: str, suite: str | None = None) -> Store:
+def existing_evaluation(name: str, suite: str | None = None, *, comparing: bool = False) -> Store:
     """The evaluation in a folder, under `evals/`, of a model on a suite, or of a run's stage. Raises UserError."""
     from thence.evaluate.origin import short_name
     from thence.evaluate.store import Store
@@ -373,7 +373,7 @@ def _existing(name: str, suite: str | None = None) -> Store:
     run, stage = run_of(name)
     if run is not None:
         return Store(evaluation_of(run, stage))
-    hint = "" if suite else ", or name models and say --suite"
+    hint = ", or name models and say --suite" if comparing and not suite else ""
     raise UserError(
         "no evaluation here", remedy=f"give the folder that `thence eval` printed, or a run's{hint}", file=name
     )

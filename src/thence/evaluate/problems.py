@@ -101,6 +101,19 @@ def load_problems(task: Task, data: Path | None = None, limit: int | None = None
     return list(found.values())
 
 
+def row_problems(task: Task, file: Path) -> Iterator[Problem]:
+    """The problem of every row of a file that passes the task's filter, copies too.
+
+    Args:
+        file: JSONL or Parquet.
+
+    Raises:
+        UserError: no such file.
+        DataError: a row that cannot be used.
+    """
+    return _of_table(task, _open(task, file))
+
+
 def _of_world(task: Task) -> Iterator[Problem]:
     from thence.data.worlds.chain import SPLITS, problems
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thence.errors import UserError, first_line
-from thence.models.probing import largest_difference, probe_tokens, short_windows, tolerance
+from thence.models.probing import MOST_ROUNDING, largest_difference, probe_tokens, short_windows, tolerance
 from thence.objective import Head, logits_of
 
 PROBE_TOKENS = 13  # a row of the check
@@ -97,16 +97,31 @@ def check_model(model: Any) -> None:
                 f"the logits of {name} are not its last hidden states times its output layer",
                 remedy="models that do something else between the two are not supported",
             )
-        for other, problem in (
-            (together, "depend on the rows beside it"),
-            (longer[:, :PROBE_TOKENS], "depend on the tokens after it"),
+        for found, beside, problem in (
+            (together, _beside_themselves, "depend on the rows beside it"),
+            (longer[:, :PROBE_TOKENS], _before_themselves, "depend on the tokens after it"),
         ):
-            if largest_difference(other, alone) > allowed:
+            difference = largest_difference(found, alone)
+            if difference <= allowed:
+                continue
+            # other shapes sum in another order, which trained models with a few very large hidden numbers make visible;
+            # other tokens in the same shape do not
+            if difference > MOST_ROUNDING or largest_difference(beside(model, token_ids), found) > allowed:
                 raise UserError(
                     f"hidden states of a token of {name} {problem}",
                     remedy="give a causal language model; encoders and diffusion models are not supported",
                 )
     _checked.add(model)
+
+
+def _beside_themselves(model: Any, token_ids: Tensor) -> Tensor:
+    """Hidden states of each row in a batch of the same shape, with other tokens in the other rows."""
+    return torch.stack([_hidden(model, row.expand_as(token_ids))[place] for place, row in enumerate(token_ids)])
+
+
+def _before_themselves(model: Any, token_ids: Tensor) -> Tensor:
+    """Hidden states of the rows with other tokens after them."""
+    return _hidden(model, torch.cat([token_ids, token_ids], 1))[:, :PROBE_TOKENS]
 
 
 def forget(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,20 @@ from torch import Tensor
 from thence.errors import UserError
 from thence.recipe import Model
 from thence.train.checkpoint import removed_on_failure
+from thence.train.gguf_cut import PROBES, find_cut, merges_decide
+from thence.train.gguf_rope import FREQUENCIES, check_rope, write_rope
 from thence.train.model import load_model, load_tokenizer
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
-ARCHITECTURES = ("llama", "qwen2")
-TEXTS = ("Hello world", "What is 12 + 7*(3-1)?\n\nIt's 26!", "  naïve café — 数学 1234567", "def f(x):\n\treturn x\n")
-"""What both tokenizers must cut into the same tokens."""
-_CUT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+TEXTS = (
+    "Hello world",
+    "What is 12 + 7*(3-1)?\n\nIt's 26!",
+    "  naïve café — 数学 1234567",
+    "def f(x):\n\treturn x\n",
+    *PROBES,
 )
-CUT_BY = {_CUT.replace("DIGITS", r"\p{N}"): "qwen2", _CUT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe"}
-"""How Qwen2 and Llama 3 cut text before its pieces are looked up -> llama.cpp's name for it."""
+"""What both tokenizers must cut into the same tokens."""
 _BLOCK = 32  # values that q8_0 keeps together
 _CLOSE = 1e-4
 
@@ -89,18 +92,16 @@ def write_gguf(source: Path, file: Path, kind: GgufType) -> WrittenGguf:
 
 def _check(model: Any, source: Path) -> None:
     config = model.config
-    scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     window = getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None)
     biased = config.model_type == "llama" and (config.attention_bias or getattr(config, "mlp_bias", False))
     wrong = None
     if config.model_type not in ARCHITECTURES:
         wrong = f"the architecture {config.model_type!r} cannot be verified as GGUF; {', '.join(ARCHITECTURES)} can"
-    elif scaling != "default":
-        wrong = f"RoPE scaling {scaling!r} is not written"
     elif window or biased:
         wrong = "a sliding window is not written" if window else "biases of Llama are not written"
     if wrong:
         raise UserError(wrong, remedy="export a Hugging Face folder, and use llama.cpp's converter", file=source)
+    check_rope(config, source)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
@@ -145,17 +146,17 @@ def _write(
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(head)
+    frequencies = write_rope(gguf, writer, config)
     writer.add_vocab_size(config.vocab_size)
     types = gguf.LlamaFileType
     writer.add_file_type(
         {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16, "q8_0": types.MOSTLY_Q8_0}[kind]
     )
     _write_tokenizer(gguf, writer, tokenizer, config, source)
-    names = gguf.get_tensor_name_map(
-        {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type], config.num_hidden_layers
-    )
+    if frequencies is not None:
+        writer.add_tensor(FREQUENCIES, frequencies.numpy(), raw_dtype=gguf.GGMLQuantizationType.F32)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, (_, chosen, packed) in written.items():
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -175,13 +176,7 @@ def _write(
 
 def _write_tokenizer(gguf: Any, writer: Any, tokenizer: Any, config: Any, source: Path) -> None:
     kept = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = _pre_tokenizer(kept, config.model_type)
-    if kept["model"]["type"] != "BPE" or pre is None:
-        raise UserError(
-            "the tokenizer is none that is known to llama.cpp by a name here: byte-level BPE of Qwen2 or Llama 3",
-            remedy="export a Hugging Face folder, and use llama.cpp's converter",
-            file=source,
-        )
+    pre = _check_tokenizer(kept, tokenizer.backend_tokenizer, source)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     texts, types = [f"[PAD{i}]" for i in range(config.vocab_size)], [gguf.TokenType.UNUSED] * config.vocab_size
@@ -206,17 +201,26 @@ def _write_tokenizer(gguf: Any, writer: Any, tokenizer: Any, config: Any, source
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _pre_tokenizer(kept: Mapping[str, Any], architecture: str) -> str | None:
-    """llama.cpp's name of how a tokenizer cuts text, known by its whole pattern; None: it is not known here."""
-    found = kept.get("pre_tokenizer") or {}
-    parts = found.get("pretokenizers", [found])
-    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    if len(parts) != 2 or any(parts[1].get(name) != value for name, value in plain.items()):
-        return None
-    if parts[0].get("type") != "Split" or parts[0].get("behavior") != "Isolated" or parts[0].get("invert"):
-        return None
-    name = CUT_BY.get(parts[0]["pattern"].get("Regex"))
-    return name if name == {"llama": "llama-bpe"}.get(architecture, architecture) else None
+def _check_tokenizer(kept: Mapping[str, Any], backend: Any, source: Path) -> str:
+    """llama.cpp's name of how a tokenizer cuts text. Raises UserError where llama.cpp would give other tokens."""
+    remedy = "export a Hugging Face folder, and use llama.cpp's converter"
+    kind, name = kept["model"]["type"], None
+    changed = (kept.get("normalizer") or {"type": "NFC"})["type"]
+    if kind in ("WordLevel", "WordPiece"):
+        problem = f"llama.cpp has no tokenizer of this kind: {kind}"
+        remedy = "export a Hugging Face folder, which transformers opens"
+    elif kind != "BPE" or kept["model"].get("byte_fallback") or (name := find_cut(backend)) is None:
+        problem = (
+            "the tokenizer is none that is known to llama.cpp by a name here: byte-level BPE that cuts text as "
+            "SmolLM2, GPT-2, Qwen2 or Llama 3 does"
+        )
+    elif changed != "NFC":  # which Qwen has, and llama.cpp's converter passes over too
+        problem = f"the tokenizer changes text before it cuts it ({changed}), and llama.cpp does not"
+    elif not merges_decide(kept, name):
+        problem = "the tokenizer and llama.cpp look up whole words in different ways, and would give other tokens"
+    else:
+        return name
+    raise UserError(problem, remedy=remedy, file=source)
 
 
 def _compare(file: Path, model: Any, tokenizer: Any, rounded: Mapping[str, Tensor]) -> float:
@@ -230,11 +234,15 @@ def _compare(file: Path, model: Any, tokenizer: Any, rounded: Mapping[str, Tenso
     for name, value in rounded.items():
         if name not in found or not torch.equal(found[name], value):
             raise _differs(f"the weights {name}", file)
-    for text in TEXTS:
+    for text in (unicodedata.normalize("NFC", text) for text in TEXTS):  # Qwen's does so, and llama.cpp does not
         if tokenizer(text).input_ids != theirs(text).input_ids:
             raise _differs(f"the tokens of {text!r}", file)
+    turns, theirs_turns = model.model.rotary_emb, again.model.rotary_emb
+    same = turns.attention_scaling == theirs_turns.attention_scaling
+    if not (same and torch.allclose(turns.inv_freq, theirs_turns.inv_freq, rtol=1e-6, atol=0)):
+        raise _differs("RoPE's frequencies", file)
     model.load_state_dict(dict(rounded), strict=False)
-    ids = torch.tensor([[i * 7 % model.config.vocab_size for i in range(1, 17)]])
+    ids = torch.tensor([[i * 7 % model.config.vocab_size for i in range(1, 65)]])
     with torch.no_grad():
         expected, got = model(ids).logits, again(ids).logits
     largest = float((expected - got).abs().max())

@@ -17,7 +17,7 @@ from thence.explain import is_of_system
 from thence.files import read_json
 from thence.models.layers import check_model
 from thence.train.finite import broken_weights
-from thence.train.gguf import read_once
+from thence.train.gguf import read_once, restore_config, restore_tokenizer
 from thence.train.model_files import check_files, resolve
 from thence.train.random_start import check_size, made_config
 
@@ -64,6 +64,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             config = AutoConfig.from_pretrained(origin, **options)
+            restore_config(config, settings)
             config = _without_noise(_overridden(config, settings.config_overrides))
             loading: Any = {"output_loading_info": True, **options, **_unpacked(settings)}
             opened: Any = AutoModelForCausalLM.from_pretrained(origin, config=config, dtype=dtype, **loading)
@@ -108,6 +109,7 @@ def empty_model(settings: recipes.Model) -> Any:
             config = made_config(settings.init)
         else:
             config = AutoConfig.from_pretrained(resolve(settings.path or ""), **_options(settings))
+            restore_config(config, settings)
             config = _overridden(config, settings.config_overrides)
         with torch.device("meta"):
             trusted = {"trust_remote_code": settings.trust_remote_code}
@@ -141,8 +143,12 @@ def load_tokenizer(settings: recipes.Model) -> Any:
 
     check_files(settings)
     name = settings.tokenizer or settings.path or ""
+    options = {} if settings.tokenizer else _options(settings)
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), **(_options(settings) if not settings.tokenizer else {}))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **options)
+        if not settings.tokenizer:
+            restore_tokenizer(tokenizer, settings)
+        return tokenizer
     except Exception as error:  # tokenizers raises bare exceptions
         if isinstance(error, UserError) or is_of_system(error):
             raise
