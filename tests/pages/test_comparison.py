@@ -307,6 +307,13 @@ def test_outcome_owns_up_to_the_embedded_world(comparison: Comparison):
     assert "embedded world" in outcome(statistics(replace(comparison, environment=bases), 100))
 
 
+def test_the_page_shows_the_command_as_it_was_typed_and_no_tag_of_it(comparison: Comparison):
+    typed = {"command": "thence compare 'mine <b>.toml' --jobs 2", "thence": "0.1.0"}
+    text = render_page(statistics(replace(comparison, environment=typed), 100))
+    assert "Reproduce it" in text and "<pre>thence compare &#39;mine &lt;b&gt;.toml&#39; --jobs 2</pre>" in text
+    assert "Reproduce it" not in render_page(statistics(replace(comparison, environment={}), 100))
+
+
 def test_budgets_not_reached_or_exceeded_are_said(found: Statistics):
     said = [note for note in notes(found) if "budget" in note]
     assert len(said) == 2

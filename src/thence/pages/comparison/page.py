@@ -121,6 +121,7 @@ def shown_sections(found: Statistics, figures: bool = True) -> list[ShownSection
 def render_page(found: Statistics) -> str:
     """The page as HTML. Raises RecipeError where a section does not fit the comparison."""
     comparison = found.comparison
+    facts = {key: value for key, value in comparison.environment.items() if key != "command"}
     return render(
         "comparison",
         title=comparison.name,
@@ -132,7 +133,8 @@ def render_page(found: Statistics) -> str:
         parts=shown_sections(found),
         arms=Table("", ("Arm", "Starts from", "What it is"), tuple(_about(comparison, a) for a in comparison.arms)),
         failures=_failures(comparison),
-        environment=[(key, str(value)) for key, value in comparison.environment.items() if value not in (None, "", {})],
+        command=str(comparison.environment.get("command") or ""),
+        environment=[(key, str(value)) for key, value in facts.items() if value not in (None, "", {})],
         replicates=f"{found.replicates:,}",
         folded=_FOLDED,
     )
