@@ -86,7 +86,7 @@ def test_nothing_acts_before_the_policy_has_moved() -> None:
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "cispo": ("cispo", {"cap": 1.1, "floor": 0.9}),
     "cispo, means of responses, entropy": ("cispo", {"cap": 1.02, "aggregation": "sequence-mean", "entropy": 0.1}),
-    "dppo": ("dppo", {"low": 1e-3, "high": 2e-3, "cap": 1.03}),
+    "dppo": ("dppo", {"low": 1e-3, "high": 2e-3, "ratio_bound": 1.03}),
     "dppo, kl": ("dppo", {"divergence": "kl", "low": 1e-5, "high": 2e-5, "kappa": 0.3}),
     "ipo": ("ipo", {"bound": 1e-3, "kappa": 0.3}),
 }
@@ -113,7 +113,7 @@ def stated(name: str, o: Any, model: Any, part: list[Trajectory], old: list[Tens
                 p, q = now.exp(), before.exp()
                 far = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
                 keep = (far <= o.high) | (p <= q) if gain > 0 else (far <= o.low) | (p >= q)
-            factor = ratio.clamp(max=o.cap) * keep
+            factor = ratio.clamp(max=o.ratio_bound) * keep
             held.append(~keep)
             loss = loss + o.kappa * share * (logp - before).square().sum()
         loss = loss - gain * share * (factor * logp).sum() - o.entropy * entropy.sum() / tokens
@@ -187,7 +187,7 @@ def test_a_bound_that_cannot_act_is_said(tmp_path, caplog, name):
         ("dppo", {"divergence": "js"}, "divergence"),
         ("dppo", {"low": -0.1}, "low"),
         ("ipo", {"low": 0.1}, "low"),
-        ("ipo", {"cap": 0.5}, "cap"),
+        ("ipo", {"ratio_bound": 0.5}, "ratio_bound"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], says: str) -> None:

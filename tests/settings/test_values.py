@@ -23,7 +23,7 @@ MODEL = {"path": "some/model"}
 ARMS = {"base": {}, "sft": {"kind": "sft"}}
 COMPARISON = {"reference": "base", "seeds": [1], "bases": {"b": {"path": "m"}}, "arms": ARMS, "sft": {"steps": 2}}
 NEVER = (True, False, "8", "nan", math.nan, -math.inf, 10**5000, -(10**400), [8], {"x": 8})
-UNENDING = {"dual_clip"}
+UNENDING = {"dual_clip", "ratio_bound"}
 """Fields in which inf has a meaning."""
 
 

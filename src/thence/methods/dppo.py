@@ -1,6 +1,6 @@
 """DPPO (arXiv 2602.04879): a trust region of probabilities in place of a clipped ratio. And IPO of prime-rl.
 
-    L = - (1 / N) sum_i sum_t A_i sg(min(r_it, cap) keep_it) log pi(y_it)  + kappa (log pi - log pi_old)^2
+    L = - (1 / N) sum_i sum_t A_i sg(min(r_it, bound) keep_it) log pi(y_it)  + kappa (log pi - log pi_old)^2
     tv:  keep where pi - pi_old <= high (A > 0), >= -low (A < 0)
     kl:  keep where KL(Bernoulli(pi_old) || Bernoulli(pi)) <= high (A > 0), <= low (A < 0), or the step leads back
 
@@ -9,7 +9,7 @@ PPO's clip holds the token back, though 4% of the probability moved. DPPO looks 
 and 0.05 (kl), verl's examples; prime-rl has 0.2 and kappa = 0.001, where pi_old is the sampler's own.
 
 Elsewhere: verl 0.9.1 takes the bounds from ``clip_ratio_low`` and ``clip_ratio_high`` (0.2 if they are not set) and the
-cap from ``clip_ratio_c``, whose default of 3 was meant for PPO's dual clip: with it, ratios above 3 are truncated.
+largest ratio from ``clip_ratio_c``, whose default of 3 was meant for PPO's dual clip: with it, ratios above 3 are cut.
 
 IPO keeps a token where |pi - pi_old| <= bound, whatever its advantage, has the same kappa, and no cap. prime-rl (commit
 559b447 of August 2026) takes pi_old from the sampler for both; here it is the trainer's own log-probability, which
@@ -35,7 +35,7 @@ from thence.settings.limits import Ceiling, Coefficient
 class TrustOptions(GroupOptions):
     """Settings that masks of a trust region share."""
 
-    cap: Ceiling = 1e4
+    ratio_bound: Ceiling = 1e4
     """Largest ratio. inf: off."""
     kappa: Coefficient = 0.0
     """Coefficient of the squared distance of the log-probability from the old one. 0: off."""
@@ -59,7 +59,7 @@ class Dppo(Grpo):
     """Policy gradient with group advantages, masked outside a trust region of probabilities."""
 
     name = "dppo"
-    formula = "-(1/N) sum A sg(min(r, cap) keep) log pi, keep: pi - pi_old <= 0.15 if A > 0, >= -0.15 if A < 0"
+    formula = "-(1/N) sum A sg(min(r, 1e4) keep) log pi, keep: pi - pi_old <= 0.15 if A > 0, >= -0.15 if A < 0"
     source = "arXiv 2602.04879, with the bounds of verl's examples"
     exactness = "exact"
     needs_several_steps = True
@@ -69,7 +69,7 @@ class Dppo(Grpo):
     def surrogate(self) -> Surrogate:
         o = self.options
         low, high = (BOUNDS[o.divergence] if bound is None else bound for bound in (o.low, o.high))
-        return TrustMask(o.divergence, low, high, o.cap)
+        return TrustMask(o.divergence, low, high, o.ratio_bound)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -92,7 +92,7 @@ class IpoOptions(TrustOptions):
 
     bound: Coefficient = 0.1
     """Largest change of the token's probability, up or down."""
-    cap: Ceiling = math.inf
+    ratio_bound: Ceiling = math.inf
     """Largest ratio. inf: off."""
     kappa: Coefficient = 1e-3
     """Coefficient of the squared distance of the log-probability from the old one. 0: off."""
@@ -110,4 +110,4 @@ class Ipo(Dppo):
     @property
     def surrogate(self) -> Surrogate:
         o = self.options
-        return TrustMask("band", o.bound, o.bound, o.cap)
+        return TrustMask("band", o.bound, o.bound, o.ratio_bound)

@@ -98,7 +98,7 @@ CASES: tuple[dict, ...] = tuple(
         ("cispo", "token-mean", _ORIGINAL | {"surrogate": "weight", "clip_low": 0.8, "clip_high": 0.1},
          {"method": "cispo", "floor": 0.2, "cap": 1.1}),
         ("dppo, total variation", "token-mean", {"scale": "none", "surrogate": "tv", **_TRUST},
-         {"method": "dppo", "low": 0.002, "high": 0.003, "cap": 1.2}),
+         {"method": "dppo", "low": 0.002, "high": 0.003, "ratio_bound": 1.2}),
         ("dppo, binary KL, sequence mean, pull", "sequence-mean",
          {"scale": "none", "surrogate": "binary-kl", "clip_low": 1e-4, "clip_high": 2e-4, "pull": 0.5},
          {"method": "dppo", "divergence": "kl", "low": 1e-4, "high": 2e-4, "kappa": 0.5,
