@@ -33,12 +33,12 @@ class Visit:
 
 
 @contextmanager
-def visit(browser: Any, path: Path, anchor: str = "", **look: Any) -> Iterator[Visit]:
-    """Open a file as a user would, wait until its scripts are done, and close it.
+def visit(browser: Any, path: Path | str, anchor: str = "", **look: Any) -> Iterator[Visit]:
+    """Open a page as a user would, wait until its scripts are done, and close it.
 
     Args:
         browser: of playwright.
-        path: the page.
+        path: the page: a file, or an address.
         anchor: what follows ``#``.
         look: of the context: viewport, color_scheme and so on.
     """
@@ -51,7 +51,8 @@ def visit(browser: Any, path: Path, anchor: str = "", **look: Any) -> Iterator[V
     page.on("dialog", lambda dialog: (found.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: found.requests.append(request.url))
     try:
-        page.goto(path.resolve().as_uri() + (f"#{anchor}" if anchor else ""))
+        address = path if isinstance(path, str) else path.resolve().as_uri()
+        page.goto(address + (f"#{anchor}" if anchor else ""))
         if page.locator(".chart").count():
             page.wait_for_selector("html[data-charts=drawn]", state="attached")
         if page.locator("#held-samples").count():
