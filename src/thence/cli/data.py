@@ -113,7 +113,8 @@ def _rate(source: str, evaluation: str, out: Path | None, unused: Mapping[str, A
     print(f"{len(rows):,} rows: {never:,} never right, {always:,} always, {len(rows) - never - always:,} in between")
     print("\npass rate, per cent")
     print("\n".join(histogram([round(100 * rate) for rate in rates], 10)[:-1]))
-    print(f"\nwritten: {out}; for rows that are sometimes right: --data.source {out} --data.pass-rate 0.01,0.99")
+    print(f"\nwritten: {out}")
+    print(f"sometimes right: --data.source {out} --data.pass-rate 0.01,0.99")
     return 0
 
 
