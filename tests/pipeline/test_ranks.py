@@ -44,8 +44,13 @@ SLOW = {
     "red": {"method": "red"},
     "bread": {"method": "bread", "rollouts": 2},
     "trapo": {"method": "trapo", "rollouts": 8, "options": {"fractions": [0.2, 0.5, 1.0]}},
-    "sdft": {"method": "sdft", "mini_batch": 2, "options": {"form": "{solution};{prompt}"}},
-    "sdpo": {"method": "sdpo", "mini_batch": 2, "options": {"form": "{solution};{prompt}", "average_rate": 0.5}},
+    "sdft": {"method": "sdft", "prompts": 8, "mini_batch": 4, "options": {"form": "{solution};{prompt}"}},
+    "sdpo": {
+        "method": "sdpo",
+        "prompts": 8,
+        "mini_batch": 4,
+        "options": {"form": "{solution};{prompt}", "average_rate": 0.5},
+    },
     "reference": {"method": "grpo", "options": {"kl": 0.05}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
