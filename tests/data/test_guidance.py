@@ -37,7 +37,11 @@ def test_a_prefix_has_a_token_at_least_and_never_the_whole_solution(share: float
 
 def test_plain_text_is_continued_and_a_conversation_is_told_to_continue() -> None:
     assert guided(Example(prompt="1+1?", demonstration="2"), "1+").prompt == "1+1?1+"
-    chat = Example(messages=(Message("system", "Be brief."), Message("user", "Add {prefix} and {x}.")), answer="3")
+    chat = Example(
+        messages=(Message("system", "Be brief."), Message("user", "Add {prefix} and {x}.")),
+        demonstration="3",
+        answer="3",
+    )
     found = guided(chat, "First, {problem}")
     assert found.messages[0] == chat.messages[0] and found.demonstration is None and found.answer == "3"
     text = found.messages[1].content
