@@ -171,3 +171,10 @@ def test_layers_that_cannot_be_recomputed_are_refused_before_the_first_step(bloo
     with pytest.raises(UserError, match="cannot be recomputed"):
         run(recipe_of(bloom) | later, {"folder": str(tmp_path / "run")})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("base", ["rich", "poor"])
+def test_the_recipes_that_pretrain_the_bases_hold(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fewer = ["--data.limit", "160", "--sft-pretrain.steps", "2", "--sft-pretrain.held_out", "20"]
+    assert main(["check", f"base-{base}", *fewer]) == 0, capsys.readouterr().out

@@ -86,9 +86,11 @@ def _of_run(path: str, field: str) -> str | None:
 
 def _base(path: str, field: str) -> str:
     folder = Path(str(resources.files("thence.data.worlds"))) / "bases"
-    known = {f"world:{p.parent.name.replace('-', '/', 1)}": p.parent for p in sorted(folder.glob("*/config.json"))}
+    # a folder without weights holds the tokenizer that the bases are pretrained with
+    known = {f"world:{p.parent.name.replace('-', '/', 1)}": p.parent for p in sorted(folder.glob("*/tokenizer.json"))}
     if path not in known:
-        raise RecipeError(f"no base {path!r}", remedy=f"use one of {', '.join(known)}", field=field)
+        models = (name for name, place in known.items() if (place / "config.json").is_file())
+        raise RecipeError(f"no base {path!r}", remedy=f"use one of {', '.join(models)}", field=field)
     return str(known[path])
 
 
