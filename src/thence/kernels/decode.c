@@ -21,18 +21,19 @@ static void turn(const float *x, const float *cosine, const float *sine, float s
 
 /* Append one token a row to the cache and attend to all of the row's tokens.
  *
- * qkv (rows, heads + 2 kv, HEAD); keys (rows, kv, HEAD, capacity); values (rows, kv, capacity, HEAD);
+ * qkv (rows, heads + 2 kv, HEAD); keys (places, kv, HEAD, capacity); values (places, kv, capacity, HEAD);
+ * place (rows): where in the cache each row is, so that a row that ended is passed over and nothing is moved;
  * cosines, sines (positions, HALF); first (rows): the first column that is no padding; column: where the token goes;
  * out (rows, heads, HEAD). Returns 0, or 1 where memory ran out: scores of long rows do not fit on a thread's stack.
  */
 int attend(const float *qkv, float *keys, float *values, const float *cosines, const float *sines,
-            const int64_t *first, float *out, int64_t rows, int64_t heads, int64_t kv, int64_t capacity,
+            const int64_t *place, const int64_t *first, float *out, int64_t rows, int64_t heads, int64_t kv, int64_t capacity,
             int64_t column, float scale) {
     const int64_t group = heads / kv;
     int failed = 0;
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t begin = first[r], length = column + 1 - begin;
+        const int64_t begin = first[r], length = column + 1 - begin, own = place[r];
         const float *cosine = cosines + (column - begin) * HALF, *sine = sines + (column - begin) * HALF;
         const float *row = qkv + r * (heads + 2 * kv) * HEAD;
         float query[HEAD], turned[HEAD], *score = malloc(sizeof(float) * length);
@@ -42,8 +43,8 @@ int attend(const float *qkv, float *keys, float *values, const float *cosines, c
             continue;
         }
         for (int64_t h = 0; h < kv; h++) {
-            float *key = keys + (r * kv + h) * HEAD * capacity + column;
-            float *value = values + ((r * kv + h) * capacity + column) * HEAD;
+            float *key = keys + (own * kv + h) * HEAD * capacity + column;
+            float *value = values + ((own * kv + h) * capacity + column) * HEAD;
             turn(row + (heads + h) * HEAD, cosine, sine, 1.0f, turned);
             for (int i = 0; i < HEAD; i++) {
                 key[i * capacity] = turned[i];
@@ -51,8 +52,8 @@ int attend(const float *qkv, float *keys, float *values, const float *cosines, c
             }
         }
         for (int64_t h = 0; h < heads; h++) {
-            const float *key = keys + (r * kv + h / group) * HEAD * capacity + begin;
-            const float *value = values + ((r * kv + h / group) * capacity + begin) * HEAD;
+            const float *key = keys + (own * kv + h / group) * HEAD * capacity + begin;
+            const float *value = values + ((own * kv + h / group) * capacity + begin) * HEAD;
             turn(row + h * HEAD, cosine, sine, scale, query);
             for (int64_t j = 0; j < length; j++) score[j] = query[0] * key[j];
             for (int i = 1; i < HEAD; i++)

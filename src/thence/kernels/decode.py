@@ -18,22 +18,31 @@ class DecodeKernels:
     def __init__(self, library: ctypes.CDLL):
         self._attend, self._rms_norm, self._swiglu = library.attend, library.rms_norm, library.swiglu
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._attend.argtypes = [pointer] * 7 + [number] * 5 + [ctypes.c_float]
+        self._attend.argtypes = [pointer] * 8 + [number] * 5 + [ctypes.c_float]
         self._rms_norm.argtypes = [pointer] * 2 + [number] * 2 + [ctypes.c_float]
         self._swiglu.argtypes = [pointer] * 2 + [number] * 2
         self._attend.restype = ctypes.c_int
         self._rms_norm.restype = self._swiglu.restype = None
 
     def attend(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, first: Tensor, column: int
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        place: Tensor,
+        first: Tensor,
+        column: int,
     ) -> Tensor:
         """Append one token a row to the cache in place and attend to all of its row; see ``decode.c``.
 
         Args:
             qkv: (rows, (heads + 2 kv) * head size).
-            keys: (rows, kv, head size, capacity).
-            values: (rows, kv, capacity, head size).
+            keys: (places, kv, head size, capacity).
+            values: (places, kv, capacity, head size).
             cos, sin: (positions, head size / 2).
+            place: where in the cache each row is, (rows,), int64.
             first: first column of each row that is no padding, (rows,), int64.
             column: where the token goes.
 
@@ -43,10 +52,10 @@ class DecodeKernels:
         Raises:
             MemoryError: no room for a row's scores.
         """
-        rows, kv, head_size, capacity = keys.shape
+        rows, (_, kv, head_size, capacity) = len(qkv), keys.shape
         heads = qkv.shape[1] // head_size - 2 * kv
         out = torch.empty(rows, heads * head_size)
-        places = (t.data_ptr() for t in (qkv, keys, values, cos, sin, first, out))
+        places = (t.data_ptr() for t in (qkv, keys, values, cos, sin, place, first, out))
         if self._attend(*places, rows, heads, kv, capacity, column, head_size**-0.5):
             raise MemoryError("no memory for the scores of a decoding step")
         return out
@@ -82,27 +91,24 @@ def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:
         return False
     heads, kv, capacity, column = 4, 2, 6, 4
     qkv = plain_numbers(2, (heads + 2 * kv) * head_size, place=2)
-    first = torch.tensor([0, 2])
+    first, place = torch.tensor([0, 2]), torch.tensor([2, 0])  # of a cache of three places
     angles = plain_numbers(capacity, head_size // 2, place=3)
-    past_k, past_v = (
-        plain_numbers(2, kv, capacity, head_size, place=4),
-        plain_numbers(2, kv, capacity, head_size, place=5),
-    )
+    past_k, past_v = (plain_numbers(3, kv, capacity, head_size, place=i) for i in (4, 5))
     keys, values = past_k.transpose(2, 3).contiguous(), past_v.clone()
-    out = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), first, column)
+    out = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), place, first, column)
 
     heads_of_row = qkv.reshape(2, heads + 2 * kv, head_size)
     turned = torch.stack([_turned(heads_of_row[r], angles[column - int(first[r])]) for r in range(2)])
-    past_k[:, :, column], past_v[:, :, column] = turned[:, heads : heads + kv], heads_of_row[:, heads + kv :]
+    past_k[place, :, column], past_v[place, :, column] = turned[:, heads : heads + kv], heads_of_row[:, heads + kv :]
     for r in range(2):
         seen = slice(int(first[r]), column + 1)
-        k, v = (p[r, :, seen].repeat_interleave(heads // kv, 0) for p in (past_k, past_v))
+        k, v = (p[place[r], :, seen].repeat_interleave(heads // kv, 0) for p in (past_k, past_v))
         share = (k @ turned[r, :heads, :, None]).squeeze(-1).mul(head_size**-0.5).softmax(-1)
         exact = (share[:, None] @ v).reshape(-1)
         if not torch.allclose(out[r], exact, rtol=1e-4, atol=1e-5):
             return False
     keys[:, :, :, column - 1] = float("nan")
-    spoiled = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), first, column)
+    spoiled = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), place, first, column)
     x[1, 3] = gates[1, 3] = float("nan")
     return bool(
         spoiled.isnan().all() and kernels.rms_norm(x, 1e-6)[1].isnan().all() and kernels.swiglu(gates)[1, 3].isnan()

@@ -38,7 +38,7 @@ def main(path: str, source: str, head: int) -> None:
         angles = [floats(TOKENS * head) for _ in range(2)]
         out = floats(ROWS * 2 * head)
         sizes = (number(ROWS), number(2), number(1), number(TOKENS), number(TOKENS - 1), scale)
-        library.attend(floats(ROWS * 4 * head), *cache, *angles, integers(0, 3), out, *sizes)
+        library.attend(floats(ROWS * 4 * head), *cache, *angles, integers(1, 0), integers(0, 3), out, *sizes)
         library.rms_norm(floats(ROWS * head), out, number(ROWS), number(head), ctypes.c_float(1e-6))
         library.swiglu(floats(ROWS * 2 * head), out, number(ROWS), number(head))
 

@@ -2,7 +2,8 @@
 
 At the sizes that a CPU can train, the time of a decoding step goes to the number of operations, not to arithmetic.
 So the weights of a layer are laid side by side (q, k, v; gate, up), the norms' weights are multiplied into them,
-the residual is added by the matrix product, and keys and values are written in place into a preallocated cache.
+the residual is added by the matrix product, and keys and values are written in place into a preallocated cache, where a
+row stays until the end: rows that have ended are passed over.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ class LlamaDecoder:
             x = self._finish(layer, x, o.transpose(1, 2).reshape(len(x), -1))
         last = x.view(n_prompts, self.length, -1)[:, -1]
         self.padding_B = padding_U[rows]
+        self.place_B = torch.arange(len(rows), device=self.device)
         self._make_mask()
         return self._logits(last)[rows]
 
@@ -127,12 +129,15 @@ class LlamaDecoder:
         return self._logits(x)
 
     def keep(self, row_K: Tensor) -> None:
+        self.padding_B = self.padding_B[row_K]
+        if self.kernels is not None:  # the kernel finds each row where it is: moving the cache would cost most of a step
+            self.place_B = self.place_B[row_K]
+            return
         for i, old in enumerate(self.cache):
             new = self._room(len(row_K), self.cos.shape[0])
-            self._columns(new[0])[:, :, : self.length] = self._columns(old[0])[row_K, :, : self.length]
-            new[1][:, :, : self.length] = old[1][row_K, :, : self.length]
+            for emptied, held in zip(new, old, strict=True):
+                emptied[:, :, : self.length] = held[row_K, :, : self.length]
             self.cache[i] = new
-        self.padding_B = self.padding_B[row_K]
         self._make_mask()
 
     def _room(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -151,9 +156,9 @@ class LlamaDecoder:
         return linear(self._norm(x), layer.qkv, layer.qkv_bias)
 
     def _attend_kernel(self, at: int) -> Attend:
-        kernels, cos, sin, padding_B = self.kernels, self.cos, self.sin, self.padding_B
+        kernels, told = self.kernels, (self.cos, self.sin, self.place_B, self.padding_B, at)
         assert kernels is not None
-        return lambda layer, cache, qkv: kernels.attend(qkv, *cache, cos, sin, padding_B, at)
+        return lambda layer, cache, qkv: kernels.attend(qkv, *cache, *told)
 
     def _attend_torch(self, at: int) -> Attend:
         if self.mask is None:
