@@ -1,4 +1,4 @@
-"""SDFT and SDPO with whole next-token distributions: gradients over several optimizer steps, partitions, and options."""
+"""SDFT and SDPO with whole next-token distributions: gradients over several optimizer steps, partitions, options."""
 
 from __future__ import annotations
 

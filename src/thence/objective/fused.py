@@ -63,7 +63,7 @@ class TokenInputs:
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """What a reference model, or a teacher, says at the places of the trained tokens, before its output layer is applied.
+    """What a reference model or a teacher says at the places of the trained tokens, before its output layer.
 
     Args:
         hidden_TD: its last hidden states at the positions that predict the trained tokens, shape (T, D of its own).
