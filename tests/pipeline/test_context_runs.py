@@ -20,6 +20,14 @@ METHODS = {
     "srft": {"method": "srft", "options": {"entropy_level": "batch"}},
     "relift": {"method": "relift", "rollouts": 2, "options": {"sft_batch": 3}},
     "sdpo": {"method": "sdpo", "options": {"form": "{solution};{prompt}", "average_rate": 0.5}},
+    "sdft-jsd": {
+        "method": "sdft",
+        "options": {"form": "{solution};{prompt}", "divergence": "jsd", "top_k": 6, "tail": True},
+    },
+    "sdpo-whole": {
+        "method": "sdpo",
+        "options": {"form": "{solution};{prompt}", "divergence": "reverse-kl", "average_rate": 0.5},
+    },
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
 EXACT = 1e-12

@@ -51,6 +51,18 @@ SLOW = {
         "mini_batch": 4,
         "options": {"form": "{solution};{prompt}", "average_rate": 0.5},
     },
+    "sdft-jsd": {
+        "method": "sdft",
+        "prompts": 8,
+        "mini_batch": 4,
+        "options": {"form": "{solution};{prompt}", "divergence": "jsd", "top_k": 6, "tail": True},
+    },
+    "sdpo-whole": {
+        "method": "sdpo",
+        "prompts": 8,
+        "mini_batch": 4,
+        "options": {"form": "{solution};{prompt}", "divergence": "reverse-kl", "average_rate": 0.5},
+    },
     "reference": {"method": "grpo", "options": {"kl": 0.05}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
@@ -106,7 +118,7 @@ def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     cases = [case(base, folder / f"{name}-{w}", w, rl) for name, rl in SLOW.items() for w in (1, 2)]
     cases += [case(base, folder / f"{name}-4", 4, {**rl, "mini_batch": 4}) for name, rl in (QUICK | SLOW).items()]
     cases += [case(base, folder / f"{name}-1", 1, {**rl, "mini_batch": 4}) for name, rl in QUICK.items()]
-    for name in ("relift", "exgrpo", "red", "sasr", "sdpo"):
+    for name in ("relift", "exgrpo", "red", "sasr", "sdpo", "sdpo-whole"):
         moved = folder / f"{name}-moved"
         cases += [case(base, moved, 2, SLOW[name], stop=2), case(base, moved, 1, SLOW[name], suffix="-more")]
     drive(folder, cases)
@@ -126,7 +138,7 @@ def test_four_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["relift", "exgrpo", "red", "sasr", "sdpo"])
+@pytest.mark.parametrize("name", ["relift", "exgrpo", "red", "sasr", "sdpo", "sdpo-whole"])
 def test_methods_with_a_state_of_their_own_are_resumed_by_another_number_of_ranks(name: str, slow: Path) -> None:
     sampled(slow / f"{name}-moved"), sampled(slow / f"{name}-moved", "-more")
     assert largest_difference(slow / f"{name}-moved", slow / f"{name}-1") < 1e-6

@@ -15,6 +15,7 @@ from thence.errors import RecipeError
 from thence.pipeline.layout import check_layout, layout_of
 from thence.recipe import load_recipe
 
+FORM = {"form": "{solution};{prompt}"}
 QUICK = {"grpo": {"method": "grpo", "mini_batch": 2}, "reference": {"method": "grpo", "options": {"kl": 0.05}}}
 METHODS = {
     "dapo": {"method": "dapo", "mini_batch": 2, "options": {"overlong_tokens": 12, "overlong_buffer": 4}},
@@ -30,6 +31,9 @@ METHODS = {
     "trapo": {"method": "trapo", "rollouts": 8},
     "sdft": {"method": "sdft", "mini_batch": 2, "options": {"form": "{solution};{prompt}"}},
     "sdpo": {"method": "sdpo", "mini_batch": 2, "options": {"form": "{solution};{prompt}", "average_rate": 0.5}},
+    "sdft-jsd": {"method": "sdft", "mini_batch": 2, "options": {**FORM, "divergence": "jsd", "top_k": 6}},
+    "sdft-now": {"method": "sdft", "options": {**FORM, "divergence": "forward-kl", "teacher": "current"}},
+    "sdpo-whole": {"method": "sdpo", "mini_batch": 2, "options": {**FORM, "divergence": "reverse-kl"}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
 }
 EXACT = 1e-12

@@ -6,7 +6,7 @@ every second rank has no row that is trained, or no response token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tests.oracle import relative
 from tests.pipeline.made_rollouts import Kind, MadeRollouts
 from tests.tiny_model import make_tiny_model
+from thence.data.trajectory import Prompt
 from thence.methods.base import Method
 from thence.methods.registry import methods
 from thence.methods.unknown import leave_out
@@ -26,7 +27,9 @@ from thence.objective import Batch
 from thence.pipeline.rl_metrics import BatchMetrics
 from thence.pipeline.rl_update import Update
 from thence.pipeline.sft_stage import demonstration_batch
+from thence.pipeline.teacher import TeacherPass
 from thence.recipe import Lora, Rl
+from thence.train.average import MovingAverage
 from thence.train.lora import add_adapters, stirred
 from thence.train.parallel import DataParallel, Ranks, ShardLayout, shard
 from thence.train.policy import Policy, Scorer, Unadapted
@@ -52,8 +55,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "trapo": {"groups": [2, 1, 1], "thresholds": [0.5, 0.9], "fractions": [0.25, 1.0]},
+    "sdft": {"ratio_bound": 1.02},
+    "sdft, reverse-kl": {"divergence": "reverse-kl", "teacher": "current"},
+    "sdft, forward-kl": {"divergence": "forward-kl", "skip_tokens": 1},
+    "sdft, jsd of top 6": {"divergence": "jsd", "top_k": 6, "ratio_bound": 1.02},
+    "sdpo": {"average_rate": 0.5},
+    "sdpo, reverse-kl of top 6 and tail": {"divergence": "reverse-kl", "top_k": 6, "tail": True, "average_rate": 0.5},
+    "sdpo, jsd": {"divergence": "jsd", "alpha": 0.3, "show_own": True, "average_rate": 0.5},
 }
-"""Methods whose cells tests try, and which are not part of the kept matrix."""
+"""Methods that the matrix of 29 November 2026 did not have. What stands behind a comma names the options."""
 LAYOUTS = {1: ("ddp", "fsdp2"), 2: ("ddp", "fsdp2"), 4: ("ddp", "fsdp2", "hsdp")}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 ALLOWED = {
@@ -66,7 +76,7 @@ that is almost zero as large as the step, in one process too. How far rounding g
 cut otherwise``."""
 KINDS: tuple[Kind, ...] = ("ragged", "idle ranks")
 PROMPTS, ROLLOUTS, STEPS_OF_A_BATCH = 5, 4, 2
-CLIP_NORM, RATE, TOKENS, OTHER_TOKENS = 0.3, 1e-3, 40, 25
+CLIP_NORM, RATE, TOKENS, OTHER_TOKENS, TEMPERATURE = 0.3, 1e-3, 40, 25, 0.9
 COMPARED = ("gradient", "norm", "update")
 
 
@@ -83,7 +93,12 @@ class Cell:
         return f"{self.method}, {'tied' if self.tied else 'untied'}, {'LoRA' if self.lora else 'full'}, {self.dtype}"
 
 
-ALL = [Cell(m, tied, lora, d) for d in DTYPES for m in METHODS for tied in (True, False) for lora in (False, True)]
+def cells_of(names: Iterable[str]) -> list[Cell]:
+    """Every cell of these methods."""
+    return [Cell(m, tied, lora, d) for d in DTYPES for m in names for tied in (True, False) for lora in (False, True)]
+
+
+ALL = cells_of(METHODS | OTHERS)
 
 
 @dataclass
@@ -145,14 +160,15 @@ def train(
         found.norms.append(report.grad_norm)
         return report
 
-    method = methods()[cell.method]((METHODS | OTHERS)[cell.method])
+    method = method_of(cell)
     reference = reference_of(cell, policy, ranks, layout) if method.reference_passes else None
     settings = StepSettings(tokens, False, CLIP_NORM, dtype)
     trainer = Trainer(policy, RATE, settings, ranks=mine, take_step=step, eps=EPS, reference=reference)
     if method.stage == "sft":
         train_sft(trainer, method)
     else:
-        train_rl(trainer, method)
+        teacher = None if method.teacher is None else teacher_of(cell, method, trainer, ranks, layout)
+        train_rl(trainer, method, teacher)
     found.end = whole([p.detach() for p in policy.trained()])
     return found
 
@@ -166,12 +182,37 @@ def train_sft(trainer: Trainer, method: Method) -> None:
         trainer.step(demonstration_batch(trainer, method, sampler.demonstrations(sampler.next_prompts(count)))[0])
 
 
-def train_rl(trainer: Trainer, method: Method) -> None:
+def method_of(cell: Cell) -> Method:
+    """The method of a cell. Adapters have no moving average: their teacher is the start."""
+    name, options = cell.method.split(",")[0], (METHODS | OTHERS)[cell.method]
+    return methods()[name](options | ({"teacher": "start"} if cell.lora and name == "sdpo" else {}))
+
+
+class SolutionBefore:
+    """Stands for a table's rendered prompts: the solution, then the prompt."""
+
+    def token_ids(self, prompt: Prompt, solution: Sequence[int]) -> tuple[int, ...]:
+        return (*solution, *prompt.token_ids)
+
+
+def teacher_of(cell: Cell, method: Method, trainer: Trainer, ranks: Ranks, layout: str) -> TeacherPass:
+    """The teacher of a stage, its weights laid out as the policy's."""
+    assert method.teacher is not None
+    prompts: Any = SolutionBefore()
+    own = method.teacher.weights == "current"
+    scorer = None if own else reference_of(cell, trainer.policy, ranks, layout)
+    if method.teacher.weights == "average":
+        assert isinstance(scorer, Policy)
+        trainer.average = MovingAverage(scorer, method.teacher.rate)
+    return TeacherPass("rl", method, prompts, trainer, TEMPERATURE, scorer)
+
+
+def train_rl(trainer: Trainer, method: Method, teacher: TeacherPass | None = None) -> None:
     """A rollout batch of every kind, as an RL stage trains it."""
-    stage = Rl(method=method.name, prompts=PROMPTS, rollouts=ROLLOUTS, max_tokens=24, temperature=0.9)
+    stage = Rl(method=method.name, prompts=PROMPTS, rollouts=ROLLOUTS, max_tokens=24, temperature=TEMPERATURE)
     method.prepare(stage.rollouts, stage.max_tokens)
     sampler = MadeRollouts(trainer.ranks, len(KINDS))
-    update = Update(stage, method, trainer, STEPS_OF_A_BATCH)
+    update = Update(stage, method, trainer, STEPS_OF_A_BATCH, teacher)
     for number, kind in enumerate(KINDS):
         sampler.begin(number, kind)
         metrics = BatchMetrics(trainer.ranks, method.terms)

@@ -168,7 +168,7 @@ class Reference:
 
     Args:
         passes: how often it reads every row of a step.
-        whole: whether its whole distributions are compared, not the taken tokens' probabilities alone.
+        whole: whether its whole distributions are compared, or a teacher's, not the taken tokens' probabilities alone.
     """
 
     passes: int = 1
@@ -256,11 +256,11 @@ def logit_memory(counts: Counts, tokens: int, frozen: bool = False, compared: bo
 
     Args:
         frozen: the output head is not trained, and has no gradient.
-        compared: whole distributions are held against those of a reference model.
+        compared: whole distributions are held against those of a reference model or a teacher.
     """
     held, what = 3, "logits, probabilities, their gradient"
     if compared:
-        held, what = 6, f"{what}; of the reference too, and their difference"
+        held, what = 6, f"{what}; of the other model too, and their difference"
     rows = min(tokens, max(1, LOGIT_BYTES // (4 * counts.vocab)))
     chunk = f"{rows:,} tokens x {counts.vocab:,} words x {held} x 4 B ({what})"
     head = f"{counts.vocab:,} x {counts.hidden:,} x 2 x 4 B (before and after scaling)"

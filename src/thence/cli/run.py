@@ -213,7 +213,7 @@ def _copies(recipe: Recipe) -> dict[str, Any]:
     """What stages compare the policy with, and their teachers; a method that cannot be made is refused elsewhere."""
     from thence.accounting.budget import Reference
     from thence.methods.registry import stage_method
-    from thence.objective import compares
+    from thence.objective import compares, distils
 
     references: dict[str, Reference] = {}
     teachers: dict[str, str] = {}
@@ -222,8 +222,9 @@ def _copies(recipe: Recipe) -> dict[str, Any]:
         with contextlib.suppress(UserError):
             if isinstance(stage, Sft | Rl):
                 method = stage_method(stage, name)
-                if method.reference_passes:
-                    references[name] = Reference(method.reference_passes, compares(method.terms))
+                whole = compares(method.terms) or distils(method.terms)
+                if method.reference_passes or whole:
+                    references[name] = Reference(method.reference_passes, whole)
                 if method.teacher is not None:
                     teachers[name] = method.teacher.weights
     return {"references": references, "teachers": teachers}

@@ -345,6 +345,7 @@ def make_rows(
     old: Sequence[Tensor] | None = None,
     reference: Sequence[Tensor] | None = None,
     sampled: Sequence[Sampled] | None = None,
+    shown: Sequence[BareRow | None] | None = None,
 ) -> list[Row]:
     """Trajectories and their weights as rows of a batch.
 
@@ -356,6 +357,7 @@ def make_rows(
             where a term is a ratio to that policy.
         reference: the same under the reference policy of a KL term.
         sampled: how each response came about, for faults.
+        shown: what a teacher reads in place of each row.
 
     Raises:
         UserError: see :func:`laid_out`.
@@ -366,7 +368,8 @@ def make_rows(
         behaviour = behaviour_of(trajectory, None if old is None else old[i]) if ratio else None
         theirs = None if reference is None else reference[i]
         facts = None if sampled is None else sampled[i]
-        rows.append(Row(bare.token_ids, bare.trained, weight, behaviour, theirs, facts))
+        teaching = None if shown is None else shown[i]
+        rows.append(Row(bare.token_ids, bare.trained, weight, behaviour, theirs, facts, teaching))
     return rows
 
 

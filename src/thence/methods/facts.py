@@ -23,7 +23,9 @@ class TokenFacts:
             the method does not say that it ``uses_reference``.
         vocabulary: words that the distributions are over; 0 without ``reference``.
         teacher: log-probabilities under the method's :class:`thence.methods.base.Teacher`, who reads a solution in the
-            prompt. Shape (n,), nats. None: the method has no teacher, or nothing to show it for this trajectory.
+            prompt. Shape (n,), nats. None: the method has no teacher, or nothing to show it for this trajectory; or its
+            terms look at the teacher's whole distributions.
+        shown: whether a teacher reads this trajectory.
     """
 
     logp: Tensor
@@ -32,6 +34,7 @@ class TokenFacts:
     reference: Tensor | None = None
     vocabulary: int = 0
     teacher: Tensor | None = None
+    shown: bool = False
 
     @property
     def log_ratio(self) -> Tensor:

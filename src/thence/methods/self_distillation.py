@@ -1,5 +1,7 @@
 """On-policy self-distillation: the model is its own teacher once it may read a solution (sdft, sdpo).
 
+With ``divergence = "sampled"``, the default:
+
     L = - (1 / B) sum_i (1 / T_i) sum_t  w_it log pi(y_it | x),
     w_it = - (log pi(y_it | x) - log teacher(y_it | x, solution)) min(r_it, 2),   r_it = pi / pi_old
 
@@ -8,15 +10,27 @@ holds x and a solution. B responses in the step, T_i tokens in response i. w fol
 optimizer step and is a constant to it. Its expectation is the gradient of KL(student || teacher) at each token, so the
 student becomes more like the model that knows the solution. The logged loss is the weighted log-probability.
 
+With another ``divergence`` D the whole next-token distributions are compared at each token, p of the student and t of
+the teacher, and the gradient has the student's probabilities of all words in it:
+
+    L = (1 / B) sum_i (1 / T_i) sum_t  min(r_it, 2) D_it
+
+    reverse-kl: D = KL(p || t)     forward-kl: D = KL(t || p)
+    jsd: D = (1 - alpha) KL(p || m) + alpha KL(t || m),  m = (1 - alpha) p + alpha t
+
+``top_k`` keeps the words that the student finds likeliest. The other words are left out and the rest is made to add up
+to one, or they are one more word (``tail``). A chunk of logits at a time is held, never all.
+
 sdft (arXiv 2601.19897) shows the prompt's demonstration. Prompts without one are not drawn. Rewards are only reported.
 sdpo (arXiv 2601.20802) shows a right response of the same group: the first other one whose reward is ``success`` or
 more. Where a group has none, its responses have no teacher and no weight; they still count in B, as in the code.
 
 Teacher weights: those that the stage starts from (sdft), a moving average (sdpo), or the policy's own (``current``).
-Code: TRL 1.16, ``experimental.sdft`` and ``experimental.sdpo``, mode ``sampled_token``. This is sdpo's default there;
-the default of its sdft is a divergence over the 100 likeliest tokens, and the forms over the whole vocabulary are not
-here either. TRL averages over the rows of each micro-batch; here B counts the whole step. Feedback of an environment,
-the blend with a policy gradient and taking the thinking out of solutions are left out.
+Code: TRL 1.16, ``experimental.sdft`` and ``experimental.sdpo``. Its modes are ``sampled_token``, ``full_logits`` and
+``topk_logits``; its distillation_alpha 0, 1 and between are forward-kl, reverse-kl and jsd. sampled_token is the
+default of its sdpo; that of its sdft is ``divergence = "jsd"``, ``alpha = 0.5``, ``top_k = 100``. TRL averages over the
+rows of each micro-batch; here B counts the whole step. Its tail has a probability of 1e-7 at least; here it has its own.
+Feedback of an environment, the blend with a policy gradient and taking the thinking out of solutions are left out.
 """
 
 from __future__ import annotations
@@ -26,13 +40,13 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Options, Teacher, TokenFacts, Weights
 from thence.methods.groups import groups_of
-from thence.objective import Logp, Normaliser, Term
+from thence.objective import Divergence, Logp, Normaliser, Surrogate, Term, distils
 from thence.objective.surrogates import LOG_RATIO_LIMIT
 from thence.settings.limits import Ceiling, Natural, Signed, SomeShare, Text
 
@@ -57,10 +71,30 @@ class SelfDistillationOptions(Options):
     """Share of the policy's weights in the average, added after every optimizer step (teacher = "average")."""
     ratio_bound: Ceiling = 2.0
     """Largest ratio of the policy to the one that sampled. inf: off."""
+    divergence: Literal["sampled", "reverse-kl", "forward-kl", "jsd"] = "sampled"
+    """sampled: the reverse KL by the taken token alone. reverse-kl: KL(student || teacher) over the whole vocabulary.
+    forward-kl: KL(teacher || student). jsd: that of Jensen and Shannon, between both."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The teacher's share of the mixture that both are compared with (divergence = "jsd")."""
+    top_k: Natural = 0
+    """Only the words that the student finds likeliest, so many (not with divergence = "sampled"). 0: all."""
+    tail: bool = False
+    """The other words count as one more word (top_k). false: they are left out, and the rest adds up to one."""
     skip_tokens: Natural = 0
     """First tokens of each response that get no weight, and are not counted in its length."""
     form: Form
     """The teacher's question: {prompt} is the last user turn (or the plain prompt), {solution} the solution."""
+
+    @model_validator(mode="after")
+    def _each_is_used(self) -> SelfDistillationOptions:
+        given, whole = self.model_fields_set, 'a divergence over the vocabulary, such as "reverse-kl"'
+        if "alpha" in given and self.divergence != "jsd":
+            raise ValueError(f'alpha has no part in divergence = "{self.divergence}"; leave it out, or set "jsd"')
+        if self.top_k and self.divergence == "sampled":
+            raise ValueError(f'top_k has no part in divergence = "sampled"; leave it out, or set {whole}')
+        if self.tail and not self.top_k:
+            raise ValueError("tail has no part without top_k; leave it out, or set top_k")
+        return self
 
 
 class SdftOptions(SelfDistillationOptions):
@@ -101,7 +135,18 @@ class SelfDistillation(Method):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        return (Term("distillation", Logp(), Normaliser("sequences")),)
+        return (Term("distillation", self._surrogate(), Normaliser("sequences")),)
+
+    def _surrogate(self) -> Surrogate:
+        o = self.options
+        match o.divergence:
+            case "reverse-kl":
+                return Divergence("reverse", top_k=o.top_k, tail=o.tail)
+            case "forward-kl":
+                return Divergence("forward", top_k=o.top_k, tail=o.tail)
+            case "jsd":
+                return Divergence("jsd", o.alpha, o.top_k, o.tail)
+        return Logp()
 
     def rewarded(self, trajectory: Trajectory) -> bool:
         """No response needs a reward of its own to be taught."""
@@ -115,7 +160,7 @@ class SelfDistillation(Method):
 
     def clipped(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> int:
         o = self.options
-        ratios = [_ratio(fact)[o.skip_tokens :] for fact in facts if fact.teacher is not None]
+        ratios = [_ratio(fact)[o.skip_tokens :] for fact in facts if _is_taught(fact)]
         return sum(int((ratio > o.ratio_bound).sum()) for ratio in ratios)
 
     def _weights(self, fact: TokenFacts) -> Tensor:
@@ -123,10 +168,12 @@ class SelfDistillation(Method):
         o = self.options
         weights = torch.zeros(len(fact.logp), dtype=torch.float64)
         counted = len(weights) - o.skip_tokens
-        if fact.teacher is None or counted <= 0:
+        if counted <= 0 or not _is_taught(fact):
             return weights
-        gap = fact.logp.double() - fact.teacher.double()
-        weights[o.skip_tokens :] = (-gap * _ratio(fact).clamp(max=o.ratio_bound) / counted)[o.skip_tokens :]
+        held = _ratio(fact).clamp(max=o.ratio_bound) / counted
+        if fact.teacher is not None and not distils(self.terms):
+            held = held * (fact.teacher.double() - fact.logp.double())
+        weights[o.skip_tokens :] = held[o.skip_tokens :]
         return weights
 
 
@@ -135,7 +182,7 @@ class Sdft(SelfDistillation):
 
     name = "sdft"
     formula = "(1/B) sum_i (1/T) sum (log pi - log teacher) min(r, 2) log pi, the teacher reads a demonstration"
-    source = "arXiv 2601.19897; TRL 1.16 experimental.sdft, mode sampled_token"
+    source = "arXiv 2601.19897; TRL 1.16 experimental.sdft"
     exactness = "reconstruction"
     demonstrations = "shown"
     Options = SdftOptions
@@ -149,7 +196,7 @@ class Sdpo(SelfDistillation):
 
     name = "sdpo"
     formula = "(1/B) sum_i (1/T) sum (log pi - log teacher) min(r, 2) log pi, the teacher reads a right response"
-    source = "arXiv 2601.20802; TRL 1.16 experimental.sdpo, mode sampled_token"
+    source = "arXiv 2601.20802; TRL 1.16 experimental.sdpo"
     exactness = "exact"
     Options = SdpoOptions
 
@@ -166,6 +213,10 @@ class Sdpo(SelfDistillation):
                 others = right if self.options.show_own else [t for t in right if t is not trajectory]
                 found.append(others[0].response_ids if others else None)
         return found
+
+
+def _is_taught(fact: TokenFacts) -> bool:
+    return fact.shown or fact.teacher is not None
 
 
 def _ratio(fact: TokenFacts) -> Tensor:

@@ -1,7 +1,7 @@
 """Pure functions on tensors: surrogates, advantages, normalisers and the one loss. No I/O, no torch.distributed."""
 
 from thence.objective.advantages import group_advantages
-from thence.objective.distributions import compares, smoothed
+from thence.objective.distributions import compares, distils, smoothed
 from thence.objective.fused import (
     Head,
     ReferenceStates,
@@ -16,6 +16,7 @@ from thence.objective.sampled import Generation, Sampled
 from thence.objective.surrogates import (
     Clip,
     Context,
+    Divergence,
     Entropy,
     Logp,
     NegativeKl,
@@ -47,6 +48,7 @@ __all__ = [
     "CappedRatio",
     "Clip",
     "Context",
+    "Divergence",
     "Entropy",
     "Generation",
     "Head",
@@ -71,6 +73,7 @@ __all__ = [
     "TrustMask",
     "binary_kl",
     "compares",
+    "distils",
     "divisors",
     "group_advantages",
     "is_penalty",

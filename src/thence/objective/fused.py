@@ -3,7 +3,7 @@
 The loss is a weighted sum of elementwise functions of each token's log-probability (and entropy). Weights and divisors
 are known before the forward pass, so the gradient with respect to a chunk's logits is known as soon as the logits are.
 The forward pass computes it. Nothing is recomputed, and no logits are kept for the backward pass. Extra memory: one
-chunk of logits for any number of tokens; a second one of a reference model where a term compares whole distributions.
+chunk of logits for any number of tokens; a second one of another model where a term compares whole distributions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thence.objective.distributions import compares, held_against
-from thence.objective.surrogates import Bounded, Context, Entropy, RefCE
+from thence.objective.distributions import compares, distils, held_against
+from thence.objective.surrogates import Bounded, Context, Divergence, Entropy, RefCE
 from thence.objective.terms import Term
 
 CHUNK_BYTES = 32 * 2**20  # of logits; larger chunks gain no speed and cost memory
@@ -63,7 +63,7 @@ class TokenInputs:
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """What a reference model says at the places of the trained tokens, before its output layer is applied.
+    """What a reference model or a teacher says at the places of the trained tokens, before its output layer.
 
     Args:
         hidden_TD: its last hidden states at the positions that predict the trained tokens, shape (T, D of its own).
@@ -118,6 +118,7 @@ def objective(
     divisor_J: Sequence[float],
     temperature: float = 1.0,
     reference: ReferenceStates | None = None,
+    teacher: ReferenceStates | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """The loss of one micro-batch: ``- sum_j sum_t weight[j, t] S_j(t) / Z_j``, and what was measured on the way.
 
@@ -129,16 +130,18 @@ def objective(
         divisor_J: Z of each term, for the whole optimizer step.
         temperature: the logits are divided by it.
         reference: of the same tokens, for terms that compare whole distributions (RefCE); it gets no gradient.
+        teacher: the same of a teacher, for terms that diverge from it (Divergence). None is allowed where none of
+            these tokens has a weight on such a term.
 
     Returns:
         The loss (a scalar that may be called ``backward`` on) and the statistics.
 
     Raises:
-        ValueError: a term compares with a reference model, and there is none, or one of another vocabulary.
+        ValueError: a term compares with another model, and there is none, or one of another vocabulary.
     """
-    reference = _checked_reference(reference, head, terms)
+    others = (_checked_reference(reference, head, terms), _checked_teacher(teacher, head, terms, inputs))
     loss, logp_T, entropy_T, slope_T = _Objective.apply(
-        hidden_TD, head.weight_VD, head.bias_V, head, inputs, tuple(terms), tuple(divisor_J), temperature, reference
+        hidden_TD, head.weight_VD, head.bias_V, head, inputs, tuple(terms), tuple(divisor_J), temperature, others
     )
     clipped_T = torch.zeros_like(logp_T, dtype=torch.bool)
     for j, term in enumerate(terms):
@@ -152,15 +155,32 @@ def _checked_reference(reference: ReferenceStates | None, head: Head, terms: Seq
         return None
     if reference is None:
         raise ValueError("a RefCE term compares with a reference model, and its hidden states are not given")
-    if len(reference.head.weight_VD) != len(head.weight_VD):
-        words = f"{len(reference.head.weight_VD)} and {len(head.weight_VD)} words"
-        raise ValueError(f"reference model and policy have other vocabularies: {words}")
-    return reference
+    return _of_one_vocabulary(reference, head, "reference model")
+
+
+def _checked_teacher(
+    teacher: ReferenceStates | None, head: Head, terms: Sequence[Term], inputs: TokenInputs
+) -> ReferenceStates | None:
+    if not distils(terms):
+        return None
+    if teacher is not None:
+        return _of_one_vocabulary(teacher, head, "teacher")
+    diverging = [j for j, term in enumerate(terms) if isinstance(term.surrogate, Divergence)]
+    if inputs.weight_JT[diverging].any():
+        raise ValueError("a Divergence term has weights, and the teacher's hidden states are not given")
+    return None
+
+
+def _of_one_vocabulary(states: ReferenceStates, head: Head, who: str) -> ReferenceStates:
+    if len(states.head.weight_VD) != len(head.weight_VD):
+        words = f"{len(states.head.weight_VD)} and {len(head.weight_VD)} words"
+        raise ValueError(f"{who} and policy have other vocabularies: {words}")
+    return states
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, head, inputs, terms, divisor_J, temperature, reference):
+    def forward(ctx, hidden_TD, weight_VD, bias_V, head, inputs, terms, divisor_J, temperature, others):
         wide = _wide(hidden_TD.dtype)
         n = hidden_TD.shape[0]
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
@@ -179,12 +199,14 @@ class _Objective(torch.autograd.Function):
             entropy_C = -(p_CV * log_p_CV).sum(1)
             value, slope_C, bonus_C = _weigh(logp_C, entropy_C, inputs, terms, divisor_J, part)
             compared_CV = None
-            if reference is not None:
-                log_ref_CV = _log_softmax(_logits(reference.hidden_TD[part], reference.head, temperature))
-                more, compared_CV = held_against(
-                    _compared(inputs, terms, divisor_J, part, wide), p_CV, log_p_CV, log_ref_CV
-                )
+            for states, kind in zip(others, (RefCE, Divergence), strict=True):
+                if states is None:
+                    continue
+                log_ref_CV = _log_softmax(_logits(states.hidden_TD[part], states.head, temperature))
+                weighed = _compared(inputs, terms, divisor_J, part, wide, kind)
+                more, grad_CV = held_against(weighed, p_CV, log_p_CV, log_ref_CV)
                 value, log_ref_CV = value + more, None  # a chunk's logits are freed at once
+                compared_CV = grad_CV if compared_CV is None else compared_CV.add_(grad_CV)
             loss -= value
             logp_T[part], entropy_T[part], slope_T[part] = logp_C, entropy_C, slope_C
             if wants_hidden or wants_weight or wants_bias:
@@ -201,6 +223,7 @@ class _Objective(torch.autograd.Function):
                     torch.mm(grad_CV, weight_VD.to(grad_CV.dtype), out=grad_hidden_TD[part])
                 if grad_weight_VD is not None:
                     grad_weight_VD += (grad_CV.T @ hidden_TD[part]).to(wide)
+                del grad_CV  # the next chunk does not find it beside its own
         ctx.gradients = (
             grad_hidden_TD,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
@@ -227,19 +250,19 @@ def _weigh(logp_C, entropy_C, inputs: TokenInputs, terms, divisor_J, part: slice
         if isinstance(term.surrogate, Entropy):
             value = value + (weight_C * entropy_C).sum()
             bonus_C = weight_C if bonus_C is None else bonus_C + weight_C
-        elif not isinstance(term.surrogate, RefCE):
+        elif not isinstance(term.surrogate, RefCE | Divergence):
             value = value + (weight_C * term.surrogate.value(logp_C, context)).sum().to(logp_C.dtype)
             # old log-probabilities may be wider than the model's
             slope_C = slope_C + (weight_C * term.surrogate.slope(logp_C, context)).to(logp_C.dtype)
     return value, slope_C, bonus_C
 
 
-def _compared(inputs: TokenInputs, terms, divisor_J, part: slice, dtype: torch.dtype) -> list[tuple[RefCE, Tensor]]:
-    """The chunk's terms that compare with the reference, with their weights over the normaliser, shape (C,)."""
+def _compared(inputs: TokenInputs, terms, divisor_J, part: slice, dtype: torch.dtype, kind: type):
+    """The chunk's terms of a kind that compares with another model, with their weights over the normaliser, (C,)."""
     return [
         (term.surrogate, inputs.weight_JT[j, part].to(dtype) / divisor_J[j])
         for j, term in enumerate(terms)
-        if isinstance(term.surrogate, RefCE)
+        if isinstance(term.surrogate, kind)
     ]
 
 

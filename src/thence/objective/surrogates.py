@@ -266,3 +266,31 @@ class RefCE:
 
     def slope(self, logp_T: Tensor, context: Context) -> Tensor:
         return torch.ones_like(logp_T)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """DIVERGENCE: minus a divergence of the next-token distribution p from a teacher's, t, at the same token.
+
+    As with :class:`RefCE` no function of the taken token's log-probability; the teacher reads rows of its own, and
+    what it says at the trained tokens stands beside the policy's. See :mod:`.divergence`.
+
+    Args:
+        of: ``reverse``: KL(p || t), with the logit gradient p (log(p / t) - KL); ``forward``: KL(t || p), p - t;
+            ``jsd``: (1 - alpha) KL(p || m) + alpha KL(t || m), m = (1 - alpha) p + alpha t, with the logit gradient
+            (1 - alpha) p (log(p / m) - KL(p || m)).
+        alpha: the teacher's share of the mixture, more than 0 and less than 1.
+        top_k: only the words that the policy finds likeliest, so many; 0: all.
+        tail: the other words are one more word; without it they are left out, and the rest is made to add up to one.
+    """
+
+    of: Literal["reverse", "forward", "jsd"]
+    alpha: float = 0.5
+    top_k: int = 0
+    tail: bool = False
+
+    def value(self, logp_T: Tensor, context: Context) -> Tensor:
+        return logp_T
+
+    def slope(self, logp_T: Tensor, context: Context) -> Tensor:
+        return torch.ones_like(logp_T)

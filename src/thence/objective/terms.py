@@ -69,12 +69,15 @@ class Row(BareRow):
             policy has not moved since sampling.
         reference: the same under the reference policy of a KL term.
         sampled: how its response came about, for faults; no step looks at it.
+        shown: what a teacher reads in place of the row: the same trained tokens behind another prompt. None: no
+            teacher reads it, and no Divergence term has a weight on it.
     """
 
     weights: Tensor
     behaviour: Tensor | None = None
     reference: Tensor | None = None
     sampled: Sampled | None = None
+    shown: BareRow | None = None
 
     @property
     def n_trained(self) -> int:

@@ -46,7 +46,7 @@ def _facts(method: Method, found: Sequence[Trajectory]) -> list[TokenFacts]:
         zeros = torch.zeros(len(trajectory.response_ids))
         old, reference = zeros if method.uses_old else None, zeros if theirs else None
         taught = None if solution is None else zeros
-        facts.append(TokenFacts(zeros, zeros, old, reference, 2 * theirs, taught))
+        facts.append(TokenFacts(zeros, zeros, old, reference, 2 * theirs, taught, taught is not None))
     return facts
 
 

@@ -48,7 +48,7 @@ class BatchMetrics:
         self.lessons.add(trajectories, batch.rows)
 
     def taught(self, scores: Sequence[Tensor | None]) -> None:
-        """Take in a teacher's log-probabilities of this rank's responses of one step; None: it had none to give."""
+        """Take in what a teacher scored of this rank's responses of one step, a value each token; None: nothing."""
         self.scores = [*(self.scores or []), *scores]
 
     def stepped(self, report: StepReport, clipped: int) -> None:

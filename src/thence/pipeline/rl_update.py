@@ -11,7 +11,7 @@ from torch import Tensor
 from thence.data.trajectory import Trajectory
 from thence.errors import UserError
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, behaviour_of, make_rows
-from thence.objective import BareRow, Batch, Term, is_penalty
+from thence.objective import BareRow, Batch, Term, distils, is_penalty
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.dealing import mini_batches
 from thence.pipeline.rl_metrics import BatchMetrics
@@ -70,16 +70,14 @@ class Update:
                     old |= {i: logp for i, (logp, _) in now.items()}
                 was = {i: behaviour_of(trajectories[i], old[i]) if method.uses_old else None for i in part}
                 theirs = reference if method.uses_reference else {}
-                taught = [None] * len(part) if self.teacher is None else self.teacher.logps(chosen)
+                shown, by = self._taught(chosen, metrics)
                 facts = [
-                    TokenFacts(*now[i], was[i], theirs.get(i), trainer.vocabulary, by)
-                    for i, by in zip(part, taught, strict=True)
+                    TokenFacts(*now[i], was[i], theirs.get(i), trainer.vocabulary, by[j], shown[j] is not None)
+                    for j, i in enumerate(part)
                 ]
-                if self.teacher is not None:
-                    metrics.taught(taught)
                 weights = method.weigh(chosen, facts)
             else:
-                facts, weights = [], [whole[i] for i in part]
+                shown, facts, weights = [None] * len(part), [], [whole[i] for i in part]
             if trust is not None:
                 weights = [trusted(method.terms, w, trust[i]) for i, w in zip(part, weights, strict=True)]
             rows = make_rows(
@@ -89,6 +87,7 @@ class Update:
                 old=_of(old, part),
                 reference=_of(reference, part),
                 sampled=None if sampled is None else [sampled[i] for i in part],
+                shown=shown,
             )
             batch = Batch(method.terms, tuple(rows), temperature)
             metrics.weighed(batch, chosen)
@@ -109,6 +108,22 @@ class Update:
             report = self.trainer.step(batch, extra.name, lr=extra.lr, clip_norm=extra.clip_norm)
             metrics.side.append(report)
             self.method.took_step(extra.name, report.grad_norm)
+
+    def _taught(
+        self, chosen: Sequence[Trajectory], metrics: BatchMetrics
+    ) -> tuple[Sequence[BareRow | None], Sequence[Tensor | None]]:
+        """What the teacher reads in each trajectory's place, where its whole distributions are compared in the step;
+        and its log-probabilities, where they are not. ``metrics`` is told whom it taught."""
+        nothing = [None] * len(chosen)
+        if self.teacher is None:
+            return nothing, nothing
+        if distils(self.method.terms):
+            rows = self.teacher.rows(chosen)
+            metrics.taught([None if row is None else row.token_ids[row.trained] for row in rows])
+            return rows, nothing
+        logps = self.teacher.logps(chosen)
+        metrics.taught(logps)
+        return nothing, logps
 
     def _old_logps(
         self, trajectories: Sequence[Trajectory], bare: Sequence[BareRow], parts: Sequence[Sequence[int]]

@@ -18,7 +18,7 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError, RecipeError
 from thence.methods.base import Method, Teacher, bare_row
 from thence.models.lengths import context_of
-from thence.objective import BareRow
+from thence.objective import BareRow, distils
 from thence.pipeline.context import StageContext
 from thence.pipeline.prompts import examples_of
 from thence.pipeline.rehearsal import no_demonstrations
@@ -94,6 +94,19 @@ class TeacherPass:
     limit: int | None = None
     told: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        if distils(self.method.terms):
+            self.trainer.policy.learn_from(self.scorer or self.trainer.policy)
+
+    def rows(self, trajectories: Sequence[Trajectory]) -> list[BareRow | None]:
+        """What the teacher reads of each trajectory: its response behind the teacher's prompt. None: it has no teacher.
+
+        Args:
+            trajectories: whole groups of one optimizer step.
+        """
+        shown = zip(trajectories, self.method.solutions(trajectories), strict=True)
+        return [self._row(trajectory, solution) for trajectory, solution in shown]
+
     def logps(self, trajectories: Sequence[Trajectory]) -> list[Tensor | None]:
         """The teacher's log-probabilities of each trajectory's response tokens, shape (n,), nats; None: it has none.
 
@@ -102,8 +115,7 @@ class TeacherPass:
         Args:
             trajectories: whole groups of one optimizer step.
         """
-        shown = zip(trajectories, self.method.solutions(trajectories), strict=True)
-        rows = {i: row for i, (t, solution) in enumerate(shown) if (row := self._row(t, solution)) is not None}
+        rows = {i: row for i, row in enumerate(self.rows(trajectories)) if row is not None}
         scored = iter(self._scored(list(rows.values())))
         return [next(scored) if i in rows else None for i in range(len(trajectories))]
 

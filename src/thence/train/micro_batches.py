@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thence.models.ulysses import Piece
-from thence.objective import BareRow, Batch, Row, TokenInputs, TokenStats
+from thence.objective import BareRow, Batch, Divergence, Row, TokenInputs, TokenStats
 from thence.train.parallel import ContextGroup, Ranks
 
 
@@ -42,6 +42,7 @@ class MicroBatch:
         predicts_T: positions in the flattened hidden states that predict the trained tokens, shape (T,).
         target_T: the trained tokens, shape (T,), int64.
         share: which part of the rows this is; None: all of it.
+        shown: the rows that a teacher reads in place of these, with the same trained tokens; None: no teacher does.
     """
 
     token_ids: Tensor
@@ -50,6 +51,7 @@ class MicroBatch:
     predicts_T: Tensor
     target_T: Tensor
     share: Share | None = None
+    shown: MicroBatch | None = None
 
     @property
     def piece(self) -> Piece | None:
@@ -67,6 +69,16 @@ class MicroBatch:
         """
         share = self.share
         return values if share is None else share.context.whole(values, share.start, share.trained)
+
+    def beside(self, values_TD: Tensor) -> Tensor:
+        """What was found at the trained tokens of ``shown``, (its T, D), at this micro-batch's own, (T, D).
+
+        The same, unless ranks share the rows: then they are cut elsewhere. Those ranks call it together.
+        """
+        if self.share is None or self.shown is None:
+            return values_TD
+        start = self.share.start
+        return self.shown.whole(values_TD.T)[:, start : start + len(self.target_T)].T
 
 
 def plan(lengths: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
@@ -150,12 +162,32 @@ def step_passes(batch: Batch, budget: int, packing: bool, device: torch.device, 
         budget: most tokens of a pass that one rank holds.
     """
     rows, own = _shared(batch.rows, ranks)
+    taught = [j for j, term in enumerate(batch.terms) if isinstance(term.surrogate, Divergence)]
     live = [bool(row.weights.any()) for row in rows]
     for learns in (True, False):
         chosen = [i for i, is_live in enumerate(live) if is_live == learns]
         for made, held, remaining in _passes(rows, chosen, own, budget, packing, device, ranks, _nothing(batch)):
-            inputs = token_inputs(held, made.micro)
-            yield StepPass(made.group, made.micro, made.rows, made.own_T, inputs, learns, learns and not remaining)
+            micro = made.micro
+            if taught and learns:
+                shown = [_shown(row, row.weights[taught]) for row in held]
+                micro = replace(micro, shown=lay_out(shown, packing, device, ranks.context))
+            inputs = token_inputs(held, micro)
+            yield StepPass(made.group, micro, made.rows, made.own_T, inputs, learns, learns and not remaining)
+
+
+def _shown(row: Row, weights: Tensor) -> BareRow:
+    """What a teacher reads in place of a row; of one that it does not teach, the row itself: nobody hears it.
+
+    Raises:
+        ValueError: the row has weights on a divergence from a teacher who reads nothing, or another response.
+    """
+    if row.shown is None:
+        if weights.any():
+            raise ValueError("a row has a weight on a divergence from a teacher, and nothing that the teacher reads")
+        return row
+    if not torch.equal(row.shown.token_ids[row.shown.trained], row.token_ids[row.trained]):
+        raise ValueError("the teacher of a row reads other trained tokens than those of the row")
+    return row.shown
 
 
 def scoring_passes(
@@ -194,7 +226,7 @@ def _passes(
     """
     context = ranks.context
     most = budget if context is None else budget * context.piece.size
-    groups = plan([len(rows[i].token_ids) for i in chosen], most, packing)
+    groups = plan([_length(rows[i]) for i in chosen], most, packing)
     passes = ranks.equal_passes(len(groups))
     for number in range(passes):
         places = [chosen[i] for i in groups[number]] if number < len(groups) else []
@@ -203,6 +235,12 @@ def _passes(
         is_mine = [torch.full((rows[i].n_trained,), i in own) for i in places]
         own_T = torch.cat([torch.zeros(0, dtype=torch.bool), *is_mine]).nonzero()[:, 0]
         yield Pass(mine, lay_out(held, packing, device, context), len(places), own_T), held, passes - 1 - number
+
+
+def _length(row: BareRow) -> int:
+    """Tokens of a row, or of the one that a teacher reads in place of it, if that is longer."""
+    shown = row.shown if isinstance(row, Row) else None
+    return max(len(row.token_ids), 0 if shown is None else len(shown.token_ids))
 
 
 def _two_tokens() -> tuple[Tensor, Tensor]:

@@ -23,12 +23,22 @@ from thence.objective import (
     TokenInputs,
     TokenStats,
     compares,
+    distils,
     objective,
     token_statistics,
 )
 from thence.train.forward import compute_context, hidden_states
 from thence.train.lora import adapters_off
 from thence.train.micro_batches import MicroBatch
+
+REFERENCE = (
+    "a term compares whole distributions with a reference model, and the policy has none to compare with",
+    "give Trainer(reference=...), or call policy.compare_with(), before the first step",
+)
+TEACHER = (
+    "a term diverges from a teacher's whole distributions, and the policy has no teacher",
+    "train the method in a recipe's RL stage, or call policy.learn_from() before the first step",
+)
 
 
 class Scorer(Protocol):
@@ -67,6 +77,7 @@ class Policy(nn.Module):
         self.sum_every_pass = True
         self._skeleton: list[Any] = []
         self._reference: list[Scorer] = []
+        self._teacher: list[Scorer] = []
 
     @property
     def skeleton(self) -> Any:
@@ -89,6 +100,17 @@ class Policy(nn.Module):
         """
         self._reference = [] if reference is None else [reference]
 
+    @property
+    def teacher(self) -> Scorer | None:
+        """See :meth:`learn_from`."""
+        return self._teacher[0] if self._teacher else None
+
+    def learn_from(self, teacher: Scorer | None) -> None:
+        """Give the model whose next-token distributions terms diverge from (Divergence), laid out as this one; it may
+        be this policy itself. None: none. What :meth:`compare_with` says of its part in the policy holds here too.
+        """
+        self._teacher = [] if teacher is None else [teacher]
+
     def forward(
         self,
         micro: MicroBatch,
@@ -104,23 +126,27 @@ class Policy(nn.Module):
 
         Raises:
             UserError: the rows are packed, and the model cannot be; a row is longer than the model's context; a term
-                compares with a reference model, and there is none.
+                compares with a reference model or a teacher, and there is none.
         """
         found: list[tuple[Tensor, TokenStats]] = []
 
-        def use(states: ReferenceStates | None) -> None:
-            hidden_TD = hidden_states(self.model, micro)
-            found.append(objective(hidden_TD, output_head(self.model), inputs, terms, divisor_J, temperature, states))
+        def own_pass(reference: ReferenceStates | None = None, teacher: ReferenceStates | None = None) -> None:
+            hidden_TD, head = hidden_states(self.model, micro), output_head(self.model)
+            found.append(objective(hidden_TD, head, inputs, terms, divisor_J, temperature, reference, teacher))
 
-        if not compares(terms):
-            use(None)
-        elif self.reference is None:
-            raise UserError(
-                "a term compares whole distributions with a reference model, and the policy has none to compare with",
-                remedy="give Trainer(reference=...), or call policy.compare_with(), before the first step",
+        def with_teacher(reference: ReferenceStates | None = None) -> None:
+            if micro.shown is None or not distils(terms):
+                own_pass(reference)
+                return
+            _asked(self, self.teacher, TEACHER)(
+                micro.shown,
+                lambda said: own_pass(reference, ReferenceStates(micro.beside(said.hidden_TD), said.head)),
             )
+
+        if compares(terms):
+            _asked(self, self.reference, REFERENCE)(micro, with_teacher)
         else:
-            self.reference.beside(micro, use)
+            with_teacher()
         return found[0]
 
     def statistics(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -137,9 +163,12 @@ class Policy(nn.Module):
 
         For a model that another is compared with: ``use`` runs the other one's pass, in the caller's gradient mode.
         """
+        use(self.said_of(micro))
+
+    def said_of(self, micro: MicroBatch) -> ReferenceStates:
+        """What this model says of the micro-batch, without gradient; where its weights are whole already."""
         with torch.no_grad():
-            states = ReferenceStates(hidden_states(self.model, micro), output_head(self.model))
-        use(states)
+            return ReferenceStates(hidden_states(self.model, micro), output_head(self.model))
 
     def check(self, packing: bool = False) -> None:
         """Make sure of what every step relies on; shards were checked as a whole model before they were cut.
@@ -186,8 +215,19 @@ class Policy(nn.Module):
         for module in self.modules():  # layers too: with reshard_after_forward off they stay whole after a last forward
             if isinstance(module, FSDPModule):
                 module.reshard()
-        if self.reference is not None and self.reference.model is not self.model:
-            self.reference.settle()
+        for other in (self.reference, self.teacher):
+            if other is not None and other.model is not self.model:
+                other.settle()
+
+
+def _asked(
+    policy: Policy, other: Scorer | None, missing: tuple[str, str]
+) -> Callable[[MicroBatch, Callable[[ReferenceStates], None]], None]:
+    """How another model is asked from within a policy's own pass. Raises UserError: there is none."""
+    if other is None:
+        raise UserError(missing[0], remedy=missing[1])
+    # asked for itself, its weights are whole already, and FSDP must not free them
+    return (lambda micro, use: use(policy.said_of(micro))) if other is policy else other.beside
 
 
 class Unadapted:
@@ -213,8 +253,8 @@ class Unadapted:
 
     def beside(self, micro: MicroBatch, use: Callable[[ReferenceStates], None]) -> None:
         """As :meth:`Policy.beside`; called from within the policy's own pass, where its weights are whole already."""
-        with torch.no_grad(), adapters_off(self.policy.model):
-            states = ReferenceStates(hidden_states(self.policy.model, micro), output_head(self.policy.model))
+        with adapters_off(self.policy.model):
+            states = self.policy.said_of(micro)
         use(states)
 
     def computing(self, dtype: torch.dtype) -> AbstractContextManager:

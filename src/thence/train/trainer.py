@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thence.accounting.meter import FlopMeter
 from thence.errors import CheckpointError, UserError
-from thence.objective import BareRow, Batch, compares
+from thence.objective import BareRow, Batch, compares, distils
 from thence.train.average import MovingAverage
 from thence.train.parallel import Ranks, SingleProcess
 from thence.train.policy import Policy, Scorer
@@ -108,6 +108,9 @@ class Trainer:
             self.meter.scored(*_sizes([row for row, is_live in zip(batch.rows, live, strict=True) if not is_live]))
             if compares(batch.terms):  # the reference model reads every row beside the policy
                 self.meter.scored(*_sizes(batch.rows))
+            if distils(batch.terms):  # a teacher, the rows that it is shown
+                pairs = zip(batch.rows, live, strict=True)
+                self.meter.scored(*_sizes([row.shown for row, is_live in pairs if is_live and row.shown is not None]))
         return report
 
     def statistics(self, rows: Sequence[BareRow], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
