@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,10 +81,7 @@ def compare_command(
         recipe = recipe.model_copy(update={"folder": str(folder)})
     arms, some_bases = _names("--only", only, recipe.arms), _names("--bases", bases, recipe.bases)
     some_seeds = [read_flag("--seeds", text, Seed) for text in _split("--seeds", seeds)]
-    if unknown := set(some_seeds) - set(recipe.seeds):
-        raise UserError(
-            f"not among the comparison's seeds: {sorted(unknown)}", remedy=f"they are {recipe.seeds}", field="--seeds"
-        )
+    _check_blocks(recipe, some_bases, some_seeds)
     if dry_run:
         return _dry_run(recipe, arms, some_seeds, some_bases)
     if report:
@@ -147,13 +144,30 @@ def _dry_run(recipe, arms, seeds, bases) -> int:
     planner = Planner(recipe, recipe.path().resolve(), arms, seeds, bases)
     runs = list(planner.runs())
     refuse_what_cannot_run(planner, planner.to_run())
-    done = 0
+    blocks: dict[tuple[str, int] | None, list[bool]] = {block: [] for block in recipe.blocks()}
+    at: tuple[str, int] | None = ("", -1)
     for run in runs:
+        block = (run.base, run.seed) if (run.base, run.seed) in blocks else None
+        if block != at:
+            print("tuning" if block is None else f"block: {run.base}, seed {run.seed}")
+            at = block
         is_done = planner.is_done(run)
-        done += is_done
+        blocks.setdefault(block, []).append(is_done)
         print(f"{'done' if is_done else '    '}  {title(run)}")
-    print(f"{len(runs)} runs, {done} of them done; budget of an arm: {recipe.budget or 'none'}")
+    done = sum(map(sum, blocks.values()))
+    asked = [of for block, of in blocks.items() if block is not None and of]
+    whole = f"{len(asked)} blocks, {sum(map(all, asked))} of them whole"
+    print(f"{len(runs)} runs, {done} of them done; {whole}; budget of an arm: {recipe.budget or 'none'}")
     return 0
+
+
+def _check_blocks(recipe, bases: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise UserError where a seed is none of those that are reported from the bases asked for."""
+    known = dict.fromkeys(seed for base, seed in recipe.blocks() if not bases or base in bases)
+    if unknown := set(seeds) - set(known):
+        of = f"of {', '.join(bases)}" if bases else "among the comparison's seeds"
+        remedy = f"they are {list(known)}" if known else "leave --seeds out: what is asked for is only tuned on"
+        raise UserError(f"not {of}: {sorted(unknown)}", remedy=remedy, field="--seeds")
 
 
 def _split(flag: str, text: str | None) -> list[str]:
@@ -174,7 +188,8 @@ def _names(flag: str, text: str | None, known: Mapping[str, object]) -> list[str
 
 def _fields() -> str:
     from thence.cli.fields import describe_section
-    from thence.compare.recipe import ArmBudget, ArmTable, Base, ComparisonRecipe, Tuning
+    from thence.compare.bases import Base
+    from thence.compare.recipe import ArmBudget, ArmTable, ComparisonRecipe, Tuning
 
     tables = {"": ComparisonRecipe, "budget": ArmBudget, "bases.NAME": Base, "arms.NAME": ArmTable, "tuning": Tuning}
     parts = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from thence.data.worlds.named import is_of_world
 from thence.errors import UserError
 from thence.foreign_text import clean
 from thence.recipe import Data, Recipe, load_recipe, shipped_recipes
@@ -127,7 +128,7 @@ def _recipe(source: str, model: str | None, overrides: dict[str, Any]) -> Recipe
         "model": {"path": model or MODEL},
         "data": {"source": source.split(",")},
     }
-    if model is None and source != "world:chain":
+    if model is None and not is_of_world(source):
         raise UserError(
             "rows become tokens by a model's tokenizer", remedy=f"thence data {source} --model MODEL", field="--model"
         )

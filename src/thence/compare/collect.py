@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
-from thence.compare.plan import PlannedRun, Planner
-from thence.compare.recipe import Base, ComparisonRecipe
+from thence.compare.bases import Base, recipe_of
+from thence.compare.plan import PlannedRun, Planner, Selection
+from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import NOTHING, RESULTS, Arm, Column, Comparison, Failure, Run, Try, read_results
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
-from thence.recipe import load_recipe
 from thence.redaction import redacted
 
 
@@ -26,7 +26,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     recipe = planner.recipe
     arms = tuple(arm_of(recipe, name) for name in recipe.arms)
     everything = Planner(recipe, planner.folder)
-    runs = list(everything.runs())
+    runs, blocks = list(everything.runs()), set(recipe.blocks())
     finished = [run for run in runs if run.arm and everything.summary(run)]
     here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
     if not ran and (planner.folder / RESULTS).exists():
@@ -39,16 +39,17 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         reference=recipe.reference,
         budget=str(recipe.budget or "none: every arm goes to its own end"),
         bases=tuple(recipe.bases),
-        seeds=tuple(recipe.seeds),
+        seeds=tuple(dict.fromkeys(seed for _, seed in recipe.blocks())),
         columns=tuple(Column(split, temperature) for temperature in test.temperatures for split in splits),
         arms=arms,
-        runs=tuple(run_of(everything, run) for run in finished if run.seed in recipe.seeds),
-        tuning_runs=tuple(run_of(everything, run) for run in finished if run.seed not in recipe.seeds),
+        runs=tuple(run_of(everything, run) for run in finished if (run.base, run.seed) in blocks),
+        tuning_runs=tuple(run_of(everything, run) for run in finished if (run.base, run.seed) not in blocks),
         tries=tuple(tries_of(everything)),
         failures=tuple(failures),
         pending=sum(not everything.is_done(run) for run in runs),
         sections=tuple(recipe.sections),
         environment=here,
+        base_seeds={base: tuple(recipe.seeds_of(base)) for base in recipe.bases},
     )
 
 
@@ -56,7 +57,7 @@ def origin_of(base: Base) -> str:
     """Where a base comes from: its path, or what the recipe that pretrains it is trained on."""
     if base.path is not None:
         return base.path
-    return ", ".join(load_recipe(str(base.recipe)).data.source)
+    return ", ".join(recipe_of(base).data.source)
 
 
 def arm_of(recipe: ComparisonRecipe, name: str) -> Arm:
@@ -110,7 +111,7 @@ def tries_of(planner: Planner) -> list[Try]:
     """What tuning has tried so far."""
     found = []
     for arm, table in planner.recipe.arms.items():
-        for base in planner.recipe.bases if table.grid else ():
+        for base in Selection(planner.recipe).tuned_bases() if table.grid else ():
             chosen = planner.chosen(arm, base)
             for settings, accuracy in planner.tries(arm, base):
                 if accuracy is not None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thence.compare.plan import Job, PlannedRun, Planner
+from thence.compare.result import FEW_BASES
 from thence.display import Display
 from thence.wording import duration
 
@@ -94,18 +95,28 @@ class LiveTable(Display):
         for run, (stage, at, total) in self.running.items():
             share = f" {at:,}" + (f" of {total:,}" if total <= MANY else "") if total else ""
             parts.append(Text.assemble(title(run), (f"  {stage}{share}", "cyan")))
+        return Group(*parts, "", self._table())
+
+    def _table(self) -> Table:
+        """Of arms by bases how many runs are done; with many bases, of arms by tuning and blocks."""
+        recipe, blocks = self.planner.recipe, set(self.planner.recipe.blocks())
+        of_tuning = [run for run in self.runs if (run.base, run.seed) not in blocks]
+        of_blocks = [run for run in self.runs if (run.base, run.seed) in blocks]
+        columns = {base: [run for run in self.runs if run.base == base] for base in recipe.bases}
+        if len(columns) > FEW_BASES:
+            columns = {"tuning": of_tuning, f"{len({(r.base, r.seed) for r in of_blocks})} blocks": of_blocks}
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("arm", overflow="fold")
-        for base in recipe.bases:
-            table.add_column(base, overflow="fold")
+        for name in columns:
+            table.add_column(name, overflow="fold")
         names = [*([""] if any(not run.arm for run in self.runs) else []), *recipe.arms]
         for name in names:
-            if any(run.arm == name for run in self.runs):
-                table.add_row(name or "pretraining", *(self._cell(name, base) for base in recipe.bases))
-        return Group(*parts, "", table)
+            cells = [self._cell([run for run in runs if run.arm == name]) for runs in columns.values()]
+            if any(cells):
+                table.add_row(name or "pretraining", *cells)
+        return table
 
-    def _cell(self, arm: str, base: str) -> Text:
-        runs = [run for run in self.runs if (run.arm, run.base) == (arm, base)]
+    def _cell(self, runs: list[PlannedRun]) -> Text:
         if not runs:
             return Text("")
         done = sum(run in self.ended for run in runs)

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thence.compare.recipe import ComparisonRecipe, absolute_data, absolute_stage, check_methods
+from thence.compare.absolute import absolute_data, absolute_stage
+from thence.compare.bases import pretraining_recipe
+from thence.compare.recipe import ComparisonRecipe, check_methods
 from thence.compare.result import RESULTS, read_results
 from thence.compare.summary import Summary, read_summary
 from thence.errors import DamagedFile, UserError
 from thence.pipeline.folder import RunFolder
-from thence.recipe import KINDS, apply_overrides, kind_of, load_recipe, read_tables
+from thence.recipe import KINDS, apply_overrides, kind_of
 
 UNLIMITED = 1_000_000  # steps of an RL stage that its budget ends
 
@@ -69,7 +71,7 @@ class Selection:
     bases: Collection[str] = ()
 
     def runs(self) -> Iterator[PlannedRun]:
-        """Every run of the comparison, what others wait for first, then seed by seed."""
+        """Every run of the comparison: what others wait for first, then block by block."""
         seen: set[PlannedRun] = set()
         for run in self._all():
             if run not in seen:
@@ -79,8 +81,8 @@ class Selection:
     def _all(self) -> Iterator[PlannedRun]:
         recipe = self.recipe
         arms = [arm for arm in recipe.arms if self._is_wanted(arm)]
-        bases = [base for base in recipe.bases if not self.bases or base in self.bases]
         tuned = [arm for arm in arms if recipe.arms[arm].grid]
+        bases = self.tuned_bases()
         for seed in recipe.tuning.seeds if tuned else ():
             for base in bases:
                 yield from self.pretraining(base, seed)
@@ -89,12 +91,19 @@ class Selection:
                     yield from (PlannedRun(parent, base, seed) for parent in recipe.lineage(arm)[:-1])
                     for chosen in recipe.arms[arm].candidates():
                         yield PlannedRun(arm, base, seed, json.dumps(chosen))
-        for seed in recipe.seeds:
-            if self.seeds and seed not in self.seeds:
-                continue
-            for base in bases:
-                yield from self.pretraining(base, seed)
-                yield from (PlannedRun(arm, base, seed) for arm in arms)
+        for base, seed in self.blocks():
+            yield from self.pretraining(base, seed)
+            yield from (PlannedRun(arm, base, seed) for arm in arms)
+
+    def blocks(self) -> list[tuple[str, int]]:
+        """The blocks that are asked for, in order: each a base with a seed."""
+        wanted = [(base, seed) for base, seed in self.recipe.blocks() if not self.bases or base in self.bases]
+        return [(base, seed) for base, seed in wanted if not self.seeds or seed in self.seeds]
+
+    def tuned_bases(self) -> list[str]:
+        """The bases on which the values are tuned that the bases asked for use."""
+        wanted = [base for base in self.recipe.bases if not self.bases or base in self.bases]
+        return list(dict.fromkeys(map(self.recipe.tuned_base, wanted)))
 
     def pretraining(self, base: str, seed: int) -> list[PlannedRun]:
         """The run that trains a base; none where the base is a model that is there."""
@@ -225,7 +234,7 @@ class Planner:
     def chosen(self, arm: str, base: str) -> dict[str, Any] | None:
         """The values that tuning chose for an arm; None while a try is missing. The first of equals wins."""
         source = self.recipe.arms[arm].like or arm
-        scores = self.tries(source, base)
+        scores = self.tries(source, self.recipe.tuned_base(base))
         if any(score is None for _, score in scores):
             return None
         return max(scores, key=lambda each: each[1] or 0.0)[0]
@@ -250,7 +259,7 @@ class Planner:
         if chosen is None or start is None:
             return None
         model, spent = start
-        tuning = run.seed in recipe.tuning.seeds
+        tuning = run.seed not in recipe.seeds_of(run.base)
         tables: dict[str, Any] = {
             "name": run.arm,
             "seed": run.seed,
@@ -316,10 +325,8 @@ def limited(recipe: ComparisonRecipe, arm: str, table: dict[str, Any], spent: fl
 
 def pretraining_tables(recipe: ComparisonRecipe, run: PlannedRun) -> dict[str, Any]:
     """A recipe's tables that train a base, without its evaluations."""
-    base = recipe.bases[run.base]
-    _, tables = read_tables(str(base.recipe))
-    stages = [name for name in load_recipe(tables).stages if kind_of(name) != "eval"]
+    tables = pretraining_recipe(recipe.bases[run.base])
     own = {key: value for key, value in tables.items() if key != "folder"}
     own |= {key: absolute_stage(own[key]) for key in own if kind_of(key) in KINDS}  # workers run elsewhere
     own |= {"data": absolute_data(own["data"])} if "data" in own else {}
-    return apply_overrides(own, {"stages": stages, "seed": run.seed, "data.seed": run.seed})
+    return apply_overrides(own, {"seed": run.seed, "data.seed": run.seed})

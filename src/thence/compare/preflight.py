@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from thence.compare.bases import recipe_of
 from thence.compare.plan import PlannedRun, Planner
 from thence.compare.recipe import all_stages
 from thence.errors import UserError
-from thence.recipe import build_recipe, load_recipe, read_tables
+from thence.recipe import build_recipe
+
+FEW_ROWS = 2000
 
 
 def refuse_what_cannot_run(planner: Planner, runs: Iterable[PlannedRun]) -> None:
@@ -38,16 +41,17 @@ def refuse_what_cannot_run(planner: Planner, runs: Iterable[PlannedRun]) -> None
 
 def _trials(planner: Planner, runs: list[PlannedRun]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Recipes that stand for all runs: the first seed of each."""
-    recipe, bases = planner.recipe, {}
+    recipe, bases, recipes = planner.recipe, {}, set()
     for run in runs:
         bases.setdefault(run.base, run)
         if not run.arm:
-            job = planner.job(run)
+            job, origin = planner.job(run), recipe.bases[run.base].recipe
             if job is not None and bases[run.base] == run:
-                yield f"bases.{run.base}", dict(job.tables)
+                yield f"bases.{run.base}", _with_few_rows(job.tables) if origin in recipes else dict(job.tables)
+                recipes.add(origin)
     arms = {run.arm for run in runs if run.arm}
-    for first in bases.values():
-        model = _model(planner, first)
+    models = [_model(planner, first) for first in bases.values()]
+    for model in (model for i, model in enumerate(models) if model not in models[:i]):  # pretrained alike: tried once
         for arm, _, tables in all_stages(recipe):
             if arm in arms:
                 tables = {**tables, "model": {**recipe.model, **model}}
@@ -56,9 +60,17 @@ def _trials(planner: Planner, runs: list[PlannedRun]) -> Iterator[tuple[str, dic
                     yield f"tuning.eval of arms.{arm}", {**tables, "eval": {**recipe.eval, **recipe.tuning.eval}}
 
 
+def _with_few_rows(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of which another base was tried with all rows: a corpus of pretraining takes half a minute to read."""
+    data = tables.get("data", {})
+    held_out = max([table.get("held_out", 0) for table in tables.values() if isinstance(table, Mapping)] or [0])
+    few = 2 * held_out + FEW_ROWS
+    return {**tables, "data": {**data, "limit": min(few, data["limit"])}} if "limit" in data else dict(tables)
+
+
 def _model(planner: Planner, run: PlannedRun) -> dict[str, Any]:
     """What a base is like before anything is trained."""
     base = planner.recipe.bases[run.base]
     if base.path is not None:
         return {"path": base.path.replace("{seed}", str(run.seed))}
-    return load_recipe(read_tables(str(base.recipe))[1]).model.model_dump(mode="json", exclude_none=True)
+    return recipe_of(base).model.model_dump(mode="json", exclude_none=True)

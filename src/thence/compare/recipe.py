@@ -23,12 +23,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from thence.compare.absolute import with_absolute_paths
+from thence.compare.bases import Base, check_bases
 from thence.compare.sections import read_section
 from thence.errors import RecipeError, UserError
 from thence.given_files import folder_place
 from thence.names import same_file
 from thence.recipe import Eval, Rl, Sft, build_recipe
-from thence.settings.limits import Flops, Name, Place, Seed, Signed, Source, Steps, Text, TokenBudget
+from thence.settings.limits import Flops, Name, Place, Seed, Signed, Steps, Text, TokenBudget
 from thence.settings.section import Section
 from thence.settings.toml_file import TomlFile, read_toml
 from thence.settings.validation import validated
@@ -36,21 +38,6 @@ from thence.wording import shown
 
 TUNING_SEED = 100
 MOST_TRIES = 1000
-
-
-class Base(Section):
-    """A model that arms start from."""
-
-    path: Source | None = None
-    """A folder, hub name or `world:chain/rich`; `{seed}` in it is the run's seed."""
-    recipe: Source | None = None
-    """A recipe that pretrains the base, instead of `path`. It runs once per seed, with that `seed` and `data.seed`."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.recipe is None):
-            raise ValueError("give exactly one of path and recipe")
-        return self
 
 
 class ArmBudget(Section):
@@ -141,7 +128,7 @@ class ComparisonRecipe(Section):
     reference: Text
     """The arm with which all others are compared."""
     seeds: list[Seed] = Field(min_length=1)
-    """Seeds of the reported runs."""
+    """Seeds of the reported runs, for each base that has none of its own."""
     budget: ArmBudget | None = None
     """Budget of every arm. Default: every arm runs to its own end."""
     bases: dict[Name, Base] = Field(min_length=1)
@@ -166,6 +153,21 @@ class ComparisonRecipe(Section):
         """The comparison's folder. Raises RecipeError where no folder can be."""
         path = Path(self.folder) if self.folder else Path("runs") / self.name
         return folder_place(path, "folder" if self.folder else "name")
+
+    def seeds_of(self, base: str) -> list[int]:
+        """The seeds of the reported runs from a base."""
+        own = self.bases[base].seeds
+        return self.seeds if own is None else own
+
+    def blocks(self) -> list[tuple[str, int]]:
+        """Every block, a base with a seed: seed by seed, and base by base for each."""
+        own = (seed for base in self.bases for seed in self.seeds_of(base))
+        order = dict.fromkeys([*self.seeds, *own])
+        return [(base, seed) for seed in order for base in self.bases if seed in self.seeds_of(base)]
+
+    def tuned_base(self, base: str) -> str:
+        """The base whose tuning chooses the values that are used on a base."""
+        return self.bases[base].tuned_on or base
 
     def lineage(self, arm: str) -> list[str]:
         """The arms from the base to this one."""
@@ -205,10 +207,11 @@ def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
     path = str(file.path) if file else None
     _check_folders(recipe, path)
     _check_names(recipe, path)
+    check_bases(recipe.bases, recipe.seeds, any(arm.grid for arm in recipe.arms.values()), path)
     _check_stages(recipe, path)
     for i, section in enumerate(recipe.sections):
         read_section(section, recipe.arms, recipe.bases, where=f"sections.{i}")
-    return _with_absolute_paths(recipe)
+    return with_absolute_paths(recipe)
 
 
 def _read(origin: str | Path) -> TomlFile:
@@ -231,7 +234,8 @@ def _check_folders(recipe: ComparisonRecipe, file: str | None) -> None:
                 file=file,
                 field=field,
             )
-    for field, seeds in (("seeds", recipe.seeds), ("tuning.seeds", recipe.tuning.seeds)):
+    own = [(f"bases.{name}.seeds", base.seeds) for name, base in recipe.bases.items() if base.seeds is not None]
+    for field, seeds in (("seeds", recipe.seeds), ("tuning.seeds", recipe.tuning.seeds), *own):
         if len(set(seeds)) < len(seeds):
             raise RecipeError(
                 f"a seed is given twice: {seeds}",
@@ -269,7 +273,8 @@ def _check_names(recipe: ComparisonRecipe, file: str | None) -> None:
             arm.candidates()
         except ValueError as error:
             raise RecipeError(str(error), remedy="give fewer values", file=file, field=f"arms.{name}.grid") from None
-    if set(recipe.seeds) & set(recipe.tuning.seeds) and any(arm.grid for arm in recipe.arms.values()):
+    tuned = any(arm.grid for arm in recipe.arms.values())
+    if tuned and {seed for _, seed in recipe.blocks()} & set(recipe.tuning.seeds):
         raise RecipeError(
             "a seed is tuned on and reported", remedy="give tuning its own seeds", file=file, field="tuning.seeds"
         )
@@ -323,45 +328,3 @@ def check_methods(recipe: ComparisonRecipe) -> None:
             except UserError as error:
                 error.rename_field(f"arms.{name}: {error.field}")
                 raise
-
-
-def absolute_data(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A data table whose files are named from the root."""
-    result = dict(table)
-    if (sources := table.get("source")) is not None:
-        names = [sources] if isinstance(sources, str) else sources
-        result["source"] = [str(Path(name).resolve()) if Path(name).exists() else name for name in names]
-    if Path(template := str(table.get("template", ""))).is_file():
-        result["template"] = str(Path(template).resolve())
-    return result
-
-
-def absolute_reward(spec: str) -> str:
-    """A reward whose file, if it has one, is named from the root."""
-    file, colon, function = spec.rpartition(":")
-    return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else spec
-
-
-def absolute_stage(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's table whose files are named from the root."""
-    own = {**table, "data": absolute_data(table["data"])} if "data" in table else dict(table)
-    if "reward" in own:
-        own["reward"] = absolute_reward(str(own["reward"]))
-    if "rewards" in own:
-        own["rewards"] = {absolute_reward(spec): weight for spec, weight in own["rewards"].items()}
-    if "splits" in own:
-        own["splits"] = {name: absolute_data(split) for name, split in own["splits"].items()}
-    return own
-
-
-def _with_absolute_paths(recipe: ComparisonRecipe) -> ComparisonRecipe:
-    """Workers run elsewhere: files are named from the root."""
-    return recipe.model_copy(
-        update={
-            "data": absolute_data(recipe.data),
-            "sft": absolute_stage(recipe.sft),
-            "rl": absolute_stage(recipe.rl),
-            "eval": absolute_stage(recipe.eval),
-            "tuning": recipe.tuning.model_copy(update={"eval": absolute_stage(recipe.tuning.eval)}),
-        }
-    )

@@ -16,6 +16,10 @@ from thence.redaction import redacted_values
 
 log = logging.getLogger(__name__)
 RESULTS = "results.json"
+ALL_BASES = "(all)"
+"""In place of a base's name: all of them, block by block. No base can have this name."""
+FEW_BASES = 4
+"""With more, a report shows means over bases first."""
 SUMMARY = "summary.json"
 """What a finished run keeps in its own folder, see :mod:`thence.compare.summary`."""
 
@@ -182,6 +186,7 @@ class Comparison(Record):
         tuning_runs: the finished runs with tuning seeds, tries and what they build on; they are not reported.
         pending: runs that are still to come.
         sections: the tables and figures that the recipe asks for, see :mod:`thence.compare.sections`.
+        base_seeds: planned seeds of each base; a base that is only tuned on has none. Empty: all have ``seeds``.
     """
 
     name: str
@@ -199,13 +204,39 @@ class Comparison(Record):
     pending: int = 0
     sections: tuple[Mapping[str, Any], ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    base_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def seeds_of(self, base: str) -> tuple[int, ...]:
+        """The planned seeds of a base."""
+        return self.base_seeds.get(base, self.seeds)
 
     def arm(self, name: str) -> Arm:
         """The arm of this name."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether there are so many bases that means over all of them are shown first."""
+        return len(self.reported_bases) > FEW_BASES
+
+    @property
+    def reported_bases(self) -> list[str]:
+        """The bases with reported runs; others are only tuned on."""
+        return [base for base in self.bases if self.seeds_of(base)]
+
+    @property
+    def planned_blocks(self) -> list[tuple[str, int]]:
+        """Every base with every seed of it that is to be reported."""
+        return [(base, seed) for base in self.bases for seed in self.seeds_of(base)]
+
+    def planned_on(self, base: str) -> int:
+        """How many blocks a base has; of :data:`ALL_BASES`, how many there are."""
+        return len(self.planned_blocks) if base == ALL_BASES else len(self.seeds_of(base))
+
     def runs_of(self, arm: str, base: str) -> list[Run]:
-        """The finished runs of an arm on a base, by seed."""
+        """The finished runs of an arm on a base, by seed; on :data:`ALL_BASES`, base by base."""
+        if base == ALL_BASES:
+            return [run for each in self.bases for run in self.runs_of(arm, each)]
         return sorted((r for r in self.runs if (r.arm, r.base) == (arm, base)), key=lambda r: r.seed)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
-from thence.compare.result import Arm, Column, Comparison
+from thence.compare.result import ALL_BASES, Arm, Column, Comparison
 from thence.errors import RecipeError
 from thence.settings.limits import Count, Seed, Signed, Text
 from thence.settings.section import Section
@@ -208,6 +208,13 @@ def arms_of(section: AnySection, comparison: Comparison) -> list[Arm]:
         return sorted(own, key=lambda arm: arm.name != comparison.reference)[:LINES]
     groups = list(dict.fromkeys(arm.group for arm in comparison.arms))
     return sorted(comparison.arms, key=lambda arm: groups.index(arm.group))
+
+
+def bases_of(section: AnySection, comparison: Comparison) -> list[str]:
+    """The bases of a section: named ones, else all; where there are many, first the mean over them."""
+    if section.bases:
+        return list(section.bases)
+    return [*([ALL_BASES] if comparison.is_pooled else []), *comparison.bases]
 
 
 def columns_of(section: AnySection, comparison: Comparison) -> list[Column]:

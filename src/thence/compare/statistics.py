@@ -5,6 +5,7 @@ both: other seeds and other problems, see :mod:`thence.stats.resample`. A differ
 base, seed and problem; its p-value is Student's t of the same standard error, so it respects that seeds are few (with
 five seeds a difference must be about 2.8 standard errors) and has no smallest value above zero, as a sign test or a
 permutation of five seeds (1/16) would have. P-values are corrected by Holm's method for the arms that were planned.
+With many bases the same is done over blocks, a block being one base with one seed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from thence.compare.result import Column, Comparison, Run
+from thence.compare.result import ALL_BASES, Column, Comparison, Run
 from thence.stats.multiplicity import holm
 from thence.stats.paired import Paired, paired_differences
 from thence.stats.proportion import mean_share
@@ -35,7 +36,7 @@ class Estimate:
     Args:
         std: standard deviation over seeds (n - 1); None with one seed.
         low, high: 95% interval.
-        seeds, problems, samples: what it was measured on.
+        seeds, problems, samples: what it was measured on. Over all bases, ``seeds`` counts blocks: a base with a seed.
     """
 
     mean: float
@@ -93,10 +94,13 @@ class Statistics:
 
 
 def statistics(comparison: Comparison, replicates: int = REPLICATES, seed: int = 0) -> Statistics:
-    """Estimates of every arm on every base in every column, and paired differences to the reference."""
+    """Estimates of every arm on every base in every column, and paired differences to the reference.
+
+    Where there are many bases, also those over all of them, under :data:`~thence.compare.result.ALL_BASES`.
+    """
     estimates, to_reference = {}, {}
     others = [arm.name for arm in comparison.arms if arm.name != comparison.reference]
-    for base in comparison.bases:
+    for base in [*([ALL_BASES] if comparison.is_pooled else []), *comparison.bases]:
         for column in comparison.columns:
             for arm in comparison.arms:
                 estimate = estimate_of(comparison.runs_of(arm.name, base), column, replicates, seed)
@@ -177,11 +181,11 @@ def _spread(rows: list[Scores], replicates: int, seed: int) -> Paired:
 
 
 def _paired(comparison: Comparison, base: str, column: Column, arm: str, other: str) -> list[Scores]:
-    """Score differences of each problem, one array for each seed that both arms have measured on the same problems."""
-    theirs = {run.seed: run.on(column) for run in comparison.runs_of(other, base)}
+    """Score differences of each problem, one array for each block that both arms have measured on the same problems."""
+    theirs = {(run.base, run.seed): run.on(column) for run in comparison.runs_of(other, base)}
     rows = []
     for run in comparison.runs_of(arm, base):
-        mine, its = run.on(column), theirs.get(run.seed)
+        mine, its = run.on(column), theirs.get((run.base, run.seed))
         if mine and its and len(mine.right) == len(its.right) > 0:
             rows.append(np.array(mine.right) / mine.samples - np.array(its.right) / its.samples)
     return rows

@@ -16,8 +16,9 @@ from thence.data.order import stable_seed
 from thence.data.problems import RowProblem
 from thence.data.readers import HEAD_ROWS
 from thence.data.sources import DataTable, open_table
+from thence.data.worlds.named import WORLD
 from thence.errors import DataError, UserError
-from thence.evaluate.suites import OWN, WORLD, Task
+from thence.evaluate.suites import OWN, Task
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

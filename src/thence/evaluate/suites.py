@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, Strict, model_validator
 
 from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
+from thence.data.worlds.named import WORLD, is_of_world
 from thence.errors import RecipeError, UserError
 from thence.names import as_name, same_file
 from thence.settings.annotations import type_at
@@ -36,7 +37,6 @@ from thence.settings.text_values import read_value
 from thence.settings.toml_file import TomlFile, read_toml
 from thence.settings.validation import validated
 
-WORLD = "world:chain"
 OWN = "own"
 TEMPLATES: dict[str, str] = {
     "question": "{question}",
@@ -105,8 +105,10 @@ class Task(Section):
     def _makes_sense(self) -> Task:
         if not self.source and not self.files:
             raise ValueError("no data: set files or source")
+        if is_of_world(self.source) and self.source != WORLD:
+            raise ValueError(f"{self.source}: the only world is {WORLD}, and its parameters change no problem")
         if self.source == WORLD and self.problems is None:
-            raise ValueError("world:chain makes as many problems as asked: set problems")
+            raise ValueError(f"{WORLD} makes as many problems as asked: set problems")
         if self.right_from is not None and ":" not in self.grader:
             raise ValueError(f"right_from is for a function of your own, not for the grader {self.grader}")
         if self.template != OWN and "{question}" not in self.template_text:

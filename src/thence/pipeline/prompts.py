@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,13 +16,12 @@ from thence.data.readers import read_examples
 from thence.data.selection import between, by_difficulty, mixed
 from thence.data.template import changes_by_day
 from thence.data.trajectory import Prompt
+from thence.data.worlds.named import is_of_world, world_examples
 from thence.errors import DataError
-from thence.evaluate.suites import WORLD
 from thence.recipe import Data
 from thence.verify.reward import MATH_RULES
 
 log = logging.getLogger(__name__)
-PRETRAINING = "pretraining-"  # of a base, as a split: what the base was trained on
 
 
 class RenderedPrompts:
@@ -176,8 +173,8 @@ def _fingerprint(data: Data, tokenizer: Any) -> str:
 
 
 def _read(data: Data, name: str) -> list[Example]:
-    if name.startswith("world:"):
-        return _world(data, name)
+    if is_of_world(name):
+        return world_examples(name, data.split, data.limit, data.seed)
     examples, bad = read_examples(
         [name],
         split=data.split,
@@ -189,32 +186,6 @@ def _read(data: Data, name: str) -> list[Example]:
     for row in bad:
         log.warning("left out: %s", row)
     return examples
-
-
-def _world(data: Data, name: str) -> list[Example]:
-    from thence.data.worlds.chain import pretraining, problems
-
-    if name != WORLD:
-        raise DataError(f"no embedded world {name!r}", remedy=f"use {WORLD}", field="data.source")
-    if data.limit is None:
-        raise DataError(
-            "the embedded world makes as many problems as asked", remedy="set data.limit", field="data.limit"
-        )
-    if data.split.startswith(PRETRAINING):
-        base = data.split.removeprefix(PRETRAINING)
-        if base not in ("rich", "poor"):
-            raise DataError(
-                f"no base {base!r}", remedy=f"use {PRETRAINING}rich or {PRETRAINING}poor", field="data.split"
-            )
-        texts = itertools.islice(pretraining(base, sys.maxsize, data.seed), data.limit)
-        return [Example(prompt="", demonstration=text, source=f"{name}:{i + 1}") for i, text in enumerate(texts)]
-    found = problems(data.split, data.limit, data.seed)
-    return [
-        Example(
-            prompt=p.prompt, demonstration=p.demonstration, answer=p.answer, source=f"{name}:{i + 1}", group=data.split
-        )
-        for i, p in enumerate(found)
-    ]
 
 
 def _prompt(index: int, example: Example, row: Rendered) -> Prompt:

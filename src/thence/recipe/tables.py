@@ -99,7 +99,7 @@ class Data(Section):
     """Where examples come from and how they become tokens."""
 
     source: list[Source] = Field(default=["world:chain"], min_length=1)
-    """JSONL or Parquet files, Hugging Face data sets, or `world:chain` (the embedded world)."""
+    """JSONL or Parquet files, Hugging Face data sets, or `world:chain` (see `docs/embedded-world.md`)."""
     split: Place = "train"
     """Split of a Hugging Face data set or of the embedded world."""
     layout: Literal["auto", "messages", "prompt-completion", "question-answer", "verl", "text"] = "auto"

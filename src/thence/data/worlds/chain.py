@@ -1,7 +1,7 @@
 """The embedded world: chain arithmetic modulo 100, worked out in writing by an expert with several habits.
 
 A prompt such as `47a+8b-3c*6?` starts from 47 and applies the labelled steps from left to right, modulo 100: 47+8 = 55,
-55-3 = 52, 52*6 = 312, so the answer is 12. The expert is always right but not always equally careful:
+55-3 = 52, 52*6 = 312, so the answer is 12. The expert is right but not always equally careful:
 
     head     #12
     terse    a=55b=52c=12#12
@@ -17,17 +17,27 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 Base = Literal["rich", "poor"]
 Habit = Literal["head", "terse", "written", "slow"]
+Expert = Literal["mixed", "careful", "hasty"]
+Slip = tuple[int, int]
+"""A step that goes wrong, counted from 0, and the value that it gives instead of the right one."""
 
 SPLITS = ("train", "dev", "test", "ood")
 LABELS = "abcd"
 HABITS: dict[Habit, float] = {"head": 0.14, "terse": 0.24, "written": 0.52, "slow": 0.10}
 SPLIT_SHARE = 0.65  # how often a written product is split into partial products
+HASTY: dict[Habit, float] = {"head": 0.25, "terse": 0.45, "written": 0.30}
+EXPERTS: dict[Expert, tuple[dict[Habit, float], float]] = {
+    "mixed": (HABITS, SPLIT_SHARE),
+    "careful": ({"written": 0.84, "slow": 0.16}, 1.0),
+    "hasty": (HASTY, 0.0),
+}
+"""Of each expert the shares of its habits, and how often a written product is split."""
 STEPS = {2: 0.3, 3: 0.5, 4: 0.2}
 
 
@@ -63,11 +73,11 @@ class Chain:
     def prompt(self) -> str:
         return f"{self.start:02d}" + "".join(s.text for s in self.steps) + "?"
 
-    def values(self) -> list[int]:
-        """The start value and the value after every step: one longer than `steps`."""
+    def values(self, slip: Slip | None = None) -> list[int]:
+        """The start value and the value after every step: one longer than `steps`. What follows a slip builds on it."""
         values = [self.start]
-        for step in self.steps:
-            values.append(step.apply(values[-1]))
+        for index, step in enumerate(self.steps):
+            values.append(slip[1] if slip is not None and slip[0] == index else step.apply(values[-1]))
         return values
 
 
@@ -87,8 +97,13 @@ def split_of(prompt: str) -> str:
     return "dev" if bucket < 26 else "test" if bucket < 52 else "train"
 
 
-def problems(split: str, n: int, seed: int = 0) -> list[ChainProblem]:
+def problems(split: str, n: int, seed: int = 0, expert: Expert = "mixed", wrong: float = 0.0) -> list[ChainProblem]:
     """`n` problems of a split with different prompts; the same arguments always give the same problems.
+
+    Args:
+        expert: who demonstrates; prompts and answers are the same for all.
+        wrong: share of the demonstrations that end in a wrong answer, after one wrong step. The larger share holds the
+            wrong ones of the smaller, and the other demonstrations stay as they are.
 
     Raises:
         ValueError: there is no such split.
@@ -102,8 +117,24 @@ def problems(split: str, n: int, seed: int = 0) -> list[ChainProblem]:
         if chain.prompt in found or (split != "ood" and split_of(chain.prompt) != split):
             continue
         answer = f"{chain.values()[-1]:02d}"
-        found[chain.prompt] = ChainProblem(chain.prompt, answer, demonstrate(chain, rng), split)
+        own = random.Random()  # as `rng` is now: every expert has the same luck, and the next prompt is the same
+        own.setstate(rng.getstate())
+        demonstration = demonstrate(chain, rng)
+        if (expert, wrong) != ("mixed", 0.0):
+            luck = random.Random(f"chain wrong {seed} {chain.prompt}")
+            slip = draw_slip(chain, luck) if luck.random() < wrong else None
+            demonstration = demonstrate(chain, own, expert=expert, slip=slip)
+        found[chain.prompt] = ChainProblem(chain.prompt, answer, demonstration, split)
     return list(found.values())
+
+
+def draw_slip(chain: Chain, rng: random.Random) -> Slip:
+    """A wrong result of one step, after which the last value is wrong too."""
+    answer = chain.values()[-1]
+    while True:
+        slip = (rng.randrange(len(chain.steps)), rng.randrange(100))
+        if chain.values(slip)[-1] != answer:
+            return slip
 
 
 def draw_chain(rng: random.Random, *, ood: bool = False) -> Chain:
@@ -120,25 +151,35 @@ def draw_chain(rng: random.Random, *, ood: bool = False) -> Chain:
     return Chain(rng.randrange(100), steps)
 
 
-def demonstrate(chain: Chain, rng: random.Random, habit: Habit | None = None) -> str:
-    """The expert's response to a chain, in a habit drawn from `HABITS` unless one is given."""
-    habit = habit or rng.choices(tuple(HABITS), tuple(HABITS.values()))[0]
-    values = chain.values()
+def demonstrate(
+    chain: Chain,
+    rng: random.Random,
+    habit: Habit | None = None,
+    *,
+    expert: Expert = "mixed",
+    slip: Slip | None = None,
+) -> str:
+    """The expert's response to a chain, in a habit drawn from its own unless one is given; with a slip, a wrong one."""
+    habits, split_share = EXPERTS[expert]
+    habit = habit or rng.choices(tuple(habits), tuple(habits.values()))[0]
+    values = chain.values(slip)
     if habit == "head":
         return f"#{values[-1]:02d}"
-    work = "".join(work_step(step, value, habit, rng) for step, value in zip(chain.steps, values, strict=False))
+    work = ""
+    for step, value, after in zip(chain.steps, values, values[1:], strict=False):
+        work += work_step(step, value, habit, rng, split_share)[:-2] + f"{after:02d}"  # a step ends in its result
     start = "" if habit == "terse" else f"{chain.start:02d}"
     return f"{start}{work}#{values[-1]:02d}"
 
 
-def work_step(step: Step, value: int, habit: Habit, rng: random.Random) -> str:
+def work_step(step: Step, value: int, habit: Habit, rng: random.Random, split_share: float = SPLIT_SHARE) -> str:
     """One step in writing; `value` is the value before it, which stands just before it in the text."""
     after = step.apply(value)
     if habit == "terse":
         return f"{step.label}={after:02d}"
     if habit == "slow":
         return step.text + "".join(f",{v:02d}" for v in count(step, value))
-    if step.op == "*" and rng.random() < SPLIT_SHARE:
+    if step.op == "*" and rng.random() < split_share:
         tens, ones = partial_products(value, step.digit)
         return f"{step.text}:{tens:02d}+{ones:02d}={after:02d}"
     return f"{step.text}={after:02d}"
@@ -167,16 +208,36 @@ FACTS = {"sum": 0.45, "product": 0.05, "partial": 0.20, "add_up": 0.30}
 SLIP = 0.10  # how often a step in the rich base's corpus goes wrong
 
 
-def pretraining(base: Base, n_tokens: int, seed: int) -> Iterator[str]:
-    """Texts of a base's corpus, without `$`, until they hold `n_tokens` tokens (two `$` a text counted)."""
+def pretraining(
+    base: Base, n_tokens: int, seed: int, questions: float | None = None, slip: float = SLIP
+) -> Iterator[str]:
+    """Texts of a base's corpus, without `$`, until they hold `n_tokens` tokens (two `$` a text counted).
+
+    Args:
+        questions: share of the rich base's texts that are questions with hasty answers. The other kinds keep their
+            proportions. Default: that of `MIX`.
+        slip: how often a step of these answers goes wrong.
+    """
     rng = random.Random(f"chain pretraining {base} {seed}")
-    makers = {"facts": facts, "look_up": look_up, "exercise": exercise, "question": question}
-    kinds, shares = tuple(MIX[base]), tuple(MIX[base].values())
+    mix = MIX[base] if questions is None else with_questions(MIX[base], questions)
+    makers: dict[str, Callable[[random.Random], str]] = {
+        "facts": facts,
+        "look_up": look_up,
+        "exercise": exercise,
+        "question": lambda rng: question(rng, slip),
+    }
+    kinds, shares = tuple(mix), tuple(mix.values())
     total = 0
     while total < n_tokens:
         text = makers[rng.choices(kinds, shares)[0]](rng)
         total += len(text) + 2
         yield text
+
+
+def with_questions(mix: dict[str, float], share: float) -> dict[str, float]:
+    """A mix of kinds of text with another share of questions; the other kinds keep their proportions."""
+    rest = (1 - share) / (1 - mix["question"])
+    return {kind: share if kind == "question" else own * rest for kind, own in mix.items()}
 
 
 def facts(rng: random.Random) -> str:
@@ -219,18 +280,18 @@ def exercise(rng: random.Random) -> str:
     return f"{start:02d}" + "".join(s.text for s in steps) + "?" + ";".join(worked)
 
 
-def question(rng: random.Random) -> str:
+def question(rng: random.Random, slip: float = SLIP) -> str:
     """A prompt of the train split with a hasty response, often wrong: the latent skill of the rich base."""
     while split_of((chain := draw_chain(rng)).prompt) != "train":
         pass
-    habit: Habit = rng.choices(("head", "terse", "written"), (0.25, 0.45, 0.30))[0]
-    return chain.prompt + hasty(chain, habit, rng)
+    habit = rng.choices(tuple(HASTY), tuple(HASTY.values()))[0]
+    return chain.prompt + hasty(chain, habit, rng, slip)
 
 
-def hasty(chain: Chain, habit: Habit, rng: random.Random) -> str:
-    """A response without split products in which every step goes wrong with probability `SLIP`."""
+def hasty(chain: Chain, habit: Habit, rng: random.Random, slip: float = SLIP) -> str:
+    """A response without split products in which every step goes wrong with probability `slip`."""
     value, work = chain.start, "" if habit == "terse" else f"{chain.start:02d}"
     for step in chain.steps:
-        value = rng.randrange(100) if rng.random() < SLIP else step.apply(value)
+        value = rng.randrange(100) if rng.random() < slip else step.apply(value)
         work += f"{step.label}={value:02d}" if habit == "terse" else f"{step.text}={value:02d}"
     return f"#{value:02d}" if habit == "head" else f"{work}#{value:02d}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thence.compare.result import Column
+from thence.compare.result import ALL_BASES, Column
 from thence.compare.sections import (
     AnySection,
     Dynamics,
@@ -20,17 +20,20 @@ from thence.compare.statistics import Estimate, Statistics
 from thence.pages.comparison.points import Point, along, back, ends_of_axis, label_places, points_of, side_by_side
 from thence.pages.comparison.series import UNITS, Series, dynamics_series, quantities_of, training_series
 from thence.pages.comparison.tables import sweep_lines, sweep_places
-from thence.pages.comparison.words import column_label, label
+from thence.pages.comparison.words import base_title, column_label, label, unit
 from thence.pages.figure import Chart, Figure, Key, Line, colour, hover, line_chart, named, whole, zoom
 
 
 def section_figures(section: AnySection, statistics: Statistics) -> list[Figure]:
-    """The figures of a section, one a base. Sections that are tables alone, or have nothing to show yet, have none.
+    """The figures of a section, one a base; with many bases one of all, unless the section names its bases.
+
+    Sections that are tables alone, or have nothing to show yet, have none.
 
     Raises:
         RecipeError: the section names a test set that was not measured.
     """
-    bases = section.bases or statistics.comparison.bases
+    comparison = statistics.comparison
+    bases = section.bases or ([ALL_BASES] if comparison.is_pooled else comparison.bases)
     found = [_figure(section, statistics, base) for base in bases]
     return [figure for figure in found if figure is not None]
 
@@ -53,18 +56,20 @@ def _score_figure(section: ScoreAgainstFlops, statistics: Statistics, base: str)
         return None
     groups = list(dict.fromkeys((point.group, point.colour) for point in points if point.group))
     reference = label(statistics.comparison.arm(statistics.comparison.reference))
-    notes = [f"Bars: 95% intervals over problems and seeds. Dashed: {reference}. Points at the same cost stand side "]
+    notes = [
+        f"Bars: 95% intervals over problems and {unit(base)}. Dashed: {reference}. Points at the same cost stand side "
+    ]
     notes[0] += "by side. Overlapping bars do not tell whether a paired difference is significant; the tables do."
     if section.flops == "executed" and len(points) < len(points_of(section, statistics, base, column, known=False)):
         notes.append("Arms whose executed FLOPs cannot be counted are left out.")
     keys = tuple(Key(name, index) for name, index in groups)
-    words = f"{column_label(column)}: accuracy against FLOPs on {base}"
+    words = f"{column_label(column)}: accuracy against FLOPs, {base_title(statistics, base)}"
     chart = Chart(
         _score_spec(points, statistics.comparison.reference, column, section.flops),
         words,
         max(330, 16 * len(points) + 70),
     )
-    return Figure(base, (chart,), keys if len(keys) > 1 else (), tuple(notes), wide=True)
+    return Figure(base_title(statistics, base), (chart,), keys if len(keys) > 1 else (), tuple(notes), wide=True)
 
 
 def _score_spec(points: Sequence[Point], reference: str, column: Column, flops: str) -> dict[str, Any]:
@@ -159,10 +164,10 @@ def _sweep_figure(section: Sensitivity, statistics: Statistics, base: str) -> Fi
             "encoding": {"x": x, "y": y, **beside, "tooltip": tooltip},
         },
     ]
-    words = f"{column_label(column)}: accuracy by {section.x} on {base}"
+    words = f"{column_label(column)}: accuracy by {section.x}, {base_title(statistics, base)}"
     spec = {"encoding": named(keys), "layer": [layer for layer in layers if layer["data"]["values"]]}
-    note = "Bars and band: 95% intervals over problems and seeds."
-    return Figure(base, (Chart(whole(spec), words, 320),), keys, (note,))
+    note = f"Bars and band: 95% intervals over problems and {unit(base)}."
+    return Figure(base_title(statistics, base), (Chart(whole(spec), words, 320),), keys, (note,))
 
 
 _FREE = {"zero": False}
@@ -193,18 +198,24 @@ def _curves_figure(section: Training | Dynamics, statistics: Statistics, base: s
             [_line(keys[index].name, series, section.kind == "dynamics") for index, series in held],
             [keys[index] for index, _ in held],
             UNITS[quantity],
-            f"{UNITS[quantity]} by step on {base}",
+            f"{UNITS[quantity]} by step, {base_title(statistics, base)}",
             height=270,
         )
         for quantity, held in panels.items()
     )
-    seeds = sorted({seed for held in panels.values() for _, series in held for seed in series.seeds})
-    said = ", ".join(map(str, seeds))
-    note = (
-        f"Seed {said}." if isinstance(section, Training) else f"Mean and range over seeds {said}, as far as all went."
-    )
+    blocks = sorted({block for held in panels.values() for _, series in held for block in series.blocks})
+    note = _whose(blocks, base, isinstance(section, Training))
     smooth = f" Each point is the mean of {section.smooth} steps." if section.smooth > 1 else ""
-    return Figure(base, charts, tuple(keys.values()), (note + smooth,))
+    return Figure(base_title(statistics, base), charts, tuple(keys.values()), (note + smooth,))
+
+
+def _whose(blocks: Sequence[tuple[str, int]], base: str, single: bool) -> str:
+    """Whose curves a figure shows. ``single``: one run's, not a mean."""
+    if base == ALL_BASES:
+        named = "; ".join(f"{name}, seed {seed}" for name, seed in blocks)
+        return f"From {named}." if single else f"Mean and range over {len(blocks)} blocks, as far as all went."
+    said = ", ".join(str(seed) for _, seed in blocks)
+    return f"Seed {said}." if single else f"Mean and range over seeds {said}, as far as all went."
 
 
 def _line(name: str, series: Series, band: bool) -> Line:

@@ -48,7 +48,11 @@ def _measured(run: Run, column: Column) -> dict[str, Any]:
 
 
 def summary_csv(statistics: Statistics) -> str:
-    """One line an arm, base and column: estimate, paired difference to the reference, and mean cost."""
+    """One line an arm, base and column: estimate, paired difference to the reference, and mean cost.
+
+    With many bases there are also lines over all of them, with :data:`~thence.compare.result.ALL_BASES` for the base
+    and the number of blocks for that of seeds.
+    """
     return to_csv(_SUMMARY, summary_rows(statistics))
 
 
@@ -96,6 +100,7 @@ def report_json(statistics: Statistics) -> str:
         "reference": comparison.reference,
         "budget": comparison.budget,
         "seeds": comparison.seeds,
+        "base_seeds": {base: comparison.seeds_of(base) for base in comparison.bases},
         "replicates": statistics.replicates,
         "pending": comparison.pending,
         "results": [{key: row.get(key) for key in _SUMMARY} for row in summary_rows(statistics)],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from thence.compare.result import ALL_BASES
 from thence.compare.statistics import Statistics
 from thence.pages.comparison.words import column_label, embedded, label, names, seeds_text
 
@@ -11,7 +14,7 @@ def outcome(statistics: Statistics) -> str:
     comparison = statistics.comparison
     reference = label(comparison.arm(comparison.reference))
     column = comparison.columns[0]
-    parts = [part for base in comparison.bases if (part := _on(statistics, base))]
+    parts = [part for base in _bases(statistics) if (part := _on(statistics, base))]
     if not parts:
         return f"No arm can be compared with {reference} yet."
     world = " Findings about the embedded world, a small synthetic task." if embedded(comparison) else ""
@@ -35,7 +38,12 @@ def _on(statistics: Statistics, base: str) -> str:
         _counted(lower, "significantly lower", most=4),
         _counted(undecided, "not told apart from it"),
     ]
-    return f"on {base}, {', '.join(said)}"
+    return ", ".join(said) if base == ALL_BASES else f"on {base}, {', '.join(said)}"
+
+
+def _bases(statistics: Statistics) -> Sequence[str]:
+    comparison = statistics.comparison
+    return [ALL_BASES] if comparison.is_pooled else comparison.bases
 
 
 def _counted(arms: list[tuple[float, str]], words: str, most: int = 1000) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thence.compare.result import Arm, Comparison, read_results
+from thence.compare.result import ALL_BASES, Arm, Comparison, read_results
 from thence.compare.sections import sections_of
 from thence.compare.statistics import Statistics, statistics
 from thence.files import write_atomically
@@ -16,7 +16,7 @@ from thence.pages.comparison.figures import section_figures
 from thence.pages.comparison.numbers import report_json, runs_csv, summary_csv
 from thence.pages.comparison.outcome import outcome
 from thence.pages.comparison.tables import section_tables
-from thence.pages.comparison.words import label, notes, seeds_text
+from thence.pages.comparison.words import base_title, label, notes, seeds_text
 from thence.pages.figure import Figure
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.template import render
@@ -58,6 +58,18 @@ class ShownSection:
     note: str
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
+    pooled: str = ""
+    """Title of what is over all bases; then what is of a single one is folded away. Empty: all are shown."""
+
+    @property
+    def shown(self) -> list[OfBase]:
+        """Base by base, what is shown at once."""
+        return [base for base in self.bases if not self.pooled or base.name == self.pooled]
+
+    @property
+    def away(self) -> list[OfBase]:
+        """Base by base, what is folded away."""
+        return [base for base in self.bases if self.pooled and base.name != self.pooled]
 
     @property
     def bases(self) -> list[OfBase]:
@@ -113,8 +125,10 @@ def shown_sections(found: Statistics, figures: bool = True) -> list[ShownSection
     for section in sections_of(found.comparison):
         drawn = tuple(section_figures(section, found)) if figures else ()
         tables = tuple(section_tables(section, found))
+        pooled = found.comparison.is_pooled and not section.bases and section.kind not in _FOLDED
         if drawn or tables:
-            parts.append(ShownSection(section.kind, section.title or TITLES[section.kind], section.note, drawn, tables))
+            shown = ShownSection(section.kind, section.title or TITLES[section.kind], section.note, drawn, tables)
+            parts.append(replace(shown, pooled=base_title(found, ALL_BASES) if pooled else ""))
     return parts
 
 
@@ -129,7 +143,7 @@ def render_page(found: Statistics) -> str:
         facts=_facts(found),
         outcome=outcome(found),
         notes=notes(found),
-        bases=comparison.bases,
+        bases=() if comparison.is_pooled else comparison.bases,
         parts=shown_sections(found),
         arms=Table("", ("Arm", "Starts from", "What it is"), tuple(_about(comparison, a) for a in comparison.arms)),
         failures=_failures(comparison),
@@ -181,9 +195,10 @@ def print_comparison(found: Statistics, console: Console, kinds: Collection[str]
         if part.kind in kinds:
             console.print()
             say(part.title, "bold")
-            for table in part.tables:
+            tables = [table for base in part.shown for table in base.tables] + part.papers
+            for table in tables:
                 console.print(TableView(table))
-            for note in dict.fromkeys(note for table in part.tables for note in table.notes):
+            for note in dict.fromkeys(note for table in tables for note in table.notes):
                 say(note, "dim")
     if found.comparison.failures:
         console.print()

@@ -20,13 +20,18 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Series:
-    """One arm's line: steps, mean, and lowest and highest seed."""
+    """One arm's line: steps, mean, and lowest and highest run. ``blocks``: base and seed of these runs."""
 
     steps: tuple[float, ...]
     mean: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
-    seeds: tuple[int, ...]
+    blocks: tuple[tuple[str, int], ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of these runs."""
+        return tuple(seed for _, seed in self.blocks)
 
 
 def quantities_of(section: Training | Dynamics) -> Sequence[str]:
@@ -43,16 +48,16 @@ def training_series(
     for run in comparison.runs_of(arm.name, base):
         if seed in (None, run.seed) and (curve := _curve(run, quantity, section.smooth)):
             steps, values = tuple(curve), tuple(curve.values())
-            return Series(steps, values, values, values, (run.seed,))
+            return Series(steps, values, values, values, ((run.base, run.seed),))
     return None
 
 
 def dynamics_series(
     section: Training | Dynamics, comparison: Comparison, arm: Arm, base: str, quantity: str
 ) -> Series | None:
-    """Mean and range over the seeds, at the steps that all of them reached. None where there is no curve."""
-    found = {run.seed: _curve(run, quantity, section.smooth) for run in comparison.runs_of(arm.name, base)}
-    curves = {seed: curve for seed, curve in found.items() if curve}
+    """Mean and range over the runs, at the steps that all of them reached. None where there is no curve."""
+    found = {(run.base, run.seed): _curve(run, quantity, section.smooth) for run in comparison.runs_of(arm.name, base)}
+    curves = {block: curve for block, curve in found.items() if curve}
     if not curves:
         return None
     steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thence.compare.result import Arm, Column, Run
 from thence.compare.sections import (
@@ -16,12 +16,14 @@ from thence.compare.sections import (
     TuningTable,
     Waterfall,
     arms_of,
+    bases_of,
     columns_of,
 )
 from thence.compare.statistics import Difference, Statistics
 from thence.pages.comparison.words import (
     STAR,
     amount,
+    base_title,
     column_label,
     flops_text,
     label,
@@ -31,6 +33,7 @@ from thence.pages.comparison.words import (
     settings_of,
     settings_text,
     table_note,
+    unit,
 )
 from thence.pages.table import NOTHING, Cell, Table, TableRow
 
@@ -41,8 +44,9 @@ def section_tables(section: AnySection, statistics: Statistics) -> list[Table]:
     Raises:
         RecipeError: the section names a test set that was not measured.
     """
-    bases = section.bases or statistics.comparison.bases
-    tables = [table for base in bases if (table := _table(section, statistics, base)) and table.rows]
+    bases = bases_of(section, statistics.comparison)
+    found = [(base, _table(section, statistics, base)) for base in bases]
+    tables = [replace(table, title=base_title(statistics, base)) for base, table in found if table and table.rows]
     return tables + ([paper_table(section.paper, statistics)] if section.paper else [])
 
 
@@ -99,7 +103,12 @@ def _methods(section: Methods, statistics: Statistics, base: str) -> Table:
         rows.append(TableRow(label(arm), tuple(cells), arm.group))
     headers = ["", *map(column_label, columns), *(["paper: other models and data"] if published else [])]
     said = ["Numbers of the paper stand there for the reader; their level cannot be compared."] if published else []
-    return Table(base, tuple(headers), tuple(rows), (table_note(statistics), *said, *_missing(statistics, arms, base)))
+    return Table(
+        base,
+        tuple(headers),
+        tuple(rows),
+        (table_note(statistics, base), *said, *_missing(statistics, arms, base)),
+    )
 
 
 def _scored(statistics: Statistics, arm: str, base: str, column: Column) -> Cell:
@@ -148,7 +157,12 @@ def _waterfall(section: Waterfall, statistics: Statistics, base: str) -> Table:
         cells.append(Cell(points(step), strong=step is not None and step.significant) if step else NOTHING)
         rows.append(TableRow(label(arm), tuple(cells)))
     headers = ("", *map(column_label, columns), f"to the row above, {column_label(headline)}")
-    return Table(base, headers, tuple(rows), (_to_note(statistics, clean, "rows"), *_missing(statistics, arms, base)))
+    return Table(
+        base,
+        headers,
+        tuple(rows),
+        (_to_note(statistics, base, clean, "rows"), *_missing(statistics, arms, base)),
+    )
 
 
 def _sensitivity(section: Sensitivity, statistics: Statistics, base: str) -> Table:
@@ -163,12 +177,17 @@ def _sensitivity(section: Sensitivity, statistics: Statistics, base: str) -> Tab
             cells.append(_cell(statistics, arm.name, base, column, differences[column].get(arm.name), sub))
         rows.append(TableRow(label(arm), tuple(cells)))
     headers = ("", "settings", *map(column_label, columns))
-    return Table(base, headers, tuple(rows), (_to_note(statistics, other), *_missing(statistics, arms, base)))
+    return Table(
+        base,
+        headers,
+        tuple(rows),
+        (_to_note(statistics, base, other), *_missing(statistics, arms, base)),
+    )
 
 
-def _to_note(statistics: Statistics, other: str, of: str = "arms") -> str:
+def _to_note(statistics: Statistics, base: str, other: str, of: str = "arms") -> str:
     return (
-        "Accuracy in per cent, mean ± standard deviation over seeds; second line: difference to "
+        f"Accuracy in per cent, mean ± standard deviation over {unit(base)}; second line: difference to "
         f"{label(statistics.comparison.arm(other))}, in points, with its 95% interval. {STAR} and bold: significant "
         f"after Holm's correction for the {of} of this table."
     )
@@ -227,7 +246,7 @@ def _sweep(section: Sensitivity, statistics: Statistics, base: str) -> Table:
     headers = ["", *(f"{section.x} = {place:g}" if not isinstance(place, str) else place for place in places), "any"]
     if all(row.cells[-1] == NOTHING for row in rows):
         headers, rows = headers[:-1], [TableRow(row.label, row.cells[:-1]) for row in rows]
-    notes = (f"On {column_label(column)}. {_to_note(statistics, other)}", *_missing(statistics, arms, base))
+    notes = (f"On {column_label(column)}. {_to_note(statistics, base, other)}", *_missing(statistics, arms, base))
     return Table(base, tuple(headers), tuple(rows), notes)
 
 
@@ -249,11 +268,11 @@ def _cost(section: Cost, statistics: Statistics, base: str) -> Table:
     headers = ("", "steps", "trained tokens", "generated tokens", "FLOPs, rule", "to reference")
     headers += ("FLOPs, executed", "seconds", column_label(comparison.columns[0]))
     note = (
-        "Means over seeds, of the whole way from the base, its own training left out. Rule: 6N a trained token and 2N "
-        "a generated one. Executed: prompts, attention, output head and scoring passes counted, and skipped work left "
-        "out. Seconds are wall time on the machine named below, shared with other runs."
+        f"Means over {unit(base)}, of the whole way from the base, its own training left out. Rule: 6N a trained token "
+        "and 2N a generated one. Executed: prompts, attention, output head and scoring passes counted, and skipped "
+        "work left out. Seconds are wall time on the machine named below, shared with other runs."
     )
-    return Table(base, headers, tuple(rows), (note, table_note(statistics)))
+    return Table(base, headers, tuple(rows), (note, table_note(statistics, base)))
 
 
 def _short(section: Short, statistics: Statistics, base: str) -> Table:
@@ -270,8 +289,8 @@ def _short(section: Short, statistics: Statistics, base: str) -> Table:
         cells = [Cell(points(d), strong=d is not None and d.significant) for d in (found[c][index] for c in columns)]
         rows.append(TableRow("longer less shorter", (NOTHING, *cells)))
     note = (
-        "Accuracy in per cent, mean ± standard deviation over seeds; differences in points with their 95% intervals. "
-        f"{STAR} and bold: significant after Holm's correction for the pairs of this table."
+        f"Accuracy in per cent, mean ± standard deviation over {unit(base)}; differences in points with their 95% "
+        f"intervals. {STAR} and bold: significant after Holm's correction for the pairs of this table."
     )
     named = [comparison.arm(name) for pair in pairs for name in pair]
     headers = ("", "FLOPs, rule", *map(column_label, columns))
@@ -313,9 +332,10 @@ def _at_edge(chosen: Mapping[str, object], tried: list[Mapping[str, object]]) ->
 
 
 def _missing(statistics: Statistics, arms: Sequence[Arm], base: str) -> list[str]:
-    """Which arms have fewer seeds than planned."""
+    """Which arms have fewer seeds or blocks than planned."""
     comparison = statistics.comparison
-    planned = len(comparison.seeds)
+    planned = comparison.planned_on(base)
     counts = {label(arm): len(comparison.runs_of(arm.name, base)) for arm in arms}
     short = [f"{name} ({count} of {planned})" for name, count in counts.items() if count < planned]
-    return [f"Seeds finished so far: {', '.join(short)}; all others {planned}."] if short else []
+    what = unit(base).capitalize()
+    return [f"{what} finished so far: {', '.join(short)}; all others {planned}."] if short else []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from thence.compare.result import Arm, Column, Comparison, Run, Spent
+from thence.compare.result import ALL_BASES, Arm, Column, Comparison, Run, Spent
 from thence.compare.statistics import LEVEL, Difference, Estimate, Statistics
 from thence.foreign_text import visible
 
@@ -100,13 +100,18 @@ def embedded(comparison: Comparison) -> bool:
 def seeds_text(statistics: Statistics) -> str:
     """How many seeds and problems the headline has."""
     comparison = statistics.comparison
-    found = [e for (_, _, column), e in statistics.estimates.items() if column == comparison.columns[0]]
+    pooled = comparison.is_pooled
+    found = [
+        estimate
+        for (_, base, column), estimate in statistics.estimates.items()
+        if column == comparison.columns[0] and (base == ALL_BASES) == pooled
+    ]
     if not found:
         return "nothing measured yet"
     seeds = sorted({e.seeds for e in found})
     problems = sorted({e.problems for e in found})
     samples = sorted({e.samples for e in found})
-    span = "seed" if seeds == [1] else "seeds"
+    span = unit(ALL_BASES if pooled else "") if seeds != [1] else "block" if pooled else "seed"
     return f"{_range(seeds)} {span}, {_range(problems)} problems × {_range(samples)} samples"
 
 
@@ -122,7 +127,12 @@ def notes(statistics: Statistics) -> list[str]:
         runs = "run failed and is" if len(comparison.failures) == 1 else "runs failed and are"
         found.append(f"{len(comparison.failures)} {runs} missing everywhere: {names(failed)}.")
     found += budget_notes(comparison)
-    if any(e.seeds == 1 for e in statistics.estimates.values()):
+    if comparison.is_pooled:
+        found.append(
+            f"Means, intervals and differences are over {len(comparison.planned_blocks)} blocks, each one base with "
+            "one seed. Their spread is that of bases and seeds together."
+        )
+    elif any(e.seeds == 1 for e in statistics.estimates.values()):
         found.append(
             "What has a single seed has an interval over problems only, which says nothing about other seeds; "
             "no difference is called significant there."
@@ -130,13 +140,27 @@ def notes(statistics: Statistics) -> list[str]:
     return found
 
 
-def table_note(statistics: Statistics) -> str:
+def unit(base: str) -> str:
+    """What runs of an arm differ in, on a base or on all of them."""
+    return "blocks" if base == ALL_BASES else "seeds"
+
+
+def base_title(statistics: Statistics, base: str) -> str:
+    """The heading of what is shown of a base, or of all of them."""
+    planned = len(statistics.comparison.planned_blocks)
+    whole = (
+        f"Mean over the blocks so far, of {planned}" if statistics.comparison.pending else f"Mean over {planned} blocks"
+    )
+    return whole if base == ALL_BASES else base
+
+
+def table_note(statistics: Statistics, base: str) -> str:
     """How to read scores, differences and stars."""
     comparison = statistics.comparison
     reference = label(comparison.arm(comparison.reference))
     return (
-        "Accuracy in per cent, mean ± standard deviation over seeds. Second line: difference to "
-        f"{reference} in points on the same seeds and problems, with its 95% interval over problems and seeds (not "
+        f"Accuracy in per cent, mean ± standard deviation over {unit(base)}. Second line: difference to {reference} "
+        f"in points on the same {unit(base)} and problems, with its 95% interval over problems and {unit(base)} (not "
         f"corrected). {STAR} and bold: significant, p < {LEVEL:g} after Holm's correction for "
         f"{len(comparison.arms) - 1} arms."
     )
