@@ -9,7 +9,7 @@ from operator import add
 
 from thence.compare.plan import PlannedRun, Planner
 from thence.compare.recipe import Base, ComparisonRecipe
-from thence.compare.result import NOTHING, RESULTS, Arm, Column, Comparison, Failure, Run, Try, read_results
+from thence.compare.result import NOTHING, RESULTS, Arm, Comparison, Failure, Run, Try, read_results
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
 from thence.recipe import load_recipe
@@ -31,8 +31,6 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
     if not ran and (planner.folder / RESULTS).exists():
         here = {**read_results(planner.folder).environment, "bases": here["bases"]}
-    test = recipe.test()
-    splits = test.splits or {test.data.get("split", "test"): {}}
     return Comparison(
         name=recipe.name,
         description=recipe.description,
@@ -40,7 +38,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         budget=str(recipe.budget or "none: every arm goes to its own end"),
         bases=tuple(recipe.bases),
         seeds=tuple(recipe.seeds),
-        columns=tuple(Column(split, temperature) for temperature in test.temperatures for split in splits),
+        columns=recipe.columns(),
         arms=arms,
         runs=tuple(run_of(everything, run) for run in finished if run.seed in recipe.seeds),
         tuning_runs=tuple(run_of(everything, run) for run in finished if run.seed not in recipe.seeds),
@@ -49,6 +47,9 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         pending=sum(not everything.is_done(run) for run in runs),
         sections=tuple(recipe.sections),
         environment=here,
+        covariate=recipe.covariate.model_dump() if recipe.covariate else {},
+        contrasts=tuple(contrast.model_dump() for contrast in recipe.contrasts),
+        blocks=tuple(recipe.blocks()),
     )
 
 

@@ -182,6 +182,8 @@ class Comparison(Record):
         tuning_runs: the finished runs with tuning seeds, tries and what they build on; they are not reported.
         pending: runs that are still to come.
         sections: the tables and figures that the recipe asks for, see :mod:`thence.compare.sections`.
+        covariate, contrasts: what is to be decided, as the recipe has it, see :mod:`thence.compare.contrasts`.
+        blocks: base and seed of every block that is planned.
     """
 
     name: str
@@ -199,6 +201,9 @@ class Comparison(Record):
     pending: int = 0
     sections: tuple[Mapping[str, Any], ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    covariate: Mapping[str, Any] = field(default_factory=dict)
+    contrasts: tuple[Mapping[str, Any], ...] = ()
+    blocks: tuple[tuple[str, int], ...] = ()
 
     def arm(self, name: str) -> Arm:
         """The arm of this name."""
@@ -225,13 +230,13 @@ def _compact(value: Any) -> str:
 
 
 def read_results(folder: Path) -> Comparison:
-    """The results that a comparison wrote into its folder.
+    """The results that a comparison wrote into its folder; or the file itself, where it is kept elsewhere.
 
     Raises:
         UserError: there are none.
         DamagedFile: they cannot be read.
     """
-    path = folder / RESULTS
+    path = folder if folder.is_file() else folder / RESULTS
     remedy = (
         "put a whole copy of it back (git checkout, a backup); or rename it, and what finished runs measured is read "
         "from their own folders: runs whose folders are not there are then run again"
