@@ -10,7 +10,7 @@ from operator import add
 from thence.compare.bases import Base, recipe_of
 from thence.compare.plan import PlannedRun, Planner, Selection
 from thence.compare.recipe import ComparisonRecipe
-from thence.compare.result import NOTHING, RESULTS, Arm, Column, Comparison, Failure, Run, Try, read_results
+from thence.compare.result import NOTHING, RESULTS, Arm, Comparison, Failure, Run, Try, read_results
 from thence.methods.registry import methods
 from thence.pipeline.folder import environment
 from thence.redaction import redacted
@@ -31,8 +31,6 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
     if not ran and (planner.folder / RESULTS).exists():
         here = {**read_results(planner.folder).environment, "bases": here["bases"]}
-    test = recipe.test()
-    splits = test.splits or {test.data.get("split", "test"): {}}
     return Comparison(
         name=recipe.name,
         description=recipe.description,
@@ -40,7 +38,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         budget=str(recipe.budget or "none: every arm goes to its own end"),
         bases=tuple(recipe.bases),
         seeds=tuple(dict.fromkeys(seed for _, seed in recipe.blocks())),
-        columns=tuple(Column(split, temperature) for temperature in test.temperatures for split in splits),
+        columns=recipe.columns(),
         arms=arms,
         runs=tuple(run_of(everything, run) for run in finished if (run.base, run.seed) in blocks),
         tuning_runs=tuple(run_of(everything, run) for run in finished if (run.base, run.seed) not in blocks),
@@ -50,6 +48,8 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         sections=tuple(recipe.sections),
         environment=here,
         base_seeds={base: tuple(recipe.seeds_of(base)) for base in recipe.bases},
+        covariate=recipe.covariate.model_dump() if recipe.covariate else {},
+        contrasts=tuple(contrast.model_dump() for contrast in recipe.contrasts),
     )
 
 

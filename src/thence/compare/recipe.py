@@ -25,6 +25,8 @@ from pydantic import Field, model_validator
 
 from thence.compare.absolute import with_absolute_paths
 from thence.compare.bases import Base, check_bases
+from thence.compare.contrasts import Contrast, Covariate, Power, check_contrasts
+from thence.compare.result import Column
 from thence.compare.sections import read_section
 from thence.errors import RecipeError, UserError
 from thence.given_files import folder_place
@@ -148,6 +150,12 @@ class ComparisonRecipe(Section):
     """The test sets on which arms are reported; the first split at the first temperature is the headline."""
     sections: list[dict[str, Any]] = []
     """Tables and figures of the report. Default: those that fit the arms."""
+    covariate: Covariate | None = None
+    """What tells blocks (a base with a seed) apart."""
+    contrasts: list[Contrast] = []
+    """Differences between arms that the comparison is to decide, over blocks."""
+    power: Power | None = None
+    """What `--power` assumes."""
 
     def path(self) -> Path:
         """The comparison's folder. Raises RecipeError where no folder can be."""
@@ -183,6 +191,12 @@ class ComparisonRecipe(Section):
         """The resolved [eval]. Raises RecipeError."""
         return validated(Eval, self.eval, "eval")
 
+    def columns(self) -> tuple[Column, ...]:
+        """What is reported: every split at every temperature. Raises RecipeError."""
+        test = self.test()
+        splits = test.splits or {test.data.get("split", "test"): {}}
+        return tuple(Column(split, temperature) for temperature in test.temperatures for split in splits)
+
 
 def shipped_comparisons() -> dict[str, Path]:
     """The comparisons that come with the package, by name."""
@@ -211,6 +225,8 @@ def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
     _check_stages(recipe, path)
     for i, section in enumerate(recipe.sections):
         read_section(section, recipe.arms, recipe.bases, where=f"sections.{i}")
+    if recipe.covariate or recipe.contrasts:
+        check_contrasts(recipe.covariate, recipe.contrasts, recipe.arms, recipe.columns(), len(recipe.blocks()), path)
     return with_absolute_paths(recipe)
 
 

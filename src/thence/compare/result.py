@@ -187,6 +187,7 @@ class Comparison(Record):
         pending: runs that are still to come.
         sections: the tables and figures that the recipe asks for, see :mod:`thence.compare.sections`.
         base_seeds: planned seeds of each base; a base that is only tuned on has none. Empty: all have ``seeds``.
+        covariate, contrasts: what is to be decided, as the recipe has it, see :mod:`thence.compare.contrasts`.
     """
 
     name: str
@@ -205,10 +206,17 @@ class Comparison(Record):
     sections: tuple[Mapping[str, Any], ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     base_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    covariate: Mapping[str, Any] = field(default_factory=dict)
+    contrasts: tuple[Mapping[str, Any], ...] = ()
 
     def seeds_of(self, base: str) -> tuple[int, ...]:
         """The planned seeds of a base."""
         return self.base_seeds.get(base, self.seeds)
+
+    @property
+    def blocks(self) -> tuple[tuple[str, int], ...]:
+        """Base and seed of every block that is planned."""
+        return tuple((base, seed) for base in self.bases for seed in self.seeds_of(base))
 
     def arm(self, name: str) -> Arm:
         """The arm of this name."""
@@ -256,13 +264,13 @@ def _compact(value: Any) -> str:
 
 
 def read_results(folder: Path) -> Comparison:
-    """The results that a comparison wrote into its folder.
+    """The results that a comparison wrote into its folder; or the file itself, where it is kept elsewhere.
 
     Raises:
         UserError: there are none.
         DamagedFile: they cannot be read.
     """
-    path = folder / RESULTS
+    path = folder if folder.is_file() else folder / RESULTS
     remedy = (
         "put a whole copy of it back (git checkout, a backup); or rename it, and what finished runs measured is read "
         "from their own folders: runs whose folders are not there are then run again"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
+from thence.compare.contrasts import column_name, find_column
 from thence.compare.result import ALL_BASES, Arm, Column, Comparison
 from thence.errors import RecipeError
 from thence.settings.limits import Count, Seed, Signed, Text
@@ -132,7 +133,22 @@ class TuningTable(_Shown):
     kind: Literal["tuning"]
 
 
-AnySection = Methods | Waterfall | Sensitivity | Cost | Short | ScoreAgainstFlops | Training | Dynamics | TuningTable
+class Verdicts(_Shown):
+    """The named contrasts with their verdicts, primary ones first."""
+
+    kind: Literal["contrasts"]
+
+
+class AgainstCovariate(_Scored):
+    """Differences to an arm against the covariate, block by block: where the order of arms turns."""
+
+    kind: Literal["against-covariate"]
+    to: str = ""
+    """The arm that differences are taken to; empty: the comparison's reference."""
+
+
+_OfArms = Methods | Waterfall | Sensitivity | Cost | Short | ScoreAgainstFlops | Training | Dynamics | TuningTable
+AnySection = _OfArms | Verdicts | AgainstCovariate
 
 KINDS: Mapping[str, type[AnySection]] = {
     "methods": Methods,
@@ -144,6 +160,8 @@ KINDS: Mapping[str, type[AnySection]] = {
     "training": Training,
     "dynamics": Dynamics,
     "tuning": TuningTable,
+    "contrasts": Verdicts,
+    "against-covariate": AgainstCovariate,
 }
 LINES = 8
 """Lines that a figure of training holds at most where the recipe does not choose them."""
@@ -192,7 +210,9 @@ def sections_of(comparison: Comparison) -> list[AnySection]:
 
 def default_sections(comparison: Comparison) -> tuple[Mapping[str, Any], ...]:
     """What a recipe that names no sections gets; figures of training hold the first arms of each kind."""
-    kinds = ["score-against-flops", "methods", "cost"]
+    kinds = ["contrasts"] if comparison.contrasts else []
+    kinds += ["against-covariate"] if comparison.covariate else []
+    kinds += ["score-against-flops", "methods", "cost"]
     kinds += ["training"] if any(arm.kind == "sft" for arm in comparison.arms) else []
     kinds += ["dynamics"] if any(arm.kind == "rl" for arm in comparison.arms) else []
     return tuple({"kind": kind} for kind in [*kinds, "tuning"] if kind != "tuning" or comparison.tries)
@@ -226,12 +246,9 @@ def columns_of(section: AnySection, comparison: Comparison) -> list[Column]:
 
 def column_named(name: str, comparison: Comparison) -> Column:
     """A column by ``split`` or ``split@temperature``; empty: the headline. Raises RecipeError."""
-    if not name:
-        return comparison.columns[0]
-    for column in comparison.columns:
-        if name in (column.split, f"{column.split}@{column.temperature:g}"):
-            return column
-    known = ", ".join(f"{c.split}@{c.temperature:g}" for c in comparison.columns)
+    if (column := find_column(name, comparison.columns)) is not None:
+        return column
+    known = ", ".join(map(column_name, comparison.columns))
     raise RecipeError(f"nothing was measured on {name!r}", remedy=f"columns are: {known}", field="sections.columns")
 
 
@@ -239,7 +256,7 @@ def _arms_named(section: AnySection) -> list[str]:
     named = list(section.arms)
     if isinstance(section, Waterfall) and section.clean:
         named.append(section.clean)
-    if isinstance(section, Sensitivity) and section.to:
+    if isinstance(section, Sensitivity | AgainstCovariate) and section.to:
         named.append(section.to)
     if isinstance(section, Short):
         named += [name for pair in section.pairs for name in pair]
