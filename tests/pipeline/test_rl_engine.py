@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import thence.pipeline.rl_stage as rl_stage
+from tests.recipes import llama
 from tests.runs import trained
 from thence.cli import main
 from thence.errors import UserError
 from thence.rollout.native import Response, Sampling, sample
+from thence.rollout.vllm.engine import VllmEngine
+from thence.rollout.vllm.settings import PYTHON_VARIABLE
 from thence.toml import to_toml
 
 
@@ -126,3 +130,79 @@ def test_a_python_without_vllm_is_an_error_with_a_remedy(
     )
     assert main(["run", str(file)]) == 2
     assert "THENCE_VLLM_PYTHON" in capsys.readouterr().err
+
+
+class Heard(VllmEngine):
+    """vLLM itself, with what it is asked: rows of prompts, its responses, and the weights that it had."""
+
+    asked: ClassVar[list[tuple[Any, list[tuple[int, ...]], list[Response]]]] = []
+
+    def push_weights(self, model: Any, version: int) -> None:
+        super().push_weights(model, version)
+        self.pushed = copy.deepcopy(model)
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        found = super().sample(prompts, seeds, sampling)
+        self.asked.append((self.pushed, [tuple(prompt) for prompt in prompts], found))
+        return found
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_samples_a_group_in_rounds_and_goes_on_from_what_the_expert_began(
+    rl_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRAPO: four rollouts of each prompt, then two and one that the expert begins, then the whole demonstration."""
+    if PYTHON_VARIABLE not in os.environ:
+        pytest.skip(f"set {PYTHON_VARIABLE} to the Python of an environment with vLLM")
+    monkeypatch.setattr(rl_stage, "VllmEngine", Heard)
+    monkeypatch.setattr("thence.rollout.responses.sample", None)  # the trainer's own sampler
+    monkeypatch.setattr(Heard, "asked", [])
+    begun: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+    continued = rl_stage.RolloutSampler.continuations
+
+    def noted(sampler: Any, prompts: Any, prefixes: Any, n: int, first: int = 0) -> Any:
+        rows = [(p.token_ids, tuple(begin)) for p, begin in zip(prompts, prefixes, strict=True) for _ in range(n)]
+        found = continued(sampler, prompts, prefixes, n, first)
+        for (prompt, begin), trajectory in zip(rows, found, strict=True):
+            begun.append((prompt, begin, first))
+            assert trajectory.prefix == len(begin) and trajectory.response_ids[: len(begin)] == begin
+        return found
+
+    monkeypatch.setattr(rl_stage.RolloutSampler, "continuations", noted)
+    vllm = {"kv_cache_gb": 0.25, "max_rows": 32, "threads": 1}
+    options = {"thresholds": [1.0, 1.0, 1.0]}
+    settings = {
+        "method": "trapo",
+        "rollouts": 8,
+        "engine": "vllm",
+        "vllm": vllm,
+        "options": options,
+        "steps": 2,
+        "max_tokens": 48,
+    }
+    heads = llama(
+        hidden_size=64, num_key_value_heads=1, max_position_embeddings=128
+    )  # vLLM's heads are 32 wide or more
+    recipe = {**rl_recipe, "model": {**rl_recipe["model"], "init": heads}}
+    _, lines = trained(recipe, tmp_path / "run", **settings)
+    assert [line["step"] for line in lines] == [1, 2] and all(line["mismatch_kl"] < 1e-6 for line in lines)
+    assert all({"rollout", "prefix", "demonstration"} <= line["shares"].keys() for line in lines)
+    rows = [
+        (prompt, response) for _, prompts, found in Heard.asked for prompt, response in zip(prompts, found, strict=True)
+    ]
+    assert len(rows) == 2 * (16 + 8 + 4)
+    assert len(Heard.asked[0][1]) == 16
+    assert [first for _, _, first in begun] == ([4] * 8 + [6] * 4) * 2
+    for step in range(2):
+        later = [prompt for prompt, _ in rows[28 * step + 16 : 28 * step + 28]]
+        expected = [(*prompt, *begin) for prompt, begin, _ in begun[12 * step : 12 * step + 12]]
+        assert sorted(later) == sorted(expected) and all(begin for _, begin, _ in begun)
+    for model, prompts, found in Heard.asked:  # its log-probabilities are those of the weights that it was given
+        for prompt, response in zip(prompts, found, strict=True):
+            ids = torch.tensor([[*prompt, *response.token_ids]])
+            with torch.no_grad():
+                logp = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            taken = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            assert (taken - torch.tensor(response.logps).double()).abs().max() < 1e-3
+    assert not torch.equal(Heard.asked[0][0].lm_head.weight, Heard.asked[-1][0].lm_head.weight)
