@@ -48,9 +48,18 @@ FOUND = {
     "ratio not held": ("sdpo", {"ratio_bound": 50.0}, "clip-missing"),
     "advantages for the teacher": ("sdft", {}, "policy-weight"),
     "teacher left out": ("sdft", {}, "policy-weight"),
+    "whole distributions, ratio not held": ("sdft, forward KL", {"ratio_bound": 50.0}, "clip-missing"),
     "prompt trained": ("srft", {}, "prompt-trained"),
     "prompt trained beside a KL": ("sasr, its GRPO steps", {}, "prompt-trained"),
 }
+UNEXPLAINED = {
+    "the other direction": ("sdft, reverse KL", {"divergence": "forward-kl"}),
+    "all words": ("sdft, JSD of the 20 likeliest", {"top_k": 0}),
+    "no tail": ("sdpo, reverse KL of the 20 likeliest and a tail", {"tail": False}),
+    "the taken token alone": ("sdft, reverse KL", {"divergence": "sampled"}),
+    "another mixture": ("sdpo, JSD", {"alpha": 0.5}),
+}
+"""Another divergence than the one asked for: the audit has no name for it, and must not say that it is right."""
 LOOP = {
     "nothing": ("sequence-mean", None), "prompt": ("sequence-mean", "prompt-trained"),
     "prompt, counted": ("sequence-mean", "prompt-trained"), "padding": ("sequence-mean", "padding-trained"),
@@ -71,6 +80,7 @@ def _broken(wrong, case, options):
 
 CASES = (
     *(_broken(wrong, case, options) for wrong, (case, options, _) in FOUND.items()),
+    *(_broken(wrong, case, options) for wrong, (case, options) in UNEXPLAINED.items()),
     *(_policy_loop.loop_case(f"loop: {wrong}", asked, {"scale": "none", "clip_low": None, "clip_high": None},
                              also=wrong) for wrong, (asked, _) in LOOP.items()),
 )  # fmt: skip

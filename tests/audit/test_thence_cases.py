@@ -56,6 +56,15 @@ def test_every_broken_term_is_named() -> None:
     check_named(list(WRONG))
 
 
+@pytest.mark.slow
+def test_another_divergence_than_the_one_asked_for_never_passes() -> None:
+    names = [f"{case}: {wrong}" for wrong, (case, _) in mixed_adapter.UNEXPLAINED.items()]
+    report = audit_stack(ADAPTER, only=names)
+    for case in report.cases:
+        assert case.status == "not judged" and "no weighted sum of token gradients" in case.reason, case.case.name
+    assert len(report.cases) == len(names) and report.verdict.exit_code != 0
+
+
 def test_a_loop_that_pads_and_trains_responses_alone_is_not_accused() -> None:
     report = audit_stack(ADAPTER, only=["RL: loop: nothing"])
     assert [(c.status, c.faults) for c in report.cases] == [("judged", ())], str(report)

@@ -31,9 +31,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sasr": {},
     "trapo": ROUNDS,
     "sdpo": {"form": "{solution};{prompt}"},
+    "sdft": {"form": "{solution};{prompt}", "divergence": "jsd", "top_k": 6, "teacher": "average"},
 }
-"""Methods that carry something from one step to the next, beside the optimizer's moments (sdpo a moving average), or
-sample in rounds."""
+"""Methods that carry something from one step to the next, beside the optimizer's moments (sdft and sdpo a moving
+average), or sample in rounds."""
 
 
 @dataclass(frozen=True)

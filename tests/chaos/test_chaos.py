@@ -47,16 +47,16 @@ def in_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_commands_that_are_killed_end_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
-    only = [part for name in ("run", "run-relift", "eval") for part in ("--only", name)]
+    only = [part for name in ("run", "run-relift", "run-sdft", "eval") for part in ("--only", name)]
     out = tmp_path / "kills.json"
     code = "import sys\nfrom tests.chaos.campaign import main\nsys.exit(main(sys.argv[1:]))"
-    done = in_python(code, "--kills", "7", "--seed", "1", *only, "--out", str(out))
+    done = in_python(code, "--kills", "9", "--seed", "1", *only, "--out", str(out))
     assert out.exists(), done.stderr[-3000:]
     told = json.loads(out.read_text())
     failed = [case for case in told["tried"] if not case["holds"]]
     assert not failed, json.dumps(failed, indent=1)[-4000:]
     assert done.returncode == 0 and told["kills"] >= 5
-    assert {case["scenario"] for case in told["tried"]} == {"run", "run-relift", "eval"}
+    assert {case["scenario"] for case in told["tried"]} == {"run", "run-relift", "run-sdft", "eval"}
 
 
 def test_the_campaign_sees_a_run_that_writes_its_steps_twice(tmp_path: Path) -> None:

@@ -233,12 +233,13 @@ def test_prompts_without_a_demonstration_are_not_drawn_and_that_is_said(
     assert [line["taught_share"] for line in metrics(tmp_path / "run")] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("divergence", ["sampled", pytest.param("reverse-kl", marks=SLOW)])
 @pytest.mark.parametrize("kind", ["average", pytest.param("start", marks=SLOW), pytest.param("current", marks=SLOW)])
 def test_a_run_that_stops_goes_on_with_the_same_teacher(
-    kind: str, tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, divergence: str, tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rl = {"method": "sdpo", "steps": 4, "rollouts": 4, "mini_batch": 1, "lr": 1e-2, "checkpoint_every": 1}
-    rl["options"] = {"teacher": kind, "form": FORM, "average_rate": 0.5}
+    rl["options"] = {"teacher": kind, "form": FORM, "average_rate": 0.5, "divergence": divergence}
     expected, lines = trained(tables, tmp_path / "whole", **rl)
     assert any(line["grad_norm"] > 0 for line in lines)
     step = rl_stage.Loop.step

@@ -29,7 +29,7 @@ Teacher weights: those that the stage starts from (sdft), a moving average (sdpo
 Code: TRL 1.16, ``experimental.sdft`` and ``experimental.sdpo``. Its modes are ``sampled_token``, ``full_logits`` and
 ``topk_logits``; its distillation_alpha 0, 1 and between are forward-kl, reverse-kl and jsd. sampled_token is the
 default of its sdpo; that of its sdft is ``divergence = "jsd"``, ``alpha = 0.5``, ``top_k = 100``. TRL averages over the
-rows of each micro-batch; here B counts the whole step. Its tail has a probability of 1e-7 at least; here it has its own.
+rows of each micro-batch; here B counts the whole step. Its tail has a probability of 1e-7 at least, here its own.
 Feedback of an environment, the blend with a policy gradient and taking the thinking out of solutions are left out.
 """
 

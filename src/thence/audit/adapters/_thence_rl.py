@@ -160,6 +160,18 @@ CASES: tuple[dict, ...] = tuple(
         ("sdft", "sequence-mean", _TAUGHT, {"method": "sdft", "epochs": 1}),
         ("sdpo", "sequence-mean", _TAUGHT | {"clip_high": 0.02},
          {"method": "sdpo", "teacher": "start", "ratio_bound": 1.02, "epochs": 1}),
+        ("sdft, reverse KL", "sequence-mean", _TAUGHT | {"divergence": "reverse"},
+         {"method": "sdft", "divergence": "reverse-kl", "epochs": 1}),
+        ("sdft, forward KL", "sequence-mean", _TAUGHT | {"clip_high": 0.02, "divergence": "forward"},
+         {"method": "sdft", "divergence": "forward-kl", "ratio_bound": 1.02, "epochs": 1}),
+        ("sdft, JSD of the 20 likeliest", "sequence-mean",
+         _TAUGHT | {"divergence": "jsd", "mixture": 0.5, "likeliest": 20},
+         {"method": "sdft", "divergence": "jsd", "top_k": 20, "epochs": 1}),
+        ("sdpo, JSD", "sequence-mean", _TAUGHT | {"divergence": "jsd", "mixture": 0.3},
+         {"method": "sdpo", "divergence": "jsd", "alpha": 0.3, "teacher": "start", "epochs": 1}),
+        ("sdpo, reverse KL of the 20 likeliest and a tail", "sequence-mean",
+         _TAUGHT | {"divergence": "reverse", "likeliest": 20, "tail": True},
+         {"method": "sdpo", "divergence": "reverse-kl", "top_k": 20, "tail": True, "teacher": "start", "epochs": 1}),
         ("exgrpo", "token-mean", _SFT | {"compared": "all"}, {"method": "exgrpo", "replayed": True}),
         ("exgrpo, over std", "token-mean", _SFT | {"compared": "all", "scale": "group"},
          {"method": "exgrpo", "replayed": True, "std": True}),
@@ -191,9 +203,7 @@ def run(case: dict, session: Any, loaded: Any, make_trainer: Any) -> None:
     update = Update(stage, method, trainer, minis, teacher)
     session.watch(loaded.model.base_model)
     session.parameters(policy.model)
-    rollouts = [
-        rollout | {"teacher": said} for rollout, said in zip(_rollouts(case, trajectories), scores, strict=True)
-    ]
+    rollouts = [rollout | said for rollout, said in zip(_rollouts(case, trajectories), scores, strict=True)]
     versions, metrics = [], _Steps(session, policy)
     if options.get("sides"):
         # Between an SFT step and a rollout batch the old policy is the present one.
@@ -244,9 +254,9 @@ class _SolutionFirst:
         return (*solution, *prompt.token_ids)
 
 
-def _taught(method: Any, trajectories: list[Any], trainer: Any) -> tuple[Any, list[list[float]]]:
-    """The teacher of a method, which keeps the weights of the start; and its log-probabilities of every trajectory's
-    tokens, from a plain forward pass. No teacher: None, and nothing of each."""
+def _taught(method: Any, trajectories: list[Any], trainer: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """The teacher of a method, which keeps the weights of the start; and what is said of it for every trajectory: its
+    log-probabilities of the tokens, from a plain forward pass, and what it reads before them. No teacher: nothing."""
     import copy
 
     import torch
@@ -255,18 +265,19 @@ def _taught(method: Any, trajectories: list[Any], trainer: Any) -> tuple[Any, li
     from thence.train.policy import Policy
 
     if method.teacher is None:
-        return None, [[] for _ in trajectories]
+        return None, [{} for _ in trajectories]
     prompts: Any = _SolutionFirst()
     scorer, found = Policy(copy.deepcopy(trainer.policy.model).requires_grad_(False)), []
     for trajectory, solution in zip(trajectories, method.solutions(trajectories), strict=True):
         if solution is None:
-            found.append([])
+            found.append({})
             continue
         before = prompts.token_ids(trajectory.prompt, solution)
         ids = torch.tensor([[*before, *trajectory.response_ids]])
         with torch.no_grad():
             logp = scorer.model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1].log_softmax(-1)
-        found.append(logp.gather(1, ids[0, len(before) :, None])[:, 0].double().tolist())
+        taken = logp.gather(1, ids[0, len(before) :, None])[:, 0].double().tolist()
+        found.append({"teacher": taken, "teacher_prompt": before})
     return TeacherPass("rl", method, prompts, trainer, 1.0, scorer), found
 
 

@@ -14,6 +14,7 @@ from thence.audit.policy.observed import Observed, Variant
 from thence.audit.policy.predict import beside_weights, sensitivity
 from thence.audit.policy.read import LogProbabilities, PolicyFacts, read_step
 from thence.audit.policy.system import Distance, UpdateSystem
+from thence.audit.policy.whole import measure_of
 from thence.audit.result import RESPONSE_ROLES
 from thence.audit.solve.explain import padding_targets
 from thence.audit.solve.sequences import Piece
@@ -67,18 +68,32 @@ class StepSource:
         """Whether nothing but signs is left of the update."""
         return self.solver.regression is SignRegression
 
-    def beside(self, forward: bool) -> np.ndarray:
-        """Gradients of the entropy at every response token, then of the exact KL there, shape (2 T, coordinates).
+    def beside(self, asked: PolicyObjective) -> np.ndarray:
+        """Gradients of the entropy at every response token, then of the exact KL or the divergence there.
 
-        Args:
-            forward: KL(reference || policy), not KL(policy || reference).
+        Returns:
+            Shape (2 T, coordinates).
         """
-        pieces = self.update.pieces
-        reference = self.logs.logits(min(self.facts.reference, self.index - 1), pieces)
+        pieces, version = self.update.pieces, min(self.facts.reference, self.index - 1)
+        theirs = self.logs.logits(version, pieces)
+        if asked.divergence != "none":
+            theirs = [self._of_the_teacher(p, logits, version) for p, logits in zip(pieces, theirs, strict=True)]
         self.solver.move_to(self.state)
         kept = [[role in RESPONSE_ROLES for role in piece.roles[1:]] for piece in pieces]
-        found = [self.solver.differentiator.beside(p.ids, r, forward) for p, r in zip(pieces, reference, strict=True)]
+        gradients, measure = self.solver.differentiator.beside, measure_of(asked)
+        found = [gradients(piece.ids, logits, measure) for piece, logits in zip(pieces, theirs, strict=True)]
         return np.concatenate([b[i][k] for i in (0, 1) for b, k in zip(found, kept, strict=True)])
+
+    def _of_the_teacher(self, piece: Piece, logits_TV: Tensor, version: int) -> Tensor:
+        """The same logits with the teacher's at the response's targets; all the same where no teacher reads it."""
+        before = self.facts.rollouts[piece.example].teacher_prompt
+        if not before:
+            return logits_TV
+        targets = [t for t, role in enumerate(piece.roles[1:]) if role in RESPONSE_ROLES]
+        row = replace(piece, ids=(*before, *(piece.ids[t + 1] for t in targets)))
+        changed = logits_TV.clone()
+        changed[targets] = self.logs.logits(version, [row])[0][len(before) - 1 :]
+        return changed
 
     def padding(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Gradients of padding behind the responses, shape (padding, coordinates), and how much of it each row has.
@@ -145,7 +160,7 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
         for pads, counts in source.padding():
             wider = np.concatenate([roles, np.full(len(pads), "padding")])
             own = replace(step, outside={**step.outside, "padding": counts})
-            widened = lambda p=pads: system(np.concatenate([p, source.beside(asked.forward)]))  # noqa: E731
+            widened = lambda p=pads: system(np.concatenate([p, source.beside(asked)]))  # noqa: E731
             found.append(
                 replace(observed, step=own, system=system(pads), roles=wider, widened=widened, leaked=None, _wide=[])
             )
@@ -157,14 +172,14 @@ def recorded(source: StepSource, step: PolicyStep, asked: PolicyObjective, width
         step,
         system(np.empty(0)),
         roles,
-        lambda: system(source.beside(asked.forward)),
+        lambda: system(source.beside(asked)),
         leaked if update.earlier and not source.signs else None,
         source.at_temperature,
         padded,
     )
     if not source.signs and any(weights.any() for weights in beside_weights(step, asked)):
         factor = observed.distance(Variant(step, asked)).factor
-        others = factor * np.concatenate(beside_weights(step, asked)) @ source.beside(asked.forward)
+        others = factor * np.concatenate(beside_weights(step, asked)) @ source.beside(asked)
         solver.move_to(source.state)
         explanation = solver.plain(replace(update, gradient=update.gradient - others))
     return PolicyRecord(observed, update, explanation)

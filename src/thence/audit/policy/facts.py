@@ -29,6 +29,7 @@ class Rollout:
         replay: sampled by an earlier policy, whose log-probabilities are ``sampler``: they stand in its ratio, and it
             has no correction.
         teacher: log-probabilities that a teacher gave for the response's tokens, nats; empty: it has no teacher.
+        teacher_prompt: token ids that the teacher reads before the response; for a divergence from it. Empty: nothing.
     """
 
     reward: float
@@ -42,6 +43,7 @@ class Rollout:
     repeated: bool = False
     replay: bool = False
     teacher: tuple[float, ...] = ()
+    teacher_prompt: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Rollout:
@@ -59,7 +61,7 @@ class Rollout:
                 remedy="say these facts of every rollout",
                 field="rollouts",
             )
-        lists = {n: tuple(said.get(n) or ()) for n in ("environment", "sampler", "teacher")}
+        lists = {n: tuple(said.get(n) or ()) for n in ("environment", "sampler", "teacher", "teacher_prompt")}
         return cls(**{**said, **lists})
 
 
@@ -134,6 +136,10 @@ class PolicyStep:
                 mine = self.row == i
                 found[mine] = np.array(rollout.teacher)[self.place[mine]] - self.logp[mine]
         return found
+
+    def taught(self) -> np.ndarray:
+        """Which tokens are of responses that a teacher reads whole, shape (T,), bool."""
+        return np.array([bool(self.rollouts[e].teacher_prompt) for e in self.example], bool)[self.row]
 
     def rewards(self) -> np.ndarray:
         """Of every row, shape (S,)."""

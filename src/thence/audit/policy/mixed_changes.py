@@ -47,6 +47,7 @@ def mixed_changes(steps: Sequence[PolicyStep], asked: PolicyObjective) -> Iterat
     if asked.own == "teacher":
         detail = "responses are weighted by their advantage, not by what the teacher says of their tokens"
         yield setting("policy-weight", "weight by the teacher", detail, own="advantage")
+    if asked.own == "teacher" and asked.divergence == "none":
         detail = "tokens are weighted by the policy's log-probability alone, without the teacher's"
         alone = lambda s: replace(s, rollouts=tuple(_without_teacher(r) for r in s.rollouts))  # noqa: E731
         yield on_step("policy-weight", "log-probabilities of the teacher", detail, alone)

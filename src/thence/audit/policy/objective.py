@@ -80,7 +80,13 @@ class PolicyObjective:
             ``own``, or both kinds by tokens of their own (``each``).
         own: what all other responses are weighted by: ``advantage``; ``correctness``: ``right_weight`` where the
             reward is 1 or more, else minus ``wrong_weight`` (SRFT eq. 9); or ``teacher``: each token by the teacher's
-            log-probability minus the policy's (self-distillation, arXiv 2601.19897 and 2601.20802).
+            log-probability minus the policy's (self-distillation, arXiv 2601.19897 and 2601.20802), or, with a
+            ``divergence``, by no weight of its own.
+        divergence: of the policy's whole next-token distributions p from the teacher's t, times the ratio as the
+            surrogate has it: ``reverse`` KL(p || t), ``forward`` KL(t || p), ``jsd`` (1 - a) KL(p || m) +
+            a KL(t || m) with m = (1 - a) p + a t and a the ``mixture``; ``none``: the taken tokens alone.
+        likeliest: words that are compared, those that the policy finds likeliest; 0: all. With ``tail`` the others are
+            one more word, else the rest is made to add up to one.
         confidence: level of the policy's entropy H before the step, a mean over the ``sequence`` or over all responses
             of the step (``batch``), or that of the ``token``; right responses are multiplied by exp(H) and
             ``demonstration_likelihood`` by exp(``confidence_sign`` * H), both detached (SRFT eq. 5, 10); or ``none``.
@@ -130,6 +136,10 @@ class PolicyObjective:
     demonstration_likelihood: float = 0.0
     demonstration_divisor: Literal["all", "own", "each"] = "all"
     own: Literal["advantage", "correctness", "teacher"] = "advantage"
+    divergence: Literal["none", "reverse", "forward", "jsd"] = "none"
+    mixture: float = 0.5
+    likeliest: int = 0
+    tail: bool = False
     right_weight: float = 0.1
     wrong_weight: float = 1.0
     confidence: Literal["none", "token", "sequence", "batch"] = "none"
@@ -210,6 +220,18 @@ class PolicyObjective:
                 f"the temperature {self.temperature:g} is not above zero",
                 remedy="give the temperature that logits are divided by",
                 field="temperature",
+            )
+        if self.divergence != "none" and (self.own != "teacher" or self.exact or self.demonstration == "raised"):
+            raise UserError(
+                "a divergence is from a teacher, and no other whole distributions are compared beside it",
+                remedy='set own = "teacher" and an estimator of sampled tokens (k1, k2, k3), or divergence = "none"',
+                field="divergence",
+            )
+        if self.divergence == "jsd" and not 0 < self.mixture < 1:
+            raise UserError(
+                f"the teacher's share of a mixture cannot be {self.mixture:g}",
+                remedy="give a number between 0 and 1; at the ends it is a forward or a reverse KL",
+                field="mixture",
             )
         if self.exact and self.kl_in == "reward" and self.kl:
             raise UserError(

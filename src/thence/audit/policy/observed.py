@@ -44,8 +44,8 @@ class Observed:
         width: distance of a log-ratio from a bound within which rounding decides on which side it lies.
         system: over the gradients of the tokens.
         roles: of the columns of the system, shape (columns,).
-        widened: makes the system that has the gradients of every token's entropy and of its exact KL to the reference
-            behind the others, T columns each.
+        widened: makes the system that has the gradients of every token's entropy and of its exact KL to the reference,
+            or its divergence from the teacher, behind the others, T columns each.
         padded: makes this step with the gradients of padding as targets, without a role in the response: padding masked
             from attention, and not; empty: there is none.
         leaked: makes the system in which gradients of earlier steps may have any factor; None: there are none.
@@ -83,7 +83,7 @@ class Observed:
     def spread(self, variant: Variant) -> tuple[UpdateSystem, np.ndarray]:
         """The system that can say a variant of this step, and its weights of the columns there, shape (columns,)."""
         asked, weights = variant.asked, variant.weights()
-        whole = (asked.exact and asked.kl) or asked.demonstration == "raised"
+        whole = (asked.exact and asked.kl) or asked.demonstration == "raised" or asked.divergence != "none"
         system = self.wide() if asked.entropy or whole else self.system
         spread = system.spread(weights)
         if system is not self.system:

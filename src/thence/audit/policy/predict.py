@@ -59,7 +59,7 @@ def token_weights(step: PolicyStep, asked: PolicyObjective, other: Overrides | N
     if asked.own == "correctness":
         advantage, factor = correctness(step, asked)
     elif asked.own == "teacher":
-        factor = step.gap_to_teacher()
+        factor = step.gap_to_teacher() if asked.divergence == "none" else np.zeros(len(step.row))
     acting = factor * surrogate_slope(step, asked, advantage, trained) * corrected
     acting = with_others(step, asked, asked.own_weight * acting, row_advantages(step, asked, other))
     begun = step.begun() if asked.prefix != "train" else np.zeros(len(step.row), bool)
@@ -83,13 +83,16 @@ def beside_weights(
     step: PolicyStep, asked: PolicyObjective, other: Overrides | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factors of the gradients that a loss may have beside those of the tokens: of the entropy at every token and of
-    the exact KL there, both of shape (T,)."""
+    the exact KL or the divergence there, both of shape (T,)."""
     other = other or Overrides()
     trained = trained_tokens(step, asked) if other.trained is None else other.trained
     normal = np.where(trained, normals(step, asked, other)[step.row], 0.0)
     exact = np.full(len(step.row), asked.kl if asked.exact and asked.kl_in == "loss" else 0.0)
     if asked.demonstration == "raised":
         exact = exact + np.where(step.demonstrated()[step.row], asked.demonstration_weight * blends(step, asked), 0.0)
+    if asked.own == "teacher" and asked.divergence != "none":
+        held = surrogate_slope(step, asked, row_advantages(step, asked, other), trained)
+        exact = exact + np.where(step.taught(), asked.own_weight * held, 0.0)
     own = trained & ~step.begun() if asked.entropy_on != "all" else trained
     bonus = own / max(own.sum(), 1) if asked.entropy_on == "own-mean" else np.where(own, normal, 0.0)
     return -asked.entropy * bonus, exact * normal

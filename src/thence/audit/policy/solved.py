@@ -75,7 +75,8 @@ def coefficients(observed: Sequence[Observed], variants: Sequence[Variant]) -> I
 def beside(observed: Sequence[Observed], variants: Sequence[Variant]) -> Iterator[Hypothesis]:
     """An entropy bonus and an exact KL: gradients that are no weights of tokens."""
     asked = variants[0].asked
-    for name in ("entropy", "full-forward" if asked.forward else "full"):
+    exact = () if asked.divergence != "none" else ("full-forward" if asked.forward else "full",)
+    for name in ("entropy", *exact):
         number = _linear_beside(observed, variants, name)
         if number is None or abs(number) < 1e-9:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,20 +158,20 @@ class Differentiator:
             logits = output.logits if hasattr(output, "logits") else output
             return logits[0, :-1].double()
 
-    def beside(self, ids: Sequence[int], reference: Tensor, forward: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def beside(
+        self, ids: Sequence[int], reference: Tensor, measure: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Gradients that a loss may have beside those of the tokens: of the entropy of the distribution that predicts
-        each target, and of its KL to a reference, both of shape (targets, coordinates).
+        each target, and of its distance from a reference, both of shape (targets, coordinates).
 
         Args:
-            reference: logits of the reference policy, shape (targets, vocabulary).
-            forward: the KL is that of the reference from the model, not of the model from the reference.
+            reference: logits of the reference policy or the teacher, shape (targets, vocabulary).
+            measure: the distance, from the log-probabilities of the model and of the reference.
         """
         logp_TV = self._logp(torch.tensor([list(ids)]), self.temperature)
         theirs_TV = torch.log_softmax(reference / self.temperature, dim=-1)
         entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
-        one_TV, other_TV = (theirs_TV, logp_TV) if forward else (logp_TV, theirs_TV)
-        kl_T = (one_TV.exp() * (one_TV - other_TV)).sum(-1)
-        return self._rows(entropy_T), self._rows(kl_T)
+        return self._rows(entropy_T), self._rows(measure(logp_TV, theirs_TV))
 
     def _logp(self, row: Tensor, temperature: float, **extra: Any) -> Tensor:
         """Log-probabilities of all tokens at every target of a row, nats, shape (T - 1, vocabulary)."""
