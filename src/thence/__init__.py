@@ -6,7 +6,11 @@ The names below are imported when first used, so that ``import thence`` does not
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from thence.cores import wait_briefly
 
 if TYPE_CHECKING:
     from thence import audit
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from thence.train.trainer import Trainer
 
 __version__ = "0.1.0"
+
+wait_briefly(os.environ, loaded="torch" in sys.modules)  # here, because everything of thence comes past before torch
 
 _HOMES = {
     "Recipe": "thence.recipe:Recipe",

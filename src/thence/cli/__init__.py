@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from thence.cli.loading import loading_shown
+from thence.cores import take_free_cores
 from thence.errors import UserError
 from thence.explain import TRACEBACK, explained, foreign_exit, keep_traceback, of_thence, traceback_text
 from thence.streams import OutputLost, give_up, guarded
@@ -66,6 +67,7 @@ def _answer(arguments: list[str]) -> int:
 
             print(f"thence {__version__}")
             return 0
+        take_free_cores(os.environ)
         with loading_shown(arguments):
             return _command(name)(rest)
     except OutputLost as error:

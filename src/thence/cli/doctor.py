@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from rich.console import Group
 from rich.text import Text
 
+from thence.cores import THREADS, WAITING
 from thence.errors import UserError
 from thence.known_faults import KnownFault, load_known_faults
 from thence.machine import cpu_name, usable_cores
@@ -110,7 +111,7 @@ def _this_environment() -> dict[str, str]:
 
     config = torch.__config__.show()
     library = next((name for name in ("BLAS_INFO=mkl", "BLAS_INFO=open") if name in config), "BLAS_INFO=unknown")
-    limited = [key for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ]
+    limited = [key for key in (*THREADS, *WAITING) if key in os.environ]
     limits = ", ".join(f"{key}={os.environ[key]}" for key in limited)
     return about | {
         "Devices": ", ".join(devices) or "CPU only",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from thence.cores import crowded, were_chosen
 from thence.kernels.build import kernel_facts
 from thence.machine import cpu_name
 
@@ -23,6 +25,24 @@ def numerics() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": kernel_facts(),
     }
+
+
+def settle_threads(first_start: Mapping[str, Any]) -> None:
+    """Where thence has chosen the number of threads, a resumed run keeps that of its first start, and so its last bits.
+
+    If other programs slow this number of threads down, that is logged.
+
+    Args:
+        first_start: the environment of the run's first start; empty before it.
+    """
+    import torch
+
+    kept, now = first_start.get("threads"), torch.get_num_threads()
+    if were_chosen(os.environ) and isinstance(kept, int) and kept > 0 and kept != now:
+        torch.set_num_threads(kept)
+        log.info("threads: %d, as at the run's first start (%d would be free now)", kept, now)
+    if said := crowded(os.environ, torch.get_num_threads()):
+        log.warning("%s", said)
 
 
 def say_other_numerics(kept: Mapping[str, Any] | None, whose: str) -> None:

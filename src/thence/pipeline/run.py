@@ -22,6 +22,7 @@ from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
 from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.layout import check_layout, check_pieces, cut, cut_policy, layout_of, open_model
+from thence.pipeline.numerics import settle_threads
 from thence.pipeline.preflight import preflight, refuse
 from thence.pipeline.progress import NullWatcher, ProgressFile, RunWatcher
 from thence.pipeline.promises import hold
@@ -89,6 +90,7 @@ def run(
 
     def begin() -> None:
         held.enter_context(folder.held())
+        settle_threads({} if restart else folder.first_start())
         if not restart:
             say_what_differs(folder, str(device), ranks.world)
         folder.open(resolved, str(device), method_labels(resolved), ranks.world, restart=restart, repeat=repeat)
