@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thence.kernels import attention, build, decode
+from thence.kernels import attention, build, decode, layer
 from thence.kernels.attention import packed_causal_attention
 from thence.kernels.build import load_library
 from thence.pipeline.numerics import numerics, say_other_numerics
@@ -38,6 +38,71 @@ def test_packed_attention_and_its_gradient_are_torchs(heads, kv, head_size, leng
 
     for ours, exact in zip(run(torch.float32), run(torch.float64), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 1000])
+@pytest.mark.parametrize("width", [1, 31, 128])
+def test_a_norm_and_its_gradient_are_torchs(rows, width):
+    kernels, generator = layer.layer_kernels(8), torch.Generator().manual_seed(rows)
+    x, weight, upstream = (torch.randn(*s, generator=generator) for s in ((2, rows, width), (width,), (2, rows, width)))
+    inputs = (x, 1 + weight)
+    ours = slopes(lambda a, b: kernels.norm(a, b, 1e-5), inputs, upstream)
+    exact = slopes(
+        lambda a, b: torch.nn.functional.rms_norm(a, (width,), b, 1e-5), [i.double() for i in inputs], upstream.double()
+    )
+    for found, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5 * rows**0.5)
+
+
+@pytest.mark.parametrize("size", [1, 17, 5000])
+def test_a_gate_and_its_gradient_are_torchs(size):
+    kernels, generator = layer.layer_kernels(8), torch.Generator().manual_seed(size)
+    gate, up, upstream = (torch.randn(3, size, generator=generator) for _ in range(3))
+    gate[0] *= 40  # far into both ends
+    inputs = (gate, up)
+    ours = slopes(kernels.gated, inputs, upstream)
+    exact = slopes(lambda a, b: torch.nn.functional.silu(a) * b, [i.double() for i in inputs], upstream.double())
+    for found, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [3, 32, 100])
+def test_a_gate_far_below_zero_is_shut_while_sampling(width):
+    gates = torch.tensor([-80.0, -88.0, -89.0, -200.0]).repeat_interleave(width).view(4, width)
+    assert decode.decode_kernels(8).swiglu(torch.cat([gates, torch.ones(4, width)], 1)).abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("head_size", [2, 8, 32])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_heads_are_turned_as_in_torch(head_size, tokens):
+    kernels, generator = layer.layer_kernels(head_size), torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(tokens, 3, head_size, generator=generator) for _ in range(2))
+    angle = torch.randn(tokens, head_size // 2, generator=generator).repeat(1, 2)
+    ours = slopes(lambda a: kernels.turned(a, angle.cos(), angle.sin()), (x,), upstream)
+    wide = angle.double()
+    exact = slopes(lambda a: layer.plainly_turned(a, wide.cos(), wide.sin()), (x.double(),), upstream.double())
+    for found, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_the_gradient_of_a_norm_does_not_follow_from_the_threads():
+    kernels, generator = layer.layer_kernels(8), torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(301, 64, generator=generator) for _ in range(2))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(slopes(lambda a, b: kernels.norm(a, b, 1e-5), (x, x[0]), upstream))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def slopes(function, inputs, upstream):
+    """The result, and the gradient for every input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
 def test_without_a_compiler_the_result_is_the_same(monkeypatch):
@@ -134,7 +199,7 @@ def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, c
     assert build.kernel_facts() == "torch (attention.c: its results are not torch's)"
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("source", "right", "wrong"),
     [
@@ -143,7 +208,14 @@ def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, c
         ("attention.c", "slope[j] = row[j] *", "slope[j] = 1.001f * row[j] *"),
         ("decode.c", "score[j] = query[0] * key[j]", "score[j] = 1.001f * query[0] * key[j]"),
         ("decode.c", "sum += row[i] * row[i]", "sum += 1.001f * row[i] * row[i]"),
-        ("decode.c", "(1.0f + expf(-gate[i]))", "(1.001f + expf(-gate[i]))"),
+        ("decode.c", "(1.0f + expf(power))", "(1.001f + expf(power))"),
+        ("layer.c", "weight[i] * (scale * row[i])", "weight[i] * (1.001f * scale * row[i])"),
+        ("layer.c", "dot * scale * scale * scale", "1.001f * dot * scale * scale * scale"),
+        ("layer.c", "dw[i] += scale * g[i]", "dw[i] += 1.001f * scale * g[i]"),
+        ("layer.c", "1.0f / (1.0f + expf(y))", "1.0f / (1.001f + expf(y))"),
+        ("layer.c", "(1.0f - share)", "(1.001f - share)"),
+        ("layer.c", "grad[i] * (gate[i] * share)", "grad[i] * (1.001f * gate[i] * share)"),
+        ("layer.c", "+ way * s[i]", "+ 1.001f * way * s[i]"),
     ],
 )
 def test_the_self_test_sees_a_kernel_that_is_a_little_off(source, right, wrong, tmp_path, monkeypatch):
@@ -156,7 +228,7 @@ def test_the_self_test_sees_a_kernel_that_is_a_little_off(source, right, wrong, 
     monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "_failed", {})
-    test = (attention if source == "attention.c" else decode)._is_torchs
+    test = {"attention.c": attention, "decode.c": decode, "layer.c": layer}[source]._is_torchs
     assert load_library.__wrapped__(source, 8, test) is None
     assert build._failed == {source: "its results are not torch's"}
 

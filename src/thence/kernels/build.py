@@ -28,7 +28,7 @@ from thence.files import flush
 
 log = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=c11")
-SOURCES = ("attention.c", "decode.c")
+SOURCES = ("attention.c", "decode.c", "layer.c")
 SECONDS = 120.0
 """Longest time that a compiler, or the trial of what it made, may take."""
 

@@ -86,11 +86,15 @@ void rms_norm(const float *x, float *out, int64_t rows, int64_t width, float eps
     }
 }
 
-/* SwiGLU: gate_up (rows, 2 width), gate first; out (rows, width) = silu(gate) * up. */
+/* SwiGLU: gate_up (rows, 2 width), gate first; out (rows, width) = silu(gate) * up.
+ * The exponent is bounded: compiled for speed, a division by infinity may give NaN. */
 void swiglu(const float *gate_up, float *out, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const float *gate = gate_up + 2 * r * width, *up = gate + width;
-        for (int64_t i = 0; i < width; i++) out[r * width + i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        for (int64_t i = 0; i < width; i++) {
+            const float power = -gate[i] < 80.0f ? -gate[i] : 80.0f;
+            out[r * width + i] = gate[i] / (1.0f + expf(power)) * up[i];
+        }
     }
 }

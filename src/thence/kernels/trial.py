@@ -33,6 +33,14 @@ def main(path: str, source: str, head: int) -> None:
         library.attention_forward(q, k, v, starts, out, logsum, *sizes)
         slopes = floats(wide), floats(narrow), floats(narrow)
         library.attention_backward(q, k, v, starts, out, logsum, floats(wide), *slopes, *sizes)
+    elif source == "layer.c":
+        wide, width, a, b, c, d = number(ROWS * 2 * head), number(head), *(floats(ROWS * 2 * head) for _ in range(4))
+        parts, inverse = floats(3 * head), floats(2 * ROWS)
+        library.norm_forward(a, floats(head), b, inverse, number(2 * ROWS), width, ctypes.c_float(1e-6))
+        library.norm_backward(a, floats(head), inverse, b, c, parts, number(2 * ROWS), width, number(3))
+        library.gate_forward(a, b, c, wide)
+        library.gate_backward(a, b, c, d, floats(ROWS * 2 * head), wide)
+        library.turn_heads(a, floats(ROWS * head), floats(ROWS * head), b, number(ROWS), number(2), scale)
     else:
         cache = [floats(ROWS * head * TOKENS) for _ in range(2)]
         angles = [floats(TOKENS * head) for _ in range(2)]

@@ -36,6 +36,7 @@ from thence.models.probing import (
     short_windows,
     tolerance,
 )
+from thence.models.quick_layers import quick_layers
 from thence.models.ulysses import Piece, attend_in_pieces
 
 Way = Literal["attention", "mask"]
@@ -226,7 +227,8 @@ def _replaced_attention(model: Any) -> Iterator[None]:
     try:
         for config, _ in before:
             config._attn_implementation_internal = ATTENTION
-        yield
+        with quick_layers(model, packed_attention):
+            yield
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation

@@ -130,7 +130,7 @@ class LlamaDecoder:
 
     def keep(self, row_K: Tensor) -> None:
         self.padding_B = self.padding_B[row_K]
-        if self.kernels is not None:  # the kernel finds each row where it is: moving the cache would cost most of a step
+        if self.kernels is not None:  # the kernel finds each row where it is; moving them would cost most of a step
             self.place_B = self.place_B[row_K]
             return
         for i, old in enumerate(self.cache):
