@@ -46,3 +46,19 @@ def test_what_goes_on_stands_above_the_table_and_nothing_is_cut(tmp_path: Path, 
     assert lines.index("starting") < lines.index("arm small") and "1 failed" in lines
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
     assert all(arm in lines for arm in comparison.arms if any(run.arm == arm for run in runs))
+
+
+def test_with_many_bases_the_table_has_tuning_and_blocks(tmp_path: Path) -> None:
+    own = tables(tmp_path)
+    recipe = str(tmp_path / "base.toml")
+    own["bases"] = {"tuned": {"recipe": recipe, "seeds": []}}
+    own["bases"] |= {f"b{i:02d}": {"recipe": recipe, "seeds": [0], "tuned_on": "tuned"} for i in range(24)}
+    planner = Planner(load_comparison(own), tmp_path / "comparison")
+    live = LiveTable(make_console(file=io.StringIO(), width=80, force_terminal=True), 2)
+    live.begin(planner, list(planner.runs()))
+    live.ended |= {run for run in live.runs if run.arm == "sft" and run.base in ("b00", "b01", "tuned")}
+    live.started(SimpleNamespace(run=live.runs[0]))  # type: ignore[arg-type]
+    rows = {line.split()[0]: line.split()[1:] for line in shown(live, 80).splitlines() if line.strip()}
+    assert rows["arm"] == ["tuning", "24", "blocks"]
+    assert rows["sft"] == ["2/2", "2/24"] and rows["rl"] == ["0/24"] and rows["pretraining"] == ["0/1", "0/24"]
+    assert max(len(line.rstrip()) for line in shown(live, 80).splitlines()) <= 80

@@ -137,6 +137,9 @@ def test_a_table_on_a_page_is_valid(block: Block, tmp_path: Path) -> None:
     tables = tomllib.loads(block.text)
     if "arms" in tables:
         load_comparison(tables)
+    elif "bases" in tables:
+        arms = {"a": {"kind": "sft", "grid": {"lr": [1e-4, 1e-3]}}}
+        load_comparison({"reference": "a", "seeds": [0], "arms": arms, **tables})
     elif "tasks" in tables:
         (tmp_path / "suite.toml").write_text(block.text)
         load_suite(str(tmp_path / "suite.toml"))

@@ -231,10 +231,15 @@ def arms_of(section: AnySection, comparison: Comparison) -> list[Arm]:
 
 
 def bases_of(section: AnySection, comparison: Comparison) -> list[str]:
-    """The bases of a section: named ones, else all; where there are many, first the mean over them."""
+    """The bases of a section: named ones, else all that are reported; where there are many, first the mean over them.
+
+    What was tuned is of all bases, those too that are only tuned on.
+    """
     if section.bases:
         return list(section.bases)
-    return [*([ALL_BASES] if comparison.is_pooled else []), *comparison.bases]
+    if isinstance(section, TuningTable):
+        return list(comparison.bases)
+    return [*([ALL_BASES] if comparison.is_pooled else []), *comparison.reported_bases]
 
 
 def columns_of(section: AnySection, comparison: Comparison) -> list[Column]:
