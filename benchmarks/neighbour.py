@@ -348,6 +348,7 @@ def main() -> None:
         work(args)
         return
     started, load = datetime.datetime.now(datetime.UTC), os.getloadavg()[0]
+    names = {str(args.data): "DATA", args.peer: "PEERS/bin/python"}
     arms = start(args)
     try:
         run(arms, args)
@@ -356,7 +357,7 @@ def main() -> None:
             arm.process.kill()
     record = {
         "what": __doc__.splitlines()[0],
-        "command": ["python", *sys.argv],
+        "command": ["python", *(names.get(word, word) for word in sys.argv)],
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
         "load_average_before": load,

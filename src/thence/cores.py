@@ -130,4 +130,4 @@ def crowded(environment: Mapping[str, str], threads: int) -> str | None:
         return None
     busy = f"other programs keep {others:.1f} of {usable_cores()} cores busy"
     advice = f"If that stays so, {ASKED}=auto is faster: it takes the free cores"
-    return f"{busy}, and {threads} threads wait for the slowest. {advice}. Another number may change last bits"
+    return f"{busy}, and {threads} threads wait for the slowest. {advice}. Last bits may differ then"
