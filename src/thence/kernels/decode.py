@@ -6,10 +6,13 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import pad, rms_norm, silu
 
 from thence.kernels.build import load_library
 from thence.kernels.numbers import plain_numbers
+
+LANE = 16
+"""Columns of a block of the cache, as in ``decode.c``."""
 
 
 class DecodeKernels:
@@ -39,8 +42,8 @@ class DecodeKernels:
 
         Args:
             qkv: (rows, (heads + 2 kv) * head size).
-            keys: (places, kv, head size, capacity).
-            values: (places, kv, capacity, head size).
+            keys: (places, kv, blocks, head size, ``LANE``); see :func:`in_blocks`.
+            values: (places, kv, blocks * ``LANE``, head size).
             cos, sin: (positions, head size / 2).
             place: where in the cache each row is, (rows,), int64.
             first: first column of each row that is no padding, (rows,), int64.
@@ -52,11 +55,11 @@ class DecodeKernels:
         Raises:
             MemoryError: no room for a row's scores.
         """
-        rows, (_, kv, head_size, capacity) = len(qkv), keys.shape
+        rows, (_, kv, blocks, head_size, _) = len(qkv), keys.shape
         heads = qkv.shape[1] // head_size - 2 * kv
         out = torch.empty(rows, heads * head_size)
         places = (t.data_ptr() for t in (qkv, keys, values, cos, sin, place, first, out))
-        if self._attend(*places, rows, heads, kv, capacity, column, head_size**-0.5):
+        if self._attend(*places, rows, heads, kv, blocks, column, head_size**-0.5):
             raise MemoryError("no memory for the scores of a decoding step")
         return out
 
@@ -74,6 +77,13 @@ class DecodeKernels:
         return out
 
 
+def in_blocks(keys: Tensor) -> Tensor:
+    """Keys (..., columns, head size) as the kernels want them: (..., blocks, head size, ``LANE``), zeros at the end."""
+    blocks = -(-keys.shape[-2] // LANE)
+    padded = pad(keys, (0, 0, 0, blocks * LANE - keys.shape[-2]))
+    return padded.unflatten(-2, (blocks, LANE)).transpose(-2, -1).contiguous()
+
+
 def decode_kernels(head_size: int) -> DecodeKernels | None:
     """The kernels for a head size, or None where they cannot be built."""
     library = load_library("decode.c", head_size, _is_torchs)
@@ -89,12 +99,12 @@ def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:
         return False
     if not torch.allclose(kernels.swiglu(gates), silu(gates[:, :25]) * up, rtol=1e-4, atol=1e-5):
         return False
-    heads, kv, capacity, column = 4, 2, 6, 4
+    heads, kv, capacity, column = 4, 2, 2 * LANE, LANE + 3
     qkv = plain_numbers(2, (heads + 2 * kv) * head_size, place=2)
     first, place = torch.tensor([0, 2]), torch.tensor([2, 0])  # of a cache of three places
     angles = plain_numbers(capacity, head_size // 2, place=3)
     past_k, past_v = (plain_numbers(3, kv, capacity, head_size, place=i) for i in (4, 5))
-    keys, values = past_k.transpose(2, 3).contiguous(), past_v.clone()
+    keys, values = in_blocks(past_k), past_v.clone()
     out = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), place, first, column)
 
     heads_of_row = qkv.reshape(2, heads + 2 * kv, head_size)
@@ -107,7 +117,7 @@ def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:
         exact = (share[:, None] @ v).reshape(-1)
         if not torch.allclose(out[r], exact, rtol=1e-4, atol=1e-5):
             return False
-    keys[:, :, :, column - 1] = float("nan")
+    keys[:, :, 1, :, 2] = float("nan")
     spoiled = kernels.attend(qkv, keys, values, angles.cos(), angles.sin(), place, first, column)
     x[1, 3] = gates[1, 3] = float("nan")
     return bool(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-ROWS, TOKENS = 2, 9
+ROWS, TOKENS, COLUMNS = 2, 9, 16
 
 
 def floats(count: int) -> ctypes.Array:
@@ -42,10 +42,10 @@ def main(path: str, source: str, head: int) -> None:
         library.gate_backward(a, b, c, d, floats(ROWS * 2 * head), wide)
         library.turn_heads(a, floats(ROWS * head), floats(ROWS * head), b, number(ROWS), number(2), scale)
     else:
-        cache = [floats(ROWS * head * TOKENS) for _ in range(2)]
+        cache = [floats(ROWS * head * COLUMNS) for _ in range(2)]
         angles = [floats(TOKENS * head) for _ in range(2)]
         out = floats(ROWS * 2 * head)
-        sizes = (number(ROWS), number(2), number(1), number(TOKENS), number(TOKENS - 1), scale)
+        sizes = (number(ROWS), number(2), number(1), number(1), number(TOKENS - 1), scale)
         library.attend(floats(ROWS * 4 * head), *cache, *angles, integers(1, 0), integers(0, 3), out, *sizes)
         library.rms_norm(floats(ROWS * head), out, number(ROWS), number(head), ctypes.c_float(1e-6))
         library.swiglu(floats(ROWS * 2 * head), out, number(ROWS), number(head))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from thence.kernels.decode import DecodeKernels, decode_kernels
+from thence.kernels.decode import LANE, DecodeKernels, decode_kernels, in_blocks
 from thence.rollout.decoders import padded_left
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -108,7 +108,8 @@ class LlamaDecoder:
             q, k, v = self._turned(
                 layer, self._qkv(layer, x).view(n_prompts, self.length, -1, self.head_size), cos, sin
             )
-            self._columns(keys)[:, :, : self.length], values[:, :, : self.length] = k[rows], v[rows]
+            k_cached = k if self.kernels is None else in_blocks(k)
+            keys[:, :, : k_cached.shape[2]], values[:, :, : self.length] = k_cached[rows], v[rows]
             o = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
             )
@@ -141,16 +142,13 @@ class LlamaDecoder:
         self._make_mask()
 
     def _room(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """An empty cache of one layer: keys and values. The kernels want keys transposed."""
-        keys = (columns, self.head_size) if self.kernels is None else (self.head_size, columns)
+        """An empty cache of one layer: keys and values. The kernels want keys in blocks."""
+        blocks = -(-columns // LANE)
+        keys = (columns, self.head_size) if self.kernels is None else (blocks, self.head_size, LANE)
         return (
             torch.empty(rows, self.kv_heads, *keys, device=self.device),
-            torch.empty(rows, self.kv_heads, columns, self.head_size, device=self.device),
+            torch.empty(rows, self.kv_heads, blocks * LANE, self.head_size, device=self.device),
         )
-
-    def _columns(self, keys: Tensor) -> Tensor:
-        """Cached keys seen as (rows, kv, columns, head size), however they lie."""
-        return keys if self.kernels is None else keys.transpose(2, 3)
 
     def _qkv(self, layer: Layer, x: Tensor) -> Tensor:
         return linear(self._norm(x), layer.qkv, layer.qkv_bias)
