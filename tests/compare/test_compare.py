@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from thence.compare.engine import compare
 from thence.compare.plan import Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
 from thence.compare.result import RESULTS, Comparison, Run, Spent, read_results, results_json
+from thence.compare.statistics import statistics
 from thence.errors import UserError
 from thence.toml import to_toml
 
@@ -279,6 +281,26 @@ def test_the_command_line_plans_refuses_and_reports(done, tmp_path: Path, capsys
     file.write_text(to_toml(wrong))
     assert main(["compare", str(file)]) == 2
     assert "did you mean 'luffy'" in capsys.readouterr().err
+
+
+def test_contrasts_are_judged_from_runs_that_are_there_and_repeat_none(
+    done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _, _ = done
+    copied = tmp_path / "comparison"
+    shutil.copytree(folder / "comparison", copied)
+    own = tables(folder)
+    own["covariate"] = {"arm": "base"}
+    own["contrasts"] = [{"name": "bug", "arm": "sft", "other": "broken", "expect": "higher", "primary": True}]
+    (tmp_path / "mine.toml").write_text(to_toml(own))
+    assert main(["compare", str(tmp_path / "mine.toml"), "--folder", str(copied), "--report"]) == 0
+    assert "0 of 1 primary contrasts decided" in " ".join(capsys.readouterr().out.split())
+    results = read_results(copied)
+    assert results.blocks == (("small", 0), ("small", 1)) and results.pending == 0
+    [decision] = statistics(results, 50).decisions.contrasts
+    accuracy = {(run.arm, run.seed): run.measured[0].accuracy for run in results.runs}
+    assert decision.finished == decision.planned == 2 and decision.outcome == "undecided"
+    assert decision.differences["small", 1] == accuracy["sft", 1] - accuracy["broken", 1]
 
 
 def test_a_python_caller_gets_the_message_of_the_command_line_for_a_wrong_option(

@@ -74,6 +74,11 @@ def swap(name: str, old: str, new: str) -> Prepare:
     return edit(name, lambda content: content.replace(old.encode(), new.encode()))
 
 
+def added(name: str, text: str) -> Prepare:
+    """Add a text at the end of a file."""
+    return edit(name, lambda content: content + text.encode())
+
+
 def remove(name: str) -> Prepare:
     """Remove a file or folder."""
 

@@ -13,12 +13,19 @@ from safetensors.torch import load_file, save_file
 import thence.pipeline.folder as folders
 from thence.locks import held
 
-from .case import Case, cut, edit, flipped, marked, remove, swap, write
+from .case import Case, added, cut, edit, flipped, marked, remove, swap, write
 
 RUN = "run short.toml"
 MODEL = "run/stages/sft/model"
 CHECKPOINT = "run/stages/sft/checkpoints/*"
 EVAL = f"eval {MODEL} --suite sums.jsonl --grader exact --max-tokens 8 --samples 2 --folder e"
+CONTRAST = """
+[[contrasts]]
+name = "rl-first"
+arm = "rl"
+other = "sft"
+expect = "higher"
+"""
 
 
 def not_a_number(here: Path) -> None:
@@ -164,6 +171,30 @@ COMPARISONS = [
         "An arm without a kind",
         "compare c.toml --folder c --dry-run",
         swap("c.toml", 'kind = "rl"', 'knid = "rl"'),
+        base="comparison",
+    ),
+    Case(
+        "A contrast with an arm that is not there",
+        "compare c.toml --folder c --report",
+        added("c.toml", CONTRAST.replace('other = "sft"', 'other = "stf"')),
+        base="comparison",
+    ),
+    Case(
+        "A contrast that expects equality without a bound",
+        "compare c.toml --folder c --report",
+        added("c.toml", CONTRAST.replace("higher", "equal")),
+        base="comparison",
+    ),
+    Case(
+        "A slope without a covariate",
+        "compare c.toml --folder c --report",
+        added("c.toml", f'{CONTRAST}kind = "slope"\n'),
+        base="comparison",
+    ),
+    Case(
+        "The power of contrasts whose spread nothing tells",
+        "compare c.toml --folder c --power",
+        added("c.toml", CONTRAST),
         base="comparison",
     ),
 ]

@@ -16,6 +16,7 @@ from tests import ROOT
 from tests.repository.blocks import GENERATED, PAGES, Block, blocks_of, commands_of, words
 from thence.cli.app import COMMANDS, command
 from thence.cli.parsing import bind
+from thence.compare.contrasts import Contrast
 from thence.compare.recipe import load_comparison, shipped_comparisons
 from thence.data.readers import read_examples
 from thence.errors import UserError
@@ -137,6 +138,12 @@ def test_a_table_on_a_page_is_valid(block: Block, tmp_path: Path) -> None:
     tables = tomllib.loads(block.text)
     if "arms" in tables:
         load_comparison(tables)
+    elif "contrasts" in tables:
+        named = [tables["covariate"]["arm"], *(contrast["arm"] for contrast in tables["contrasts"])]
+        named += [name for contrast in tables["contrasts"] for name in Contrast(**contrast).others]
+        bases = {"b": {"path": "base"}}
+        given = {"reference": named[0], "seeds": [0, 1, 2, 3], "bases": bases, "arms": {name: {} for name in named}}
+        load_comparison({**given, **tables})
     elif "bases" in tables:
         arms = {"a": {"kind": "sft", "grid": {"lr": [1e-4, 1e-3]}}}
         load_comparison({"reference": "a", "seeds": [0], "arms": arms, **tables})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from thence.cli.events import ComparisonEvents, NoEvents, Way, tell_done, way_of
+from thence.cli.events import ComparisonEvents, NoEvents, Way, tell, tell_done, way_of
 from thence.cli.parsing import none_given, read_flag
 from thence.errors import UserError
 from thence.files import read_json
@@ -33,6 +34,7 @@ def compare_command(
     folder: Path | None = None,
     dry_run: bool = False,
     report: bool = False,
+    power: bool = False,
     list_: bool = False,
     fields: bool = False,
     quiet: bool = False,
@@ -48,6 +50,7 @@ def compare_command(
 
       thence compare quick --dry-run
       thence compare mine.toml --jobs 2 --seeds 0,1
+      thence compare mine.toml --power
 
     Args:
         comparison: A shipped comparison or a TOML file.
@@ -59,6 +62,7 @@ def compare_command(
         folder: Where everything is kept. Default: runs/NAME.
         dry_run: Print what would be run, and what is done already.
         report: Write the report of what is there; run nothing.
+        power: Print what the contrasts can decide with the planned blocks; run nothing.
         list_: List the shipped comparisons.
         fields: List every field of a comparison.
         quiet: Print nothing but warnings and errors.
@@ -82,6 +86,8 @@ def compare_command(
     arms, some_bases = _names("--only", only, recipe.arms), _names("--bases", bases, recipe.bases)
     some_seeds = [read_flag("--seeds", text, Seed) for text in _split("--seeds", seeds)]
     _check_blocks(recipe, some_bases, some_seeds)
+    if power:
+        return _power(recipe, way)
     if dry_run:
         return _dry_run(recipe, arms, some_seeds, some_bases)
     if report:
@@ -170,6 +176,20 @@ def _check_blocks(recipe, bases: Sequence[str], seeds: Sequence[int]) -> None:
         raise UserError(f"not {of}: {sorted(unknown)}", remedy=remedy, field="--seeds")
 
 
+def _power(recipe, way: Way) -> int:
+    from thence.compare.power import foresee
+    from thence.pages.comparison.foreseen import power_table
+    from thence.pages.terminal import with_notes
+    from thence.terminal import make_console
+
+    found = foresee(recipe)
+    if way == "json":
+        tell("power", contrasts=[asdict(each) for each in found])
+    elif way == "shown":
+        make_console().print(with_notes(power_table(recipe, found)))
+    return 0
+
+
 def _split(flag: str, text: str | None) -> list[str]:
     """The parts of a list with commas. Raises UserError where one is empty or there twice."""
     parts = [part.strip() for part in text.split(",")] if text else []
@@ -189,9 +209,11 @@ def _names(flag: str, text: str | None, known: Mapping[str, object]) -> list[str
 def _fields() -> str:
     from thence.cli.fields import describe_section
     from thence.compare.bases import Base
+    from thence.compare.contrasts import AssumedSpread, Contrast, Covariate, Power
     from thence.compare.recipe import ArmBudget, ArmTable, ComparisonRecipe, Tuning
 
     tables = {"": ComparisonRecipe, "budget": ArmBudget, "bases.NAME": Base, "arms.NAME": ArmTable, "tuning": Tuning}
+    tables |= {"covariate": Covariate, "[contrasts]": Contrast, "power": Power, "power.pilot": AssumedSpread}
     parts = []
     for name, section in tables.items():
         parts.append(f"\n[{name}]" if name else "at the top of the file")

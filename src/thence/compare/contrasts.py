@@ -25,7 +25,7 @@ from itertools import combinations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from thence.compare.result import Column
 from thence.errors import RecipeError
@@ -71,7 +71,7 @@ class Contrast(Section):
     expect: Literal["higher", "lower", "equal"]
     """What the difference (or slope) is expected to be: above 0, below 0, or within `equal_within` of 0."""
     equal_within: Effect | None = None
-    """Differences smaller than this mean nothing, as a share (a slope: per unit of the covariate). Default: no bound."""
+    """Largest difference that means nothing, as a share (a slope: per unit of the covariate). Default: no bound."""
     blocks: Literal["all", "upper half", "lower half"] = "all"
     """Blocks that count: all, or those at and above (below) the median of the covariate."""
     adjusted: bool = False
@@ -81,7 +81,7 @@ class Contrast(Section):
     effect: Effect | None = None
     """For --power: this contrast's own `effect`."""
     sd: Effect | None = None
-    """For --power: an assumed spread of the blocks' true differences, where the pilot has none."""
+    """For --power: an assumed spread of the blocks' true differences, instead of the pilot's."""
 
     @property
     def others(self) -> list[str]:
@@ -96,10 +96,20 @@ class AssumedSpread(Section):
     """Standard deviation of the blocks' true differences, as a share."""
 
 
+def _table_or_path(value: object) -> str:
+    """Which member an error speaks of; names in brackets are no part of a field's place."""
+    return "[table]" if isinstance(value, Mapping | Section) else "[path]"
+
+
+Pilot = Annotated[
+    Annotated[Source, Tag("[path]")] | Annotated[AssumedSpread, Tag("[table]")], Discriminator(_table_or_path)
+]
+
+
 class Power(Section):
     """What is assumed and wanted when `thence compare FILE --power` computes the chance to decide."""
 
-    pilot: Source | AssumedSpread | None = None
+    pilot: Pilot | None = None
     """results.json (or the folder) of an earlier comparison, or an assumed spread: `{ sd = 0.1 }`."""
     names: dict[str, Text] = {}
     """What the pilot calls arms and test sets that it names differently, for example `{ sft-faulty = "both-8" }`."""
@@ -131,6 +141,7 @@ def check_contrasts(
     arms: Mapping[str, Any],
     columns: Sequence[Column],
     blocks: int,
+    kinds: Sequence[object] = (),
     file: str | None = None,
 ) -> None:
     """Refuse contrasts that cannot be tested.
@@ -139,10 +150,16 @@ def check_contrasts(
         arms: of the comparison, by name.
         columns: of the comparison; the first is the headline.
         blocks: how many the comparison plans.
+        kinds: of the sections of its report.
 
     Raises:
         RecipeError: the first that is wrong, with its field and a remedy.
     """
+    for place, kind in enumerate(kinds):
+        needed = {"contrasts": "[[contrasts]]", "against-covariate": "[covariate]"}.get(str(kind))
+        if needed and not (contrasts if kind == "contrasts" else covariate):
+            problem, remedy = f"a section {kind} shows what no table {needed} names", f"add a table {needed}"
+            raise RecipeError(problem, remedy=remedy, file=file, field=f"sections.{place}")
     for problem, remedy, field in _wrong(covariate, contrasts, list(arms), columns, blocks):
         raise RecipeError(problem, remedy=remedy, file=file, field=field)
 

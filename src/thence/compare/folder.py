@@ -10,7 +10,9 @@ from thence.errors import UserError
 from thence.files import to_json, write_atomically
 
 MARKER = ".thence-comparison.json"
-WRITTEN = ("comparison.toml", RESULTS, "report.html", "report.json", "runs.csv", "summary.csv", "runs", "bases", "logs")
+CONTRASTS = "contrasts.csv"
+WRITTEN = ("comparison.toml", RESULTS, "report.html", "report.json", "runs.csv", "summary.csv", CONTRASTS)
+WRITTEN += ("runs", "bases", "logs")
 
 
 def check_folder(folder: Path) -> None:

@@ -155,7 +155,7 @@ class _Simulated:
         """The chance to find the effect, and the chance to decide "equal" where there is none."""
         noise = np.random.default_rng([self.seed, blocks]).normal(0, self.sd, (blocks, replicates))
         if self.contrast.kind == "slope":
-            covariate = np.linspace(*self.span, blocks)
+            covariate = np.linspace(self.span[0], self.span[1], blocks)
             (weights, same), shift = slope_weights(covariate, DRAWS), self.effect * covariate[:, None]
         else:
             weights, same, shift = sign_flips(blocks, DRAWS), 1, self.effect

@@ -225,8 +225,9 @@ def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
     _check_stages(recipe, path)
     for i, section in enumerate(recipe.sections):
         read_section(section, recipe.arms, recipe.bases, where=f"sections.{i}")
-    if recipe.covariate or recipe.contrasts:
-        check_contrasts(recipe.covariate, recipe.contrasts, recipe.arms, recipe.columns(), len(recipe.blocks()), path)
+    kinds = [section["kind"] for section in recipe.sections]
+    named, blocks = (recipe.covariate, recipe.contrasts), len(recipe.blocks())
+    check_contrasts(*named, recipe.arms, recipe.columns(), blocks, kinds, path)
     return with_absolute_paths(recipe)
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from thence.compare.decisions import Decisions, decide
 from thence.compare.result import ALL_BASES, Column, Comparison, Run
 from thence.stats.multiplicity import holm
 from thence.stats.paired import Paired, paired_differences
@@ -80,6 +81,7 @@ class Statistics:
     Args:
         replicates, seed: of the bootstrap.
         estimates, differences: by arm, base and column; what no finished run tells is left out.
+        decisions: the named contrasts, and the covariate of blocks.
     """
 
     comparison: Comparison
@@ -87,6 +89,7 @@ class Statistics:
     seed: int
     estimates: Mapping[tuple[str, str, Column], Estimate]
     differences: Mapping[tuple[str, str, Column], Difference]
+    decisions: Decisions
 
     def pairs(self, base: str, column: Column, pairs: Sequence[tuple[str, str]]) -> list[Difference | None]:
         """Differences of other pairs (arm, other), corrected for their own number; None where runs are missing."""
@@ -94,9 +97,12 @@ class Statistics:
 
 
 def statistics(comparison: Comparison, replicates: int = REPLICATES, seed: int = 0) -> Statistics:
-    """Estimates of every arm on every base in every column, and paired differences to the reference.
+    """Estimates of every arm on every base in every column, paired differences to the reference, and decisions.
 
     Where there are many bases, also those over all of them, under :data:`~thence.compare.result.ALL_BASES`.
+
+    Raises:
+        RecipeError: the contrasts of the comparison are not those that a recipe may have.
     """
     estimates, to_reference = {}, {}
     others = [arm.name for arm in comparison.arms if arm.name != comparison.reference]
@@ -110,7 +116,7 @@ def statistics(comparison: Comparison, replicates: int = REPLICATES, seed: int =
             for difference in differences(comparison, base, column, pairs, replicates, seed):
                 if difference is not None:
                     to_reference[difference.arm, base, column] = difference
-    return Statistics(comparison, replicates, seed, estimates, to_reference)
+    return Statistics(comparison, replicates, seed, estimates, to_reference, decide(comparison))
 
 
 def estimate_of(runs: Sequence[Run], column: Column, replicates: int = REPLICATES, seed: int = 0) -> Estimate | None:

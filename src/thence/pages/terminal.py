@@ -37,6 +37,9 @@ class TableView:
         widths = self._widths(False)
         if not _fit(labels, widths, width) and _fit(labels, narrow := self._widths(True), width):
             widths = narrow  # headers broken at hyphens keep the table in one piece
+        groups = min(_MOST_LABEL, max([len(row.group) for row in table.rows] + [0]))
+        if groups > labels and _fit(groups, widths, width):
+            labels = groups  # headings of groups are broken only where there is no room
         parts: list[list[int]] = [[]]
         for index, needed in enumerate(widths):
             used = labels + sum(_GAP + widths[held] for held in parts[-1])

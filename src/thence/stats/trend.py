@@ -91,7 +91,7 @@ def trends(
     rng = np.random.default_rng([seed, n])
     counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(replicates)]).astype(np.float64)
     counts = counts[[np.ptp(z[row > 0]) > 0 for row in counts]]
-    slope, intercept = _line(z, d, np.ones(n))
+    slope, _ = _line(z, d, np.ones(n))
     rises = slope >= 0
 
     def line(weights: Curve) -> Curve:

@@ -7,6 +7,7 @@ from typing import Any
 
 from thence.compare.result import ALL_BASES, Column
 from thence.compare.sections import (
+    AgainstCovariate,
     AnySection,
     Dynamics,
     ScoreAgainstFlops,
@@ -17,6 +18,7 @@ from thence.compare.sections import (
     columns_of,
 )
 from thence.compare.statistics import Estimate, Statistics
+from thence.pages.comparison.against import against_figure
 from thence.pages.comparison.points import Point, along, back, ends_of_axis, label_places, points_of, side_by_side
 from thence.pages.comparison.series import UNITS, Series, dynamics_series, quantities_of, training_series
 from thence.pages.comparison.tables import sweep_lines, sweep_places
@@ -27,11 +29,16 @@ from thence.pages.figure import Chart, Figure, Key, Line, colour, hover, line_ch
 def section_figures(section: AnySection, statistics: Statistics) -> list[Figure]:
     """The figures of a section, one a base; with many bases one of all, unless the section names its bases.
 
+    Of differences against the covariate there is one, over all blocks.
+
     Sections that are tables alone, or have nothing to show yet, have none.
 
     Raises:
         RecipeError: the section names a test set that was not measured.
     """
+    if isinstance(section, AgainstCovariate):
+        figure = against_figure(section, statistics)
+        return [figure] if figure else []
     comparison = statistics.comparison
     bases = section.bases or ([ALL_BASES] if comparison.is_pooled else comparison.bases)
     found = [_figure(section, statistics, base) for base in bases]

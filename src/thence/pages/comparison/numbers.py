@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from thence.compare.result import Column, Run
+from thence.compare.sections import sections_of
 from thence.compare.statistics import Statistics
 from thence.files import to_csv, to_json
+from thence.pages.comparison.decided import decided_json
 from thence.pages.comparison.outcome import outcome
 from thence.pages.comparison.words import mean_spent, notes
 
@@ -107,5 +109,6 @@ def report_json(statistics: Statistics) -> str:
         "tries": [asdict(t) for t in comparison.tries],
         "failures": [asdict(f) for f in comparison.failures],
         "environment": dict(comparison.environment),
+        **decided_json(statistics, sections_of(comparison)),
     }
     return to_json(content, indent=1) + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from thence.compare.result import ALL_BASES
 from thence.compare.statistics import Statistics
+from thence.pages.comparison.decided import decided_text
 from thence.pages.comparison.words import column_label, embedded, label, names, seeds_text
 
 
@@ -20,7 +21,8 @@ def outcome(statistics: Statistics) -> str:
     world = " Findings about the embedded world, a small synthetic task." if embedded(comparison) else ""
     so_far = "So far, compared" if comparison.pending else "Compared"
     head = f"{so_far} with {reference} on {column_label(column)} ({seeds_text(statistics)})"
-    return f"{head}: {', and '.join(parts)}.{world}"
+    decided = decided_text(statistics)
+    return f"{decided}{' ' if decided else ''}{head}: {', and '.join(parts)}.{world}"
 
 
 def _on(statistics: Statistics, base: str) -> str:

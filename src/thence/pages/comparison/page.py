@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from thence.compare.folder import CONTRASTS
 from thence.compare.result import ALL_BASES, Arm, Comparison, read_results
 from thence.compare.sections import sections_of
 from thence.compare.statistics import Statistics, statistics
 from thence.files import write_atomically
 from thence.foreign_text import visible
+from thence.pages.comparison.decided import contrasts_csv
 from thence.pages.comparison.figures import section_figures
 from thence.pages.comparison.numbers import report_json, runs_csv, summary_csv
 from thence.pages.comparison.outcome import outcome
@@ -34,10 +36,14 @@ TITLES: Mapping[str, str] = {
     "training": "Loss and gradient norm",
     "dynamics": "RL over its steps",
     "tuning": "Tuning",
+    "contrasts": "What was to be decided",
+    "against-covariate": "Where the order turns",
 }
-IN_TERMINAL = frozenset({"methods", "waterfall", "sensitivity", "short", "cost"})
+IN_TERMINAL = frozenset({"contrasts", "against-covariate", "methods", "waterfall", "sensitivity", "short", "cost"})
 _FOLDED = frozenset({"tuning"})
 """Kinds whose tables are long and read by few."""
+_OVER_BLOCKS = frozenset({"contrasts", "against-covariate"})
+"""Kinds that show nothing base by base."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class ShownSection:
 
     @property
     def bases(self) -> list[OfBase]:
-        """Figures and tables base by base; both have its name as their title."""
+        """Figures and tables base by base; both have its name as their title, and none where they are over all."""
         own = [table for table in self.tables if not table.paper]
         names = dict.fromkeys(shown.title for shown in (*self.figures, *own))
         return [
@@ -94,6 +100,8 @@ class ShownSection:
 def write_page(folder: Path) -> Path:
     """Write ``report.html``, ``report.json``, ``runs.csv`` and ``summary.csv`` into a comparison's folder.
 
+    Where there are contrasts, ``contrasts.csv`` too.
+
     The comparison may be unfinished.
 
     Returns:
@@ -105,6 +113,8 @@ def write_page(folder: Path) -> Path:
     """
     found = statistics(read_results(folder))
     page = folder / "report.html"
+    if found.decisions.contrasts:
+        write_atomically(folder / CONTRASTS, contrasts_csv(found))
     for path, text in (
         (folder / "report.json", report_json(found)),
         (folder / "runs.csv", runs_csv(found)),
@@ -125,7 +135,8 @@ def shown_sections(found: Statistics, figures: bool = True) -> list[ShownSection
     for section in sections_of(found.comparison):
         drawn = tuple(section_figures(section, found)) if figures else ()
         tables = tuple(section_tables(section, found))
-        pooled = found.comparison.is_pooled and not section.bases and section.kind not in _FOLDED
+        by_base = section.kind not in (*_FOLDED, *_OVER_BLOCKS) and not section.bases
+        pooled = found.comparison.is_pooled and by_base
         if drawn or tables:
             shown = ShownSection(section.kind, section.title or TITLES[section.kind], section.note, drawn, tables)
             parts.append(replace(shown, pooled=base_title(found, ALL_BASES) if pooled else ""))
@@ -151,6 +162,7 @@ def render_page(found: Statistics) -> str:
         environment=[(key, str(value)) for key, value in facts.items() if value not in (None, "", {})],
         replicates=f"{found.replicates:,}",
         folded=_FOLDED,
+        decided=bool(found.decisions.contrasts),
     )
 
 

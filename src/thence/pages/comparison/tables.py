@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from thence.compare.result import Arm, Column, Run
 from thence.compare.sections import (
+    AgainstCovariate,
     AnySection,
     Cost,
     Methods,
@@ -14,12 +15,14 @@ from thence.compare.sections import (
     Sensitivity,
     Short,
     TuningTable,
+    Verdicts,
     Waterfall,
     arms_of,
     bases_of,
     columns_of,
 )
 from thence.compare.statistics import Difference, Statistics
+from thence.pages.comparison.decided import contrasts_table, turning_table
 from thence.pages.comparison.words import (
     STAR,
     amount,
@@ -44,6 +47,10 @@ def section_tables(section: AnySection, statistics: Statistics) -> list[Table]:
     Raises:
         RecipeError: the section names a test set that was not measured.
     """
+    if isinstance(section, Verdicts | AgainstCovariate):  # over blocks, not base by base
+        is_verdicts = isinstance(section, Verdicts)
+        table = contrasts_table(statistics) if is_verdicts else turning_table(section, statistics)
+        return [table] if table is not None and table.rows else []
     bases = bases_of(section, statistics.comparison)
     found = [(base, _table(section, statistics, base)) for base in bases]
     tables = [replace(table, title=base_title(statistics, base)) for base, table in found if table and table.rows]

@@ -42,11 +42,12 @@ def points(difference: Difference | None) -> str:
     """A difference in percentage points, its interval, and a star where it is significant."""
     if difference is None:
         return "–"
-    low, high = _signed(difference.low), _signed(difference.high)
-    return f"{_signed(difference.mean)} [{low}, {high}]{STAR if difference.significant else ''}"
+    low, high = signed(difference.low), signed(difference.high)
+    return f"{signed(difference.mean)} [{low}, {high}]{STAR if difference.significant else ''}"
 
 
-def _signed(share: float) -> str:
+def signed(share: float) -> str:
+    """A difference of shares in points, with its sign."""
     text = f"{100 * share:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
