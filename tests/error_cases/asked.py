@@ -103,6 +103,8 @@ DATA = [
     ),
     Case("A Parquet file that is none", f"{RUN} --data.source a.parquet", write("a.parquet", "PAR1"), base="data"),
     Case("Columns that are not there", f"{RUN} --data.columns prompt=question", base="data"),
+    Case("A parameter that the world does not have", f"{RUN} --data.source world:chain?slips=0.1", base="data"),
+    Case("A parameter of the world that changes nothing", "data world:chain?question=0.6 --data.limit 5"),
     Case("Everything held out", f"{RUN} --sft.held-out 8", base="data"),
     Case(
         "A chat template that is broken",

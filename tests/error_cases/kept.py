@@ -11,12 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import thence.pipeline.folder as folders
+from thence.compare.design import Registrar
+from thence.compare.folder import mark
+from thence.compare.plan import Planner
+from thence.compare.recipe import load_comparison
 from thence.locks import held
 
 from .case import Case, added, cut, edit, flipped, marked, remove, swap, write
 
 RUN = "run short.toml"
 MODEL = "run/stages/sft/model"
+COMPARE = "compare c.toml --folder c --dry-run"
+PATH = 'path = "world:chain/rich"'
 CHECKPOINT = "run/stages/sft/checkpoints/*"
 EVAL = f"eval {MODEL} --suite sums.jsonl --grader exact --max-tokens 8 --samples 2 --folder e"
 CONTRAST = """
@@ -158,7 +164,31 @@ EVALUATIONS = [
     Case("A field of a task that is not there", f"{EVAL} --set tempreature=1", base="evaluation"),
 ]
 
+
+def registered(here: Path) -> None:
+    """The design of c.toml is registered in its folder, before any run."""
+    (here / "c" / "results.json").unlink()
+    recipe = load_comparison(str(here / "c.toml")).model_copy(update={"folder": str(here / "c")})
+    Registrar(Planner(recipe, here / "c")).register()
+    mark(here / "c")
+
+
+def redesigned(here: Path) -> None:
+    registered(here)
+    swap("c.toml", "    2,\n", "    2,\n    3,\n")(here)
+
+
+def rewritten(here: Path) -> None:
+    registered(here)
+    swap("c/results.json", '"reference":"sft"', '"reference":"rl"')(here)
+
+
 COMPARISONS = [
+    Case(
+        "A base that is tuned on none", COMPARE, swap("c.toml", PATH, f'{PATH}\ntuned_on = "rihc"'), base="comparison"
+    ),
+    Case("Another design than the registered one", COMPARE, redesigned, base="comparison"),
+    Case("A registration that was changed by hand", COMPARE, rewritten, base="comparison"),
     Case("An arm that is not there", "compare c.toml --folder c --only sft,dpo", base="comparison"),
     Case("A seed that is not there", "compare c.toml --folder c --seeds 7", base="comparison"),
     Case(

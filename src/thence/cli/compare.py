@@ -20,6 +20,7 @@ from thence.settings.limits import Processes, Seed
 
 if TYPE_CHECKING:
     from thence.compare.engine import ComparisonWatcher
+    from thence.compare.registration import Registration
 
 
 def compare_command(
@@ -35,6 +36,8 @@ def compare_command(
     dry_run: bool = False,
     report: bool = False,
     power: bool = False,
+    register: bool = False,
+    amend: str | None = None,
     list_: bool = False,
     fields: bool = False,
     quiet: bool = False,
@@ -63,6 +66,8 @@ def compare_command(
         dry_run: Print what would be run, and what is done already.
         report: Write the report of what is there; run nothing.
         power: Print what the contrasts can decide with the planned blocks; run nothing.
+        register: Write the registration of the design and print its hash; run nothing.
+        amend: Why the design is changed after it was registered. The report shows it.
         list_: List the shipped comparisons.
         fields: List every field of a comparison.
         quiet: Print nothing but warnings and errors.
@@ -88,15 +93,21 @@ def compare_command(
     _check_blocks(recipe, some_bases, some_seeds)
     if power:
         return _power(recipe, way)
+    if dry_run and amend:
+        raise UserError("a dry run writes nothing", remedy="leave --dry-run or --amend out", field="--amend")
     if dry_run:
         return _dry_run(recipe, arms, some_seeds, some_bases)
     if report:
-        return _report(recipe, recipe.path(), collect_again=True, way=way)
+        return _report(recipe, recipe.path(), collect_again=True, way=way, amend=amend or "")
     from thence.compare.engine import compare
+    from thence.compare.engine import register as write_registration
 
+    if register:
+        return _tell_registration(write_registration(recipe, amend or ""), way)
     jobs = jobs or usable_cores()
     with _told(way, jobs) as watcher:
-        compare(recipe, jobs=jobs, threads=threads, only=arms, seeds=some_seeds, bases=some_bases, watcher=watcher)
+        chosen = {"only": arms, "seeds": some_seeds, "bases": some_bases, "amend": amend or ""}
+        compare(recipe, jobs=jobs, threads=threads, **chosen, watcher=watcher)
     return _report(recipe, recipe.path(), collect_again=False, way=way)
 
 
@@ -113,7 +124,17 @@ def _told(way: Way, jobs: int) -> Iterator[ComparisonWatcher]:
         yield ComparisonEvents() if way == "json" else NoEvents()
 
 
-def _report(recipe, folder: Path, collect_again: bool, way: Way) -> int:
+def _tell_registration(registration: Registration, way: Way) -> int:
+    if way == "json":
+        tell("registered", time=registration.time, sha256=registration.sha256_in_force)
+    elif way == "shown":
+        print(f"registered {registration.time}: sha256 {registration.sha256}")
+        for amendment in registration.amendments:
+            print(f"amended {amendment.time} ({amendment.reason}): sha256 {amendment.sha256}")
+    return 0
+
+
+def _report(recipe, folder: Path, collect_again: bool, way: Way, amend: str = "") -> int:
     from thence.compare.result import read_results, write_results
     from thence.compare.statistics import statistics
     from thence.pages.comparison.page import print_comparison, write_page
@@ -121,13 +142,16 @@ def _report(recipe, folder: Path, collect_again: bool, way: Way) -> int:
 
     if collect_again:
         from thence.compare.collect import collect
+        from thence.compare.design import Registrar
         from thence.compare.folder import check_folder
         from thence.compare.plan import Planner
 
         if not folder.is_dir():
             raise UserError("no comparison has been run here", remedy="run it without --report", file=folder)
         check_folder(folder)
-        write_results(folder, collect(Planner(recipe, folder.resolve())))
+        planner = Planner(recipe, folder.resolve())
+        Registrar(planner, amend)
+        write_results(folder, collect(planner))
     page = write_page(folder)
     results = read_results(folder)
     console = make_console()
@@ -143,11 +167,13 @@ def _report(recipe, folder: Path, collect_again: bool, way: Way) -> int:
 
 
 def _dry_run(recipe, arms, seeds, bases) -> int:
+    from thence.compare.design import registered
     from thence.compare.live import title
     from thence.compare.plan import Planner
     from thence.compare.preflight import refuse_what_cannot_run
 
     planner = Planner(recipe, recipe.path().resolve(), arms, seeds, bases)
+    kept = registered(planner)
     runs = list(planner.runs())
     refuse_what_cannot_run(planner, planner.to_run())
     blocks: dict[tuple[str, int] | None, list[bool]] = {block: [] for block in recipe.blocks()}
@@ -164,6 +190,8 @@ def _dry_run(recipe, arms, seeds, bases) -> int:
     asked = [of for block, of in blocks.items() if block is not None and of]
     whole = f"{len(asked)} blocks, {sum(map(all, asked))} of them whole"
     print(f"{len(runs)} runs, {done} of them done; {whole}; budget of an arm: {recipe.budget or 'none'}")
+    if kept is not None:
+        print(f"the design is the one that was registered {kept.time}: sha256 {kept.sha256_in_force}")
     return 0
 
 

@@ -29,8 +29,9 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
     runs, blocks = list(everything.runs()), set(recipe.blocks())
     finished = [run for run in runs if run.arm and everything.summary(run)]
     here = {**environment("cpu"), "bases": {name: redacted(origin_of(base)) for name, base in recipe.bases.items()}}
-    if not ran and (planner.folder / RESULTS).exists():
-        here = {**read_results(planner.folder).environment, "bases": here["bases"]}
+    kept = read_results(planner.folder) if (planner.folder / RESULTS).exists() else None
+    if not ran and kept is not None:
+        here = {**kept.environment, "bases": here["bases"]}
     return Comparison(
         name=recipe.name,
         description=recipe.description,
@@ -49,6 +50,7 @@ def collect(planner: Planner, failures: Sequence[Failure] = (), ran: bool = Fals
         environment=here,
         base_seeds={base: tuple(recipe.seeds_of(base)) for base in recipe.bases},
         covariate=recipe.covariate.model_dump() if recipe.covariate else {},
+        registration=kept.registration if kept is not None else None,
         contrasts=tuple(contrast.model_dump() for contrast in recipe.contrasts),
     )
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thence.compare.collect import collect
+from thence.compare.design import Registrar, registered
 from thence.compare.folder import check_folder, mark
 from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
+from thence.compare.registration import Registration
 from thence.compare.result import Comparison, Failure, write_results
 from thence.errors import UserError
 from thence.files import write_over
@@ -66,6 +68,7 @@ def compare(
     only: Collection[str] = (),
     seeds: Collection[int] = (),
     bases: Collection[str] = (),
+    amend: str = "",
     watcher: ComparisonWatcher,
 ) -> Comparison:
     """Run what is missing of a comparison, write ``results.json`` into its folder, and return the results.
@@ -74,10 +77,11 @@ def compare(
         jobs: processes side by side.
         threads: threads of each.
         only, seeds, bases: run these alone; empty: all.
+        amend: why the design is not the registered one; empty: it is, or none is registered.
         watcher: is told of progress.
 
     Raises:
-        UserError: another process runs this comparison.
+        UserError: another process runs this comparison; or its design is not the registered one.
         DamagedFile: its results, or what a run measured, cannot be read; nothing is written.
     """
     folder = recipe.path().resolve()
@@ -86,13 +90,15 @@ def compare(
     failures: list[Failure] = []
     # workers hold the lock too, so that none is still writing when the next comparison starts
     with held(folder, "runs this comparison", wait=LOCK_SECONDS) as lock:
+        registered(planner, amend)
         mark(folder)
         if ran := bool(left := planner.to_run()):
             refuse_what_cannot_run(planner, left)
+        registrar = Registrar(planner, amend)
         kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))
         write_over(folder / "comparison.toml", to_toml(kept))
         try:
-            for failure in _run_all(planner, jobs, threads, lock, watcher):
+            for failure in _run_all(planner, registrar, jobs, threads, lock, watcher):
                 failures.append(failure)
         finally:
             results = collect(planner, failures, ran)
@@ -100,7 +106,34 @@ def compare(
     return results
 
 
-def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: ComparisonWatcher) -> Iterator[Failure]:
+def register(recipe: ComparisonRecipe, amend: str = "") -> Registration:
+    """Try what a comparison names, and write its registration into its folder; nothing is run.
+
+    Args:
+        amend: why the design is not the one that is registered already; empty: it is, or none is.
+
+    Raises:
+        UserError: the file does not ask for a registration; the design is not the registered one; or what it names
+            cannot work.
+    """
+    if not recipe.registered:
+        raise UserError(
+            "the comparison does not ask for a registration", remedy="write registered = true", field="registered"
+        )
+    folder = recipe.path().resolve()
+    check_folder(folder)
+    planner = Planner(recipe, folder)
+    with held(folder, "runs this comparison", wait=LOCK_SECONDS):
+        registered(planner, amend)
+        mark(folder)
+        if left := planner.to_run():
+            refuse_what_cannot_run(planner, left)
+        return Registrar(planner, amend).register()
+
+
+def _run_all(
+    planner: Planner, registrar: Registrar, jobs: int, threads: int, lock: int, watcher: ComparisonWatcher
+) -> Iterator[Failure]:
     """Run every run that is not done. Yields those that failed."""
     runs = list(planner.runs())
     watcher.begin(planner, runs)
@@ -112,7 +145,8 @@ def _run_all(planner: Planner, jobs: int, threads: int, lock: int, watcher: Comp
             while waiting or any(worker.job for worker in workers):
                 for worker in workers:
                     if worker.job is None:
-                        started = yield from _start_next(planner, worker, waiting, watcher)
+                        busy = [other.job.run for other in workers if other.job]
+                        started = yield from _start_next(planner, registrar, busy, worker, waiting, watcher)
                         if started:
                             selector.register(worker.output, selectors.EVENT_READ, worker)
                 if not any(worker.job for worker in workers):
@@ -157,10 +191,22 @@ def _end_of_job(worker: Worker, job: Job, watcher: ComparisonWatcher) -> Mapping
 
 
 def _start_next(
-    planner: Planner, worker: Worker, waiting: list[PlannedRun], watcher: ComparisonWatcher
+    planner: Planner,
+    registrar: Registrar,
+    busy: Collection[PlannedRun],
+    worker: Worker,
+    waiting: list[PlannedRun],
+    watcher: ComparisonWatcher,
 ) -> Generator[Failure, None, bool]:
-    """Give a worker the first run that can start. Returns whether there was one."""
+    """Give a worker the first run that can start. Returns whether there was one.
+
+    A design is registered after its tuning, so that a grid may still be widened: until then no reported run starts
+    while one of tuning is ``busy``.
+    """
+    is_tuned = not any((run.base, run.seed) not in registrar.blocks for run in busy)
     for run in list(waiting):
+        if registrar.is_due and registrar.is_reported(run) and not is_tuned:
+            continue
         try:
             job = planner.job(run)
         except UserError as error:
@@ -175,6 +221,7 @@ def _start_next(
             run
         ):  # the same settings as a run that another planned run has finished
             continue
+        registrar.before(run)
         worker.start(job)
         watcher.started(job)
         return True

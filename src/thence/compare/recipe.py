@@ -127,6 +127,8 @@ class ComparisonRecipe(Section):
     """A line of description."""
     folder: Place | None = None
     """Folder of the comparison. Default: runs/<name>."""
+    registered: bool = False
+    """Write the design down before the first reported run. A later change of it is refused, or shown as amended."""
     reference: Text
     """The arm with which all others are compared."""
     seeds: list[Seed] = Field(min_length=1)

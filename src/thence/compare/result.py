@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thence.errors import UserError
+from thence.compare.registration import Registration, what_was_altered
+from thence.errors import DamagedFile, UserError
 from thence.files import finite, keep_damaged, write_atomically
 from thence.records import Record, read_record
 from thence.redaction import redacted_values
@@ -187,6 +188,7 @@ class Comparison(Record):
         pending: runs that are still to come.
         sections: the tables and figures that the recipe asks for, see :mod:`thence.compare.sections`.
         base_seeds: planned seeds of each base; a base that is only tuned on has none. Empty: all have ``seeds``.
+        registration: the design that was written down before the first reported run; None: there is none.
         covariate, contrasts: what is to be decided, as the recipe has it, see :mod:`thence.compare.contrasts`.
     """
 
@@ -208,6 +210,7 @@ class Comparison(Record):
     base_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     covariate: Mapping[str, Any] = field(default_factory=dict)
     contrasts: tuple[Mapping[str, Any], ...] = ()
+    registration: Registration | None = None
 
     def seeds_of(self, base: str) -> tuple[int, ...]:
         """The planned seeds of a base."""
@@ -268,7 +271,7 @@ def read_results(folder: Path) -> Comparison:
 
     Raises:
         UserError: there are none.
-        DamagedFile: they cannot be read.
+        DamagedFile: they cannot be read, or the registered design has been changed by hand.
     """
     path = folder if folder.is_file() else folder / RESULTS
     remedy = (
@@ -276,9 +279,18 @@ def read_results(folder: Path) -> Comparison:
         "from their own folders: runs whose folders are not there are then run again"
     )
     try:
-        return read_record(path, Comparison, remedy=remedy)
+        found = read_record(path, Comparison, remedy=remedy)
     except FileNotFoundError:
         raise UserError("no comparison has left its results here", remedy="run `thence compare`", file=path) from None
+    if found.registration is not None and (wrong := what_was_altered(found.registration)):
+        raise DamagedFile(
+            f"the registration was changed by hand: {wrong}",
+            remedy="put the file back as thence wrote it (git checkout, a backup); a design is changed in the "
+            "comparison's own file, with --amend",
+            file=path,
+            field="registration",
+        )
+    return found
 
 
 def write_results(folder: Path, comparison: Comparison) -> None:

@@ -117,7 +117,8 @@ def parameters_of(source: str, split: str) -> CorpusParameters | ExpertParameter
         if kind is None or parameter not in kind.model_fields:
             raise RecipeError(
                 f"{source}: the parameter {parameter!r} changes nothing in the split {split!r}",
-                remedy=f"{_offered()}; give this split the source {WORLD} in a data table of its own",
+                remedy=f"{_offered()}; set it for the stage that uses it, as in [sft] data = {{ source = ... }}, and "
+                f"keep {WORLD} in [data]",
                 field=FIELD,
             )
     assert kind is not None, "one parameter at least is given, and the split knows it"

@@ -103,6 +103,7 @@ def report_json(statistics: Statistics) -> str:
         "budget": comparison.budget,
         "seeds": comparison.seeds,
         "base_seeds": {base: comparison.seeds_of(base) for base in comparison.bases},
+        "registration": None if comparison.registration is None else asdict(comparison.registration),
         "replicates": statistics.replicates,
         "pending": comparison.pending,
         "results": [{key: row.get(key) for key in _SUMMARY} for row in summary_rows(statistics)],

@@ -18,7 +18,7 @@ from thence.pages.comparison.figures import section_figures
 from thence.pages.comparison.numbers import report_json, runs_csv, summary_csv
 from thence.pages.comparison.outcome import outcome
 from thence.pages.comparison.tables import section_tables
-from thence.pages.comparison.words import base_title, label, notes, seeds_text
+from thence.pages.comparison.words import base_title, label, notes, registered_text, seeds_text
 from thence.pages.figure import Figure
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.template import render
@@ -169,7 +169,8 @@ def render_page(found: Statistics) -> str:
 def _facts(found: Statistics) -> str:
     comparison = found.comparison
     parts = [f"{len(comparison.arms)} arms", f"{len(comparison.bases)} base{'s' if len(comparison.bases) > 1 else ''}"]
-    return ", ".join([*parts, seeds_text(found), f"budget {comparison.budget}"])
+    registered = [said] if (said := registered_text(comparison)) else []
+    return ", ".join([*parts, seeds_text(found), f"budget {comparison.budget}", *registered])
 
 
 def _about(comparison: Comparison, arm: Arm) -> TableRow:
@@ -201,6 +202,8 @@ def print_comparison(found: Statistics, console: Console, kinds: Collection[str]
         console.print(visible(text), style=style, markup=False, highlight=False)
 
     say(outcome(found))
+    if registered := registered_text(found.comparison):
+        say(registered, "dim")
     for note in notes(found):
         say(f"! {note}")
     for part in shown_sections(found, figures=False):

@@ -119,7 +119,7 @@ def seeds_text(statistics: Statistics) -> str:
 def notes(statistics: Statistics) -> list[str]:
     """What a reader has to know before any table: what is missing, failed, off budget, or measured once."""
     comparison = statistics.comparison
-    found = []
+    found = amendment_notes(comparison)
     if comparison.pending:
         runs = "run is" if comparison.pending == 1 else "runs are"
         found.append(f"Unfinished: {comparison.pending} {runs} still to come. Numbers will move.")
@@ -137,6 +137,32 @@ def notes(statistics: Statistics) -> list[str]:
         found.append(
             "What has a single seed has an interval over problems only, which says nothing about other seeds; "
             "no difference is called significant there."
+        )
+    return found
+
+
+def registered_text(comparison: Comparison) -> str:
+    """When the design was registered, and its hash; empty: it was not."""
+    kept = comparison.registration
+    if kept is None:
+        return ""
+    changed = f", amended {len(kept.amendments)} times" if len(kept.amendments) > 1 else ", amended once"
+    at = f" at commit {kept.commit[:12]}" if kept.commit else ""
+    return (
+        f"design registered {kept.time}{at}, before the first reported run: sha256 {kept.sha256}"
+        f"{changed if kept.amendments else ''}"
+    )
+
+
+def amendment_notes(comparison: Comparison) -> list[str]:
+    """What was changed of a registered design, when, why, and how many reported runs there were by then."""
+    found = []
+    for amendment in comparison.registration.amendments if comparison.registration else ():
+        changes = "; ".join(map(str, amendment.changes))
+        runs = "1 reported run" if amendment.finished == 1 else f"{amendment.finished} reported runs"
+        found.append(
+            f"The registered design was amended {amendment.time}, after {runs}: {visible(amendment.reason)} "
+            f"({visible(changes)})"
         )
     return found
 
