@@ -159,6 +159,15 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "a moving average of adapters is not kept",
         "rl.options.teacher",
     ),
+    "a fault beside whole distributions": (
+        {
+            "rl.method": "sdft",
+            "rl.options": {"form": FORM, "divergence": "jsd"},
+            "rl.fault": {"names": ["mean-of-means"]},
+        },
+        "a fault makes rows of its own, which no teacher reads",
+        "rl.options.divergence",
+    ),
     "a lone response": ({"rl.method": "sdpo", "rl.rollouts": 1}, "sdpo learns nothing from 1 rollout", "rl.rollouts"),
 }
 

@@ -205,6 +205,13 @@ def check_teacher(recipe: Recipe, name: str, method: Method) -> None:
             remedy='set teacher = "start" (adapters off) or "current" in its options, or leave model.lora out',
             field=f"{name}.options.teacher",
         )
+    stage = recipe.stage(name)
+    if distils(method.terms) and isinstance(stage, Rl) and stage.fault is not None:
+        raise RecipeError(
+            "a fault makes rows of its own, which no teacher reads",
+            remedy='set divergence = "sampled" in its options, or leave the fault out',
+            field=f"{name}.options.divergence",
+        )
 
 
 def check_teacher_rows(
