@@ -9,7 +9,15 @@ import pytest
 
 from tests.compare.blocks import SKILL, contrast, make_blocks
 from thence.compare.contrasts import Contrast
-from thence.compare.decisions import ERROR, Decision, decide, halved, questions, reliability_of, verdict
+from thence.compare.decisions import (
+    ERROR,
+    DecidedContrast,
+    decisions_of,
+    halved,
+    judgement_of,
+    questions_of,
+    reliability_of,
+)
 from thence.compare.result import Comparison, results_json
 from thence.stats.multiplicity import holm, holm_of_questions
 from thence.stats.typical import one_sided, sign_flips, typical_mean, typical_slope
@@ -35,8 +43,8 @@ def comparison() -> Comparison:
     return make_blocks(ARMS, contrasts=CONTRASTS)
 
 
-def by_name(comparison: Comparison) -> dict[str, Decision]:
-    return {decision.contrast.name: decision for decision in decide(comparison).contrasts}
+def by_name(comparison: Comparison) -> dict[str, DecidedContrast]:
+    return {decision.contrast.name: decision for decision in decisions_of(comparison).contrasts}
 
 
 def test_known_effects_get_their_verdicts(comparison: Comparison) -> None:
@@ -140,7 +148,7 @@ def test_contrasts_survive_being_kept_and_read(tmp_path, comparison: Comparison)
 
     (tmp_path / "kept.json").write_text(results_json(comparison))
     again = read_results(tmp_path / "kept.json")
-    assert decide(again) == decide(comparison)
+    assert decisions_of(again) == decisions_of(comparison)
 
 
 def test_reliability_is_the_share_of_variance_that_more_problems_would_keep() -> None:
@@ -170,7 +178,7 @@ def test_reliability_is_the_share_of_variance_that_more_problems_would_keep() ->
 )
 def test_verdicts_follow_from_the_corrected_p_values(expect: str, estimate: float, corrected, said: str) -> None:
     asked = Contrast(name="c", arm="a", other="b", expect=expect, equal_within=0.02)  # type: ignore[arg-type]
-    assert verdict(asked, estimate, corrected) == said
+    assert judgement_of(asked, estimate, corrected) == said
 
 
 def test_one_question_each_is_plain_holm_and_more_questions_only_cost_certainty() -> None:
@@ -202,7 +210,7 @@ def test_in_a_family_any_verdict_is_wrong_in_at_most_five_of_a_hundred_studies(t
         p_values.append(np.stack([first, np.maximum(sides[-0.02][0], sides[0.02][1])], axis=1))
         estimates.append(d.mean(axis=0))
         single = typical_mean(d[:, 0].tolist())
-        assert p_values[-1][0].tolist() == questions(own, single)
+        assert p_values[-1][0].tolist() == questions_of(own, single)
     for study in range(studies):
         rows = [p_values[place][study].tolist() for place in range(4)]
         apart = list(zip(*(holm([row[question] for row in rows]) for question in (0, 1)), strict=True))
@@ -218,7 +226,7 @@ def test_in_a_family_any_verdict_is_wrong_in_at_most_five_of_a_hundred_studies(t
 
 def is_wrong(asked: Contrast, estimate: float, corrected, effect: float) -> bool:
     """Whether what is said of a difference contradicts its true value."""
-    said = verdict(asked, estimate, corrected)
+    said = judgement_of(asked, estimate, corrected)
     equal = corrected[1] < ERROR
     if said == "undecided":
         return False
@@ -233,7 +241,7 @@ def is_wrong(asked: Contrast, estimate: float, corrected, effect: float) -> bool
 
 
 def test_the_covariate_has_its_values_and_reliability(comparison: Comparison) -> None:
-    found = decide(comparison)
+    found = decisions_of(comparison)
     assert found.covariate is not None and found.covariate.arm == "base"
     assert len(found.values) == 24 and found.reliability is not None and 0.9 < found.reliability < 1
     run = next(run for run in comparison.runs if (run.arm, run.base) == ("base", "b3"))

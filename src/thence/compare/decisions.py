@@ -31,11 +31,11 @@ ERROR = 0.05
 
 BlockId = tuple[str, int]
 """Base and seed."""
-Outcome = Literal["held", "refuted", "equal", "undecided", "not tested"]
+Judgement = Literal["held", "refuted", "equal", "undecided", "not tested"]
 
 
 @dataclass(frozen=True)
-class Decision:
+class DecidedContrast:
     """A contrast and what its blocks say.
 
     Args:
@@ -57,7 +57,7 @@ class Decision:
     column: Column
     planned: int
     finished: int
-    outcome: Outcome = "not tested"
+    outcome: Judgement = "not tested"
     estimate: float | None = None
     low: float | None = None
     high: float | None = None
@@ -81,19 +81,19 @@ class Decisions:
             it cannot be told.
     """
 
-    contrasts: tuple[Decision, ...]
+    contrasts: tuple[DecidedContrast, ...]
     covariate: Covariate | None
     values: Mapping[BlockId, float]
     reliability: float | None
 
 
-def decide(comparison: Comparison) -> Decisions:
+def decisions_of(comparison: Comparison) -> Decisions:
     """Judge the contrasts of a comparison, finished or not.
 
     Raises:
         RecipeError: the contrasts are not those that a recipe may have.
     """
-    scores, covariate = scored(comparison), covariate_of(comparison)
+    scores, covariate = scores_of(comparison), covariate_of(comparison)
     column = find_column(covariate.column, comparison.columns) if covariate else None
     values, reliability = {}, None
     if covariate is not None and column is not None:
@@ -138,7 +138,7 @@ class Scored:
         return arms[int(np.argmax(known))] if len(known) == len(arms) else None
 
 
-def scored(comparison: Comparison) -> Scored:
+def scores_of(comparison: Comparison) -> Scored:
     """The measurements of a comparison's reported runs."""
     return Scored({(run.arm, (run.base, run.seed)): {m.column: m for m in run.measured} for run in comparison.runs})
 
@@ -176,7 +176,7 @@ def reliability_of(rows: Sequence[np.ndarray]) -> float | None:
     return float(np.clip(1 - noise / between, 0, 1))
 
 
-_Tested = tuple[Decision, Typical | None]
+_Tested = tuple[DecidedContrast, Typical | None]
 
 
 def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: Mapping[BlockId, float]) -> _Tested:
@@ -198,7 +198,7 @@ def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: 
             differences[block] = found
             if len(others) > 1:
                 chosen[block] = other
-    decision = Decision(contrast, column, len(blocks), len(differences), differences=differences, chosen=chosen)
+    decision = DecidedContrast(contrast, column, len(blocks), len(differences), differences=differences, chosen=chosen)
     if len(differences) < len(blocks) or len(blocks) < 2:
         return decision, None
     d, z = list(differences.values()), [values[block] for block in differences if needs_covariate]
@@ -211,7 +211,7 @@ def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: 
     return decision, typical_slope(d, z)
 
 
-def questions(contrast: Contrast, test: Typical) -> list[float]:
+def questions_of(contrast: Contrast, test: Typical) -> list[float]:
     """The p values of a contrast: of its first question, and of equality within the bound where it has one."""
     bound = contrast.equal_within
     if bound is None:
@@ -219,7 +219,7 @@ def questions(contrast: Contrast, test: Typical) -> list[float]:
     return [test.beyond(bound) if contrast.expect == "equal" else test.equal_to(0.0), test.within(bound)]
 
 
-def verdict(contrast: Contrast, estimate: float, corrected: Sequence[float]) -> Outcome:
+def judgement_of(contrast: Contrast, estimate: float, corrected: Sequence[float]) -> Judgement:
     """What corrected p values of the questions say of what was expected."""
     other, equal = corrected[0] < ERROR, len(corrected) > 1 and corrected[1] < ERROR
     if contrast.expect == "equal":
@@ -232,21 +232,21 @@ def verdict(contrast: Contrast, estimate: float, corrected: Sequence[float]) -> 
 _Correct = Callable[[Sequence[Sequence[float]], int], list[list[float]]]
 
 
-def _judged(tested: Sequence[_Tested], correct: _Correct) -> list[Decision]:
+def _judged(tested: Sequence[_Tested], correct: _Correct) -> list[DecidedContrast]:
     """The verdicts of one family; contrasts that are not tested yet count in it."""
-    asked = [questions(decision.contrast, test) for decision, test in tested if test is not None]
+    asked = [questions_of(decision.contrast, test) for decision, test in tested if test is not None]
     corrected = iter(correct(asked, len(tested)))
     result = []
     for decision, test in tested:
         if test is None:
             result.append(decision)
             continue
-        p, own = questions(decision.contrast, test), next(corrected)
+        p, own = questions_of(decision.contrast, test), next(corrected)
         low, high = test.interval(1 - ERROR)
         result.append(
-            Decision(
+            DecidedContrast(
                 *(decision.contrast, decision.column, decision.planned, decision.finished),
-                outcome=verdict(decision.contrast, test.estimate, own),
+                outcome=judgement_of(decision.contrast, test.estimate, own),
                 estimate=test.estimate,
                 low=low if np.isfinite(low) else None,
                 high=high if np.isfinite(high) else None,

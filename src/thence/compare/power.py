@@ -1,4 +1,4 @@
-"""What the contrasts of a comparison can decide, by simulation, before any run.
+"""What the contrasts of a comparison can decisions_of, by simulation, before any run.
 
 Blocks' true differences spread as the pilot's did: the variance of its blocks' differences, less what the luck of its
 responses added. On top comes the luck of the planned problems and responses. Differences are drawn from a normal
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from thence.compare.contrasts import LEAST_ADJUSTED, AssumedSpread, Contrast, Power, find_column
-from thence.compare.decisions import ERROR, BlockId, Scored, scored
+from thence.compare.decisions import ERROR, BlockId, Scored, scores_of
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import Column, Comparison, Measured, read_results
 from thence.errors import RecipeError, UserError
@@ -222,7 +222,7 @@ def _covariate(recipe: ComparisonRecipe, power: Power, pilot: Comparison) -> dic
     covariate = recipe.covariate
     assert covariate is not None, "contrasts were checked when the comparison was read"
     column = find_column(_called(power, covariate.column or recipe.columns()[0].split), pilot.columns)
-    scores, arm = scored(pilot), _called(power, covariate.arm)
+    scores, arm = scores_of(pilot), _called(power, covariate.arm)
     found = {} if column is None else {block: scores.at(arm, block, column) for block in _blocks(pilot)}
     return {block: m.accuracy for block, m in found.items() if m is not None}
 
@@ -251,7 +251,7 @@ def _spread(
     known, said = find_column(_called(power, contrast.column or column.split), pilot.columns), []
     if known is None:
         raise _missing(f"test set {_called(power, contrast.column or column.split)!r}", contrast)
-    arms, scores, blocks = [contrast.arm, *contrast.others], scored(pilot), _blocks(pilot)
+    arms, scores, blocks = [contrast.arm, *contrast.others], scores_of(pilot), _blocks(pilot)
     for arm in arms:
         if not any(scores.at(_called(power, arm), block, known) for block in blocks):
             raise _missing(f"finished run of the arm {_called(power, arm)!r} on {known.split!r}", contrast)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from thence.compare.decisions import Decisions, decide
+from thence.compare.decisions import Decisions, decisions_of
 from thence.compare.result import ALL_BASES, Column, Comparison, Run
 from thence.stats.multiplicity import holm
 from thence.stats.paired import Paired, paired_differences
@@ -116,7 +116,7 @@ def statistics(comparison: Comparison, replicates: int = REPLICATES, seed: int =
             for difference in differences(comparison, base, column, pairs, replicates, seed):
                 if difference is not None:
                     to_reference[difference.arm, base, column] = difference
-    return Statistics(comparison, replicates, seed, estimates, to_reference, decide(comparison))
+    return Statistics(comparison, replicates, seed, estimates, to_reference, decisions_of(comparison))
 
 
 def estimate_of(runs: Sequence[Run], column: Column, replicates: int = REPLICATES, seed: int = 0) -> Estimate | None:

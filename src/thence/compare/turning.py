@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from thence.compare.decisions import BlockId, Decisions, scored
+from thence.compare.decisions import BlockId, Decisions, scores_of
 from thence.compare.result import Column, Comparison
 from thence.stats.trend import Trend, trends
 
@@ -42,7 +42,7 @@ def turnings(
     Args:
         bases: of the blocks that count; empty: all.
     """
-    scores, found = scored(comparison), []
+    scores, found = scores_of(comparison), []
     known = [block for block in comparison.blocks if block in decisions.values and (not bases or block[0] in bases)]
     for arm in arms:
         of = [(decisions.values[block], scores.difference(arm, other, block, column), block) for block in known]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from thence.compare.decisions import ERROR, Decision, Decisions
+from thence.compare.decisions import ERROR, DecidedContrast, Decisions
 from thence.compare.result import Column, Comparison
 from thence.compare.sections import AgainstCovariate, arms_of, column_named, columns_of
 from thence.compare.statistics import Statistics
@@ -37,7 +37,7 @@ def contrasts_table(found: Statistics) -> Table:
     return Table("", ("", "verdict", "difference", "p", "blocks"), tuple(rows), tuple(_notes(found)))
 
 
-def contrast_title(decision: Decision, comparison: Comparison) -> str:
+def contrast_title(decision: DecidedContrast, comparison: Comparison) -> str:
     """What a contrast says; where it says nothing, its arms."""
     contrast = decision.contrast
     if contrast.says:
@@ -47,7 +47,7 @@ def contrast_title(decision: Decision, comparison: Comparison) -> str:
     return f"{'Slope of ' if contrast.kind == 'slope' else ''}{label(comparison.arm(contrast.arm))} less {other}"
 
 
-def _size(decision: Decision, comparison: Comparison) -> Cell:
+def _size(decision: DecidedContrast, comparison: Comparison) -> Cell:
     where = _test_set(decision.column, comparison)
     if decision.estimate is None:
         return Cell("–", where)
@@ -64,7 +64,7 @@ def _test_set(column: Column, comparison: Comparison) -> str:
     return column.split if alone else column_label(column)
 
 
-def _chance(decision: Decision) -> Cell:
+def _chance(decision: DecidedContrast) -> Cell:
     if decision.corrected is None:
         return NOTHING
     equal = "" if decision.corrected_equal is None else f"equal {p_text(decision.corrected_equal)}"
@@ -76,7 +76,7 @@ def p_text(p: float) -> str:
     return f"{p:.1e}" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _counted(decision: Decision) -> Cell:
+def _counted(decision: DecidedContrast) -> Cell:
     """How many blocks, and what is done with them."""
     contrast = decision.contrast
     done = "adj." if contrast.adjusted else "slope" if contrast.kind == "slope" else ""
@@ -86,7 +86,7 @@ def _counted(decision: Decision) -> Cell:
     return Cell(count, " ".join(filter(None, (part, done))))
 
 
-def _verdict(decision: Decision) -> Cell:
+def _verdict(decision: DecidedContrast) -> Cell:
     bound = decision.contrast.equal_within
     scale = PER if decision.contrast.kind == "slope" else 1.0
     within = "" if bound is None else f"within ±{100 * scale * bound:.3g}"
@@ -248,7 +248,7 @@ def contrast_rows(found: Statistics) -> list[dict[str, Any]]:
     ]
 
 
-def _asked(decision: Decision) -> dict[str, Any]:
+def _asked(decision: DecidedContrast) -> dict[str, Any]:
     contrast = decision.contrast
     return {
         "name": contrast.name,
