@@ -208,7 +208,7 @@ def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, c
         ("attention.c", "slope[j] = row[j] *", "slope[j] = 1.001f * row[j] *"),
         ("decode.c", "sum[l] += query[i]", "sum[l] += 1.001f * query[i]"),
         ("decode.c", "odd[i] += share", "odd[i] += 1.001f * share"),
-        ("decode.c", "even[i] += share[length - 1]", "even[i] += 1.001f * share[length - 1]"),
+        ("decode.c", "even[i] += share[length - 1]", "even[i] += 0.9f * share[length - 1]"),
         ("decode.c", "sum += row[i] * row[i]", "sum += 1.001f * row[i] * row[i]"),
         ("decode.c", "(1.0f + expf(power))", "(1.001f + expf(power))"),
         ("layer.c", "weight[i] * (scale * row[i])", "weight[i] * (1.001f * scale * row[i])"),

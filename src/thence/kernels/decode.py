@@ -101,7 +101,7 @@ def _is_torchs(head_size: int, library: ctypes.CDLL) -> bool:
         return False
     heads, kv, capacity, column = 4, 2, 2 * LANE, LANE + 3
     qkv = plain_numbers(2, (heads + 2 * kv) * head_size, place=2)
-    first, place = torch.tensor([0, 2]), torch.tensor([2, 0])  # of a cache of three places
+    first, place = torch.tensor([0, 3]), torch.tensor([2, 0])  # of a cache of three places
     angles = plain_numbers(capacity, head_size // 2, place=3)
     past_k, past_v = (plain_numbers(3, kv, capacity, head_size, place=i) for i in (4, 5))
     keys, values = in_blocks(past_k), past_v.clone()
