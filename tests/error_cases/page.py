@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "NO_COLOR": "1",
     "TERM": "dumb",
     "MY_KEY": SECRET,
+    "OMP_NUM_THREADS": "2",  # a set number gets no advice about other programs, which would be on the page by chance
     TRACEBACK: "0",
 }
 INTRODUCTION = """\
