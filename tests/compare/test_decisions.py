@@ -102,12 +102,22 @@ def test_a_small_difference_is_equal_where_a_larger_one_was_expected() -> None:
 
 
 def test_a_covariate_that_is_taken_out_makes_the_interval_narrower() -> None:
-    contrasts = (contrast("a", "rl", "sft"), contrast("b", "rl", "sft", adjusted=True))
+    contrasts = (contrast("a", "rl", "sft"), contrast("b", "rl", "sft", adjust="linear"))
     made = make_blocks(ARMS, contrasts=contrasts, spread=0.01)
     plain, adjusted = by_name(made)["a"], by_name(made)["b"]
     assert plain.low is not None and plain.high is not None and adjusted.low is not None and adjusted.high is not None
     assert adjusted.high - adjusted.low < 0.5 * (plain.high - plain.low)
     assert adjusted.differences == plain.differences
+
+
+def test_a_parabola_takes_out_what_a_line_leaves() -> None:
+    arms = {"sft": lambda s: 0.5, "rl": lambda s: 0.2 + 6 * (s - 0.325) ** 2}
+    contrasts = tuple(contrast(adjust, "rl", "sft", adjust=adjust) for adjust in ("linear", "quadratic"))
+    found = by_name(make_blocks(arms, contrasts=contrasts, spread=0.01))
+    line, parabola = found["linear"], found["quadratic"]
+    assert line.low is not None and line.high is not None and parabola.low is not None and parabola.high is not None
+    assert parabola.high - parabola.low < 0.4 * (line.high - line.low)
+    assert parabola.estimate == pytest.approx(line.estimate)
 
 
 def test_nothing_is_tested_before_all_blocks_are_finished(comparison: Comparison) -> None:

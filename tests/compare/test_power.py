@@ -97,7 +97,7 @@ def test_the_spread_between_blocks_is_the_pilots_without_its_luck_and_with_the_p
 def test_what_a_line_explains_is_no_spread_of_an_adjusted_contrast_or_a_slope(tmp_path: Path) -> None:
     plain, adjusted, slope = (
         contrast("a", "same", "broken"),
-        contrast("b", "same", "broken", adjusted=True),
+        contrast("b", "same", "broken", adjust="linear"),
         contrast("c", "same", "broken", kind="slope"),
     )
     power = {"pilot": kept(tmp_path), "effect": 0.08}

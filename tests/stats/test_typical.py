@@ -143,14 +143,16 @@ def test_an_interval_of_a_slope_covers_it_nineteen_times_in_twenty(spread: str) 
     assert 0.92 <= float((2 * np.minimum(above, below) > 0.05).mean()) <= 0.97
 
 
-@pytest.mark.parametrize("blocks", [8, 24])
-def test_what_a_line_explains_is_taken_out_and_the_interval_still_covers(blocks: int) -> None:
+@pytest.mark.parametrize(("blocks", "degree"), [(8, 1), (24, 1), (8, 2), (24, 2)])
+def test_what_the_covariate_explains_is_taken_out_and_the_interval_still_covers(blocks: int, degree: int) -> None:
     rng = np.random.default_rng(blocks)
     z = np.linspace(0, 0.6, blocks)
-    d = 0.3 - 0.8 * z[:, None] + rng.normal(0, 0.1, (blocks, 2000))
-    adjusted = adjustment(z) @ d
-    assert adjusted.mean(axis=0) == pytest.approx(d.mean(axis=0), abs=0.1)
-    above, below = one_sided(sign_flips(blocks, 2000), adjusted, 0.06)
+    truth = 0.3 - 0.8 * z + (1.5 * (z - 0.3) ** 2 if degree == 2 else 0)
+    d = truth[:, None] + rng.normal(0, 0.1, (blocks, 2000))
+    adjusted = adjustment(z, degree) @ d
+    assert adjustment(z, degree) @ truth == pytest.approx(truth.mean())
+    assert adjusted.mean(axis=0) == pytest.approx(d.mean(axis=0))
+    above, below = one_sided(sign_flips(blocks, 2000), adjusted, float(truth.mean()))
     assert 0.93 <= float((2 * np.minimum(above, below) > 0.05).mean()) <= 0.975
     assert float(adjusted.std(axis=0).mean()) < 0.75 * float(d.std(axis=0).mean())
 

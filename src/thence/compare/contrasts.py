@@ -33,9 +33,6 @@ from thence.settings.limits import Name, PartShare, Share, Source, Text
 from thence.settings.section import Section
 from thence.wording import shown
 
-LEAST_ADJUSTED = 4
-"""Blocks that a line can be taken out of."""
-
 Effect = Annotated[float, Gt(0), Le(1000)]
 """A difference of shares, or per unit of a covariate."""
 
@@ -74,8 +71,8 @@ class Contrast(Section):
     """Largest difference that means nothing, as a share (a slope: per unit of the covariate). Default: no bound."""
     blocks: Literal["all", "upper half", "lower half"] = "all"
     """Blocks that count: all, or those at and above (below) the median of the covariate."""
-    adjusted: bool = False
-    """Take out what a line in the covariate explains: the mean over blocks with these very values of it."""
+    adjust: Literal["none", "linear", "quadratic"] = "none"
+    """Take out what a line (parabola) in the covariate explains: the mean over blocks with just these values of it."""
     primary: bool = False
     """Primary contrasts share Holm's correction. The others are exploratory, with Benjamini and Hochberg's."""
     effect: Effect | None = None
@@ -87,6 +84,16 @@ class Contrast(Section):
     def others(self) -> list[str]:
         """The arms that may be taken away."""
         return [self.other] if isinstance(self.other, str) else list(self.other)
+
+    @property
+    def degree(self) -> int:
+        """Of the polynomial in the covariate that is taken out; 0: nothing is."""
+        return {"none": 0, "linear": 1, "quadratic": 2}[self.adjust]
+
+    @property
+    def least_blocks(self) -> int:
+        """Blocks without which nothing can be tested."""
+        return self.degree + 3 if self.degree else 2
 
 
 class AssumedSpread(Section):
@@ -211,7 +218,7 @@ def _wrong_use(
     contrast: Contrast, covariate: Covariate | None, blocks: int, where: str
 ) -> Iterator[tuple[str, str, str]]:
     """Of the covariate."""
-    uses = {"kind": contrast.kind == "slope", "blocks": contrast.blocks != "all", "adjusted": contrast.adjusted}
+    uses = {"kind": contrast.kind == "slope", "blocks": contrast.blocks != "all", "adjust": contrast.degree > 0}
     field = next((field for field, used in uses.items() if used), None)
     if covariate is None and field is not None:
         yield (
@@ -219,12 +226,12 @@ def _wrong_use(
             "add a table [covariate] with the arm and the column that tell blocks apart",
             f"{where}.{field}",
         )
-    if contrast.adjusted and contrast.kind == "slope":
-        yield "a slope is adjusted already", "leave adjusted out", f"{where}.adjusted"
+    if contrast.degree and contrast.kind == "slope":
+        yield "a slope is of the covariate itself", "leave adjust out", f"{where}.adjust"
     counted = blocks if contrast.blocks == "all" else -(-blocks // 2)
-    if contrast.adjusted and counted < LEAST_ADJUSTED:
-        problem = f"{counted} blocks are too few to take out a line"
-        yield problem, f"plan at least {LEAST_ADJUSTED}, or leave adjusted out", f"{where}.adjusted"
+    if contrast.degree and counted < contrast.least_blocks:
+        problem = f"{counted} blocks are too few to take out what is {contrast.adjust} in the covariate"
+        yield problem, f"plan at least {contrast.least_blocks}, or leave adjust out", f"{where}.adjust"
 
 
 def _wrong_choice(contrast: Contrast, is_reported: bool, where: str) -> Iterator[tuple[str, str, str]]:

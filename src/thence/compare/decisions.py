@@ -184,7 +184,7 @@ def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: 
     column = find_column(contrast.column, comparison.columns)
     choose_on = find_column(contrast.choose_on, comparison.columns)
     assert column is not None and choose_on is not None, "contrasts were checked when the comparison was read"
-    needs_covariate = contrast.kind == "slope" or contrast.adjusted or contrast.blocks != "all"
+    needs_covariate = contrast.kind == "slope" or contrast.degree > 0 or contrast.blocks != "all"
     blocks = list(comparison.blocks)
     if contrast.blocks != "all" and len(values) == len(blocks):
         blocks = halved(blocks, values, contrast.blocks)
@@ -202,12 +202,12 @@ def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: 
     if len(differences) < len(blocks) or len(blocks) < 2:
         return decision, None
     d, z = list(differences.values()), [values[block] for block in differences if needs_covariate]
-    if contrast.kind == "difference" and not contrast.adjusted:
+    if contrast.kind == "difference" and not contrast.degree:
         return decision, typical_mean(d)
-    if len(set(z)) < 2:  # nothing tells these blocks apart
+    if len(set(z)) < 2 + max(0, contrast.degree - 1):  # nothing tells these blocks apart
         return decision, None
-    if contrast.adjusted:
-        return decision, typical_mean((adjustment(np.array(z)) @ np.array(d)).tolist())
+    if contrast.degree:
+        return decision, typical_mean((adjustment(np.array(z), contrast.degree) @ np.array(d)).tolist())
     return decision, typical_slope(d, z)
 
 

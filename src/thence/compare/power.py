@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thence.compare.contrasts import LEAST_ADJUSTED, AssumedSpread, Contrast, Power, find_column
+from thence.compare.contrasts import AssumedSpread, Contrast, Power, find_column
 from thence.compare.decisions import ERROR, BlockId, Scored, scores_of
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import Column, Comparison, Measured, read_results
@@ -159,8 +159,8 @@ class _Simulated:
             (weights, same), shift = slope_weights(covariate, DRAWS), self.effect * covariate[:, None]
         else:
             weights, same, shift = sign_flips(blocks, DRAWS), 1, self.effect
-            if self.contrast.adjusted:
-                noise = adjustment(np.linspace(0, 1, blocks)) @ noise
+            if degree := self.contrast.degree:
+                noise = adjustment(np.linspace(0, 1, blocks), degree) @ noise
         bound = self.contrast.equal_within
         from_bound = bound if self.contrast.expect == "equal" and bound is not None else 0.0
         above, _ = one_sided(weights, noise + shift, from_bound, same)
@@ -178,13 +178,13 @@ class _Simulated:
 
 def _needed(shown: _Simulated, target: float, half: bool) -> int | None:
     """The fewest blocks of the whole comparison whose chance reaches the target."""
-    least = LEAST_ADJUSTED if shown.contrast.adjusted else 2
-    high = 4
+    least = shown.contrast.least_blocks
+    high = max(4, least)
     while high < MOST_BLOCKS and shown.wanted(high, SEARCHED) < target:
         high *= 2
     if high >= MOST_BLOCKS and shown.wanted(MOST_BLOCKS, SEARCHED) < target:
         return None
-    low = least - 1 if high == 4 else high // 2
+    low = least - 1 if high <= 5 else high // 2
     while high - low > 1:
         middle = (low + high) // 2
         enough = shown.wanted(middle, SEARCHED) >= target
@@ -262,8 +262,8 @@ def _spread(
     pairs = _pairs(scores, [_called(power, arm) for arm in arms], blocks, known, choose_on)
     if len(pairs) < 3:
         raise _missing("three blocks with all arms", contrast)
-    covariate = _covariate(recipe, power, pilot) if contrast.kind == "slope" or contrast.adjusted else {}
-    variance = _variance(pairs, covariate)
+    covariate = _covariate(recipe, power, pilot) if contrast.kind == "slope" or contrast.degree else {}
+    variance = _variance(pairs, covariate, max(1, contrast.degree))
     single, measured = _single(list(pairs.values()))
     luck = float(np.mean([single / (len(a.right) * a.samples) for a, _ in pairs.values()])) if measured else 0.0
     origin, problems = f"pilot, {len(pairs)} blocks", min(len(a.right) for a, _ in pairs.values())
@@ -294,15 +294,15 @@ def _pairs(
     return found
 
 
-def _variance(pairs: dict[BlockId, _Pair], covariate: dict[BlockId, float]) -> float:
-    """Of the pilot's differences; about their line where the covariate is known in enough blocks."""
+def _variance(pairs: dict[BlockId, _Pair], covariate: dict[BlockId, float], degree: int) -> float:
+    """Of the pilot's differences; about their line or curve where the covariate is known in enough blocks."""
     differences = {block: a.accuracy - b.accuracy for block, (a, b) in pairs.items()}
     known = [block for block in differences if block in covariate]
     z, d = np.array([covariate[block] for block in known]), np.array([differences[block] for block in known])
-    if len(known) < 4 or np.ptp(z) == 0:
+    if len(known) < degree + 3 or len(set(z.tolist())) <= degree:
         return float(np.var(list(differences.values()), ddof=1))
-    residual = d - np.polyval(np.polyfit(z, d, 1), z)
-    return float(residual @ residual) / (len(known) - 2)
+    residual = d - np.polyval(np.polyfit(z, d, degree), z)
+    return float(residual @ residual) / (len(known) - degree - 1)
 
 
 def _single(pairs: Sequence[_Pair]) -> tuple[float, bool]:

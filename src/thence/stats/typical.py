@@ -122,24 +122,27 @@ def typical_slope(differences: Sequence[float], covariate: Sequence[float]) -> T
     return Typical(float((z - z.mean()) @ d / ((z - z.mean()) @ (z - z.mean()))), np.sort(weights @ d), same)
 
 
-def adjustment(covariate: Numbers) -> Numbers:
-    """The matrix (block x block) that takes out of blocks' differences what a line in the covariate explains.
+def adjustment(covariate: Numbers, degree: int = 1) -> Numbers:
+    """The matrix (block x block) that takes out of blocks' differences what a line or curve in the covariate explains.
 
-    The differences keep their mean. What is left of each is divided by the root of 1 less its leverage, since a line
-    that was fitted lies too close to the blocks (J. MacKinnon and H. White, 1985). The mean is then that over blocks
-    with just these values of the covariate. Simulated, a 95% interval of :func:`typical_mean` of such differences
-    covers it in 94 to 97% of cases: 6 to 40 blocks, the same spread everywhere or a growing one, a line or a curve.
+    The differences keep their mean. What is left of each is divided by the root of 1 less its leverage, since a fitted
+    line lies too close to the blocks (J. MacKinnon and H. White, 1985). The mean is then that over blocks with just
+    these values of the covariate. Simulated, a 95% interval of :func:`typical_mean` of such differences covers it in 95
+    to 97% of cases where blocks spread alike, and in 92 to 95% where the spread grows 10-fold over the covariate (6 to
+    40 blocks, a line or a parabola; from 24 blocks on 94 to 96%).
 
     Args:
-        covariate: one a block, at least four of them, not the same in all.
+        covariate: one a block; at least ``degree`` + 3 blocks, and more than ``degree`` different values.
+        degree: 1: a line; 2: a parabola.
     """
-    n, centred = len(covariate), covariate - covariate.mean()
+    n, centred = len(covariate), (covariate - covariate.mean()) / np.ptp(covariate)
     mean = np.full((n, n), 1 / n)
-    hat = mean + np.outer(centred, centred) / (centred @ centred)
+    basis, _ = np.linalg.qr(np.vander(centred, degree + 1, increasing=True))
+    hat = basis @ basis.T
     left = 1 - np.diag(hat)
     # a block that alone decides the line has no rest
     scale = np.where(left > 1e-9, 1 / np.sqrt(np.maximum(left, 1e-9)), 0.0)
-    return mean + scale[:, None] * (np.eye(n) - hat)
+    return mean + (np.eye(n) - mean) @ (scale[:, None] * (np.eye(n) - hat))
 
 
 def slope_weights(covariate: Numbers, draws: int = DRAWS) -> tuple[Numbers, int]:

@@ -18,7 +18,7 @@ from thence.stats.trend import Crossing
 
 PER = 0.1
 """Slopes are said per ten points of the covariate."""
-_CSV = ("name", "says", "primary", "kind", "arm", "other", "split", "temperature", "blocks_used", "adjusted", "expect")
+_CSV = ("name", "says", "primary", "kind", "arm", "other", "split", "temperature", "blocks_used", "adjust", "expect")
 _CSV += ("equal_within", "blocks_planned", "blocks_finished", "verdict", "estimate", "low", "high", "p", "p_corrected")
 _CSV += ("p_equal", "p_equal_corrected", "smallest_p")
 
@@ -79,7 +79,7 @@ def p_text(p: float) -> str:
 def _counted(decision: DecidedContrast) -> Cell:
     """How many blocks, and what is done with them."""
     contrast = decision.contrast
-    done = "adj." if contrast.adjusted else "slope" if contrast.kind == "slope" else ""
+    done = "adj." if contrast.degree else "slope" if contrast.kind == "slope" else ""
     part = "" if contrast.blocks == "all" else contrast.blocks.split()[0]
     whole = decision.finished == decision.planned
     count = f"{decision.planned}" if whole else f"{decision.finished}/{decision.planned}"
@@ -114,8 +114,8 @@ def _notes(found: Statistics) -> list[str]:
     if any(d.contrast.kind == "slope" for d in decisions.contrasts):
         notes.append("Slope: points per 10 points of the covariate, tested by its permutation over blocks.")
     if any(d.contrast.kind != "slope" for d in decisions.contrasts):
-        adjusted = any(d.contrast.adjusted for d in decisions.contrasts)
-        said = " adj.: what a line in the covariate explains is taken out." if adjusted else ""
+        adjusted = any(d.contrast.degree for d in decisions.contrasts)
+        said = " adj.: what a line or parabola in the covariate explains is taken out." if adjusted else ""
         notes.append(f"Differences are tested by sign flips over blocks.{said}")
     for decision in decisions.contrasts:
         if decision.outcome == "not tested" and decision.finished < decision.planned:
@@ -260,7 +260,7 @@ def _asked(decision: DecidedContrast) -> dict[str, Any]:
         "split": decision.column.split,
         "temperature": decision.column.temperature,
         "blocks_used": contrast.blocks,
-        "adjusted": contrast.adjusted,
+        "adjust": contrast.adjust,
         "expect": contrast.expect,
         "equal_within": contrast.equal_within,
     }
