@@ -4,7 +4,7 @@
 
 One process with one thread, as the jobs of a comparison run. Processor time is measured (user and system), since wall
 time says little on a machine with neighbours. Each part is measured in turn, several times; the least is reported.
-Prints JSON; `--against FOLDER` measures another checkout of thence in alternating processes too, and gives the ratios.
+Prints JSON; `--against COMMIT` measures that commit too, in alternating processes, and gives the ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -122,16 +123,22 @@ def in_process(source: Path, model: str, repeats: int) -> dict[str, dict[str, An
     return json.loads(done.stdout)
 
 
-def compare(against: Path, model: str, repeats: int, pairs: int) -> dict[str, Any]:
-    """Both checkouts in alternating processes: the least processor time of each part, and before over after."""
+def compare(commit: str, model: str, repeats: int, pairs: int) -> dict[str, Any]:
+    """A commit and this checkout in alternating processes: the least processor time of each part, and their ratio."""
     found: dict[str, list[dict[str, dict[str, Any]]]] = {"before": [], "after": []}
-    for _ in range(pairs):
-        found["before"].append(in_process(against, model, repeats))
-        found["after"].append(in_process(ROOT, model, repeats))
-    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True)
+        try:
+            for _ in range(pairs):
+                found["before"].append(in_process(before, model, repeats))
+                found["after"].append(in_process(ROOT, model, repeats))
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
+    result: dict[str, Any] = {}
     for name in found["after"][0]:
-        before, after = (min(run[name]["processor seconds"] for run in found[side]) for side in ("before", "after"))
-        result[name] = {"before": before, "after": after, "before / after": round(before / after, 2)}
+        least = {side: min(run[name]["processor seconds"] for run in runs) for side, runs in found.items()}
+        result[name] = least | {"before / after": round(least["before"] / least["after"], 2)}
     return result
 
 
@@ -139,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="world:chain/rich")
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--against", type=Path, help="another checkout to compare with")
+    parser.add_argument("--against", metavar="COMMIT", help="a commit of thence to compare with")
     parser.add_argument("--pairs", type=int, default=3, help="of processes, with --against")
     parser.add_argument("--measure", action="store_true", help="only the times of this process")
     parser.add_argument("--out", type=Path)
