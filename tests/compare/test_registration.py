@@ -11,6 +11,7 @@ import pytest
 
 from tests.compare.small import Quiet, tables
 from tests.compare.test_bases import Recorder
+from tests.recipes import model_table
 from thence.cli import main
 from thence.compare import engine
 from thence.compare.collect import collect
@@ -119,6 +120,43 @@ def test_files_count_by_their_content_and_not_by_their_place(tmp_path: Path) -> 
     rows.write_text('{"question": "1+2?", "answer": "3"}\n')
     (change,) = differences_of(before, design_of(load_comparison(own)))
     assert change.field == "sft.data.source" and "rows.jsonl sha256:" in change.new[0]
+
+
+def trained(run: Path, weights: str) -> None:
+    """What a run leaves, as far as its model is concerned."""
+    model = run / "stages" / "sft" / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "model.safetensors").write_text(weights)
+    (run / "stages" / "sft" / "done.json").write_text("{}")
+    table = {"stages": ["sft"], "model": model_table(run), "data": {"source": ["world:chain"], "limit": 4}}
+    (run / "recipe.toml").write_text(to_toml({"name": "run", **table, "sft": {"steps": 1}}))
+
+
+@pytest.mark.parametrize("path", ["run{seed}:sft", "run1:sft", "run{seed}/stages/sft/model"])
+def test_a_base_that_a_run_has_trained_counts_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    designs = []
+    for place, weights in (("a", "1"), ("b", "1"), ("b", "2")):
+        folder = tmp_path / place
+        for seed in (0, 1, 100):
+            trained(folder / f"run{seed}", weights if seed == 1 else "0")
+        designs.append(design_of(load_comparison(small(folder, bases={"small": {"path": str(folder / path)}}))))
+    first, moved, other = designs
+    assert differences_of(first, moved) == ()
+    (change,) = differences_of(moved, other)
+    assert change.field == ("bases.small.path.1" if "{seed}" in path else "bases.small.path")
+    monkeypatch.chdir(tmp_path)
+    hub = {"small": {"path": "owner/base-{seed}"}}
+    assert design_of(load_comparison(small(tmp_path, bases=hub)))["bases"]["small"]["path"] == "owner/base-{seed}"
+
+
+def test_a_name_that_is_empty_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = small(tmp_path, sft={"lr": 1e-2, "batch": 8, "epochs": 2, "data": {"limit": 16, "template": ""}})
+    before = design_of(load_comparison(own))
+    (tmp_path / "another").write_text("file")
+    assert differences_of(before, design_of(load_comparison(own))) == ()
 
 
 def test_a_registration_is_written_before_any_run_and_is_not_written_twice(

@@ -85,6 +85,44 @@ def test_heads_are_turned_as_in_torch(head_size, tokens):
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16])
+def other_default_numbers(request):
+    """Type of the numbers that torch makes where none is named; the tensors at hand are float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+def test_kernels_make_float32_numbers_whatever_torch_makes_by_default(other_default_numbers):
+    kernels, decoding = layer.layer_kernels(8), decode.decode_kernels(8)
+    x = torch.linspace(-1, 1, 37 * 40, dtype=torch.float32).view(37, 40)
+    _, _, of_weight = slopes(lambda a, b: kernels.norm(a, b, 1e-5), (x, 1 + x[0]), x)
+    _, _, expected = slopes(lambda a, b: torch.nn.functional.rms_norm(a, (40,), b, 1e-5), (x, 1 + x[0]), x)
+    torch.testing.assert_close(of_weight, expected, rtol=2e-5, atol=2e-5)
+    gate, up = x.chunk(2, 1)
+    torch.testing.assert_close(decoding.swiglu(x), torch.nn.functional.silu(gate) * up)
+    heads = x.view(37, 5, 8)
+    out = packed_causal_attention(heads, heads, heads, (30, 7), 0.3)
+    wide = heads.double()
+    exact = packed_causal_attention(wide, wide, wide, (30, 7), 0.3)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-5, atol=2e-5)
+
+
+def test_a_second_derivative_is_refused_and_never_silently_wrong():
+    kernels, x = layer.layer_kernels(8), torch.linspace(-1, 1, 48).view(3, 2, 8).requires_grad_()
+    angle = torch.linspace(0, 1, 12).view(3, 4).repeat(1, 2)
+    for function in (
+        lambda a: kernels.norm(a, torch.ones(8), 1e-5),
+        lambda a: kernels.gated(a, a),
+        lambda a: kernels.turned(a, angle.cos(), angle.sin()),
+        lambda a: packed_causal_attention(a, a, a, (2, 1), 0.3),
+    ):
+        out = (function(x) * x).sum()
+        with pytest.raises(RuntimeError, match="THENCE_KERNELS=off"):
+            torch.autograd.grad(out, x, create_graph=True)
+
+
 def test_the_gradient_of_a_norm_does_not_follow_from_the_threads():
     kernels, generator = layer.layer_kernels(8), torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(301, 64, generator=generator) for _ in range(2))

@@ -128,3 +128,62 @@ def test_a_gate_that_is_not_silu_is_left_alone(calls):
     loss, _ = step_of(roughened("llama", hidden_act="gelu"), rows, True)
     assert not calls["gated"] and calls["norm"]
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+class NarrowLinear(torch.nn.Linear):
+    """As a quantized projection may: it gives other numbers than it takes."""
+
+    def forward(self, x):
+        return super().forward(x).to(torch.bfloat16)
+
+
+def test_queries_that_are_not_float32_are_turned_by_torch(calls):
+    model, rows = roughened("llama"), rows_of(LENGTHS)
+    for block in model.model.layers:
+        block.self_attn.q_proj.__class__ = NarrowLinear
+    expected, _ = plain(model, rows)
+    model.zero_grad()
+    loss, _ = step_of(model, rows, True)
+    assert not calls["turned"] and calls["norm"]
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_heads_of_another_size_than_the_first_layers_are_turned_by_torch(calls):
+    model, other = roughened("llama"), roughened("llama", head_dim=16)
+    block, (cos, sin) = other.model.layers[0].self_attn, (torch.ones(1, 9, 16), torch.zeros(1, 9, 16))
+    both = torch.nn.ModuleList([model, block])
+    x = torch.linspace(-1, 1, 9 * 32).view(1, 9, 32)
+    with quick_layers(block, packed_attention):
+        expected, _ = block(x, (cos, sin), packed_lengths=(5, 4))
+    calls["turned"] = 0
+    with quick_layers(both, packed_attention):
+        found, _ = block(x, (cos, sin), packed_lengths=(5, 4))
+    assert not calls["turned"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("what", ["replaced", "looked at"])
+def test_a_gate_that_is_replaced_or_looked_at_is_called(what, calls):
+    model, rows, seen = roughened("llama"), rows_of(LENGTHS), []
+    for block in model.model.layers:
+        if what == "replaced":
+            block.mlp.act_fn = torch.nn.GELU()
+        block.mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    step_of(model, rows, True)
+    before = len(seen)
+    with attending(model, True):
+        ids = torch.arange(1, 9)[None]
+        model.model(input_ids=ids, position_ids=torch.arange(8)[None], packed_lengths=(8,))
+    assert len(seen) == before + len(model.model.layers)
+    assert calls["norm"] and not calls["gated"]
+
+
+def test_a_gate_that_is_replaced_after_the_check_is_called(calls):
+    model, rows = roughened("llama"), rows_of(LENGTHS)
+    step_of(model, rows, True)
+    for block in model.model.layers:
+        block.mlp.act_fn = torch.nn.GELU()
+    expected, _ = plain(model, rows)
+    model.zero_grad()
+    loss, _ = step_of(model, rows, True)
+    assert loss == pytest.approx(expected, rel=1e-5)

@@ -7,7 +7,7 @@ a recipe that pretrains a base by the hash of what it trains, so that they may b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,12 +28,15 @@ from thence.compare.result import RESULTS, SUMMARY, read_results, write_results
 from thence.errors import UserError
 from thence.pipeline.folder import git_commit
 from thence.redaction import redacted_values
+from thence.train.run_models import BASE, base_of_run, find_trained, run_of
 
 _FOR_THE_READER = {"name", "description", "folder", "sections", "registered"}
 _OF_ITEMS = {"title", "group", "note", "paper"}
 """Fields of an arm, of the covariate and of a contrast that only the reader sees."""
 _PATHS = {"source", "template", "path", "tokenizer", "reward", "pilot"}
 """Fields that may name a file, wherever they stand."""
+_MODELS = {"path", "tokenizer"}
+"""Those that may name what a run has trained."""
 _DIGITS = 16
 _SHOWN = 12  # fields that an error lists
 
@@ -56,7 +59,22 @@ def design_of(recipe: ComparisonRecipe, sparse: bool = False) -> dict[str, Any]:
     for name, base in recipe.bases.items():
         if base.recipe is not None:
             design["bases"][name]["recipe"] = _recipe_content(base)
+        elif "{seed}" in str(base.path):
+            design["bases"][name]["path"] = _contents_by_seed(str(base.path), _seeds_that_start(recipe, name))
     return redacted_values(design)
+
+
+def _seeds_that_start(recipe: ComparisonRecipe, base: str) -> list[int]:
+    """The seeds that may start from a base, those of tuning included."""
+    tuned = any(arm.grid for arm in recipe.arms.values()) and recipe.tuned_base(base) == base
+    return [*recipe.seeds_of(base), *(recipe.tuning.seeds if tuned else ())]
+
+
+def _contents_by_seed(path: str, seeds: Iterable[int]) -> str | dict[str, str]:
+    """The content of each seed's model; the path itself where none is a folder or a run's."""
+    paths = {str(seed): path.replace("{seed}", str(seed)) for seed in seeds}
+    contents = {seed: _content(name, "path") for seed, name in paths.items()}
+    return path if contents == paths else contents
 
 
 def _judged(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,20 +98,35 @@ def _with_contents(value: Any, field: str = "") -> Any:
         return {key: _with_contents(inner, str(key).rpartition(".")[2]) for key, inner in value.items()}
     if isinstance(value, list):
         return [_with_contents(inner, field) for inner in value]
-    return _content(value) if isinstance(value, str) and field in _PATHS else value
+    return _content(value, field) if isinstance(value, str) and field in _PATHS else value
 
 
-def _content(name: str) -> str:
-    """A file's or folder's last name with a hash of its content; any other name as it is."""
+def _content(name: str, field: str = "") -> str:
+    """The last name of a file, a folder or a run's model with a hash of its content; any other name as it is."""
+    if not name:  # the path of nothing would be the current folder
+        return name
     try:
         if (path := Path(name).expanduser()).exists():
             return f"{path.name} sha256:{_hash(path)}"
         file, colon, function = name.rpartition(":")
         if colon and (path := Path(file).expanduser()).is_file():  # FILE.py:FUNCTION
             return f"{path.name} sha256:{_hash(path)}:{function}"
+        if field in _MODELS and (model := _model_of_a_run(name)) is not None:  # RUN:STAGE@STEP
+            return f"{Path(name).name} sha256:{_hash(model)}"
     except OSError:  # too long for a name: a template's text
         pass
     return name
+
+
+def _model_of_a_run(name: str) -> Path | None:
+    """The folder of the weights that a run has trained, or started from; None: the name is no run's, or it has none."""
+    try:
+        if name.endswith(f":{BASE}"):
+            start = base_of_run(name)
+            return Path(start).expanduser() if start is not None and Path(start).expanduser().is_dir() else None
+        return find_trained(name).folder if run_of(name)[0] is not None else None
+    except UserError:
+        return None
 
 
 def _hash(path: Path) -> str:

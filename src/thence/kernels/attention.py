@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from thence.kernels.build import load_library
+from thence.kernels.build import load_library, refuse_second_derivatives
 from thence.kernels.numbers import plain_numbers
 
 
@@ -100,6 +100,7 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs):
+        refuse_second_derivatives()
         query, key, value, starts, out, logsum = ctx.saved_tensors
         library = _library(query.shape[2])
         assert library is not None
@@ -111,7 +112,7 @@ def _forward(
     library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of each query's denominator. Raises MemoryError."""
-    out, logsum = torch.empty_like(query), torch.empty(query.shape[:2])
+    out, logsum = torch.empty_like(query), query.new_empty(query.shape[:2])
     places = (x.data_ptr() for x in (query, key, value, starts, out, logsum))
     if library.attention_forward(*places, len(starts) - 1, query.shape[1], key.shape[1], scale):
         raise MemoryError("no memory for the attention of packed rows")

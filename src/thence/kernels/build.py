@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from thence.errors import first_line
 from thence.files import flush
 
@@ -69,6 +71,18 @@ def load_library(source: str, head_size: int, test: Test) -> ctypes.CDLL | None:
         _failed[source] = first_line(error)
         log.warning("%s cannot be used: %s; running in plain torch, which is slower", source, _failed[source])
         return None
+
+
+def refuse_second_derivatives() -> None:
+    """Called in a backward pass. Raises RuntimeError where it is to be differentiated again (``create_graph``).
+
+    What C computes leaves no graph: a second derivative would silently lack its part.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the C kernels have no second derivatives; set the environment variable THENCE_KERNELS=off, or packing = "
+            "false, to differentiate a gradient"
+        )
 
 
 def kernel_facts() -> str:

@@ -57,7 +57,7 @@ class DecodeKernels:
         """
         rows, (_, kv, blocks, head_size, _) = len(qkv), keys.shape
         heads = qkv.shape[1] // head_size - 2 * kv
-        out = torch.empty(rows, heads * head_size)
+        out = qkv.new_empty(rows, heads * head_size)
         places = (t.data_ptr() for t in (qkv, keys, values, cos, sin, place, first, out))
         if self._attend(*places, rows, heads, kv, blocks, column, head_size**-0.5):
             raise MemoryError("no memory for the scores of a decoding step")
@@ -72,7 +72,7 @@ class DecodeKernels:
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) * up`` of rows that hold gate and up side by side."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width)
+        out = gate_up.new_empty(rows, width)
         self._swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width)
         return out
 

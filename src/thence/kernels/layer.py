@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from thence.kernels.build import load_library
+from thence.kernels.build import load_library, refuse_second_derivatives
 from thence.kernels.numbers import plain_numbers
 
 PARTS = 16
@@ -53,7 +53,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: ctypes.CDLL) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y, width = torch.empty_like(x), x.shape[-1]
-        inverse = torch.empty(x.numel() // width)
+        inverse = x.new_empty(x.numel() // width)
         library.norm_forward(*_places(x, weight, y, inverse), len(inverse), width, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.library = library
@@ -61,9 +61,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         x, weight, inverse = ctx.saved_tensors
         grad, dx = grad_outputs[0].contiguous(), torch.empty_like(x)
-        dweight = torch.zeros(PARTS, len(weight))
+        dweight = x.new_zeros(PARTS, len(weight))
         places = _places(x, weight, inverse, grad, dx, dweight)
         ctx.library.norm_backward(*places, len(inverse), len(weight), PARTS)
         return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None, None
@@ -81,6 +82,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         gate, up = ctx.saved_tensors
         grad, dgate, dup = grad_outputs[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
         ctx.library.gate_backward(*_places(gate, up, grad, dgate, dup), gate.numel())
@@ -99,6 +101,7 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         grad = grad_outputs[0].contiguous()
         back = torch.empty_like(grad)
         ctx.library.turn_heads(*_places(grad, *ctx.saved_tensors, back), *grad.shape[:2], -1.0)

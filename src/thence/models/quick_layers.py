@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from thence.kernels.layer import LayerKernels, layer_kernels
+from thence.kernels.layer import LayerKernels, layer_kernels, plainly_turned
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 Forward = Callable[..., Any]
@@ -78,12 +79,19 @@ def _norm(module: Any, before: Forward, kernels: LayerKernels) -> Forward:
     return forward
 
 
+def _is_silu(gate: Any) -> bool:
+    """Whether a gate is what its configuration says: nobody has replaced it or looks into it."""
+    hooked = any((gate._forward_hooks, gate._forward_pre_hooks, gate._backward_hooks, gate._backward_pre_hooks))
+    return type(gate) in (nn.SiLU, type(ACT2FN["silu"])) and not hooked
+
+
 def _mlp(module: Any, before: Forward, kernels: LayerKernels) -> Forward:
     def forward(x: Tensor) -> Tensor:
         if not _plain(x):
             return before(x)
         gate, up = module.gate_proj(x), module.up_proj(x)
-        return module.down_proj(kernels.gated(gate, up) if _plain(gate, up) else module.act_fn(gate) * up)
+        known = _plain(gate, up) and _is_silu(module.act_fn)
+        return module.down_proj(kernels.gated(gate, up) if known else module.act_fn(gate) * up)
 
     return forward
 
@@ -106,7 +114,9 @@ def _attention(module: Any, before: Forward, kernels: LayerKernels, attend: Atte
         q, k, v = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
         q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
         cos, sin = (x[0] for x in position_embeddings)
-        q, k = (kernels.turned(x, cos, sin) for x in (q, k))
+        # a layer may have heads of another size, and a quantized projection numbers of another type
+        known = _plain(q, k, cos, sin) and cos.shape == sin.shape == (shape[0], kernels.head_size)
+        q, k = ((kernels.turned if known else plainly_turned)(x, cos, sin) for x in (q, k))
         dropout = module.attention_dropout if module.training else 0.0
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
         out, weights = attend(module, *heads, attention_mask, scaling=module.scaling, dropout=dropout, **kwargs)

@@ -146,8 +146,8 @@ class LlamaDecoder:
         blocks = -(-columns // LANE)
         keys = (columns, self.head_size) if self.kernels is None else (blocks, self.head_size, LANE)
         return (
-            torch.empty(rows, self.kv_heads, *keys, device=self.device),
-            torch.empty(rows, self.kv_heads, blocks * LANE, self.head_size, device=self.device),
+            self.cos.new_empty(rows, self.kv_heads, *keys),
+            self.cos.new_empty(rows, self.kv_heads, blocks * LANE, self.head_size),
         )
 
     def _qkv(self, layer: Layer, x: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class LlamaDecoder:
             return
         column = torch.arange(self.cos.shape[0], device=self.device)
         hidden = column < self.padding_B[:, None]
-        self.mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))[:, None, None]
+        self.mask = self.cos.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
 def _ready(layer: Any) -> Layer:
