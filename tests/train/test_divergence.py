@@ -180,6 +180,7 @@ def test_every_json_text_goes_through_one_function() -> None:
         "framed.py": "between processes: a score or log-probability of NaN is told to the parent, which refuses it",
         "compare/plan.py": "keys of settings, whose numbers are finite",
         "compare/collect.py": "keys of settings, whose numbers are finite",
+        "compare/registration.py": "the form that is hashed, in which what is not finite is text",
         "evaluate/endpoint.py": "a request, whose numbers are finite",
         "recipe/reading.py": "a name in a remedy",
         "verify/own_function.py": "between processes: names",
