@@ -267,6 +267,28 @@ def test_a_registration_that_was_changed_by_hand_is_refused(tmp_path: Path, what
         read_results(tmp_path / "comparison")
 
 
+JUDGED_BY = {
+    "reference": lambda r: r.update(reference="rl"),
+    "covariate": lambda r: r["covariate"].update(arm="sft"),
+    "contrasts": lambda r: r["contrasts"][0].update(expect="lower"),
+    "seeds of the bases": lambda r: r["base_seeds"].update(small=[0]),
+    "bases": lambda r: r["bases"].clear(),
+}
+
+
+@pytest.mark.parametrize("what", JUDGED_BY)
+def test_results_that_are_judged_otherwise_than_registered_are_refused(tmp_path: Path, what: str) -> None:
+    contrasts = [{"name": "c", "arm": "sft", "other": "broken", "expect": "higher", "primary": True}]
+    register(tmp_path, contrasts=contrasts, covariate={"arm": "base"})
+    assert kept(tmp_path)
+    path = tmp_path / "comparison" / RESULTS
+    plain = json.loads(path.read_text())
+    JUDGED_BY[what](plain)
+    path.write_text(json.dumps(plain))
+    with pytest.raises(DamagedFile, match=rf"judged by \(.*{what}\) is not"):
+        read_results(tmp_path / "comparison")
+
+
 def test_what_was_finished_before_cannot_be_registered(tmp_path: Path) -> None:
     summary = tmp_path / "comparison" / "runs" / "small" / "seed1" / "sft-00000000" / "summary.json"
     summary.parent.mkdir(parents=True)

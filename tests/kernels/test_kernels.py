@@ -109,6 +109,14 @@ def test_kernels_make_float32_numbers_whatever_torch_makes_by_default(other_defa
     torch.testing.assert_close(out.double(), exact, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("mode", ["inference", "autocast"])
+def test_a_first_use_in_another_mode_of_torch_finds_the_kernels(mode):
+    head_size = {"inference": 22, "autocast": 26}[mode]  # of no other test, so that it is the first use
+    with torch.inference_mode() if mode == "inference" else torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.layer_kernels(head_size) is not None
+        assert attention._library(head_size) is not None
+
+
 def test_a_second_derivative_is_refused_and_never_silently_wrong():
     kernels, x = layer.layer_kernels(8), torch.linspace(-1, 1, 48).view(3, 2, 8).requires_grad_()
     angle = torch.linspace(0, 1, 12).view(3, 4).repeat(1, 2)

@@ -173,6 +173,22 @@ def test_what_the_fast_decoder_leaves_out_goes_through_transformers(family: str)
     assert not is_plain_llama(make_model(family))
 
 
+@pytest.mark.parametrize("what", ["hook", "forward"])
+def test_a_layer_that_is_changed_after_the_check_is_heard(what: str) -> None:
+    model = make_model("llama")
+    prompts, seeds = mixed_prompts(6)
+    before = sample(model, prompts, seeds, Sampling(max_tokens=8))
+    mlp = model.model.layers[0].mlp
+    if what == "hook":
+        mlp.register_forward_hook(lambda module, given, out: 3 * out)
+    else:
+        own = mlp.forward
+        mlp.forward = lambda x: 3 * own(x)
+    responses = sample(model, prompts, seeds, Sampling(max_tokens=8))
+    assert tokens_of(responses) != tokens_of(before)
+    assert largest_difference(responses, trainer_logps(model, prompts, responses, 1.0)) < 1e-4
+
+
 def test_other_weights_than_float32_go_through_transformers(tiny_model: Any) -> None:
     model = tiny_model(torch.float64, "llama", 0)
     assert not is_plain_llama(model)

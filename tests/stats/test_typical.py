@@ -162,6 +162,11 @@ def test_what_cannot_be_tested_is_refused() -> None:
         typical_mean([])
     with pytest.raises(ValueError, match="two blocks"):
         typical_slope([0.1, 0.2], [0.5, 0.5])
+    for numbers in ([0.1, np.nan, 0.2], [0.1, np.inf, 0.2]):
+        with pytest.raises(ValueError, match="not finite"):
+            typical_mean(numbers)
+        with pytest.raises(ValueError, match="not finite"):
+            typical_slope([0.1, 0.2, 0.3], numbers)
 
 
 def test_many_tests_at_once_are_the_single_ones() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,37 @@ def what_was_altered(registration: Registration) -> str:
             return f"the fields of amendment {number} are not those in which the designs before and after it differ"
         before = amendment.design
     return ""
+
+
+def what_is_not_registered(
+    design: Mapping[str, Any],
+    reference: str,
+    covariate: Mapping[str, Any],
+    contrasts: Sequence[Mapping[str, Any]],
+    seeds: Mapping[str, Sequence[int]],
+) -> str:
+    """Which of the fields that kept results are judged by is not the registered one; empty: none.
+
+    A design says nothing of fields that a later version has added, so only those that it has are compared.
+
+    Args:
+        design: in force.
+        seeds: of each base.
+    """
+    shared = design.get("seeds")
+    planned = {base: table.get("seeds", shared) for base, table in design.get("bases", {}).items()}
+    held = {"reference": reference, "covariate": covariate, "contrasts": list(contrasts), "seeds of the bases": seeds}
+    asked = {"covariate": {}, "contrasts": [], **design, "seeds of the bases": planned}
+    return next((name for name, value in held.items() if not _has(_plain(value), _plain(asked.get(name)))), "")
+
+
+def _has(held: Any, asked: Any) -> bool:
+    """Whether a value is the one asked for, or a table with all its fields."""
+    if isinstance(asked, Mapping) and isinstance(held, Mapping) and asked:
+        return all(_has(held.get(key), value) for key, value in asked.items())
+    if isinstance(asked, list) and isinstance(held, list):
+        return len(asked) == len(held) and all(map(_has, held, asked))
+    return asked is None or json.dumps(held) == json.dumps(asked)
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thence.compare.registration import Registration, what_was_altered
+from thence.compare.registration import Registration, what_is_not_registered, what_was_altered
 from thence.errors import DamagedFile, UserError
 from thence.files import finite, keep_damaged, write_atomically
 from thence.records import Record, read_record
@@ -282,7 +282,7 @@ def read_results(folder: Path) -> Comparison:
         found = read_record(path, Comparison, remedy=remedy)
     except FileNotFoundError:
         raise UserError("no comparison has left its results here", remedy="run `thence compare`", file=path) from None
-    if found.registration is not None and (wrong := what_was_altered(found.registration)):
+    if wrong := _not_as_registered(found):
         raise DamagedFile(
             f"the registration was changed by hand: {wrong}",
             remedy="put the file back as thence wrote it (git checkout, a backup); a design is changed in the "
@@ -291,6 +291,17 @@ def read_results(folder: Path) -> Comparison:
             field="registration",
         )
     return found
+
+
+def _not_as_registered(found: Comparison) -> str:
+    """What does not fit the registered design; empty: all does, or there is none."""
+    if (kept := found.registration) is None:
+        return ""
+    if wrong := what_was_altered(kept):
+        return wrong
+    seeds = {base: found.seeds_of(base) for base in found.bases}
+    field = what_is_not_registered(kept.in_force, found.reference, found.covariate, found.contrasts, seeds)
+    return f"what the results are judged by ({field}) is not what the design has" if field else ""
 
 
 def write_results(folder: Path, comparison: Comparison) -> None:

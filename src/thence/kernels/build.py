@@ -138,7 +138,10 @@ def _tested(source: str, head_size: int, test: Test, folder: Path) -> ctypes.CDL
         library = kept or _build(source, head_size, found, folder, stem)
         try:
             loaded = ctypes.CDLL(str(library))
-            if test(head_size, loaded):
+            # the first use may be in a mode that changes what torch gives, or forbids gradients
+            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+                agrees = test(head_size, loaded)
+            if agrees:
                 return loaded
             why = "its results are not torch's"
         except (OSError, AttributeError) as error:  # AttributeError: a function is missing

@@ -26,7 +26,8 @@ CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 def is_plain_llama(model: Any) -> bool:
     """Whether the model is of the family and uses nothing that this decoder leaves out.
 
-    The decoder reads weights, not modules: an adapter, a parametrization or a quantized layer would be passed over.
+    The decoder reads weights, not modules: an adapter, a parametrization, a quantized layer or a hook would be passed
+    over.
     """
     config = model.config
     if config.model_type not in FAMILIES or type(model).__name__ not in CLASSES:
@@ -44,7 +45,14 @@ def is_plain_llama(model: Any) -> bool:
         and (config.rope_parameters or {}).get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
         and all(type(module) in (nn.Linear, nn.Embedding) for module in _read_from(model))
         and all(p.dtype == torch.float32 for p in model.parameters())
+        and not any(_is_changed(part) for layer in model.model.layers for part in layer.modules())
+        and not any(_is_changed(part) for part in (model.model.norm, model.lm_head))
     )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module that change or see what it gives, or has replaced its forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _read_from(model: Any) -> list[nn.Module]:

@@ -94,11 +94,12 @@ def typical_mean(differences: Sequence[float]) -> Typical:
         differences: one a block, at least one.
 
     Raises:
-        ValueError: none.
+        ValueError: none, or one that is not finite.
     """
     if not differences:
         raise ValueError("the mean of no blocks")
     d = np.asarray(differences, dtype=np.float64)
+    _check_finite(d)
     d = d[np.lexsort((d, np.abs(d)))]  # draws are of places, and a block's must not depend on the order given
     flips = sign_flips(len(d))
     return Typical(float(d.mean()), np.sort(flips @ d), 1)
@@ -111,15 +112,22 @@ def typical_slope(differences: Sequence[float], covariate: Sequence[float]) -> T
         differences, covariate: one a block, in the same order.
 
     Raises:
-        ValueError: fewer than two blocks, or a covariate that is the same in all.
+        ValueError: fewer than two blocks, a covariate that is the same in all, or a number that is not finite.
     """
     d, z = np.asarray(differences, dtype=np.float64), np.asarray(covariate, dtype=np.float64)
+    _check_finite(d, z)
     if len(d) < 2 or np.ptp(z) == 0:
         raise ValueError("a slope needs two blocks that the covariate tells apart")
     order = np.lexsort((d, z))
     d, z = d[order], z[order]
     weights, same = slope_weights(z)
     return Typical(float((z - z.mean()) @ d / ((z - z.mean()) @ (z - z.mean()))), np.sort(weights @ d), same)
+
+
+def _check_finite(*numbers: Numbers) -> None:
+    """Raise ValueError for NaN and infinity: no typical value would count as extreme, and p would be the smallest."""
+    if not all(np.isfinite(each).all() for each in numbers):
+        raise ValueError("a block's number is not finite")
 
 
 def adjustment(covariate: Numbers, degree: int = 1) -> Numbers:

@@ -6,6 +6,7 @@ A split knows some parameters and no others. One that it does not know is refuse
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from itertools import islice
@@ -143,6 +144,9 @@ def _given(source: str, text: str) -> dict[str, Any]:
 
 
 def _number(text: str) -> float | str:
+    """A number as such. Python would read 0_1 as 1 and skip blanks: these stay text, and are refused."""
+    if not re.fullmatch(r"[+\-.0-9eE]+|nan|inf", text):
+        return text
     try:
         return float(text)
     except ValueError:
