@@ -199,4 +199,4 @@ def test_a_dry_run_shows_tuning_and_blocks(tmp_path: Path, capsys: pytest.Captur
 def test_the_results_are_read_back_with_the_seeds_of_every_base(done) -> None:
     folder, result, _ = done
     assert read_results(folder / "comparison") == result
-    assert result.seeds_of("weak") == (3,) and result.planned_blocks == [("weak", 3), ("strong", 4)]
+    assert result.seeds_of("weak") == (3,) and result.blocks == (("weak", 3), ("strong", 4))

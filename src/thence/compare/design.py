@@ -194,7 +194,7 @@ def finished_runs(planner: Planner) -> int:
     folder, found, blocks = planner.folder, set(), set(planner.recipe.blocks())
     if (folder / RESULTS).exists():
         kept = read_results(folder)
-        found, blocks = {run.folder for run in kept.runs}, blocks | set(kept.planned_blocks)
+        found, blocks = {run.folder for run in kept.runs}, blocks | set(kept.blocks)
     for base, seed in blocks:
         summaries = (folder / "runs" / base / f"seed{seed}").glob(f"*/{SUMMARY}")
         found |= {str(summary.parent.relative_to(folder)) for summary in summaries}

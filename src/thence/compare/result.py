@@ -235,14 +235,9 @@ class Comparison(Record):
         """The bases with reported runs; others are only tuned on."""
         return [base for base in self.bases if self.seeds_of(base)]
 
-    @property
-    def planned_blocks(self) -> list[tuple[str, int]]:
-        """Every base with every seed of it that is to be reported."""
-        return [(base, seed) for base in self.bases for seed in self.seeds_of(base)]
-
     def planned_on(self, base: str) -> int:
         """How many blocks a base has; of :data:`ALL_BASES`, how many there are."""
-        return len(self.planned_blocks) if base == ALL_BASES else len(self.seeds_of(base))
+        return len(self.blocks) if base == ALL_BASES else len(self.seeds_of(base))
 
     def runs_of(self, arm: str, base: str) -> list[Run]:
         """The finished runs of an arm on a base, by seed; on :data:`ALL_BASES`, base by base."""

@@ -130,7 +130,7 @@ def notes(statistics: Statistics) -> list[str]:
     found += budget_notes(comparison)
     if comparison.is_pooled:
         found.append(
-            f"Means, intervals and differences are over {len(comparison.planned_blocks)} blocks, each one base with "
+            f"Means, intervals and differences are over {len(comparison.blocks)} blocks, each one base with "
             "one seed. Their spread is that of bases and seeds together."
         )
     elif any(e.seeds == 1 for e in statistics.estimates.values()):
@@ -174,7 +174,7 @@ def unit(base: str) -> str:
 
 def base_title(statistics: Statistics, base: str) -> str:
     """The heading of what is shown of a base, or of all of them."""
-    planned = len(statistics.comparison.planned_blocks)
+    planned = len(statistics.comparison.blocks)
     whole = (
         f"Mean over the blocks so far, of {planned}" if statistics.comparison.pending else f"Mean over {planned} blocks"
     )
