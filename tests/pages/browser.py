@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,14 @@ class Visit:
     def text(self, selector: str) -> str:
         """The text of the first element that fits."""
         return self.page.locator(selector).first.inner_text()
+
+
+def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for what a page does after a click: charts, opened details and links act a moment later."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"the page did not do this within {seconds} seconds"
+        time.sleep(0.02)
 
 
 @contextmanager

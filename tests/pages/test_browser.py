@@ -13,7 +13,7 @@ import pytest
 
 from tests.audit.made_reports import dropping
 from tests.pages import test_comparison as compared
-from tests.pages.browser import chromium, visit
+from tests.pages.browser import chromium, until, visit
 from tests.pages.made_pages import evaluation_page, run_folder
 from thence.compare.result import read_results
 from thence.compare.statistics import statistics
@@ -106,18 +106,15 @@ def test_buttons_and_the_wheel_zoom_and_show_all_again(browser: Any, pages: dict
         panel = found.page.locator(".panel").first
         panel.hover()
         panel.get_by_role("button", name="Zoom in").click()
-        found.page.wait_for_timeout(100)
-        nearer = ticks(found)
+        until(lambda: ticks(found) != whole)
         panel.get_by_role("button", name="Show all").click()
-        found.page.wait_for_timeout(100)
-        assert nearer != whole and ticks(found) == whole
+        until(lambda: ticks(found) == whole)
         box = panel.locator(".chart").bounding_box()
         found.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         found.page.keyboard.down("Control")
         found.page.mouse.wheel(0, -400)
         found.page.keyboard.up("Control")
-        found.page.wait_for_timeout(100)
-        assert ticks(found) != whole
+        until(lambda: ticks(found) != whole)
 
 
 def lines(found: Any) -> int:
@@ -132,14 +129,11 @@ def test_a_run_is_switched_off_and_on_and_shown_alone(browser: Any, pages: dict[
         keys = found.page.locator("figure.charts").first.locator(".keys button")
         assert keys.all_inner_texts() == ["first", "second"] and lines(found) == 2
         keys.first.click()
-        found.page.wait_for_timeout(100)
-        assert lines(found) == 1 and keys.first.get_attribute("aria-pressed") == "false"
+        until(lambda: lines(found) == 1 and keys.first.get_attribute("aria-pressed") == "false")
         keys.first.click(modifiers=["Shift"])
-        found.page.wait_for_timeout(100)
-        assert lines(found) == 1 and keys.nth(1).get_attribute("aria-pressed") == "false"
+        until(lambda: lines(found) == 1 and keys.nth(1).get_attribute("aria-pressed") == "false")
         keys.first.click(modifiers=["Shift"])
-        found.page.wait_for_timeout(100)
-        assert lines(found) == 2
+        until(lambda: lines(found) == 2)
 
 
 @pytest.mark.slow
@@ -179,8 +173,7 @@ def test_one_base_is_shown_at_a_time(browser: Any, pages: dict[str, Path]):
         found.page.locator(".switch button", has_text="poor").click()
         assert shown.all_inner_texts() == ["poor"]
         chart = found.page.locator("section.dynamics .of-base:not([hidden]) .chart svg").first
-        found.page.wait_for_timeout(200)
-        assert chart.bounding_box()["width"] > 200
+        until(lambda: (chart.bounding_box() or {"width": 0})["width"] > 200)
         found.page.locator(".switch button", has_text="all").click()
         assert shown.all_inner_texts() == ["rich", "poor"]
 
@@ -259,7 +252,7 @@ def test_the_tokens_of_a_sample_are_coloured_by_what_training_made_of_them(brows
         found.page.locator("[name=weighed]").select_option("kept")
         found.page.locator(".sample summary").first.click()
         tokens = found.page.locator(".told span")
-        assert tokens.all_inner_texts() == ["a=", "<b>", "12"]
+        until(lambda: tokens.all_inner_texts() == ["a=", "<b>", "12"])
         shares = tokens.evaluate_all("spans => spans.map(s => s.style.getPropertyValue('--share'))")
         assert shares == ["35%", "70%", "0%"]
         tones = tokens.evaluate_all("spans => spans.map(s => getComputedStyle(s).backgroundColor)")
