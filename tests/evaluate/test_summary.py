@@ -19,7 +19,7 @@ from thence.evaluate.run import regrade
 from thence.evaluate.store import Store
 from thence.evaluate.suites import Task
 from thence.evaluate.summary import compare_evaluations, summarise
-from thence.pages.evaluation.tables import comparison_tables, letters, p_value
+from thence.pages.evaluation.tables import comparison_tables, letters, notes, p_value
 from thence.stats.multiplicity import holm
 
 
@@ -31,6 +31,15 @@ def test_numbers_of_a_known_case(tmp_path: Path, data: Path) -> None:
     assert row.passed[3].value == 1.0 and row.passed[1].value == pytest.approx(row.avg.value)
     assert row.majority.value == pytest.approx(1 / 6)
     assert (row.right, row.wrong, row.unknown, row.mean_tokens) == (8, 10, 0, 7)
+    assert (row.never, row.always) == (0, 1)
+
+
+def test_problems_from_which_rl_learns_nothing_are_counted_and_said(tmp_path: Path, data: Path) -> None:
+    store = run(tmp_path / "e", settings_of(data), Counting(right=lambda r: r.problem.answer in "45" and r.sample != 1))
+    row = summarise(store).tasks[0]
+    expected = sum(share == 0 for share in row.shares.values())
+    assert 0 < row.never == expected < 6 and row.always == 0
+    assert f"sums {expected / 6:.0%} / 0%" in " ".join(notes(summarise(store)))
 
 
 def test_an_unfinished_evaluation_counts_complete_problems_only_and_says_so(tmp_path: Path, data: Path) -> None:

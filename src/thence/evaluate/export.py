@@ -148,7 +148,7 @@ def _csv_line(result: Result, row: TaskResult) -> dict[str, Any]:
     }
     line |= _columns("avg", row.avg) | _columns("pass", row.passed.get(task.samples)) | _columns("maj", row.majority)
     line |= _columns("lenient", row.lenient) | _columns("reward", row.reward)
-    for name in ("right", "wrong", "graded", "unknown", "truncated", "missing"):
+    for name in ("right", "wrong", "graded", "unknown", "never", "always", "truncated", "missing"):
         line[name] = getattr(row, name)
     line |= {"not_answered": len(row.not_answered), "mean_tokens": row.mean_tokens}
     for name in ("temperature", "top_p", "max_tokens", "seed"):

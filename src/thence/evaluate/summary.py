@@ -35,6 +35,8 @@ class TaskResult:
         majority: maj@k over all samples.
         lenient: avg@k where any way to name the right letter counts; None where the task has no letters.
         right, wrong, unknown: verdicts over all samples counted. Unknown is counted as not right.
+        never, always: problems counted of whose samples none or all are right. RL that compares the responses to a
+            prompt (GRPO) has nothing to compare in them. Both 0 where there are degrees.
         graded: scores that are a degree without a threshold. Where there are any, nothing that needs right and wrong
             is defined: `avg`, `passed` and `majority` are empty, and `reward` takes their place.
         reward: `mean_reward`; None where right and wrong are known.
@@ -68,6 +70,8 @@ class TaskResult:
     not_answered_kinds: dict[str, int] = field(default_factory=dict)
     other_ends: dict[str, int] = field(default_factory=dict)
     graded: int = 0
+    never: int = 0
+    always: int = 0
     reward: Score | None = None
     mean_reward: Score | None = None
 
@@ -186,6 +190,8 @@ def task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | Non
         not_answered_kinds=dict(Counter(refusal.kind for refusal in not_answered.values())),
         other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", "length"))),
         graded=graded,
+        never=0 if graded else right.count(0),
+        always=0 if graded else right.count(k),
         reward=level if graded else None,
         mean_reward=level,
     )

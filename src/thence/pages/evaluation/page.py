@@ -52,7 +52,8 @@ def _name(row: TaskResult) -> str:
 def _how_to_read(result: Result) -> str:
     text = (
         "n: problems. avg@k: mean over problems of the share of right answers among k samples. pass@k: at least one of "
-        "k is right (unbiased estimate). maj@k: the most frequent answer is right. Below each: its 95% interval; "
+        "k is right (unbiased estimate). maj@k: the most frequent answer is right. Never, always: problems of whose "
+        "samples none or all are right. Below each score: its 95% interval; "
         "problems are its unit, so it speaks of the choice of problems. A mean over a group counts every task alike. "
         "Right, wrong, unknown: counts of responses; unknown means that the checker could not decide, and counts as "
         "not right. "

@@ -69,6 +69,9 @@ def _columns(result: Result, level: str, whole: bool, mark: str) -> dict[str, Ca
     if any(row.task.samples > 1 for row in rows):
         columns["pass@k"] = lambda row: scored(row.passed.get(row.task.samples) if row.task.samples > 1 else None)
         columns["maj@k"] = lambda row: scored(row.majority)
+        if whole:
+            columns["never"] = lambda row: NOTHING if row.avg is None else Cell(f"{row.never:,}")
+            columns["always"] = lambda row: NOTHING if row.avg is None else Cell(f"{row.always:,}")
     if any(row.lenient is not None for row in rows):
         columns["lenient"] = lambda row: scored(row.lenient)
     if whole:
@@ -111,6 +114,11 @@ def notes(result: Result) -> list[str]:
             f"unfinished: {counted(result.missing, 'sample')} missing; problems without all samples are left out"
         )
     lines += _not_answered(result)
+    if told := [_never_and_always(row) for row in rows if row.avg is not None and row.task.samples > 1]:
+        lines.append(
+            f"problems with no right sample / with only right ones: {', '.join(told)}; RL that compares the samples "
+            "of a problem (GRPO) learns nothing from these"
+        )
     if any(row.lenient is not None for row in rows):
         lines.append("lenient: any way to name the right letter counts; not comparable with published numbers")
     if degrees := [row.task.name for row in rows if row.graded]:
@@ -121,6 +129,11 @@ def notes(result: Result) -> list[str]:
     if short := sum(row.short for row in rows):
         lines.append(f"the model's context left less than the limit of tokens for {short:,} responses")
     return lines
+
+
+def _never_and_always(row: TaskResult) -> str:
+    problems = len(row.shares)
+    return f"{row.task.name} {row.never / problems:.0%} / {row.always / problems:.0%}"
 
 
 def _not_answered(result: Result) -> list[str]:
