@@ -1,7 +1,7 @@
 """Count how the responses of finished runs work a problem, and where wrong ones go wrong.
 
-A response writes a chain of labelled steps (docs/embedded-world.md). Its habit is the way it works them; a mistake is the
-first thing in it that is not right: a step left out, a wrong product, a wrong sum or difference, or another last value.
+A response writes a chain of labelled steps (docs/embedded-world.md). Its habit is the way it works them; a mistake is
+the first thing in it that is not right: a step left out, a wrong product, a wrong sum, or another last value.
 
 Run:  python studies/map/habits.py FOLDER [--out studies/map/habits.json]     (FOLDER: of the comparison, with its runs)
 """
@@ -117,7 +117,8 @@ def main() -> None:
     for line in kept["runs"]:
         runs = sorted((args.folder / "runs" / line["base"] / f"seed{line['seed']}").glob(f"{line['arm']}-????????"))
         if len(runs) != 1:
-            raise SystemExit(f"{args.folder}: {line['arm']} from {line['base']}, seed {line['seed']}: its run is not there")
+            block = f"{line['arm']} from {line['base']}, seed {line['seed']}"
+            raise SystemExit(f"{args.folder}: the run of {block} is not there")
         splits = {split: counted(runs[0], split) for split in ("in-distribution", "out-of-distribution")}
         entropy = entropy_before_rl(runs[0])
         found[line["arm"]].append({"base": line["base"], "seed": line["seed"], "entropy": entropy, **splits})
