@@ -15,7 +15,7 @@ BY_FILE := --dist loadscope --no-loadscope-reorder
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check docs reference stacks vllm bases study evidence wheel lock vega audit-dependencies \
+.PHONY: quickstart test test-quick check docs reference stacks vllm bases study map evidence wheel lock vega audit-dependencies \
   trust clean
 
 quickstart: $(VENV)/installed
@@ -59,6 +59,14 @@ study: $(VENV)/installed
 	$(BIN)/python studies/embedded-world/judge.py --kept runs/embedded-world
 	$(BIN)/thence compare studies/embedded-world/study.toml
 	$(BIN)/python studies/embedded-world/judge.py
+
+# The study of studies/map: hours on two cores. It starts from the results that are kept there; remove them (and runs/map)
+# to repeat everything.
+map: $(VENV)/installed
+	mkdir -p runs/map
+	test -e runs/map/results.json || ! test -e studies/map/results.json || cp studies/map/results.json runs/map/
+	$(BIN)/thence compare studies/map/study.toml --folder runs/map
+	$(BIN)/python studies/map/figure.py runs/map
 
 # The two bases of the embedded world, trained from their recipes and copied to where the package ships them.
 bases: $(VENV)/installed

@@ -103,12 +103,15 @@ def _with_data(table: dict[str, Any], arm: str, kind: str, data: dict[str, Any])
     return made | {"title": f"{table['title']}, {kind}", "settings": settings}
 
 
+def made_from(study: Study) -> list[Study]:
+    """All of them."""
+    made = [pilot(study), budget(study, "half", 0.5, 1000), budget(study, "double", 2, 1100), sampling(study)]
+    return [*made, wider(study), replication(study), demonstrations(study)]
+
+
 def main() -> None:
     """Write them all."""
-    study = tomllib.loads((HERE / "study.toml").read_text())
-    made = [pilot(study), budget(study, "half", 0.5, 1000), budget(study, "double", 2, 1100), sampling(study)]
-    made += [wider(study), replication(study), demonstrations(study)]
-    for comparison in made:
+    for comparison in made_from(tomllib.loads((HERE / "study.toml").read_text())):
         name = comparison["name"].removeprefix("map-")
         head = f"# Written by variants.py. Run it with:  thence compare studies/map/{name}.toml\n"
         (HERE / f"{name}.toml").write_text(head + to_toml(comparison))
