@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.compare.comparisons import make_comparison
 from tests.damage import damaged, harm, refused, sampled
 from thence.cli import main
 from thence.compare.result import RESULTS, read_results, results_json, write_results
+from thence.errors import DamagedFile
 from thence.toml import to_toml
 
 
@@ -52,6 +54,30 @@ def test_damaged_results_are_never_overwritten(
     assert str(folder / RESULTS) in said and "Traceback" not in said and "put a whole copy" in said
     assert (folder / RESULTS).read_bytes() == content
     refused(lambda: write_results(folder, make_comparison({"sft": 0.0})), folder / RESULTS, kind)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ('"reference": "', '"reference": "no-', "reference"),
+        ('"columns": [\n{"split":"', '"columns": [\n{"split":"no-', r"runs\[0\].measured"),
+        ('"runs": [\n{"arm":"', '"runs": [\n{"arm":"no-', r"runs\[0\].arm"),
+        ('"bases": ["', '"bases": ["no-', r"runs\[0\].base"),
+        ('"right":[', '"right":[-1,', r"runs\[0\].measured"),
+        ('"covariate": {}', '"covariate": {"arm":"sft","column":"no-set"}', "covariate"),
+        ('"contrasts": []', '"contrasts": [{"name":"a","arm":"sft","other":["rl","no-arm"]}]', r"contrasts\[0\]"),
+    ],
+)
+def test_results_that_name_what_they_do_not_hold_are_refused_with_the_field(
+    comparison: tuple[Path, list[str]], old: str, new: str, field: str
+) -> None:
+    folder, _ = comparison
+    text = (folder / RESULTS).read_text()
+    assert old in text
+    (folder / RESULTS).write_text(text.replace(old, new, 1))
+    with pytest.raises(DamagedFile, match=r"changed by hand: .*(there is no|nothing was|lie between)") as refused_with:
+        read_results(folder)
+    assert re.fullmatch(field, refused_with.value.field or "")
 
 
 def test_results_of_another_comparison_are_kept_beside_the_new_ones(comparison: tuple[Path, list[str]]) -> None:

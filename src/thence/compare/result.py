@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thence.compare.belonging import what_does_not_belong
 from thence.compare.registration import Registration, what_is_not_registered, what_was_altered
 from thence.errors import DamagedFile, UserError
 from thence.files import finite, keep_damaged, write_atomically
@@ -266,7 +267,7 @@ def read_results(folder: Path) -> Comparison:
 
     Raises:
         UserError: there are none.
-        DamagedFile: they cannot be read, or the registered design has been changed by hand.
+        DamagedFile: they cannot be read, name what they do not hold, or the registered design was changed by hand.
     """
     path = folder if folder.is_file() else folder / RESULTS
     remedy = (
@@ -277,6 +278,9 @@ def read_results(folder: Path) -> Comparison:
         found = read_record(path, Comparison, remedy=remedy)
     except FileNotFoundError:
         raise UserError("no comparison has left its results here", remedy="run `thence compare`", file=path) from None
+    if misfit := what_does_not_belong(found):
+        field, said = misfit
+        raise DamagedFile(f"the file was changed by hand: {said}", remedy=remedy, file=path, field=field)
     if wrong := _not_as_registered(found):
         raise DamagedFile(
             f"the registration was changed by hand: {wrong}",
