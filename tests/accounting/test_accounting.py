@@ -23,6 +23,7 @@ from thence.accounting.flops import (
 )
 from thence.accounting.memory import LOGIT_BYTES, Held, Memory, activation_memory, rollout_memory, state_memory
 from thence.errors import UserError
+from thence.methods.registry import make_method
 from thence.pages.plan import plan_view
 from thence.recipe import load_recipe, shipped_recipes
 
@@ -232,6 +233,49 @@ def test_the_paper_recipe_plans_the_papers_budget():
     assert rl.rule_flops == pytest.approx(1.20e19 / 7e9 * planned.counts.total, rel=5e-3)
     assert any("46,000 examples" in text for text in planned.assumptions)
     assert any("published shape" in text for text in planned.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "length", "flops"),
+    [("luffy", {}, 2_200, 6.65e19), ("relift", {"sft_batch": 128}, 2_950, 8.76e19)],
+)
+def test_the_papers_table_6_for_mixed_methods_implies_shorter_rollouts(method, options, length, flops):
+    """Its 6.65e19 and 8.76e19 take rollouts of about 2,200 and 2,950 tokens, 500 steps and 138 SFT updates."""
+    changes = {"rl.method": method, "rl.options": options, "rl.expected_tokens": length, "stages": ["rl"]}
+    loaded = load_recipe("paper-qwen", changes)
+    rl = loaded.stage("rl")
+    work = make_method(method, options, "rl").work(rl.prompts, rl.rollouts)
+    planned = plan(loaded, works={"rl": work})
+    (stage,) = planned.stages
+    assert planned.counts is not None and stage.rule_flops is not None
+    scaled = 7e9 / planned.counts.total
+    if method == "luffy":
+        assert stage.at_least is None and stage.rule_flops * scaled == pytest.approx(flops, rel=5e-3)
+        return
+    assert stage.at_least is not None and stage.at_least.rule_flops is not None
+    assert stage.at_least.rule_flops * scaled < flops < stage.rule_flops * scaled
+    updates = rule_flops(7e9, trained=138 * 128 * 4_200)
+    assert stage.at_least.rule_flops * scaled + updates == pytest.approx(flops, rel=5e-3)
+
+
+def test_a_plan_shows_the_least_and_the_most_where_outcomes_decide_and_says_on_what():
+    loaded = recipe(
+        stages=["rl"], rl={"method": "hpt", "steps": 10, "prompts": 4, "rollouts": 8, "expected_tokens": 100}
+    )
+    work = make_method("hpt", {}, "rl").work(4, 8)
+    planned = plan(loaded, mean_prompt_tokens=5, mean_response_tokens=50, works={"rl": work})
+    (stage,) = planned.stages
+    assert stage.generated_tokens == 10 * 4 * 8 * 100
+    assert stage.at_least is not None and stage.at_least.trained_tokens == 10 * 4 * 50
+    told = " ".join(planned.assumptions)
+    assert "32 responses a batch, and trains 0 to 32 and 0 to 4 demonstrations" in told and "imitated" in told
+    console = Console(width=200, record=True)
+    with console.capture() as captured:
+        console.print(plan_view(planned))
+    assert "2,000 to 32,000" in captured.get()
+    unknown = plan(loaded, mean_prompt_tokens=5, mean_response_tokens=50)
+    assert unknown.stages[0].at_least is None
+    assert "what hpt samples and trains is not known" in " ".join(unknown.assumptions)
 
 
 def test_the_papers_settings_stand_in_both_recipes():

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from thence.accounting.batches import Lengths, Scored, said, stage_figures
 from thence.accounting.flops import (
     Counts,
     causal_pairs,
@@ -22,11 +23,10 @@ from thence.accounting.flops import (
     sampling_flops,
     training_flops,
 )
-from thence.accounting.layout import Layout, choose_layout, is_cut, parts_of, weight_bytes
+from thence.accounting.layout import choose_layout, is_cut, parts_of, weight_bytes
 from thence.accounting.lora import adapter_parameters, quantized_parameters
 from thence.accounting.memory import (
     NO_REFERENCE,
-    PER_ROW,
     Held,
     Line,
     Memory,
@@ -41,58 +41,11 @@ from thence.accounting.memory import (
     teacher_memory,
     whole_copy,
 )
+from thence.accounting.planned import Plan, StagePlan
 from thence.accounting.published import own_configuration, public_architecture, published_table
 from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
+from thence.accounting.work import Outcome, Work
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """What one stage costs. None: cannot be known from what was given."""
-
-    name: str
-    kind: str
-    optimizer_steps: int | None = None
-    trained_tokens: float | None = None
-    """Trained tokens: responses, or whole rows if prompts are trained too."""
-    generated_tokens: float | None = None
-    rule_flops: float | None = None
-    """:func:`thence.accounting.flops.rule_flops`, prompts left out, as the paper does."""
-    exact_flops: float | None = None
-    """Prompts, attention, the output head, scoring and recomputation included, at mean lengths."""
-    memory: Memory | None = None
-    rollout_rows: int | None = None
-    """Responses that a rank samples in parallel."""
-    sent: tuple[Sent, ...] = ()
-    """What a rank sends to others in an optimizer step, and before it samples."""
-
-    def most_rows(self, device_bytes: float) -> int | None:
-        """How many responses a rank of so much memory can sample in parallel; None: the stage samples none itself."""
-        if self.memory is None or not self.rollout_rows:
-            return None
-        of_rows = sum(line.bytes for line in self.memory.lines if line.name in PER_ROW)
-        fixed = self.memory.held("always") + self.memory.held("rollout") - of_rows
-        return max(0, int((device_bytes - fixed) // (of_rows / self.rollout_rows)))
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The budget of a whole recipe."""
-
-    model: str
-    counts: Counts | None
-    stages: tuple[StagePlan, ...]
-    ranks: int
-    assumptions: tuple[str, ...]
-    layout: Layout = "none"
-    """How the ranks share training."""
-    device_bytes: float | None = None
-    """Memory of one rank; None: not known."""
-
-    def total(self, quantity: str) -> float | None:
-        """Sum of a quantity over the stages; None when a stage that has it does not know it."""
-        values = [getattr(stage, quantity) for stage in self.stages if stage.kind != "eval"]
-        return None if any(value is None for value in values) else sum(values)
 
 
 @dataclass(slots=True)
@@ -106,6 +59,7 @@ class _Known:
     ranks: int
     references: Mapping[str, Reference]
     teachers: Mapping[str, str]
+    works: Mapping[str, Work]
     held: Held
     on_host: bool
     assumed: list[str] = field(default_factory=list)
@@ -126,6 +80,7 @@ def plan(
     device_bytes: float | None = None,
     references: Mapping[str, Reference] = MappingProxyType({}),
     teachers: Mapping[str, str] = MappingProxyType({}),
+    works: Mapping[str, Work] = MappingProxyType({}),
     compute_bytes: int | None = None,
     on_host: bool = False,
 ) -> Plan:
@@ -136,11 +91,12 @@ def plan(
             that is not there, its published shape.
         n_examples: usable examples of the training data, before a stage's own ``limit``.
         mean_prompt_tokens: of the rendered prompts.
-        mean_response_tokens: of the demonstrations; rollouts are assumed to be as long.
+        mean_response_tokens: of the demonstrations; rollouts are assumed to be as long, or as ``expected_tokens`` says.
         ranks: processes that share each step.
         device_bytes: memory of one of them, which decides what ``parallel = "auto"`` is.
         references: what stages compare the policy with, by their names.
         teachers: stages whose method has a teacher, and its weights: :class:`thence.methods.base.Teacher`.
+        works: what a rollout batch of each RL stage samples and trains; where it is missing, every response once.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
         on_host: the ranks train in host memory, on CPUs.
 
@@ -155,6 +111,7 @@ def plan(
         ranks=ranks,
         references=references,
         teachers=teachers,
+        works=works,
         held=Held(),
         on_host=on_host,
     )
@@ -252,27 +209,41 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
     steps = rl.steps * (rl.prompts // (rl.mini_batch or rl.prompts))
     memory = _training_memory(name, rl, known, _sampling_lines(name, rl, data, known))
     parallel = None if rl.engine == "vllm" else _rollout_rows(rl, known)
-    prompt, response = known.prompt or 0.0, _rollout_length(name, rl, known)
-    rows = rl.steps * rl.prompts * rl.rollouts
-    rule = exact = None
-    if counts := known.counts:
-        length = prompt + response
-        tokens, pairs, logits = rows * length, rows * causal_pairs(length), rows * response
-        rule = rule_flops(counts.total, logits, logits)
-        passes = 1 + known.references.get(name, NO_REFERENCE).passes
-        exact = rows * sampling_flops(counts, prompt, response) + passes * forward_flops(counts, tokens, pairs, logits)
-        exact += training_flops(counts, tokens, pairs, logits, rl.activation_checkpointing, known.held.adapters)
-        if name in known.teachers:
-            read = length + response
-            known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
-            rule += rule_flops(counts.total, 0, scored=logits)
-            exact += forward_flops(counts, rows * read, rows * causal_pairs(read), logits)
+    work = _work(name, rl, known)
+    response = _rollout_length(name, rl, known)
+    shown = response if known.response is None else _capped(known.response, data.max_response_tokens)
+    lengths = Lengths(known.prompt or 0.0, response, shown)
+    scored = Scored(1 + known.references.get(name, NO_REFERENCE).passes, name in known.teachers)
+    if scored.taught:
+        known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
     known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
-    sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (prompt + response), known)
+    sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (lengths.prompt + response), known)
     if known.counts and rl.engine != "vllm":
         sent += sampling_traffic(known.counts, known.held)
-    trained = rows * response
-    return StagePlan(name, kind_of(name), steps, trained, trained, rule, exact, memory, parallel, sent)
+    low, high = sorted(
+        (stage_figures(o, rl, lengths, known.counts, known.held.adapters, scored) for o in (work.least, work.most)),
+        key=lambda found: 6 * found[0] + 2 * found[1],
+    )
+    kind = kind_of(name)
+    least = StagePlan(name, kind, steps, *low) if work.depends else None
+    return StagePlan(name, kind, steps, *high, memory, parallel, sent, least)
+
+
+def _work(name: str, rl: Rl, known: _Known) -> Work:
+    """What a rollout batch of the method samples and trains, said where it is not every response, once each."""
+    plain = Work.just(Outcome(rl.prompts * rl.rollouts, rl.prompts * rl.rollouts))
+    if name not in known.works:
+        known.assume(f"{name}: what {rl.method} samples and trains is not known: every response once, and nothing else")
+        return plain
+    work = known.works[name]
+    if work != plain:
+        both = (work.least, work.most)
+        sampled, own, shown = (said(both, part) for part in ("sampled", "trained", "demonstrations"))
+        why = f"; it depends on {work.depends}" if work.depends else ""
+        known.assume(
+            f"{name}: {rl.method} samples {sampled} responses a batch, and trains {own} and {shown} demonstrations{why}"
+        )
+    return work
 
 
 def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePlan:
@@ -344,6 +315,10 @@ def _rollout_rows(rl: Rl, known: _Known) -> int:
 
 
 def _rollout_length(name: str, stage: Rl | Eval, known: _Known) -> float:
+    if stage.expected_tokens is not None:
+        length = _capped(stage.expected_tokens, stage.max_tokens)
+        known.assume(f"{name}: responses of {length:,.0f} tokens on average, by expected_tokens")
+        return length
     if known.response is None:
         known.assume(f"{name}: every response is counted as long as max_tokens, {stage.max_tokens:,}: an upper bound")
         return float(stage.max_tokens)

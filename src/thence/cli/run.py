@@ -210,13 +210,18 @@ def _config(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _copies(recipe: Recipe) -> dict[str, Any]:
-    """What stages compare the policy with, and their teachers; a method that cannot be made is refused elsewhere."""
+    """What stages compare the policy with, their teachers, and what a rollout batch of theirs samples and trains.
+
+    A method that cannot be made is refused elsewhere.
+    """
     from thence.accounting.budget import Reference
+    from thence.accounting.work import Work
     from thence.methods.registry import stage_method
     from thence.objective import compares, distils
 
     references: dict[str, Reference] = {}
     teachers: dict[str, str] = {}
+    works: dict[str, Work] = {}
     for name in recipe.stages:
         stage = recipe.stage(name)
         with contextlib.suppress(UserError):
@@ -227,7 +232,9 @@ def _copies(recipe: Recipe) -> dict[str, Any]:
                     references[name] = Reference(method.reference_passes, whole)
                 if method.teacher is not None:
                     teachers[name] = method.teacher.weights
-    return {"references": references, "teachers": teachers}
+                if isinstance(stage, Rl):
+                    works[name] = method.work(stage.prompts, stage.rollouts)
+    return {"references": references, "teachers": teachers, "works": works}
 
 
 def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:

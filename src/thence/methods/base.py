@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
-from thence.errors import RecipeError, UserError
+from thence.errors import RecipeError
 from thence.methods.facts import TokenFacts
+from thence.methods.weights import Weights, laid_out
 from thence.objective import BareRow, Batch, Row, Sampled, Term, compares, trained_tokens
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.settings.section import Section
 from thence.settings.validation import validated
 
 T = TypeVar("T")
-
-Weights = Mapping[str, float | Tensor]
-"""The weights of one trajectory's n response tokens, by the name of the term: a number for all, or shape (n,)."""
 
 
 class Options(Section):
@@ -266,6 +265,14 @@ class Method(ABC):
         """
         return sampler.rollouts(sampler.next_prompts(prompts), n)
 
+    def work(self, prompts: int, n: int) -> Work:
+        """What a rollout batch samples and trains, side steps included; default: all ``n`` rollouts of each prompt.
+
+        A plan counts with it. The arguments are those of :meth:`compose`. Overridden wherever :meth:`compose` or
+        :meth:`side_steps` is.
+        """
+        return Work.just(Outcome(prompts * n, prompts * n))
+
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
         """Optimizer steps of another kind that follow the update on this rollout batch; default: none."""
         return []
@@ -301,34 +308,6 @@ def reward_of(trajectory: Trajectory) -> float:
 def switched_on(**weights: float) -> dict[str, float]:
     """The weights of terms that a coefficient of zero switches off: those that are not zero."""
     return {name: weight for name, weight in weights.items() if weight}
-
-
-def laid_out(terms: Sequence[Term], weights: Weights, tokens: int) -> Tensor:
-    """One trajectory's weights as the step takes them, shape (J, tokens), float64, in the order of the terms.
-
-    Raises:
-        UserError: a term has no weight, a weight no term, two terms one name, or a tensor another shape.
-    """
-    names = [term.name for term in terms]
-    if len(names) != len(weights) or set(names) != set(weights):
-        raise UserError(
-            f"a method has the terms {_listed(names)}, and gives weights to {_listed(weights)}",
-            remedy="let weigh() name each of its terms once; a term without a part in a trajectory gets 0",
-        )
-    found = torch.empty(len(terms), tokens, dtype=torch.float64)
-    for row, name in zip(found, names, strict=True):
-        weight = weights[name]
-        if isinstance(weight, Tensor) and weight.ndim and weight.shape != (tokens,):
-            raise UserError(
-                f"a method gives term {name!r} weights of shape {tuple(weight.shape)} for {tokens} response tokens",
-                remedy="let weigh() give a number for all tokens, or one weight a response token",
-            )
-        row.copy_(weight.detach()) if isinstance(weight, Tensor) else row.fill_(weight)
-    return found
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
 
 
 def bare_row(trajectory: Trajectory) -> BareRow:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from pydantic import Field, model_validator
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.dapo import is_informative
@@ -124,6 +125,11 @@ class Bread(Method):
                 search.learn(k, branched[i * n : i * n + n], self.options.least, self.options.most)
         better: Mapping[int, Group | None] = {i: search.result() for i, search in searches.items()}
         return [trajectory for i, group in enumerate(groups) for trajectory in better.get(i) or group]
+
+    def work(self, prompts: int, n: int) -> Work:
+        own, tries = prompts * n, (self.options.episodes - 1).bit_length()
+        most = Outcome((1 + tries) * own, own)
+        return Work(Outcome(own, own), most, "how many prompts fail, and for how long their prefix is searched")
 
     def search(self, failed: Group) -> Search:
         """The search for a prompt whose rollouts all failed; over at once where there is nothing to begin with."""

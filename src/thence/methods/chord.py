@@ -31,6 +31,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, in_turn, switched_on
 from thence.methods.groups import groups_of
@@ -104,10 +105,16 @@ class ChordMu(Method):
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         self.step, self.sampler = sampler.step, sampler
-        share = self.options.expert_share
-        count = max(1, round(prompts * n * share / (1 - share)))
         own = sampler.rollouts(sampler.next_prompts(prompts), n)
-        return placed(sampler, groups_of(own), sampler.demonstrations(sampler.expert_prompts(count)))
+        return placed(sampler, groups_of(own), sampler.demonstrations(sampler.expert_prompts(self.experts(prompts, n))))
+
+    def experts(self, prompts: int, n: int) -> int:
+        """How many demonstrations stand beside the rollouts of a batch."""
+        share = self.options.expert_share
+        return max(1, round(prompts * n * share / (1 - share)))
+
+    def work(self, prompts: int, n: int) -> Work:
+        return Work.just(Outcome(prompts * n, prompts * n, self.experts(prompts, n)))
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o, weights = self.options, []

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from pydantic import model_validator
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Trajectory
 from thence.errors import RecipeError
 from thence.methods.base import Sampler
@@ -114,6 +115,13 @@ class Dapo(Grpo):
             )
         chosen = [kept[i] for _, rank, i in sorted(places)[:prompts] if rank == sampler.rank]
         return [self._penalised(trajectory) for group in chosen for trajectory in group]
+
+    def work(self, prompts: int, n: int) -> Work:
+        one = Outcome(prompts * n, prompts * n)
+        if not self.options.dynamic_sampling:
+            return Work.just(one)
+        most = Outcome(self.options.max_generations * prompts * n, prompts * n)
+        return Work(one, most, "how many groups are all right or all wrong, and are sampled anew")
 
     def _penalised(self, trajectory: Trajectory) -> Trajectory:
         if trajectory.score is None:

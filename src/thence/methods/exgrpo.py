@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import UserError
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
@@ -154,6 +155,11 @@ class ExGrpo(Method):
         right, total = sampler.total(sum(t.verdict == "right" for t in sampled)), sampler.total(len(sampled))
         self.started = self.started or right > self.options.start * total
         return found
+
+    def work(self, prompts: int, n: int) -> Work:
+        own = prompts * n
+        least = Outcome(own - int(self.options.replay * prompts), own)
+        return Work(least, Outcome(own, own), "how many prompts are replayed")
 
     def choose(self, sampler: Sampler, prompts: int, n: int) -> tuple[Fresh, list[Experience]]:
         """The prompts of a batch: this rank's new ones, and those of all ranks with a replay; none is among both."""

@@ -24,6 +24,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.groups import sampled_groups
@@ -73,6 +74,10 @@ class Gated(Method):
         demonstrations = iter(sampler.demonstrations(experts) if experts else ())
         kept = [[next(demonstrations)] if imitated else group for group, imitated in zip(groups, chosen, strict=True)]
         return [trajectory for group in kept for trajectory in group]
+
+    def work(self, prompts: int, n: int) -> Work:
+        own = prompts * n
+        return Work(Outcome(own, 0, prompts), Outcome(own, own), "how many prompts are imitated")
 
     @property
     def surrogate(self) -> Surrogate:

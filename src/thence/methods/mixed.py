@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Options, Sampler, reward_of
 from thence.methods.groups import group_numbers
@@ -114,6 +115,9 @@ class WithDemonstration(Method):
     def least_rollouts(self) -> int:
         """One beside the demonstration."""
         return 2
+
+    def work(self, prompts: int, n: int) -> Work:
+        return Work.just(Outcome(prompts * (n - 1), prompts * (n - 1), prompts))
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         self.sampler = sampler

@@ -32,6 +32,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.groups import group_numbers
@@ -116,6 +117,12 @@ class PrefixRft(Method):
         for prefix in prefixes:
             found += [*islice(plain, n - 1), next(hybrids)] if prefix else islice(whole, n)
         return found
+
+    def work(self, prompts: int, n: int) -> Work:
+        o = self.options
+        fractions = max(o.low_first, o.high), min(o.low_first, o.low_last, o.high)
+        least, most = (Outcome(prompts * (n - f), prompts * (n - f), prompts * f) for f in fractions)
+        return Work(least, most, "how much of a demonstration the first response of a prompt begins with")
 
     def prefix(self, sampler: Sampler, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of the demonstration that the hybrid begins with."""

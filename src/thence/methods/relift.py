@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
 from thence.methods.groups import sampled_groups
@@ -88,6 +89,10 @@ class Relift(Method):
         o = self.options
         bonus = switched_on(entropy=o.entropy)
         return [{"policy": advantage, **bonus} for advantage in advantages(trajectories, o.std).tolist()]
+
+    def work(self, prompts: int, n: int) -> Work:
+        own = prompts * n
+        return Work(Outcome(own, own), Outcome(own, own, prompts), "how many prompts are not solved, and imitated")
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
         o = self.options

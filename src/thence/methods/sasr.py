@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Trajectory
 from thence.methods.base import Method, Sampler, SideStep, TokenFacts, Weights, switched_on
 from thence.methods.mixed import (
@@ -84,6 +85,10 @@ class Sasr(Method):
             self.demonstrations_due = prompts
             return []
         return sampler.rollouts(sampler.next_prompts(prompts), n)
+
+    def work(self, prompts: int, n: int) -> Work:
+        own = prompts * n
+        return Work(Outcome(0, 0, prompts), Outcome(own, own), "which batches imitate instead of sampling")
 
     def weigh(self, trajectories: Sequence[Trajectory], facts: Sequence[TokenFacts] = ()) -> list[Weights]:
         o = self.options

@@ -44,6 +44,7 @@ from typing import Any, Literal
 import torch
 from pydantic import model_validator
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
@@ -166,6 +167,13 @@ class Trapo(Method):
             for group in groups:
                 group += [t.in_round(number) for t in islice(found, size)]
         return [trajectory for group in groups for trajectory in group]
+
+    def work(self, prompts: int, n: int) -> Work:
+        o, own = self.options, prompts * n
+        ends = [1.0 if fraction == 1 else min(1.0, fraction + o.reach) for fraction in o.fractions]
+        begun = prompts * sum(size * end for size, end in zip(o.groups[1:], ends, strict=True))
+        least = Outcome(own - begun, own - begun, begun)
+        return Work(least, Outcome(own, own), "how many prompts the policy fails, and the expert begins")
 
     def prefix(self, sampler: Sampler, prompt: Prompt, fraction: float) -> tuple[int, ...]:
         """What a guided response begins with: tokens of the demonstration, at a fraction of 1 all of them."""

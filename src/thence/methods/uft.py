@@ -29,6 +29,7 @@ from typing import Literal
 
 import torch
 
+from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Options, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.mixed import COUNTED, advantages, cosine
@@ -102,6 +103,10 @@ class Uft(Method):
         helped = iter(sampler.continuations(with_one, [hint for hint in hints if hint], n) if with_one else [])
         plain = iter(sampler.rollouts(without, n) if without else [])
         return [t for hint in hints for t in islice(helped if hint else plain, n)]
+
+    def work(self, prompts: int, n: int) -> Work:
+        own = prompts * n
+        return Work(Outcome(0, 0, own), Outcome(own, own), "how much of a demonstration the responses begin with")
 
     def hint(self, sampler: Sampler, prompt: Prompt) -> tuple[int, ...]:
         """The tokens that all rollouts of a prompt begin with in this rollout batch."""

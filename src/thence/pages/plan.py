@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from rich.console import Group
 from rich.text import Text
 
-from thence.accounting.budget import Plan, StagePlan
 from thence.accounting.memory import readable
+from thence.accounting.planned import Plan, StagePlan
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.terminal import TableView
 
@@ -38,10 +38,12 @@ def _headline(plan: Plan) -> str:
 
 
 def _budget(plan: Plan) -> Table:
-    rows = [
-        TableRow(stage.name, tuple(_amount(name, getattr(stage, name)) for name in _TOTALS)) for stage in plan.stages
-    ]
-    sums = tuple(_amount(name, plan.total(name)) for name in _TOTALS)
+    rows = []
+    for stage in plan.stages:
+        least = stage.at_least or stage
+        cells = tuple(_span(name, getattr(least, name), getattr(stage, name)) for name in _TOTALS)
+        rows.append(TableRow(stage.name, cells))
+    sums = tuple(_span(name, plan.total(name, at_least=True), plan.total(name)) for name in _TOTALS)
     return Table("Budget", ("stage", *_HEADS), (*rows, TableRow("training, all stages", sums, apart=True)))
 
 
@@ -95,6 +97,15 @@ def _sent(stage: StagePlan) -> Table:
     rows = [TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.arithmetic))) for line in stage.sent]
     title = f"Sent by a rank in one optimizer step of {stage.name}"
     return Table(title, ("what", "size", "arithmetic"), tuple(rows), words=(1,))
+
+
+def _span(name: str, low: float | None, high: float | None) -> Cell:
+    """A figure; where a method's course decides, the least and the most."""
+    most = _amount(name, high)
+    if low is None or high is None or low == high:
+        return most
+    least, most = sorted((low, high))
+    return Cell(f"{_amount(name, least).text} to {_amount(name, most).text}")
 
 
 def _amount(name: str, value: float | None) -> Cell:

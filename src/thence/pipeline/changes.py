@@ -77,14 +77,14 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         **_OPTIMIZATION,
         **_all(FIXED, "data method options prompts rollouts mini_batch temperature top_p top_k max_tokens"),
         **_all(FIXED, "engine unknown importance_bound reward_right_from"),
-        **_all(FREE, "reward_seconds rollout_rows vllm"),
+        **_all(FREE, "reward_seconds rollout_rows expected_tokens vllm"),
         "steps": LENGTH,
         "reward": CONTENT,
         "rewards": FIXED,
     },
     "eval": {
         **_all(REPEAT, "data splits temperatures samples top_p max_tokens reward reward_seconds reward_right_from"),
-        "rollout_rows": FREE,
+        **_all(FREE, "rollout_rows expected_tokens"),
     },
 }
 """By table and field. ``data`` of a stage is judged field by field, with [data] laid under it."""

@@ -171,6 +171,8 @@ class Rl(Optimization):
     """Sample from the k most probable tokens. 0: off."""
     max_tokens: Tokens = 8192
     """Longest response. If it is not set, it is cut to what the model's context leaves after the longest prompt."""
+    expected_tokens: Tokens | None = None
+    """Mean length of a response that --dry-run counts with. The run ignores it. Default: that of demonstrations."""
     reward: Place = "math"
     """exact, math, math-after-think, math-boxed, or your own function: package.module:function or file.py:function."""
     rewards: dict[Place, Signed] = {}
@@ -212,6 +214,8 @@ class Eval(Section):
     """Nucleus sampling. 1: off."""
     max_tokens: Tokens = 8192
     """Longest response. If it is not set, it is cut to what the model's context leaves after the longest prompt."""
+    expected_tokens: Tokens | None = None
+    """Mean length of a response that --dry-run counts with. The run ignores it. Default: that of demonstrations."""
     reward: Place = "math"
     """Grader, with the same choices as rl.reward."""
     reward_seconds: Seconds = 10.0
