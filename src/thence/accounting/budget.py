@@ -216,7 +216,7 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
     scored = Scored(1 + known.references.get(name, NO_REFERENCE).passes, name in known.teachers)
     if scored.taught:
         known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
-    known.assume(f"{name}: the exact count holds one scoring pass over the rollouts, and no rollout is thrown away")
+    known.assume(f"{name}: the exact count holds one scoring pass over the rows that are trained")
     sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (lengths.prompt + response), known)
     if known.counts and rl.engine != "vllm":
         sent += sampling_traffic(known.counts, known.held)
