@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from thence.data.trajectory import Prompt, Trajectory
-from thence.methods.base import Method
+from thence.methods.base import Method, Sampler
+from thence.methods.grpo import Grpo
+from thence.methods.luffy import Luffy
 from thence.methods.registry import methods
 
 LENGTH, PROMPTS, N, BATCHES = 40, 4, 8, 6
@@ -92,7 +94,16 @@ def test_what_a_batch_costs_lies_between_the_bounds_that_the_method_states(name:
 
 @pytest.mark.parametrize("name", RL)
 def test_a_method_that_composes_its_own_batch_states_what_it_costs(name: str):
-    kind = methods()[name]
-    owner = {part: next(c for c in kind.__mro__ if part in vars(c)) for part in ("compose", "side_steps", "work")}
-    for part in ("compose", "side_steps"):
-        assert owner[part] is Method or owner["work"] is not Method, f"{name} overrides {part} and not work"
+    assert methods()[name]({}).states_work
+
+
+def test_a_method_that_composes_otherwise_and_says_nothing_is_not_counted_as_what_it_builds_on():
+    class Twice(Grpo):
+        def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+            return super().compose(sampler, prompts, 2 * n)
+
+    class Heavier(Luffy):
+        def weigh(self, *given: Any) -> Any:
+            return super().weigh(*given)
+
+    assert not Twice({}).states_work and Heavier({}).states_work

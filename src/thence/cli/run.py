@@ -232,7 +232,7 @@ def _copies(recipe: Recipe) -> dict[str, Any]:
                     references[name] = Reference(method.reference_passes, whole)
                 if method.teacher is not None:
                     teachers[name] = method.teacher.weights
-                if isinstance(stage, Rl):
+                if isinstance(stage, Rl) and method.states_work:
                     works[name] = method.work(stage.prompts, stage.rollouts)
     return {"references": references, "teachers": teachers, "works": works}
 

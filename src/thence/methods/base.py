@@ -131,6 +131,9 @@ class SideStep:
     clip_norm: float | None = None
 
 
+_COMPOSED = ("compose", "side_steps", "work")
+
+
 class Method(ABC):
     """A rule that gives every token a list of (surrogate, weight) terms.
 
@@ -272,6 +275,13 @@ class Method(ABC):
         :meth:`side_steps` is.
         """
         return Work.just(Outcome(prompts * n, prompts * n))
+
+    @property
+    def states_work(self) -> bool:
+        """Whether :meth:`work` speaks of what this class composes, and not of what a class above it does."""
+        owners = type(self).__mro__
+        places = {part: next(i for i, owner in enumerate(owners) if part in vars(owner)) for part in _COMPOSED}
+        return places["work"] == min(places.values())
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
         """Optimizer steps of another kind that follow the update on this rollout batch; default: none."""
