@@ -37,7 +37,7 @@ class Counting:
         return self.continuations(prompts, [()] * len(prompts), n)
 
     def continuations(
-        self, prompts: Sequence[Prompt], prefixes: Sequence[tuple[int, ...]], n: int, first: int = 0
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int, first: int = 0
     ) -> list[Trajectory]:
         made = []
         for prompt, prefix in zip(prompts, prefixes, strict=True):
@@ -61,8 +61,8 @@ class Counting:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def token_texts(self, ids: Sequence[int]) -> list[str]:
-        return ["x"] * len(ids)
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return ["x"] * len(token_ids)
 
 
 def spent(method: Method, right: float, luck: float) -> tuple[float, float]:
@@ -103,7 +103,6 @@ def test_a_method_that_composes_otherwise_and_says_nothing_is_not_counted_as_wha
             return super().compose(sampler, prompts, 2 * n)
 
     class Heavier(Luffy):
-        def weigh(self, *given: Any) -> Any:
-            return super().weigh(*given)
+        formula = "another"
 
     assert not Twice({}).states_work and Heavier({}).states_work
