@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=HERE)
     parser.add_argument("--out", type=Path, default=HERE / "map.png")
     args = parser.parse_args()
-    draw(statistics(read_results(args.results)), args.out)
+    found = statistics(read_results(args.results))
+    if found.decisions.covariate is None or not found.comparison.runs:
+        raise SystemExit(f"{args.results}: there is no finished run, or nothing that tells blocks apart: no figure")
+    draw(found, args.out)
 
 
 if __name__ == "__main__":
