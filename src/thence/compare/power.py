@@ -1,4 +1,4 @@
-"""What the contrasts of a comparison can decisions_of, by simulation, before any run.
+"""What the contrasts of a comparison can decide, by simulation, before any run.
 
 Blocks' true differences spread as the pilot's did: the variance of its blocks' differences, less what the luck of its
 responses added. On top comes the luck of the planned problems and responses. Differences are drawn from a normal
