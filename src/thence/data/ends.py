@@ -41,6 +41,8 @@ def _named_by(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     config.json itself, may hold the default of the architecture (Llama: 2), which in another tokenizer is an ordinary
     token; there only special and added tokens count. The unknown token ends nothing.
     """
+    if model is None:  # asked for every row of a data set
+        return []
     generation, config = getattr(model, "generation_config", None), getattr(model, "config", None)
     stated = [] if getattr(generation, "_from_model_config", False) else ids_in(generation)
     implied = [*ids_in(generation), *ids_in(config), *ids_in(getattr(config, "text_config", None))]
