@@ -4,6 +4,8 @@ A response writes a chain of labelled steps (docs/embedded-world.md). Its habit 
 the first thing in it that is not right: a step left out, a wrong product, a wrong sum, or another last value.
 
 Run:  python studies/map/habits.py FOLDER [--out studies/map/habits.json]     (FOLDER: of the comparison, with its runs)
+
+Runs that were counted before stay in the file when their folders are gone, so a study can be counted in pieces.
 """
 
 from __future__ import annotations
@@ -112,17 +114,29 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "habits.json")
     args = parser.parse_args()
-    kept = json.loads((args.folder / "results.json").read_text())
+    args.out.write_text(json.dumps(merged(args.folder, args.out), indent=1) + "\n")
+
+
+def merged(folder: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The counts of every reported run, by arm: of those whose folder is there, and of others that were counted before.
+
+    Raises:
+        SystemExit: a run's folder is gone, and the run was not counted before.
+    """
+    before = json.loads(out.read_text()) if out.exists() else {}
+    known = {(arm, line["base"], line["seed"]): line for arm, lines in before.items() for line in lines}
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in kept["runs"]:
-        runs = sorted((args.folder / "runs" / line["base"] / f"seed{line['seed']}").glob(f"{line['arm']}-????????"))
-        if len(runs) != 1:
-            block = f"{line['arm']} from {line['base']}, seed {line['seed']}"
-            raise SystemExit(f"{args.folder}: the run of {block} is not there")
-        splits = {split: counted(runs[0], split) for split in ("in-distribution", "out-of-distribution")}
-        entropy = entropy_before_rl(runs[0])
-        found[line["arm"]].append({"base": line["base"], "seed": line["seed"], "entropy": entropy, **splits})
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    for line in json.loads((folder / "results.json").read_text())["runs"]:
+        arm, base, seed = line["arm"], line["base"], line["seed"]
+        runs = sorted((folder / "runs" / base / f"seed{seed}").glob(f"{arm}-????????"))
+        if len(runs) == 1:
+            splits = {split: counted(runs[0], split) for split in ("in-distribution", "out-of-distribution")}
+            found[arm].append({"base": base, "seed": seed, "entropy": entropy_before_rl(runs[0]), **splits})
+        elif (arm, base, seed) in known:
+            found[arm].append(known[arm, base, seed])
+        else:
+            raise SystemExit(f"{folder}: the run of {arm} from {base}, seed {seed} is not there, nor in {out}")
+    return found
 
 
 if __name__ == "__main__":
