@@ -30,10 +30,11 @@ class OwnCopy:
     def __init__(self, shift: float = 0.0, dies_at: int | None = None):
         self.shift, self.dies_at = shift, dies_at
         self.model: Any = None
+        self.trainer: Any = None
         self.versions: list[int] = []
 
-    def push_weights(self, model: Any, version: int) -> None:
-        self.model = copy.deepcopy(model)
+    def update(self, version: int) -> None:
+        self.model = copy.deepcopy(self.trainer.policy.model)
         self.versions.append(version)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
@@ -45,7 +46,8 @@ class OwnCopy:
 
 def use(monkeypatch: pytest.MonkeyPatch, engine: OwnCopy) -> None:
     @contextmanager
-    def engine_of(context: Any, stage: Any) -> Iterator[OwnCopy]:
+    def engine_of(context: Any, stage: Any, trainer: Any) -> Iterator[OwnCopy]:
+        engine.trainer = trainer
         yield engine
 
     monkeypatch.setattr(rl_stage, "engine_of", engine_of)

@@ -20,19 +20,31 @@ assert _SPEC is not None and _SPEC.loader is not None
 framed = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(framed)
 
+Inbox = queue.Queue[tuple["Client", dict[str, Any] | None]]
+"""Clients with what each asks for, in the order in which it came; None: the client is gone."""
+
 
 class Client:
-    """The other side of a conversation: what it asks for, read by a separate thread."""
+    """The other side of a conversation: what it asks for, read by a separate thread.
 
-    def __init__(self, wire: Any):
-        self.wire = wire
-        self.asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    Args:
+        inbox: where its requests go.
+        number: tells its rows from those of other clients.
+    """
+
+    def __init__(self, wire: Any, inbox: Inbox, number: int = 0):
+        self.wire, self.inbox, self.number = wire, inbox, number
         self.cancelled: Any = None
         self.gone = False
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message. Raises OSError where the client is gone or does not read."""
         self.wire.send(message, SEND_SECONDS)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell it what failed, and end the conversation."""
+        tell_failure(self.wire, error)
+        self.gone = True
 
     def read(self, alive: Callable[[], bool]) -> None:
         """Read until the conversation ends or `alive` says no."""
@@ -48,9 +60,9 @@ class Client:
             if message.get("op") == "cancel":
                 self.cancelled = message.get("id")
             else:
-                self.asked.put(message)
+                self.inbox.put((self, message))
         self.gone = True
-        self.asked.put(None)
+        self.inbox.put((self, None))
 
 
 def tell_failure(wire: Any, error: BaseException) -> None:
