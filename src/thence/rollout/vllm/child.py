@@ -284,7 +284,7 @@ def serve_parent(options: argparse.Namespace) -> int:
     try:
         engine = VllmModel(options)
     except BaseException as error:
-        tell_failure(client.wire, error)
+        client.fail(error)
         return 1
     if options.socket:
         listener = socket.socket(socket.AF_UNIX)

@@ -96,8 +96,6 @@ class Service:
             return
         try:
             self._answer(client, message)
-        except (ConnectionError, TimeoutError):
-            client.gone = True
         except Exception as error:
             client.fail(error)
 
@@ -125,7 +123,7 @@ class Service:
                 asked.steps += 1
                 if output.finished:
                     number = asked.held.pop(output.request_id)
-                    self._tell(asked.client, {"done": number, "stamp": self.model.stamp, **as_plain(output.outputs[0])})
+                    asked.client.tell({"done": number, "stamp": self.model.stamp, **as_plain(output.outputs[0])})
             self._end()
         except Exception as error:
             for client in {id(asked.client): asked.client for asked in self.asked}.values():
@@ -150,19 +148,10 @@ class Service:
                 asked.held.clear()
             if asked.stopped or not (asked.held or asked.waiting):
                 self.asked.remove(asked)
-                self._tell(asked.client, {"end": asked.request["id"], "stamp": self.model.stamp})
+                asked.client.tell({"end": asked.request["id"], "stamp": self.model.stamp})
             elif time.monotonic() - asked.told > ALIVE_SECONDS:
                 asked.told = time.monotonic()
-                self._tell(asked.client, {"alive": asked.steps})
-
-    def _tell(self, client: Client, message: dict[str, Any]) -> None:
-        """Tell a client; one that is gone is none of the others' matter."""
-        if client.gone:
-            return
-        try:
-            client.tell(message)
-        except OSError:
-            client.gone = True
+                asked.client.tell({"alive": asked.steps})
 
     def _drop(self, client: Client) -> None:
         """Stop what a client that is gone has asked for."""
