@@ -110,8 +110,9 @@ class RankEngine:
         Raises:
             UserError: on all ranks, as :meth:`VllmEngine.load_weights`.
         """
-        begin, ranks, model = time.monotonic(), self.ranks, self.trainer.policy.model
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        begin, ranks, policy = time.monotonic(), self.ranks, self.trainer.policy
+        plain = policy.skeleton if policy.skeleton is not None else policy.model  # one in 4 bits is written in float32
+        size = sum(p.numel() * max(p.element_size(), 4) for p in plain.parameters())
         probe = self._probe()
         self._forget()
         folder, own = self.folders.enter_context(handed_over(ranks, self.engine.new_folder, size))
