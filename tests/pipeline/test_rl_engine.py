@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import thence.pipeline.rl_stage as rl_stage
 from tests.recipes import llama
@@ -30,10 +32,11 @@ class OwnCopy:
     def __init__(self, shift: float = 0.0, dies_at: int | None = None):
         self.shift, self.dies_at = shift, dies_at
         self.model: Any = None
+        self.trainer: Any = None
         self.versions: list[int] = []
 
-    def push_weights(self, model: Any, version: int) -> None:
-        self.model = copy.deepcopy(model)
+    def update(self, version: int) -> None:
+        self.model = copy.deepcopy(self.trainer.policy.model)
         self.versions.append(version)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
@@ -45,7 +48,8 @@ class OwnCopy:
 
 def use(monkeypatch: pytest.MonkeyPatch, engine: OwnCopy) -> None:
     @contextmanager
-    def engine_of(context: Any, stage: Any) -> Iterator[OwnCopy]:
+    def engine_of(context: Any, stage: Any, trainer: Any) -> Iterator[OwnCopy]:
+        engine.trainer = trainer
         yield engine
 
     monkeypatch.setattr(rl_stage, "engine_of", engine_of)
@@ -136,10 +140,14 @@ class Heard(VllmEngine):
     """vLLM itself, with what it is asked: rows of prompts, its responses, and the weights that it had."""
 
     asked: ClassVar[list[tuple[Any, list[tuple[int, ...]], list[Response]]]] = []
+    config: ClassVar[Any] = None
 
-    def push_weights(self, model: Any, version: int) -> None:
-        super().push_weights(model, version)
-        self.pushed = copy.deepcopy(model)
+    def load_weights(self, folder: Path, *given: Any, **named: Any) -> None:
+        super().load_weights(folder, *given, **named)
+        (file,) = folder.glob("*.safetensors")
+        self.pushed = LlamaForCausalLM(self.config)
+        self.pushed.load_state_dict(load_file(file), strict=False)
+        self.pushed.tie_weights()
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         found = super().sample(prompts, seeds, sampling)
@@ -155,7 +163,7 @@ def test_vllm_samples_a_group_in_rounds_and_goes_on_from_what_the_expert_began(
     """TRAPO: four rollouts of each prompt, then two and one that the expert begins, then the whole demonstration."""
     if PYTHON_VARIABLE not in os.environ:
         pytest.skip(f"set {PYTHON_VARIABLE} to the Python of an environment with vLLM")
-    monkeypatch.setattr(rl_stage, "VllmEngine", Heard)
+    monkeypatch.setattr("thence.pipeline.rollout_engine.VllmEngine", Heard)
     monkeypatch.setattr("thence.rollout.responses.sample", None)  # the trainer's own sampler
     monkeypatch.setattr(Heard, "asked", [])
     begun: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
@@ -185,6 +193,7 @@ def test_vllm_samples_a_group_in_rounds_and_goes_on_from_what_the_expert_began(
         hidden_size=64, num_key_value_heads=1, max_position_embeddings=128
     )  # vLLM's heads are 32 wide or more
     recipe = {**rl_recipe, "model": {**rl_recipe["model"], "init": heads}}
+    monkeypatch.setattr(Heard, "config", LlamaConfig(**heads))
     _, lines = trained(recipe, tmp_path / "run", **settings)
     assert [line["step"] for line in lines] == [1, 2] and all(line["mismatch_kl"] < 1e-6 for line in lines)
     assert all({"rollout", "prefix", "demonstration"} <= line["shares"].keys() for line in lines)

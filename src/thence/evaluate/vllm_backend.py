@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from thence.errors import UserError
 from thence.evaluate.backends import Generation, Prompts, Ready, Refused, Request
 from thence.models.lengths import context_of
 from thence.recipe import Model
@@ -49,12 +50,19 @@ class VllmBackend:
         vllm: VllmSettings | None = None,
         variables: Mapping[str, Any] | None = None,
     ):
+        vllm = vllm or VllmSettings()
+        if vllm.servers or vllm.ranks_per_engine > 1:
+            raise UserError(
+                "servers and ranks_per_engine are for RL on several ranks; an evaluation has one engine",
+                remedy="leave them out, or name one server",
+                field="vllm",
+            )
         self.settings, self.tokenizer = settings, load_tokenizer(settings)
         self._temporary: Path | None = None
         try:
             folder = self._folder()
             self.prompts = Prompts(self.tokenizer, chat_template, variables, configs_of(folder))
-            self.engine = VllmEngine(vllm or VllmSettings(), folder)
+            self.engine = VllmEngine(vllm, folder)
         except BaseException:
             self.close()
             raise

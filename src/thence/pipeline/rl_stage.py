@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from thence.errors import RecipeError
@@ -22,15 +20,14 @@ from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import reward_names, stage_reward
 from thence.pipeline.rl_metrics import SAMPLES_KEPT, BatchMetrics, keep_samples
 from thence.pipeline.rl_update import Update
+from thence.pipeline.rollout_engine import engine_of, ranks_per_engine
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampler import RolloutSampler, SyncedEngine
 from thence.pipeline.saving import Checkpoints, naming_step, saving
 from thence.pipeline.teacher import check_teacher, drawn_prompts, teacher_pass, teacher_weights
 from thence.pipeline.validation import Validation
 from thence.recipe import Rl
-from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import vllm_settings
-from thence.train.model import save_model
 from thence.train.weights import whole
 
 log = logging.getLogger(__name__)
@@ -63,7 +60,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
         done, own = checkpoints.resume()
         validation = Validation(context, stage, held)
         validation.resume(own)
-        grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage))
+        grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage, trainer))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
         update = Update(stage, method, trainer, minis, teacher)
         loop = Loop(context, stage, sampler, update, checkpoints, validation, budget_of(stage))
@@ -121,7 +118,7 @@ class Loop:
         """
         context, sampler, method, trainer = self.context, self.sampler, self.update.method, self.update.trainer
         start, before = time.perf_counter(), context.meter.total
-        with whole(context.policy) as model:
+        with sampled_from(context, sampler.engine) as model:
             sampler.begin(step, model)
             composed = method.compose(sampler, self.stage.prompts, self.stage.rollouts)
         trajectories = leave_out(method, composed)
@@ -170,12 +167,9 @@ def check_settings(name: str, stage: Rl, world: int) -> None:
             remedy=f'set schedule = "constant", or give steps without {budget.measure}',
             field=f"{name}.schedule",
         )
-    if stage.engine == "vllm" and world > 1:
-        raise RecipeError(
-            "vLLM samples for a single rank only",
-            remedy='run one process, or set engine = "native"',
-            field=f"{name}.engine",
-        )
+    if stage.engine == "vllm":
+        where = f"{name}.vllm"
+        ranks_per_engine(vllm_settings(stage.vllm, where), world, where)
 
 
 def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
@@ -189,19 +183,10 @@ def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
 
 
 @contextmanager
-def engine_of(context: StageContext, stage: Rl) -> Iterator[SyncedEngine | None]:
-    """The engine that samples, running; None: this process samples with its own weights.
-
-    Raises:
-        RecipeError: settings that vLLM does not have.
-        UserError: vLLM does not start.
-    """
-    if stage.engine == "native":
+def sampled_from(context: StageContext, engine: SyncedEngine | None) -> Iterator[Any]:
+    """The whole model that this process samples with; None where an engine samples, which gets the weights itself."""
+    if engine is not None:
         yield None
         return
-    settings = vllm_settings(stage.vllm, f"{context.name}.vllm")
-    with tempfile.TemporaryDirectory(prefix="thence-vllm-") as folder:
-        with whole(context.policy) as model:
-            save_model(model, context.tokenizer, Path(folder))
-        with VllmEngine(settings, None if settings.server else Path(folder)) as engine:
-            yield engine
+    with whole(context.policy) as model:
+        yield model

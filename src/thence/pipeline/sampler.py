@@ -22,10 +22,10 @@ from thence.verify.reward import Grader
 
 
 class SyncedEngine(Engine, Protocol):
-    """An engine in another process, which is given the trainer's weights before it samples."""
+    """An engine in another process, which is given the policy's weights before it samples."""
 
-    def push_weights(self, model: Any, version: int) -> None:
-        """Give it these weights, under a version that every response is stamped with."""
+    def update(self, version: int) -> None:
+        """Give it the weights as they stand, with a version that responses are stamped with; all ranks together."""
         ...
 
 
@@ -71,12 +71,12 @@ class RolloutSampler:
         )
 
     def begin(self, step: int, model: Any) -> None:
-        """A new rollout batch, counted from 0, sampled from this whole model. Another engine gets its weights."""
+        """A new rollout batch, counted from 0, sampled from this whole model; an engine gets the policy's weights."""
         self.model, self.step, self.seconds, self.seen = model, step, 0.0, []
         self.draws, self.times, self.again = 0, Counter(), {}
         if self.engine is not None:
             start = time.perf_counter()
-            self.engine.push_weights(model, step)
+            self.engine.update(step)
             self.seconds += time.perf_counter() - start
 
     def next_prompts(self, count: int) -> list[Prompt]:

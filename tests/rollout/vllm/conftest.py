@@ -62,7 +62,7 @@ def script(tmp_path: Path) -> Callable[[str], VllmSettings]:
             "from thence.framed import Wire\n"
             "sock = socket.socket(fileno=int(sys.argv[sys.argv.index('--fd') + 1]))\nwire = Wire(sock)\n"
             "ask, tell = (lambda: wire.receive(20)), wire.send\n"
-            "ready = {'protocol': 2, 'model': sys.argv[sys.argv.index('--model') + 1], 'stamp': [0, 'd'],\n"
+            "ready = {'protocol': 3, 'model': sys.argv[sys.argv.index('--model') + 1], 'stamp': [0, 'd'],\n"
             "         'dtype': 'float32', 'max_model_len': 64}\n" + textwrap.dedent(body)
         )
         file.chmod(0o755)

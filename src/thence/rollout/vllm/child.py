@@ -1,13 +1,15 @@
 """The process that runs vLLM. It needs the standard library and vLLM with its torch and safetensors, not thence.
 
-    python child.py --fd N --model FOLDER ...       started by thence.rollout.vllm.engine, which it does not outlive
-    python child.py --port P --model FOLDER ...     started by a user; serves on 127.0.0.1, one client at a time, to
-                                                    whoever knows the token in THENCE_VLLM_TOKEN
+    python child.py --fd N --model FOLDER ...       started by thence.rollout.vllm.engine, which it does not outlive;
+                                                    with --socket PATH other ranks of that run ask it too
+    python child.py --port P --model FOLDER ...     started by a user; serves on 127.0.0.1 the ranks of one run at a
+                                                    time, if they know the token in THENCE_VLLM_TOKEN
 
-Messages are framed as in thence/framed.py. The client's first is {"op": "hello", "token"}, answered by {"ready": facts}
-once the model is loaded. Then it asks for one thing at a time:
+Messages are framed as in thence/framed.py. The client's first is {"op": "hello", "token", "run"}, answered by
+{"ready": facts} once the model is loaded. Then it asks for one thing at a time:
 
-    load      path, version, digest, probe      -> loaded, stamp, seconds, probe_logps
+    load      path, version, digest, tensors,   -> loaded, stamp, seconds, probe_logps
+              probe
     generate  id, prompts, rows, sampling       -> done, stamp, token_ids, logps, finish for every row as it ends;
                                                    alive (steps of rows so far) now and then; at last end
     cancel    id                                   (while it generates) -> end
@@ -29,17 +31,15 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from client import Client, framed, tell_failure  # pyright: ignore[reportMissingImports]
+from client import Client, Inbox, framed, tell_failure  # pyright: ignore[reportMissingImports]
+from service import Service  # pyright: ignore[reportMissingImports]
 from wire import PROTOCOL, TOKEN_VARIABLE, weight_files, weights_digest  # pyright: ignore[reportMissingImports]
 
 LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
-QUEUED = 2  # requests held by vLLM for every row it samples in parallel
-ALIVE_SECONDS = 1.0
 GREETING_SECONDS = 10.0
 
 # Python puts the folder of a script first in its path. Installed packages must be found before it.
@@ -69,6 +69,7 @@ class VllmModel:
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
         self.options, self._torch, self._vllm = options, torch, vllm
+        self.max_rows: int = options.max_rows
         digest = weights_digest(options.model)
         sizes: dict[str, Any] = {"max_model_len": options.max_model_len or None}
         if options.kv_cache_gb:
@@ -124,21 +125,25 @@ class VllmModel:
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Put other weights into the running model, forget cached keys and values, and read the probe.
 
+        Weights that it has already, since another rank of the run brought them, are not read again.
+
         Raises:
-            ValueError: other weights arrived than were sent.
+            ValueError: fewer or more tensors arrived than were sent.
             RuntimeError: vLLM keeps what it computed with the old weights.
         """
         start = time.monotonic()
-        self.stamp = [-1, "weights half loaded"]  # until all is done: an error leaves it so
-        digest = weights_digest(request["path"])
-        if digest != request["digest"]:
-            raise ValueError(f"the weights arrived with digest {digest}, sent were {request['digest']}")
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _tensors(request["path"])})
-        _pack_tied_weights(self._runner().get_model())
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM did not forget the keys and values of the old weights")
+        wanted = [request["version"], request["digest"]]
+        if self.stamp != wanted:
+            self.stamp = [-1, "weights half loaded"]  # until all is done: an error leaves it so
+            arrived = sum(1 for _ in _names(request["path"]))
+            if arrived != request["tensors"]:
+                raise ValueError(f"{arrived} tensors arrived, sent were {request['tensors']}")
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _tensors(request["path"])})
+            _pack_tied_weights(self._runner().get_model())
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("vLLM did not forget the keys and values of the old weights")
         logps = self._read(request["probe"])
-        self.stamp = [request["version"], digest]
+        self.stamp = wanted
         return {"loaded": True, "stamp": self.stamp, "seconds": time.monotonic() - start, "probe_logps": logps}
 
     def _read(self, token_ids: list[int]) -> list[float]:
@@ -147,34 +152,16 @@ class VllmModel:
         (output,) = self._llm.generate([{"prompt_token_ids": token_ids}], params, use_tqdm=False)
         return [place[token].logprob for token, place in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
 
-    def generate(self, request: dict[str, Any], client: Client) -> None:
-        """Sample every row and send it as it ends, until the client cancels or goes away."""
-        waiting = deque(enumerate(request["rows"]))
-        held: dict[str, int] = {}
-        told = time.monotonic()
-        steps = 0
-        try:
-            while waiting or held:
-                if client.gone or client.cancelled == request["id"]:
-                    break
-                while waiting and len(held) < QUEUED * self.options.max_rows:
-                    number, row = waiting.popleft()
-                    held[f"{request['id']}-{number}"] = number
-                    self._add(f"{request['id']}-{number}", request, row)
-                for output in self._engine.step():
-                    steps += 1
-                    if output.finished:
-                        number = held.pop(output.request_id)
-                        client.tell({"done": number, "stamp": self.stamp, **_as_plain(output.outputs[0])})
-                if time.monotonic() - told > ALIVE_SECONDS:
-                    told = time.monotonic()
-                    client.tell({"alive": steps})
-        finally:
-            if held:
-                self._engine.abort_request(list(held))
-        client.tell({"end": request["id"], "stamp": self.stamp})
+    def step(self) -> list[Any]:
+        """One step of all rows. Returns what vLLM has to say of some of them."""
+        return self._engine.step()
 
-    def _add(self, name: str, request: dict[str, Any], row: list[int]) -> None:
+    def abort(self, names: list[str]) -> None:
+        """Stop sampling these rows."""
+        self._engine.abort_request(names)
+
+    def add(self, name: str, request: dict[str, Any], row: list[int]) -> None:
+        """Sample a row of a request, under this name."""
         prompt, seed, max_tokens = row
         sampling = request["sampling"]
         params = self._vllm.SamplingParams(
@@ -191,14 +178,12 @@ class VllmModel:
         self._engine.add_request(name, {"prompt_token_ids": request["prompts"][prompt]}, params)
 
 
-def _as_plain(output: Any) -> dict[str, Any]:
-    token_ids = list(output.token_ids)
-    logps = output.logprobs or ()
-    return {
-        "token_ids": token_ids,
-        "logps": [place[token].logprob for token, place in zip(token_ids, logps, strict=False)],
-        "finish": output.finish_reason,
-    }
+def _names(folder: str) -> Iterator[str]:
+    from safetensors import safe_open
+
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            yield from opened.keys()
 
 
 def _tensors(folder: str) -> Iterator[tuple[str, Any]]:
@@ -238,33 +223,60 @@ def _report_whole_softmax(sampler: Any, torch: Any) -> None:
     choose.forward = forward
 
 
-def converse(engine: VllmModel, client: Client) -> None:
-    """Answer a client until it goes away, says stop, or something fails."""
-    try:
-        while (request := client.asked.get()) is not None and request.get("op") != "stop":
-            if request["op"] == "hello":
-                client.tell({"ready": engine.facts()})
-            elif request["op"] == "load":
-                client.tell(engine.load(request))
-            elif request["op"] == "generate":
-                engine.generate(request, client)
-            else:
-                raise ValueError(f"unknown request {request['op']!r}")
-    except (ConnectionError, TimeoutError):
-        pass
-    except Exception as error:
-        tell_failure(client.wire, error)
+class Door:
+    """Lets clients in: those who know the token, of one run at a time."""
+
+    def __init__(self, inbox: Inbox, token: str, clients: list[Client]):
+        self.inbox, self.token, self.clients = inbox, token, clients
+        self.run: Any = None
+        self.lock = threading.Lock()
+        self.number = len(clients)
+
+    def open(self, listener: socket.socket) -> None:
+        """Welcome whoever comes, each in a thread."""
+        while True:
+            sock, _ = listener.accept()
+            threading.Thread(target=self.welcome, args=(framed.Wire(sock),), daemon=True).start()
+
+    def welcome(self, wire: Any) -> None:
+        """Let a client in and read what it asks, or tell it why not."""
+        try:
+            hello = wire.receive(GREETING_SECONDS, LARGEST_GREETING) or {}
+            if not hmac.compare_digest(str(hello.get("token")).encode(), self.token.encode()):
+                raise PermissionError(f"wrong token: set {TOKEN_VARIABLE} to what the server was started with")
+            client = self._admit(wire, hello.get("run"))
+        except Exception as error:
+            tell_failure(wire, error)
+            wire.close()
+            return
+        self.inbox.put((client, hello))
+        client.read(lambda: not client.gone)
+        with self.lock:
+            self.clients.remove(client)
+        wire.close()
+
+    def _admit(self, wire: Any, run: Any) -> Client:
+        with self.lock:
+            if self.clients and (run is None or run != self.run):
+                raise RuntimeError("busy: the server has another client")
+            self.number += 1
+            client = Client(wire, self.inbox, self.number)
+            self.clients.append(client)
+            self.run = run
+            return client
 
 
 def serve_parent(options: argparse.Namespace) -> int:
-    """Serve the process that started this one, and end with it."""
+    """Serve the process that started this one, and other ranks of its run; end with it."""
     parent = os.getppid()
-    client = Client(framed.Wire(socket.socket(fileno=options.fd)))
+    inbox: Inbox = queue.Queue()
+    client = Client(framed.Wire(socket.socket(fileno=options.fd)), inbox)
 
     def watch() -> None:
         client.read(lambda: os.getppid() == parent)
-        for folder in options.scratch:
-            shutil.rmtree(folder, ignore_errors=True)
+        if os.getppid() != parent:  # who would have removed them
+            for folder in options.scratch:
+                shutil.rmtree(folder, ignore_errors=True)
         # The engine started this process as the leader of a group, so that vLLM's children end with it.
         os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
 
@@ -272,14 +284,21 @@ def serve_parent(options: argparse.Namespace) -> int:
     try:
         engine = VllmModel(options)
     except BaseException as error:
-        tell_failure(client.wire, error)
+        client.fail(error)
         return 1
-    converse(engine, client)
+    if options.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(options.socket)
+        listener.listen()
+        door = Door(inbox, os.environ[TOKEN_VARIABLE], [client])
+        door.run = os.environ[TOKEN_VARIABLE]
+        threading.Thread(target=door.open, args=(listener,), daemon=True).start()
+    Service(engine, inbox).run(client)
     return 0
 
 
 def serve_port(options: argparse.Namespace) -> int:
-    """Serve clients on loopback, one at a time, until interrupted."""
+    """Serve the ranks of one run at a time on loopback, until interrupted."""
     token = os.environ.get(TOKEN_VARIABLE, "")
     if len(token) < 8:
         print(f"set {TOKEN_VARIABLE}, 8 characters or more, to the same text here and where thence runs")
@@ -294,38 +313,10 @@ def serve_port(options: argparse.Namespace) -> int:
     listener.listen()
     engine = VllmModel(options)
     print(f"serving {options.model} on 127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    clients: queue.Queue[Client] = queue.Queue()
-    serving = threading.Lock()
-
-    def welcome(wire: Any) -> None:
-        try:
-            hello = wire.receive(GREETING_SECONDS, LARGEST_GREETING) or {}
-            if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
-                raise PermissionError(f"wrong token: set {TOKEN_VARIABLE} to what the server was started with")
-            if not serving.acquire(blocking=False):
-                raise RuntimeError("busy: the server has another client")
-        except Exception as error:
-            tell_failure(wire, error)
-            wire.close()
-            return
-        client = Client(wire)
-        client.asked.put(hello)
-        clients.put(client)
-        client.read(lambda: not client.gone)
-
-    def accept() -> None:
-        while True:
-            sock, _ = listener.accept()
-            threading.Thread(target=welcome, args=(framed.Wire(sock),), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
+    inbox: Inbox = queue.Queue()
+    threading.Thread(target=Door(inbox, token, []).open, args=(listener,), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            client = clients.get()
-            converse(engine, client)
-            client.gone = True
-            client.wire.close()
-            serving.release()
+        Service(engine, inbox).run()
     return 0
 
 
@@ -334,6 +325,7 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     where.add_argument("--port", type=int)
+    parser.add_argument("--socket", help=argparse.SUPPRESS)
     parser.add_argument("--model", required=True, help="Hugging Face folder with safetensors")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--max-model-len", type=int, default=0, help="longest prompt and response; 0: the model's")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import queue
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +21,39 @@ assert _SPEC is not None and _SPEC.loader is not None
 framed = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(framed)
 
+Inbox = queue.Queue[tuple["Client", dict[str, Any] | None]]
+"""Clients with what each asks for, in the order in which it came; None: the client is gone."""
+
 
 class Client:
-    """The other side of a conversation: what it asks for, read by a separate thread."""
+    """The other side of a conversation: what it asks for is read by one thread, what it is told is sent by another.
 
-    def __init__(self, wire: Any):
-        self.wire = wire
-        self.asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    So a client that does not read keeps nobody else waiting.
+
+    Args:
+        inbox: where its requests go.
+        number: tells its rows from those of other clients.
+    """
+
+    def __init__(self, wire: Any, inbox: Inbox, number: int = 0):
+        self.wire, self.inbox, self.number = wire, inbox, number
         self.cancelled: Any = None
         self.gone = False
+        self._outbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._sender = threading.Thread(target=self._send, daemon=True)
+        self._sender.start()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send a message. Raises OSError where the client is gone or does not read."""
-        self.wire.send(message, SEND_SECONDS)
+        """Send a message, after those before."""
+        self._outbox.put(message)
+
+    def fail(self, error: BaseException) -> None:
+        """Write the traceback to the log, tell the client, who may be gone, and end the conversation."""
+        traceback.print_exception(error)
+        self._outbox.put(failure_of(error))
+        self._outbox.put(None)
+        self._sender.join(FAREWELL_SECONDS)
+        self.gone = True
 
     def read(self, alive: Callable[[], bool]) -> None:
         """Read until the conversation ends or `alive` says no."""
@@ -48,13 +69,26 @@ class Client:
             if message.get("op") == "cancel":
                 self.cancelled = message.get("id")
             else:
-                self.asked.put(message)
+                self.inbox.put((self, message))
         self.gone = True
-        self.asked.put(None)
+        self._outbox.put(None)
+        self.inbox.put((self, None))
+
+    def _send(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                self.wire.send(message, SEND_SECONDS)
+        except (OSError, ValueError):
+            self.gone = True
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """What a client is told of an error."""
+    return {"failed": f"{type(error).__name__}: {error}"[:100_000]}
 
 
 def tell_failure(wire: Any, error: BaseException) -> None:
-    """Write the traceback to the log, and tell the client, who may be gone."""
+    """As :meth:`Client.fail`, of somebody who has not become a client."""
     traceback.print_exception(error)
     with contextlib.suppress(OSError):
-        wire.send({"failed": f"{type(error).__name__}: {error}"[:100_000]}, FAREWELL_SECONDS)
+        wire.send(failure_of(error), FAREWELL_SECONDS)

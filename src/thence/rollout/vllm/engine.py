@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import shutil
 import time
 import weakref
@@ -18,20 +19,20 @@ from typing import Any
 
 from thence.errors import UserError
 from thence.rollout.native import Response, Sampling
-from thence.rollout.vllm.link import SEND_SECONDS, Link, connect, greet, start
+from thence.rollout.vllm.link import SEND_SECONDS, Door, Link, connect, enter, greet, start
 from thence.rollout.vllm.replies import checked_probe, checked_response
 from thence.rollout.vllm.request import check_room, generate_request
 from thence.rollout.vllm.settings import VllmSettings, shared_token
 from thence.rollout.vllm.weights import (
-    TOLERANCE,
+    Probe,
     Push,
     folder_for,
     probe_ids,
     probe_logps,
     scratch_folders,
+    tensors_in,
     write_weights,
 )
-from thence.rollout.vllm.wire import weights_digest
 
 log = logging.getLogger(__name__)
 CANCEL_SECONDS = 30.0
@@ -43,13 +44,24 @@ class VllmEngine:
     Args:
         settings: where vLLM runs and what it may use.
         model: Hugging Face folder with safetensors; None: the server's model, to which weights must then be pushed.
+        run: what the ranks of one run have in common: a server serves them side by side. None: no other client.
+        shared: let other ranks of this machine in, through `door`.
+        door: of a vLLM that another rank has started, which is used instead of a new one.
 
     Raises:
         UserError: vLLM is missing, does not start, is out of memory or too slow; the server does not answer, wants
             another token, has another model or another client.
     """
 
-    def __init__(self, settings: VllmSettings, model: Path | None):
+    def __init__(
+        self,
+        settings: VllmSettings,
+        model: Path | None,
+        *,
+        run: str | None = None,
+        shared: bool = False,
+        door: Door | None = None,
+    ):
         self.settings = settings
         self.version = 0
         self.last_push: Push | None = None
@@ -58,8 +70,10 @@ class VllmEngine:
         self._scratch = scratch_folders()
         self._removed = weakref.finalize(self, _remove, self._scratch)
         try:
-            self._link, token = _open_link(settings, model, self._scratch)
-            self._about, self._digest = greet(self._link, token, settings, model)
+            self.door = door or (Door(str(self._scratch[0] / "door"), secrets.token_hex(16)) if shared else None)
+            self._link, token = self._open(model, door)
+            run = self.door.token if self.door is not None else run
+            self._about, self._digest = greet(self._link, token, settings, model, run)
         except BaseException:
             self.close()
             raise
@@ -149,7 +163,7 @@ class VllmEngine:
             raise self._link.failed(f"vLLM left out {len(left)} of {len(prompts)} responses")
 
     def push_weights(self, model: Any, version: int) -> None:
-        """Give the running vLLM other weights. It drops everything that it cached with the old ones.
+        """Give the running vLLM the weights of a model of this process. It drops all that it cached with the old ones.
 
         Both sides then read the same short text with them: if their log-probabilities differ by more than rounding,
         the weights did not arrive. `last_push` tells by how much they differ.
@@ -162,35 +176,50 @@ class VllmEngine:
             UserError: no room for the weights, vLLM refused them or ended, or the log-probabilities differ.
             ValueError: a negative version.
         """
-        if version < 0:
-            raise ValueError(f"version {version} is negative")
+        _check_version(version)
         begin = time.monotonic()
         ids = probe_ids(model.config.get_text_config().vocab_size)
-        folder = folder_for(model, self._scratch)
+        folder = self.new_folder(sum(p.numel() * p.element_size() for p in model.parameters()))
         try:
             write_weights(model, folder)
-            digest = weights_digest(folder)
-            request = {"op": "load", "path": str(folder), "version": version, "digest": digest, "probe": ids}
-            self._link.ask(request, SEND_SECONDS)
-            reply = self._link.answer(self.settings.silence_seconds, "taking weights")
+            self.load_weights(folder, tensors_in(folder), Probe(ids, probe_logps(model, ids)), version, begin)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def new_folder(self, size: int) -> Path:
+        """A folder for so many bytes of weights, in shared memory if there is room; removed with the engine."""
+        return folder_for(size, self._scratch)
+
+    def load_weights(self, folder: Path, tensors: int, probe: Probe, version: int, begin: float | None = None) -> None:
+        """As :meth:`push_weights`, with weights that lie in a folder already.
+
+        Args:
+            folder: safetensors files, under the names that a Hugging Face folder has.
+            tensors: how many there are in it.
+            probe: what the trainer says with these weights.
+            begin: when handing them over began, by `time.monotonic`; default: now.
+        """
+        _check_version(version)
+        begin = time.monotonic() if begin is None else begin
+        stamp = [version, probe.digest(version, tensors)]
+        request = {"op": "load", "path": str(folder), "version": version, "digest": stamp[1], "tensors": tensors}
+        self._link.ask({**request, "probe": probe.token_ids}, SEND_SECONDS)
+        reply = self._link.answer(self.settings.silence_seconds, "taking weights")
         try:
-            theirs = checked_probe(reply, len(ids) - 1)
+            theirs = checked_probe(reply, len(probe.logps))
         except ValueError as error:
             raise self._link.not_understood(error) from None
-        if reply["stamp"] != [version, digest]:
-            raise self._link.failed(f"vLLM says it has weights {reply['stamp']}, sent were {[version, digest]}")
-        ours = probe_logps(model, ids)
-        difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        tolerance = TOLERANCE[self._about["dtype"]]
+        if reply["stamp"] != stamp:
+            raise self._link.failed(f"vLLM says it has weights {reply['stamp']}, sent were {stamp}")
+        difference = max(abs(a - b) for a, b in zip(probe.logps, theirs, strict=True))
+        tolerance = probe.tolerance(self._about["dtype"])
         if not difference <= tolerance:
             raise self._link.failed(
                 f"the weights of version {version} did not take effect in vLLM: it reads a short text with "
                 f"log-probabilities up to {difference:.3g} nats away from the trainer's, {tolerance:g} are allowed"
             )
-        self.version, self._digest = version, digest
-        self.last_push = Push(version, digest, time.monotonic() - begin, difference)
+        self.version, self._digest = version, stamp[1]
+        self.last_push = Push(version, stamp[1], time.monotonic() - begin, difference)
 
     def facts(self) -> dict[str, Any]:
         """Plain values that numbers depend on: versions, dtype, sizes, and the stamp of the weights."""
@@ -211,6 +240,23 @@ class VllmEngine:
             link.close()
         self._removed()
 
+    def _open(self, model: Path | None, door: Door | None) -> tuple[Link, str]:
+        """A conversation with a server, with another rank's process or with a new one; and the token to greet it."""
+        if door is not None:
+            return enter(door), door.token
+        if self.settings.server:
+            return connect(self.settings), shared_token()
+        if model is None:
+            raise UserError("vLLM needs a model to start with", remedy="give a Hugging Face folder")
+        if not (model / "config.json").is_file() or not list(model.glob("*.safetensors")):
+            raise UserError(
+                "no Hugging Face folder with config.json and safetensors, which vLLM needs",
+                remedy="save the model with thence.train.model.save_model, or give its folder",
+                file=model,
+            )
+        log = Path(self.settings.log).expanduser() if self.settings.log else self._scratch[-1] / "vllm.log"
+        return start(self.settings, model.resolve(), self._scratch, log, self.door), ""
+
     def _cancel(self, number: int) -> None:
         """Stop sampling and read what was already on its way, so that the next request gets its own answers."""
         if not self._link.open:
@@ -229,20 +275,9 @@ def _remove(folders: list[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_link(settings: VllmSettings, model: Path | None, scratch: list[Path]) -> tuple[Link, str]:
-    """A conversation with a server, or with a new process; and the token to greet it with."""
-    if settings.server:
-        return connect(settings), shared_token()
-    if model is None:
-        raise UserError("vLLM needs a model to start with", remedy="give a Hugging Face folder")
-    if not (model / "config.json").is_file() or not list(model.glob("*.safetensors")):
-        raise UserError(
-            "no Hugging Face folder with config.json and safetensors, which vLLM needs",
-            remedy="save the model with thence.train.model.save_model, or give its folder",
-            file=model,
-        )
-    path = Path(settings.log).expanduser() if settings.log else scratch[-1] / "vllm.log"
-    return start(settings, model.resolve(), scratch, path), ""
+def _check_version(version: int) -> None:
+    if version < 0:
+        raise ValueError(f"version {version} is negative")
 
 
 def _response(

@@ -34,7 +34,11 @@ _KNOWN = (
 )
 
 
-def failure(problem: str, *, log: Path | None, detail: str = "", code: int | None = None) -> UserError:
+class EngineFailed(UserError):
+    """vLLM ended, hangs, or says what it should not; another one may do better."""
+
+
+def failure(problem: str, *, log: Path | None, detail: str = "", code: int | None = None) -> EngineFailed:
     """An error with the remedy that fits, and the end of the log.
 
     Args:
@@ -47,7 +51,7 @@ def failure(problem: str, *, log: Path | None, detail: str = "", code: int | Non
     first = one_line(redacted(detail.strip().splitlines()[0]), 400) if detail.strip() else ""
     tail = _tail(log)
     shown = f"\n  end of its log:\n{tail}" if tail else ""
-    return UserError(
+    return EngineFailed(
         f"{problem}{ending}{': ' + first if first else ''}{shown}", remedy=_remedy(detail or tail, code, log)
     )
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,28 @@ class Link:
         return self._wire
 
 
-def start(settings: VllmSettings, model: Path, scratch: Sequence[Path], log: Path) -> Link:
-    """Start `child.py` in vLLM's environment. Raises UserError."""
+@dataclass(frozen=True)
+class Door:
+    """Where other ranks of a run reach a vLLM that one of them has started.
+
+    Args:
+        path: of a socket in a folder of this user alone.
+        token: what the process asks of them.
+    """
+
+    path: str
+    token: str
+
+
+def start(settings: VllmSettings, model: Path, scratch: Sequence[Path], log: Path, door: Door | None = None) -> Link:
+    """Start `child.py` in vLLM's environment, with a door for other ranks if one is given. Raises UserError."""
     ours, theirs = socket.socketpair()
     arguments = [*settings.arguments(model), "--fd", str(theirs.fileno())]
     arguments += [f"--scratch={folder}" for folder in scratch]
+    variables = settings.variables()
+    if door is not None:
+        arguments += ["--socket", door.path]
+        variables |= {TOKEN_VARIABLE: door.token}
     try:
         with theirs, log.open("ab") as output:
             popen = subprocess.Popen(
@@ -129,7 +147,7 @@ def start(settings: VllmSettings, model: Path, scratch: Sequence[Path], log: Pat
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=settings.variables(),
+                env=variables,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -160,13 +178,34 @@ def connect(settings: VllmSettings) -> Link:
     return Link(Wire(sock), None, None, settings.server)
 
 
-def greet(link: Link, token: str, settings: VllmSettings, model: Path | None) -> tuple[dict[str, Any], str | None]:
+def enter(door: Door) -> Link:
+    """Reach a vLLM that another rank of this machine has started. Raises UserError."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(CONNECT_SECONDS)
+        sock.connect(door.path)
+    except OSError as error:
+        sock.close()
+        raise UserError(
+            f"the vLLM that another rank has started cannot be reached: {error.strerror or error}",
+            remedy="look at what that rank printed; or set vllm.ranks_per_engine = 1",
+            field="vllm.ranks_per_engine",
+        ) from error
+    return Link(Wire(sock), None, None, "")
+
+
+def greet(
+    link: Link, token: str, settings: VllmSettings, model: Path | None, run: str | None = None
+) -> tuple[dict[str, Any], str | None]:
     """Wait until vLLM is ready: what it says about itself, and the digest of its weights if they are the model's.
+
+    Args:
+        run: what the ranks of one run have in common; they are served side by side. None: no other client.
 
     Raises:
         UserError: it does not start, wants another token, or has another dtype or model than asked for.
     """
-    link.ask({"op": "hello", "token": token}, SEND_SECONDS)
+    link.ask({"op": "hello", "token": token, "run": run}, SEND_SECONDS)
     about = link.answer(settings.start_seconds, "starting").get("ready")
     if not isinstance(about, dict) or about.get("protocol") != PROTOCOL:
         raise link.failed(f"{link.name} is not of this version of thence")

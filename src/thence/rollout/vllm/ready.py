@@ -6,7 +6,7 @@ import socket
 import subprocess
 
 from thence.errors import UserError
-from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, shared_token
+from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings, address_of, shared_token
 
 VLLM_SECONDS = 60.0
 
@@ -20,16 +20,18 @@ def check_vllm(settings: VllmSettings, table: str) -> None:
     Raises:
         UserError: no server listens, or the Python given has no vLLM.
     """
-    if settings.server:
+    field = "server" if settings.server else "servers"
+    for server in (settings.server,) if settings.server else settings.servers:
         shared_token()
         try:
-            socket.create_connection(settings.address(), timeout=5).close()
+            socket.create_connection(address_of(server), timeout=5).close()
         except OSError as error:
             raise UserError(
-                f"no vLLM server listens at {settings.server}: {error}",
-                remedy="start it first (docs/vllm.md), or let thence start vLLM: leave server out",
-                field=f"{table}.server",
+                f"no vLLM server listens at {server}: {error}",
+                remedy=f"start it first (docs/vllm.md), or let thence start vLLM: leave {field} out",
+                field=f"{table}.{field}",
             ) from None
+    if settings.server or settings.servers:
         return
     python = settings.interpreter()
     asked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"

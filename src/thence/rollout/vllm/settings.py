@@ -33,6 +33,10 @@ class VllmSettings(Section):
     """Python of the environment in which vLLM is installed; default: THENCE_VLLM_PYTHON, else this one."""
     server: Text = ""
     """Instead of starting vLLM: `127.0.0.1:PORT`, where the user has started child.py, on this machine."""
+    servers: tuple[Text, ...] = ()
+    """For RL on several ranks: one server for each rank, or for equal groups of neighbouring ranks, in their order."""
+    ranks_per_engine: Processes = 1
+    """For RL on several ranks: so many neighbouring ranks of a machine share one vLLM that thence starts."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and arithmetic; float32 is what the trainer's log-probabilities agree with."""
     max_model_len: Annotated[int, Field(ge=8, le=10**7)] | None = None
@@ -57,28 +61,21 @@ class VllmSettings(Section):
     """Further environment variables of the process."""
 
     @model_validator(mode="after")
-    def _server_is_here(self) -> VllmSettings:
-        if self.server:
-            self.address()
+    def _servers_are_here(self) -> VllmSettings:
+        for server in (self.server, *self.servers):
+            if server:
+                address_of(server)
+        if self.server and self.servers:
+            raise ValueError("server and servers are both given: give one of them")
+        if self.ranks_per_engine > 1 and (self.server or self.servers):
+            raise ValueError("ranks_per_engine is for engines that thence starts: leave it out beside a server")
+        if not all(self.servers) or len(set(self.servers)) < len(self.servers):
+            raise ValueError("servers names one of them twice, or an empty text: name each server once")
         return self
 
     def address(self) -> tuple[str, int]:
         """Host and port of `server`. Raises ValueError where they are not of this machine."""
-        host, _, port = self.server.rpartition(":")
-        try:
-            host = host or "127.0.0.1"
-            if (
-                not (port.isascii() and port.isdecimal())
-                or not 0 < int(port) < 65_536
-                or not (host == "localhost" or ipaddress.ip_address(host).is_loopback)
-            ):
-                raise ValueError
-        except ValueError:
-            raise ValueError(
-                f"server = {self.server!r} is not a port of this machine: write 127.0.0.1:PORT; weights are handed "
-                "over in files, and the connection is not encrypted"
-            ) from None
-        return host, int(port)
+        return address_of(self.server)
 
     def interpreter(self) -> str:
         """The Python that can import vLLM. Raises UserError."""
@@ -114,6 +111,25 @@ class VllmSettings(Section):
             *("--max-model-len", str(self.max_model_len or 0), "--kv-cache-gb", str(self.kv_cache_gb)),
             *("--threads", str(self.threads or 0), *flags),
         ]
+
+
+def address_of(server: str) -> tuple[str, int]:
+    """Host and port of a server. Raises ValueError where they are not of this machine."""
+    host, _, port = server.rpartition(":")
+    try:
+        host = host or "127.0.0.1"
+        if (
+            not (port.isascii() and port.isdecimal())
+            or not 0 < int(port) < 65_536
+            or not (host == "localhost" or ipaddress.ip_address(host).is_loopback)
+        ):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"server = {server!r} is not a port of this machine: write 127.0.0.1:PORT; weights are handed "
+            "over in files, and the connection is not encrypted"
+        ) from None
+    return host, int(port)
 
 
 def vllm_settings(table: Mapping[str, Any], where: str) -> VllmSettings:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from thence.errors import UserError
+from thence.rollout.vllm.wire import weight_files
 
 SHARED_MEMORY = Path("/dev/shm")
 SPARE = 1.05  # room asked for, for each byte of weights
+FILE_BYTES = 2**28
+INDEX = "model.safetensors.index.json"
 PROBE_TOKENS = 24
 # Largest difference of a log-probability of the probe, in nats, that may be rounding. Weights that did not arrive
-# differ by more, unless the update was tiny; then the digest is what tells them apart.
+# differ by more, unless the updates since were tiny; then the version and the number of tensors tell them apart.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.1}
 
 
@@ -28,7 +35,8 @@ class Push:
     """What handing over weights has told.
 
     Attributes:
-        version, digest: the stamp that every response sampled with these weights carries.
+        version, digest: the stamp that every response sampled with these weights carries. The digest follows from the
+            trainer's log-probabilities of the probe.
         seconds: from writing to sampling being possible.
         probe_difference: largest difference of a log-probability of the probe between trainer and vLLM, nats.
     """
@@ -39,6 +47,30 @@ class Push:
     probe_difference: float
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A short text, and what the trainer says of it.
+
+    Args:
+        token_ids: of the text.
+        logps: log-probabilities of all of them but the first, at temperature 1.
+        dtype: in which the trainer computed them.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    dtype: str = "float32"
+
+    def digest(self, version: int, tensors: int) -> str:
+        """16 hex digits that stand for weights: these log-probabilities to the last bit, with version and number."""
+        said = json.dumps([version, tensors, self.logps])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def tolerance(self, dtype: str) -> float:
+        """Largest difference that may be rounding, where the other side computes in ``dtype``."""
+        return max(TOLERANCE[dtype], TOLERANCE.get(self.dtype, 0.0))
+
+
 def scratch_folders() -> list[Path]:
     """New folders of this user alone, for the caller to remove: in shared memory, where there is any, and on disk."""
     shared = []
@@ -47,9 +79,8 @@ def scratch_folders() -> list[Path]:
     return [*shared, Path(tempfile.mkdtemp(prefix="thence-vllm-"))]
 
 
-def folder_for(model: Any, folders: list[Path]) -> Path:
-    """A new folder in the first of these with room for the model, else in the last."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+def folder_for(size: int, folders: list[Path]) -> Path:
+    """A new folder in the first of these with room for so many bytes of weights, else in the last."""
     roomy = [folder for folder in folders if shutil.disk_usage(folder).free > SPARE * size]
     return Path(tempfile.mkdtemp(dir=roomy[0] if roomy else folders[-1]))
 
@@ -60,11 +91,105 @@ def write_weights(model: Any, folder: Path) -> None:
         with _no_progress_bar():
             model.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the weights cannot be handed over to vLLM: {error}",
-            remedy="make room there, or set TMPDIR to a folder with room",
-            file=folder,
-        ) from error
+        raise _no_room(error, folder) from error
+
+
+def keeps_names(model: Any) -> bool:
+    """Whether a model's files have its parameters under its own names, each as it is.
+
+    transformers keeps those of some architectures (mixtures of experts, for one) in other names and shapes in memory.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return False
+    own = {name: torch.empty_like(value, device="meta") for name, value in model.named_parameters()}
+    try:
+        written = revert_weight_conversion(model, dict(own))
+    except Exception:  # whatever it does with tensors that hold nothing: then it is not known
+        return False
+    return {name: value.shape for name, value in written.items()} == {name: value.shape for name, value in own.items()}
+
+
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path | None) -> int:
+    """Write tensors into safetensors files as they come, and hold at most `FILE_BYTES` and one tensor of them.
+
+    Args:
+        tensors: gathered by all ranks together, so that all of them iterate to the end, whatever fails.
+        folder: None: this rank writes nothing.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        UserError: no room.
+    """
+    files = _Files(folder)
+    count = 0
+    for name, value in tensors:
+        count += 1
+        files.add(name, value)
+    files.end()
+    return count
+
+
+class _Files:
+    """Safetensors files of a folder and their index, filled one after the other; what fails is raised at the end."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.failed: Exception | None = None
+        self.held: dict[str, Tensor] = {}
+        self.places: dict[str, str] = {}
+        self.number = self.bytes = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        if self.folder is None or self.failed is not None:
+            return
+        self.held[name] = value.detach().cpu().contiguous()
+        self.bytes += value.numel() * value.element_size()
+        if self.bytes >= FILE_BYTES:
+            self._write()
+
+    def end(self) -> None:
+        """Write the rest. Raises UserError: no room."""
+        if self.held:
+            self._write()
+        if self.folder is not None and self.failed is None:
+            index = {"metadata": {}, "weight_map": self.places}
+            self._try(lambda folder: (folder / INDEX).write_text(json.dumps(index)))
+        if self.failed is not None:
+            raise _no_room(self.failed, self.folder) from self.failed
+
+    def _write(self) -> None:
+        name, held = f"model-{self.number:05d}.safetensors", self.held
+        self._try(lambda folder: save_file(held, folder / name, metadata={"format": "pt"}))
+        self.places |= dict.fromkeys(held, name)
+        self.held, self.bytes, self.number = {}, 0, self.number + 1
+
+    def _try(self, write: Callable[[Path], object]) -> None:
+        try:
+            if self.folder is not None:
+                write(self.folder)
+        except (OSError, SafetensorError) as error:
+            self.failed = error
+
+
+def _no_room(error: Exception, folder: Path | None) -> UserError:
+    return UserError(
+        f"the weights cannot be handed over to vLLM: {error}",
+        remedy="make room there, or set TMPDIR to a folder with room",
+        file=folder,
+    )
+
+
+def tensors_in(folder: Path) -> int:
+    """How many tensors a folder's safetensors files hold."""
+    count = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            count += len(list(opened.keys()))
+    return count
 
 
 def probe_ids(vocabulary: int) -> list[int]:

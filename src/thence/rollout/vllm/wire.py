@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-PROTOCOL = 2
+PROTOCOL = 3
 TOKEN_VARIABLE = "THENCE_VLLM_TOKEN"
 
 

@@ -1,0 +1,327 @@
+"""The vLLM engines of an RL stage's ranks: who starts which, and how all of them get the policy's weights.
+
+Weights go one tensor at a time: all ranks gather it, and one rank of each machine writes it into a file that every
+engine of that machine reads. No rank holds the whole model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from thence.errors import RecipeError, UserError
+from thence.objective import BareRow
+from thence.pipeline.context import StageContext
+from thence.recipe import Rl
+from thence.rollout.native import Response, Sampling
+from thence.rollout.vllm.engine import VllmEngine
+from thence.rollout.vllm.failures import EngineFailed
+from thence.rollout.vllm.settings import VllmSettings, vllm_settings
+from thence.rollout.vllm.weights import Probe, keeps_names, probe_ids, tensors_in, write_tensors, write_weights
+from thence.train.model import save_model
+from thence.train.parallel.ranks import Ranks, rank_variable
+from thence.train.parallel.together import together
+from thence.train.step import policy_statistics
+from thence.train.trainer import Trainer
+from thence.train.weights import named_weights, whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which engine a rank uses.
+
+    Args:
+        settings: of this rank's engine.
+        leader: the rank that starts it; this rank itself, or a neighbour. A server has none.
+        shared: other ranks use it too.
+    """
+
+    settings: VllmSettings
+    leader: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Weights as they were last handed over.
+
+    Args:
+        folder: where they lie until others come.
+        tensors, probe, version: as :meth:`VllmEngine.load_weights` takes them.
+    """
+
+    folder: Path
+    tensors: int
+    probe: Probe
+    version: int
+
+
+class RankEngine:
+    """The engine of one rank. Every rank has one, and all of them are given weights together.
+
+    An engine that fails while it samples is started again once for every version of the weights, if no other rank
+    uses it.
+
+    Args:
+        engine: samples for this rank, maybe for others too.
+        trainer: holds the policy.
+        again: starts another engine; None: it cannot be.
+    """
+
+    def __init__(
+        self, engine: VllmEngine, trainer: Trainer, ranks: Ranks, again: Callable[[], VllmEngine] | None = None
+    ):
+        self.engine, self.trainer, self.ranks, self.again = engine, trainer, ranks, again
+        self.handed: Handed | None = None
+        self.retried: int | None = None
+        self.ended: list[VllmEngine] = []
+        self.folders = ExitStack()
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """As :meth:`VllmEngine.sample`; ranks ask independently of each other."""
+        try:
+            return self.engine.sample(prompts, seeds, sampling)
+        except EngineFailed as error:
+            if self.again is None or self.handed is None or self.retried == self.handed.version:
+                raise
+            log.warning("%s\n  vLLM is started again, once", error)
+        handed, self.retried = self.handed, self.handed.version
+        self.ended.append(self.engine)  # the weights may lie in its folder
+        self.engine = self.again()
+        self.engine.load_weights(handed.folder, handed.tensors, handed.probe, handed.version)
+        return self.engine.sample(prompts, seeds, sampling)
+
+    def update(self, version: int) -> None:
+        """Give every engine the policy's weights as they stand. All ranks come here together.
+
+        Raises:
+            UserError: on all ranks, as :meth:`VllmEngine.load_weights`.
+        """
+        begin, ranks, policy = time.monotonic(), self.ranks, self.trainer.policy
+        plain = policy.skeleton if policy.skeleton is not None else policy.model  # one in 4 bits is written in float32
+        size = sum(p.numel() * max(p.element_size(), 4) for p in plain.parameters())
+        probe = self._probe()
+        self._forget()
+        folder, own = self.folders.enter_context(handed_over(ranks, self.engine.new_folder, size))
+        tensors = max(ranks.gather(together(ranks, lambda: write_policy(self.trainer, folder if own else None))))
+        together(ranks, lambda: self.engine.load_weights(folder, tensors, probe, version, begin))
+        self.handed = Handed(folder, tensors, probe, version)
+
+    def close(self) -> None:
+        """End the engine, if it was started here, and remove the weights."""
+        self.engine.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove the weights that were handed over last."""
+        self.handed = None
+        self.folders.close()
+        while self.ended:
+            self.ended.pop().close()
+
+    def _probe(self) -> Probe:
+        """What the policy says of a short text, computed as all its log-probabilities are, by all ranks together."""
+        policy, settings = self.trainer.policy, self.trainer.settings
+        ids = probe_ids(policy.model.config.get_text_config().vocab_size)
+        trained = torch.ones(len(ids), dtype=torch.bool)
+        trained[0] = False
+        ((logps, _),) = policy_statistics(policy, [BareRow(torch.tensor(ids), trained)], 1.0, settings, self.ranks)
+        said = self.ranks.gather(logps.double().tolist())[0]  # the same text for all, to the last bit
+        return Probe(ids, said, str(settings.compute_dtype).removeprefix("torch."))
+
+
+def write_policy(trainer: Trainer, folder: Path | None) -> int:
+    """Write a policy's weights as its Hugging Face folder has them; all ranks together, those without a folder nothing.
+
+    Returns:
+        How many tensors there are, on ranks that write; on others it may be any number.
+
+    Raises:
+        UserError: no room.
+    """
+    policy = trainer.policy
+    if keeps_names(policy.skeleton if policy.skeleton is not None else policy.model):
+        return write_tensors(named_weights(policy), folder)
+    with whole(policy) as model:  # its files have other names, which only the whole model can be written under
+        if folder is None:
+            return 0
+        write_weights(model, folder)
+        return tensors_in(folder)
+
+
+@contextmanager
+def handed_over(ranks: Ranks, make: Callable[[int], Path], size: int) -> Iterator[tuple[Path, bool]]:
+    """A folder that one rank of each machine makes, and removes in the end. All ranks enter together.
+
+    Args:
+        make: makes one with room for so many bytes.
+
+    Yields:
+        The folder, and whether this rank made it.
+    """
+    own = rank_variable("LOCAL_RANK") == 0
+    folder = together(ranks, lambda: make(size) if own else None)
+    try:
+        found = ranks.gather((machine(), None if folder is None else str(folder)))
+        path = next((Path(text) for host, text in found if host == machine() and text is not None), None)
+        if path is None:
+            raise UserError(
+                "no rank of this machine has LOCAL_RANK 0, so that none writes weights for vLLM",
+                remedy="start the ranks with torchrun, which numbers those of each machine from 0",
+                field="LOCAL_RANK",
+            )
+        yield path, own
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def machine() -> str:
+    """What tells this machine from others, for its own files and sockets."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot}"
+
+
+def ranks_per_engine(settings: VllmSettings, world: int, where: str) -> int:
+    """How many neighbouring ranks use one engine.
+
+    Args:
+        where: the table's name, for the error.
+
+    Raises:
+        RecipeError: ranks cannot be dealt evenly to the engines.
+    """
+    servers = len(settings.servers) or (1 if settings.server else 0)
+    size = world // servers if servers else settings.ranks_per_engine
+    if size >= 1 and world % size == 0 and servers in (0, world // size):
+        return size
+    if servers:
+        raise RecipeError(
+            f"{world} ranks cannot be dealt evenly to {servers} servers",
+            remedy=f"name as many servers as divide {world}",
+            field=f"{where}.servers",
+        )
+    raise RecipeError(
+        f"{world} ranks cannot be dealt evenly to engines of {size} ranks",
+        remedy=f"choose a number that divides {world}",
+        field=f"{where}.ranks_per_engine",
+    )
+
+
+def place_of(settings: VllmSettings, ranks: Ranks, hosts: Sequence[str], where: str) -> Place:
+    """Which engine a rank uses.
+
+    Args:
+        hosts: the machine of every rank.
+        where: the table's name, for errors.
+
+    Raises:
+        RecipeError: as :func:`ranks_per_engine`; or ranks that would share an engine are not on one machine.
+    """
+    size = ranks_per_engine(settings, ranks.world, where)
+    leader = ranks.rank // size * size
+    if len(set(hosts[leader : leader + size])) > 1:
+        raise RecipeError(
+            f"ranks {leader} to {leader + size - 1} share an engine, and are not on one machine",
+            remedy="let so many ranks share one as divide the ranks of each machine",
+            field=f"{where}.{'servers' if settings.servers or settings.server else 'ranks_per_engine'}",
+        )
+    server = settings.servers[ranks.rank // size] if settings.servers else settings.server
+    own = settings.model_copy(update={"server": server, "servers": (), "ranks_per_engine": 1})
+    return Place(own, leader, size > 1)
+
+
+@contextmanager
+def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[RankEngine | None]:
+    """The engine that samples for this rank, running; None: this process samples with its own weights.
+
+    All ranks enter together.
+
+    Raises:
+        RecipeError: settings that vLLM does not have, or that do not fit the ranks.
+        UserError: vLLM does not start.
+    """
+    if stage.engine == "native":
+        yield None
+        return
+    where, ranks = f"{context.name}.vllm", context.ranks
+    place = place_of(vllm_settings(stage.vllm, where), ranks, ranks.gather(machine()), where)
+    with handed_over(ranks, _new_folder, 0) as (folder, own):
+        together(ranks, lambda: _write_model(trainer, context, folder if own else None))
+        with opened(place, None if place.settings.server else folder, ranks, trainer) as engine:
+            yield engine
+
+
+@contextmanager
+def opened(place: Place, model: Path | None, ranks: Ranks, trainer: Trainer) -> Iterator[RankEngine]:
+    """This rank's engine: leaders start theirs, then the others of the group come in."""
+    settings = place.settings
+    environment = settings.environment | own_gpu(trainer.policy.device, settings)
+    settings = settings.model_copy(update={"environment": environment})
+    run = ranks.gather(secrets.token_hex(16))[0] if place.shared else None
+    leads, shared = ranks.rank == place.leader or bool(settings.server), place.shared and not settings.server
+
+    def start() -> VllmEngine:
+        return VllmEngine(settings, model, run=run, shared=shared)
+
+    engine: RankEngine | None = None
+    try:
+        started = together(ranks, start if leads else _nothing)
+        if started is not None:
+            engine = RankEngine(started, trainer, ranks, None if place.shared else start)
+        door = ranks.gather(None if started is None else started.door)[place.leader]
+        joined = together(ranks, _nothing if leads else (lambda: VllmEngine(settings, model, door=door)))
+        if joined is not None:
+            engine = RankEngine(joined, trainer, ranks)
+        assert engine is not None
+        yield engine
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def own_gpu(device: torch.device, settings: VllmSettings) -> dict[str, str]:
+    """The variable that gives an engine the GPU of its rank, unless the user says which; never tried on a GPU."""
+    name = "CUDA_VISIBLE_DEVICES"
+    if device.type != "cuda" or name in settings.environment:
+        return {}
+    seen = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
+    index = device.index or 0
+    return {name: seen[index] if index < len(seen) else str(index)}
+
+
+def _nothing() -> None:
+    return None
+
+
+def _new_folder(size: int) -> Path:
+    return Path(tempfile.mkdtemp(prefix="thence-vllm-"))
+
+
+def _write_model(trainer: Trainer, context: StageContext, folder: Path | None) -> None:
+    """The folder that vLLM starts with: configuration, tokenizer and weights."""
+    policy = trainer.policy
+    model = policy.skeleton if policy.skeleton is not None else policy.model
+    if policy.skeleton is None:
+        if folder is not None:
+            save_model(model, context.tokenizer, folder)
+        return
+    if folder is not None:
+        model.config.save_pretrained(folder)
+        context.tokenizer.save_pretrained(folder)
+    write_policy(trainer, folder)
