@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,18 @@ from thence.recipe import Rl
 from thence.rollout.native import Response, Sampling
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.failures import EngineFailed
+from thence.rollout.vllm.link import Door
 from thence.rollout.vllm.settings import VllmSettings, vllm_settings
-from thence.rollout.vllm.weights import Probe, keeps_names, probe_ids, tensors_in, write_tensors, write_weights
+from thence.rollout.vllm.weights import (
+    Probe,
+    folder_for,
+    keeps_names,
+    probe_ids,
+    scratch_folders,
+    tensors_in,
+    write_tensors,
+    write_weights,
+)
 from thence.train.model import save_model
 from thence.train.parallel.ranks import Ranks, rank_variable
 from thence.train.parallel.together import together
@@ -56,17 +67,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Handed:
-    """Weights as they were last handed over.
+    """Weights that were copied for the engines.
 
     Args:
-        folder: where they lie until others come.
-        tensors, probe, version: as :meth:`VllmEngine.load_weights` takes them.
+        folder: where they lie until later ones make them superfluous.
+        tensors, probe, version, begin: as :meth:`VllmEngine.load_weights` takes them.
     """
 
     folder: Path
     tensors: int
     probe: Probe
     version: int
+    begin: float
 
 
 class RankEngine:
@@ -78,17 +90,25 @@ class RankEngine:
     Args:
         engine: samples for this rank, maybe for others too.
         trainer: holds the policy.
+        scratch: folders for copies of the weights: see :func:`thence.rollout.vllm.weights.scratch_folders`.
         again: starts another engine; None: it cannot be.
+        keep: earlier copies that are kept beside the newest, since responses may still be sampled from them.
     """
 
     def __init__(
-        self, engine: VllmEngine, trainer: Trainer, ranks: Ranks, again: Callable[[], VllmEngine] | None = None
+        self,
+        engine: VllmEngine,
+        trainer: Trainer,
+        ranks: Ranks,
+        scratch: list[Path],
+        again: Callable[[], VllmEngine] | None = None,
+        keep: int = 0,
     ):
-        self.engine, self.trainer, self.ranks, self.again = engine, trainer, ranks, again
-        self.handed: Handed | None = None
+        self.engine, self.trainer, self.ranks = engine, trainer, ranks
+        self.scratch, self.again, self.keep = scratch, again, keep
+        self.handed: Handed | None = None  # that the engine has
         self.retried: int | None = None
-        self.ended: list[VllmEngine] = []
-        self.folders = ExitStack()
+        self._copies: deque[tuple[int, ExitStack]] = deque()
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """As :meth:`VllmEngine.sample`; ranks ask independently of each other."""
@@ -99,9 +119,9 @@ class RankEngine:
                 raise
             log.warning("%s\n  vLLM is started again, once", error)
         handed, self.retried = self.handed, self.handed.version
-        self.ended.append(self.engine)  # the weights may lie in its folder
+        self.engine.close()
         self.engine = self.again()
-        self.engine.load_weights(handed.folder, handed.tensors, handed.probe, handed.version)
+        self.take(handed)
         return self.engine.sample(prompts, seeds, sampling)
 
     def update(self, version: int) -> None:
@@ -110,27 +130,39 @@ class RankEngine:
         Raises:
             UserError: on all ranks, as :meth:`VllmEngine.load_weights`.
         """
+        handed = self.prepare(version)
+        together(self.ranks, lambda: self.take(handed))
+
+    def prepare(self, version: int) -> Handed:
+        """Copy the policy's weights as they stand. All ranks come here together; engines may sample meanwhile.
+
+        Raises:
+            UserError: on all ranks: no room.
+        """
         begin, ranks, policy = time.monotonic(), self.ranks, self.trainer.policy
         plain = policy.skeleton if policy.skeleton is not None else policy.model  # one in 4 bits is written in float32
         size = sum(p.numel() * max(p.element_size(), 4) for p in plain.parameters())
         probe = self._probe()
-        self._forget()
-        folder, own = self.folders.enter_context(handed_over(ranks, self.engine.new_folder, size))
+        while self._copies and self._copies[0][0] < version - self.keep:
+            self._copies.popleft()[1].close()
+        held = ExitStack()
+        self._copies.append((version, held))
+        folder, own = held.enter_context(handed_over(ranks, lambda size: folder_for(size, self.scratch), size))
         tensors = max(ranks.gather(together(ranks, lambda: write_policy(self.trainer, folder if own else None))))
-        together(ranks, lambda: self.engine.load_weights(folder, tensors, probe, version, begin))
-        self.handed = Handed(folder, tensors, probe, version)
+        return Handed(folder, tensors, probe, version, begin)
+
+    def take(self, handed: Handed) -> None:
+        """Load a copy into this rank's engine; in the thread that asks for responses. Raises as :meth:`update`, here."""
+        self.engine.load_weights(handed.folder, handed.tensors, handed.probe, handed.version, handed.begin)
+        self.handed = handed
 
     def close(self) -> None:
-        """End the engine, if it was started here, and remove the weights."""
+        """End the engine, if it was started here, and remove the copies of the weights."""
         self.engine.close()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Remove the weights that were handed over last."""
-        self.handed = None
-        self.folders.close()
-        while self.ended:
-            self.ended.pop().close()
+        while self._copies:
+            self._copies.popleft()[1].close()
+        for folder in self.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _probe(self) -> Probe:
         """What the policy says of a short text, computed as all its log-probabilities are, by all ranks together."""
@@ -268,31 +300,37 @@ def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[Ra
 
 
 @contextmanager
-def opened(place: Place, model: Path | None, ranks: Ranks, trainer: Trainer) -> Iterator[RankEngine]:
-    """This rank's engine: leaders start theirs, then the others of the group come in."""
+def opened(
+    place: Place, model: Path | None, ranks: Ranks, trainer: Trainer, keep: int = 0
+) -> Iterator[RankEngine]:
+    """This rank's engine: leaders start theirs, then the others of the group come in. ``keep`` as for the engine."""
     settings = place.settings
     environment = settings.environment | own_gpu(trainer.policy.device, settings)
     settings = settings.model_copy(update={"environment": environment})
     run = ranks.gather(secrets.token_hex(16))[0] if place.shared else None
     leads, shared = ranks.rank == place.leader or bool(settings.server), place.shared and not settings.server
+    scratch, engine = scratch_folders(), None
 
-    def start() -> VllmEngine:
-        return VllmEngine(settings, model, run=run, shared=shared)
+    def start(door: Door | None = None) -> VllmEngine:
+        return VllmEngine(settings, model, run=run, shared=shared and door is None, door=door, orphans=scratch)
 
-    engine: RankEngine | None = None
     try:
-        started = together(ranks, start if leads else _nothing)
-        if started is not None:
-            engine = RankEngine(started, trainer, ranks, None if place.shared else start)
-        door = ranks.gather(None if started is None else started.door)[place.leader]
-        joined = together(ranks, _nothing if leads else (lambda: VllmEngine(settings, model, door=door)))
-        if joined is not None:
-            engine = RankEngine(joined, trainer, ranks)
+        engine = together(ranks, start if leads else _nothing)
+        door = ranks.gather(None if engine is None else engine.door)[place.leader]
+        joined = together(ranks, _nothing if leads else (lambda: start(door)))
+        engine = engine or joined
         assert engine is not None
-        yield engine
-    finally:
+        held = RankEngine(engine, trainer, ranks, scratch, None if place.shared else start, keep)
+    except BaseException:
         if engine is not None:
             engine.close()
+        for folder in scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    try:
+        yield held
+    finally:
+        held.close()
 
 
 def own_gpu(device: torch.device, settings: VllmSettings) -> dict[str, str]:

@@ -47,6 +47,7 @@ class VllmEngine:
         run: what the ranks of one run have in common: a server serves them side by side. None: no other client.
         shared: let other ranks of this machine in, through `door`.
         door: of a vLLM that another rank has started, which is used instead of a new one.
+        orphans: the caller's folders, which the new process removes if it outlives this one.
 
     Raises:
         UserError: vLLM is missing, does not start, is out of memory or too slow; the server does not answer, wants
@@ -61,8 +62,9 @@ class VllmEngine:
         run: str | None = None,
         shared: bool = False,
         door: Door | None = None,
+        orphans: Sequence[Path] = (),
     ):
-        self.settings = settings
+        self.settings, self._orphans = settings, orphans
         self.version = 0
         self.last_push: Push | None = None
         self._digest: str | None = None
@@ -179,16 +181,12 @@ class VllmEngine:
         _check_version(version)
         begin = time.monotonic()
         ids = probe_ids(model.config.get_text_config().vocab_size)
-        folder = self.new_folder(sum(p.numel() * p.element_size() for p in model.parameters()))
+        folder = folder_for(sum(p.numel() * p.element_size() for p in model.parameters()), self._scratch)
         try:
             write_weights(model, folder)
             self.load_weights(folder, tensors_in(folder), Probe(ids, probe_logps(model, ids)), version, begin)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def new_folder(self, size: int) -> Path:
-        """A folder for so many bytes of weights, in shared memory if there is room; removed with the engine."""
-        return folder_for(size, self._scratch)
 
     def load_weights(self, folder: Path, tensors: int, probe: Probe, version: int, begin: float | None = None) -> None:
         """As :meth:`push_weights`, with weights that lie in a folder already.
@@ -255,7 +253,7 @@ class VllmEngine:
                 file=model,
             )
         log = Path(self.settings.log).expanduser() if self.settings.log else self._scratch[-1] / "vllm.log"
-        return start(self.settings, model.resolve(), self._scratch, log, self.door), ""
+        return start(self.settings, model.resolve(), [*self._scratch, *self._orphans], log, self.door), ""
 
     def _cancel(self, number: int) -> None:
         """Stop sampling and read what was already on its way, so that the next request gets its own answers."""
