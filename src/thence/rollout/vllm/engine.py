@@ -24,6 +24,7 @@ from thence.rollout.vllm.request import check_room, generate_request
 from thence.rollout.vllm.settings import VllmSettings, shared_token
 from thence.rollout.vllm.weights import (
     TOLERANCE,
+    Handed,
     Push,
     folder_for,
     probe_ids,
@@ -162,6 +163,10 @@ class VllmEngine:
             UserError: no room for the weights, vLLM refused them or ended, or the log-probabilities differ.
             ValueError: a negative version.
         """
+        self.take(self.prepare(model, version))
+
+    def prepare(self, model: Any, version: int) -> Handed:
+        """The first half of :meth:`push_weights`: copy the weights as they stand. vLLM goes on with what it does."""
         if version < 0:
             raise ValueError(f"version {version} is negative")
         begin = time.monotonic()
@@ -169,28 +174,35 @@ class VllmEngine:
         folder = folder_for(model, self._scratch)
         try:
             write_weights(model, folder)
-            digest = weights_digest(folder)
-            request = {"op": "load", "path": str(folder), "version": version, "digest": digest, "probe": ids}
-            self._link.ask(request, SEND_SECONDS)
+            return Handed(version, folder, weights_digest(folder), ids, probe_logps(model, ids), begin)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def take(self, handed: Handed) -> None:
+        """The second half: vLLM loads the copy, and the copy is removed. Another thread may call it."""
+        request = {"op": "load", "path": str(handed.folder), "version": handed.version, "digest": handed.digest}
+        try:
+            self._link.ask({**request, "probe": handed.probe}, SEND_SECONDS)
             reply = self._link.answer(self.settings.silence_seconds, "taking weights")
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(handed.folder, ignore_errors=True)
         try:
-            theirs = checked_probe(reply, len(ids) - 1)
+            theirs = checked_probe(reply, len(handed.probe) - 1)
         except ValueError as error:
             raise self._link.not_understood(error) from None
-        if reply["stamp"] != [version, digest]:
-            raise self._link.failed(f"vLLM says it has weights {reply['stamp']}, sent were {[version, digest]}")
-        ours = probe_logps(model, ids)
-        difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        stamp = [handed.version, handed.digest]
+        if reply["stamp"] != stamp:
+            raise self._link.failed(f"vLLM says it has weights {reply['stamp']}, sent were {stamp}")
+        difference = max(abs(a - b) for a, b in zip(handed.logps, theirs, strict=True))
         tolerance = TOLERANCE[self._about["dtype"]]
         if not difference <= tolerance:
             raise self._link.failed(
-                f"the weights of version {version} did not take effect in vLLM: it reads a short text with "
+                f"the weights of version {handed.version} did not take effect in vLLM: it reads a short text with "
                 f"log-probabilities up to {difference:.3g} nats away from the trainer's, {tolerance:g} are allowed"
             )
-        self.version, self._digest = version, digest
-        self.last_push = Push(version, digest, time.monotonic() - begin, difference)
+        self.version, self._digest = handed.version, handed.digest
+        self.last_push = Push(handed.version, handed.digest, time.monotonic() - handed.begin, difference)
 
     def facts(self) -> dict[str, Any]:
         """Plain values that numbers depend on: versions, dtype, sizes, and the stamp of the weights."""

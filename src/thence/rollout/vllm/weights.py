@@ -39,17 +39,41 @@ class Push:
     probe_difference: float
 
 
-def scratch_folders() -> list[Path]:
+@dataclass(frozen=True)
+class Handed:
+    """Weights that were copied for vLLM, which has not loaded them yet.
+
+    Attributes:
+        version: what the trainer calls them.
+        folder: where the copy is.
+        digest: of the copy.
+        probe, logps: a short text, and what the trainer says of it with these weights.
+        begin: when the copy was begun, of the monotonic clock.
+    """
+
+    version: int
+    folder: Path
+    digest: str
+    probe: list[int]
+    logps: list[float]
+    begin: float
+
+
+def scratch_folders(prefix: str = "thence-vllm-") -> list[Path]:
     """New folders of this user alone, for the caller to remove: in shared memory, where there is any, and on disk."""
     shared = []
     with contextlib.suppress(OSError):
-        shared = [Path(tempfile.mkdtemp(prefix="thence-vllm-", dir=SHARED_MEMORY))]
-    return [*shared, Path(tempfile.mkdtemp(prefix="thence-vllm-"))]
+        shared = [Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED_MEMORY))]
+    return [*shared, Path(tempfile.mkdtemp(prefix=prefix))]
 
 
 def folder_for(model: Any, folders: list[Path]) -> Path:
     """A new folder in the first of these with room for the model, else in the last."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return folder_of_size(sum(p.numel() * p.element_size() for p in model.parameters()), folders)
+
+
+def folder_of_size(size: int, folders: list[Path]) -> Path:
+    """A new folder in the first of these with room for so many bytes of weights, else in the last."""
     roomy = [folder for folder in folders if shutil.disk_usage(folder).free > SPARE * size]
     return Path(tempfile.mkdtemp(dir=roomy[0] if roomy else folders[-1]))
 
