@@ -1,15 +1,17 @@
 """RL with the next rollout batch sampled while this one is trained (`rl.ahead`), beside RL that takes turns.
 
-    python benchmarks/async_rl.py [--seeds 0 1 2 3 4] [--tokens 2000000] [--threads 1] [--ahead 0 1] --out FILE.json
+    python benchmarks/async_rl.py [--seeds 0 1 2 3 4] [--tokens 2000000] [--threads 1] --out FILE.json
 
-Every seed has one SFT model, from which RL starts with each `ahead`, in fresh processes, one after the other and in turn
-first; to the same number of trained tokens, with the same importance weights. The trainer has so many threads, and so has
-the process that samples: two cores are busy where `ahead` is not 0, one where it is. The machine must be idle.
+Every seed has one SFT model, from which RL starts in each arm, in fresh processes, one after the other; every second
+seed in the other order. All end at the same number of trained tokens. The arms: `in-step` (ahead = 0, as it is by
+default), `in-step-weighed` (the same with the importance weights of ahead = 1, and their forward pass), `ahead-1`.
+The trainer has so many threads, and so has the process that samples: two cores are busy in `ahead-1`, one in the
+others. The machine must be idle.
 
-The record has, for each seed and `ahead`: seconds of a step (median, without the first), the share of it that waited for
+The record has for each seed and arm: seconds of a step (median, without the first), the share of it that waited for
 responses, seconds of the whole stage, age of the weights that sampled, importance weights, what was sampled and never
-trained, and accuracy on the embedded world's held-out problems. Then the differences to `ahead = 0`, seed by seed, with
-their mean and its standard error.
+trained, and accuracy on the embedded world's held-out problems. Then the differences to each other arm, seed by seed,
+with their mean and its standard error.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ from typing import Any
 from common import machine
 
 COMPARED = ("step_seconds", "stage_seconds", "accuracy")
+ARMS: dict[str, list[str]] = {
+    "in-step": [],
+    "in-step-weighed": ["--rl.importance-bound", "2"],
+    "ahead-1": ["--rl.ahead", "1"],
+}
 
 
 def thence(threads: int, *flags: str) -> float:
@@ -40,11 +47,11 @@ def thence(threads: int, *flags: str) -> float:
     return time.perf_counter() - start
 
 
-def measured(folder: Path, seed: int, ahead: int, given: argparse.Namespace) -> dict[str, Any]:
+def measured(folder: Path, seed: int, arm: str, given: argparse.Namespace) -> dict[str, Any]:
     """One run of RL from the seed's SFT model, and what its files say."""
-    target = folder / f"rl-seed{seed}-ahead{ahead}"
+    target = folder / f"rl-seed{seed}-{arm}"
     flags = ["--stages", '["rl", "eval-rl"]', "--model.path", str(folder / f"sft-seed{seed}/stages/sft/model")]
-    flags += ["--seed", str(seed), "--folder", str(target), "--rl.ahead", str(ahead), "--rl.importance-bound", "2"]
+    flags += ["--seed", str(seed), "--folder", str(target), *ARMS[arm]]
     flags += ["--rl.tokens", str(given.tokens), "--rl.steps", "100000", *given.flag]
     seconds = thence(given.threads, *flags)
     lines = [json.loads(row) for row in (target / "metrics.jsonl").read_text().splitlines()]
@@ -58,7 +65,7 @@ def measured(folder: Path, seed: int, ahead: int, given: argparse.Namespace) -> 
 
     return {
         "seed": seed,
-        "ahead": ahead,
+        "arm": arm,
         "steps": len(steps),
         "trained_tokens": sum(line["trained_tokens"] for line in steps),
         "step_seconds": statistics.median(line["seconds"] for line in later),
@@ -72,23 +79,21 @@ def measured(folder: Path, seed: int, ahead: int, given: argparse.Namespace) -> 
     }
 
 
-def differences(found: list[dict[str, Any]], ahead: int) -> dict[str, Any]:
-    """Of runs so far ahead to those of `ahead = 0`, over seeds; for times, of their logarithms."""
-    result: dict[str, Any] = {"ahead": ahead}
+def differences(found: list[dict[str, Any]], arm: str, other: str) -> dict[str, Any]:
+    """Of the runs of an arm to those of another, over seeds; for times, of their logarithms."""
+    result: dict[str, Any] = {"arm": arm, "to": other}
     for key in COMPARED:
-        values = {(run["seed"], run["ahead"]): run[key] for run in found}
-        pairs = [(values[seed, ahead], values[seed, 0]) for seed, of in values if of == ahead and (seed, 0) in values]
+        values = {(run["seed"], run["arm"]): run[key] for run in found}
+        pairs = [(values[seed, arm], values[seed, other]) for seed, of in values if of == arm]
         each = [math.log(a / b) if key.endswith("seconds") else a - b for a, b in pairs]
-        if each:
-            error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
-            result[key] = {"each": each, "mean": statistics.fmean(each), "standard_error": error}
+        error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+        result[key] = {"each": each, "mean": statistics.fmean(each), "standard_error": error}
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--tokens", type=int, default=2_000_000, help="trained tokens of RL")
     parser.add_argument("--threads", type=int, default=1, help="of the trainer, and of the process that samples")
     parser.add_argument("--flag", action="append", default=[], help="a flag of the recipe, for a smaller trial")
@@ -100,8 +105,8 @@ def main() -> None:
         for number, seed in enumerate(given.seeds):
             sft = ["--stages", '["sft"]', "--seed", str(seed), "--folder", str(folder / f"sft-seed{seed}")]
             thence(given.threads, *sft, *(flag for flag in given.flag if not flag.startswith(("--rl", "--eval"))))
-            for ahead in given.ahead if number % 2 == 0 else reversed(given.ahead):
-                found.append(measured(folder, seed, ahead, given))
+            for arm in ARMS if number % 2 == 0 else reversed(ARMS):
+                found.append(measured(folder, seed, arm, given))
                 print({key: value for key, value in found[-1].items() if key not in ("reward", "results")}, flush=True)
     record = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -110,7 +115,7 @@ def main() -> None:
         "tokens": given.tokens,
         "flags": given.flag,
         "runs": found,
-        "differences": [differences(found, ahead) for ahead in given.ahead if ahead],
+        "differences": [differences(found, "ahead-1", other) for other in list(ARMS)[:2]],
     }
     if given.out is not None:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

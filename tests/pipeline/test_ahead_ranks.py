@@ -47,7 +47,9 @@ def runs(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     for layout in LAYOUTS:
         world = 2 if "fsdp2" in layout else 1
         cases.append(case(laid_out(base, layout), folder / layout, world, CASES["grpo"]))
-    drive(folder, cases, 900)
+    for suffix, more in {"": {"stop": 2}, "-on": {}}.items():
+        cases.append(case(laid_out(base, "fsdp2"), folder / "parts", 2, CASES["grpo"], suffix=suffix, **more))
+    drive(folder, cases, 1800)
     return folder
 
 
@@ -69,6 +71,8 @@ def test_batches_that_are_due_move_to_another_number_of_ranks(name: str, runs: P
 
 def test_weights_that_are_cut_over_ranks_are_gathered_for_the_process_that_samples(runs: Path) -> None:
     assert_same(runs / "fsdp2", runs / "grpo-1")
+    sampled(runs / "parts"), sampled(runs / "parts", "-on")
+    assert largest_difference(runs / "parts", runs / "fsdp2") == 0
 
 
 def test_adapters_are_merged_for_it(runs: Path) -> None:

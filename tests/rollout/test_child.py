@@ -22,6 +22,7 @@ from thence.recipe import Model
 from thence.rollout.child import SamplingChild
 from thence.rollout.native import Sampling, sample
 from thence.train.model import load_model
+from thence.train.parallel import SingleProcess
 from thence.train.policy import Policy
 
 PROMPTS = [[3, 4, 5], [3, 4, 5], [6, 7], [8, 9, 10, 11], [6, 7]]
@@ -34,9 +35,9 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny model, as a stage has it."""
     settings = Model(**model_table(tmp_path_factory.mktemp("model")))
     loaded = load_model(settings, torch.device("cpu"))
-    recipe = SimpleNamespace(model=settings)
+    size = sum(p.numel() for p in loaded.model.parameters())
     return SimpleNamespace(
-        policy=Policy(loaded.model), tokenizer=loaded.tokenizer, recipe=recipe, device=torch.device("cpu")
+        policy=Policy(loaded.model), ranks=SingleProcess(), n_parameters=size, device=torch.device("cpu")
     )
 
 
@@ -68,6 +69,19 @@ def test_it_samples_the_tokens_and_log_probabilities_of_the_trainers_own_process
         child.take(child.prepare(9))
         assert child.sample(PROMPTS, SEEDS, greedy) == sample(context.policy.model, PROMPTS, SEEDS, greedy)
     assert child.sample([], [], SAMPLING) == []
+
+
+def test_buffers_are_handed_over_too(context: Any, child: SamplingChild) -> None:
+    buffer = next(b for n, b in context.policy.model.named_buffers() if n.endswith("inv_freq"))
+    before = buffer.clone()
+    with torch.no_grad():
+        buffer.mul_(0.5)  # as a model's own code may, after it was made from its configuration
+    try:
+        child.take(child.prepare(5))
+        assert child.sample(PROMPTS, SEEDS, SAMPLING) == sample(context.policy.model, PROMPTS, SEEDS, SAMPLING)
+    finally:
+        buffer.copy_(before)
+    child.take(child.prepare(6))
 
 
 def test_weights_are_those_at_the_time_of_the_copy_however_late_they_are_loaded(
@@ -103,7 +117,8 @@ def test_a_process_that_is_killed_while_it_samples_is_an_error_that_says_so(cont
 
 @pytest.mark.slow
 def test_closing_it_ends_a_thread_that_waits_for_it_and_leaves_no_file(context: Any) -> None:
-    child = sampling_child(context, 1)
+    held = sampling_child(context, 1)
+    child = held.__enter__()
     child.take(child.prepare(0))
     child.prepare(1)  # never loaded
     folders, failed = list(child._scratch), []
@@ -141,9 +156,9 @@ def test_weights_of_another_shape_or_a_weight_that_is_missing_are_refused(
     from safetensors.torch import save_file
 
     model = tiny_model()
-    names = dict(model.named_parameters())
+    names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for number, (name, value) in enumerate(names.items()):
-        save_file({name: value.detach() + 1}, tmp_path / f"{number:06d}.safetensors")
+        save_file({name: (value.detach() + 1).contiguous()}, tmp_path / f"{number:06d}.safetensors")
     load(model, tmp_path)
     first = next(iter(names))
     save_file({first: torch.zeros(2, 2)}, tmp_path / "000000.safetensors")

@@ -236,8 +236,15 @@ def sharing_cores(context: StageContext, stage: Rl) -> Iterator[int | None]:
         torch.set_num_threads(before)
 
 
-def check_ahead(name: str, stage: Rl, method: Method) -> None:
-    """Refuse to compose batches ahead where that would change what the method does. Raises RecipeError."""
+def check_ahead(name: str, stage: Rl, method: Method, trusts_code: bool = False) -> None:
+    """Refuse to compose batches ahead where that would change what the method does, or cannot be done.
+
+    Args:
+        trusts_code: the model may have code of its own (``model.trust_remote_code``).
+
+    Raises:
+        RecipeError: it is refused.
+    """
     if not stage.ahead:
         return
     why = why_not_ahead(type(method))
@@ -245,6 +252,12 @@ def check_ahead(name: str, stage: Rl, method: Method) -> None:
         raise RecipeError(
             f"{stage.method} cannot sample ahead: {why}",
             remedy="set ahead = 0, or take another method: docs/asynchronous.md lists those that can",
+            field=f"{name}.ahead",
+        )
+    if stage.engine == "native" and trusts_code:
+        raise RecipeError(
+            "a model with Python code of its own cannot be made again in the process that samples",
+            remedy="set ahead = 0",
             field=f"{name}.ahead",
         )
     if stage.fault is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from thence.pipeline.context import StageContext
 from thence.rollout.child import SamplingChild
 from thence.rollout.native import Response, Sampling
 from thence.rollout.vllm.engine import VllmEngine
-from thence.train.model import save_model
+from thence.train.lora import places_of
+from thence.train.parallel import together
 from thence.train.policy import Policy
 from thence.train.weights import named_weights, whole
 
@@ -76,17 +80,42 @@ class WithWeights:
         return self.engine.sample(prompts, seeds, sampling)
 
 
-def sampling_child(context: StageContext, threads: int | None) -> SamplingChild:
-    """A process that samples from the stage's model as it stands. All ranks make one.
+@contextmanager
+def sampling_child(context: StageContext, threads: int | None) -> Iterator[SamplingChild]:
+    """A process that samples from the stage's model. All ranks make one.
 
     Raises:
-        UserError: it does not start.
+        UserError: it does not start, here or on another rank.
     """
+    policy, made = context.policy, list[SamplingChild]()
+    plain = policy.model if policy.skeleton is None else policy.skeleton
+    dtype = next(plain.parameters()).dtype
+    model = {
+        "config": json.loads(plain.config.to_json_string(use_diff=False)),
+        "class": type(plain).__name__,
+        "attention": plain.config._attn_implementation,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
-    def save(folder: Path) -> None:
-        with whole(context.policy) as model:
-            save_model(model, context.tokenizer, folder)
+    def start() -> None:
+        size = context.n_parameters * dtype.itemsize
+        made.append(SamplingChild(lambda: handed_tensors(policy), size, model, str(context.device), threads))
 
-    model = context.recipe.model
-    settings = {"compute_dtype": model.compute_dtype, "trust_remote_code": model.trust_remote_code}
-    return SamplingChild(save, lambda: named_weights(context.policy), settings, str(context.device), threads)
+    try:
+        together(context.ranks, start)
+        yield made[0]
+    finally:
+        for child in made:
+            child.close()
+
+
+def handed_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers as the plain model has them, one at a time. All ranks iterate to the end."""
+    told = set()
+    for name, value in named_weights(policy):
+        told.add(name)
+        yield name, value
+    places = places_of(policy.model)
+    for name, value in policy.model.named_buffers():
+        if (plain := places.plain(name)) is not None and plain not in told:
+            yield plain, value

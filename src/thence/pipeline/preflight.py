@@ -200,7 +200,7 @@ def _settings(trial: Preflight, name: str) -> None:
     if isinstance(stage, Rl):
         settings = vllm_settings(stage.vllm, f"{name}.vllm")
         check_settings(name, stage, trial.ranks)
-        check_ahead(name, stage, stage_method(stage, name))
+        check_ahead(name, stage, stage_method(stage, name), trial.recipe.model.trust_remote_code)
         Sampling(stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
         if stage.engine == "vllm" and trial.leads:
             check_vllm(settings, f"{name}.vllm")

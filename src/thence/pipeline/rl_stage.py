@@ -56,7 +56,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
-    check_ahead(context.name, stage, method)
+    check_ahead(context.name, stage, method, context.recipe.model.trust_remote_code)
     check_teacher(context.recipe, context.name, method)
     minis = mini_batches_of(stage)
     if method.needs_several_steps and minis == 1 and context.leads:

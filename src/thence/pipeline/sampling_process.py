@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 from thence.errors import UserError, first_line
 from thence.framed import Wire
-from thence.rollout.child import ALIVE_SECONDS, SEND_SECONDS
+from thence.rollout.child import ALIVE_SECONDS
+from thence.train.model import fit_float64
 
 
 class Voice:
@@ -25,11 +27,13 @@ class Voice:
 
     def __init__(self, wire: Wire, scratch: list[Path]):
         self.wire, self.scratch, self._lock = wire, scratch, threading.Lock()
+        self.works = threading.Event()
+        """Set while the trainer waits for something: nobody reads what is said at other times."""
 
     def say(self, message: dict[str, Any]) -> None:
         try:
             with self._lock:
-                self.wire.send(message, SEND_SECONDS)
+                self.wire.send(message)  # for as long as it takes: a trainer may be stopped, and go on
         except OSError:  # the trainer is gone: what was written for this process is nobody's
             self.leave(1)
 
@@ -48,16 +52,20 @@ def serve(wire: Wire) -> None:
     voice = Voice(wire, [Path(folder) for folder in start["scratch"]])
     threading.Thread(target=_stay_alive, args=(voice,), daemon=True).start()
     try:
-        model = opened(start["model"], start["device"])
+        voice.works.set()
+        model = made(start["model"], start["device"])
         voice.say({"ready": True})
+        voice.works.clear()
         version = -1
         while (asked := next_message(wire)) is not None and asked["op"] != "stop":
+            voice.works.set()
             if asked["op"] == "load":
                 load(model, Path(asked["folder"]))
                 version = asked["version"]
                 voice.say({"loaded": version})
             else:
                 answer(voice, model, version, asked)
+            voice.works.clear()
     except UserError as error:
         voice.say({"failed": error.problem, "remedy": error.remedy})
     except Exception as error:
@@ -77,27 +85,38 @@ def next_message(wire: Wire) -> dict[str, Any] | None:
             return None
 
 
-def opened(settings: dict[str, Any], device: str) -> Any:
-    """The trainer's model, with the weights that it was written with. Raises RecipeError."""
+def made(model: dict[str, Any], device: str) -> Any:
+    """The trainer's model without its weights: they are handed over before anything is sampled.
+
+    Args:
+        model: ``config``, ``class``, ``attention`` and ``dtype`` of the trainer's.
+
+    Raises:
+        UserError: transformers makes another class from this configuration.
+    """
     import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from thence.recipe import Model
-    from thence.train.model import load_model
-
-    return load_model(Model(**settings), torch.device(device)).model.requires_grad_(False)
+    config = CONFIG_MAPPING[model["config"]["model_type"]].from_dict(model["config"])
+    dtype = getattr(torch, model["dtype"])
+    found: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model["attention"])
+    if type(found).__name__ != model["class"]:
+        raise _misfit(f"its configuration makes {type(found).__name__}, and the trainer's is {model['class']}")
+    fit_float64(found, dtype)
+    return found.to(device).eval().requires_grad_(False)
 
 
 def load(model: Any, folder: Path) -> None:
     """Copy weights into the model, one tensor at a time.
 
     Raises:
-        UserError: a weight of the model is not among them, or one of them is none of the model's.
+        UserError: a parameter or buffer of the model is not among them, or one of them is none of the model's.
     """
     import torch
     from safetensors.torch import load_file
 
     own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    left = {name for name, _ in model.named_parameters()}
+    left = set(own)
     with torch.no_grad():
         for file in sorted(folder.glob("*.safetensors")):
             for name, value in load_file(file).items():
@@ -111,7 +130,7 @@ def load(model: Any, folder: Path) -> None:
 
 def _misfit(why: str) -> UserError:
     return UserError(
-        f"the trainer's weights do not fit the model as it was written and opened again: {why}",
+        f"the trainer's model cannot be made again from its configuration: {why}",
         remedy='set ahead = 0, or sample with engine = "vllm"',
     )
 
@@ -139,9 +158,10 @@ def answer(voice: Voice, model: Any, version: int, asked: dict[str, Any]) -> Non
 
 
 def _stay_alive(voice: Voice) -> None:
-    count = 0
-    while not threading.Event().wait(ALIVE_SECONDS):
-        voice.say({"alive": (count := count + 1)})
+    while True:
+        voice.works.wait()
+        voice.say({"alive": True})
+        time.sleep(ALIVE_SECONDS)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,13 +6,13 @@ shared memory where there is any; both sides call them by a version, which every
 
 The process is :mod:`thence.pipeline.sampling_process`. Messages are framed as in :mod:`thence.framed`:
 
-    start   model, device, scratch            -> ready: threads
+    start   model, device, scratch            -> ready
     load    version, folder                   -> loaded: version
     sample  id, version, prompts, of, seeds, sampling
                                               -> done, row, token_ids, logps, finish for every row; at last end
     stop
 
-``alive`` comes now and then. A reply {"failed": text, "remedy": text} ends the conversation.
+``alive`` comes now and then while it works. A reply {"failed": text, "remedy": text} ends the conversation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from thence.rollout.native import Response, Sampling
 from thence.rollout.vllm.weights import folder_of_size, scratch_folders
 
 MODULE = "thence.pipeline.sampling_process"
-START_SECONDS = 600.0  # a large model is read from disk
+START_SECONDS = 600.0  # a large model is made
 SEND_SECONDS = 120.0
 ALIVE_SECONDS = 2.0
 SILENCE_SECONDS = 120.0  # a process that is not stopped says more often that it is alive
@@ -70,20 +70,20 @@ class SamplingChild:
     """The process. A context manager; one thread may ask for responses while another copies weights.
 
     Args:
-        save: writes the model as a Hugging Face folder into a folder.
-        weights: gives the model's weights as they stand, whole, by the names of that folder's model; all ranks call it.
-        model: settings to open the folder with (fields of ``[model]``), its place apart.
+        weights: gives all parameters and buffers as they stand, whole, by the names of the model; all ranks call it.
+        size: of them, bytes.
+        model: what it makes the model from, see :func:`thence.pipeline.sampling_process.made`.
         device: that it samples on.
         threads: of its own; None: as torch chooses.
 
     Raises:
-        UserError: it does not start, or cannot open the model.
+        UserError: it does not start, or cannot make the model.
     """
 
     def __init__(
         self,
-        save: Callable[[Path], object],
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        size: int,
         model: Mapping[str, Any],
         device: str,
         threads: int | None,
@@ -91,20 +91,15 @@ class SamplingChild:
         self._weights = weights
         self._scratch = scratch_folders("thence-sampling-")
         self._removed = weakref.finalize(self, _remove, self._scratch)
-        self._size, self._asked, self.version = 0, 0, -1
+        self._size, self._asked, self.version = size, 0, -1
         self._wire: Wire | None = None
         self._popen: subprocess.Popen[bytes] | None = None
         self._log = self._scratch[-1] / "sampling.log"
         self._closing = threading.Lock()
         try:
-            place = self._scratch[-1] / "model"
-            save(place)
-            self._size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
             self._start(threads)
-            settings = {**model, "path": str(place)}
-            self._ask({"op": "start", "model": settings, "device": device, "scratch": list(map(str, self._scratch))})
-            self._answer("ready", START_SECONDS, "opening the model")
-            shutil.rmtree(place, ignore_errors=True)
+            self._ask({"op": "start", "model": model, "device": device, "scratch": list(map(str, self._scratch))})
+            self._answer("ready", START_SECONDS, "making the model")
         except BaseException:
             self.close()
             raise
