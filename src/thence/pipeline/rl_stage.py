@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,7 @@ class Loop:
             over = ended or validation.ended
             waste = self.batches.waste(done) if over else {}
             context.log({"stage": context.name, "kind": "rl", "step": done, **line, **waste})
-            state = lambda ended=ended, waste=waste: self._state(ended, waste)  # noqa: E731
-            tensors = lambda done=done: self.batches.state(done)  # noqa: E731
+            state, tensors = partial(self._state, ended, waste), partial(self.batches.state, done)
             self.checkpoints.after(done, state, tensors, last=over, best=best)
         return {"steps": done, **waste}
 

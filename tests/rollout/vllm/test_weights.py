@@ -30,6 +30,20 @@ def test_pushed_weights_are_sampled_with_and_stamped(fake: Make, folder: Path) -
         assert not [p for root in engine._scratch for p in root.rglob("*.safetensors")]
 
 
+def test_weights_that_are_copied_before_they_are_loaded_are_those_of_the_copy(fake: Make, folder: Path) -> None:
+    with VllmEngine(fake(), folder) as engine:
+        handed = [engine.prepare(Unigram(seed), version) for version, seed in ((1, 7), (2, 8))]
+        assert engine.version == 0
+        for (version, seed), one in zip(((1, 7), (2, 8)), handed, strict=True):
+            engine.take(one)
+            assert engine.version == version and not one.folder.exists()
+            (response,) = engine.sample([[1]], [0], Sampling(20))
+            expected = expected_logps(Unigram(seed), 1.0)[response.token_ids].tolist()
+            assert response.logps == pytest.approx(expected, abs=1e-5)
+        with pytest.raises(ValueError, match="negative"):
+            engine.prepare(Unigram(7), -1)
+
+
 def test_weights_that_did_not_take_effect_are_refused(fake: Make, folder: Path) -> None:
     engine = VllmEngine(fake("stale"), folder)
     with pytest.raises(UserError, match="version 1 did not take effect"):
