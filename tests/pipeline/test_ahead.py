@@ -123,14 +123,20 @@ def test_a_batch_is_sampled_from_the_weights_of_so_many_steps_before(
     assert {(row["step"] - 1, row["version"]) for row in kept} == set(enumerate(wanted))
 
 
+@pytest.mark.parametrize(
+    "method", [{"method": "grpo"}, {"method": "chord_mu", "options": {"decay": 3}}], ids=["grpo", "chord_mu"]
+)
 def test_the_prompts_and_random_numbers_are_those_of_a_run_that_samples_in_the_step(
-    own: Tables, tmp_path: Path, engines: list[Copies]
+    own: Tables, tmp_path: Path, engines: list[Copies], method: dict[str, Any]
 ) -> None:
-    slow = {"lr": 1e-12, "importance_bound": 2.0}  # the policy stands still, so that all versions sample the same
+    # the policy stands still, so that all versions sample the same
+    slow = {"lr": 1e-12, "importance_bound": 2.0, **method}
     still, lines = trained(own, tmp_path / "in-step", **slow)
     ahead, others = trained(own, tmp_path / "ahead", ahead=2, **slow)
     assert [line["reward"] for line in others] == [line["reward"] for line in lines]
     assert max(float((ahead[name] - still[name]).abs().max()) for name in still) < 1e-9
+    # a schedule of the method follows the step of the batch that is trained
+    assert [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], rel=1e-5, abs=1e-7)
     assert [line["flops"] for line in others] == [line["flops"] for line in lines]
     assert [line["executed_flops"] for line in others] == [line["executed_flops"] for line in lines]
     assert all(line["importance"] == pytest.approx(1, abs=1e-6) and not line["importance_cut"] for line in others)

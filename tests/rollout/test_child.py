@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from thence.errors import UserError
 from thence.pipeline.engines_ahead import sampling_child
 from thence.pipeline.sampling_process import load
 from thence.recipe import Model
-from thence.rollout.child import SamplingChild
+from thence.rollout.child import ALIVE_SECONDS, SamplingChild
 from thence.rollout.native import Sampling, sample
 from thence.train.model import load_model
 from thence.train.parallel import SingleProcess
@@ -69,6 +70,17 @@ def test_it_samples_the_tokens_and_log_probabilities_of_the_trainers_own_process
         child.take(child.prepare(9))
         assert child.sample(PROMPTS, SEEDS, greedy) == sample(context.policy.model, PROMPTS, SEEDS, greedy)
     assert child.sample([], [], SAMPLING) == []
+
+
+def test_it_says_nothing_while_nobody_reads(child: SamplingChild) -> None:
+    """What it said while the trainer takes a long step would fill the socket, and stop it."""
+    assert child._wire is not None
+    poll = select.poll()
+    poll.register(child._wire._sock, select.POLLIN)
+    time.sleep(ALIVE_SECONDS + 0.5)  # what it was about to say when the last answer came
+    while poll.poll(0):
+        child._wire.receive(1.0)
+    assert not poll.poll(3000 * ALIVE_SECONDS)
 
 
 def test_buffers_are_handed_over_too(context: Any, child: SamplingChild) -> None:
