@@ -111,6 +111,20 @@ def free_cores(others: float) -> int:
     return max(1, usable_cores() - int(others + 0.5))
 
 
+def beside(environment: Mapping[str, str], threads: int) -> tuple[int, int]:
+    """Threads of this process, and of one that it starts and that computes as much beside it, on the same cores.
+
+    A number that the user has set is that of each. Otherwise the threads of this process are dealt to both, the odd one
+    to this one.
+
+    Args:
+        threads: of torch in this process.
+    """
+    if any(name in environment for name in THREADS) and not were_chosen(environment):
+        return threads, threads
+    return max(1, threads - threads // 2), max(1, threads // 2)
+
+
 def were_chosen(environment: Mapping[str, str]) -> bool:
     """Whether thence has chosen the number of threads by what was free."""
     return environment.get(ASKED) == CHOSEN

@@ -206,6 +206,16 @@ def test_a_checkpoint_written_beside_training_takes_weights_and_moments_once_mor
     assert cut.stages[0].memory is not None and cut.stages[0].memory.held("host") == -(-copy // 4)
 
 
+def test_a_process_that_samples_ahead_holds_the_model_once_more_all_the_time():
+    rl = {"steps": 1, "max_tokens": 8, "prompts": 4, "rollouts": 2}
+    taken, ahead = (plan(recipe(stages=["rl"], rl={**rl, "ahead": k})).stages[0].memory for k in (0, 2))
+    assert taken is not None and ahead is not None
+    weights = 4 * parameters(SMALL | {"model_type": "llama"}).total
+    assert ahead.held("always") - taken.held("always") == weights + taken.held("rollout")
+    assert ahead.held("host") - taken.held("host") == 2 * weights
+    assert ahead.peak == taken.held("always") + weights + taken.held("rollout") + taken.training
+
+
 def test_the_planned_logit_chunk_is_the_engines():
     from thence.objective import fused
 

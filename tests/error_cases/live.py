@@ -69,6 +69,7 @@ TRAINING = [
     ),
     Case("A response longer than the model's context", f"{RUN} --rl.max-tokens 64", base="data"),
     Case("An engine without its Python", f"{RUN} --rl.engine vllm --rl.vllm.python /absent/python", base="data"),
+    Case("A method that cannot sample ahead", f"{RUN} --rl.method exgrpo --rl.ahead 1", base="data"),
     Case("A method without room", f"{RUN} --rl.method luffy --rl.rollouts 1", base="data"),
 ]
 

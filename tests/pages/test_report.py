@@ -121,6 +121,20 @@ def test_a_finished_run_has_table_curves_samples_recipe_and_command(tmp_path):
     assert text.count('<b class="unknown">') == 9
 
 
+def test_the_page_says_what_was_sampled_ahead_and_never_trained_and_draws_the_wait(tmp_path):
+    folder = make_run(tmp_path / "run", steps=5)
+    lines = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = max(i for i, line in enumerate(lines) if line["kind"] == "rl")
+    for line in lines:
+        line |= {"staleness": 1.0, "waited_share": 0.25} if line["kind"] == "rl" else {}
+    for wasted, shown in ((1234, True), ("many", False)):
+        lines[last] |= {"wasted_tokens": wasted}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = write_page(folder).read_text(encoding="utf-8")
+        assert ("1,234 tokens sampled ahead and never trained" in text) is shown
+    assert "Waiting for responses" in text and "Age of the weights that sampled" in text
+
+
 def test_the_page_names_the_method_of_every_stage_and_says_what_is_a_reconstruction(tmp_path):
     folder = make_run(tmp_path / "run", steps=3)
     recipe = load_recipe("quickstart", {"sft.fault": "mean-of-means", "rl.method": "superrl"})

@@ -32,6 +32,7 @@ from thence.accounting.memory import (
     Memory,
     Reference,
     activation_memory,
+    ahead_memory,
     checkpoint_memory,
     loading_memory,
     logit_memory,
@@ -307,6 +308,8 @@ def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line,
         return teacher
     longest = data.max_prompt_tokens or math.ceil(known.prompt or 0)
     sampler = rollout_memory(known.counts, _rollout_rows(rl, known), longest + rl.max_tokens)
+    if rl.ahead:
+        sampler = ahead_memory(known.counts, rl.ahead, sampler)
     return (*teacher, *whole_copy(known.counts, known.held), *sampler)
 
 

@@ -289,6 +289,21 @@ def rollout_memory(counts: Counts, rows: int, length: int, cache_bytes: int = 4)
     )
 
 
+def ahead_memory(counts: Counts, ahead: int, sampler: tuple[Line, ...]) -> tuple[Line, ...]:
+    """A process that samples while this one trains: its model and its sampler, always, and weights handed over.
+
+    Args:
+        ahead: rollout batches that are sampled before they are trained.
+        sampler: as :func:`rollout_memory`.
+    """
+    weights, text = counts.total * 4, f"{counts.total:,} parameters x 4 B"
+    return (
+        Line("weights of the process that samples", weights, text, "always"),
+        *(replace(line, phase="always") for line in sampler),
+        Line("weights handed over", ahead * weights, f"{ahead} x {text} (/dev/shm or disk)", "host"),
+    )
+
+
 def readable(size: float) -> str:
     """Bytes in GiB or MiB, for people."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -28,6 +28,10 @@ class FlopMeter:
         """FLOPs so far."""
         return self._total if self._counts is not None else None
 
+    def add(self, flops: float | None) -> None:
+        """FLOPs that another meter of this model has counted; None: it could not, no more than this one can."""
+        self._total += flops or 0.0
+
     def trained(self, lengths: Sequence[int], trained_tokens: int) -> None:
         """Rows that went forward and backward, with so many trained tokens in all."""
         if self._counts is not None:

@@ -63,6 +63,8 @@ class Trajectory:
             method finds those of a rollout in ``TokenFacts.old``.
         round: of sampling, from 0, where a method samples a group in rounds, and what a later one asks for follows from
             the rewards of the earlier.
+        version: of the weights that sampled it: optimizer updates of whole rollout batches before. None: it was not
+            sampled ahead (``rl.ahead``), so they are those of its own step.
     """
 
     prompt: Prompt
@@ -79,6 +81,7 @@ class Trajectory:
     prefix: int = 0
     behaviour: tuple[float, ...] | None = None
     round: int = 0
+    version: int | None = None
 
     @property
     def sampled_tokens(self) -> int:

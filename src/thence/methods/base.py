@@ -161,6 +161,10 @@ class Method(ABC):
     uses_reference: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the log-probabilities of a reference model (:attr:`TokenFacts.reference`). The
     facts' ``logp`` and ``entropy`` are NaN where it says nothing else."""
+    not_ahead: ClassVar[str | None] = None
+    """Why batches cannot be composed before the steps before them are taken (``rl.ahead``), as a part of a sentence.
+    Empty: they can, for :meth:`compose` looks at the sampler and the options alone, and what :meth:`weigh` needs of it
+    is told by :meth:`take_up`. None: not stated. Stated in the class that composes: see :mod:`thence.methods.ahead`."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -282,6 +286,12 @@ class Method(ABC):
         owners = type(self).__mro__
         places = {part: next(i for i, owner in enumerate(owners) if part in vars(owner)) for part in _COMPOSED}
         return places["work"] == min(places.values())
+
+    def take_up(self, sampler: Sampler) -> None:  # noqa: B027 - most methods need nothing
+        """Told by whom the batch was composed that is weighed next, where that was not the batch composed last.
+
+        With ``rl.ahead``, another object of this method composes the batches, in another thread.
+        """
 
     def side_steps(self, sampler: Sampler) -> list[SideStep]:
         """Optimizer steps of another kind that follow the update on this rollout batch; default: none."""

@@ -31,7 +31,7 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.dapo import is_informative
 from thence.methods.groups import sampled_groups
-from thence.methods.mixed import COUNTED, ClippedOptions, advantages, entropy_term, policy_normaliser
+from thence.methods.mixed import BEGUN, COUNTED, ClippedOptions, advantages, entropy_term, policy_normaliser
 from thence.methods.unknown import all_failed, scores_of
 from thence.objective import Clip, Normaliser, Term
 from thence.settings.limits import Coefficient, PartShare, SomeShare
@@ -101,6 +101,7 @@ class Bread(Method):
     formula = "-(1/N) sum_own min(r A, clip(r) A), groups that all fail branch from the shortest prefix that helps"
     source = "arXiv 2506.17211, abstract and notes"
     exactness = "reconstruction"
+    not_ahead = BEGUN
     Options = BreadOptions
 
     @property

@@ -86,6 +86,7 @@ class ChordMu(Method):
     formula = "-(1 - mu) (1/N) sum min(r A, clip(r, 0.8, 1.2) A) - mu (1/N) sum_expert log pi, mu from 0.9 to 0.05"
     source = "arXiv 2508.11408 and its code in Trinity-RFT"
     exactness = "exact"
+    not_ahead = ""
     Options = ChordOptions
     step = 0
     sampler: Sampler | None = None
@@ -104,9 +105,12 @@ class ChordMu(Method):
         )
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
-        self.step, self.sampler = sampler.step, sampler
+        self.take_up(sampler)
         own = sampler.rollouts(sampler.next_prompts(prompts), n)
         return placed(sampler, groups_of(own), sampler.demonstrations(sampler.expert_prompts(self.experts(prompts, n))))
+
+    def take_up(self, sampler: Sampler) -> None:
+        self.step, self.sampler = sampler.step, sampler
 
     def experts(self, prompts: int, n: int) -> int:
         """How many demonstrations stand beside the rollouts of a batch."""

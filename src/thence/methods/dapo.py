@@ -62,6 +62,7 @@ class Dapo(Grpo):
     formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A) dual clip 3, A = (R - mean)/std, uninformative groups refilled"
     source = "arXiv 2503.14476"
     exactness = "exact"
+    not_ahead = ""
     Options = DapoOptions
     longest = 20480
     """The stage's max_tokens; the paper's where there is no stage."""

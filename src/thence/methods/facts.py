@@ -16,9 +16,10 @@ class TokenFacts:
     Args:
         logp: log-probabilities, shape (n,), nats.
         entropy: of the distributions that the tokens were drawn from, shape (n,), nats.
-        old: log-probabilities under the policy that the rollout batch was sampled from, from a pass of the trainer's
-            own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before the first optimizer step
-            of a rollout batch this is ``logp`` itself. None: the method does not say that it ``uses_old``.
+        old: log-probabilities under the policy before the first optimizer step on the rollout batch, from a pass of
+            the trainer's own model; for a replay, under the policy that sampled it. Shape (n,), nats. Before that first
+            step this is ``logp`` itself. It is the policy that sampled the batch too, unless that was sampled ahead
+            (``rl.ahead``). None: the method does not say that it ``uses_old``.
         reference: log-probabilities under the reference model, the policy as the stage began, shape (n,), nats. None:
             the method does not say that it ``uses_reference``.
         vocabulary: words that the distributions are over; 0 without ``reference``.

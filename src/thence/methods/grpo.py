@@ -62,6 +62,7 @@ class Grpo(Method):
     formula = "-(1/N) sum min(r A, clip(r, 0.8, 1.28) A), A = R - group mean, N = response tokens of the step"
     source = "arXiv 2402.03300 eq. 3 with the settings of arXiv 2604.23747 section 4"
     exactness = "exact"
+    not_ahead = ""
     Options = GrpoOptions
 
     @property

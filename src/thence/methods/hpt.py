@@ -62,6 +62,7 @@ class Gated(Method):
 
     stage = "rl"
     demonstrations = "whole"
+    not_ahead = ""
 
     @abstractmethod
     def imitates(self, group: Sequence[Trajectory]) -> bool:

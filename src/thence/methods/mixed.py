@@ -24,6 +24,11 @@ from thence.methods.groups import group_numbers
 from thence.objective import Entropy, Normaliser, Term, group_advantages
 from thence.settings.limits import Coefficient, Processes, Tokens
 
+BEGUN = (
+    "the sampler keeps no log-probabilities of a response that the expert began, so that its tokens could not be "
+    "weighed by the policy that sampled them"
+)
+"""Why methods whose responses an expert begins cannot be trained with ``rl.ahead``."""
 COUNTED = sys.float_info.min
 """Weight of a token without advantage: it counts as one of its term's, and vanishes when divided or rounded."""
 
@@ -109,6 +114,7 @@ class WithDemonstration(Method):
 
     stage = "rl"
     demonstrations = "whole"
+    not_ahead = ""
     sampler: Sampler | None = None
 
     @property
@@ -119,8 +125,11 @@ class WithDemonstration(Method):
     def work(self, prompts: int, n: int) -> Work:
         return Work.just(Outcome(prompts * (n - 1), prompts * (n - 1), prompts))
 
-    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+    def take_up(self, sampler: Sampler) -> None:
         self.sampler = sampler
+
+    def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        self.take_up(sampler)
         asked = sampler.next_prompts(prompts)
         with_one = [prompt for prompt in asked if prompt.demonstration_ids]
         without = [prompt for prompt in asked if not prompt.demonstration_ids]

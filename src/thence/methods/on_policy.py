@@ -35,6 +35,7 @@ class OnPolicy(Method):
     formula = "-(1/Z) sum min(r A, clip(r, 0.8, 1.2) A), A = R - group mean"
     source = "arXiv 2504.14945, the baseline of its released scripts"
     exactness = "exact"
+    not_ahead = ""
     Options = OnPolicyOptions
 
     @property

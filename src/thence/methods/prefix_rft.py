@@ -36,7 +36,7 @@ from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, reward_of, switched_on
 from thence.methods.groups import group_numbers
-from thence.methods.mixed import MixedOptions, advantages, cosine, policy_normaliser
+from thence.methods.mixed import BEGUN, MixedOptions, advantages, cosine, policy_normaliser
 from thence.objective import Clip, Entropy, Logp, Normaliser, Ratio, Surrogate, Term, group_advantages
 from thence.settings.limits import Ceiling, Coefficient, Natural, Share, Steps
 
@@ -89,6 +89,7 @@ class PrefixRft(Method):
     source = "arXiv 2507.01679 and its repository"
     exactness = "exact"
     uses_facts = True
+    not_ahead = BEGUN
     Options = PrefixRftOptions
     sampler: Sampler | None = None  # of the last batch
 

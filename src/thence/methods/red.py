@@ -58,6 +58,7 @@ class Red(WithDemonstration):
     source = "arXiv 2508.16677 at second hand, and a port of it"
     exactness = "reconstruction"
     uses_facts = True
+    not_ahead = ""
     Options = RedOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):

@@ -65,6 +65,7 @@ class Relift(Method):
     formula = "RL: -(1/N) sum r A; at 128 unsolved prompts one SFT step: -(1/N_sft) sum [log pi(y*_t) + alpha H_t]"
     source = "arXiv 2506.07527 and its released code"
     exactness = "exact"
+    not_ahead = "its SFT steps take the prompts that no rollout has solved from a buffer of all batches composed so far"
     Options = ReliftOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):

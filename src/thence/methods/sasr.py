@@ -62,6 +62,7 @@ class Sasr(Method):
     )
     source = "arXiv 2505.13026 at second hand"
     exactness = "reconstruction"
+    not_ahead = "the gradient norms of the steps before decide whether a batch is sampled"
     Options = SasrOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):

@@ -126,6 +126,7 @@ class SelfDistillation(Method):
 
     stage = "rl"
     uses_old = True
+    not_ahead = ""
     Options = SelfDistillationOptions
 
     @property

@@ -49,7 +49,7 @@ from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
 from thence.methods.base import Method, Sampler, TokenFacts, Weights, switched_on
 from thence.methods.groups import group_numbers
-from thence.methods.mixed import MixedOptions, entropy_term, policy_normaliser
+from thence.methods.mixed import BEGUN, MixedOptions, entropy_term, policy_normaliser
 from thence.methods.unknown import scores_of
 from thence.objective import Ratio, Term, TrSft, group_advantages
 from thence.settings.limits import Coefficient, Rows, Share, SomeShare
@@ -118,6 +118,7 @@ class Trapo(Method):
     formula = "-(1/Z) [sum_own r A + sum_prefix S(pi)], slope of S min(1, pi/0.1), 4+2+1+1 responses, begun if R is low"
     source = "arXiv 2512.17636 and its repository"
     exactness = "exact"
+    not_ahead = BEGUN
     Options = TrapoOptions
 
     @classmethod

@@ -32,7 +32,7 @@ import torch
 from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.methods.base import Method, Options, Sampler, TokenFacts, Weights, switched_on
-from thence.methods.mixed import COUNTED, advantages, cosine
+from thence.methods.mixed import BEGUN, COUNTED, advantages, cosine
 from thence.objective import Clip, Entropy, Logp, NegativeKl, Normaliser, Term
 from thence.settings.limits import Coefficient, Count, Share, Steps
 
@@ -76,6 +76,7 @@ class Uft(Method):
     formula = "-(1/N) sum_own min(r A, clip(r) A) - (0.001/N_hint) sum_hint log pi + 0.001 KL, first slices as a hint"
     source = "arXiv 2505.16984 and its released code"
     exactness = "exact"
+    not_ahead = BEGUN
     Options = UftOptions
 
     @property

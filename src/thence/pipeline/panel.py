@@ -23,6 +23,8 @@ SHOWN = (
     ("response_tokens", "length {:.0f}"),
     ("grad_norm", "norm {:.2f}"),
     ("tokens_per_s", "{:,.0f} tok/s"),
+    ("waited_share", "waited {:.0%}"),
+    ("wasted_tokens", "{:,.0f} tokens sampled in vain"),
 )
 REFRESHES = 4  # a second
 

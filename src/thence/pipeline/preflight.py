@@ -18,6 +18,7 @@ from thence.data.trajectory import Prompt
 from thence.errors import RecipeError, UserError
 from thence.methods.registry import stage_method
 from thence.pipeline.adapters import check_lora, try_lora
+from thence.pipeline.ahead import check_ahead
 from thence.pipeline.changes import Resumption
 from thence.pipeline.context import step_of
 from thence.pipeline.folder import RunFolder
@@ -199,6 +200,7 @@ def _settings(trial: Preflight, name: str) -> None:
     if isinstance(stage, Rl):
         settings = vllm_settings(stage.vllm, f"{name}.vllm")
         check_settings(name, stage, trial.ranks)
+        check_ahead(name, stage, stage_method(stage, name), trial.recipe.model.trust_remote_code)
         Sampling(stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
         if stage.engine == "vllm" and trial.leads:
             check_vllm(settings, f"{name}.vllm")

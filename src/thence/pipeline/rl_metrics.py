@@ -16,6 +16,7 @@ from thence.methods.unknown import scores_of
 from thence.objective import Batch, Row, Term, TokenStats, divisors, local_counts
 from thence.objective.kl import kl_estimate
 from thence.pipeline.context import StageContext
+from thence.pipeline.due import DueBatch
 from thence.pipeline.lessons import Lessons, each_of
 from thence.pipeline.sample_lines import rollout_line
 from thence.pipeline.sampler import RolloutSampler
@@ -41,6 +42,13 @@ class BatchMetrics:
         self.reports: list[StepReport] = []
         self.side: list[StepReport] = []
         self.scores: list[Tensor | None] | None = None
+        self.trust: list[float] | None = None
+
+    def weighed_by(self, trust: Sequence[Tensor], trajectories: Sequence[Trajectory], bound: float) -> None:
+        """Take in the importance weights of every response token. Those that were not weighed are passed over."""
+        weights = [w for w, t in zip(trust, trajectories, strict=True) if is_weighed(t)]
+        sums = (sum(float(w.sum()) for w in weights), sum(int((w >= bound).sum()) for w in weights))
+        self.trust = [*sums, sum(len(w) for w in weights)]
 
     def weighed(self, batch: Batch, trajectories: Sequence[Trajectory]) -> None:
         """Take in one optimizer step; its rows are those of the trajectories."""
@@ -110,6 +118,10 @@ class BatchMetrics:
         }
         if skipped := sum(report.skipped for report in taken):
             line["skipped_steps"] = skipped
+        if self.trust is not None:
+            weights, cut, number = self.ranks.sum_floats(torch.tensor(self.trust, dtype=torch.float64)).tolist()
+            if number:
+                line |= {"importance": weights / number, "importance_cut": cut / number}
         if self.side:
             line |= {"side_steps": len(self.side), "side_loss": _mean([r.loss for r in self.side])}
         line |= self.lessons.line(composed, len(sampler.seen))
@@ -207,7 +219,9 @@ class Shares:
 
 
 class Mismatch:
-    """How far the sampler's log-probabilities lie from the trainer's for the same tokens and weights.
+    """How far the sampler's log-probabilities lie from the trainer's for the same tokens.
+
+    Both have the same weights, unless the responses were sampled ahead: the sampler's are those of its version then.
 
     Only of responses that the policy sampled whole; demonstrations, continuations and replays are passed over.
     """
@@ -222,7 +236,7 @@ class Mismatch:
             rows = [trajectories[i] for i in group]
             parts = stats.logp_T.double().cpu().split([len(row.response_ids) for row in rows])
             for row, trained in zip(rows, parts, strict=True):
-                if row.sampler_logps is not None and row.origin == "rollout" and len(trained):
+                if row.sampler_logps is not None and is_weighed(row) and len(trained):
                     sampled = torch.tensor(row.sampler_logps, dtype=torch.float64)
                     self.kl_sum += float(kl_estimate(sampled, trained).sum())
                     self.tokens += len(trained)
@@ -237,6 +251,28 @@ class Mismatch:
         return kl / compared if compared else None
 
 
+def is_weighed(trajectory: Trajectory) -> bool:
+    """Whether the policy sampled a response as it stands, so that its tokens have an importance weight."""
+    return trajectory.sampler_logps is not None and trajectory.origin == "rollout"
+
+
+def stale_facts(batch: DueBatch, ranks: Ranks, seconds: float) -> dict[str, float]:
+    """What the line of a step says of responses that were sampled ahead: ``staleness``, how many steps older than the
+    policy the weights were that sampled a token, on average over all ranks; ``waited_share``, the share of the step
+    that waited for its batch. Where a checkpoint before the step waited for batches, that counts as a part of the step.
+
+    Args:
+        seconds: that the step took.
+    """
+    sampled = [(t.sampled_tokens, batch.step - t.version) for t in batch.sampler.seen if t.version is not None]
+    sums = [float(sum(n * lag for n, lag in sampled)), float(sum(n for n, _ in sampled))]
+    lags, tokens = ranks.sum_floats(torch.tensor(sums, dtype=torch.float64)).tolist()
+    return {
+        "staleness": lags / max(tokens, 1),
+        "waited_share": (batch.waited + batch.waited_before) / (seconds + batch.waited_before),
+    }
+
+
 def keep_samples(context: StageContext, kept: Sequence[Trajectory], step: int, tokens: TokenFigures) -> None:
     """Write responses of a step for the reader; a crash can lose them, a resumed run writes them again."""
     path = context.folder.stage(context.name) / "samples.jsonl"
@@ -244,6 +280,7 @@ def keep_samples(context: StageContext, kept: Sequence[Trajectory], step: int, t
     lines = []
     for trajectory in kept:
         line = rollout_line(trajectory, stage=context.name, step=step)
+        line |= {} if trajectory.version is None else {"version": trajectory.version}
         weighed = tokens.of(trajectory, context.tokenizer)
         lines.append(line if weighed is None else line | {"weighed": weighed})
     append_jsonl(path, lines)

@@ -7,18 +7,25 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from thence.errors import RecipeError
+from thence.methods.base import Method
 from thence.methods.registry import stage_method
 from thence.methods.unknown import leave_out
 from thence.models.lengths import context_of
+from thence.pipeline.ahead import Ahead, check_ahead, sharing_cores
 from thence.pipeline.context import Budget, StageContext, budget_of, make_trainer
 from thence.pipeline.dealing import resume_position, same_or_each
+from thence.pipeline.due import DueBatch
+from thence.pipeline.engines_ahead import EngineAhead, sampling_child
 from thence.pipeline.lessons import Watch
 from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import reward_names, stage_reward
-from thence.pipeline.rl_metrics import SAMPLES_KEPT, BatchMetrics, keep_samples
+from thence.pipeline.rl_metrics import SAMPLES_KEPT, BatchMetrics, keep_samples, stale_facts
 from thence.pipeline.rl_update import Update
 from thence.pipeline.rollout_engine import engine_of, ranks_per_engine
 from thence.pipeline.room import response_tokens
@@ -28,6 +35,7 @@ from thence.pipeline.teacher import check_teacher, drawn_prompts, teacher_pass, 
 from thence.pipeline.validation import Validation
 from thence.recipe import Rl
 from thence.rollout.vllm.settings import vllm_settings
+from thence.train.trainer import Trainer
 from thence.train.weights import whole
 
 log = logging.getLogger(__name__)
@@ -47,6 +55,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     room = response_tokens(context.name, stage, prompts, context_of(context.model.config), say=False)
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
+    check_ahead(context.name, stage, method, context.recipe.model.trust_remote_code)
     check_teacher(context.recipe, context.name, method)
     minis = mini_batches_of(stage)
     if method.needs_several_steps and minis == 1 and context.leads:
@@ -56,15 +65,51 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     trainer = make_trainer(context, stage, stage.steps * minis, reference)
     teacher = teacher_pass(context, stage, method, trainer, scorer)
     with ExitStack() as held:
+        threads = held.enter_context(sharing_cores(context, stage))
         checkpoints = held.enter_context(saving(context, trainer, stage, stage.steps))
         done, own = checkpoints.resume()
         validation = Validation(context, stage, held)
         validation.resume(own)
-        grader, engine = held.enter_context(stage_reward(stage)), held.enter_context(engine_of(context, stage, trainer))
+        grader = held.enter_context(stage_reward(stage))
+        engine = None if stage.ahead else held.enter_context(engine_of(context, stage, trainer))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
+        batches = InStep(context, stage, sampler, method)
+        if stage.ahead:
+            ahead = held.enter_context(engine_ahead(context, stage, trainer, threads))
+            composer = stage_method(stage, context.name, room)
+            batches = held.enter_context(Ahead(context, stage, sampler, composer, ahead))
         update = Update(stage, method, trainer, minis, teacher)
-        loop = Loop(context, stage, sampler, update, checkpoints, validation, budget_of(stage))
-        return {"steps": loop.run(done, own), "prompts": len(prompts), **validation.facts()}
+        loop = Loop(context, stage, sampler, batches, update, checkpoints, validation, budget_of(stage))
+        return {**loop.run(done, own), "prompts": len(prompts), **validation.facts()}
+
+
+@dataclass(frozen=True)
+class InStep:
+    """The batches of a stage, each composed in the step that trains it, from the weights that this step begins with."""
+
+    context: StageContext
+    stage: Rl
+    sampler: RolloutSampler
+    method: Method
+
+    def begin(self, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing is due when a stage begins."""
+
+    def take(self, step: int) -> DueBatch:
+        """The batch of a step, counted from 0."""
+        sampler = self.sampler
+        with sampled_from(self.context, sampler.engine) as model:
+            sampler.begin(step, model)
+            composed = self.method.compose(sampler, self.stage.prompts, self.stage.rollouts)
+        return DueBatch(step, step, sampler, composed, (sampler.drawn, sampler.expert_drawn))
+
+    def state(self, done: int) -> dict[str, Tensor]:
+        """A checkpoint holds no batch."""
+        return {}
+
+    def waste(self, done: int) -> dict[str, float]:
+        """Nothing was sampled that is not trained."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -74,13 +119,14 @@ class Loop:
     context: StageContext
     stage: Rl
     sampler: RolloutSampler
+    batches: InStep | Ahead
     update: Update
     checkpoints: Checkpoints
     validation: Validation
     budget: Budget | None
 
-    def run(self, done: int, own: Mapping[str, Any]) -> int:
-        """Take what is left of the stage. Returns how many steps it has then taken.
+    def run(self, done: int, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Take what is left of the stage. Returns how many ``steps`` it has then taken, and what was sampled in vain.
 
         Args:
             done: steps before.
@@ -93,9 +139,10 @@ class Loop:
             budget.spent = own.get("spent", 0.0)
         if own:
             resume_position(context, own, self.sampler, method)
+        self.batches.begin(done, self.checkpoints.tensors)
         if context.leads:
             context.watcher.stage(context.name, stage.steps, done)
-        watch = Watch(context.name, stage.unknown)
+        watch, waste = Watch(context.name, stage.unknown), dict[str, Any](own.get("waste", {}))
         while done < stage.steps and not ended and not validation.ended:
             self.sampler.steps = expected_steps(stage, done, budget)
             with naming_step(context, done + 1, self.checkpoints.standing):
@@ -105,10 +152,12 @@ class Loop:
             ended = budget is not None and budget.spend(line["flops"], line["trained_tokens"])
             line |= validation.measure(done, ended or done == stage.steps)
             best = validation.look(done, line)
-            context.log({"stage": context.name, "kind": "rl", "step": done, **line})
             over = ended or validation.ended
-            self.checkpoints.after(done, lambda ended=ended: self._state(ended), last=over, best=best)
-        return done
+            waste = self.batches.waste(done) if over else {}
+            context.log({"stage": context.name, "kind": "rl", "step": done, **line, **waste})
+            state, tensors = partial(self._state, ended, waste), partial(self.batches.state, done)
+            self.checkpoints.after(done, state, tensors, last=over, best=best)
+        return {"steps": done, **waste}
 
     def step(self, step: int) -> dict[str, Any]:
         """One rollout batch, counted from 0, its optimizer steps, and those of another kind.
@@ -116,11 +165,12 @@ class Loop:
         Returns:
             A line of metrics.
         """
-        context, sampler, method, trainer = self.context, self.sampler, self.update.method, self.update.trainer
+        context, method, trainer = self.context, self.update.method, self.update.trainer
         start, before = time.perf_counter(), context.meter.total
-        with sampled_from(context, sampler.engine) as model:
-            sampler.begin(step, model)
-            composed = method.compose(sampler, self.stage.prompts, self.stage.rollouts)
+        batch = self.batches.take(step)
+        composed, sampler = batch.trajectories, batch.sampler
+        context.meter.add(batch.flops)
+        method.take_up(sampler)
         trajectories = leave_out(method, composed)
         rate = trainer.learning_rate(trainer.steps_taken)
         shown = composed[:SAMPLES_KEPT] if context.leads else []
@@ -131,9 +181,11 @@ class Loop:
         if context.leads:
             keep_samples(context, shown, step + 1, metrics.tokens)
         line = metrics.line(context, sampler, composed, rate, time.perf_counter() - start)
+        if self.stage.ahead:
+            line |= stale_facts(batch, context.ranks, line["seconds"])
         return line | {"executed_flops": context.executed_flops(before)}
 
-    def _state(self, ended: bool) -> dict[str, Any]:
+    def _state(self, ended: bool, waste: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint keeps of the stage."""
         budget, sampler = self.budget, self.sampler
         return {
@@ -141,6 +193,7 @@ class Loop:
             "ended": ended,
             **({"amount": budget.amount} if budget is not None else {}),
             **self.validation.state(),
+            **({"waste": dict(waste)} if waste else {}),
             "drawn": [sampler.drawn, sampler.expert_drawn],
             "method": same_or_each(self.context.ranks.gather(self.update.method.state())),
         }
@@ -180,6 +233,18 @@ def expected_steps(stage: Rl, done: int, budget: Budget | None) -> int:
     if budget is None or not budget.spent:
         return stage.steps
     return min(stage.steps, max(done + 1, round(done * budget.amount / budget.spent)))
+
+
+@contextmanager
+def engine_ahead(context: StageContext, stage: Rl, trainer: Trainer, threads: int | None) -> Iterator[EngineAhead]:
+    """The engine that samples ahead, running: as :func:`engine_of`, and for the native one a process of its own."""
+    if stage.engine == "native":
+        with sampling_child(context, threads) as child:
+            yield child
+        return
+    with engine_of(context, stage, trainer) as engine:
+        assert engine is not None, "the native engine is no other process"
+        yield engine
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from thence.methods.base import Method, Sampler, TokenFacts, Weights, bare_row, 
 from thence.objective import BareRow, Batch, Term, distils, is_penalty
 from thence.objective.terms import needs_behaviour, needs_reference
 from thence.pipeline.dealing import mini_batches
-from thence.pipeline.rl_metrics import BatchMetrics
+from thence.pipeline.rl_metrics import BatchMetrics, is_weighed
 from thence.pipeline.sampled import sampled_of
 from thence.pipeline.teacher import TeacherPass
 from thence.recipe import Rl
@@ -59,6 +59,8 @@ class Update:
         asks = method.uses_facts or method.uses_old or method.uses_reference or method.teacher is not None
         whole = None if asks else method.weigh(trajectories)
         trust = self._importance_weights(trajectories, bare)
+        if trust is not None and self.stage.importance_bound is not None:
+            metrics.weighed_by(trust, trajectories, self.stage.importance_bound)
         sampled = None
         if self.stage.fault is not None:
             sampled = sampled_of(method, trajectories, old, trust, self.stage.importance_bound)
@@ -164,7 +166,7 @@ class Update:
         weights = []
         scored = self.trainer.statistics(bare, self.stage.temperature)
         for trajectory, (trained, _) in zip(trajectories, scored, strict=True):
-            if trajectory.sampler_logps is None or trajectory.origin != "rollout":
+            if trajectory.sampler_logps is None or not is_weighed(trajectory):
                 weights.append(torch.ones(len(trained), dtype=torch.float64))
             else:
                 sampled = torch.tensor(trajectory.sampler_logps, dtype=torch.float64)

@@ -13,8 +13,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ class RankEngine:
         return Handed(folder, tensors, probe, version, begin)
 
     def take(self, handed: Handed) -> None:
-        """Load a copy into this rank's engine; in the thread that asks for responses. Raises as :meth:`update`, here."""
+        """Load a copy into this rank's engine, in the thread that asks for responses. Raises as :meth:`update`."""
         self.engine.load_weights(handed.folder, handed.tensors, handed.probe, handed.version, handed.begin)
         self.handed = handed
 
@@ -295,14 +295,12 @@ def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[Ra
     place = place_of(vllm_settings(stage.vllm, where), ranks, ranks.gather(machine()), where)
     with handed_over(ranks, _new_folder, 0) as (folder, own):
         together(ranks, lambda: _write_model(trainer, context, folder if own else None))
-        with opened(place, None if place.settings.server else folder, ranks, trainer) as engine:
+        with opened(place, None if place.settings.server else folder, ranks, trainer, stage.ahead) as engine:
             yield engine
 
 
 @contextmanager
-def opened(
-    place: Place, model: Path | None, ranks: Ranks, trainer: Trainer, keep: int = 0
-) -> Iterator[RankEngine]:
+def opened(place: Place, model: Path | None, ranks: Ranks, trainer: Trainer, keep: int = 0) -> Iterator[RankEngine]:
     """This rank's engine: leaders start theirs, then the others of the group come in. ``keep`` as for the engine."""
     settings = place.settings
     environment = settings.environment | own_gpu(trainer.policy.device, settings)

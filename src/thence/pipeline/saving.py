@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thence.errors import CheckpointError, StepRefused, UserError
 from thence.pipeline.context import StageContext
+from thence.pipeline.due import PLACE
 from thence.pipeline.numerics import numerics, say_other_numerics
 from thence.pipeline.undo import rewind
 from thence.recipe import Optimization
@@ -26,7 +27,7 @@ from thence.train.checkpoint import (
 from thence.train.finite import broken, broken_weights
 from thence.train.parallel import Beside, on_first_rank, together
 from thence.train.quantized import check_base, quantized_digest
-from thence.train.state import load_weights, on_host, read_parts, stored
+from thence.train.state import load_weights, named_tensors, on_host, read_parts, stored
 from thence.train.trainer import Trainer
 from thence.train.weights import named_parts
 
@@ -43,6 +44,7 @@ class Checkpoints:
     def __init__(self, context: StageContext, trainer: Trainer, every: int, last: int, beside: Beside | None = None):
         self.context, self.trainer, self.every, self.last, self.beside = context, trainer, every, last, beside
         self.folder = context.folder.stage(context.name) / "checkpoints"
+        self.tensors: dict[str, Tensor] = {}  # of the stage's own, of the checkpoint that was resumed from
         self._whole = 0  # the step of the last checkpoint that is written
 
     def resume(self) -> tuple[int, dict[str, Any]]:
@@ -70,6 +72,7 @@ class Checkpoints:
                 )
             self._whole = found.step
             self.trainer.restore(found.plain["trainer"], tensors)
+            self.tensors = named_tensors(found.folder, f"{PLACE}/")
         step, own = (found.step, found.plain["stage"]) if found is not None else (0, {})
         if step > self.last:
             raise UserError(
@@ -82,11 +85,20 @@ class Checkpoints:
             rewind(self.context.folder.path, self.context.name, step)
         return step, own
 
-    def after(self, step: int, own: Callable[[], dict[str, Any]], *, last: bool = False, best: bool = False) -> None:
+    def after(
+        self,
+        step: int,
+        own: Callable[[], dict[str, Any]],
+        held: Callable[[], Mapping[str, Tensor]] = dict,
+        *,
+        last: bool = False,
+        best: bool = False,
+    ) -> None:
         """Write a checkpoint if one is due after so many steps, or if the stage ends here.
 
         Args:
             own: gives the stage's own state, on every rank.
+            held: gives tensors of the stage's own, the same on every rank, asked for first.
             last: the stage ends here, whatever its number of steps.
             best: the model is the best so far, and stays until there is a better one.
 
@@ -101,7 +113,7 @@ class Checkpoints:
             return
         if self.beside is not None:
             self.beside.wait()  # so that there is one copy at a time
-        state = own()
+        kept, state = held(), own()
         plain, tensors = self.trainer.state()
         refuse_what_is_broken(self.context, f"after step {step}", self.standing, tensors)
         plain = {"trainer": plain, "stage": state, "numerics": numerics(), "stops": self._stops()}
@@ -111,7 +123,7 @@ class Checkpoints:
             plain[BEST] = True
         if (digest := quantized_digest(self.context.model)) is not None:
             plain["quantized"] = digest
-        self._write(step, plain, tensors)
+        self._write(step, plain, {**tensors, **kept})
 
     def _write(self, step: int, plain: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         context, ranks = self.context, self.context.ranks

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from thence.given_files import folder_place
 from thence.recipe.tables import Data, Faulty, Model, Sharding, Trackers
 from thence.settings.limits import (
+    BatchesAhead,
     Coefficient,
     Epochs,
     Epsilon,
@@ -144,6 +145,10 @@ class Sft(Optimization):
     """held-out: end the stage when the held-out loss reaches 1.10 times its smallest value, whose model it leaves."""
 
 
+AHEAD_BOUND = 2.0
+"""Of importance weights where responses are sampled ahead, and the recipe sets none."""
+
+
 class Rl(Optimization):
     """A stage of reinforcement learning. Defaults: section 4 of arXiv 2604.23747."""
 
@@ -190,7 +195,19 @@ class Rl(Optimization):
     unknown: Literal["leave-out", "zero"] = "leave-out"
     """Responses without a verdict (time-out, a reward of None). leave-out: not trained. zero: reward 0."""
     importance_bound: SomeCoefficient | None = None
-    """Cap on a sampled token's weight, the trainer's over the sampler's probability. Usual: 2. Default: no weight."""
+    """Cap on a sampled token's weight, the trainer's over the sampler's probability. Usual: 2. Default: no weight, and
+    2 where ahead is not 0."""
+    ahead: BatchesAhead = 0
+    """Rollout batches that are sampled, by a process of its own, while earlier ones are trained. 0: none. With 1 or 2,
+    a batch is sampled from the weights of so many steps before. See docs/asynchronous.md."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weighed_if_ahead(cls, values: Any) -> Any:
+        """Responses of an earlier policy are weighed (:mod:`thence.rollout.correction`)."""
+        if isinstance(values, Mapping) and values.get("ahead") and values.get("importance_bound") is None:
+            return {**values, "importance_bound": AHEAD_BOUND}
+        return values
 
     @model_validator(mode="after")
     def _mini_batch_divides(self) -> Rl:

@@ -1,4 +1,4 @@
-"""Correction for rollouts that another program than the trainer has sampled.
+"""Correction for rollouts that another program than the trainer, or an earlier policy, has sampled.
 
 Sampler and trainer compute the probabilities of one and the same policy in different ways, and they differ: by rounding
 in float32, by more in bfloat16, by much where weights are stale. Then the tokens come from a policy pi_sampler, while
@@ -8,6 +8,17 @@ the objective takes them for draws from pi_trainer. Every token's term is weight
 
 without a gradient through w_t. Truncated importance sampling: Ionides 2008; for this mismatch in language models: Yao
 et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+
+pi_trainer is the policy before the first optimizer step on the rollout batch. So there are three policies where
+responses are sampled ahead (``rl.ahead``), and the loss is that of decoupled PPO:
+
+    L = - (1 / Z) sum_t  w_t min( u_t A, clip(u_t, 1 - low, 1 + high) A ),     u_t = pi_theta(a_t | s_t) / pi_trainer
+
+pi_sampler, the behaviour policy, draws the tokens; pi_trainer, the proximal policy, is what the clip stays near to;
+pi_theta is trained. A ratio to the sampler alone would begin outside of its clip: tokens would have no gradient for
+what earlier batches did to them. Hilton et al. 2021 (arXiv 2110.00641) separate the two, and AReaL (arXiv 2505.24298)
+trains language models so, with pi_trainer computed by a pass of the trainer as here. TRL's AsyncGRPOTrainer has one
+ratio, to the sampler.
 """
 
 from __future__ import annotations
@@ -22,9 +33,9 @@ def truncated_importance(trainer_logp_T: Tensor, sampler_logp_T: Tensor, bound: 
     """The weight of every sampled token.
 
     Args:
-        trainer_logp_T: the trainer's log-probabilities of the sampled tokens under the weights they were sampled with,
-            at the sampling temperature, shape (T,) or any other. Not of the policy that is being updated: that ratio
-            is the objective's own.
+        trainer_logp_T: the trainer's log-probabilities of the sampled tokens before the first optimizer step on their
+            rollout batch, at the sampling temperature, shape (T,) or any other. Not of the policy that is being
+            updated: that ratio is the objective's own.
         sampler_logp_T: the sampler's log-probabilities of the same tokens, same shape.
         bound: C, the largest weight.
 

@@ -58,6 +58,7 @@ def _plainly_written(value: Any) -> Any:
 # Whole numbers.
 Count = Annotated[int, Ge(1), Le(10**9)]
 Natural = Annotated[int, Ge(0), Le(10**9)]
+BatchesAhead = Annotated[int, Ge(0), Le(2)]
 Rows = Annotated[int, Ge(1), Le(10**6)]
 """What lies side by side or makes one batch: prompts, rollouts, samples, demonstrations."""
 Steps = Annotated[int, Ge(1), Le(10**7)]

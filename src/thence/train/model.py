@@ -88,7 +88,7 @@ def _load_model(settings: recipes.Model, device: torch.device, seed: int) -> Loa
         ) from error
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps `to` and loses its type
     model.eval()
-    _fit_float64(model, dtype)
+    fit_float64(model, dtype)
     make_generation_valid(model)
     check_vocabulary(model, tokenizer)
     check_model(model)
@@ -123,11 +123,12 @@ def empty_model(settings: recipes.Model) -> Any:
             field="model.path",
         ) from error
     model.eval()
-    _fit_float64(model, dtype)
+    fit_float64(model, dtype)
     return model
 
 
-def _fit_float64(model: Any, dtype: torch.dtype) -> None:
+def fit_float64(model: Any, dtype: torch.dtype) -> None:
+    """Choose implementations that are there for float64."""
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # transformers' grouped products are not written for float64
 

@@ -96,9 +96,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def optimizer_tensors(folder: Path) -> dict[str, Tensor]:
-    """The optimizers' tensors in a checkpoint, whole, by ``kind/parameter/field``."""
+    """The optimizers' tensors in a checkpoint, whole, by ``kind/parameter/field``, and what else is kept so."""
+    return named_tensors(folder, "")
+
+
+def named_tensors(folder: Path, beginning: str) -> dict[str, Tensor]:
+    """The tensors in a checkpoint, weights apart, whose names begin so. Whole ones: no rank asks another."""
     found = _described(folder)
-    made = {name: torch.empty(f.size, dtype=f.properties.dtype) for name, f in found.items() if "/" in name}
+    made = {
+        name: torch.empty(f.size, dtype=f.properties.dtype)
+        for name, f in found.items()
+        if "/" in name and name.startswith(beginning)
+    }
     read_parts(folder, made)
     return made
 

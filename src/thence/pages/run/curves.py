@@ -37,6 +37,9 @@ QUANTITIES = {
         Curve("clip_share", "Clipped tokens", "share of tokens"),
         Curve("loss", "Loss", "surrogate loss"),
         *_COMMON,
+        Curve("staleness", "Age of the weights that sampled", "steps, mean over tokens"),
+        Curve("waited_share", "Waiting for responses", "share of the step"),
+        Curve("importance", "Importance weight", "mean over sampled tokens"),
     ),
 }
 

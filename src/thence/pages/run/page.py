@@ -118,6 +118,8 @@ def _stage(training: StageMetrics, run: RunFiles) -> dict[str, Any]:
         facts.append(f"{sums['flops']:.3g} FLOPs")
     if sums["seconds"] is not None:
         facts.append(duration(sums["seconds"]))
+    if training.steps and (wasted := number(training.steps[-1].get("wasted_tokens"))):
+        facts.append(f"{wasted:,.0f} tokens sampled ahead and never trained")
     ended = (run.folder / "stages" / training.stage / "done.json").is_file()
     return {
         "name": training.stage,

@@ -71,12 +71,12 @@ class Probe:
         return max(TOLERANCE[dtype], TOLERANCE.get(self.dtype, 0.0))
 
 
-def scratch_folders() -> list[Path]:
+def scratch_folders(prefix: str = "thence-vllm-") -> list[Path]:
     """New folders of this user alone, for the caller to remove: in shared memory, where there is any, and on disk."""
     shared = []
     with contextlib.suppress(OSError):
-        shared = [Path(tempfile.mkdtemp(prefix="thence-vllm-", dir=SHARED_MEMORY))]
-    return [*shared, Path(tempfile.mkdtemp(prefix="thence-vllm-"))]
+        shared = [Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED_MEMORY))]
+    return [*shared, Path(tempfile.mkdtemp(prefix=prefix))]
 
 
 def folder_for(size: int, folders: list[Path]) -> Path:
