@@ -120,7 +120,7 @@ def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
 
 def _stage(recipe: Recipe, name: str, known: Known) -> StagePlan:
     settings = recipe.stage(name)
-    data = recipe.stage_data(settings.data)
+    data = recipe.stage_data(settings.data) if settings.data else recipe.data
     if isinstance(settings, Sft):
         return _within_budget(_plan_sft(name, settings, data, known), settings, known)
     if isinstance(settings, Rl):

@@ -104,9 +104,7 @@ def _part(name: str, numbers: int, size: int, ranks: int, times: int, overlaps: 
     return Sent(name, times * numbers * size * (ranks - 1) // ranks, text, (ranks, 1), overlaps)
 
 
-def _sum(
-    name: str, numbers: int, size: int, ranks: int, times: int, parts: int = 1, overlaps: bool = False
-) -> Sent:
+def _sum(name: str, numbers: int, size: int, ranks: int, times: int, parts: int = 1, overlaps: bool = False) -> Sent:
     """A sum that every rank gets whole."""
     of = f" / {parts}" if parts > 1 else ""
     text = f"{times:,} x 2 x {numbers:,} x {size} B x {ranks - 1} / {ranks}{of}"

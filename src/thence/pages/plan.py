@@ -18,16 +18,17 @@ _HEADS = ("optimizer steps", "tokens trained", "tokens generated", "FLOPs, 6N/8N
 
 def plan_view(plan: Plan) -> Group:
     """Budget, memory and assumptions of a plan, ready to print with rich."""
-    tables = [_budget(plan)] + [_memory(stage, plan) for stage in plan.stages if stage.memory is not None]
-    tables += [_sent(stage) for stage in plan.stages if stage.sent]
-    parts = [Text(_headline(plan)), *map(TableView, tables), *map(Text, fit_lines(plan))]
+    tables = [budget_table(plan)] + [memory_table(stage, plan) for stage in plan.stages if stage.memory is not None]
+    tables += [sent_table(stage) for stage in plan.stages if stage.sent]
+    parts = [Text(headline(plan)), *map(TableView, tables), *map(Text, fit_lines(plan))]
     if plan.assumptions:
         parts.append(Text("Assumed, because the data or the model has not been read:"))
         parts += [Text(f"  - {text}") for text in plan.assumptions]
     return Group(*parts)
 
 
-def _headline(plan: Plan) -> str:
+def headline(plan: Plan) -> str:
+    """The model and its size."""
     if plan.counts is None:
         return f"{plan.model}: size not known"
     counts = plan.counts
@@ -37,7 +38,8 @@ def _headline(plan: Plan) -> str:
     )
 
 
-def _budget(plan: Plan) -> Table:
+def budget_table(plan: Plan) -> Table:
+    """Steps, tokens and FLOPs of every stage."""
     rows = []
     for stage in plan.stages:
         least = stage.at_least or stage
@@ -81,7 +83,8 @@ def _how(plan: Plan) -> str:
     return f"{plan.layout} over {plan.ranks} ranks" if plan.ranks > 1 else f"{plan.layout}, one rank"
 
 
-def _memory(stage: StagePlan, plan: Plan) -> Table:
+def memory_table(stage: StagePlan, plan: Plan) -> Table:
+    """What a rank holds in a stage, with the arithmetic."""
     assert stage.memory is not None
     rows = [
         TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.phase), Cell(line.arithmetic)))
@@ -93,7 +96,8 @@ def _memory(stage: StagePlan, plan: Plan) -> Table:
     return Table(title, ("what", "size", "when", "arithmetic"), tuple(rows), words=(1, 2))
 
 
-def _sent(stage: StagePlan) -> Table:
+def sent_table(stage: StagePlan) -> Table:
+    """What a rank sends, with the arithmetic."""
     rows = [TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.arithmetic))) for line in stage.sent]
     title = f"Sent by a rank in one optimizer step of {stage.name}"
     return Table(title, ("what", "size", "arithmetic"), tuple(rows), words=(1,))
