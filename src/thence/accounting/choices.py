@@ -39,8 +39,8 @@ class Planning:
 
     plan: Callable[[Recipe, Hardware], Plan]
     refused: Callable[[Recipe, Hardware], str]
-    rates: Rates = Rates()
-    reserve: float = 0.1
+    rates: Rates
+    reserve: float
 
     def room(self, hardware: Hardware) -> float:
         """Bytes of a device that a stage may hold."""
@@ -277,7 +277,7 @@ def _value_in(recipe: Recipe, name: str) -> Any:
     table, dot, key = name.rpartition(".")
     if not dot:
         return getattr(recipe, name)
-    at: Any = recipe.tables[table] if table in recipe.tables else recipe
+    at: Any = recipe.tables.get(table, recipe)
     for part in () if table in recipe.tables else table.split("."):
         at = getattr(at, part, None)
     return getattr(at, key, None)

@@ -41,7 +41,7 @@ class Rates:
             f"training and scoring reach {self.training:.0%} of the device's peak, by executed FLOPs",
             f"sampling and the optimizer reach {self.sampling:.0%} of the memory's bandwidth",
             f"messages between ranks reach {self.links:.0%} of a link's speed; FSDP2's own {beside}",
-            "least: all responses that are sampled in parallel are of mean length; most: one of them is as long as may be",
+            "least: responses sampled in parallel are all of mean length; most: one of them is as long as may be",
             "not in the times: the start, data, grading, checkpoints, validation, and ranks that wait for each other",
         )
 
@@ -193,12 +193,13 @@ def _sampling(
     tokens = max(drawn.longest, drawn.response) if longest else drawn.response
     own = drawn.responses / hardware.ranks
     weights = waves * tokens * drawn.weights
-    cache = own * drawn.response * (drawn.prompt + drawn.response / 2) * drawn.cache
+    held = drawn.prompt + drawn.response / 2  # in the cache, on average over the tokens of a response
+    cache = own * drawn.response * held * drawn.cache
     read = (weights + cache) / (bandwidth * rates.sampling)
     computed = done.sampling / hardware.ranks / (peak * rates.training)
     if read >= computed:
-        text = f"({waves:,} times in parallel x {tokens:,.0f} tokens x {drawn.weights:,} B of weights + {own:,.0f} responses"
-        text += f" x {drawn.response:,.0f} tokens x {drawn.prompt + drawn.response / 2:,.0f} in the cache x"
+        text = f"({waves:,} times in parallel x {tokens:,.0f} tokens x {drawn.weights:,} B of weights"
+        text += f" + {own:,.0f} responses x {drawn.response:,.0f} tokens x {held:,.0f} in the cache x"
         text += f" {drawn.cache:,} B) / ({bandwidth:.4g} B/s x {rates.sampling:g})"
     else:
         text = f"{done.sampling:.4g} FLOPs / {hardware.ranks:,} ranks / ({peak:.4g} FLOP/s x {rates.training:g})"

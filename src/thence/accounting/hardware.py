@@ -1,4 +1,4 @@
-"""What a plan is made for: devices, how many, and how they are linked. Datasheet figures, or your own in a TOML file."""
+"""What a plan is made for: devices, how many, and how they are linked, from datasheets or a TOML file of your own."""
 
 from __future__ import annotations
 

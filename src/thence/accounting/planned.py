@@ -115,6 +115,10 @@ class StagePlan:
         return max(0, int((device_bytes - fixed) // (of_rows / self.rollout_rows)))
 
 
+ALONE = Held()
+"""One rank that holds everything."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The budget of a whole recipe."""
@@ -128,7 +132,7 @@ class Plan:
     """How the ranks share training."""
     device_bytes: float | None = None
     """Memory of one rank; None: not known."""
-    held: Held = Held()
+    held: Held = ALONE
     """How a rank holds the model while it trains."""
 
     def total(self, quantity: str, at_least: bool = False) -> float | None:

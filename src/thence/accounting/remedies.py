@@ -37,7 +37,7 @@ class Move:
 
     Args:
         what: what it is, for people.
-        price: what it costs: 0: memory and speed alone; 1: more devices; 2: other weights are trained, or responses cut.
+        price: 0: memory and speed alone; 1: more devices; 2: other weights are trained, or responses cut.
         changes: fields that it sets; those of ``rows`` and ``micro`` follow from the plan.
         devices: how many devices it takes; 0: as many as there are.
     """

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from thence.redaction import redacted
 if TYPE_CHECKING:
     from thence.compare.plan import Job, PlannedRun, Planner
     from thence.evaluate.backends import Generation, Refused
+    from thence.pipeline.foreseen import Foreseen
 
 Way = Literal["shown", "quiet", "json"]
 """Who a command speaks to: a person, nobody, or a program."""
@@ -60,10 +62,13 @@ def logging_as_events(level: int = logging.INFO) -> Iterator[None]:
 
 
 class RunEvents:
-    """Events of a run: begin, doing, stage, step."""
+    """Events of a run: begin, planned, doing, stage, step."""
 
     def begin(self, name: str, stages: Sequence[str]) -> None:
         tell("begin", run=name, stages=stages)
+
+    def planned(self, foreseen: Foreseen) -> None:
+        tell("planned", **asdict(foreseen))
 
     def doing(self, what: str) -> None:
         tell("doing", what=what)

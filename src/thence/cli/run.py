@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from thence.cli.app import quiet_libraries
-from thence.cli.events import RunEvents, Way, logging_as_events, tell_done, way_of
+from thence.cli.events import RunEvents, Way, logging_as_events, tell, tell_done, way_of
 from thence.cli.parsing import none_given
 from thence.errors import UserError
 from thence.recipe import Recipe, load_recipe, shipped_recipes
@@ -155,12 +155,15 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = (), way: Way 
     if not leads:
         return 0
     page, problem = _page_of(folder)
+    from thence.pages.plan import compared_table
     from thence.pages.run.tables import results_table
-    from thence.pages.terminal import with_notes
+    from thence.pages.terminal import TableView, with_notes
+    from thence.pipeline.foreseen import compared
     from thence.pipeline.run_files import read_run
 
-    found = read_run(folder)
+    found, measured = read_run(folder), compared(folder)
     if way == "json":
+        tell("measured", compared=[asdict(each) for each in measured])
         tell_done(folder, page, [asdict(cell) for cell in found.cells])
     if way != "shown":
         if problem:
@@ -169,6 +172,8 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = (), way: Way 
     console = make_console()
     if (table := results_table(found)).rows:
         console.print(with_notes(table))
+    if measured:
+        console.print(TableView(compared_table(measured)))
     console.print(problem or f"report: {page}", soft_wrap=True)
     return 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
@@ -11,6 +12,10 @@ from thence.accounting.memory import readable
 from thence.accounting.planned import Plan, StagePlan
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.terminal import TableView
+from thence.wording import duration
+
+if TYPE_CHECKING:  # whose module imports torch, which a plan does without
+    from thence.pipeline.foreseen import Compared
 
 _TOTALS = ("optimizer_steps", "trained_tokens", "generated_tokens", "rule_flops", "exact_flops")
 _HEADS = ("optimizer steps", "tokens trained", "tokens generated", "FLOPs, 6N/8N rule", "FLOPs, exact")
@@ -101,6 +106,38 @@ def sent_table(stage: StagePlan) -> Table:
     rows = [TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.arithmetic))) for line in stage.sent]
     title = f"Sent by a rank in one optimizer step of {stage.name}"
     return Table(title, ("what", "size", "arithmetic"), tuple(rows), words=(1,))
+
+
+_QUANTITIES = {
+    "rule_flops": "FLOPs, 6N/8N rule",
+    "exact_flops": "FLOPs, exact",
+    "trained_tokens": "tokens trained",
+    "generated_tokens": "tokens sampled",
+    "peak": "memory, at most",
+    "seconds": "time, by its first 3 steps",
+}
+
+
+def compared_table(found: Sequence[Compared]) -> Table:
+    """What was planned beside what was measured, stage by stage."""
+    rows = []
+    for each in found:
+        planned, ratio = "not known", "–"
+        if each.planned is not None:
+            least, most = (_said(each.quantity, value) for value in each.planned)
+            planned = most if least == most else f"{least} to {most}"
+            if each.measured is not None and each.planned[0] == each.planned[1] > 0:
+                ratio = f"{each.measured / each.planned[1]:.2f}"
+        measured = "not known" if each.measured is None else _said(each.quantity, each.measured)
+        cells = (Cell(planned), Cell(measured), Cell(ratio))
+        rows.append(TableRow(_QUANTITIES[each.quantity], cells, group=each.stage))
+    return Table("Planned and measured", ("what", "planned", "measured", "measured / planned"), tuple(rows))
+
+
+def _said(quantity: str, value: float) -> str:
+    if quantity == "peak":
+        return readable(value)
+    return duration(value) if quantity == "seconds" else _amount(quantity, value).text
 
 
 def _span(name: str, low: float | None, high: float | None) -> Cell:

@@ -1,4 +1,4 @@
-"""What a plan is told of a recipe: its model, its data where they are at hand, what its methods do; and what is refused."""
+"""What a plan is told of a recipe: its model, its data if they are at hand, its methods; and what is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from thence.train.model_files import resolve
 
 
 def facts_of(recipe: Recipe) -> dict[str, Any]:
-    """What :func:`thence.accounting.budget.plan` is told of model and methods. Methods that cannot be made are left out.
+    """What :func:`thence.accounting.budget.plan` is told of model and methods, without those that cannot be made.
 
     Raises:
         DamagedFile: the model's configuration cannot be read.
