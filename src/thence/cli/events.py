@@ -20,6 +20,7 @@ from thence.files import to_json
 from thence.redaction import redacted
 
 if TYPE_CHECKING:
+    from thence.compare.foreseen import ForeseenRuns
     from thence.compare.plan import Job, PlannedRun, Planner
     from thence.evaluate.backends import Generation, Refused
     from thence.pipeline.foreseen import Foreseen
@@ -114,7 +115,14 @@ class EvaluationEvents(EvaluationProgress):
 
 
 class ComparisonEvents:
-    """Events of a comparison: begin, started, progress, finished, failed."""
+    """Events of a comparison: planned, begin, started, progress, finished, failed, spent."""
+
+    def planned(self, foreseen: ForeseenRuns) -> None:
+        totals = {name: foreseen.total(name) for name in ("rule_flops", "trained_tokens", "generated_tokens")}
+        tell("planned", runs=len(foreseen.each), not_counted=foreseen.unknown, **totals)
+
+    def spent(self, said: str) -> None:
+        tell("spent", said=said)
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         tell("begin", runs=len(runs), done=sum(planner.is_done(run) for run in runs))
@@ -134,6 +142,12 @@ class ComparisonEvents:
 
 class NoEvents:
     """A comparison that tells nobody anything."""
+
+    def planned(self, foreseen: ForeseenRuns) -> None:
+        pass
+
+    def spent(self, said: str) -> None:
+        pass
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         pass

@@ -112,7 +112,8 @@ def summed(made: Plan, stages: Sequence[str]) -> Foreseen:
             ends = (getattr(least, name), getattr(stage, name))
             found[name] = None if None in ends else sorted(ends)
         found["peak"] = None if stage.memory is None else stage.memory.peak
-        found["steps"] = stage.optimizer_steps
+        batches = stage.rollouts.batches if stage.rollouts is not None else None
+        found["steps"] = batches if stage.kind == "rl" else stage.optimizer_steps  # as metrics count them
         each[stage.name] = found
     trained = [each[stage.name] for stage in chosen if stage.kind != "eval"]
     totals: dict[str, Any] = {}
