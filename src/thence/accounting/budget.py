@@ -179,9 +179,8 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: Known) -> StagePlan:
             passes * forward_flops(known.counts, rows * length, pairs, loss_tokens),
         )
     sent = _sent(sft, sft.batch * length, tokens, known.references.get(name, NO_REFERENCE).passes, known)
-    return StagePlan(
-        name, kind_of(name), steps, loss_tokens, 0, rule, executed, memory, sent=sent, micro_batch_tokens=tokens
-    )
+    own = {"sent": sent, "micro_batch_tokens": tokens, "step_rows": sft.batch}
+    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, executed, memory, **own)
 
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
@@ -201,8 +200,8 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
     scored = Scored(passes, name in known.teachers)
     if scored.taught:
         known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
-    batch = (rl.mini_batch or rl.prompts) * rl.rollouts * (lengths.prompt + response)
-    sent = _sent(rl, batch, tokens, passes, known)
+    rows = (rl.mini_batch or rl.prompts) * rl.rollouts
+    sent = _sent(rl, rows * (lengths.prompt + response), tokens, passes, known)
     if known.counts and rl.engine != "vllm":
         sent += sampling_traffic(known.counts, known.held)
     low, high = sorted(
@@ -213,7 +212,7 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
     def made(found: Figures, **more: Any) -> StagePlan:
         drawn = _rollouts(rl, found.responses, rl.steps, lengths, known)
         own = (rl.steps * minis, found.trained, found.generated, found.rule, found.executed)
-        return StagePlan(name, kind_of(name), *own, rollouts=drawn, micro_batch_tokens=tokens, **more)
+        return StagePlan(name, kind_of(name), *own, rollouts=drawn, micro_batch_tokens=tokens, step_rows=rows, **more)
 
     least = made(low) if work.depends else None
     return made(high, memory=memory, rollout_rows=parallel, sent=sent, at_least=least)

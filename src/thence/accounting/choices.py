@@ -56,6 +56,7 @@ class LayoutEstimate:
         hardware: what it is planned for.
         plan, times: of the changed recipe.
         room: bytes of a device that a stage may hold.
+        differing: how many of the changes say something else than the recipe.
     """
 
     changes: Changes
@@ -63,6 +64,7 @@ class LayoutEstimate:
     plan: Plan
     times: tuple[StageTime, ...]
     room: float
+    differing: int = 0
 
     @property
     def too_large(self) -> tuple[StagePlan, ...]:
@@ -115,7 +117,8 @@ def estimated(recipe: Recipe, hardware: Hardware, planning: Planning, changes: C
     """What a recipe with these changes needs and takes."""
     plan = planning.plan(changed(recipe, changes), hardware)
     times = stage_times(plan, hardware, planning.rates)
-    return LayoutEstimate(dict(changes), hardware, plan, times, planning.room(hardware))
+    room, differing = planning.room(hardware), len(different(changes, recipe))
+    return LayoutEstimate(dict(changes), hardware, plan, times, room, differing)
 
 
 def layouts(recipe: Recipe, hardware: Hardware, planning: Planning) -> list[LayoutEstimate]:
@@ -136,9 +139,11 @@ def layouts(recipe: Recipe, hardware: Hardware, planning: Planning) -> list[Layo
     return sorted(best.values(), key=_rank)
 
 
-def _rank(found: LayoutEstimate) -> tuple[float, float, int]:
+def _rank(found: LayoutEstimate) -> tuple[float, int, float, int]:
+    """By time; estimates that are the same in two digits by how many settings differ from the recipe's."""
     seconds = found.seconds
-    return (math.inf if seconds is None else seconds[1], found.peak, len(found.changes))
+    most = math.inf if seconds is None else seconds[1]
+    return (float(f"{most:.2g}"), found.differing, most, found.peak)
 
 
 def trained_stages(recipe: Recipe) -> list[str]:

@@ -42,7 +42,8 @@ class Rates:
             f"sampling and the optimizer reach {self.sampling:.0%} of the memory's bandwidth",
             f"messages between ranks reach {self.links:.0%} of a link's speed; FSDP2's own {beside}",
             "least: responses sampled in parallel are all of mean length; most: one of them is as long as may be",
-            "not in the times: the start, data, grading, checkpoints, validation, and ranks that wait for each other",
+            "not counted: the latency of messages and kernels, so that times of small models are far too short",
+            "not counted: the start, data, grading, checkpoints, validation, and ranks that wait for each other",
         )
 
 
@@ -144,9 +145,10 @@ def _passes(
     if peak is None:
         missing.append(f"the peak of {device.name} in {dtype}")
     else:
+        uneven, said = _uneven(stage, plan)
         text = f"{done.training + done.scoring:.4g} FLOPs / {plan.ranks:,} ranks / ({peak:.4g} FLOP/s in {dtype}"
-        seconds = (done.training + done.scoring) / plan.ranks / (peak * rates.training)
-        yield Part(PASSES, seconds, f"{text} x {rates.training:g})")
+        seconds = uneven * (done.training + done.scoring) / plan.ranks / (peak * rates.training)
+        yield Part(PASSES, seconds, f"{text} x {rates.training:g}){said}")
     if held.cut and held.offload:
         missing.append("the optimizer's speed in host memory")
     elif device.bandwidth is None:
@@ -161,6 +163,15 @@ def _passes(
     for sent in stage.sent:
         times = batches if sent.each_batch else steps
         yield from _message(sent, times, hardware, rates, missing)
+
+
+def _uneven(stage: StagePlan, plan: Plan) -> tuple[float, str]:
+    """How much more the rank with the most rows of a step does than the mean, since no row is cut but by context."""
+    groups = plan.ranks / plan.held.context
+    if not stage.step_rows or groups <= 1:
+        return 1.0, ""
+    most, mean = math.ceil(stage.step_rows / groups), stage.step_rows / groups
+    return most / mean, "" if most == mean else f" x {most:,} / {mean:.3g} rows of a rank, at most and on average"
 
 
 def _message(sent: Sent, times: int, hardware: Hardware, rates: Rates, missing: list[str]) -> Iterator[Part]:

@@ -216,8 +216,9 @@ def _own(path: Path, price: float | None) -> Hardware:
         remedy = f"use one of {', '.join(table)}"
         line = file.line_of("like")
         raise UserError(f"no device {shown(own.like)}", remedy=remedy, file=path, line=line, field="like")
-    figures = {**(table[own.like] if own.like else {}), **own.model_dump(exclude_none=True)}
-    source = own.source or f"{path}" + (f"; else {figures['source']}" if own.like else "")
+    known = table[own.like] if own.like else {}
+    figures = {**known, **own.model_dump(exclude_none=True)}
+    source = own.source or f"{path}" + (f"; else {known['source']}" if known else "")
     device = _device(own.name or own.like or path.stem, {**figures, "source": source}, own.like == "cpu")
     if device.memory is None and not device.on_host:
         raise UserError(

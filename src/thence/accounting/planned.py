@@ -81,6 +81,8 @@ class StagePlan:
     """How its responses are sampled; None: it samples none, or another program does that is not known."""
     micro_batch_tokens: int = 0
     """Tokens of one pass of a rank; 0: it has no passes."""
+    step_rows: int = 0
+    """Rows of an optimizer step, over all ranks; 0: it has no steps."""
 
     @property
     def exact_flops(self) -> float | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from thence.accounting.hardware import known_devices
+from thence.accounting.hardware import known_devices, parse_hardware
 from thence.cli.app import quiet_libraries
 from thence.cli.events import tell
 from thence.cli.parsing import none_given
@@ -61,10 +61,11 @@ def plan_command(
         raise none_given("plan", "recipe")
     if hardware is None:
         raise UserError("no hardware is given", remedy="give it, for example --hardware h100x8", field="--hardware")
+    asked = parse_hardware(hardware, price)
+    loaded = load_recipe(recipe, overrides)
     from thence.accounting.bill import bill_values, make_bill
     from thence.accounting.choices import Planning
     from thence.accounting.estimate import Rates
-    from thence.accounting.hardware import parse_hardware
     from thence.pages.bill import bill_view
     from thence.pipeline.planning import (
         check_heads,
@@ -78,8 +79,7 @@ def plan_command(
     from thence.pipeline.prompts import RenderedPrompts
     from thence.terminal import make_console
 
-    asked = with_own_memory(parse_hardware(hardware, price))
-    loaded = load_recipe(recipe, overrides)
+    asked = with_own_memory(asked)
     quiet_libraries()
     check_shape(loaded, asked.ranks)
     facts, unread = facts_of(loaded), ""

@@ -83,14 +83,14 @@ def _times(found: LayoutEstimate) -> Table:
     """Estimated times of the recipe as it is."""
     rows = []
     for time in found.times:
-        step = NOTHING if time.step is None else Cell(duration(time.step))
+        step = NOTHING if time.step is None else Cell(_brief(time.step))
         speed = NOTHING if time.tokens_per_s is None else Cell(f"{time.tokens_per_s:,.0f}")
         rows.append(TableRow(time.name, (step, speed, Cell(_stage_hours(time)))))
     price = found.price
     whole = () if price is None else (TableRow("price", (NOTHING, NOTHING, Cell(_span(price, "{:,.0f}"))), apart=True),)
     rows.append(TableRow("all stages", (NOTHING, NOTHING, Cell(hours(found.seconds))), apart=True))
     title = "Estimated time, if it fitted" if found.too_large else "Estimated time"
-    heads = ("stage", "an optimizer step, at most", "tokens trained a second", "time")
+    heads = ("stage", "a step, at most", "tokens/s", "time")
     return Table(title, heads, (*rows, *whole))
 
 
@@ -103,9 +103,14 @@ def _stage_hours(time: StageTime) -> str:
 def hours(seconds: tuple[float, float] | None) -> str:
     """A span of times in words."""
     if seconds is None:
-        return "not known"
-    least, most = (duration(value) for value in seconds)
+        return "time not known"
+    least, most = (_brief(value) for value in seconds)
     return least if least == most else f"{least} to {most}"
+
+
+def _brief(seconds: float) -> str:
+    """A time in words; milliseconds where a tenth of a second says nothing."""
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.1 else duration(seconds)
 
 
 def _span(values: tuple[float, float], pattern: str) -> str:
@@ -179,7 +184,13 @@ def _layouts(bill: Bill) -> Iterator[Any]:
             TableRow(f"{place}. {how(found)}", (Cell(readable(found.peak)), Cell(hours(found.seconds)), *priced))
         )
     heads = ("layout", "memory, at most", "time", *(("price",) if bill.hardware.price is not None else ()))
-    yield TableView(Table("Layouts that fit, the fastest by these estimates first", heads, tuple(rows)))
+    yield TableView(
+        Table(
+            "Layouts that fit, the fastest first; of those alike in two digits the one with the fewest changes",
+            heads,
+            tuple(rows),
+        )
+    )
     yield Text("Their settings, beside those of the recipe:")
     for place, found in enumerate(bill.layouts[:SHOWN], start=1):
         flags = as_flags(found.changes, bill.recipe) or "as the recipe is"
@@ -200,7 +211,7 @@ def _explained(bill: Bill, stages: Sequence[StagePlan]) -> Iterator[Any]:
     for time in bill.given.times:
         rows = [
             TableRow(
-                part.name, (Cell(duration(part.seconds)), Cell("beside" if part.beside else ""), Cell(part.arithmetic))
+                part.name, (Cell(_brief(part.seconds)), Cell("beside" if part.beside else ""), Cell(part.arithmetic))
             )
             for part in time.parts
         ]
