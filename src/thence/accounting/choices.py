@@ -20,7 +20,7 @@ from thence.recipe import Lora, Optimization, Recipe
 
 Changes = Mapping[str, Any]
 """Fields of a recipe by their dotted names, with the values that they get."""
-MICRO_BATCHES = (0.25, 0.5, 1, 2, 4)
+MICRO_BATCHES = (0.25, 1, 4)
 """Shares of the recipe's own micro_batch_tokens that are tried."""
 LEAST_MICRO_BATCH = 256
 CONTEXTS = (1, 2, 4, 8)
