@@ -280,7 +280,7 @@ def compare_times(steps: int) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan-check.json"))
-    parser.add_argument("--only", default="", help="settings whose name holds this; nothing is written")
+    parser.add_argument("--only", default="", help="only the settings whose name holds this")
     parser.add_argument("--time", action="store_true", help="compare times; the machine must be idle")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -290,37 +290,41 @@ def main() -> int:
     if given.time:
         print(json.dumps({"within": TIME_WITHIN, "stages": compare_times(200)}, indent=1))
         return 0
+    record = kept(given.out)
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in (each for each in SETTINGS if given.only in each.name):
+            line = measure(setting, Path(folder))
+            print(
+                f"{setting.name}: planned {line['planned_mb']:,.0f} MB, ratio {line['measured / planned']}", flush=True
+            )
+            record["memory"] = {**record["memory"], setting.name: line}
+            given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not given.only:
+        record["FLOPs"] = count_flops()
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for line in record["FLOPs"]:
+            print(f"{line['setting']}: FLOPs, counted / formula {line['counted / formula']}")
+    off = [line for line in record["memory"].values() if abs(line["measured / planned"] - 1) > WITHIN]
+    off += [line for line in record["FLOPs"] if abs(line["counted / formula"] - 1) > FLOPS_WITHIN]
+    return 1 if off else 0
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """The record so far: what is measured again takes the place of what stands there."""
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        memory = []
-        for setting in SETTINGS:
-            if given.only in setting.name:
-                memory.append(measure(setting, Path(folder)))
-                line = memory[-1]
-                told = f"planned {line['planned_mb']:,.0f} MB, ratio {line['measured / planned']}"
-                print(f"{setting.name}: {told}", flush=True)
-    if given.only:
-        print(json.dumps(memory, indent=1))
-        return 0
-    flops = count_flops()
-    for line in flops:
-        print(f"{line['setting']}: FLOPs, counted / formula {line['counted / formula']}")
-    record = {
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/plan_check.py",
         "torch": torch.__version__,
         "model": MODEL,
         "work": f"two micro-batches a rank in a step, rows of {ROW} tokens, float32; MB of 10^6 bytes",
         "within": {"memory": WITHIN, "FLOPs": FLOPS_WITHIN},
-        "memory": memory,
-        "FLOPs": flops,
+        "memory": before.get("memory", {}),
+        "FLOPs": before.get("FLOPs", []),
         "time": "not yet measured: python benchmarks/plan_check.py --time, on an idle machine",
     }
-    given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    off = [line for line in memory if abs(line["measured / planned"] - 1) > WITHIN]
-    off += [line for line in flops if abs(line["counted / formula"] - 1) > FLOPS_WITHIN]
-    return 1 if off else 0
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def test_a_program_reads_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert passes[1] == pytest.approx(2 * passes[0])
 
 
-def test_what_does_not_fit_says_the_smallest_change(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_what_does_not_fit_says_the_smallest_change(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Path("small.toml").write_text('like = "h100"\nname = "small"\nmemory_gb = 0.05\nper_node = 2\n')
     assert main(["plan", "quickstart", *SHORT, "--hardware", "small.toml"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
