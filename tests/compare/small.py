@@ -17,6 +17,12 @@ class Quiet:
         self.finished_runs: list[PlannedRun] = []
         self.failures: dict[PlannedRun, str] = {}
 
+    def planned(self, foreseen) -> None:
+        self.foreseen = foreseen
+
+    def spent(self, said) -> None:
+        self.said = said
+
     def begin(self, planner, runs) -> None:
         self.runs = list(runs)
 

@@ -66,3 +66,24 @@ def test_between_two_stages_those_of_a_known_kind_count() -> None:
     left = clock.left(8.0)
     assert (left.stage, left.known, left.unknown) == (None, pytest.approx(7.0), ("eval-sft",))
     assert str(left) == "about 7 s and eval-sft left"
+
+
+def test_a_stages_time_follows_from_its_first_three_steps_and_the_first_counts_once() -> None:
+    clock = Clock()
+    clock.begin(["sft"])
+    clock.stage("sft", 10, 0, 100.0)
+    for now in (108.0, 110.0):
+        clock.step(now)
+    assert clock.foreseen(10) is None, "two steps are too few"
+    clock.step(112.0)
+    assert clock.foreseen(10) == pytest.approx(8.0 + 9 * 2.0)
+    for step in range(1, 8):
+        clock.step(112.0 + 3.0 * step)
+    clock.end(140.0)
+    assert clock.times["sft"].foreseen == pytest.approx(26.0), "what came later changes nothing"
+    assert (clock.times["sft"].steps, clock.times["sft"].took) == (10, pytest.approx(33.0))
+    clock.stage("sft-short", 3, 0, 200.0)
+    for now in (201.0, 202.0, 203.0):
+        clock.step(now)
+    clock.end(204.0)
+    assert "sft-short" not in clock.times, "all of its steps were those that it is foreseen from"

@@ -14,6 +14,7 @@ import pytest
 
 from tests import ROOT
 from tests.repository.blocks import GENERATED, PAGES, Block, blocks_of, commands_of, words
+from thence.accounting.hardware import parse_hardware
 from thence.cli.app import COMMANDS, command
 from thence.cli.parsing import bind
 from thence.compare.contrasts import Contrast
@@ -70,6 +71,7 @@ def check_command(given: list[str]) -> None:
     first = str(call.args[0]) if call.args and call.args[0] is not None else ""
     known = {
         "run": shipped_recipes(),
+        "plan": shipped_recipes(),
         "recipes": shipped_recipes(),
         "compare": shipped_comparisons(),
         "methods": {*methods(), *OWN_METHODS},
@@ -150,6 +152,9 @@ def test_a_table_on_a_page_is_valid(block: Block, tmp_path: Path) -> None:
     elif "tasks" in tables:
         (tmp_path / "suite.toml").write_text(block.text)
         load_suite(str(tmp_path / "suite.toml"))
+    elif "like" in tables and "per_node" in tables:
+        (tmp_path / "hardware.toml").write_text(block.text)
+        parse_hardware(str(tmp_path / "hardware.toml"))
     elif "project" in tables or block.mark == "not run":
         assert block.mark != "not run" or block.said
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from itertools import pairwise
 
@@ -28,3 +29,13 @@ def test_the_layouts_on_the_page_are_those_of_a_dry_run(
     monkeypatch.setenv("COLUMNS", "120")
     main(shlex.split(command)[1:])  # its exit code says that the data are not here
     assert shown in capsys.readouterr().out
+
+
+def test_the_tables_on_the_page_of_scale_are_those_of_their_script() -> None:
+    spec = importlib.util.spec_from_file_location("scale_plan", ROOT / "benchmarks/scale_plan.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text()
+    assert all(f"<!-- {name} -->\n| " in text for name in script.TABLES)
+    assert script.filled(text) == text, "run `python benchmarks/scale_plan.py --write`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thence.accounting.flops import Counts, causal_pairs, forward_flops, rule_flops, sampling_flops, training_flops
+from thence.accounting.planned import Executed
 from thence.accounting.work import Outcome
 from thence.recipe import Rl
 
@@ -23,16 +24,23 @@ class Scored:
     """Who reads rows beside the policy in training.
 
     Args:
-        passes: how often the policy of before, and a reference model, read every row.
+        passes: how often the policy without gradient, and a reference model, read every row.
         taught: whether a teacher scores every response, after a solution as long as it.
     """
 
-    passes: int = 1
+    passes: float = 1
     taught: bool = False
 
 
-Figures = tuple[float, float, float | None, float | None]
-"""Tokens trained, tokens generated, FLOPs by the rule and exact ones; None where the model is not known."""
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Tokens trained, tokens generated, responses, FLOPs by the rule and exact ones; None: the model is not known."""
+
+    trained: float
+    generated: float
+    responses: float
+    rule: float | None = None
+    executed: Executed | None = None
 
 
 def stage_figures(
@@ -43,18 +51,29 @@ def stage_figures(
     prompt, response, shown = lengths.prompt, lengths.response, lengths.shown
     trained, generated = own * response + others * shown, sampled * response
     if counts is None:
-        return trained, generated, None, None
+        return Figures(trained, generated, sampled)
     tokens = trained + (own + others) * prompt
     pairs = own * causal_pairs(prompt + response) + others * causal_pairs(prompt + shown)
     rule = rule_flops(counts.total, trained, generated)
-    exact = sampled * sampling_flops(counts, prompt, response)
-    exact += scored.passes * forward_flops(counts, tokens, pairs, trained)
-    exact += training_flops(counts, tokens, pairs, trained, rl.activation_checkpointing, adapters)
+    scoring = scored.passes * forward_flops(counts, tokens, pairs, trained)
     if scored.taught:
         read = prompt + 2 * response
         rule += rule_flops(counts.total, 0, scored=generated)
-        exact += forward_flops(counts, sampled * read, sampled * causal_pairs(read), generated)
-    return trained, generated, rule, exact
+        scoring += forward_flops(counts, sampled * read, sampled * causal_pairs(read), generated)
+    executed = Executed(
+        training_flops(counts, tokens, pairs, trained, rl.activation_checkpointing, adapters),
+        scoring,
+        group_flops(counts, prompt, response, sampled, rl.rollouts),
+    )
+    return Figures(trained, generated, sampled, rule, executed)
+
+
+def group_flops(counts: Counts, prompt: float, response: float, responses: float, group: int) -> float:
+    """Responses to prompts of which each has ``group`` of them; a prompt is read once for all of its own."""
+    repeated = responses * (1 - 1 / group)
+    return responses * sampling_flops(counts, prompt, response) - repeated * forward_flops(
+        counts, prompt, causal_pairs(prompt), 1
+    )
 
 
 def said(outcomes: tuple[Outcome, Outcome], part: str) -> str:

@@ -1,30 +1,20 @@
 """The budget of a recipe before it runs: steps, tokens, FLOPs and memory of every stage.
 
 What the data would tell and has not told yet (lengths, counts) is assumed, and every assumption is said in words.
-There are no times in a plan: a time is measured, never guessed.
+There are no times in it: :mod:`thence.accounting.estimate` makes them, for given hardware.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from thence.accounting.batches import Lengths, Scored, said, stage_figures
-from thence.accounting.flops import (
-    Counts,
-    causal_pairs,
-    forward_flops,
-    parameters,
-    rule_flops,
-    sampling_flops,
-    training_flops,
-)
-from thence.accounting.layout import choose_layout, is_cut, parts_of, weight_bytes
-from thence.accounting.lora import adapter_parameters, quantized_parameters
+from thence.accounting.batches import Figures, Lengths, Scored, group_flops, said, stage_figures
+from thence.accounting.flops import causal_pairs, forward_flops, rule_flops, training_flops
+from thence.accounting.known import Known, compute_bytes_of, held_by, take_model, take_published_sizes, usable_examples
 from thence.accounting.memory import (
     NO_REFERENCE,
     Held,
@@ -39,35 +29,22 @@ from thence.accounting.memory import (
     reference_memory,
     rollout_memory,
     state_memory,
+    sum_memory,
     teacher_memory,
+    vllm_memory,
     whole_copy,
 )
-from thence.accounting.planned import Plan, StagePlan
-from thence.accounting.published import own_configuration, public_architecture, published_table
-from thence.accounting.traffic import Sent, sampling_traffic, step_traffic
+from thence.accounting.planned import Executed, Plan, Rollouts, StagePlan
+from thence.accounting.published import public_architecture
+from thence.accounting.traffic import Sent, context_traffic, sampling_traffic, scoring_traffic, step_traffic
 from thence.accounting.work import Outcome, Work
 from thence.recipe import Data, Eval, Recipe, Rl, Sft, kind_of
 
-
-@dataclass(slots=True)
-class _Known:
-    """What is given about model and data, and what had to be assumed so far."""
-
-    counts: Counts | None
-    examples: int | None
-    prompt: float | None
-    response: float | None
-    ranks: int
-    references: Mapping[str, Reference]
-    teachers: Mapping[str, str]
-    works: Mapping[str, Work]
-    held: Held
-    on_host: bool
-    assumed: list[str] = field(default_factory=list)
-
-    def assume(self, text: str) -> None:
-        if text not in self.assumed:
-            self.assumed.append(text)
+__all__ = ["Plan", "Reference", "StagePlan", "plan", "public_architecture", "sft_steps"]
+VLLM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+VLLM_ROWS = 64
+VLLM_CACHE_GB = 2.0
+"""vLLM's rows in parallel and its cache where the recipe names none: the defaults of its settings."""
 
 
 def plan(
@@ -82,8 +59,11 @@ def plan(
     references: Mapping[str, Reference] = MappingProxyType({}),
     teachers: Mapping[str, str] = MappingProxyType({}),
     works: Mapping[str, Work] = MappingProxyType({}),
+    passes: Mapping[str, float] = MappingProxyType({}),
     compute_bytes: int | None = None,
     on_host: bool = False,
+    longest_prompt_tokens: int | None = None,
+    longest_row_tokens: int | None = None,
 ) -> Plan:
     """Plan a recipe.
 
@@ -98,34 +78,40 @@ def plan(
         references: what stages compare the policy with, by their names.
         teachers: stages whose method has a teacher, and its weights: :class:`thence.methods.base.Teacher`.
         works: what a rollout batch of each RL stage samples and trains; where it is missing, every response once.
+        passes: how often the policy reads each row of an RL stage without gradient; where it is missing, once.
         compute_bytes: bytes of a number in forward and backward; default: what the recipe says.
         on_host: the ranks train in host memory, on CPUs.
+        longest_prompt_tokens, longest_row_tokens: of the training data; default: the mean prompt, and not known.
 
     Raises:
         UserError: the configuration is given, of a known family, but lacks a field.
     """
-    known = _Known(
+    known = Known(
         counts=None,
+        room=None,
         examples=n_examples,
         prompt=mean_prompt_tokens,
         response=mean_response_tokens,
+        longest_prompt=longest_prompt_tokens,
+        longest_row=longest_row_tokens,
         ranks=ranks,
         references=references,
         teachers=teachers,
         works=works,
+        passes=passes,
         held=Held(),
         on_host=on_host,
     )
-    size = compute_bytes or _compute_bytes(recipe, known)
-    known.counts = _counts(recipe, config, known)
-    known.held = _held(recipe, device_bytes, size, known)
-    _published_sizes(recipe, known)
+    size = compute_bytes or compute_bytes_of(recipe, known)
+    take_model(recipe, config, known)
+    known.held = held_by(recipe, device_bytes, size, known)
+    take_published_sizes(recipe, known)
     if known.prompt is None:
         known.assume("mean prompt length is not known: prompts are counted as 0 tokens")
         known.prompt = 0.0
     stages = tuple(_stage(recipe, name, known) for name in recipe.stages)
     name = recipe.model.path or "model.init"
-    return Plan(name, known.counts, stages, ranks, tuple(known.assumed), known.held.layout, device_bytes)
+    return Plan(name, known.counts, stages, ranks, tuple(known.assumed), known.held.layout, device_bytes, known.held)
 
 
 def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
@@ -133,104 +119,107 @@ def sft_steps(n_examples: int, batch: int, epochs: float) -> int:
     return max(1, round(epochs * math.ceil(n_examples / batch)))
 
 
-def _held(recipe: Recipe, device_bytes: float | None, compute_bytes: int, known: _Known) -> Held:
-    """How a rank holds the model, as a run of the recipe would have it."""
-    width, cut = weight_bytes(recipe.model.compute_dtype), recipe.sharding
-    lora = recipe.model.lora
-    four_bits = lora is not None and lora.quantize is not None
-    if recipe.parallel == "auto" and known.ranks > 1 and device_bytes is None and not four_bits:
-        known.assume("the memory of a device is not known: parallel = auto is counted as ddp")
-    adapters, quantized, largest = 0, 0, 0
-    if known.counts is not None and lora is not None:
-        adapters = adapter_parameters(known.counts, lora)
-        known.assume(f"{adapters:,} parameters are trained (LoRA); the rule counts every parameter of the model")
-    if cut.context > 1:
-        known.assume(f"{cut.context} ranks share each row; no row has more than {cut.context} x micro_batch_tokens")
-    every = known.counts.total if known.counts else 0
-    state = width * (every + 4 * adapters if adapters else 4 * every)  # weights, gradient, two moments
-    room = math.inf if device_bytes is None else device_bytes
-    asked = "ddp" if four_bits and recipe.parallel == "auto" else recipe.parallel  # what is in 4 bits cannot be cut
-    layout = choose_layout(asked, known.ranks, state, room)
-    if known.counts is not None and lora is not None and not is_cut(layout):  # to cut them is refused
-        quantized, largest = quantized_parameters(known.counts, lora)
-    return Held(
-        layout=layout,
-        parts=parts_of(layout, known.ranks, cut.replicas),
-        compute_bytes=compute_bytes,
-        width=width,
-        reshard=cut.reshard_after_forward,
-        sum_every_pass=cut.sum_every_pass,
-        offload=cut.offload,
-        adapters=adapters,
-        quantized=quantized,
-        largest_quantized=largest,
-        context=cut.context,
-        frozen_head=lora is not None and not any(name.endswith("lm_head") for name in lora.modules_to_save),
-    )
-
-
-def _stage(recipe: Recipe, name: str, known: _Known) -> StagePlan:
+def _stage(recipe: Recipe, name: str, known: Known) -> StagePlan:
     settings = recipe.stage(name)
-    data = recipe.stage_data(settings.data)
+    data = recipe.stage_data(settings.data) if settings.data else recipe.data
     if isinstance(settings, Sft):
-        return _plan_sft(name, settings, data, known)
+        return _within_budget(_plan_sft(name, settings, data, known), settings, known)
     if isinstance(settings, Rl):
-        return _plan_rl(name, settings, data, known)
+        return _within_budget(_plan_rl(name, settings, data, known), settings, known)
     return _plan_eval(name, settings, data, known)
 
 
-def _plan_sft(name: str, sft: Sft, data: Data, known: _Known) -> StagePlan:
+def _within_budget(stage: StagePlan, settings: Sft | Rl, known: Known) -> StagePlan:
+    """The stage, ended where its budget of FLOPs or tokens is spent."""
+    limit = settings.flops or settings.tokens
+    if limit is None:
+        return stage
+    most, least = (_share(each, settings, limit) for each in (stage, stage.at_least or stage))
+    if most is None or least is None:
+        known.assume(f"{stage.name}: where its budget ends it is not known, so it is counted to its last step")
+        return stage
+    ends = "trained tokens" if settings.tokens else "FLOPs by the rule"
+    if min(most, least) < 1:
+        known.assume(f"{stage.name}: it ends at its budget of {limit:,.3g} {ends}")
+    cheap = None if stage.at_least is None else stage.at_least.scaled(least)
+    return replace(stage.scaled(most), at_least=cheap)
+
+
+def _share(stage: StagePlan, settings: Sft | Rl, limit: float) -> float | None:
+    spent = stage.trained_tokens if settings.tokens else stage.rule_flops
+    return None if spent is None else min(1.0, limit / spent) if spent else 1.0
+
+
+def _plan_sft(name: str, sft: Sft, data: Data, known: Known) -> StagePlan:
     steps, rows = sft.steps, None
     if steps is not None:
         rows = float(steps * sft.batch)
-    elif (examples := _examples(data, known)) is not None:
+    elif (examples := usable_examples(data, known)) is not None:
         examples = max(examples - sft.held_out, 0)
         steps, rows = sft_steps(examples, sft.batch, sft.epochs), sft.epochs * examples
-    memory = _training_memory(name, sft, known)
+    longest = known.longest_row
+    if longest is None and data.max_prompt_tokens and data.max_response_tokens:
+        longest = data.max_prompt_tokens + data.max_response_tokens
+    tokens = _pass_tokens(name, sft, longest, known)
+    memory = _training_memory(name, sft, known, tokens)
     if rows is None or known.response is None:
         what = "the number of examples" if rows is None else "the mean response length"
         known.assume(f"{name}: tokens and FLOPs are not known without {what}")
-        return StagePlan(name, kind_of(name), steps, generated_tokens=0, memory=memory)
+        return StagePlan(name, kind_of(name), steps, generated_tokens=0, memory=memory, micro_batch_tokens=tokens)
     prompt, response = known.prompt or 0.0, _capped(known.response, data.max_response_tokens)
     length = prompt + response
     loss_tokens = rows * (length if sft.train_on == "all" else response)
-    rule = exact = None
+    rule = executed = None
     if known.counts:
         passes = known.references.get(name, NO_REFERENCE).passes
         rule = rule_flops(known.counts.total, loss_tokens, scored=passes * loss_tokens)
         pairs = rows * causal_pairs(length)
         how = (sft.activation_checkpointing, known.held.adapters)
-        exact = training_flops(known.counts, rows * length, pairs, loss_tokens, *how)
-        exact += passes * forward_flops(known.counts, rows * length, pairs, loss_tokens)
-    sent = _sent(sft, sft.batch * length, known)
-    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, exact, memory, sent=sent)
+        executed = Executed(
+            training_flops(known.counts, rows * length, pairs, loss_tokens, *how),
+            passes * forward_flops(known.counts, rows * length, pairs, loss_tokens),
+        )
+    sent = _sent(sft, sft.batch * length, tokens, known.references.get(name, NO_REFERENCE).passes, known)
+    own = {"sent": sent, "micro_batch_tokens": tokens, "step_rows": sft.batch}
+    return StagePlan(name, kind_of(name), steps, loss_tokens, 0, rule, executed, memory, **own)
 
 
-def _plan_rl(name: str, rl: Rl, data: Data, known: _Known) -> StagePlan:
-    steps = rl.steps * (rl.prompts // (rl.mini_batch or rl.prompts))
-    memory = _training_memory(name, rl, known, _sampling_lines(name, rl, data, known))
+def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
+    minis = rl.prompts // (rl.mini_batch or rl.prompts)
+    longest = _longest_prompt(data, known)
+    tokens = _pass_tokens(name, rl, longest + _longest_response(rl, longest, known), known)
+    memory = _training_memory(name, rl, known, tokens, _sampling_lines(name, rl, data, known))
     parallel = None if rl.engine == "vllm" else _rollout_rows(rl, known)
     work = _work(name, rl, known)
     response = _rollout_length(name, rl, known)
     shown = response if known.response is None else _capped(known.response, data.max_response_tokens)
     lengths = Lengths(known.prompt or 0.0, response, shown)
-    scored = Scored(1 + known.references.get(name, NO_REFERENCE).passes, name in known.teachers)
+    own = known.passes.get(name)
+    if own is None:
+        known.assume(f"{name}: the exact count holds one scoring pass over the rows that are trained")
+    passes = (1 if own is None else own) + known.references.get(name, NO_REFERENCE).passes
+    scored = Scored(passes, name in known.teachers)
     if scored.taught:
         known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
-    known.assume(f"{name}: the exact count holds one scoring pass over the rows that are trained")
-    sent = _sent(rl, (rl.mini_batch or rl.prompts) * rl.rollouts * (lengths.prompt + response), known)
+    rows = (rl.mini_batch or rl.prompts) * rl.rollouts
+    sent = _sent(rl, rows * (lengths.prompt + response), tokens, passes, known)
     if known.counts and rl.engine != "vllm":
         sent += sampling_traffic(known.counts, known.held)
     low, high = sorted(
         (stage_figures(o, rl, lengths, known.counts, known.held.adapters, scored) for o in (work.least, work.most)),
-        key=lambda found: 6 * found[0] + 2 * found[1],
+        key=lambda found: 6 * found.trained + 2 * found.generated,
     )
-    kind = kind_of(name)
-    least = StagePlan(name, kind, steps, *low) if work.depends else None
-    return StagePlan(name, kind, steps, *high, memory, parallel, sent, least)
+
+    def made(found: Figures, **more: Any) -> StagePlan:
+        drawn = _rollouts(rl, found.responses, rl.steps, lengths, known)
+        own = (rl.steps * minis, found.trained, found.generated, found.rule, found.executed)
+        return StagePlan(name, kind_of(name), *own, rollouts=drawn, micro_batch_tokens=tokens, step_rows=rows, **more)
+
+    least = made(low) if work.depends else None
+    return made(high, memory=memory, rollout_rows=parallel, sent=sent, at_least=least)
 
 
-def _work(name: str, rl: Rl, known: _Known) -> Work:
+def _work(name: str, rl: Rl, known: Known) -> Work:
     """What a rollout batch of the method samples and trains, said where it is not every response, once each."""
     plain = Work.just(Outcome(rl.prompts * rl.rollouts, rl.prompts * rl.rollouts))
     if name not in known.works:
@@ -247,28 +236,90 @@ def _work(name: str, rl: Rl, known: _Known) -> Work:
     return work
 
 
-def _plan_eval(name: str, settings: Eval, data: Data, known: _Known) -> StagePlan:
-    problems = 0
+def _plan_eval(name: str, settings: Eval, data: Data, known: Known) -> StagePlan:
+    longest = _longest_prompt(data, known)
+    length = longest + _longest_response(settings, longest, known)
+    memory, problems = None, 0
     for overrides in settings.splits.values() or ({},):
         limit = overrides.get("limit", data.limit)
         if limit is None:
             known.assume(f"{name}: how many problems there are is not known before the data is read")
-            return StagePlan(name, "eval", 0, 0)
+            memory = _sampling_memory(settings.rollout_rows, length, known)
+            return StagePlan(name, "eval", 0, 0, memory=memory, rollout_rows=settings.rollout_rows)
         problems += limit
     responses = problems * settings.samples * len(settings.temperatures)
+    rows = min(settings.rollout_rows, math.ceil(problems * settings.samples / known.ranks))
+    memory = _sampling_memory(rows, length, known)
     prompt, response = known.prompt or 0.0, _rollout_length(name, settings, known)
     generated = responses * response
-    rule = exact = None
+    rule = executed = None
     if known.counts:
         rule = rule_flops(known.counts.total, 0, generated)
-        exact = responses * sampling_flops(known.counts, prompt, response)
-    return StagePlan(name, "eval", 0, 0, generated, rule, exact)
+        executed = Executed(sampling=group_flops(known.counts, prompt, response, responses, settings.samples))
+    lengths = Lengths(prompt, response, response)
+    drawn = _rollouts(settings, responses, len(settings.temperatures), lengths, known)
+    return StagePlan(name, "eval", 0, 0, generated, rule, executed, memory, rows, rollouts=drawn)
 
 
-def _training_memory(name: str, stage: Sft | Rl, known: _Known, more: tuple[Line, ...] = ()) -> Memory | None:
+def _sampling_memory(rows: int, length: int, known: Known) -> Memory | None:
+    """Of an evaluation: every rank samples from a whole model."""
     if known.counts is None:
         return None
-    tokens, size = stage.micro_batch_tokens, known.held.compute_bytes
+    width = known.held.width
+    text = f"{known.counts.total:,} parameters x {width} B (an evaluation samples from a whole model)"
+    weights = Line("weights", known.counts.total * width, text, "always")
+    return Memory((weights, *rollout_memory(known.counts, rows, length, width)))
+
+
+def _rollouts(stage: Rl | Eval, responses: float, batches: int, lengths: Lengths, known: Known) -> Rollouts | None:
+    """How responses are sampled; None: the model is not known."""
+    if known.counts is None:
+        return None
+    size, rows = known.held.width, stage.rollout_rows
+    if isinstance(stage, Rl) and stage.engine == "vllm":
+        size = VLLM_SIZES.get(stage.vllm.get("dtype", "float32"), 4)
+        rows = stage.vllm.get("max_rows", VLLM_ROWS)
+    counts = known.counts
+    return Rollouts(
+        responses=responses,
+        batches=batches,
+        rows=rows,
+        prompt=lengths.prompt,
+        response=lengths.response,
+        longest=stage.max_tokens,
+        weights=(counts.matmul + counts.vocab * counts.hidden) * size,
+        cache=2 * counts.layers * counts.kv_heads * counts.head_dim * size,
+        size=size,
+    )
+
+
+def _pass_tokens(name: str, stage: Sft | Rl, longest: int | None, known: Known) -> int:
+    """Tokens of one pass on a rank: a micro-batch is full, or one row that is longer stands alone."""
+    if longest is None and known.prompt:  # the data were read, by who gave their means
+        return stage.micro_batch_tokens
+    if longest is None:
+        known.assume(f"{name}: no row is longer than micro_batch_tokens; a longer one stands alone, and needs more")
+        return stage.micro_batch_tokens
+    return max(stage.micro_batch_tokens, math.ceil(longest / known.held.context))
+
+
+def _longest_prompt(data: Data, known: Known) -> int:
+    return data.max_prompt_tokens or known.longest_prompt or math.ceil(known.prompt or 0)
+
+
+def _longest_response(stage: Rl | Eval, prompt: int, known: Known) -> int:
+    """``max_tokens``, or what the model's context leaves of it where the recipe does not set it."""
+    if known.room is None or "max_tokens" in stage.model_fields_set:
+        return stage.max_tokens
+    return max(1, min(stage.max_tokens, known.room - prompt))
+
+
+def _training_memory(
+    name: str, stage: Sft | Rl, known: Known, tokens: int, more: tuple[Line, ...] = ()
+) -> Memory | None:
+    if known.counts is None:
+        return None
+    size = known.held.compute_bytes
     reference = known.references.get(name, NO_REFERENCE)
     if reference.passes and not known.held.adapters:  # adapters are switched off instead
         more = (reference_memory(known.counts, known.held), *more)
@@ -279,6 +330,7 @@ def _training_memory(name: str, stage: Sft | Rl, known: _Known, more: tuple[Line
         (
             *loading_memory(known.counts, known.held, known.on_host),
             *state_memory(known.counts, known.held),
+            *sum_memory(known.counts, known.held, known.ranks),
             activation_memory(known.counts, tokens, size, stage.activation_checkpointing, known.held.context),
             *logit_memory(known.counts, tokens, known.held.frozen_head, reference.whole),
             *more,
@@ -286,17 +338,22 @@ def _training_memory(name: str, stage: Sft | Rl, known: _Known, more: tuple[Line
     )
 
 
-def _sent(stage: Sft | Rl, tokens: float, known: _Known) -> tuple[Sent, ...]:
-    """What a rank sends in an optimizer step over so many tokens."""
+def _sent(stage: Sft | Rl, tokens: float, full: int, scored: float, known: Known) -> tuple[Sent, ...]:
+    """What a rank sends in an optimizer step over so many tokens, in passes of ``full`` of them."""
     if known.counts is None or known.ranks == 1:
         return ()
-    passes = max(1, math.ceil(tokens / known.ranks / stage.micro_batch_tokens))
+    own = tokens / known.ranks
+    passes = max(1, math.ceil(own / full))
     if known.held.cut:
         known.assume(f"a step has {passes:,} passes a rank: micro-batches are counted as full")
-    return step_traffic(known.counts, known.held, known.ranks, passes)
+    return (
+        *step_traffic(known.counts, known.held, known.ranks, passes),
+        *scoring_traffic(known.counts, known.held, passes, scored),
+        *context_traffic(known.counts, known.held, own, stage.activation_checkpointing, scored),
+    )
 
 
-def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line, ...]:
+def _sampling_lines(name: str, rl: Rl, data: Data, known: Known) -> tuple[Line, ...]:
     if known.counts is None:
         return ()
     adapted = known.held.adapters  # they are switched off instead
@@ -304,73 +361,35 @@ def _sampling_lines(name: str, rl: Rl, data: Data, known: _Known) -> tuple[Line,
     if known.teachers.get(name, "current") != "current" and not adapted:
         teacher = (teacher_memory(known.counts, known.held),)
     if rl.engine == "vllm":
-        known.assume(f"{name}: vLLM's own memory is not counted; rl.vllm.kv_cache_gb and the weights are most of it")
-        return teacher
-    longest = data.max_prompt_tokens or math.ceil(known.prompt or 0)
-    sampler = rollout_memory(known.counts, _rollout_rows(rl, known), longest + rl.max_tokens)
+        size, cache = VLLM_SIZES.get(rl.vllm.get("dtype", "float32"), 4), rl.vllm.get("kv_cache_gb", VLLM_CACHE_GB)
+        known.assume(f"{name}: vLLM's own memory is not counted beyond its weights and rl.vllm.kv_cache_gb")
+        if not cache:
+            known.assume(f"{name}: with kv_cache_gb = 0 vLLM takes most of the device: whether it fits is not known")
+        return (*teacher, *vllm_memory(known.counts, size, cache))
+    longest = _longest_prompt(data, known)
+    length = longest + _longest_response(rl, longest, known)
+    sampler = rollout_memory(known.counts, _rollout_rows(rl, known), length, known.held.width)
     if rl.ahead:
         sampler = ahead_memory(known.counts, rl.ahead, sampler)
     return (*teacher, *whole_copy(known.counts, known.held), *sampler)
 
 
-def _rollout_rows(rl: Rl, known: _Known) -> int:
+def _rollout_rows(rl: Rl, known: Known) -> int:
     return min(rl.rollout_rows, math.ceil(rl.prompts * rl.rollouts / known.ranks))
 
 
-def _rollout_length(name: str, stage: Rl | Eval, known: _Known) -> float:
+def _rollout_length(name: str, stage: Rl | Eval, known: Known) -> float:
     if stage.expected_tokens is not None:
         length = _capped(stage.expected_tokens, stage.max_tokens)
         known.assume(f"{name}: responses of {length:,.0f} tokens on average, by expected_tokens")
         return length
+    longest = _longest_response(stage, math.ceil(known.prompt or 0), known)
     if known.response is None:
-        known.assume(f"{name}: every response is counted as long as max_tokens, {stage.max_tokens:,}: an upper bound")
-        return float(stage.max_tokens)
-    length = _capped(known.response, stage.max_tokens)
+        known.assume(f"{name}: every response is counted as long as max_tokens, {longest:,}: an upper bound")
+        return float(longest)
+    length = _capped(known.response, longest)
     known.assume(f"{name}: responses of {length:,.0f} tokens on average, as the demonstrations")
     return length
-
-
-def _examples(data: Data, known: _Known) -> int | None:
-    if known.examples is None:
-        if data.limit is not None:
-            known.assume(f"the data holds at least limit = {data.limit:,} usable examples")
-        return data.limit
-    return known.examples if data.limit is None else min(known.examples, data.limit)
-
-
-def _published_sizes(recipe: Recipe, known: _Known) -> None:
-    sizes = published_table("data_sets.toml")
-    published = [sizes[name] for name in recipe.data.source if name in sizes]
-    if len(published) != len(recipe.data.source):
-        return
-    if known.examples is None:
-        known.examples = sum(each["examples"] for each in published)
-        known.assume(f"{known.examples:,} examples ({published[0]['source']})")
-    if known.response is None:
-        tokens = sum(each["examples"] * each["response_tokens"] for each in published)
-        known.response = tokens / sum(each["examples"] for each in published)
-        known.assume(f"demonstrations of {known.response:,.0f} tokens on average ({published[0]['source']})")
-
-
-def _counts(recipe: Recipe, config: Mapping[str, Any] | None, known: _Known) -> Counts | None:
-    config = config or recipe.model.init
-    if config is None and recipe.model.path is not None:
-        config = own_configuration(Path(recipe.model.path).expanduser())
-    if config is None and recipe.model.path is not None:
-        config = public_architecture(recipe.model.path)
-        if config is not None:
-            known.assume(f"{recipe.model.path} has its published shape: its own configuration was not read")
-    if config is None:
-        known.assume("the model's configuration is not known: no FLOPs and no memory")
-        return None
-    return parameters({**config, **recipe.model.config_overrides})
-
-
-def _compute_bytes(recipe: Recipe, known: _Known) -> int:
-    chosen = recipe.model.compute_dtype
-    if chosen == "auto":
-        known.assume("compute_dtype auto is counted as float32; it is bfloat16 on a GPU that has it")
-    return {"auto": 4, "float32": 4, "float64": 8, "bfloat16": 2}[chosen]
 
 
 def _capped(length: float, limit: int | None) -> float:

@@ -21,6 +21,8 @@ PER_ROW = ("key-value cache", "sampling logits")
 """Lines that grow with the responses that are sampled in parallel."""
 LOGIT_BYTES = 32 * 2**20
 """Logits that the fused objective holds at a time."""
+BUCKET_NUMBERS = 16 * 2**20
+"""Numbers of the gradient that ranks with whole copies sum at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +304,26 @@ def ahead_memory(counts: Counts, ahead: int, sampler: tuple[Line, ...]) -> tuple
         *(replace(line, phase="always") for line in sampler),
         Line("weights handed over", ahead * weights, f"{ahead} x {text} (/dev/shm or disk)", "host"),
     )
+
+
+def vllm_memory(counts: Counts, size: int, cache_gb: float) -> tuple[Line, ...]:
+    """What vLLM's process holds of the same device as far as it is known, all the time: weights and cache."""
+    weights = f"{counts.total:,} parameters x {size} B"
+    return (
+        Line("vLLM's weights", counts.total * size, weights, "always"),
+        Line("vLLM's key-value cache", int(cache_gb * 1e9), f"kv_cache_gb = {cache_gb:g}", "always"),
+    )
+
+
+def sum_memory(counts: Counts, held: Held, ranks: int) -> tuple[Line, ...]:
+    """The buffer in which ranks with whole copies sum gradients: some at a time, or the largest tensor by itself."""
+    if held.cut or ranks == 1:
+        return ()
+    trained = held.adapters or counts.total
+    largest = 0 if held.adapters else counts.embedding
+    numbers = max(min(trained, BUCKET_NUMBERS), largest)
+    text = f"{numbers:,} x {held.width} B (gradients that are summed over ranks at a time)"
+    return (Line("communication buffer", numbers * held.width, text, "sum"),)
 
 
 def readable(size: float) -> str:

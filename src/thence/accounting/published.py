@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def own_configuration(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and config.get("model_type") in FAMILIES else None
 
 
+@cache
 def published_table(name: str) -> dict[str, dict[str, Any]]:
-    """A table of published facts that comes with thence, by its file's name."""
+    """A table of published facts that comes with thence, by its file's name. It is read once; nobody changes it."""
     return parse_toml((resources.files("thence.accounting") / name).read_text(encoding="utf-8"))

@@ -17,10 +17,11 @@ from cyclopts import App, Parameter
 from thence.errors import UserError
 
 HELP_FLAGS = ("--help", "-h")
-WITH_FIELDS = ("run", "check", "data", "pope")
+WITH_FIELDS = ("run", "plan", "check", "data", "pope")
 """Commands whose flags are also the fields of a recipe."""
 COMMANDS = {
     "run": "Run a recipe, or resume it where it stopped.",
+    "plan": "Say what a recipe costs on given hardware.",
     "check": "Try what training relies on, with your model and rows.",
     "data": "Print rows as the model sees them, and their lengths.",
     "pope": "Make guided rows for the problems that a model never solves.",
@@ -42,6 +43,7 @@ COMMANDS = {
 USAGE = {
     "": "thence COMMAND ...",
     "run": "thence run RECIPE [--table.field VALUE ...] [OPTIONS]",
+    "plan": "thence plan RECIPE --hardware NAMExCOUNT [--table.field VALUE ...] [OPTIONS]",
     "check": "thence check MODEL|RECIPE [--data FILE] [--table.field VALUE ...]",
     "eval": "thence eval MODEL --suite NAME [OPTIONS]\n"
     "       thence eval --endpoint URL --suite NAME [OPTIONS]\n"

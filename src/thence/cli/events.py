@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +20,10 @@ from thence.files import to_json
 from thence.redaction import redacted
 
 if TYPE_CHECKING:
+    from thence.compare.foreseen import ForeseenRuns
     from thence.compare.plan import Job, PlannedRun, Planner
     from thence.evaluate.backends import Generation, Refused
+    from thence.pipeline.foreseen import Foreseen
 
 Way = Literal["shown", "quiet", "json"]
 """Who a command speaks to: a person, nobody, or a program."""
@@ -60,10 +63,13 @@ def logging_as_events(level: int = logging.INFO) -> Iterator[None]:
 
 
 class RunEvents:
-    """Events of a run: begin, doing, stage, step."""
+    """Events of a run: begin, planned, doing, stage, step."""
 
     def begin(self, name: str, stages: Sequence[str]) -> None:
         tell("begin", run=name, stages=stages)
+
+    def planned(self, foreseen: Foreseen) -> None:
+        tell("planned", **asdict(foreseen))
 
     def doing(self, what: str) -> None:
         tell("doing", what=what)
@@ -109,7 +115,14 @@ class EvaluationEvents(EvaluationProgress):
 
 
 class ComparisonEvents:
-    """Events of a comparison: begin, started, progress, finished, failed."""
+    """Events of a comparison: planned, begin, started, progress, finished, failed, spent."""
+
+    def planned(self, foreseen: ForeseenRuns) -> None:
+        totals = {name: foreseen.total(name) for name in ("rule_flops", "trained_tokens", "generated_tokens")}
+        tell("planned", runs=len(foreseen.each), not_counted=foreseen.unknown, **totals)
+
+    def spent(self, said: str) -> None:
+        tell("spent", said=said)
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         tell("begin", runs=len(runs), done=sum(planner.is_done(run) for run in runs))
@@ -129,6 +142,12 @@ class ComparisonEvents:
 
 class NoEvents:
     """A comparison that tells nobody anything."""
+
+    def planned(self, foreseen: ForeseenRuns) -> None:
+        pass
+
+    def spent(self, said: str) -> None:
+        pass
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         pass

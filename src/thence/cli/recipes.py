@@ -31,5 +31,5 @@ def recipes_command(name: Annotated[str | None, Parameter(completer=lambda _: [*
     for name in shipped:
         recipe = load_recipe(name)
         print(f"{name:<{width}}  {recipe.description}\n{'':<{width}}  stages: {', '.join(recipe.stages)}")
-    print("\n`thence recipes NAME` prints one; `thence run NAME --dry-run` says what it costs.")
+    print("\n`thence recipes NAME` prints one; `thence plan NAME --hardware h100x8` says what it costs.")
     return 0

@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from thence.cli.app import quiet_libraries
-from thence.cli.events import RunEvents, Way, logging_as_events, tell_done, way_of
+from thence.cli.events import RunEvents, Way, logging_as_events, tell, tell_done, way_of
 from thence.cli.parsing import none_given
 from thence.errors import UserError
-from thence.files import read_json
-from thence.recipe import Recipe, Rl, Sft, load_recipe, shipped_recipes
+from thence.recipe import Recipe, load_recipe, shipped_recipes
 from thence.redaction import redacted_values
 from thence.settings.limits import Gigabytes, Processes
 from thence.toml import to_toml
 
 if TYPE_CHECKING:
     from thence.pipeline.progress import RunWatcher
-    from thence.pipeline.prompts import RenderedPrompts
 
 
 def run_command(
@@ -104,6 +102,7 @@ def plan_run(
     from thence.accounting.budget import plan
     from thence.pages.plan import plan_view
     from thence.pipeline.layout import check_layout, memory_of, own_device
+    from thence.pipeline.planning import facts_of, measured_lengths
     from thence.pipeline.preflight import preflight, refuse
     from thence.pipeline.prompts import RenderedPrompts
     from thence.terminal import make_console
@@ -118,9 +117,13 @@ def plan_run(
     findings = preflight(recipe, None, ranks, restart=restart, repeat=repeat, prompts=prompts)
     wrong = [finding for finding in findings if finding.state == "refused"]
     try:
-        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, **_copies(recipe)}
+        given: dict[str, Any] = {"ranks": ranks, "device_bytes": device, **facts_of(recipe)}
         given["on_host"] = device_gb is None and own_device().type == "cpu"
-        console.print(plan_view(plan(recipe, _config(recipe), **_measured(recipe, prompts), **given)))
+        try:
+            given |= measured_lengths(recipe, prompts)
+        except UserError as error:
+            print(f"(the data were not read: {str(error).splitlines()[0]})\n")
+        console.print(plan_view(plan(recipe, **given)))
     except UserError:
         if not wrong:
             raise
@@ -152,12 +155,15 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = (), way: Way 
     if not leads:
         return 0
     page, problem = _page_of(folder)
+    from thence.pages.plan import compared_table
     from thence.pages.run.tables import results_table
-    from thence.pages.terminal import with_notes
+    from thence.pages.terminal import TableView, with_notes
+    from thence.pipeline.foreseen import compared
     from thence.pipeline.run_files import read_run
 
-    found = read_run(folder)
+    found, measured = read_run(folder), compared(folder)
     if way == "json":
+        tell("measured", compared=[asdict(each) for each in measured])
         tell_done(folder, page, [asdict(cell) for cell in found.cells])
     if way != "shown":
         if problem:
@@ -166,6 +172,8 @@ def execute(recipe: Recipe, restart: bool, repeat: Sequence[str] = (), way: Way 
     console = make_console()
     if (table := results_table(found)).rows:
         console.print(with_notes(table))
+    if measured:
+        console.print(TableView(compared_table(measured)))
     console.print(problem or f"report: {page}", soft_wrap=True)
     return 0
 
@@ -197,60 +205,3 @@ def _page_of(folder: Path) -> tuple[Path | None, str]:
     except ImportError as error:
         package = (error.name or "jinja2").split(".")[0]
         return None, f"no report: {package} cannot be imported; install it, then run: thence report {folder}"
-
-
-def _config(recipe: Recipe) -> dict[str, Any] | None:
-    """The configuration of a model in thence or in an installed package; the plan finds others itself."""
-    from thence.train.model_files import resolve
-
-    path = recipe.model.path or ""
-    file = Path(resolve(path)) / "config.json" if path.startswith(("world:", "package:")) else None
-    remedy = "give a folder whose config.json is whole"
-    return read_json(file, remedy=remedy) if file is not None and file.exists() else None
-
-
-def _copies(recipe: Recipe) -> dict[str, Any]:
-    """What stages compare the policy with, their teachers, and what a rollout batch of theirs samples and trains.
-
-    A method that cannot be made is refused elsewhere.
-    """
-    from thence.accounting.budget import Reference
-    from thence.accounting.work import Work
-    from thence.methods.registry import stage_method
-    from thence.objective import compares, distils
-
-    references: dict[str, Reference] = {}
-    teachers: dict[str, str] = {}
-    works: dict[str, Work] = {}
-    for name in recipe.stages:
-        stage = recipe.stage(name)
-        with contextlib.suppress(UserError):
-            if isinstance(stage, Sft | Rl):
-                method = stage_method(stage, name)
-                whole = compares(method.terms) or distils(method.terms)
-                if method.reference_passes or whole:
-                    references[name] = Reference(method.reference_passes, whole)
-                if method.teacher is not None:
-                    teachers[name] = method.teacher.weights
-                if isinstance(stage, Rl) and method.states_work:
-                    works[name] = method.work(stage.prompts, stage.rollouts)
-    return {"references": references, "teachers": teachers, "works": works}
-
-
-def _measured(recipe: Recipe, prompts: RenderedPrompts) -> dict[str, Any]:
-    """Lengths of the training data, where it is at hand and the tokenizer too; else nothing, and the plan assumes."""
-    from thence.train.model import load_tokenizer
-
-    training = [recipe.stage(name) for name in recipe.stages if not name.startswith("eval")]
-    data = recipe.stage_data(training[0].data if training else {})
-    try:
-        rows = prompts.load(data, load_tokenizer(recipe.model))
-    except UserError as error:
-        print(f"(the data were not read: {str(error).splitlines()[0]})\n")
-        return {}
-    responses = [len(p.demonstration_ids) for p in rows if p.demonstration_ids]
-    return {
-        "n_examples": len(rows),
-        "mean_prompt_tokens": sum(len(p.token_ids) for p in rows) / len(rows),
-        "mean_response_tokens": sum(responses) / len(responses) if responses else None,
-    }

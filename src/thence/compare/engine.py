@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from thence.compare.collect import collect
 from thence.compare.design import Registrar, registered
 from thence.compare.folder import check_folder, mark
+from thence.compare.foreseen import ForeseenRuns, foresee_runs, spent_line
 from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
@@ -38,6 +39,14 @@ LOG_TAIL = 2000  # characters of a dead process's log that are shown
 
 class ComparisonWatcher(Protocol):
     """Is told how a comparison goes."""
+
+    def planned(self, foreseen: ForeseenRuns) -> None:
+        """What the runs that are to come are planned to cost; told before :meth:`begin`, where a plan could be made."""
+        ...
+
+    def spent(self, said: str) -> None:
+        """At the end: what was planned for the runs that are done now, beside what they spent, in words."""
+        ...
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         """All runs that the comparison needs; those that are done can be asked of the planner."""
@@ -92,8 +101,14 @@ def compare(
     with held(folder, "runs this comparison", wait=LOCK_SECONDS) as lock:
         registered(planner, amend)
         mark(folder)
+        from thence.pipeline.prompts import RenderedPrompts  # which needs torch: reading a comparison does not
+
+        prompts = RenderedPrompts()
         if ran := bool(left := planner.to_run()):
-            refuse_what_cannot_run(planner, left)
+            refuse_what_cannot_run(planner, left, prompts)
+        foreseen = foresee_runs(planner, left, prompts, min(jobs, len(left))) if ran else None
+        if foreseen is not None:
+            watcher.planned(foreseen)
         registrar = Registrar(planner, amend)
         kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))
         write_over(folder / "comparison.toml", to_toml(kept))
@@ -103,6 +118,8 @@ def compare(
         finally:
             results = collect(planner, failures, ran)
             write_results(folder, results)
+        if foreseen is not None and (said := spent_line(planner, foreseen)):
+            watcher.spent(said)
     return results
 
 

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from thence.compare.foreseen import ForeseenRuns
 from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.result import FEW_BASES
 from thence.display import Display
@@ -45,6 +46,12 @@ class LiveTable(Display):
         self.ended = {run for run in runs if planner.is_done(run)}
         self.before = len(self.ended)
         self._show(f"{len(runs)} runs, {len(self.ended)} of them are done")
+
+    def planned(self, foreseen: ForeseenRuns) -> None:
+        self.console.print(str(foreseen), soft_wrap=not self.animated, highlight=False, markup=False)
+
+    def spent(self, said: str) -> None:
+        self.console.print(said, soft_wrap=not self.animated, highlight=False, markup=False)
 
     def started(self, job: Job) -> None:
         self.running[job.run] = ("starting", 0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thence.compare.bases import recipe_of
 from thence.compare.plan import PlannedRun, Planner
@@ -11,11 +11,19 @@ from thence.compare.recipe import all_stages
 from thence.errors import UserError
 from thence.recipe import build_recipe
 
+if TYPE_CHECKING:
+    from thence.pipeline.prompts import RenderedPrompts
+
 FEW_ROWS = 2000
 
 
-def refuse_what_cannot_run(planner: Planner, runs: Iterable[PlannedRun]) -> None:
+def refuse_what_cannot_run(
+    planner: Planner, runs: Iterable[PlannedRun], prompts: RenderedPrompts | None = None
+) -> None:
     """Try the recipe of every arm that is to run, on every base and with every value of its grid.
+
+    Args:
+        prompts: takes the data tables that are rendered.
 
     Raises:
         UserError: what cannot work, with the arm or base that it belongs to.
@@ -24,7 +32,7 @@ def refuse_what_cannot_run(planner: Planner, runs: Iterable[PlannedRun]) -> None
     from thence.pipeline.preflight import gives_degrees, preflight, refuse
     from thence.pipeline.prompts import RenderedPrompts
 
-    prompts = RenderedPrompts()
+    prompts = prompts or RenderedPrompts()
     for name, tables in _trials(planner, list(runs)):
         try:
             found = preflight(build_recipe(tables), planner.folder / "preflight", prompts=prompts)

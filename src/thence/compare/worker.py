@@ -19,6 +19,7 @@ from thence.framed import pack, read
 from thence.streams import guarded
 
 if TYPE_CHECKING:
+    from thence.pipeline.foreseen import Foreseen
     from thence.pipeline.prompts import RenderedPrompts
 
 PROGRESS_EVERY = 1.0  # seconds
@@ -36,6 +37,9 @@ class JobWatcher:
         self.out.flush()
 
     def begin(self, name: str, stages: Sequence[str]) -> None:
+        pass
+
+    def planned(self, foreseen: Foreseen) -> None:
         pass
 
     def doing(self, what: str) -> None:

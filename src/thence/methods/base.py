@@ -230,6 +230,18 @@ class Method(ABC):
         """How often a reference model, the policy as the stage began, reads every row of a step; 0: none is kept."""
         return needs_reference(self.terms) + self.uses_reference + compares(self.terms)
 
+    def own_passes(self, steps: int, bounded: bool = False) -> float:
+        """How often the policy reads every row of a rollout batch without gradient, for this method's sake: a plan
+        counts with it. :meth:`thence.pipeline.rl_update.Update.take` makes these passes.
+
+        Args:
+            steps: optimizer steps on a rollout batch.
+            bounded: whether the recipe has an ``importance_bound``, which takes a pass of its own.
+        """
+        facts = self.uses_facts or self.uses_old or self.uses_reference or self.teacher is not None
+        later = (steps - 1) / steps if self.uses_old else float(needs_behaviour(self.terms) and steps > 1)
+        return facts + later + bounded
+
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:

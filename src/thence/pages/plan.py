@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
@@ -11,6 +12,10 @@ from thence.accounting.memory import readable
 from thence.accounting.planned import Plan, StagePlan
 from thence.pages.table import Cell, Table, TableRow
 from thence.pages.terminal import TableView
+from thence.wording import duration
+
+if TYPE_CHECKING:  # whose module imports torch, which a plan does without
+    from thence.pipeline.foreseen import Compared
 
 _TOTALS = ("optimizer_steps", "trained_tokens", "generated_tokens", "rule_flops", "exact_flops")
 _HEADS = ("optimizer steps", "tokens trained", "tokens generated", "FLOPs, 6N/8N rule", "FLOPs, exact")
@@ -18,16 +23,17 @@ _HEADS = ("optimizer steps", "tokens trained", "tokens generated", "FLOPs, 6N/8N
 
 def plan_view(plan: Plan) -> Group:
     """Budget, memory and assumptions of a plan, ready to print with rich."""
-    tables = [_budget(plan)] + [_memory(stage, plan) for stage in plan.stages if stage.memory is not None]
-    tables += [_sent(stage) for stage in plan.stages if stage.sent]
-    parts = [Text(_headline(plan)), *map(TableView, tables), *map(Text, fit_lines(plan))]
+    tables = [budget_table(plan)] + [memory_table(stage, plan) for stage in plan.stages if stage.memory is not None]
+    tables += [sent_table(stage) for stage in plan.stages if stage.sent]
+    parts = [Text(headline(plan)), *map(TableView, tables), *map(Text, fit_lines(plan))]
     if plan.assumptions:
         parts.append(Text("Assumed, because the data or the model has not been read:"))
         parts += [Text(f"  - {text}") for text in plan.assumptions]
     return Group(*parts)
 
 
-def _headline(plan: Plan) -> str:
+def headline(plan: Plan) -> str:
+    """The model and its size."""
     if plan.counts is None:
         return f"{plan.model}: size not known"
     counts = plan.counts
@@ -37,7 +43,8 @@ def _headline(plan: Plan) -> str:
     )
 
 
-def _budget(plan: Plan) -> Table:
+def budget_table(plan: Plan) -> Table:
+    """Steps, tokens and FLOPs of every stage."""
     rows = []
     for stage in plan.stages:
         least = stage.at_least or stage
@@ -81,7 +88,8 @@ def _how(plan: Plan) -> str:
     return f"{plan.layout} over {plan.ranks} ranks" if plan.ranks > 1 else f"{plan.layout}, one rank"
 
 
-def _memory(stage: StagePlan, plan: Plan) -> Table:
+def memory_table(stage: StagePlan, plan: Plan) -> Table:
+    """What a rank holds in a stage, with the arithmetic."""
     assert stage.memory is not None
     rows = [
         TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.phase), Cell(line.arithmetic)))
@@ -93,10 +101,43 @@ def _memory(stage: StagePlan, plan: Plan) -> Table:
     return Table(title, ("what", "size", "when", "arithmetic"), tuple(rows), words=(1, 2))
 
 
-def _sent(stage: StagePlan) -> Table:
+def sent_table(stage: StagePlan) -> Table:
+    """What a rank sends, with the arithmetic."""
     rows = [TableRow(line.name, (Cell(readable(line.bytes)), Cell(line.arithmetic))) for line in stage.sent]
     title = f"Sent by a rank in one optimizer step of {stage.name}"
     return Table(title, ("what", "size", "arithmetic"), tuple(rows), words=(1,))
+
+
+_QUANTITIES = {
+    "rule_flops": "FLOPs, 6N/8N rule",
+    "exact_flops": "FLOPs, exact",
+    "trained_tokens": "tokens trained",
+    "generated_tokens": "tokens sampled",
+    "peak": "memory, at most",
+    "seconds": "time, by its first 3 steps",
+}
+
+
+def compared_table(found: Sequence[Compared]) -> Table:
+    """What was planned beside what was measured, stage by stage."""
+    rows = []
+    for each in found:
+        planned, ratio = "not known", "–"
+        if each.planned is not None:
+            least, most = (_said(each.quantity, value) for value in each.planned)
+            planned = most if least == most else f"{least} to {most}"
+            if each.measured is not None and each.planned[0] == each.planned[1] > 0:
+                ratio = f"{each.measured / each.planned[1]:.2f}"
+        measured = "not known" if each.measured is None else _said(each.quantity, each.measured)
+        cells = (Cell(planned), Cell(measured), Cell(ratio))
+        rows.append(TableRow(_QUANTITIES[each.quantity], cells, group=each.stage))
+    return Table("Planned and measured", ("what", "planned", "measured", "measured / planned"), tuple(rows))
+
+
+def _said(quantity: str, value: float) -> str:
+    if quantity == "peak":
+        return readable(value)
+    return duration(value) if quantity == "seconds" else _amount(quantity, value).text
 
 
 def _span(name: str, low: float | None, high: float | None) -> Cell:

@@ -30,7 +30,7 @@ RECIPE, ENVIRONMENT, CHANGES = "recipe.toml", "environment.json", "changes.jsonl
 SET_ASIDE = "set-aside"
 SHOWN = 3  # things of others that an error names
 _OF_RUN = {RECIPE, ENVIRONMENT, CHANGES, "ground.json", "metrics.jsonl", "summary.json", MARKER, LOCK}
-_OF_RUN |= {"report.html", "report.json", "report.csv", PROGRESS}
+_OF_RUN |= {"report.html", "report.json", "report.csv", PROGRESS, "plan.json"}
 _OF_STAGE = {"ground.json", "result.json", "samples.jsonl", "done.json", "metrics.jsonl"}
 TRACKERS = "trackers.json"
 """The name of the run at a tracker, so that a resumed run stays the same one there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +13,9 @@ from rich.text import Text
 from thence.display import Display, SideBySide, bar_line
 from thence.pipeline.time_left import Clock
 from thence.wording import counted, duration
+
+if TYPE_CHECKING:
+    from thence.pipeline.foreseen import Foreseen
 
 SHOWN = (
     ("loss", "loss {:.3f}"),
@@ -56,6 +59,9 @@ class RunDisplay(Display):
     def begin(self, name: str, stages: Sequence[str]) -> None:
         self.run, self.stages = name, len(stages)
         self.clock.begin(stages)
+
+    def planned(self, foreseen: Foreseen) -> None:
+        self.console.print(str(foreseen), soft_wrap=not self.animated, highlight=False, markup=False)
 
     def doing(self, what: str) -> None:
         self._end_stage()

@@ -48,6 +48,11 @@ class RenderedPrompts:
             self._held.popitem(last=False)
         return list(self._held[key])
 
+    def held(self, data: Data, tokenizer: Any) -> list[Prompt] | None:
+        """What is held of a table already; None: it would have to be rendered."""
+        found = self._held.get(_fingerprint(data, tokenizer))
+        return None if found is None else list(found)
+
     def _size(self) -> int:
         held = (p for prompts in self._held.values() for p in prompts)
         return sum(len(p.token_ids) + len(p.demonstration_ids or ()) for p in held)

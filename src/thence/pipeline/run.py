@@ -20,6 +20,7 @@ from thence.pipeline.adapters import check_same_base, origin_of, publish_adapter
 from thence.pipeline.context import StageContext
 from thence.pipeline.eval_stage import run_eval
 from thence.pipeline.folder import RunFolder, last_trained
+from thence.pipeline.foreseen import PeakMemory, foresee, keep, keep_peak
 from thence.pipeline.ground import Ground, published, say_what_differs
 from thence.pipeline.layout import check_layout, check_pieces, cut, cut_policy, layout_of, open_model
 from thence.pipeline.numerics import settle_threads
@@ -100,23 +101,41 @@ def run(
         execution.told.doing("trying what the recipe names")
         together(ranks, tried)
         on_first_rank(ranks, begin)
-        told = execution.told
+        told, progress = execution.told, None
+        to_go = [name for name in resolved.stages if not folder.is_done(name)] if execution.leads else []
         if execution.leads:
-            told = ProgressFile(told, folder.path)
-            told.begin(resolved.name, [name for name in resolved.stages if not folder.is_done(name)])
+            told = progress = ProgressFile(told, folder.path)
+            progress.begin(resolved.name, to_go)
         told = held.enter_context(tracked(resolved, folder.path, told, execution.leads))
         execution = replace(execution, watcher=told)
+        _tell_plan(execution, to_go)
+        memory = PeakMemory(device)
         kept = last_trained(resolved)
         if kept is not None and not keep_last and not _keeps(resolved, kept):
             kept = None  # where older ones stay, the newest does too: a longer run never resumes from an older one
         for name in resolved.stages:
             on_first_rank(ranks, lambda name=name: Ground(resolved, folder).set_outdated_aside(name))
             if not together(ranks, lambda name=name: folder.is_done(name)):
+                memory.begin()
                 run_stage(execution, name)
+                if execution.leads:
+                    keep_peak(folder.path, name, memory.end())
             place, keep = folder.stage(name) / "checkpoints", _newest_that_stay(resolved, name) or int(name == kept)
             # killed before this line, the next start comes to it
             on_first_rank(ranks, lambda place=place, keep=keep: remove_checkpoints(place, keep=keep))
+        if progress is not None:
+            progress.end()
     return folder.path
+
+
+def _tell_plan(execution: Execution, stages: Sequence[str]) -> None:
+    """Say what the stages to go are planned to cost, and keep it beside the run."""
+    if not execution.leads or not stages:
+        return
+    found = foresee(execution.recipe, stages, execution.prompts, execution.ranks.world, execution.device)
+    if found is not None:
+        keep(execution.folder.path, found)
+        execution.told.planned(found)
 
 
 def _keeps(recipe: Recipe, name: str) -> bool:

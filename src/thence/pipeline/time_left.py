@@ -11,6 +11,23 @@ from thence.wording import duration
 
 WINDOW = 20
 """Steps that the speed of a stage is measured over."""
+FIRST = 3
+"""Steps after which a stage's own time is foreseen."""
+
+
+@dataclass(frozen=True)
+class Clocked:
+    """A stage that has ended, or its steps in this process.
+
+    Args:
+        steps: taken here.
+        foreseen: seconds that the first three steps let expect for so many.
+        took: seconds from the stage's begin to the last of these steps.
+    """
+
+    steps: int
+    foreseen: float
+    took: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,10 @@ class Clock:
         self._ends: deque[float] = deque(maxlen=WINDOW + 1)
         self._took: dict[str, float] = {}
         """Seconds of a whole stage, by kind."""
+        self._starts: list[float] = []
+        """When the stage began, and the ends of its first steps here."""
+        self.times: dict[str, Clocked] = {}
+        """Stages that have taken more steps here than their time was foreseen from."""
 
     def begin(self, stages: Sequence[str]) -> None:
         """The stages that are not done, in order."""
@@ -58,6 +79,7 @@ class Clock:
         self.end(now)
         self.name, self.total, self.done, self._began = name, total, done, now
         self._first = done
+        self._starts = [now]
         self._ends = deque([now], maxlen=WINDOW + 1)  # a new one: another thread may be reading the old one
         if name in self.to_come:
             self.to_come = self.to_come[self.to_come.index(name) + 1 :]
@@ -66,12 +88,27 @@ class Clock:
         """One more step is done."""
         self.done += 1
         self._ends.append(now)
+        if len(self._starts) <= FIRST:
+            self._starts.append(now)
+
+    def foreseen(self, steps: int) -> float | None:
+        """Seconds that so many steps of this stage take, by its first three; None: they have not been taken.
+
+        The first one may make kernels and memory ready, so it counts once, and the two after it for all others.
+        """
+        if len(self._starts) <= FIRST:
+            return None
+        began, first, *_, last = self._starts
+        return first - began + (steps - 1) * (last - first) / (FIRST - 1)
 
     def end(self, now: float) -> float | None:
         """The stage has ended. Returns the seconds that it took here; None where none ran."""
         if not self.name:
             return None
         took, here = now - self._began, self.done - self._first
+        expected = self.foreseen(here)
+        if expected is not None and here > FIRST:
+            self.times[self.name] = Clocked(here, expected, self._ends[-1] - self._began)
         if here:  # a stage that was resumed counts as if it had run here from its first step
             self._took[kind_of(self.name)] = took / here * self.done
         self.name = ""

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from thence.errors import RecipeError, first_line
 from thence.files import to_json, write_atomically
@@ -23,6 +23,9 @@ from thence.pipeline.owned import TRACKERS, kept_values
 from thence.pipeline.progress import RunWatcher
 from thence.recipe import Recipe
 from thence.redaction import redacted
+
+if TYPE_CHECKING:
+    from thence.pipeline.foreseen import Foreseen
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +156,9 @@ class Tracking:
 
     def begin(self, name: str, stages: Sequence[str]) -> None:
         self.watcher.begin(name, stages)
+
+    def planned(self, foreseen: Foreseen) -> None:
+        self.watcher.planned(foreseen)
 
     def doing(self, what: str) -> None:
         self.watcher.doing(what)
