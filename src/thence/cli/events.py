@@ -109,7 +109,7 @@ class EvaluationEvents(EvaluationProgress):
 
 
 class ComparisonEvents:
-    """Events of a comparison: begin, started, progress, finished, failed."""
+    """Events of a comparison: begin, started, progress, noted, finished, failed."""
 
     def begin(self, planner: Planner, runs: Collection[PlannedRun]) -> None:
         tell("begin", runs=len(runs), done=sum(planner.is_done(run) for run in runs))
@@ -119,6 +119,9 @@ class ComparisonEvents:
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
         tell("progress", **_of(job.run), stage=stage, done=done, total=total)
+
+    def noted(self, job: Job, what: str) -> None:
+        tell("noted", **_of(job.run), what=what)
 
     def finished(self, job: Job, seconds: float) -> None:
         tell("finished", **_of(job.run), seconds=seconds)
@@ -137,6 +140,9 @@ class NoEvents:
         pass
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+        pass
+
+    def noted(self, job: Job, what: str) -> None:
         pass
 
     def finished(self, job: Job, seconds: float) -> None:
