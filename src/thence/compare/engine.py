@@ -154,7 +154,7 @@ class _Going:
         self.watcher.begin(self.planner, list(self.planner.runs()))
         self.waiting = self.planner.to_run()
         known = [job for run in self.waiting if (job := self.planner.job_if_any(run)) is not None]
-        self.launcher.check([self.place.needs(job) for job in known])
+        self.launcher.check([self.place.needs(job, self.planner.folder) for job in known])
         to_look = True  # whether something has changed about what can start
         while self.waiting or self.running:
             while to_look or (self.full_for is not None and self.launcher.has_room(self.full_for)):
@@ -191,7 +191,7 @@ class _Going:
             if self.planner.is_done(run) and self.planner.has_model(run):
                 self.waiting.remove(run)  # the same settings as a run that another planned run has finished
                 continue
-            needs = self.place.needs(job)
+            needs = self.place.needs(job, self.planner.folder)
             if not self.launcher.has_room(needs):
                 self.full_for = needs  # a later run with smaller needs does not pass it by
                 return False

@@ -29,6 +29,10 @@ class Needs:
     gpus: float = 0.0
     memory: int | None = None
 
+    def cover(self, other: Needs) -> bool:
+        """Whether a process that was given this is a place for one that needs the other."""
+        return (self.cores, self.gpus) == (other.cores, other.gpus) and (self.memory or 0) >= (other.memory or 0)
+
     def __str__(self) -> str:
         parts = [_counted(self.cores, "core")]
         if self.gpus:
