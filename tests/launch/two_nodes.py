@@ -2,8 +2,8 @@
 
     python two_nodes.py [CORES]
 
-It prints its address and the nodes' ids as a line of JSON. A line ``kill ID`` on its input ends that node as a power cut
-would: SIGKILL for the raylet and all of its workers; ``add`` starts another node. It ends with its input.
+It prints its address and the nodes' ids as a line of JSON. A line ``kill ID`` on its input ends that node suddenly:
+SIGKILL for the raylet and all of its workers. ``add`` starts another node. It ends with its input.
 """
 
 import json

@@ -127,7 +127,7 @@ class RaySet:
         ]
         ray.get(begun)
         self._asked = {actor.messages.remote(SPEAKS): rank for rank, actor in enumerate(self._actors)}
-        self.say(f"{order.ranks} ranks on {len(ids)} nodes: {told_places(places)}")
+        self.say(f"ranks: {told_places(places)}")
 
 
 @dataclass(frozen=True)
