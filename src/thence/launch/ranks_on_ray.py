@@ -16,6 +16,7 @@ from thence.launch.base import Needs
 from thence.launch.cluster import Cluster
 from thence.launch.on_ray import PATIENCE, SPEAKS
 from thence.launch.package import raised_there
+from thence.launch.placement import room_for
 from thence.launch.ranks import RankMessage
 from thence.launch.supervisor import RankSupervisor
 
@@ -105,7 +106,9 @@ class RaySet:
         while not self._group.wait(timeout_seconds=1):
             if not is_told and time.monotonic() - began > PATIENCE:
                 is_told = True
-                self.say(f"{order.ranks} ranks wait for room in the cluster, each for {order.needs}")
+                room = room_for(self.cluster.nodes(), order.needs, order.ranks)
+                why = "others use it" if room >= order.ranks else f"its nodes hold {room}: another node is waited for"
+                self.say(f"{order.ranks} ranks wait for room in the cluster, each for {order.needs}; {why}")
         strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
         needs = order.needs
         for number in range(order.ranks):
