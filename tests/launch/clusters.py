@@ -14,7 +14,7 @@ from typing import Any, Self
 from tests import ROOT
 
 VARIABLE = "THENCE_RAY_PYTHON"
-"""Names the Python of an environment with Ray and thence."""
+"""Names the Python of an environment with Ray and what thence needs."""
 APART = ("seconds", "environment", "folder")
 """What of a comparison's results depends on where and when it ran."""
 
