@@ -77,8 +77,7 @@ def test_without_ray_the_command_says_how_to_install_it(
 def test_a_command_line_is_made_again_from_its_fields() -> None:
     fields = {"sft.lr": "1e-4", "data.source": '["a b"]', "rl.system": ""}
     said = ["r.toml", "--sft.lr=1e-4", '--data.source=["a b"]', "--rl.system="]
-    assert arguments_of("r.toml", fields, "shown") == said
-    assert arguments_of("r.toml", fields, "json") == [*said, "--json"]
+    assert arguments_of("r.toml", fields) == said
 
 
 def test_needs_are_what_was_asked_or_what_is_planned() -> None:

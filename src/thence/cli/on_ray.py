@@ -22,6 +22,7 @@ from thence.recipe import Recipe
 from thence.settings.limits import Processes
 
 MOST = 65_536
+SAID: dict[Way, list[str]] = {"shown": [], "quiet": ["--quiet"], "json": ["--json"]}
 Wanted = tuple[float | None, float | None, float | None]
 """Cores, GPUs and GB of memory of a process, as the flags say; None: the default."""
 
@@ -45,12 +46,19 @@ def asked_for(cluster: Cluster, wanted: Wanted, threads: int) -> Asked:
 
 
 def run_on(
-    on: str, recipe: Recipe, arguments: Sequence[str], again: Sequence[str], ranks: int, wanted: Wanted, restarts: int
+    on: str,
+    recipe: Recipe,
+    arguments: Sequence[str],
+    again: Sequence[str],
+    ranks: int,
+    wanted: Wanted,
+    restarts: int,
+    way: Way,
 ) -> int:
     """Run a recipe on ranks in a cluster, and show what the first rank prints. Returns its exit code.
 
     Args:
-        arguments: of ``thence run`` on every rank.
+        arguments: of ``thence run`` on every rank, without how it speaks.
         again: those of them that hold for the first start alone.
         restarts: how often all ranks may start again when a node is lost.
     """
@@ -68,20 +76,19 @@ def run_on(
         before = _start_of(folder)
 
         def begin(is_again: bool) -> RaySet:
-            own = list(arguments)
+            own = [*arguments, *SAID[way]]
             if not is_again or _start_of(folder) in (before, None):  # what stood in the folder is as it was
                 own += again
             there = next(place for place in (folder, *folder.parents) if place.is_dir())
             order = RankOrder("thence.cli.rank", ["run", *own], Path.cwd(), there, ranks, needs, threads)
-            return RaySet(cluster, order, _say)
+            return RaySet(cluster, order, _say if way == "shown" else lambda text: None, _say)
 
         return run_ranks(begin, ranks, restarts, _Shown())
 
 
-def arguments_of(recipe: str, overrides: Mapping[str, str], way: Way) -> list[str]:
+def arguments_of(recipe: str, overrides: Mapping[str, str]) -> list[str]:
     """The command line of ``thence run`` for a recipe with such fields."""
-    fields = [f"--{name}={value}" for name, value in overrides.items()]
-    return [recipe, *fields, *{"shown": [], "quiet": ["--quiet"], "json": ["--json"]}[way]]
+    return [recipe, *(f"--{name}={value}" for name, value in overrides.items())]
 
 
 def _threads(cores: float | None) -> int:

@@ -104,9 +104,8 @@ def run_command(
         from thence.cli.on_ray import arguments_of, run_on
 
         again = [*(["--restart"] if restart else []), *(f"--repeat={name}" for name in stages)]
-        arguments = arguments_of(recipe, overrides, way)
-        wanted = (cores, gpus, memory_gb)
-        return run_on(on, loaded, arguments, again, ranks or 1, wanted, 3 if restarts is None else restarts)
+        arguments, wanted = arguments_of(recipe, overrides), (cores, gpus, memory_gb)
+        return run_on(on, loaded, arguments, again, ranks or 1, wanted, 3 if restarts is None else restarts, way)
     return execute(loaded, restart, stages, way)
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from thence.errors import UserError, first_line
 from thence.launch import facts
-from thence.launch.package import ray_module
+from thence.launch.package import raised_there, ray_module
 from thence.launch.placement import Node, refuse_other_software, say_other_hardware
 from thence.machine import usable_cores
 
@@ -24,6 +25,7 @@ CONNECT_SECONDS = 10.0
 START_SECONDS = 120.0
 """How long Ray may take to connect or to start a cluster here."""
 FACTS_SECONDS = 180.0
+GONE_SECONDS = 10.0
 LOCAL = ""
 """The address of a cluster that is started here and ends with the command."""
 
@@ -132,6 +134,8 @@ class Cluster:
     def refuse_what_differs(self, nodes: Sequence[Node], folder: Path) -> str:
         """Ask every node that was not asked before what it is and whether it sees a folder.
 
+        A node that is lost meanwhile is left out.
+
         Args:
             folder: the runs' folder, or the nearest folder above it that is there.
 
@@ -151,7 +155,8 @@ class Cluster:
             probe.write_text(word, encoding="utf-8")
             found = self._ask(asked, {id: (str(probe), word, str(answer)) for id, answer in answers.items()})
             for node in asked:
-                said = found[node.id]
+                if (said := found.get(node.id)) is None:
+                    continue
                 refuse_other_software(mine, said["software"], node.name)
                 wrong = said["wrong"] or ("" if _holds(answers[node.id], word) else "what it writes is not seen here")
                 if wrong:
@@ -181,12 +186,24 @@ class Cluster:
             try:
                 found[node.id] = self.ray.get(answers[node.id], timeout=FACTS_SECONDS)
             except self.ray.exceptions.RayError as error:
+                if self._is_gone(node):
+                    continue
+                raised = raised_there(self.ray, error) or error
                 raise UserError(
-                    f"node {node.name} of the Ray cluster did not answer: {first_line(error)}",
+                    f"node {node.name} of the Ray cluster did not answer: {first_line(raised)}",
                     remedy="look at its logs (/tmp/ray/session_latest/logs), or take it out of the cluster",
                     field="--on",
                 ) from None
         return found
+
+    def _is_gone(self, node: Node) -> bool:
+        """Whether a node has just been lost; Ray takes a moment to know."""
+        until = time.monotonic() + GONE_SECONDS
+        while any(other.id == node.id for other in self.nodes()):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.5)
+        return True
 
 
 def _asker() -> Callable[..., Any]:

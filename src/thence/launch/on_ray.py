@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from thence.errors import UserError
 from thence.explain import told
 from thence.launch.base import LAST, Message, Needs, Order
 from thence.launch.cluster import Cluster
@@ -68,6 +70,8 @@ class RayLauncher:
         self.threads, self.most, self.say = threads, most, say
         self._slots: list[_Slot] = []
         self._number, self._looked, self._nodes = 0, 0.0, cluster.nodes()
+        self._seen = {node.id: node for node in self._nodes}
+        self._refused: list[tuple[Hashable, Message]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +103,11 @@ class RayLauncher:
             return
         for slot in idle:  # they hold room that this one may need
             self._end(slot)
-        refuse_what_fits_nowhere(self._nodes, [order.needs])
+        try:  # one that is gone may come again
+            refuse_what_fits_nowhere(list(self._seen.values()), [order.needs])
+        except UserError as error:
+            self._refused.append((order.key, {"failed": str(error)}))
+            return
         self._number += 1
         log = self.folder / "logs" / f"ray-{self._number}.log"
         needs = order.needs
@@ -109,6 +117,8 @@ class RayLauncher:
         self._slots.append(_Slot(actor, needs, actor.where.remote(), order=order))
 
     def events(self, seconds: float) -> Iterator[tuple[Hashable, Message]]:
+        while self._refused:
+            yield self._refused.pop()
         self._look()
         asked = {slot.asked: slot for slot in self._slots if slot.step != "idle"}
         ready, _ = self.cluster.ray.wait(list(asked), num_returns=1, timeout=seconds) if asked else ([], [])
@@ -156,11 +166,13 @@ class RayLauncher:
 
     def _end(self, slot: _Slot) -> None:
         self._slots.remove(slot)
-        self.cluster.ray.kill(slot.actor)
+        with contextlib.suppress(Exception):  # it is gone, or the whole cluster is
+            self.cluster.ray.kill(slot.actor)
 
     def _look(self, now: bool = False) -> list[Any]:
         if now or time.monotonic() - self._looked > LOOK_SECONDS:
             self._nodes, self._looked = self.cluster.nodes(), time.monotonic()
+            self._seen |= {node.id: node for node in self._nodes}
         return self._nodes
 
     def _why_it_waits(self, needs: Needs) -> str:

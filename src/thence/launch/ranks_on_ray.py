@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
@@ -44,10 +45,15 @@ class RankOrder:
 
 
 class RaySet:
-    """The ranks of one start. Raises UserError where they cannot start."""
+    """The ranks of one start. Raises UserError where they cannot start.
 
-    def __init__(self, cluster: Cluster, order: RankOrder, say: Callable[[str], None]):
-        self.cluster, self.order, self.say = cluster, order, say
+    Args:
+        say: is told where ranks are, and what they wait for.
+        warn: is told what the numbers may depend on.
+    """
+
+    def __init__(self, cluster: Cluster, order: RankOrder, say: Callable[[str], None], warn: Callable[[str], None]):
+        self.cluster, self.order, self.say, self.warn = cluster, order, say, warn
         self._actors: list[Any] = []
         self._group: Any = None
         self._asked: dict[Any, int] = {}
@@ -72,10 +78,11 @@ class RaySet:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for actor in self._actors:
-            self.cluster.ray.kill(actor)
-        if self._group is not None:
-            self.cluster.ray.util.remove_placement_group(self._group)
+        with contextlib.suppress(Exception):  # they are gone, or the whole cluster is
+            for actor in self._actors:
+                self.cluster.ray.kill(actor)
+            if self._group is not None:
+                self.cluster.ray.util.remove_placement_group(self._group)
         self._actors, self._group = [], None
 
     def events(self, seconds: float) -> Iterator[tuple[int, RankMessage]]:
@@ -118,8 +125,8 @@ class RaySet:
         places = [Seat(**place) for place in ray.get([actor.where.remote() for actor in self._actors])]
         ids = {place.id for place in places}
         nodes = [node for node in self.cluster.nodes() if node.id in ids]
-        if said := self.cluster.refuse_what_differs(nodes, order.shared):
-            self.say(said)
+        if differs := self.cluster.refuse_what_differs(nodes, order.shared):
+            self.warn(differs)
         dealt = deal(places)
         self._actors = [self._actors[number] for number in dealt]
         places = [places[number] for number in dealt]
