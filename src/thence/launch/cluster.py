@@ -90,7 +90,8 @@ class Cluster:
             raise UserError(
                 f"Ray did not connect to {self}: {first_line(error)}",
                 remedy="see that the cluster runs (`ray status` on one of its nodes) with this version of Ray and "
-                "Python; HOST:PORT works on its nodes only, from elsewhere give ray:ray://HOST:10001",
+                "Python; HOST:PORT works on its nodes only, from elsewhere give ray:ray://HOST:10001; a cluster with "
+                "tokens needs RAY_AUTH_MODE=token and its token here",
                 field="--on",
             ) from error
         self._silence()
