@@ -79,9 +79,8 @@ class Stand:
         self.asked_nodes += [node.name for node in nodes]
         return ""
 
-    def wait(self, refs: list[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
-        ready = [ref for ref in refs if ref.answer][:num_returns]
-        return ready, [ref for ref in refs if ref not in ready]
+    def first_of(self, answers: list[Ref], seconds: float) -> list[Ref]:
+        return [answer for answer in answers if answer.answer][:1]
 
     def get(self, ref: Ref) -> Any:
         if isinstance(ref.answer[0], Exception):

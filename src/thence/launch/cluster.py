@@ -26,6 +26,7 @@ START_SECONDS = 120.0
 """How long Ray may take to connect or to start a cluster here."""
 FACTS_SECONDS = 180.0
 GONE_SECONDS = 10.0
+LOOK_SECONDS = 0.05
 LOCAL = ""
 """The address of a cluster that is started here and ends with the command."""
 
@@ -124,6 +125,27 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""
         return [Node.of(record) for record in self.ray.nodes() if record["Alive"]]
+
+    def first_of(self, answers: Sequence[Any], seconds: float) -> list[Any]:
+        """The first answers that have come; waits for so long where there is none.
+
+        Ray's own waiting would turn SIGTERM into Ctrl-C.
+        """
+        until = time.monotonic() + seconds
+        while answers:
+            ready, _ = self.ray.wait(list(answers), num_returns=1, timeout=0)
+            if ready or time.monotonic() >= until:
+                return ready
+            time.sleep(LOOK_SECONDS)
+        return []
+
+    def all_of(self, answers: Sequence[Any]) -> list[Any]:
+        """What all of them say, however long that takes. Raises Ray's errors."""
+        waiting = list(answers)
+        while waiting:
+            for answer in self.first_of(waiting, 60.0):
+                waiting.remove(answer)
+        return self.ray.get(list(answers))
 
     def actor(self, kind: type, cores: float, gpus: float, memory: int | None, **options: Any) -> Any:
         """A class as an actor that is started once and never again by Ray itself."""

@@ -121,8 +121,7 @@ class RayLauncher:
             yield self._refused.pop()
         self._look()
         asked = {slot.asked: slot for slot in self._slots if slot.step != "idle"}
-        ready, _ = self.cluster.ray.wait(list(asked), num_returns=1, timeout=seconds) if asked else ([], [])
-        for answer in ready:
+        for answer in self.cluster.first_of(list(asked), seconds):
             yield from self._answered(asked[answer], answer)
         for slot in list(self._slots):
             waited = time.monotonic() - slot.since

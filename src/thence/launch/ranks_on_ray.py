@@ -90,8 +90,7 @@ class RaySet:
             yield 0, {"lost": self._lost}
             return
         ray = self.cluster.ray
-        ready, _ = ray.wait(list(self._asked), num_returns=1, timeout=seconds)
-        for answer in ready:
+        for answer in self.cluster.first_of(list(self._asked), seconds):
             rank = self._asked.pop(answer)
             try:
                 said = ray.get(answer)
@@ -110,7 +109,8 @@ class RaySet:
         bundle |= {"memory": order.needs.memory} if order.needs.memory else {}
         self._group = ray.util.placement_group([bundle] * order.ranks, strategy="PACK")
         began, is_told = time.monotonic(), False
-        while not self._group.wait(timeout_seconds=1):
+        placed = self._group.ready()
+        while not self.cluster.first_of([placed], 1.0):
             if not is_told and time.monotonic() - began > PATIENCE:
                 is_told = True
                 room = room_for(self.cluster.nodes(), order.needs, order.ranks)
@@ -122,7 +122,7 @@ class RaySet:
             there = strategy(placement_group=self._group, placement_group_bundle_index=number)
             kind = self.cluster.actor(RankSupervisor, needs.cores, needs.gpus, needs.memory, scheduling_strategy=there)
             self._actors.append(kind.remote())
-        places = [Seat(**place) for place in ray.get([actor.where.remote() for actor in self._actors])]
+        places = [Seat(**place) for place in self.cluster.all_of([actor.where.remote() for actor in self._actors])]
         ids = {place.id for place in places}
         nodes = [node for node in self.cluster.nodes() if node.id in ids]
         if differs := self.cluster.refuse_what_differs(nodes, order.shared):
@@ -135,7 +135,7 @@ class RaySet:
             actor.start.remote(order.module, list(order.arguments), str(order.folder), own)
             for actor, own in zip(self._actors, variables, strict=True)
         ]
-        ray.get(begun)
+        self.cluster.all_of(begun)
         self._asked = {actor.messages.remote(SPEAKS): rank for rank, actor in enumerate(self._actors)}
         self.say(f"ranks: {told_places(places)}")
 
