@@ -14,7 +14,6 @@ import json
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,8 @@ def main() -> int:
     given = parser.parse_args()
     folder = given.keep or Path(tempfile.mkdtemp(prefix="ray-compare-"))
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     local = Command(given.python, ["compare", given.comparison, "--folder", str(folder / "local")], folder)
     assert local.wait(7200) == 0, local.text
-    halfway = time.monotonic()
     on_ray, killed = _on_ray(given.python, given.comparison, folder)
     found = differences(folder / "local", folder / "ray")
     results = json.loads((folder / "ray" / "results.json").read_text())
@@ -50,7 +47,6 @@ def main() -> int:
         "differences": found,
         "killed": killed,
         "notes": [re.sub(r" \[\w+\]", "", line) for line in on_ray.lines if NOTE.search(line)],
-        "seconds": {"local": round(halfway - began), "ray": round(time.monotonic() - halfway)},
         "environment": {key: results["environment"][key] for key in ("torch", "cpu", "threads", "kernels")},
     }
     (ROOT / "benchmarks" / "results" / "ray-compare.json").write_text(json.dumps(record, indent=1) + "\n")

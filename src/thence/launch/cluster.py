@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from thence.errors import UserError, first_line
 from thence.launch import facts
@@ -67,13 +67,15 @@ class Cluster:
     """A connection to a cluster, for as long as the block lasts. A local cluster ends with it.
 
     Raises:
-        UserError: Ray is not installed, nobody answers, or it is another version.
+        UserError: Ray is not installed, nobody answers, or it is another version; at the end of the block: the cluster
+            is gone.
     """
 
     def __init__(self, address: str):
         self.address, self.ray = address, ray_module()
         self._known: dict[str, dict[str, str]] = {}
         """The hardware of the nodes that have been asked, by their ids."""
+        self._own = ""
 
     def __enter__(self) -> Self:
         if self.address not in (LOCAL, "auto"):
@@ -96,11 +98,22 @@ class Cluster:
                 field="--on",
             ) from error
         self._silence()
+        if not self.address.startswith("ray://"):
+            self._own = self.ray.get_runtime_context().get_node_id()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(Exception), _as_it_was():
             self.ray.shutdown()
+        if isinstance(error, ConnectionError) or _is_of_ray(error):
+            raise self._broken(first_line(error)) from error
+
+    def _broken(self, why: str) -> UserError:
+        return UserError(
+            f"the connection to {self} broke: {why}",
+            remedy="see that the cluster runs (`ray status`), then run the same command again: it resumes",
+            field="--on",
+        )
 
     def __str__(self) -> str:
         return "a Ray cluster on this machine" if self.address == LOCAL else f"the Ray cluster at {self.address}"
@@ -123,8 +136,11 @@ class Cluster:
             ) from None
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
-        return [Node.of(record) for record in self.ray.nodes() if record["Alive"]]
+        """The nodes that are alive. Raises UserError where the one that this command is connected through is not."""
+        alive = [Node.of(record) for record in self.ray.nodes() if record["Alive"]]
+        if self._own and all(node.id != self._own for node in alive):
+            raise self._broken("the node of this command was lost")
+        return alive
 
     def first_of(self, answers: Sequence[Any], seconds: float) -> list[Any]:
         """The first answers that have come; waits for so long where there is none.
@@ -243,6 +259,12 @@ def _asker() -> Callable[..., Any]:
         return json.loads(done.stdout.splitlines()[-1])
 
     return ask
+
+
+def _is_of_ray(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Whether Ray, or what it talks with, raised this."""
+    modules = [kind.__module__.partition(".")[0] for kind in type(error).__mro__]
+    return error is not None and any(module in ("ray", "grpc") for module in modules)
 
 
 def _holds(file: Path, word: str) -> bool:
