@@ -15,6 +15,8 @@ from tests import ROOT
 
 VARIABLE = "THENCE_RAY_PYTHON"
 """Names the Python of an environment with Ray and what thence needs."""
+STARTS = 3
+"""How often a cluster may try to start: Ray gives a node 30 s, which a busy machine may exceed."""
 APART = ("seconds", "environment", "folder")
 """What of a comparison's results depends on where and when it ran."""
 
@@ -32,17 +34,23 @@ class TwoNodes:
 
     def __enter__(self) -> Self:
         program = Path(__file__).with_name("two_nodes.py")
-        self.process = subprocess.Popen(
-            [self.python, str(program), str(self.cores)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment(),
-        )
-        said = self._answer()
-        self.address, self.nodes = said["address"], list(said["nodes"])
-        return self
+        for _ in range(STARTS):
+            self.process = subprocess.Popen(
+                [self.python, str(program), str(self.cores)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment(),
+            )
+            assert self.process.stdout is not None and self.process.stderr is not None
+            if line := self.process.stdout.readline():
+                said = json.loads(line)
+                self.address, self.nodes = said["address"], list(said["nodes"])
+                # nobody reads on, and a full pipe would stop it
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return self
+        raise AssertionError(f"the cluster did not start: {self.process.stderr.read()[-2000:]}")
 
     def __exit__(self, *error: object) -> None:
         assert self.process.stdin is not None

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # Ray's 15 would starve beside other tests
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's 15 would starve beside other tests
 
 from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
