@@ -92,6 +92,12 @@ def test_what_another_rank_says_of_its_own_fault_is_shown_besides() -> None:
     assert code == 2 and shown.texts == [f"rank 1 on node b said:\n{own.rstrip()}"]
 
 
+def test_the_exit_code_is_that_of_a_rank_with_an_error_of_its_own_and_not_of_one_that_lost_it() -> None:
+    lost = f"thence: {LOST_EACH_OTHER}: reset by peer\n"
+    code, shown, _ = run(Script([(0, ended(1, lost)), (1, ended(2, "thence: no data\n"))]))
+    assert code == 2 and shown.texts == ["rank 1 on node b said:\nthence: no data"]
+
+
 def test_ranks_that_hang_after_one_has_failed_are_not_waited_for() -> None:
     code, _, _ = run(Script([(1, ended(3, "thence: no\n"))]))
     assert code == 3
