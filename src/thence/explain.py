@@ -65,6 +65,8 @@ _LESS_MEMORY = (
     "(--rl.rollout-rows, --eval.rollout-rows; --rows of thence eval), set activation_checkpointing, "
     f"or use a smaller model or a machine with more memory; {AGAIN}"
 )
+LOST_EACH_OTHER = "the processes of this run lost each other"
+"""How the error of a rank begins that failed since another one had."""
 _OF_RANKS = frozenset(("DistBackendError", "DistNetworkError", "DistStoreError", "DistError"))
 _LOST_RANKS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 _OF_HUB = ("huggingface_hub", "requests", "httpx", "urllib3", "httpcore")
@@ -163,7 +165,7 @@ def _ranks(error: BaseException) -> UserError | None:
     if type(error).__name__ not in _OF_RANKS and not lost:
         return None
     return UserError(
-        f"the processes of this run lost each other: {first_line(error)}",
+        f"{LOST_EACH_OTHER}: {first_line(error)}",
         remedy=f"look for the first error of the other processes, {AGAIN}",
     )
 

@@ -16,6 +16,7 @@ class Quiet:
     def __init__(self) -> None:
         self.finished_runs: list[PlannedRun] = []
         self.failures: dict[PlannedRun, str] = {}
+        self.notes: list[tuple[PlannedRun, str]] = []
 
     def planned(self, foreseen) -> None:
         self.foreseen = foreseen
@@ -31,6 +32,9 @@ class Quiet:
 
     def progress(self, job, stage, done, total) -> None:
         pass
+
+    def noted(self, job, what) -> None:
+        self.notes.append((job.run, what))
 
     def finished(self, job, seconds) -> None:
         self.finished_runs.append(job.run)

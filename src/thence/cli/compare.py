@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from thence.cli.events import ComparisonEvents, NoEvents, Way, tell, tell_done, way_of
-from thence.cli.parsing import none_given, read_flag
+from thence.cli.parsing import none_given, read_flag, refuse_without_on
 from thence.errors import UserError
 from thence.files import read_json
 from thence.machine import usable_cores
-from thence.settings.limits import Processes, Seed
+from thence.settings.limits import Cores, Gigabytes, Gpus, Processes, Seed
 
 if TYPE_CHECKING:
     from thence.compare.engine import ComparisonWatcher
@@ -29,6 +29,10 @@ def compare_command(
     *,
     jobs: Processes | None = None,
     threads: Processes = 1,
+    on: Annotated[str | None, Parameter(metavar="ray[:ADDRESS]")] = None,
+    cores: Cores | None = None,
+    gpus: Gpus | None = None,
+    memory_gb: Gigabytes | None = None,
     only: Annotated[str | None, Parameter(metavar="ARM,ARM")] = None,
     seeds: Annotated[str | None, Parameter(metavar="0,1")] = None,
     bases: Annotated[str | None, Parameter(metavar="NAME,NAME")] = None,
@@ -53,12 +57,17 @@ def compare_command(
 
       thence compare quick --dry-run
       thence compare mine.toml --jobs 2 --seeds 0,1
+      thence compare mine.toml --on ray:auto --gpus 1
       thence compare mine.toml --power
 
     Args:
         comparison: A shipped comparison or a TOML file.
-        jobs: Processes side by side. Default: one per CPU core.
+        jobs: Processes side by side. Default: one per CPU core; with --on ray as many as the cluster holds.
         threads: Threads of each process.
+        on: Run on a Ray cluster: ray, ray:auto, ray:HOST:PORT, or ray:ray://HOST:PORT. See docs/ray.md.
+        cores: With --on: CPU cores that each run needs. Default: --threads.
+        gpus: With --on: GPUs that each run needs. Default: 1 where the cluster has any, else 0.
+        memory_gb: With --on: host memory that each run needs, in GB. Default: as planned from its recipe.
         only: Run these arms, and those that they come after.
         seeds: Run these of the reported seeds.
         bases: Run from these bases.
@@ -104,10 +113,18 @@ def compare_command(
 
     if register:
         return _tell_registration(write_registration(recipe, amend or ""), way)
-    jobs = jobs or usable_cores()
-    with _told(way, jobs) as watcher:
-        chosen = {"only": arms, "seeds": some_seeds, "bases": some_bases, "amend": amend or ""}
-        compare(recipe, jobs=jobs, threads=threads, **chosen, watcher=watcher)
+    refuse_without_on(on, {"--cores": cores, "--gpus": gpus, "--memory-gb": memory_gb})
+    chosen = {"only": arms, "seeds": some_seeds, "bases": some_bases, "amend": amend or ""}
+    if on is None:
+        jobs = jobs or usable_cores()
+        with _told(way, jobs) as watcher:
+            compare(recipe, jobs=jobs, threads=threads, **chosen, watcher=watcher)
+    else:
+        from thence.cli.on_ray import place_of
+
+        cluster = place_of(on, jobs, threads, (cores, gpus, memory_gb))
+        with cluster as (place, side_by_side), _told(way, side_by_side) as watcher:
+            compare(recipe, place=place, **chosen, watcher=watcher)
     return _report(recipe, recipe.path(), collect_again=False, way=way)
 
 

@@ -115,7 +115,7 @@ class EvaluationEvents(EvaluationProgress):
 
 
 class ComparisonEvents:
-    """Events of a comparison: planned, begin, started, progress, finished, failed, spent."""
+    """Events of a comparison: planned, begin, started, progress, noted, finished, failed, spent."""
 
     def planned(self, foreseen: ForeseenRuns) -> None:
         totals = {name: foreseen.total(name) for name in ("rule_flops", "trained_tokens", "generated_tokens")}
@@ -132,6 +132,9 @@ class ComparisonEvents:
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
         tell("progress", **_of(job.run), stage=stage, done=done, total=total)
+
+    def noted(self, job: Job, what: str) -> None:
+        tell("noted", **_of(job.run), what=what)
 
     def finished(self, job: Job, seconds: float) -> None:
         tell("finished", **_of(job.run), seconds=seconds)
@@ -156,6 +159,9 @@ class NoEvents:
         pass
 
     def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+        pass
+
+    def noted(self, job: Job, what: str) -> None:
         pass
 
     def finished(self, job: Job, seconds: float) -> None:

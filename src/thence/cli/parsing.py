@@ -130,6 +130,14 @@ def _explained(error: CycloptsError, name: str) -> UserError:
     return UserError(f"the flag needs {needs}", remedy=f"give {what}{dashes}", field=argument.name)
 
 
+def refuse_without_on(on: str | None, given: Mapping[str, object]) -> None:
+    """Raise UserError where a flag of a cluster is given and no cluster is."""
+    flag = next((flag for flag, value in given.items() if value is not None), None)
+    if on is None and flag is not None:
+        remedy = "give --on ray too, or leave it out: processes of this machine take what they need"
+        raise UserError("it goes with --on", remedy=remedy, field=flag)
+
+
 def none_given(name: str, what: str) -> UserError:
     """What to say where a command lacks what it is about."""
     return UserError(f"thence {name} takes one {what}, and none was given", remedy=f"`thence {name} --help` shows how")

@@ -14,11 +14,11 @@ from cyclopts import Parameter
 
 from thence.cli.app import quiet_libraries
 from thence.cli.events import RunEvents, Way, logging_as_events, tell, tell_done, way_of
-from thence.cli.parsing import none_given
+from thence.cli.parsing import none_given, refuse_without_on
 from thence.errors import UserError
 from thence.recipe import Recipe, load_recipe, shipped_recipes
 from thence.redaction import redacted_values
-from thence.settings.limits import Gigabytes, Processes
+from thence.settings.limits import Cores, Gigabytes, Gpus, Natural, Processes
 from thence.toml import to_toml
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ def run_command(
     fields: bool = False,
     ranks: Processes | None = None,
     device_gb: Gigabytes | None = None,
+    on: Annotated[str | None, Parameter(metavar="ray[:ADDRESS]")] = None,
+    cores: Cores | None = None,
+    gpus: Gpus | None = None,
+    memory_gb: Gigabytes | None = None,
+    restarts: Natural | None = None,
     quiet: bool = False,
     json_: bool = False,
     overrides: Annotated[dict[str, Any], Parameter(parse=False)],
@@ -52,14 +57,20 @@ def run_command(
       thence run mine.toml --dry-run
       thence run paper-qwen --dry-run --ranks 8 --device-gb 80
       torchrun --nproc-per-node 2 -m thence run mine.toml
+      thence run mine.toml --on ray:auto --ranks 8
 
     Args:
         recipe: A shipped recipe (`thence recipes`) or a TOML file.
         dry_run: Try all that the recipe names, print it resolved, with tokens, FLOPs and memory, and stop.
         repeat: Set this stage aside and run it again, with the settings of now. Several: --repeat a,b.
         restart: Remove what an earlier run wrote into the folder, and start again.
-        ranks: With --dry-run: plan for this many processes.
+        ranks: With --dry-run: plan for this many processes. With --on: run on this many. Default: 1.
         device_gb: With --dry-run: plan for so much memory in each, in GB. Default: that of this machine.
+        on: Run the ranks on a Ray cluster: ray, ray:auto, ray:HOST:PORT, or ray:ray://HOST:PORT. See docs/ray.md.
+        cores: With --on: CPU cores that each rank needs. Default: OMP_NUM_THREADS, else 1.
+        gpus: With --on: GPUs that each rank needs, 0 or 1. Default: 1 where the cluster has any.
+        memory_gb: With --on: host memory that each rank needs, in GB. Default: as planned from the recipe.
+        restarts: With --on: how often all ranks may start again after a node was lost. Default: 3.
         fields: List every field of a recipe with its default, and what may change when a run is resumed.
         quiet: Print nothing but warnings and errors.
         json_: Print what happens and the results as JSON, one object a line.
@@ -78,11 +89,21 @@ def run_command(
         raise UserError("it names no stage", remedy="write --repeat STAGE, for example eval", field="--repeat")
     if restart and stages:
         raise UserError("--restart and --repeat do not go together", remedy="give one of them", field="--repeat")
+    refuse_without_on(on, {"--cores": cores, "--gpus": gpus, "--memory-gb": memory_gb, "--restarts": restarts})
+    if dry_run and on is not None:
+        raise UserError("a dry run starts no ranks", remedy="leave --on or --dry-run out", field="--on")
     if dry_run:
         return plan_run(loaded, restart, stages, ranks, device_gb)
-    for flag, value in (("--ranks", ranks), ("--device-gb", device_gb)):
+    for flag, value in (("--ranks", ranks if on is None else None), ("--device-gb", device_gb)):
         if value is not None:
-            raise UserError("it is for --dry-run", remedy="torchrun starts the processes of a run", field=flag)
+            remedy = "torchrun starts the processes of a run, or --on ray"
+            raise UserError("it is for --dry-run", remedy=remedy, field=flag)
+    if on is not None:
+        from thence.cli.on_ray import arguments_of, run_on
+
+        again = [*(["--restart"] if restart else []), *(f"--repeat={name}" for name in stages)]
+        arguments, wanted = arguments_of(recipe, overrides), (cores, gpus, memory_gb)
+        return run_on(on, loaded, arguments, again, ranks or 1, wanted, 3 if restarts is None else restarts, way)
     return execute(loaded, restart, stages, way)
 
 

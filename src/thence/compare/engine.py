@@ -1,22 +1,17 @@
-"""Running a comparison over local processes, so that it can be killed at any moment and goes on where it was."""
+"""Running a comparison over processes, so that it can be killed at any moment and goes on where it was."""
 
 from __future__ import annotations
 
-import os
-import selectors
-import subprocess
-import sys
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Collection, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from thence.compare.collect import collect
 from thence.compare.design import Registrar, registered
 from thence.compare.folder import check_folder, mark
 from thence.compare.foreseen import ForeseenRuns, foresee_runs, spent_line
+from thence.compare.place import Place, on_this_machine
 from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
@@ -24,17 +19,16 @@ from thence.compare.registration import Registration
 from thence.compare.result import Comparison, Failure, write_results
 from thence.errors import UserError
 from thence.files import write_over
-from thence.framed import Inbox, pack
+from thence.launch.base import LAST, Launcher, Message, Needs, Order
 from thence.locks import held
-from thence.redaction import redacted, redacted_values
+from thence.pipeline.folder import RunFolder
+from thence.redaction import redacted_values
 from thence.toml import to_toml
+from thence.train.checkpoint import checkpoints
 
 LOCK_SECONDS = 5.0  # for workers of a comparison that was killed, which are just ending
 ATTEMPTS = 2  # of a job whose process died without a word
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-"""For glibc, others ignore it: the large tensors that come and go in every step keep their memory, which would else be
-given back to the system and zeroed anew each time."""
-LOG_TAIL = 2000  # characters of a dead process's log that are shown
+LOSSES = 3  # machines that may be lost under a run before it counts as failed
 
 
 class ComparisonWatcher(Protocol):
@@ -60,6 +54,10 @@ class ComparisonWatcher(Protocol):
         """A run has come so far in a stage."""
         ...
 
+    def noted(self, job: Job, what: str) -> None:
+        """Something about a run that whoever waits for it wants to know: where it is, why it waits."""
+        ...
+
     def finished(self, job: Job, seconds: float) -> None:
         """A run has ended well."""
         ...
@@ -74,6 +72,7 @@ def compare(
     *,
     jobs: int = 1,
     threads: int = 1,
+    place: Place | None = None,
     only: Collection[str] = (),
     seeds: Collection[int] = (),
     bases: Collection[str] = (),
@@ -83,19 +82,21 @@ def compare(
     """Run what is missing of a comparison, write ``results.json`` into its folder, and return the results.
 
     Args:
-        jobs: processes side by side.
+        jobs: processes side by side on this machine.
         threads: threads of each.
+        place: where the runs go instead.
         only, seeds, bases: run these alone; empty: all.
         amend: why the design is not the registered one; empty: it is, or none is registered.
         watcher: is told of progress.
 
     Raises:
-        UserError: another process runs this comparison; or its design is not the registered one.
+        UserError: another process runs this comparison; its design is not the registered one; or no run can run there.
         DamagedFile: its results, or what a run measured, cannot be read; nothing is written.
     """
     folder = recipe.path().resolve()
     check_folder(folder)
     planner = Planner(recipe, folder, only, seeds, bases)
+    place = place or on_this_machine(jobs, threads)
     failures: list[Failure] = []
     # workers hold the lock too, so that none is still writing when the next comparison starts
     with held(folder, "runs this comparison", wait=LOCK_SECONDS) as lock:
@@ -113,8 +114,9 @@ def compare(
         kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))
         write_over(folder / "comparison.toml", to_toml(kept))
         try:
-            for failure in _run_all(planner, registrar, jobs, threads, lock, watcher):
-                failures.append(failure)
+            with place.launcher(folder, lock) as launcher:
+                for failure in _Going(planner, registrar, place, launcher, watcher).run_all():
+                    failures.append(failure)
         finally:
             results = collect(planner, failures, ran)
             write_results(folder, results)
@@ -148,166 +150,115 @@ def register(recipe: ComparisonRecipe, amend: str = "") -> Registration:
         return Registrar(planner, amend).register()
 
 
-def _run_all(
-    planner: Planner, registrar: Registrar, jobs: int, threads: int, lock: int, watcher: ComparisonWatcher
-) -> Iterator[Failure]:
-    """Run every run that is not done. Yields those that failed."""
-    runs = list(planner.runs())
-    watcher.begin(planner, runs)
-    waiting = planner.to_run()
-    workers = [Worker(planner.folder, i, threads, lock) for i in range(min(jobs, len(waiting)))]
-    attempts: dict[PlannedRun, int] = {}
-    try:
-        with selectors.DefaultSelector() as selector:
-            while waiting or any(worker.job for worker in workers):
-                for worker in workers:
-                    if worker.job is None:
-                        busy = [other.job.run for other in workers if other.job]
-                        started = yield from _start_next(planner, registrar, busy, worker, waiting, watcher)
-                        if started:
-                            selector.register(worker.output, selectors.EVENT_READ, worker)
-                if not any(worker.job for worker in workers):
-                    break  # what is left waits for something that failed
-                for key, _ in selector.select(timeout=1.0):
-                    worker: Worker = key.data
-                    job = worker.job
-                    assert job is not None
-                    end = _end_of_job(worker, job, watcher)
-                    if end is None:
-                        continue
-                    selector.unregister(worker.output)
-                    worker.job = None
-                    if "done" in end:
-                        watcher.finished(job, time.monotonic() - worker.since)
-                        continue
-                    if "died" in end:
-                        worker.restart()
-                        attempts[job.run] = attempts.get(job.run, 0) + 1
-                        if attempts[job.run] < ATTEMPTS:
-                            waiting.insert(0, job.run)
-                            continue
-                    why = end.get("failed") or end["died"]
-                    watcher.failed(job.run, why)
-                    yield Failure(job.run.arm, job.run.base, job.run.seed, why)
-        for run in waiting:
-            why = "a run that it builds on failed"
-            watcher.failed(run, why)
-            yield Failure(run.arm, run.base, run.seed, why)
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-def _end_of_job(worker: Worker, job: Job, watcher: ComparisonWatcher) -> Mapping[str, Any] | None:
-    """Pass on what a worker says of its progress; returns its last word on the job, if that has come."""
-    for message in worker.messages():
-        if "progress" not in message:
-            return message
-        watcher.progress(job, *message["progress"])
-    return None
-
-
-def _start_next(
-    planner: Planner,
-    registrar: Registrar,
-    busy: Collection[PlannedRun],
-    worker: Worker,
-    waiting: list[PlannedRun],
-    watcher: ComparisonWatcher,
-) -> Generator[Failure, None, bool]:
-    """Give a worker the first run that can start. Returns whether there was one.
-
-    A design is registered after its tuning, so that a grid may still be widened: until then no reported run starts
-    while one of tuning is ``busy``.
-    """
-    is_tuned = not any((run.base, run.seed) not in registrar.blocks for run in busy)
-    for run in list(waiting):
-        if registrar.is_due and registrar.is_reported(run) and not is_tuned:
-            continue
-        try:
-            job = planner.job(run)
-        except UserError as error:
-            waiting.remove(run)
-            watcher.failed(run, str(error))
-            yield Failure(run.arm, run.base, run.seed, str(error))
-            continue
-        if job is None or not planner.can_start(run):
-            continue
-        waiting.remove(run)
-        if planner.is_done(run) and planner.has_model(
-            run
-        ):  # the same settings as a run that another planned run has finished
-            continue
-        registrar.before(run)
-        worker.start(job)
-        watcher.started(job)
-        return True
-    return False
-
-
 @dataclass
-class Worker:
-    """A process that runs jobs, one at a time."""
+class _Going:
+    """A comparison that is being run."""
 
-    folder: Path
-    number: int
-    threads: int
-    lock: int
+    planner: Planner
+    registrar: Registrar
+    place: Place
+    launcher: Launcher
+    watcher: ComparisonWatcher
+    running: dict[PlannedRun, tuple[Job, float]] = field(default_factory=dict)
+    """What runs, and since when."""
+    full_for: Needs | None = None
+    """Of the run that is next, where there was no room for it."""
+    deaths: dict[PlannedRun, int] = field(default_factory=dict)
+    losses: dict[PlannedRun, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.job: Job | None = None
-        self.since = 0.0
-        self.log = self.folder / "logs" / f"worker-{self.number}.log"
-        self.log.parent.mkdir(exist_ok=True)
-        self._launch()
+    def run_all(self) -> Iterator[Failure]:
+        """Run every run that is not done. Yields those that failed."""
+        self.watcher.begin(self.planner, list(self.planner.runs()))
+        self.waiting = self.planner.to_run()
+        known = [job for run in self.waiting if (job := self.planner.job_if_any(run)) is not None]
+        self.launcher.check([self.place.needs(job, self.planner.folder) for job in known])
+        to_look = True  # whether something has changed about what can start
+        while self.waiting or self.running:
+            while to_look or (self.full_for is not None and self.launcher.has_room(self.full_for)):
+                to_look = yield from self._start_next()
+            if not self.running:
+                break  # what is left waits for something that failed
+            for run, message in self.launcher.events(1.0):
+                assert isinstance(run, PlannedRun)
+                yield from self._heard(run, message)
+                to_look |= any(word in message for word in LAST)
+        for run in self.waiting:
+            yield self._failure(run, "a run that it builds on failed")
 
-    def _launch(self) -> None:
-        self.inbox = Inbox()
-        environment = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "thence.compare.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=self.folder,
-                env=environment,
-                pass_fds=(self.lock,),
-                start_new_session=True,  # Ctrl-C reaches the comparison, which ends its workers
-            )
+    def _start_next(self) -> Generator[Failure, None, bool]:
+        """Start the first run that can start. Returns whether there was one.
 
-    @property
-    def output(self) -> Any:
-        """What the selector watches."""
-        return self.process.stdout
+        A design is registered after its tuning, so that a grid may still be widened: until then no reported run starts
+        while one of tuning is under way.
+        """
+        registrar = self.registrar
+        self.full_for = None
+        is_tuned = all((run.base, run.seed) in registrar.blocks for run in self.running)
+        for run in list(self.waiting):
+            if registrar.is_due and registrar.is_reported(run) and not is_tuned:
+                continue
+            try:
+                job = self.planner.job(run)
+            except UserError as error:
+                self.waiting.remove(run)
+                yield self._failure(run, str(error))
+                continue
+            if job is None or not self.planner.can_start(run):
+                continue
+            if self.planner.is_done(run) and self.planner.has_model(run):
+                self.waiting.remove(run)  # the same settings as a run that another planned run has finished
+                continue
+            needs = self.place.needs(job, self.planner.folder)
+            if not self.launcher.has_room(needs):
+                self.full_for = needs  # a later run with smaller needs does not pass it by
+                return False
+            self.waiting.remove(run)
+            registrar.before(run)
+            self.running[run] = job, time.monotonic()
+            self.launcher.start(Order(run, job.tables, self.planner.folder / job.folder, needs))
+            self.watcher.started(job)
+            return True
+        return False
 
-    def start(self, job: Job) -> None:
-        """Begin a job."""
-        self.job, self.since = job, time.monotonic()
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # where it has died, the end of its output says so
-            self.process.stdin.write(pack(dict(job.tables)))
-            self.process.stdin.flush()
+    def _heard(self, run: PlannedRun, message: Message) -> Iterator[Failure]:
+        """Act on what is said of a run."""
+        job, since = self.running[run]
+        if "progress" in message:
+            self.watcher.progress(job, *message["progress"])
+            return
+        if "note" in message or "placed" in message:
+            if "placed" in message:
+                self.running[run] = job, time.monotonic()
+            self.watcher.noted(job, message.get("note") or message["placed"])
+            return
+        del self.running[run]
+        if "done" in message or ("lost" in message and self.planner.summary(run) is not None):
+            self.watcher.finished(job, time.monotonic() - since)
+            return
+        why = str(message.get("failed") or message.get("died") or message["lost"])
+        if "died" in message:
+            self.deaths[run] = self.deaths.get(run, 0) + 1
+            if self.deaths[run] < ATTEMPTS:
+                self.waiting.insert(0, run)
+                return
+        if "lost" in message:
+            self.losses[run] = self.losses.get(run, 0) + 1
+            if self.losses[run] <= LOSSES:
+                self.watcher.noted(job, f"{why}: {self._from_where(job)}")
+                self.waiting.insert(0, run)
+                return
+            why = f"{why}; this was loss {self.losses[run]} of this run, and it is given up"
+        yield self._failure(run, why)
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The messages that have come; the last is ``{"died": why}`` where the process has ended."""
-        piece = os.read(self.output.fileno(), 1 << 16)
-        if piece:
-            return self.inbox.feed(piece)
-        code = self.process.wait()
-        tail = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-        return [{"died": f"its process ended with code {code}; the end of {self.log}:\n{redacted(tail)}"}]
+    def _from_where(self, job: Job) -> str:
+        """How a run goes on whose machine is gone."""
+        folder = RunFolder(self.planner.folder / job.folder)
+        done = [name for name in job.tables["stages"] if folder.is_done(name)]
+        for name in job.tables["stages"]:
+            if name not in done and (found := checkpoints(folder.stage(name) / "checkpoints")):
+                return f"resumes from its last checkpoint ({name}, {found[-1].name})"
+        return f"resumes after stage {done[-1]}, which is done" if done else "starts anew, it has no checkpoint yet"
 
-    def restart(self) -> None:
-        """A new process in place of one that died."""
-        self.stop()
-        self._launch()
-
-    def stop(self) -> None:
-        """End the process; a run in the middle can be taken up again."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
+    def _failure(self, run: PlannedRun, why: str) -> Failure:
+        self.watcher.failed(run, why)
+        return Failure(run.arm, run.base, run.seed, why)

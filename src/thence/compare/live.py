@@ -61,6 +61,11 @@ class LiveTable(Display):
         self.running[job.run] = (stage, done, total)
         self._show()
 
+    def noted(self, job: Job, what: str) -> None:
+        if job.run in self.running:
+            self.running[job.run] = (what, 0, 0)
+        self._show(f"{title(job.run)}: {what}")
+
     def finished(self, job: Job, seconds: float) -> None:
         self.running.pop(job.run, None)
         self.ended.add(job.run)

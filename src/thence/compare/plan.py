@@ -181,7 +181,8 @@ class Planner:
         self._jobs[run] = Job(run, {**tables, "folder": str(folder)}, folder)
         return self._jobs[run]
 
-    def _job_if_any(self, run: PlannedRun) -> Job | None:
+    def job_if_any(self, run: PlannedRun) -> Job | None:
+        """The run with its tables; None where they are not known, or it can never start. Raises DamagedFile."""
         try:
             return self.job(run)
         except DamagedFile:
@@ -198,7 +199,7 @@ class Planner:
 
     def has_model(self, run: PlannedRun) -> bool:
         """Whether a run has left its model in its folder."""
-        job = self._job_if_any(run)
+        job = self.job_if_any(run)
         if job is None:
             return False
         if not run.arm:
@@ -224,7 +225,7 @@ class Planner:
     def summary(self, run: PlannedRun) -> Summary | None:
         """What a finished run measured and spent; None while it is not finished."""
         if run not in self._summaries:
-            job = self._job_if_any(run)
+            job = self.job_if_any(run)
             found = job and (read_summary(self.folder / job.folder) or self._kept.get(str(job.folder)))
             if found is None:
                 return None

@@ -71,6 +71,9 @@ Processes = Annotated[int, Ge(1), Le(65_536)]
 """Ranks, threads, jobs, requests under way, micro-batches of one rank."""
 
 # Numbers.
+Cores = Annotated[float, Ge(0.01), Le(65_536)]
+"""CPU cores that a process is given; a fraction shares one."""
+Gpus = Annotated[float, Ge(0), Le(1024)]
 Rate = Annotated[float, Gt(0), Le(1e6)]
 """A learning rate. Rates that harm are told by the training itself; a number beyond these is no rate."""
 Share = Annotated[float, Ge(0), Le(1)]
