@@ -321,9 +321,13 @@ def switched_on(**weights: float) -> dict[str, float]:
 
 
 def bare_row(trajectory: Trajectory) -> BareRow:
-    """What the model reads of a trajectory; its response tokens are the trained ones."""
-    ids = torch.tensor([*trajectory.prompt.token_ids, *trajectory.response_ids], dtype=torch.int64)
-    return BareRow(ids, trained_tokens(len(trajectory.prompt.token_ids), len(ids)))
+    """What the model reads of a trajectory; its response tokens are the trained ones, and no observation is."""
+    after, written = trajectory.after_prompt()
+    ids = torch.tensor([*trajectory.prompt.token_ids, *after], dtype=torch.int64)
+    trained = trained_tokens(len(trajectory.prompt.token_ids), len(ids))
+    return BareRow(
+        ids, trained if all(written) else trained & torch.tensor([False] * (len(ids) - len(after)) + written)
+    )
 
 
 def make_rows(
