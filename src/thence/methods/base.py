@@ -161,6 +161,9 @@ class Method(ABC):
     uses_reference: ClassVar[bool] = False
     """Whether :meth:`weigh` looks at the log-probabilities of a reference model (:attr:`TokenFacts.reference`). The
     facts' ``logp`` and ``entropy`` are NaN where it says nothing else."""
+    single_turn: ClassVar[str] = ""
+    """Why it cannot train rollouts of several turns, as a sentence; empty: it can. One that weighs the policy's tokens
+    by rewards can: its n response tokens are those of all turns. One that takes responses apart cannot."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -325,9 +328,9 @@ def bare_row(trajectory: Trajectory) -> BareRow:
     after, written = trajectory.after_prompt()
     ids = torch.tensor([*trajectory.prompt.token_ids, *after], dtype=torch.int64)
     trained = trained_tokens(len(trajectory.prompt.token_ids), len(ids))
-    return BareRow(
-        ids, trained if all(written) else trained & torch.tensor([False] * (len(ids) - len(after)) + written)
-    )
+    if trajectory.observations:
+        trained[len(trajectory.prompt.token_ids) :] &= torch.tensor(written)
+    return BareRow(ids, trained)
 
 
 def make_rows(

@@ -102,6 +102,7 @@ class ExGrpo(Method):
     formula = "-(1/N) [sum_fresh r A + sum_replay r_b/(r_b + 0.1) A], A = R - mean of 7 fresh and 1 of the past"
     source = "ExGRPO's paper and released code"
     exactness = "reconstruction"
+    single_turn = "it replays responses, and its pool keeps their own tokens without what an environment said between"
     Options = ExGrpoOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):

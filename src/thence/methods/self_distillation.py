@@ -126,6 +126,7 @@ class SelfDistillation(Method):
 
     stage = "rl"
     uses_old = True
+    single_turn = "its teacher reads a response behind another prompt, without what an environment said between"
     Options = SelfDistillationOptions
 
     @property

@@ -118,6 +118,7 @@ class Trapo(Method):
     formula = "-(1/Z) [sum_own r A + sum_prefix S(pi)], slope of S min(1, pi/0.1), 4+2+1+1 responses, begun if R is low"
     source = "arXiv 2512.17636 and its repository"
     exactness = "exact"
+    single_turn = "an expert begins its responses, and the policy goes on within that one turn"
     Options = TrapoOptions
 
     @classmethod

@@ -199,7 +199,7 @@ class Rl(Optimization):
     reward_right_from: Signed | None = None
     """Lowest score of your own function that counts as right. Default: what it states; else only 0 and 1 are judged."""
     environment: Environment | None = None
-    """Rollouts of several turns in an environment of your own: a class (file.py:Class) or a table. Its rewards take the place of reward. Default: one turn, no environment."""
+    """Rollouts of several turns: your own class (file.py:Class), or a table. It gives rewards. Default: one turn."""
     rollout_rows: Rows = 512
     """Largest number of responses sampled in parallel."""
     engine: Literal["native", "vllm"] = "native"
@@ -251,7 +251,7 @@ class Eval(Section):
     reward_right_from: Signed | None = None
     """Lowest score of your own function that counts as right. Default: what it states; else only 0 and 1 are judged."""
     environment: Environment | None = None
-    """As rl.environment: a class (file.py:Class) or a table. Its rewards take the place of reward. Default: one turn, no environment."""
+    """Rollouts of several turns, as in rl.environment. Default: one turn."""
     rollout_rows: Rows = 512
     """Largest number of responses sampled in parallel."""
 

@@ -1,8 +1,8 @@
 """The process in which environments of the user's own live. `thence.rollout.environments` starts it.
 
 It loads the class once and holds one object of it for each rollout under way. Requests are {"op": "reset", "id", "row",
-"seed"}, {"op": "step", "id", "text"} and {"op": "end", "id"}; replies are {"observation", ...}, {"raised"}, {"returned"}
-or {"slow"}. Pipes and the end of the process are as for reward functions (`thence.verify.function_worker`).
+"seed"}, {"op": "step", "id", "text"} and {"op": "end", "id"}; replies are {"observation", ...}, {"raised"}, {"slow"} or
+{"returned"}. Pipes and the end of the process are as for reward functions (`thence.verify.function_worker`).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def as_step(value: Any) -> dict[str, Any]:
     if isinstance(value, tuple) and len(value) == 3:
         observation, reward, done = value
     elif all(hasattr(value, name) for name in ("observation", "reward", "done")):
-        observation, reward, done = value.observation, value.reward, value.done
+        observation, reward, done = (getattr(value, name) for name in ("observation", "reward", "done"))
     else:
         return {"returned": f"{shown(value)}, not (observation, reward, done)"}
     if observation is not None and (wrong := _wrong_text(observation)):

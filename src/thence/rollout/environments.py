@@ -89,13 +89,13 @@ class EnvironmentPool:
 
     def begin(
         self, rows: Sequence[dict[str, Any]], seeds: Sequence[int], wheres: Sequence[str]
-    ) -> list[tuple[Played, str | None | Failure]]:
+    ) -> list[tuple[Played, str | Failure | None]]:
         """Make an environment for each row and reset it. Each comes with its first observation, if it has one."""
         played = [Played(self._begun + i, where) for i, where in enumerate(wheres)]
         self._begun += len(played)
         asked = {p.place: {"row": row, "seed": seed} for p, row, seed in zip(played, rows, seeds, strict=True)}
 
-        def reset(slot: _Slot, p: Played) -> str | None | Failure:
+        def reset(slot: _Slot, p: Played) -> str | Failure | None:
             found = slot.ask("reset", p, asked[p.place])
             return found if isinstance(found, Failure) else found["observation"]
 

@@ -134,18 +134,6 @@ class Player(Grader):
             self._form = observation_form(tokenizer, self.chat, self.settings.role)
         return self._form
 
-    def check(self, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts that do not end as the chat template opens a turn. Raises UserError."""
-        form = self.form(tokenizer)
-        wrong = next((prompt for prompt in prompts if not form.opens(prompt.token_ids)), None)
-        if wrong is not None:
-            raise DataError(
-                f"the prompt of example {wrong.index + 1} does not end as the chat template opens a turn, so the turns "
-                "after it cannot be written",
-                remedy='give prompts as messages, or set data.template = "none": observations are then plain text',
-                field="data.template",
-            )
-
     def play(
         self,
         tokenizer: Any,
@@ -163,7 +151,7 @@ class Player(Grader):
             ask: samples the turns.
             limit: most tokens that the model can read; None: any number.
         """
-        self.check(tokenizer, prompts)
+        check_prompts(self.form(tokenizer), prompts)
         rollouts = self._begun(prompts, seeds, limit, sampling)
         for turn in range(self.settings.max_turns):
             going = [rollout for rollout in rollouts if not rollout.finish]
@@ -289,6 +277,18 @@ class Player(Grader):
                 return self._graded([found.reward], True)
             return Grade(Verdict.UNKNOWN, 0.0, reason="the environment was not done after this one turn")
         return unknown(found.reason if isinstance(found, Failure) else "the environment was not asked")
+
+
+def check_prompts(form: ObservationForm, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that do not end as the chat template opens a turn. Raises DataError."""
+    wrong = next((prompt for prompt in prompts if not form.opens(prompt.token_ids)), None)
+    if wrong is not None:
+        raise DataError(
+            f"the prompt of example {wrong.index + 1} does not end as the chat template opens a turn, so the turns "
+            "after it cannot be written",
+            remedy='give prompts as messages, or set data.template = "none": observations are then plain text',
+            field="data.template",
+        )
 
 
 def _room(rollout: _Rollout, sampling: Sampling, limit: int | None) -> int:

@@ -115,7 +115,7 @@ def wants_seed(environment: type[Any]) -> bool:
 
 
 def split_spec(spec: str, kind: Kind = REWARD) -> tuple[str, str]:
-    """The file or module of what is the user's own, and its name there. Raises UserError where the spec names neither."""
+    """The file or module of a function or class, and its name there. Raises UserError where the spec names neither."""
     place, colon, name = spec.rpartition(":")
     own = "function" if kind is REWARD else "Class"
     if not colon or not place or not name:
