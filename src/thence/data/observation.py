@@ -80,8 +80,10 @@ class ObservationForm:
 
     def opens(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a prompt ends as the template opens a turn of the policy."""
+        if not self.header:
+            return True
         most = len(encode(self.tokenizer, self.header)) + 8
-        return not self.header or str(self.tokenizer.decode(list(prompt_ids[-most:]))).endswith(self.header)
+        return str(self.tokenizer.decode(list(prompt_ids[-most:]))).endswith(self.header)
 
     def _around(self, before: str, text: str) -> list[int]:
         lead, tail = encode(self.tokenizer, before), encode(self.tokenizer, self.after)

@@ -361,8 +361,8 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
     if stage.environment is None:
         trial.attempt(f"{part}: reward {named}", lambda: try_reward(stage, loaded, trial.tokenizer))
         return
-    data = trial.recipe.stage_data(overrides)
-    trial.attempt(f"{part}: environment {named}", lambda: try_environment(stage, loaded, trial.tokenizer, data))
+    table = trial.recipe.stage_data(overrides)
+    trial.attempt(f"{part}: environment {named}", lambda: try_environment(stage, loaded, trial.tokenizer, table))
 
 
 def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:
