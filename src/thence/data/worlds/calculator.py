@@ -4,9 +4,9 @@
     environment  =12
     policy       #12
 
-The policy ends its turn behind a product, the calculator writes its value modulo 100, and the policy goes on. A turn that
-ends in an answer (`#12`) is the last: right gives 1, wrong 0. Any other turn is no call and no answer: 0. Only products
-are worked out, so sums, their order and the answer stay with the policy.
+The policy ends its turn behind a product, the calculator writes its value modulo 100, and the policy goes on. A turn
+that ends in an answer (`#12`) is the last: right gives 1, wrong 0. Any other turn is no call and no answer: 0. Only
+products are worked out, so sums, their order and the answer stay with the policy.
 """
 
 from __future__ import annotations
