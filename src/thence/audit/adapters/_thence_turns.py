@@ -11,13 +11,13 @@ def in_turns(trajectory: Any) -> Any:
 
     from thence.data.trajectory import Observation
 
-    ids, said = trajectory.response_ids, _environment(len(trajectory.response_ids))
+    ids, said = trajectory.response_ids, environment(len(trajectory.response_ids))
     observations = tuple(Observation(place - i, (ids[place],)) for i, place in enumerate(said))
     return replace(
         trajectory, response_ids=tuple(t for i, t in enumerate(ids) if i not in said), observations=observations
     )
 
 
-def _environment(tokens: int) -> list[int]:
+def environment(tokens: int) -> list[int]:
     """Places of a response of so many tokens that the environment wrote: neither the first nor the last one."""
     return list(range(2, tokens - 1, 3))
