@@ -163,8 +163,8 @@ def _packed(found: list[_Source]) -> str:
             visible(sample.tokens),
             sample.score,
             {visible(name): value for name, value in sample.components.items()},
-            sample.weighed,
             sample.turns,
+            sample.weighed,
         ]
         for source in found
         for number, sample in source.kept

@@ -9,6 +9,7 @@ from thence.data.template import ChatFormat
 from thence.recipe import Eval, Rl
 from thence.rollout.turns import Player
 from thence.verify.grader import Grader
+from thence.verify.own_function import SLOW_IN_A_ROW
 from thence.verify.reward import load_reward
 from thence.verify.weighted import WeightedGrader
 
@@ -25,7 +26,8 @@ def stage_reward(stage: Rl | Eval, chat: ChatFormat | None = None, **limits: Any
     """
     right_from = stage.reward_right_from
     if stage.environment is not None:
-        return Player(stage.environment, right_from, chat, limits.get("workers"))
+        own = {"processes": limits.get("workers"), "slow_in_a_row": limits.get("slow_in_a_row", SLOW_IN_A_ROW)}
+        return Player(stage.environment, right_from, chat, **own)
     if len(names := reward_names(stage)) > 1 or list(names.values()) != [1.0]:
         with ExitStack() as opened:
             graders = {

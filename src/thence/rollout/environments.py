@@ -72,14 +72,15 @@ class EnvironmentPool:
         spec: `package.module:Class` or `path/to/file.py:Class`.
         seconds: wall-clock limit of one `reset` or `step`.
         processes: how many; rollouts are dealt to them in turn.
-        stops: whether an error ends the run (UserError). Else the rollout has no score, which the log says once.
+        slow_in_a_row: an error ends the run (UserError), and so do so many steps in a row that take too long. None:
+            nothing does; the rollout has no score, which the log says once.
 
     Raises:
         UserError: the class cannot be loaded.
     """
 
-    def __init__(self, spec: str, seconds: float, processes: int = 1, stops: bool = True):
-        self._slots = [_Slot(spec, seconds, stops) for _ in range(processes)]
+    def __init__(self, spec: str, seconds: float, processes: int = 1, slow_in_a_row: int | None = SLOW_IN_A_ROW):
+        self._slots = [_Slot(spec, seconds, slow_in_a_row) for _ in range(processes)]
         self._begun = 0
 
     @property
@@ -141,8 +142,8 @@ class EnvironmentPool:
 class _Slot:
     """One process, started again when it is gone, and what it holds."""
 
-    def __init__(self, spec: str, seconds: float, stops: bool):
-        self._spec, self._seconds, self._stops = spec, seconds, stops
+    def __init__(self, spec: str, seconds: float, slow_in_a_row: int | None):
+        self._spec, self._seconds, self._slow_in_a_row = spec, seconds, slow_in_a_row
         self._process: FunctionProcess | None = self._started()
         self.stated = self._process.stated
         self._held: set[int] = set()
@@ -207,13 +208,13 @@ class _Slot:
     def _remedy(self, first: str) -> str:
         return (
             f'{first}; or set environment.on_error = "unknown", and such rollouts are left out'
-            if self._stops
+            if self._slow_in_a_row is not None
             else first
         )
 
     def failed(self, error: UserError) -> Failure:
         """What becomes of a rollout whose environment is at fault: the error is raised, or its reason kept."""
-        if self._stops:
+        if self._slow_in_a_row is not None:
             raise error
         self._tell(f"{error.problem}: nobody can tell the score of this rollout; this is said once")
         return Failure("error", error.problem)
@@ -221,9 +222,9 @@ class _Slot:
     def _late(self, op: str, played: Played) -> Failure:
         self._slow += 1
         problem = f"environment {self._spec}: {op} took more than {self._seconds:g} s on {played.where}"
-        if self._stops and self._slow >= SLOW_IN_A_ROW:
+        if self._slow_in_a_row is not None and self._slow >= self._slow_in_a_row:
             raise UserError(
-                f"{problem}, the last of {self._slow} in a row",
+                f"{problem}, the last of {self._slow} in a row" if self._slow > 1 else problem,
                 remedy=self._remedy("make it quicker, or raise environment.seconds"),
             )
         self._tell(f"{problem}: nobody can tell the score of this rollout; this is said once")

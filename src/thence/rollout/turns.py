@@ -35,7 +35,7 @@ from thence.recipe.tables import Environment
 from thence.rollout.environments import EnvironmentPool, Failure, Played, Step
 from thence.rollout.native import Response, Sampling
 from thence.verify.grader import Grader
-from thence.verify.own_function import Stated
+from thence.verify.own_function import SLOW_IN_A_ROW, Stated
 from thence.verify.verdict import Grade, Verdict, unknown
 
 Ask = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], Sequence[Response]]
@@ -88,6 +88,7 @@ class Player(Grader):
         right_from: the lowest score that is right; default: what the class states, else 1 is right and 0 wrong.
         chat: the chat template of the prompts; None: no rollout is played here.
         processes: instead of those of the settings.
+        slow_in_a_row: so many steps in a row that take too long are an error.
 
     Raises:
         UserError: the class cannot be loaded.
@@ -99,10 +100,11 @@ class Player(Grader):
         right_from: float | None = None,
         chat: ChatFormat | None = None,
         processes: int | None = None,
+        slow_in_a_row: int = SLOW_IN_A_ROW,
     ):
         self.settings, self.chat = settings, chat
-        stops = settings.on_error == "stop"
-        self._pool = EnvironmentPool(settings.path, settings.seconds, processes or settings.processes, stops)
+        most = slow_in_a_row if settings.on_error == "stop" else None
+        self._pool = EnvironmentPool(settings.path, settings.seconds, processes or settings.processes, most)
         self.threshold = self._pool.stated if right_from is None else Stated(True, right_from)
         self._form: ObservationForm | None = None
 

@@ -1,6 +1,6 @@
 "use strict";
 // All samples that the page holds: filter, sort, page through, link to one. Their text only ever becomes text nodes.
-const FIELDS = ["id", "group", "verdict", "reward", "length", "step", "prompt", "response", "answer", "extracted", "reason", "where", "tokens", "score", "components", "weighed", "turns"];
+const FIELDS = ["id", "group", "verdict", "reward", "length", "step", "prompt", "response", "answer", "extracted", "reason", "where", "tokens", "score", "components", "turns", "weighed"];
 const A_PAGE = 20;
 const box = document.getElementById("held-samples");
 
