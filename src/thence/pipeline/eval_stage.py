@@ -39,6 +39,7 @@ from thence.recipe import Eval
 from thence.redaction import redacted
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond, response_seed
+from thence.train.parallel import together
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,13 @@ class RanksBackend:
         ranks, keys, n = self.context.ranks, list(part.prompts), part.task.samples
         mine = list(part.prompts.values())[ranks.rank :: ranks.world]
         model, tokenizer = self.context.model, self.context.tokenizer
-        with nullcontext() if self.stage.environment is None else stage_reward(self.stage, part.chat) as player:
-            own = respond(model, tokenizer, player, mine, n, part.sampling, part.seed_parts)
-        shares = ranks.gather([self._generation(part, trajectory) for trajectory in own])
+
+        def share() -> list[Generation]:
+            with nullcontext() if self.stage.environment is None else stage_reward(self.stage, part.chat) as player:
+                own = respond(model, tokenizer, player, mine, n, part.sampling, part.seed_parts)
+            return [self._generation(part, trajectory) for trajectory in own]
+
+        shares = ranks.gather(share() if self.stage.environment is None else together(ranks, share))
         return {
             (key, number): share[i * n + number]
             for rank, share in enumerate(shares)
