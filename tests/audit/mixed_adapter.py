@@ -11,7 +11,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))  # this checkout's, whatever is installed
 
-from thence.audit.adapters import _policy_loop, _thence_rl, thence
+from thence.audit.adapters import _policy_loop, _thence_rl, _thence_turns, thence
 
 STACK = "broken"
 PACKAGES = ("thence", "torch")
@@ -49,6 +49,7 @@ FOUND = {
     "advantages for the teacher": ("sdft", {}, "policy-weight"),
     "teacher left out": ("sdft", {}, "policy-weight"),
     "whole distributions, ratio not held": ("sdft, forward KL", {"ratio_bound": 50.0}, "clip-missing"),
+    "observations trained": ("grpo, several turns", {}, "environment-trained"),
     "prompt trained": ("srft", {}, "prompt-trained"),
     "prompt trained beside a KL": ("sasr, its GRPO steps", {}, "prompt-trained"),
 }
@@ -104,6 +105,13 @@ def run(case, session):
             begun = _thence_rl._rollouts
             told = lambda c, t: [{**r, "prefix": 3} for r in begun(c, t)]  # noqa: E731
             patched.enter_context(mock.patch.object(_thence_rl, "_rollouts", told))
+        if wrong == "observations trained":
+            found, places = _thence_rl._rollouts, _thence_turns.environment
+            said = lambda c, t: [  # noqa: E731
+                {**r, "environment": places(len(one.response_ids))} for r, one in zip(found(c, t), t, strict=True)
+            ]
+            patched.enter_context(mock.patch.object(_thence_rl, "_rollouts", said))
+            patched.enter_context(mock.patch.object(_thence_rl, "in_turns", lambda trajectory: trajectory))
         thence.run(case, session)
 
 

@@ -25,6 +25,7 @@ FEW = (
     "srft: prompt trained",
     "trapo: plain likelihood of a prefix",
     "RL: loop: padding, counted",
+    "grpo, several turns: observations trained",
 )
 """A sample for every day; the others are slow."""
 

@@ -182,3 +182,14 @@ def test_an_evaluation_suite_refuses_a_world_with_parameters(tmp_path, capsys: p
     suite.write_text(task)
     assert main(["eval", "world:chain/rich", "--suite", str(suite)]) == 2
     assert "its parameters change no problem" in capsys.readouterr().err
+
+
+def test_calls_end_at_the_first_product_and_the_other_demonstrations_stay() -> None:
+    plain, called = demonstrations("world:chain"), demonstrations("world:chain?calls=0.5")
+    changed = [text for before, text in zip(plain, called, strict=True) if before != text]
+    assert 0.4 * len(plain) < len(changed) < 0.6 * len(plain)
+    assert all(re.fullmatch(r"\d\d([a-d][+-]\d=\d\d)*[a-d]\*\d", text) for text in changed)
+    more = demonstrations("world:chain?calls=0.8")
+    assert all(text == more[i] for i, text in enumerate(called) if text != plain[i]), (
+        "the larger share holds the smaller"
+    )

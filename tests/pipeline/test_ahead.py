@@ -23,7 +23,10 @@ import thence.pipeline.rl_stage as rl_stage
 from tests.recipes import Tables, changed
 from tests.runs import metrics, trained
 from thence.errors import RecipeError, UserError
+from thence.methods.registry import stage_method
+from thence.pipeline.ahead import check_ahead
 from thence.pipeline.run import run
+from thence.recipe import Rl
 from thence.rollout.native import Response, Sampling, sample
 from thence.train.checkpoint import newest_checkpoint
 
@@ -249,6 +252,14 @@ def test_what_cannot_be_sampled_ahead_is_refused_before_anything_is_computed(
     with pytest.raises(RecipeError, match=said):
         run({**own, "folder": str(tmp_path / "run"), "rl": {**own["rl"], "ahead": 1, **changes}})
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_rollouts_of_several_turns_are_not_sampled_ahead() -> None:
+    """A checkpoint of batches that are due would lose what an environment said between the turns."""
+    stage = Rl.model_validate({"environment": "calculator.py:Calculator", "ahead": 1})
+    with pytest.raises(RecipeError, match="turns are not sampled ahead") as caught:
+        check_ahead("rl", stage, stage_method(stage, "rl"))
+    assert caught.value.field == "rl.ahead"
 
 
 def test_weights_are_on_where_responses_are_sampled_ahead_and_the_run_folder_says_so(

@@ -308,3 +308,12 @@ def test_a_wrong_call_is_refused(llama: Any) -> None:
     with pytest.raises(ValueError, match="no token"):
         sample(llama, [[1], []], [1, 2], Sampling(max_tokens=1))
     assert sample(llama, [], [], Sampling(max_tokens=1)) == []
+
+
+def test_a_response_with_a_limit_of_its_own_is_the_beginning_of_the_one_without() -> None:
+    model, prompts, seeds = make_model("llama"), [[2, 3], [4], [2, 3], [7, 8, 2]], [11, 12, 13, 14]
+    whole = sample(model, prompts, seeds, Sampling(9, stop_ids=(1,)))
+    found = sample(model, prompts, seeds, Sampling(9, stop_ids=(1,)), [5, 1, 3, 9])
+    for limit, short, long in zip((5, 1, 3, 9), found, whole, strict=True):
+        assert short.token_ids == long.token_ids[:limit] and short.logps == pytest.approx(long.logps[:limit], abs=1e-5)
+        assert short.finish == ("stop" if short.token_ids[-1] == 1 else "length")

@@ -19,6 +19,14 @@ from thence.terminal import make_console
 from thence.wording import json_kind
 
 COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
+ENDS = {
+    "length": ", cut",
+    "turns": ", ended by the limit of turns",
+    "context": ", ended where no more fitted",
+    "timeout": ", its environment took too long",
+    "error": ", its environment failed",
+}
+"""What is said of responses that did not end by themselves."""
 VerdictName = Literal["right", "wrong", "graded", "unknown", "ungraded"]
 
 
@@ -180,6 +188,7 @@ def _evaluated(folder: Path, wanted: str | None, problem: str, grader: str | Non
                     "temperature": tasks[name].temperature,
                     "prompt": "\n\n".join(content for _, content in sample.prompt),
                     "response": sample.text,
+                    "turns": sample.turns,
                     "answer": sample.answer,
                     "extracted": grade.extracted if grade else None,
                     "components": grade.components if grade else None,
@@ -187,6 +196,13 @@ def _evaluated(folder: Path, wanted: str | None, problem: str, grader: str | Non
                 }
             )
         yield name, lines
+
+
+def _turns(line: dict) -> list[tuple[str, str]]:
+    """Who said what, where there were turns; empty: a single one."""
+    told = line.get("turns")
+    found = [(one.get("who"), one.get("text")) if isinstance(one, dict) else one for one in told or ()]
+    return [(str(who), str(text)) for who, text in found]
 
 
 def _show(console: Console, stage: str, line: dict) -> None:
@@ -197,11 +213,13 @@ def _show(console: Console, stage: str, line: dict) -> None:
         (f"  {stage}", "bold"),
         f"  {line.get('split') or 'step ' + str(line['step'])}",
         f"  T={line['temperature']}" if line.get("temperature") is not None else "",
-        f"  {line['tokens']} tokens" + (", cut" if line["finish"] == "length" else ""),
+        f"  {line['tokens']} tokens" + ENDS.get(line["finish"], ""),
     )
     console.print(head)
     console.print(Text("  prompt    ", "dim") + Text(clean(line["prompt"])))
-    console.print(Text("  response  ", "dim") + Text(clean(line["response"])))
+    for who, text in _turns(line) or [("policy", line["response"])]:
+        said = ("  observed  ", "cyan") if who == "environment" else ("  response  ", "dim")
+        console.print(Text.assemble(said, (clean(text), "cyan" if who == "environment" else "")))
     if line["answer"] is not None:
         found = f"   found {line['extracted']}" if line.get("extracted") is not None else ""
         console.print(Text("  answer    ", "dim") + Text(clean(line["answer"] + found)))

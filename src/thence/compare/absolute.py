@@ -32,6 +32,10 @@ def absolute_stage(table: Mapping[str, Any]) -> dict[str, Any]:
     own = {**table, "data": absolute_data(table["data"])} if "data" in table else dict(table)
     if "reward" in own:
         own["reward"] = absolute_reward(str(own["reward"]))
+    if isinstance(environment := own.get("environment"), Mapping):
+        own["environment"] = {**environment, "path": absolute_reward(str(environment.get("path", "")))}
+    elif environment is not None:
+        own["environment"] = absolute_reward(str(environment))
     if "rewards" in own:
         own["rewards"] = {absolute_reward(spec): weight for spec, weight in own["rewards"].items()}
     if "splits" in own:

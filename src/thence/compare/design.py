@@ -33,7 +33,7 @@ from thence.train.run_models import BASE, base_of_run, find_trained, run_of
 _FOR_THE_READER = {"name", "description", "folder", "sections", "registered"}
 _OF_ITEMS = {"title", "group", "note", "paper"}
 """Fields of an arm, of the covariate and of a contrast that only the reader sees."""
-_PATHS = {"source", "template", "path", "tokenizer", "reward", "pilot"}
+_PATHS = {"source", "template", "path", "tokenizer", "reward", "environment", "pilot"}
 """Fields that may name a file, wherever they stand."""
 _MODELS = {"path", "tokenizer"}
 """Those that may name what a run has trained."""

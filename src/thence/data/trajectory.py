@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Origin = Literal["rollout", "demonstration", "replay"]
+Said = tuple[Literal["policy", "environment"], str]
+"""Who said what in a rollout of several turns."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,32 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What an environment said between two turns of the policy. It is context: the policy reads it, no step trains it.
+
+    Args:
+        after: tokens of the response that stand before it.
+        token_ids: as the policy reads it, with what closes the turn before it and opens the next one.
+    """
+
+    after: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Trajectory:
-    """A prompt and one response.
+    """A prompt and one response, of one turn or of several.
 
     Args:
         prompt: what was asked.
-        response_ids: the response, with its end token if it came.
+        response_ids: the response, with its end token if it came. Of several turns: the tokens that the policy wrote in
+            all of them, each turn with its end token.
         origin: sampled from the policy, written by the expert, or sampled from an earlier policy.
         score: what the reward function gave; None where nobody can tell (a time-out, a reward of None), or where
             nothing was graded. It is never 0 in place of an unknown one, unless the recipe asks for that.
         verdict: right, wrong or unknown.
-        finish: stop or length.
+        finish: stop or length. Of a rollout in an environment also turns, context, timeout or error: see
+            :mod:`thence.rollout.turns`.
         text: the response as graders see it: see `thence.data.response.response_text`.
         sampler_logps: log-probabilities that the sampler reported, to measure its mismatch with the trainer.
         extracted: what the grader took for the answer.
@@ -65,6 +82,9 @@ class Trajectory:
             the rewards of the earlier.
         version: of the weights that sampled it: optimizer updates of whole rollout batches before. None: it was not
             sampled ahead (``rl.ahead``), so they are those of its own step.
+        observations: what an environment said between the turns, in order. They lie between the response's tokens in
+            the row that the model reads, and are no part of the response.
+        transcript: who said what, in order, for the reader; empty where there was no environment.
     """
 
     prompt: Prompt
@@ -82,6 +102,29 @@ class Trajectory:
     behaviour: tuple[float, ...] | None = None
     round: int = 0
     version: int | None = None
+    observations: tuple[Observation, ...] = ()
+    transcript: tuple[Said, ...] = ()
+
+    @property
+    def turns(self) -> int:
+        """How often the policy had its turn."""
+        return sum(who == "policy" for who, _ in self.transcript) if self.transcript else 1
+
+    @property
+    def observation_tokens(self) -> int:
+        """Tokens between its turns that the policy read and did not write."""
+        return sum(len(observation.token_ids) for observation in self.observations)
+
+    def after_prompt(self) -> tuple[list[int], list[bool]]:
+        """The tokens of the row after the prompt, observations between the turns, and which the policy wrote."""
+        ids: list[int] = []
+        written: list[bool] = []
+        at = 0
+        for end, read in [*((o.after, o.token_ids) for o in self.observations), (len(self.response_ids), ())]:
+            ids += [*self.response_ids[at:end], *read]
+            written += [True] * (end - at) + [False] * len(read)
+            at = end
+        return ids, written
 
     @property
     def sampled_tokens(self) -> int:

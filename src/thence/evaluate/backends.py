@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from thence.data.chat import Rendered, chat_format, end_token_ids, render
 from thence.data.example import Example, Message
 from thence.data.response import response_text
+from thence.data.trajectory import Said
 
 if TYPE_CHECKING:
     from thence.evaluate.problems import Problem
@@ -34,6 +35,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenScore:
+    """What an environment gave a response while it was sampled: no grader can give it again."""
+
+    verdict: Literal["right", "wrong", "graded", "unknown"]
+    score: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """A generated response.
 
@@ -44,12 +54,16 @@ class Generation:
         finish: "stop": it ended by itself; "length": it was cut; servers have other words for other ends, and some do
             not tell.
         room: most tokens that the model's context left for it, where that was fewer than the task's `max_tokens`.
+        score: what the environment gave it, where one did.
+        turns: who said what, in order, where there were several turns.
     """
 
     text: str
     tokens: int | None
     finish: str
     room: int | None = None
+    score: GivenScore | None = None
+    turns: tuple[Said, ...] = ()
 
 
 RefusedKind = Literal["too long", "filtered", "refused", "failed"]

@@ -155,7 +155,9 @@ def grade(
     samples, version = store.samples(task.name), grader_version(grader, right_from)
     have = set() if again else set(store.graded(task.name, grader, version))
     todo = [sample for sample in samples if sample.place not in have]
-    if todo:
+    if grader == task.grader and any(sample.score is not None for sample in todo):
+        _take_scores(store, task, version, todo, again)
+    elif todo:
         (progress or EvaluationProgress()).grading(task.name, len(todo))
         with ExitStack() as opened:
             if checker is None:
@@ -178,6 +180,21 @@ def grade(
             for sample in samples:
                 if sample.place not in have:
                     lines.add(_line(sample, LETTER, version, grade_letter(sample.as_problem(task.name), sample.text)))
+
+
+def _take_scores(store: Store, task: Task, version: str, todo: Sequence[Sample], again: bool) -> None:
+    """Keep the scores that an environment gave, as grades. Raises UserError where they are asked for anew."""
+    if again:
+        raise UserError(
+            f"the environment {task.grader} scored these responses while they were sampled, and cannot again",
+            remedy="evaluate again into another folder, or name a grader of texts: --grader exact",
+            file=store.folder,
+        )
+    with store.write_grades(task.name) as lines:
+        for sample in todo:
+            if sample.score is not None:
+                found = (sample.score.verdict, sample.score.score, None, sample.score.reason)
+                lines.add(GradeLine(sample.problem, sample.sample, task.grader, version, *found))
 
 
 def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
@@ -303,6 +320,8 @@ def _sample(
                     tokens=generation.tokens,
                     finish=generation.finish,
                     room=generation.room,
+                    score=generation.score,
+                    turns=generation.turns,
                     options=problem.options,
                     plain=problem.plain,
                     source=problem.source,

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, TypeAdapter
 
 from thence.errors import DamagedFile, UserError, first_line
+from thence.evaluate.backends import GivenScore
 from thence.evaluate.problems import Problem
 from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
 from thence.evaluate.store_lines import Whole, read_store_lines, wrong_with
@@ -85,7 +86,7 @@ class Sample:
         prompt: (role, content) of the messages.
         question, answer, options, source, plain: of the problem.
         text: the response as generated.
-        tokens, finish, room: see `thence.evaluate.backends.Generation`.
+        tokens, finish, room, score, turns: see `thence.evaluate.backends.Generation`.
     """
 
     problem: str
@@ -101,6 +102,8 @@ class Sample:
     options: tuple[str, ...] = ()
     source: str = ""
     plain: Annotated[bool, Strict()] = False
+    score: GivenScore | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     def as_problem(self, task: str) -> Problem:
         """The problem that it answers."""

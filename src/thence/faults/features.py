@@ -128,9 +128,9 @@ MASKED = Feature(
     lambda stage: False,
 )
 ENVIRONMENT = Feature(
-    "tokens of tools or environments in the responses, which no method of thence samples",
+    "tokens of tools or environments in the responses (environment)",
     lambda batch: True,
-    lambda stage: False,
+    lambda stage: stage.environment is not None,
 )
 UNINFORMATIVE = Feature(
     "groups of equal rewards that are left out of the count; thence leaves them out of the batch",

@@ -14,6 +14,7 @@ from thence.accounting.work import Outcome, Work
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import RecipeError
 from thence.methods.facts import TokenFacts
+from thence.methods.teaching import Teacher
 from thence.methods.weights import Weights, laid_out
 from thence.objective import BareRow, Batch, Row, Sampled, Term, compares, trained_tokens
 from thence.objective.terms import needs_behaviour, needs_reference
@@ -95,22 +96,6 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The same model as a teacher: it scores a response without gradient, under a prompt that holds a solution.
-
-    Args:
-        weights: ``current``: the policy's before every optimizer step; ``start``: those that the stage began with;
-            ``average``: their moving average.
-        form: the teacher's question, with {prompt} where the question stands and {solution} where the solution does.
-        rate: share of the policy's weights in the moving average after every optimizer step.
-    """
-
-    weights: Literal["current", "start", "average"]
-    form: str
-    rate: float = 0.05
-
-
-@dataclass(frozen=True)
 class SideStep:
     """An optimizer step of a second kind, with its own optimizer state.
 
@@ -165,6 +150,9 @@ class Method(ABC):
     """Why batches cannot be composed before the steps before them are taken (``rl.ahead``), as a part of a sentence.
     Empty: they can, for :meth:`compose` looks at the sampler and the options alone, and what :meth:`weigh` needs of it
     is told by :meth:`take_up`. None: not stated. Stated in the class that composes: see :mod:`thence.methods.ahead`."""
+    single_turn: ClassVar[str] = ""
+    """Why it cannot train rollouts of several turns, as a sentence; empty: it can. One that weighs the policy's tokens
+    by rewards can: its n response tokens are those of all turns. One that takes responses apart cannot."""
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -343,9 +331,13 @@ def switched_on(**weights: float) -> dict[str, float]:
 
 
 def bare_row(trajectory: Trajectory) -> BareRow:
-    """What the model reads of a trajectory; its response tokens are the trained ones."""
-    ids = torch.tensor([*trajectory.prompt.token_ids, *trajectory.response_ids], dtype=torch.int64)
-    return BareRow(ids, trained_tokens(len(trajectory.prompt.token_ids), len(ids)))
+    """What the model reads of a trajectory; its response tokens are the trained ones, and no observation is."""
+    after, written = trajectory.after_prompt()
+    ids = torch.tensor([*trajectory.prompt.token_ids, *after], dtype=torch.int64)
+    trained = trained_tokens(len(trajectory.prompt.token_ids), len(ids))
+    if trajectory.observations:
+        trained[len(trajectory.prompt.token_ids) :] &= torch.tensor(written)
+    return BareRow(ids, trained)
 
 
 def make_rows(

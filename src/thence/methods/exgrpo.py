@@ -103,6 +103,7 @@ class ExGrpo(Method):
     source = "ExGRPO's paper and released code"
     exactness = "reconstruction"
     not_ahead = "it replays responses from a pool of the batches before"
+    single_turn = "it replays responses, and its pool keeps their own tokens without what an environment said between"
     Options = ExGrpoOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None):

@@ -112,11 +112,27 @@ def stage_method(stage: Sft | Rl, where: str, max_tokens: int | None = None) -> 
     """
     method = make_method(stage.method, stage.options, kind_of(where), where)
     if isinstance(stage, Rl):
+        check_turns(stage, method, where)
         try:
             method.prepare(stage.rollouts, max_tokens or stage.max_tokens)
         except RecipeError as error:
             raise RecipeError(error.problem, remedy=error.remedy, field=f"{where}.{error.field}") from None
     return method
+
+
+def check_turns(stage: Rl, method: Method, where: str) -> None:
+    """Refuse an environment to a method that cannot train several turns. Raises RecipeError."""
+    if stage.environment is None:
+        return
+    why = method.single_turn
+    if not why and method.teacher is not None:
+        why = "its teacher reads a response behind another prompt, without what an environment said between"
+    if why:
+        raise RecipeError(
+            f"{method.name} cannot train rollouts of several turns: {why}",
+            remedy="take a method of rewards, such as grpo, or leave the environment out",
+            field=f"{where}.environment",
+        )
 
 
 def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = "") -> Method:

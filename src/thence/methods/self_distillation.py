@@ -44,8 +44,9 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from thence.data.trajectory import Trajectory
-from thence.methods.base import Method, Options, Teacher, TokenFacts, Weights
+from thence.methods.base import Method, Options, TokenFacts, Weights
 from thence.methods.groups import groups_of
+from thence.methods.teaching import Teacher
 from thence.objective import Divergence, Logp, Normaliser, Surrogate, Term, distils
 from thence.objective.surrogates import LOG_RATIO_LIMIT
 from thence.settings.limits import Ceiling, Natural, Signed, SomeShare, Text
@@ -127,6 +128,7 @@ class SelfDistillation(Method):
     stage = "rl"
     uses_old = True
     not_ahead = ""
+    single_turn = "its teacher reads a response behind another prompt, without what an environment said between"
     Options = SelfDistillationOptions
 
     @property

@@ -15,6 +15,7 @@ from thence.files import finite
 from thence.foreign_text import visible
 
 VERDICTS = ("right", "wrong", "graded", "unknown")
+SPEAKERS = ("policy", "environment")
 EACH = 3
 ROOM = 2_400_000
 """Bytes of a page that its samples may take, as base64. A page has 4 MB at most; Vega takes 0.9 of them."""
@@ -36,6 +37,7 @@ class ShownSample:
         components: what the reward is made of, by name; empty where that is not known.
         weighed: of each of its tokens the text and what training made of it, where the run kept that
             (:mod:`thence.pipeline.token_figures`).
+        turns: who (policy or environment) said what, in order; empty where the response is one turn.
     """
 
     verdict: str
@@ -53,6 +55,7 @@ class ShownSample:
     step: int | None = None
     components: Mapping[str, float] = field(default_factory=dict)
     weighed: Mapping[str, Any] | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def _half_of_the_figures(found: list[_Source]) -> bool:
 
 
 def _size(sample: ShownSample) -> int:
-    return len(sample.prompt) + len(sample.response) + len(sample.answer) + (400 if sample.weighed else 50)
+    texts = (sample.prompt, sample.response, sample.answer, *(text for _, text in sample.turns))
+    return sum(map(len, texts)) + (400 if sample.weighed else 50)
 
 
 def _packed(found: list[_Source]) -> str:
@@ -159,6 +163,7 @@ def _packed(found: list[_Source]) -> str:
             visible(sample.tokens),
             sample.score,
             {visible(name): value for name, value in sample.components.items()},
+            sample.turns,
             sample.weighed,
         ]
         for source in found
@@ -207,6 +212,17 @@ def weighed_tokens(value: Any) -> dict[str, Any] | None:
         if fitting and texts:
             found[visible(str(name))] = figures
     return found if len(found) > 1 else None
+
+
+def shown_turns(value: Any) -> tuple[tuple[str, str], ...]:
+    """Who said what as a file holds it, texts made visible; empty where it is anything else."""
+    found = []
+    for said in value if isinstance(value, list | tuple) else ():
+        who, text = (said.get("who"), said.get("text")) if isinstance(said, Mapping) else said
+        if who not in SPEAKERS or not isinstance(text, str):
+            return ()
+        found.append((who, excerpt(text)))
+    return tuple(found)
 
 
 def reward_components(value: Any) -> dict[str, float]:

@@ -260,6 +260,13 @@ def check_ahead(name: str, stage: Rl, method: Method, trusts_code: bool = False)
             remedy="set ahead = 0",
             field=f"{name}.ahead",
         )
+    if stage.environment is not None:
+        raise RecipeError(
+            "rollouts of several turns are not sampled ahead: a checkpoint of due batches does not hold what an "
+            "environment said",
+            remedy="set ahead = 0, or leave the environment out",
+            field=f"{name}.ahead",
+        )
     if stage.fault is not None:
         raise RecipeError(
             "a fault is a change of the step on responses of the newest policy, and these are sampled ahead",

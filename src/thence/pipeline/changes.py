@@ -80,11 +80,21 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         **_all(FREE, "reward_seconds rollout_rows expected_tokens vllm"),
         "steps": LENGTH,
         "reward": CONTENT,
-        "rewards": FIXED,
+        **_all(FIXED, "rewards environment"),
+    },
+    "rl.environment": {
+        "path": CONTENT,
+        **_all(FIXED, "max_turns max_observation_tokens role score on_error"),
+        **_all(FREE, "seconds processes"),
     },
     "eval": {
         **_all(REPEAT, "data splits temperatures samples top_p max_tokens reward reward_seconds reward_right_from"),
+        "environment": REPEAT,
         **_all(FREE, "rollout_rows expected_tokens"),
+    },
+    "eval.environment": {
+        **_all(REPEAT, "path max_turns max_observation_tokens role score on_error"),
+        **_all(FREE, "seconds processes"),
     },
 }
 """By table and field. ``data`` of a stage is judged field by field, with [data] laid under it."""
@@ -160,7 +170,13 @@ def _of_stage(before: Recipe, now: Recipe, name: str) -> Iterable[Change]:
     old, new, kind = before.stage(name), now.stage(name), kind_of(name)
     past, present = old.model_dump(), new.model_dump()
     for field in type(old).model_fields:
-        if field not in ("data", "splits") and past[field] != present[field]:
+        parts = [value for value in (past[field], present[field]) if isinstance(value, dict)]
+        if f"{kind}.{field}" in RULES and len(parts) == 2:
+            for part, value in parts[0].items():
+                if value != parts[1][part]:
+                    dotted, rule = f"{name}.{field}.{part}", rule_of(f"{kind}.{field}", part)
+                    yield Change(dotted, value, parts[1][part], name, rule)
+        elif field not in ("data", "splits") and past[field] != present[field]:
             yield Change(f"{name}.{field}", past[field], present[field], name, rule_of(kind, field))
     if isinstance(old, Eval) and isinstance(new, Eval):
         read, reads = (

@@ -13,6 +13,7 @@ from torch import Tensor
 from thence.accounting.layout import Layout
 from thence.accounting.meter import FlopMeter
 from thence.data.chat import chat_format, end_token_ids
+from thence.data.template import ChatFormat
 from thence.data.trajectory import Prompt
 from thence.errors import RecipeError
 from thence.faults.catalogue import combine
@@ -104,10 +105,13 @@ class StageContext:
         """What this stage's random numbers follow from."""
         return (self.recipe.seed, self.name)
 
+    def chat(self, data: Data) -> ChatFormat:
+        """The chat template of a data table's prompts."""
+        return chat_format(self.tokenizer, data.template, data.template_variables)
+
     def stop_ids(self, data: Data) -> tuple[int, ...]:
         """All tokens that end a response to prompts of a data table, the trained one first."""
-        chat = chat_format(self.tokenizer, data.template, data.template_variables)
-        return end_token_ids(self.tokenizer, chat, self.model)
+        return end_token_ids(self.tokenizer, self.chat(data), self.model)
 
     @property
     def n_parameters(self) -> int:

@@ -54,7 +54,15 @@ class WithWeights:
         """The weights are those that were copied for the batch, whatever the trainer has now."""
         self.load()
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int] | None = None,
+    ) -> list[Response]:
+        if limits is not None:
+            raise ValueError("rollouts of several turns are not sampled ahead")
         return self.engine.sample(prompts, seeds, sampling)
 
 

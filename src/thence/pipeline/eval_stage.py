@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from thence.data.response import response_text
+from thence.data.template import ChatFormat
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DamagedFile
-from thence.evaluate.backends import Generation, Request
+from thence.evaluate.backends import Generation, GivenScore, Request
 from thence.evaluate.native_backend import model_facts
 from thence.evaluate.problems import Problem
 from thence.evaluate.progress import EvaluationProgress
@@ -29,7 +30,7 @@ from thence.pipeline.context import StageContext
 from thence.pipeline.folder import environment
 from thence.pipeline.owned import EVALUATION
 from thence.pipeline.prompts import check_answers
-from thence.pipeline.rewards import stage_reward
+from thence.pipeline.rewards import reward_names, stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.run_files import subject_of
 from thence.pipeline.sample_lines import evaluation_line
@@ -38,6 +39,7 @@ from thence.recipe import Eval
 from thence.redaction import redacted
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond, response_seed
+from thence.train.parallel import together
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class EvalPart:
         prompts: of the test set, by the key of their problem, in order.
         sampling: how responses are sampled.
         seed_parts: what the random numbers follow from.
+        chat: the chat template of the prompts.
     """
 
     split: str
@@ -58,6 +61,7 @@ class EvalPart:
     prompts: Mapping[str, Prompt]
     sampling: Sampling
     seed_parts: tuple[object, ...]
+    chat: ChatFormat
 
     def problems(self, tokenizer: Any) -> list[Problem]:
         """The prompts as problems: their tokens as the plain text that the model is given."""
@@ -78,7 +82,7 @@ def run_eval(context: StageContext, stage: Eval) -> dict[str, Any]:
     Each measurement is kept as soon as it is made; a run that is killed resumes with the next.
     """
     parts = {part.task.name: part for part in eval_parts(context, stage)}
-    backend = RanksBackend(context, parts)
+    backend = RanksBackend(context, parts, stage)
     if context.leads:
         with _remedy(context.folder.stage(context.name) / EVALUATION):
             _evaluate(context, stage, parts, backend)
@@ -98,7 +102,7 @@ def _evaluate(context: StageContext, stage: Eval, parts: Mapping[str, EvalPart],
     folder = context.folder.stage(context.name)
     store = Store(folder / EVALUATION)
     progress = _Progress(context, store, parts)
-    with stage_reward(stage) as checker:
+    with stage_reward(stage) if stage.environment is None else nullcontext() as checker:
         evaluate(
             _settings(context, parts),
             {name: part.problems(context.tokenizer) for name, part in parts.items()},
@@ -133,7 +137,7 @@ def eval_parts(context: StageContext, stage: Eval) -> Iterator[EvalPart]:
     for split, table in test_sets(stage).items():
         data = context.recipe.stage_data(table)
         prompts = context.load_prompts(table)
-        check_answers(prompts, [stage.reward])
+        check_answers(prompts, reward_names(stage))
         for temperature in stage.temperatures:
             sampling = Sampling(
                 max_tokens=response_tokens(context.name, stage, prompts, limit),
@@ -152,14 +156,14 @@ def eval_parts(context: StageContext, stage: Eval) -> Iterator[EvalPart]:
                 temperature=temperature,
                 top_p=stage.top_p,
                 max_tokens=sampling.max_tokens,
-                grader=stage.reward,
+                grader=next(iter(reward_names(stage))),
                 grader_seconds=stage.reward_seconds,
                 right_from=stage.reward_right_from,
                 seed=context.recipe.seed,
             )
             keyed = dict(zip(problem_keys(task.name, prompts), prompts, strict=True))
             seed_parts = (context.recipe.seed, "eval", split, temperature)
-            yield EvalPart(split, temperature, task, keyed, sampling, seed_parts)
+            yield EvalPart(split, temperature, task, keyed, sampling, seed_parts, context.chat(data))
 
 
 class RanksBackend:
@@ -171,8 +175,8 @@ class RanksBackend:
 
     name = "native"
 
-    def __init__(self, context: StageContext, parts: Mapping[str, EvalPart]):
-        self.context, self.parts = context, parts
+    def __init__(self, context: StageContext, parts: Mapping[str, EvalPart], stage: Eval):
+        self.context, self.parts, self.stage = context, parts, stage
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
         """See :class:`thence.evaluate.backends.Backend`."""
@@ -202,8 +206,13 @@ class RanksBackend:
         ranks, keys, n = self.context.ranks, list(part.prompts), part.task.samples
         mine = list(part.prompts.values())[ranks.rank :: ranks.world]
         model, tokenizer = self.context.model, self.context.tokenizer
-        own = respond(model, tokenizer, None, mine, n, part.sampling, part.seed_parts)
-        shares = ranks.gather([self._generation(part, trajectory) for trajectory in own])
+
+        def share() -> list[Generation]:
+            with nullcontext() if self.stage.environment is None else stage_reward(self.stage, part.chat) as player:
+                own = respond(model, tokenizer, player, mine, n, part.sampling, part.seed_parts)
+            return [self._generation(part, trajectory) for trajectory in own]
+
+        shares = ranks.gather(share() if self.stage.environment is None else together(ranks, share))
         return {
             (key, number): share[i * n + number]
             for rank, share in enumerate(shares)
@@ -212,9 +221,13 @@ class RanksBackend:
         }
 
     def _generation(self, part: EvalPart, trajectory: Trajectory) -> Generation:
-        ids, opening = trajectory.response_ids, trajectory.prompt.opening
+        ids, opening = trajectory.after_prompt()[0], trajectory.prompt.opening
         text = response_text(self.context.tokenizer, ids, part.sampling.stop_ids, opening)
-        return Generation(text, len(ids), trajectory.finish)
+        found = Generation(text, len(trajectory.response_ids), trajectory.finish, turns=trajectory.transcript)
+        if self.stage.environment is None:
+            return found
+        given: Any = trajectory.verdict
+        return replace(found, score=GivenScore(given, trajectory.score or 0.0, trajectory.reason))
 
 
 class _Progress(EvaluationProgress):

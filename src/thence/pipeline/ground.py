@@ -136,7 +136,9 @@ class Ground:
             only = name if isinstance(self.recipe.stage(name), Eval) else None
             then, now = before["files"], ground_of(self.recipe, name)
             if before.get("reward_failed") and not done:
-                reward = _reward_file(getattr(self.recipe.stage(name), "reward", ""))
+                stage = self.recipe.stage(name)
+                own = reward_names(stage) if isinstance(stage, Rl | Eval) else {}
+                reward = [file for spec in own for file in _reward_file(spec)]
                 then, now = ({k: v for k, v in files.items() if k not in reward} for files in (then, now))
             self._compare(then, now, f"stage {name}", done, only)
         self._check_start(again)

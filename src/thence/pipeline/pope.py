@@ -109,6 +109,12 @@ class Search:
             )
         prompts = [prompt for _, prompt in self.pairs]
         check_answers(prompts, reward_names(stage))
+        if stage.environment is not None:
+            raise RecipeError(
+                "a prefix is the beginning of one turn, and an environment plays rollouts of several",
+                remedy="search with a recipe whose stage has a reward and no environment",
+                field=f"{self.stage_name}.environment",
+            )
         chat = chat_format(self.tokenizer, self.data.template, self.data.template_variables)
         self.context = context_of(self.model.config)
         self.sampling = Sampling(

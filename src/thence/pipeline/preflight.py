@@ -25,7 +25,7 @@ from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
 from thence.pipeline.prompts import RenderedPrompts, check_answers, check_trained, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
-from thence.pipeline.reward_trial import try_reward
+from thence.pipeline.reward_trial import try_environment, try_reward
 from thence.pipeline.rewards import reward_names
 from thence.pipeline.rl_stage import check_settings
 from thence.pipeline.room import check_rows, response_tokens
@@ -357,9 +357,14 @@ def _try_sampled(trial: Preflight, name: str, stage: Rl | Eval, part: str, overr
     trial.attempt(f"{part}: data", data)
     if isinstance(stage, Rl) and loaded:
         trial.attempt(f"{part}: method {stage.method}", lambda: _try_method(trial, name, stage, loaded))
-    if trial.leads:
-        named = " + ".join(reward_names(stage))
+    if not trial.leads:
+        return
+    named = " + ".join(reward_names(stage))
+    if stage.environment is None:
         trial.attempt(f"{part}: reward {named}", lambda: try_reward(stage, loaded, trial.tokenizer))
+        return
+    table = trial.recipe.stage_data(overrides)
+    trial.attempt(f"{part}: environment {named}", lambda: try_environment(stage, loaded, trial.tokenizer, table))
 
 
 def _try_method(trial: Preflight, name: str, stage: Rl, prompts: Sequence[Prompt]) -> str:

@@ -24,6 +24,8 @@ from thence.pipeline.token_figures import TokenFigures
 from thence.train.parallel import Ranks
 from thence.train.step import Observer, StepReport
 
+FAILURES = ("error", "timeout")
+"""Ends of rollouts whose environment failed."""
 SAMPLES_KEPT = 8  # responses of a step that are written for the reader
 
 
@@ -172,8 +174,32 @@ def sampled_facts(seen: Sequence[Trajectory], ranks: Ranks) -> tuple[dict[str, A
         "truncated": truncated / n,
         "response_tokens": sampled / n,
         **_component_means(seen, ranks),
+        **_turn_facts(seen, ranks),
     }
     return facts, sampled
+
+
+def _turn_facts(seen: Sequence[Trajectory], ranks: Ranks) -> dict[str, float]:
+    """Of rollouts in an environment: turns and observation tokens a rollout, the shares of those that a limit ended,
+    and how many their environment ended by an error or by taking too long. Without an environment: nothing."""
+    played = [t for t in seen if t.transcript or t.finish in FAILURES]
+    sums = [
+        len(played),
+        sum(t.turns for t in played if t.response_ids),
+        sum(t.observation_tokens for t in played),
+        *(sum(t.finish == end for t in played) for end in ("turns", "context", *FAILURES)),
+    ]
+    count, turns, tokens, cut, full, errors, late = ranks.sum_counts(sums)
+    if not count:
+        return {}
+    return {
+        "turns": turns / count,
+        "observation_tokens": tokens / count,
+        "turn_limit": cut / count,
+        "context_limit": full / count,
+        "environment_errors": errors,
+        "environment_timeouts": late,
+    }
 
 
 def _component_means(seen: Sequence[Trajectory], ranks: Ranks) -> dict[str, float]:

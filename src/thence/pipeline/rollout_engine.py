@@ -110,10 +110,16 @@ class RankEngine:
         self.retried: int | None = None
         self._copies: deque[tuple[int, ExitStack]] = deque()
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int] | None = None,
+    ) -> list[Response]:
         """As :meth:`VllmEngine.sample`; ranks ask independently of each other."""
         try:
-            return self.engine.sample(prompts, seeds, sampling)
+            return self.engine.sample(prompts, seeds, sampling, limits)
         except EngineFailed as error:
             if self.again is None or self.handed is None or self.retried == self.handed.version:
                 raise
@@ -122,7 +128,7 @@ class RankEngine:
         self.engine.close()
         self.engine = self.again()
         self.take(handed)
-        return self.engine.sample(prompts, seeds, sampling)
+        return self.engine.sample(prompts, seeds, sampling, limits)
 
     def update(self, version: int) -> None:
         """Give every engine the policy's weights as they stand. All ranks come here together.

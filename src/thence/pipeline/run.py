@@ -242,7 +242,7 @@ def run_stage(execution: Execution, name: str) -> None:
         with naming_fields_of(name, stage):
             facts = run_kind(context, stage)
     except UserError as error:
-        if leads and error.problem.startswith("reward function "):
+        if leads and error.problem.startswith(("reward function ", "environment ")):
             Ground(recipe, folder).reward_failed(name)
         raise
     if not isinstance(stage, Eval):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from thence.data.trajectory import Prompt, Trajectory
@@ -12,13 +13,20 @@ def rollout_line(trajectory: Trajectory, **where: Any) -> dict[str, Any]:
     """The line of a response that a training stage sampled."""
     graded = (trajectory.verdict, trajectory.extracted, trajectory.reason, trajectory.score)
     sampled = (trajectory.text, len(trajectory.response_ids), trajectory.finish)
-    return _line(trajectory.prompt, graded, sampled, where) | _made_of(dict(trajectory.components))
+    line = _line(trajectory.prompt, graded, sampled, where)
+    return line | _made_of(dict(trajectory.components)) | _turns(trajectory.transcript)
 
 
 def evaluation_line(prompt: Prompt, sample: Sample, grade: GradeLine, **where: Any) -> dict[str, Any]:
     """The line of a response that an evaluation stage sampled."""
     graded = (grade.verdict, grade.extracted, grade.reason, grade.score)
-    return _line(prompt, graded, (sample.text, sample.tokens, sample.finish), where) | _made_of(grade.components)
+    line = _line(prompt, graded, (sample.text, sample.tokens, sample.finish), where)
+    return line | _made_of(grade.components) | _turns(sample.turns)
+
+
+def _turns(said: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Who said what, where there was an environment."""
+    return {"turns": [{"who": who, "text": text} for who, text in said]} if said else {}
 
 
 def _made_of(components: dict[str, float] | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def sampled_of(
     advantages = method.advantages(trajectories).tolist()
     found = []
     for i, trajectory in enumerate(trajectories):
-        given = trajectory.sampler_logps
+        given, written = trajectory.sampler_logps, torch.tensor(trajectory.after_prompt()[1])
         found.append(
             Sampled(
                 generation,
@@ -51,10 +51,22 @@ def sampled_of(
                 advantages[i],
                 len(trajectory.prompt.token_ids),
                 truncated=trajectory.finish == "length",
-                old=old.get(i),
-                sampler=None if given is None or trajectory.origin != "rollout" else torch.tensor(given),
-                trust=None if trust is None else trust[i],
+                environment=~written if trajectory.observations else None,
+                old=_over(written, old.get(i)),
+                sampler=None
+                if given is None or trajectory.origin != "rollout"
+                else _over(written, torch.tensor(given)),
+                trust=None if trust is None else _over(written, trust[i]),
                 bound=math.inf if bound is None else bound,
             )
         )
     return found
+
+
+def _over(written: Tensor, own: Tensor | None) -> Tensor | None:
+    """Values of the policy's own tokens, shape (n,), as values of all R tokens of the response: 0 for the others."""
+    if own is None or len(own) == len(written):
+        return own
+    whole = torch.zeros(len(written), dtype=own.dtype)
+    whole[written] = own
+    return whole

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from thence.data.order import drawn_from, stable_seed
 from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
+from thence.errors import UserError
 from thence.models.lengths import context_of
 from thence.pipeline.context import StageContext
 from thence.pipeline.rehearsal import no_demonstrations
@@ -18,6 +19,7 @@ from thence.pipeline.room import response_tokens
 from thence.recipe import Rl
 from thence.rollout.native import Sampling
 from thence.rollout.responses import Engine, grade, respond
+from thence.rollout.turns import Player, passes
 from thence.verify.reward import Grader
 
 
@@ -98,6 +100,12 @@ class RolloutSampler:
     def continuations(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], n: int, first: int = 0
     ) -> list[Trajectory]:
+        if isinstance(self.grader, Player):
+            raise UserError(
+                "responses that an expert begins are of one turn, and an environment plays rollouts of several",
+                remedy="take a method that samples whole rollouts, such as grpo, or leave the environment out",
+                field=f"{self.context.name}.environment",
+            )
         longer = [
             replace(prompt, token_ids=(*prompt.token_ids, *prefix))
             for prompt, prefix in zip(prompts, prefixes, strict=True)
@@ -189,8 +197,7 @@ class RolloutSampler:
         )
         found = self._known(found) if keep else found
         self.seconds += time.perf_counter() - start
-        repeated = [prompt.token_ids for prompt in prompts for _ in range(n)]
-        self.context.meter.sampled(repeated, [len(trajectory.response_ids) for trajectory in found])
+        self.context.meter.sampled(*passes(found))
         if keep:
             self.seen += found
         return found

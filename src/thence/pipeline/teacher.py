@@ -16,7 +16,8 @@ from thence.data.problems import RowProblem
 from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DataError, RecipeError
-from thence.methods.base import Method, Teacher, bare_row
+from thence.methods.base import Method, bare_row
+from thence.methods.teaching import Teacher
 from thence.models.lengths import context_of
 from thence.objective import BareRow, distils
 from thence.pipeline.context import StageContext

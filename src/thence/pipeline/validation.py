@@ -24,10 +24,10 @@ from thence.pipeline.context import StageContext
 from thence.pipeline.ground import rows_digest
 from thence.pipeline.prompts import check_answers
 from thence.pipeline.regimes import SEVERE
-from thence.pipeline.rewards import stage_reward
+from thence.pipeline.rewards import reward_names, stage_reward
 from thence.pipeline.room import response_tokens
 from thence.pipeline.test_sets import MeasuredSet, measured_sets
-from thence.recipe import Optimization, Recipe, Sft
+from thence.recipe import Eval, Optimization, Recipe, Sft
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond
 from thence.train.checkpoint import damaged_file
@@ -222,7 +222,7 @@ class Validation:
     def _measured(self, metric: str) -> str:
         """16 hex digits that follow from what is measured and how: other ones cannot be compared."""
         parts = [
-            (p.of.name, rows_digest(p.prompts), str(p.sampling), p.samples, p.of.stage.reward, str(p.seed_parts))
+            (p.of.name, rows_digest(p.prompts), str(p.sampling), p.samples, _named(p.of.stage), str(p.seed_parts))
             for p in self.parts
         ]
         held_out = self.stage.held_out if isinstance(self.stage, Sft) else 0
@@ -324,7 +324,7 @@ def take_best(context: StageContext, facts: Mapping[str, Any]) -> None:
 def _part(context: StageContext, stage: Optimization, found: MeasuredSet, held: ExitStack) -> MeasuredPart:
     evaluation = found.stage
     prompts = tuple(context.load_prompts(found.table)[: stage.eval_limit])
-    check_answers(prompts, [evaluation.reward])
+    check_answers(prompts, reward_names(evaluation))
     temperature = evaluation.temperatures[0]
     limit = context_of(context.model.config)
     sampling = Sampling(
@@ -335,8 +335,14 @@ def _part(context: StageContext, stage: Optimization, found: MeasuredSet, held: 
         rows=evaluation.rollout_rows,
     )
     seed_parts = (context.recipe.seed, "eval", found.name, temperature)
-    grader = held.enter_context(stage_reward(evaluation))
+    grader = held.enter_context(stage_reward(evaluation, context.chat(context.recipe.stage_data(found.table))))
     return MeasuredPart(found, prompts, sampling, seed_parts, evaluation.samples, grader)
+
+
+def _named(stage: Eval) -> str:
+    """What gives the verdicts."""
+    environment = stage.environment
+    return stage.reward if environment is None else str(environment.model_dump(exclude={"seconds", "processes"}))
 
 
 def _graded(trajectory: Trajectory) -> tuple[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 from thence.settings.toml_file import TomlFile
 
 log = logging.getLogger(__name__)
-_PATHS = {"source", "template", "path", "tokenizer", "reward"}
+_PATHS = {"source", "template", "path", "tokenizer", "reward", "environment"}
 """Fields that name a file or a folder, in [model], [data] and every table of a stage or of a test set."""
 _OF_OTHERS = {"columns", "config_overrides", "init", "options", "template_variables", "vllm"}
 """Tables whose names are not thence's."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from thence.given_files import folder_place
-from thence.recipe.tables import Data, Faulty, Model, Sharding, Trackers
+from thence.recipe.tables import Data, Environment, Faulty, Model, Sharding, Trackers
 from thence.settings.limits import (
     BatchesAhead,
     Coefficient,
@@ -148,6 +148,22 @@ class Sft(Optimization):
 AHEAD_BOUND = 2.0
 """Of importance weights where responses are sampled ahead, and the recipe sets none."""
 
+Played = TypeVar("Played", "Rl", "Eval")
+
+
+def environment_table(value: Any) -> Any:
+    """The table of an environment that may be given by its class alone."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def without_other_rewards(stage: Played) -> Played:
+    """A stage with an environment, which has no other reward. Raises ValueError where it has one."""
+    if stage.environment is not None and (
+        stage.reward != type(stage).model_fields["reward"].default or (isinstance(stage, Rl) and stage.rewards)
+    ):
+        raise ValueError("the environment gives the rewards: leave reward and rewards out")
+    return stage
+
 
 class Rl(Optimization):
     """A stage of reinforcement learning. Defaults: section 4 of arXiv 2604.23747."""
@@ -186,6 +202,8 @@ class Rl(Optimization):
     """Time limit of one answer check or one call of your own function, in seconds."""
     reward_right_from: Signed | None = None
     """Lowest score of your own function that counts as right. Default: what it states; else only 0 and 1 are judged."""
+    environment: Environment | None = None
+    """Rollouts of several turns: your own class (file.py:Class), or a table. It gives rewards. Default: one turn."""
     rollout_rows: Rows = 512
     """Largest number of responses sampled in parallel."""
     engine: Literal["native", "vllm"] = "native"
@@ -208,6 +226,15 @@ class Rl(Optimization):
         if isinstance(values, Mapping) and values.get("ahead") and values.get("importance_bound") is None:
             return {**values, "importance_bound": AHEAD_BOUND}
         return values
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _with_a_path(cls, value: Any) -> Any:
+        return environment_table(value)
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> Rl:
+        return without_other_rewards(self)
 
     @model_validator(mode="after")
     def _mini_batch_divides(self) -> Rl:
@@ -239,8 +266,19 @@ class Eval(Section):
     """Time limit of one answer check or one call of your own function, in seconds."""
     reward_right_from: Signed | None = None
     """Lowest score of your own function that counts as right. Default: what it states; else only 0 and 1 are judged."""
+    environment: Environment | None = None
+    """Rollouts of several turns, as in rl.environment. Default: one turn."""
     rollout_rows: Rows = 512
     """Largest number of responses sampled in parallel."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _with_a_path(cls, value: Any) -> Any:
+        return environment_table(value)
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> Eval:
+        return without_other_rewards(self)
 
     @field_validator("temperatures")
     @classmethod

@@ -12,6 +12,7 @@ from thence.settings.limits import (
     Place,
     Processes,
     Rows,
+    Seconds,
     Seed,
     Share,
     SomeCoefficient,
@@ -130,6 +131,27 @@ class Data(Section):
     """Longer demonstrations are cut and counted. A cut one has no end token."""
     leave_out_cut: bool = False
     """Leave examples out whose demonstration is longer than max_response_tokens, instead of cutting it."""
+
+
+class Environment(Section):
+    """An environment of your own that answers the policy's turns: tools, a simulator. `docs/turns.md` explains it."""
+
+    path: Place
+    """Your own class: package.module:Class or file.py:Class, with reset(row) and step(text)."""
+    max_turns: Rows = 8
+    """Turns of the policy in one rollout, at most."""
+    max_observation_tokens: Tokens = 4096
+    """Tokens of all observations in one rollout, at most. An observation beyond it ends the rollout unread."""
+    role: Literal["tool", "user"] = "tool"
+    """Role of an observation in the chat template. Without a template an observation is plain text."""
+    score: Literal["sum", "last"] = "sum"
+    """A rollout's score. sum: of the rewards of all its turns. last: the last reward."""
+    seconds: Seconds = 10.0
+    """Time limit of one reset or step, in seconds."""
+    on_error: Literal["stop", "unknown"] = "stop"
+    """What an environment that fails does. stop: end the run with its error. unknown: its rollout has no score."""
+    processes: Processes = 1
+    """Processes of environments on every rank. Rollouts are dealt to them in turn."""
 
 
 class Faulty(Section):

@@ -72,7 +72,13 @@ class Response:
     finish: Literal["stop", "length"]
 
 
-def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    limits: Sequence[int] | None = None,
+) -> list[Response]:
     """Sample one response for every prompt.
 
     Args:
@@ -80,6 +86,7 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
         prompts: token ids, at least one token each; repeated prompts are read once.
         seeds: one a prompt. The same prompt, seed and weights give the same tokens in any batch
             (up to the last bits of floating-point sums).
+        limits: longest response of each prompt, from 1, instead of ``sampling.max_tokens`` for all.
 
     Returns:
         The responses in the order of the prompts.
@@ -87,21 +94,26 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s
     Raises:
         UserError: the model cannot be sampled from (:func:`~thence.rollout.choice.choice_of`), or its logits are NaN.
     """
-    found = dict(stream(model, prompts, seeds, sampling))
+    found = dict(stream(model, prompts, seeds, sampling, limits))
     return [found[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
 def stream(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    limits: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """As :func:`sample`, but every response with its place among the prompts as soon as it ends.
 
     Raises:
-        ValueError: a prompt without tokens, or not one seed a prompt.
+        ValueError: a prompt without tokens, or not one seed or limit a prompt.
     """
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    most = [sampling.max_tokens] * len(prompts) if limits is None else limits
+    if len(seeds) != len(prompts) or len(most) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(most)} limits")
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token; give it at least a beginning token")
     # Rows of one length need no padding and the same prompt is read once: sort by length, then by content.
@@ -109,7 +121,8 @@ def stream(
     choice = choice_of(model)
     for wave in _waves(order, None if choice.pads else [len(prompt) for prompt in prompts], sampling.rows):
         own_prompts, own_seeds = [list(prompts[i]) for i in wave], [seeds[i] for i in wave]
-        for row, response in _sample_wave(choice.make(model), own_prompts, own_seeds, sampling):
+        own = [most[i] for i in wave]
+        for row, response in _sample_wave(choice.make(model), own_prompts, own_seeds, sampling, own):
             yield wave[row], response
 
 
@@ -127,19 +140,21 @@ def _waves(order: list[int], lengths: list[int] | None, rows: int) -> Iterator[l
 
 @torch.no_grad()
 def _sample_wave(
-    decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling, limits: list[int]
 ) -> Iterator[tuple[int, Response]]:
     unique, repeats = _runs(prompts)
-    logits_BV = decoder.prefill(unique, torch.tensor(repeats), sampling.max_tokens)
+    longest = max(limits)
+    logits_BV = decoder.prefill(unique, torch.tensor(repeats), longest)
     device, n = logits_BV.device, len(prompts)
-    token_NT = torch.zeros(n, sampling.max_tokens, dtype=torch.int64, device=device)
-    logp_NT = torch.zeros(n, sampling.max_tokens, device=device)
+    token_NT = torch.zeros(n, longest, dtype=torch.int64, device=device)
+    logp_NT = torch.zeros(n, longest, device=device)
     stopped_N = torch.zeros(n, dtype=torch.bool, device=device)
     stop_S = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     row_B = torch.arange(n, device=device)  # which response each row of the decoder is
     seed_N = torch.tensor(seeds, dtype=torch.int64, device=device)
     uniform_BC = uniforms(seed_N, 0, DRAW_BLOCK)
-    for t in range(sampling.max_tokens):
+    due_at = {limit: [i for i, own in enumerate(limits) if own == limit] for limit in set(limits)}
+    for t in range(longest):
         if t % DRAW_BLOCK == 0 and t:
             uniform_BC = uniforms(seed_N[row_B], t, DRAW_BLOCK)
         token_B, logp_B = draw(
@@ -156,15 +171,18 @@ def _sample_wave(
             ended = row_B[ends_B]
             stopped_N[ended] = True
             yield from _responses(ended, token_NT[ended, : t + 1], logp_NT[ended, : t + 1], "stop")
+        if t + 1 in due_at:
+            due = torch.tensor(due_at[t + 1], device=device)
+            cut = due[~stopped_N[due]]
+            stopped_N[cut] = True
+            yield from _responses(cut, token_NT[cut, : t + 1], logp_NT[cut, : t + 1], "length")
         live_K = (~stopped_N[row_B]).nonzero()[:, 0]
-        if not len(live_K) or t + 1 == sampling.max_tokens:
+        if not len(live_K):
             break
         if len(live_K) <= (1 - RETIRE_SHARE) * len(row_B):
             decoder.keep(live_K)
             row_B, token_B, uniform_BC = row_B[live_K], token_B[live_K], uniform_BC[live_K]
         logits_BV = decoder.step(token_B)
-    cut = (~stopped_N).nonzero()[:, 0]
-    yield from _responses(cut, token_NT[cut], logp_NT[cut], "length")
 
 
 def _responses(

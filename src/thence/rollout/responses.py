@@ -10,14 +10,22 @@ from typing import Any, Protocol
 from thence.data.order import stable_seed
 from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
+from thence.models.lengths import context_of
 from thence.rollout.native import Response, Sampling, sample
+from thence.rollout.turns import Player
 from thence.verify.grader import Grader
 
 
 class Engine(Protocol):
     """Samples responses in another process; arguments as for :func:`thence.rollout.native.sample`."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int] | None = None,
+    ) -> list[Response]:
         """One response for every prompt."""
         ...
 
@@ -36,6 +44,8 @@ def respond(
 ) -> list[Trajectory]:
     """``n`` responses for each prompt, prompt by prompt, graded if there is a grader.
 
+    Where the grader is a :class:`~thence.rollout.turns.Player` they are rollouts of several turns, which it scores.
+
     Args:
         seed_parts: what the random numbers follow from, besides the prompt's index and the number of the response.
         engine: samples in place of the model's own process, and holds the same weights.
@@ -48,6 +58,14 @@ def respond(
     for prompt, times in zip(prompts, times_before(prompts) if again is None else again, strict=True):
         parts = (*seed_parts, times) if times else seed_parts
         seeds += [response_seed(parts, prompt, j) for j in range(first, first + n)]
+    if isinstance(grader, Player):
+
+        def ask(contexts: Sequence[Sequence[int]], own: Sequence[int], limits: Sequence[int]) -> list[Response]:
+            if engine is not None:
+                return engine.sample(contexts, own, sampling, limits)
+            return sample(model, contexts, own, sampling, limits)
+
+        return grader.play(tokenizer, repeated, seeds, sampling, ask, longest_row(model, engine))
     token_ids = [prompt.token_ids for prompt in repeated]
     responses = engine.sample(token_ids, seeds, sampling) if engine else sample(model, token_ids, seeds, sampling)
     found = [
@@ -55,6 +73,12 @@ def respond(
         for prompt, r in zip(repeated, responses, strict=True)
     ]
     return found if grader is None else grade(tokenizer, grader, found, sampling.stop_ids)
+
+
+def longest_row(model: Any, engine: Engine | None) -> int | None:
+    """Most tokens of a prompt and what follows it; None: any number."""
+    known = [context_of(model.config), getattr(engine, "max_model_len", None)]
+    return min((limit for limit in known if limit is not None), default=None)
 
 
 def response_seed(seed_parts: tuple[object, ...], prompt: Prompt, number: int) -> int:

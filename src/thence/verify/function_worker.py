@@ -39,22 +39,27 @@ def main(spec: str, parent: int, started_by_main_thread: bool) -> None:
         parent: process number of the parent, with which this process ends.
         started_by_main_thread: whether the thread that started this process lives as long as the parent.
     """
-    _end_with(parent, started_by_main_thread)
-    requests, replies = _own_pipes()
+    end_with(parent, started_by_main_thread)
+    requests, replies = own_pipes()
     try:
         function = load_function(spec)
         stated, right_from = stated_threshold(function, spec)
     except UserError as error:
-        facts = {"problem": error.problem, "remedy": error.remedy, "file": error.file, "line": error.line}
-        replies.write(pack({"refused": facts | {"field": error.field}}))
+        replies.write(pack(refused(error)))
         return
-    file, batched = _file_of(function), bool(getattr(function, BATCHED, False))
+    file, batched = file_of(function), bool(getattr(function, BATCHED, False))
     wanted = wants_columns(function)
     replies.write(
         pack({"ready": True, "stated": stated, "right_from": right_from, "batched": batched, "columns": wanted})
     )
     while (request := read(requests)) is not None:
         replies.write(pack(_call(function, request, file, batched, wanted)))
+
+
+def refused(error: UserError) -> dict[str, Any]:
+    """What a process says that cannot load what it was started for."""
+    facts = {"problem": error.problem, "remedy": error.remedy, "file": error.file, "line": error.line}
+    return {"refused": facts | {"field": error.field}}
 
 
 def _call(
@@ -77,7 +82,7 @@ def _call(
     count = len(request["response"])
     if not isinstance(value, list) or len(value) != count:
         said_count = f" with {len(value)} values" if isinstance(value, list) else ""
-        return {"returned": f"{_shown(value)}{said_count}, not a list of {count} scores,"}
+        return {"returned": f"{shown(value)}{said_count}, not a list of {count} scores,"}
     return {"scores": list(map(as_reply, value))}
 
 
@@ -96,14 +101,14 @@ def as_reply(value: Any) -> dict[str, Any]:
         numbers = {name: None if each is None else as_number(each) for name, each in value.items()}
         wrong = any(numbers[name] is None and value[name] is not None for name in numbers)
         if not numbers or wrong or not all(isinstance(name, str) for name in numbers):
-            return {"returned": f"{_shown(value)}, not a dict of names to finite numbers,"}
+            return {"returned": f"{shown(value)}, not a dict of names to finite numbers,"}
         known = {name: number for name, number in numbers.items() if number is not None}
         score = numbers[REWARD] if REWARD in numbers else math.fsum(known.values())
         if len(known) < len(numbers) and not (REWARD in numbers and numbers[REWARD] is not None):
             score = None
         return {"score": score, "components": {name: each for name, each in known.items() if name != REWARD}}
     score = as_number(value)
-    return {"returned": _shown(value)} if score is None else {"score": score}
+    return {"returned": shown(value)} if score is None else {"score": score}
 
 
 def as_number(value: Any) -> float | None:
@@ -117,7 +122,8 @@ def as_number(value: Any) -> float | None:
     return score if math.isfinite(score) else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for an error, in a few characters."""
     try:
         text = repr(value)
     except Exception as error:
@@ -129,7 +135,7 @@ def _shown(value: Any) -> str:
     return short if isinstance(value, (str, bytes, int, float, list, tuple, dict)) else f"{short} ({kind})"
 
 
-def _file_of(function: Callable[..., Any]) -> str | None:
+def file_of(function: Callable[..., Any]) -> str | None:
     """The file in which a function was written."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     if code is not None:
@@ -138,7 +144,7 @@ def _file_of(function: Callable[..., Any]) -> str | None:
     return getattr(module, "__file__", None)
 
 
-def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
+def own_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Keep the two pipes out of the function's reach: it reads nothing and prints to standard error."""
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -149,7 +155,7 @@ def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, replies
 
 
-def _end_with(parent: int, started_by_main_thread: bool) -> None:
+def end_with(parent: int, started_by_main_thread: bool) -> None:
     """End with the parent, however it ends, also in the middle of a call."""
     told = False
     if started_by_main_thread and sys.platform == "linux":  # the signal comes when the thread that started us ends

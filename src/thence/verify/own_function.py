@@ -24,7 +24,7 @@ from typing import Any
 from thence.errors import UserError
 from thence.foreign_text import one_line
 from thence.verify.grader import Grader
-from thence.verify.loading import split_spec
+from thence.verify.loading import REWARD, Kind, split_spec
 from thence.verify.process import ChildProcess
 from thence.verify.verdict import Grade, Verdict, unknown
 
@@ -38,8 +38,9 @@ LARGEST = 1e6
 SLOW_IN_A_ROW = 3
 _BOOT = (
     "import json, sys; own = json.loads(sys.argv[1]); sys.path[:] = own['path']; sys.argv[:] = own['argv']; "
-    "from thence.verify.function_worker import main; main(own['spec'], own['parent'], own['main'])"
+    "from importlib import import_module; import_module(own['worker']).main(own['spec'], own['parent'], own['main'])"
 )
+WORKER = "thence.verify.function_worker"
 
 
 class TooSlow(Exception):
@@ -66,24 +67,36 @@ class Stated:
     batched: bool = False
     columns: bool = False
 
+    def verdict(self, score: float) -> Verdict:
+        """What a score says of a response."""
+        if self.stated:
+            if self.right_from is None:
+                return Verdict.GRADED
+            return Verdict.RIGHT if score >= self.right_from else Verdict.WRONG
+        return {1.0: Verdict.RIGHT, 0.0: Verdict.WRONG}.get(score, Verdict.GRADED)
+
 
 class FunctionProcess:
-    """A process that holds one reward function. Not for several threads at once.
+    """A process that holds one reward function, or environments of one class. Not for several threads at once.
 
     Args:
-        spec: of the function.
+        spec: of the function or class.
         seconds: wall-clock limit of one call; loading it may take as long, and a minute at least.
+        setting: what the limit is called where it is set.
+        kind: what is loaded.
+        worker: the module whose `main` the process runs.
 
     Raises:
         UserError: the function cannot be loaded, or takes too long to load.
     """
 
-    def __init__(self, spec: str, seconds: float, setting: str):
-        split_spec(spec)
-        self.spec, self.seconds, self.setting = spec, seconds, setting
+    def __init__(self, spec: str, seconds: float, setting: str, kind: Kind = REWARD, worker: str = WORKER):
+        split_spec(spec, kind)
+        self.spec, self.seconds, self.setting, self.kind = spec, seconds, setting, kind
         main_thread = threading.current_thread() is threading.main_thread()
         path = [entry for entry in sys.path if isinstance(entry, str)]
         own = {"path": path, "argv": sys.argv, "spec": spec, "parent": os.getpid(), "main": main_thread}
+        own["worker"] = worker
         # A fixed hash seed unless the user has set one: the order of sets repeats from run to run.
         environment = {"PYTHONHASHSEED": "0", **os.environ}
         command = [sys.executable, "-c", _BOOT, json.dumps(own)]
@@ -125,16 +138,16 @@ class FunctionProcess:
         except TooSlow:
             self.kill()
             raise UserError(
-                f"reward {self.spec} is still being loaded after {limit:g} s",
+                f"{self.kind.word} {self.spec} is still being loaded after {limit:g} s",
                 remedy=f"make the top of its file quicker, or raise {self.setting}",
-                field="reward",
+                field=self.kind.field,
             ) from None
         except Ended as how:
             self.kill()
             raise UserError(
-                f"reward {self.spec} cannot be imported: its process ended ({how})",
+                f"{self.kind.word} {self.spec} cannot be imported: its process ended ({how})",
                 remedy="fix what its file or module does when it is imported",
-                field="reward",
+                field=self.kind.field,
             ) from None
         except BaseException:
             self.kill()
@@ -143,7 +156,7 @@ class FunctionProcess:
             self.kill()
             refused = found["refused"]
             raise UserError(refused.pop("problem"), **refused)
-        return Stated(found["stated"], found["right_from"], found["batched"], found["columns"])
+        return Stated(found["stated"], found["right_from"], found.get("batched", False), found.get("columns", False))
 
     def _answer(self) -> dict[str, Any]:
         """The next message of the process. Raises TooSlow after its deadline, Ended when it is gone."""
@@ -238,12 +251,7 @@ class FunctionGrader(Grader):
 
     def verdict(self, score: float) -> Verdict:
         """What a score says of a response."""
-        if self.threshold.stated:
-            limit = self.threshold.right_from
-            if limit is None:
-                return Verdict.GRADED
-            return Verdict.RIGHT if score >= limit else Verdict.WRONG
-        return {1.0: Verdict.RIGHT, 0.0: Verdict.WRONG}.get(score, Verdict.GRADED)
+        return self.threshold.verdict(score)
 
     def _where(self, number: int, row: dict[str, Any]) -> str:
         return f"response {number} of the batch (prompt {_short(row['prompt'])}, response {_short(row['response'])})"

@@ -53,6 +53,12 @@ def test_a_response_is_given_as_soon_as_it_ends_and_leaving_early_stops_the_rest
         assert time.monotonic() - start < 8
 
 
+def test_every_response_has_its_own_limit_where_they_are_given(fake: Make, folder: Path) -> None:
+    with VllmEngine(fake(), folder) as engine:
+        found = engine.sample([[1], [2], [3]], [1, 2, 3], Sampling(9), [5, 1, 3])
+        assert [(len(r.token_ids), r.finish) for r in found] == [(5, "length"), (1, "length"), (3, "length")]
+
+
 def test_log_probabilities_can_be_left_out(fake: Make, folder: Path) -> None:
     with VllmEngine(fake(), folder) as engine:
         ((_, response),) = engine.stream([[1]], [1], Sampling(3), logps=False)

@@ -10,7 +10,8 @@ sampler's log-probabilities are those of the policy with a fixed noise; ``shown`
 stage whose weights depend on the policy or on a reference model); ``begun``: which responses an expert began, by their
 first third (``all``; ``in-group``; ``rounds``: the second and third of every group, in one round of sampling; the last,
 in the next round, is a demonstration); ``replayed``: the last of every group was sampled by an earlier policy, the
-present one with a fixed noise. ``policy`` says what is asked, by hand and from the papers' formulas: it is not read
+present one with a fixed noise; ``turns``: responses are rollouts of several turns, in which an environment said every
+third token. ``policy`` says what is asked, by hand and from the papers' formulas: it is not read
 from the method. With ``sides`` the first half is a rollout batch and the second half the demonstrations of the SFT step
 that goes with it, before it (``first``) or after it (``last``), as an RL stage does.
 
@@ -26,13 +27,14 @@ from typing import Any
 
 from ._shared import policy_case
 from ._thence_sides import take_turns, train_demonstrations
+from ._thence_turns import in_turns
 
 GROUP = 4
 LAST_ROUND = 2
 LONGEST = 48
 NOISE = 0.4
 """Size of the sampler's deviation, nats."""
-STRANGERS = ("policy", "minis", "temperature", "importance_bound", "shown", "begun", "replayed", "sides")
+STRANGERS = ("policy", "minis", "temperature", "importance_bound", "shown", "begun", "replayed", "turns", "sides")
 """Options that are not the method's."""
 
 
@@ -87,6 +89,9 @@ CASES: tuple[dict, ...] = tuple(
         ("grpo, temperature 0.7", "token-mean", _GRPO | {"temperature": 0.7}, {"method": "grpo", "temperature": 0.7}),
         ("grpo, importance weights", "token-mean", _GRPO | {"correction": "truncate", "correction_cap": 1.3},
          {"method": "grpo", "importance_bound": 1.3, "epochs": 1}),
+        ("grpo, several turns", "token-mean", _GRPO, {"method": "grpo", "turns": True}),
+        ("gspo, several turns", "sequence-mean", _GSPO | {"clip_low": 0.1, "clip_high": 0.1},
+         {"method": "gspo", "clip_low": 0.1, "clip_high": 0.1, "turns": True}),
         ("grpo, entropy bonus", "token-mean", _GRPO | {"entropy": 0.05}, {"method": "grpo", "entropy": 0.05}),
         ("dr_grpo", "constant-divisor", _GRPO | {"clip_high": 0.2, "longest": LONGEST},
          {"method": "dr_grpo", "constant_tokens": LONGEST, "lr": 1.0}),
@@ -324,7 +329,7 @@ def _trajectories(case: dict, session: Any, tokenizer: Any) -> tuple[Any, list[A
         prompt = Prompt(group, tuple(row.prompt_ids), first, draw=group)
         response = tuple(row.response_ids or ())
         made = Trajectory(prompt, response, origin=origin, score=reward, prefix=_begun(case, i, len(response)))
-        found.append(made.in_round(number))
+        found.append(in_turns(made.in_round(number)) if case["options"].get("turns") else made.in_round(number))
     return method, found
 
 
@@ -345,6 +350,7 @@ def _rollouts(case: dict, trajectories: list[Any]) -> list[dict]:
          "prefix": len(t.response_ids) if _round(case, i) == LAST_ROUND else t.prefix,
          "repeated": _round(case, i) == _round(case, i + 1) == 1 and trajectories[i + 1].prefix > 0,
          "replay": t.origin == "replay",
+         "environment": [place for place, own in enumerate(t.after_prompt()[1]) if not own],
          "sampler": t.behaviour or ()}
         for i, t in enumerate(trajectories)
     ]  # fmt: skip

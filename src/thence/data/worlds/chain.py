@@ -97,13 +97,16 @@ def split_of(prompt: str) -> str:
     return "dev" if bucket < 26 else "test" if bucket < 52 else "train"
 
 
-def problems(split: str, n: int, seed: int = 0, expert: Expert = "mixed", wrong: float = 0.0) -> list[ChainProblem]:
+def problems(
+    split: str, n: int, seed: int = 0, expert: Expert = "mixed", wrong: float = 0.0, calls: float = 0.0
+) -> list[ChainProblem]:
     """`n` problems of a split with different prompts; the same arguments always give the same problems.
 
     Args:
         expert: who demonstrates; prompts and answers are the same for all.
         wrong: share of the demonstrations that end in a wrong answer, after one wrong step. The larger share holds the
             wrong ones of the smaller, and the other demonstrations stay as they are.
+        calls: share of the demonstrations that end at their first product, as a call of a calculator does.
 
     Raises:
         ValueError: there is no such split.
@@ -124,6 +127,8 @@ def problems(split: str, n: int, seed: int = 0, expert: Expert = "mixed", wrong:
             luck = random.Random(f"chain wrong {seed} {chain.prompt}")
             slip = draw_slip(chain, luck) if luck.random() < wrong else None
             demonstration = demonstrate(chain, own, expert=expert, slip=slip)
+        if calls and random.Random(f"chain calls {seed} {chain.prompt}").random() < calls:
+            demonstration = call(chain)
         found[chain.prompt] = ChainProblem(chain.prompt, answer, demonstration, split)
     return list(found.values())
 
@@ -170,6 +175,17 @@ def demonstrate(
         work += work_step(step, value, habit, rng, split_share)[:-2] + f"{after:02d}"  # a step ends in its result
     start = "" if habit == "terse" else f"{chain.start:02d}"
     return f"{start}{work}#{values[-1]:02d}"
+
+
+def call(chain: Chain) -> str:
+    """The written response up to its first product, which is left to a calculator: `47a+8=55b-3=52c*6`."""
+    work = f"{chain.start:02d}"
+    for step, after in zip(chain.steps, chain.values()[1:], strict=True):
+        work += step.text
+        if step.op == "*":
+            break
+        work += f"={after:02d}"
+    return work
 
 
 def work_step(step: Step, value: int, habit: Habit, rng: random.Random, split_share: float = SPLIT_SHARE) -> str:

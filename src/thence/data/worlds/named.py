@@ -40,6 +40,8 @@ class ExpertParameters(Section):
     """Who demonstrates. careful: in writing, every product split. hasty: mostly in the head or terse, never split."""
     wrong: Share = 0.0
     """Share of the demonstrations that end in a wrong answer, after one wrong step. The reference stays right."""
+    calls: Share = 0.0
+    """Share of the demonstrations that end at their first product, as a call of a calculator (docs/turns.md)."""
 
 
 OF_SPLIT: Mapping[str, type[CorpusParameters] | type[ExpertParameters]] = {
@@ -88,7 +90,7 @@ def world_examples(source: str, split: str, limit: int | None, seed: int) -> lis
         Example(
             prompt=p.prompt, demonstration=p.demonstration, answer=p.answer, source=f"{source}:{i + 1}", group=split
         )
-        for i, p in enumerate(chain.problems(split, limit, seed, by.expert, by.wrong))
+        for i, p in enumerate(chain.problems(split, limit, seed, by.expert, by.wrong, by.calls))
     ]
 
 

@@ -13,7 +13,7 @@ from thence.files import write_atomically
 from thence.pages.environment import environment_facts
 from thence.pages.evaluation.figures import score_figure
 from thence.pages.evaluation.tables import results_table
-from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only, reward_components
+from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only, reward_components, shown_turns
 from thence.pages.template import render
 from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
@@ -99,4 +99,5 @@ def _sample(row: TaskResult, line: Sample, grade: GradeLine) -> ShownSample:
         reward=grade.score,
         length=line.tokens,
         components=reward_components(grade.components),
+        turns=shown_turns(line.turns),
     )

@@ -25,6 +25,7 @@ from thence.pages.samples import (
     hold,
     judged_only,
     reward_components,
+    shown_turns,
     weighed_tokens,
 )
 from thence.pages.template import render
@@ -33,7 +34,14 @@ from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 from thence.wording import duration
 
-_FINISH = {"stop": "stopped by itself", "length": "cut off at the limit"}
+_FINISH = {
+    "stop": "stopped by itself",
+    "length": "cut off at the limit",
+    "turns": "ended by the limit of turns",
+    "context": "ended where no more fitted",
+    "timeout": "its environment took too long",
+    "error": "its environment failed",
+}
 _SEARCHED = 20_000
 """Lines of a file that are searched for the first of each verdict."""
 
@@ -186,4 +194,5 @@ def _sample(source: str, row: Mapping[str, Any]) -> ShownSample:
         step=int(step) if step else None,
         components=reward_components(row.get("components")),
         weighed=weighed_tokens(row.get("weighed")),
+        turns=shown_turns(row.get("turns")),
     )

@@ -1,6 +1,6 @@
 "use strict";
 // All samples that the page holds: filter, sort, page through, link to one. Their text only ever becomes text nodes.
-const FIELDS = ["id", "group", "verdict", "reward", "length", "step", "prompt", "response", "answer", "extracted", "reason", "where", "tokens", "score", "components", "weighed"];
+const FIELDS = ["id", "group", "verdict", "reward", "length", "step", "prompt", "response", "answer", "extracted", "reason", "where", "tokens", "score", "components", "turns", "weighed"];
 const A_PAGE = 20;
 const box = document.getElementById("held-samples");
 
@@ -125,6 +125,15 @@ function part(label, text) {
   return [make("small", {}, label), pre];
 }
 
+// Turn by turn: what the environment said is set apart, since the policy read it and no step trained it.
+function turnByTurn(turns) {
+  return turns.flatMap(([who, text]) => {
+    const [label, pre] = part(who === "environment" ? "Environment (read, never trained)" : "Policy", text);
+    if (who === "environment") pre.className = "observed";
+    return [label, pre];
+  });
+}
+
 function shown(sample) {
   const verdict = make("b", { class: sample.verdict });
   verdict.textContent = `${sample.verdict} ${sample.score}`.trim();
@@ -141,7 +150,7 @@ function shown(sample) {
     item.append(
       make("a", { class: "link", href: `#${sample.id}` }, "link to this sample"),
       ...part("Prompt", sample.prompt),
-      ...part("Response", sample.response),
+      ...(sample.turns.length ? turnByTurn(sample.turns) : part("Response", sample.response)),
       ...(sample.weighed ? told(sample) : []),
       make("table", { class: "facts pairs" }, make("tbody", {}, ...rows)),
     );

@@ -93,7 +93,13 @@ class VllmEngine:
         """Most tokens of a prompt and its response together."""
         return int(self._about["max_model_len"])
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int] | None = None,
+    ) -> list[Response]:
         """Sample one response for every prompt, as `thence.rollout.native.sample` does.
 
         Args:
@@ -101,6 +107,7 @@ class VllmEngine:
             seeds: one a prompt; the same seed gives the same tokens (up to the last bits of floating-point sums),
                 but not those of the native sampler.
             sampling: `rows` is not used; vLLM was told at its start how many run in parallel.
+            limits: longest response of each prompt, instead of `sampling.max_tokens` for all.
 
         Returns:
             The responses in the order of the prompts. Those that reach the end of the model's context end there with
@@ -110,7 +117,7 @@ class VllmEngine:
             UserError: a prompt that is longer than the context; vLLM died, hangs, failed or has other weights than
                 were pushed. The engine is closed then.
         """
-        found = dict(self.stream(prompts, seeds, sampling))
+        found = dict(self.stream(prompts, seeds, sampling, limits=limits))
         return [found[i] for i in range(len(prompts))]
 
     def stream(
