@@ -101,7 +101,11 @@ def test_a_model_that_is_not_counted_is_called_so(capsys: pytest.CaptureFixture[
         (["quickstart", "--hardware", "h100x8", "--rl.prompts", "7"], "rl.prompts", "divisible"),
         (["quickstart", "--hardware", "h100x8", "--parallel", "none"], "parallel", "auto"),
         (["quickstart", "--hardware", "h100x8", "--parallel", "hsdp"], "sharding.replicas", "divisor"),
-        (["quickstart", "--hardware", "h100x8", "--rl.engine", "vllm"], "rl.engine", "native"),
+        (
+            ["quickstart", "--hardware", "h100x8", "--rl.engine", "vllm", "--rl.vllm.ranks-per-engine", "3"],
+            "rl.vllm.ranks_per_engine",
+            "divides 8",
+        ),
         (["quickstart", "--hardware", "h100x2", "--rl.method", "nosuch"], "rl.method", "grpo"),
         (["quickstart", "--hardware", "h100x2", "--sharding.context", "2"], "packing", "packing = true"),
         (["quickstart", "--hardware", "h100x2", "--utilisation", "1.5"], "--utilisation", "at most 1"),

@@ -27,6 +27,8 @@ from thence.train.model import load_tokenizer
 log = logging.getLogger(__name__)
 FORESEEN = "plan.json"
 """What was planned for each stage, in the run's folder."""
+LEAST_PEAK = 64 * 2**20
+"""Bytes. A smaller peak cannot be told from what Python and torch take anyway, and is not compared."""
 Span = tuple[float, float]
 _SUMS = ("rule_flops", "exact_flops", "trained_tokens", "generated_tokens")
 
@@ -217,7 +219,8 @@ def compared(folder: Path) -> list[Compared]:
                     found.append(Compared(stage, name, _pair(figures.get(name)), measured))
         if (measured := number(figures.get("measured_peak"))) is not None:
             peak = number(figures.get("peak"))
-            found.append(Compared(stage, "peak", None if peak is None else (peak, peak), measured))
+            if peak is None or peak >= LEAST_PEAK:
+                found.append(Compared(stage, "peak", None if peak is None else (peak, peak), measured))
         if stage in clocks:
             expected = clocks[stage].foreseen
             found.append(Compared(stage, "seconds", (expected, expected), clocks[stage].took))
