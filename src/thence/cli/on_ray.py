@@ -61,6 +61,9 @@ def run_on(
         arguments: of ``thence run`` on every rank, without how it speaks.
         again: those of them that hold for the first start alone.
         restarts: how often all ranks may start again when a node is lost.
+
+    Raises:
+        UserError: the cluster cannot be reached, its nodes do not fit this one or the needs, or nodes were lost too often.
     """
     folder, cores = Path(recipe.run_folder()).resolve(), wanted[0]
     threads = _threads(cores)

@@ -209,6 +209,9 @@ def handed_over(ranks: Ranks, make: Callable[[int], Path], size: int) -> Iterato
 
     Yields:
         The folder, and whether this rank made it.
+
+    Raises:
+        UserError: on all ranks: it cannot be made, or no rank of this machine would make it.
     """
     own = rank_variable("LOCAL_RANK") == 0
     folder = together(ranks, lambda: make(size) if own else None)
