@@ -63,7 +63,7 @@ def run_on(
         restarts: how often all ranks may start again when a node is lost.
 
     Raises:
-        UserError: the cluster cannot be reached, its nodes do not fit this one or the needs, or nodes were lost too often.
+        UserError: the cluster cannot be reached, its nodes do not fit, or nodes were lost too often.
     """
     folder, cores = Path(recipe.run_folder()).resolve(), wanted[0]
     threads = _threads(cores)
