@@ -14,6 +14,8 @@ from thence.locks import is_held
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
+EVERYTHING = "THENCE_RAY_EVERYTHING"
+
 COMPARISON = """
 name = "small"
 reference = "sft"
@@ -78,6 +80,7 @@ def test_a_comparison_that_loses_a_node_has_the_numbers_of_local_processes(
     assert differences(folder / "local", folder / "ray") == []
 
 
+@pytest.mark.skipif(EVERYTHING not in os.environ, reason=f"a second cluster that loses a node: set {EVERYTHING}=1")
 def test_ranks_that_lose_a_node_end_with_the_bits_of_torchrun(python: str, cluster: TwoNodes, folder: Path) -> None:
     on = ["--on", f"ray:{cluster.address}", "--ranks", "2", "--memory-gb", "0.5", "--restarts", "1"]
     ranks = Command(python, ["run", "r.toml", "--folder", "ray", *on], folder)
@@ -122,7 +125,8 @@ def test_what_can_never_be_placed_is_refused_at_once(python: str, cluster: TwoNo
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     said = [part for part in done.stderr.split("thence: ")[1:] if "remedy: " in part]
-    assert done.stdout.splitlines() == ["exit code 2"] * len(REFUSED), done.stderr
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
+    assert codes == ["exit code 2"] * len(REFUSED), done.stderr
     assert len(said) == len(REFUSED)
     for words, told in zip(REFUSED.values(), said, strict=True):
         assert words in told
