@@ -25,7 +25,7 @@ LOST = [{"lost": "node b was lost"}]
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Two arms from a base that is there, with two seeds; nothing that it names is tried."""
-    monkeypatch.setattr(engine, "refuse_what_cannot_run", lambda planner, left: None)
+    monkeypatch.setattr(engine, "refuse_what_cannot_run", lambda *_: None)
     arms = {"sft": {"kind": "sft"}, "rl": {"kind": "rl"}, "sft-then-rl": {"after": "sft", "kind": "rl"}}
     return tables(tmp_path, arms=arms, bases={"small": {"path": "world:chain/rich"}})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from thence.evaluate.suites import Task
 from thence.evaluate.summary import task_result
 from thence.pipeline.eval_stage import EvalPart, RanksBackend, problem_keys, result_row
 from thence.pipeline.sample_lines import evaluation_line
+from thence.recipe import Eval
 from thence.rollout.native import Sampling
 from thence.rollout.responses import respond, response_seed
 from thence.train.parallel import SingleProcess
@@ -75,7 +76,13 @@ assert len(VOCABULARY) < MODEL_KNOWS
 def part_of(prompts: Sequence[Prompt], samples: int = 3) -> EvalPart:
     task = Task(name="test-1.0", files=("f",), samples=samples, temperature=1.0, max_tokens=6, grader="exact")
     return EvalPart(
-        "test", 1.0, task, dict(zip(problem_keys("test-1.0", prompts), prompts, strict=True)), SAMPLING, (0,)
+        "test",
+        1.0,
+        task,
+        dict(zip(problem_keys("test-1.0", prompts), prompts, strict=True)),
+        SAMPLING,
+        (0,),
+        cast(Any, None),
     )
 
 
@@ -93,7 +100,7 @@ def measured(model: Any, tokenizer: Any, tmp_path: Path) -> Measured:
             settings,
             {part.task.name: part.problems(tokenizer)},
             folder,
-            lambda: RanksBackend(context, {part.task.name: part}),
+            lambda: RanksBackend(context, {part.task.name: part}, Eval()),
             seed_of=lambda task, problem, number: response_seed(part.seed_parts, part.prompts[problem.key], number),
             checker=ByFirstToken(),
         )
@@ -152,7 +159,7 @@ def test_a_prompt_that_is_drawn_twice_is_sampled_anew_and_the_others_stay_as_the
 
 def test_two_ranks_share_the_problems_and_agree_with_one(measured: Measured, model: Any, tokenizer: Any) -> None:
     store, part = measured()
-    backend = RanksBackend(_context(model, tokenizer, SingleProcess()), {"test-1.0": part})
+    backend = RanksBackend(_context(model, tokenizer, SingleProcess()), {"test-1.0": part}, Eval())
     whole = list(backend.sampled(part).values())
     halves = [[g for i in range(rank, 12, 2) for g in whole[3 * i : 3 * i + 3]] for rank in range(2)]
     leading = OneOfTwo(0, iter([None, halves[1]]))
@@ -160,7 +167,7 @@ def test_two_ranks_share_the_problems_and_agree_with_one(measured: Measured, mod
     assert shared.samples("test-1.0") == store.samples("test-1.0")
     assert leading.given == ["test-1.0", halves[0]]
     following = OneOfTwo(1, iter(["test-1.0", halves[0], None]))
-    RanksBackend(_context(model, tokenizer, following), {"test-1.0": part}).follow()
+    RanksBackend(_context(model, tokenizer, following), {"test-1.0": part}, Eval()).follow()
     assert following.given == [None, halves[1], None]
 
 

@@ -130,7 +130,7 @@ def test_beginning_anew_removes_all_that_thence_wrote_and_nothing_else(finished:
     run(changed(finished, {"stages": ["eval"]}), restart=True)
     left = {name for name in content(folder)}
     assert left == {
-        *(".thence-run.json", "recipe.toml", "environment.json", "ground.json", "progress.json"),
+        *(".thence-run.json", "recipe.toml", "environment.json", "ground.json", "progress.json", "plan.json"),
         *("stages/eval/ground.json", "stages/eval/done.json", "stages/eval/result.json", "stages/eval/samples.jsonl"),
         *(f"stages/eval/evaluation/{name}" for name in ("evaluation.toml", "environment.json", "problems.json")),
         *("stages/eval/evaluation/samples/test-0.6.jsonl", "stages/eval/evaluation/grades/test-0.6.jsonl"),

@@ -175,6 +175,7 @@ def test_every_json_text_goes_through_one_function() -> None:
         "pages/template.py": "finite first, without spaces",
         "pages/samples.py": "finite first, without spaces",
         "locks.py": "numbers of processes",
+        "launch/facts.py": "texts; it runs where thence may be missing",
         "audit/": "what a foreign trainer told, NaN included, handed to the parent",
         "data/": "text of prompts",
         "framed.py": "between processes: a score or log-probability of NaN is told to the parent, which refuses it",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import CheckpointError
+from thence.files import to_json
 from thence.pipeline.sampler import RolloutSampler
 from thence.train.parallel import Ranks
 
@@ -73,7 +74,7 @@ def packed(due: Sequence[DueBatch], ranks: Ranks) -> dict[str, Tensor]:
     tokens, logps = _Numbers(), _Numbers()
     plain = [_plain(batch, tokens, logps) for batch in due]
     mine = {
-        "facts": torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8),
+        "facts": torch.frombuffer(bytearray(to_json(plain).encode()), dtype=torch.uint8),
         "tokens": torch.tensor([*tokens.values, 0], dtype=torch.int32),  # never empty: not all readers take that
         "logps": torch.tensor([*logps.values, 0.0], dtype=torch.float64),
     }

@@ -130,6 +130,11 @@ class RankEngine:
         self.take(handed)
         return self.engine.sample(prompts, seeds, sampling, limits)
 
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return self.engine.max_model_len
+
     def update(self, version: int) -> None:
         """Give every engine the policy's weights as they stand. All ranks come here together.
 

@@ -123,7 +123,7 @@ def run(
             place, keep = folder.stage(name) / "checkpoints", _newest_that_stay(resolved, name) or int(name == kept)
             # killed before this line, the next start comes to it
             on_first_rank(ranks, lambda place=place, keep=keep: remove_checkpoints(place, keep=keep))
-        if progress is not None:
+        if progress is not None and to_go:
             progress.end()
     return folder.path
 

@@ -74,7 +74,8 @@ class RolloutSampler:
 
     def begin(self, step: int, model: Any) -> None:
         """A new rollout batch, counted from 0, sampled from this whole model; an engine gets the policy's weights."""
-        self.model, self.step, self.seconds, self.seen = model, step, 0.0, []
+        self.model = self.context.model if model is None else model  # an engine samples: its context counts alone
+        self.step, self.seconds, self.seen = step, 0.0, []
         self.draws, self.times, self.again = 0, Counter(), {}
         if self.engine is not None:
             start = time.perf_counter()

@@ -41,6 +41,7 @@ from wire import PROTOCOL, TOKEN_VARIABLE, weight_files, weights_digest  # pyrig
 
 LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
 GREETING_SECONDS = 10.0
+PARTING_SECONDS = 2.0
 
 # Python puts the folder of a script first in its path. Installed packages must be found before it.
 sys.path.append(sys.path.pop(0))
@@ -274,6 +275,9 @@ def serve_parent(options: argparse.Namespace) -> int:
 
     def watch() -> None:
         client.read(lambda: os.getppid() == parent)
+        deadline = time.monotonic() + PARTING_SECONDS  # a socket closes a moment before its process has ended
+        while os.getppid() == parent and time.monotonic() < deadline:
+            time.sleep(0.02)
         if os.getppid() != parent:  # who would have removed them
             for folder in options.scratch:
                 shutil.rmtree(folder, ignore_errors=True)

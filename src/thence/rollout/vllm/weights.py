@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thence.errors import UserError
+from thence.files import to_json
 from thence.rollout.vllm.wire import weight_files
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -63,7 +63,7 @@ class Probe:
 
     def digest(self, version: int, tensors: int) -> str:
         """16 hex digits that stand for weights: these log-probabilities to the last bit, with version and number."""
-        said = json.dumps([version, tensors, self.logps])
+        said = repr([version, tensors, self.logps])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def tolerance(self, dtype: str) -> float:
@@ -157,7 +157,7 @@ class _Files:
             self._write()
         if self.folder is not None and self.failed is None:
             index = {"metadata": {}, "weight_map": self.places}
-            self._try(lambda folder: (folder / INDEX).write_text(json.dumps(index)))
+            self._try(lambda folder: (folder / INDEX).write_text(to_json(index)))
         if self.failed is not None:
             raise _no_room(self.failed, self.folder) from self.failed
 
