@@ -24,7 +24,6 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
 	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
-	THENCE_RAY_PYTHON="$(abspath $(BIN))/python" \
 	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow or matrix" \
 	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not matrix"'
 

@@ -17,7 +17,11 @@ from tests.pipeline.on_ranks import assert_same, case, drive, largest_difference
 from tests.recipes import world_recipe
 from thence.toml import to_toml
 
-pytestmark = pytest.mark.slow
+EVERYTHING = "THENCE_AHEAD_RANKS"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(EVERYTHING not in os.environ, reason=f"several minutes of runs on ranks: set {EVERYTHING}=1"),
+]
 
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo", "mini_batch": 2, "ahead": 1},
