@@ -41,7 +41,7 @@ rl = { lr = 1e-4, prompts = 4, rollouts = 2, max_tokens = 24, reward = "exact", 
 def python() -> str:
     """The Python of the environment with Ray."""
     if VARIABLE not in os.environ:
-        pytest.skip(f"set {VARIABLE} to the Python of an environment with Ray; `make test` does")
+        pytest.skip(f"set {VARIABLE} to the Python of an environment with Ray (docs/ray.md)")
     return os.environ[VARIABLE]
 
 

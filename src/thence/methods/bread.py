@@ -98,7 +98,7 @@ class Bread(Method):
     name = "bread"
     stage = "rl"
     demonstrations = "begun"
-    single_turn = "an expert begins its responses, and the policy goes on within that one turn"
+    single_turn = "an expert begins its responses, and the policy continues within that one turn"
     formula = "-(1/N) sum_own min(r A, clip(r) A), groups that all fail branch from the shortest prefix that helps"
     source = "arXiv 2506.17211, abstract and notes"
     exactness = "reconstruction"

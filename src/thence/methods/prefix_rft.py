@@ -83,7 +83,7 @@ class PrefixRft(Method):
     name = "prefix_rft"
     stage = "rl"
     demonstrations = "begun"
-    single_turn = "an expert begins its responses, and the policy goes on within that one turn"
+    single_turn = "an expert begins its responses, and the policy continues within that one turn"
     formula = (
         "-(1/N) sum min(r A k, clip(r, 0.8, 1.2) A k) dual clip 3, A = R - mean of 7 own and 1 begun by the expert"
     )

@@ -119,7 +119,7 @@ class Trapo(Method):
     source = "arXiv 2512.17636 and its repository"
     exactness = "exact"
     not_ahead = BEGUN
-    single_turn = "an expert begins its responses, and the policy goes on within that one turn"
+    single_turn = "an expert begins its responses, and the policy continues within that one turn"
     Options = TrapoOptions
 
     @classmethod

@@ -73,7 +73,7 @@ class Uft(Method):
     name = "uft"
     stage = "rl"
     demonstrations = "begun"
-    single_turn = "an expert begins its responses, and the policy goes on within that one turn"
+    single_turn = "an expert begins its responses, and the policy continues within that one turn"
     formula = "-(1/N) sum_own min(r A, clip(r) A) - (0.001/N_hint) sum_hint log pi + 0.001 KL, first slices as a hint"
     source = "arXiv 2505.16984 and its released code"
     exactness = "exact"

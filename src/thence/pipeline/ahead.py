@@ -6,7 +6,7 @@ weights as they stand; then batch t is waited for. One thread composes the batch
 method of its own: it asks a process for responses and grades them. Nothing of a batch is shared with the step in
 progress: it has its own sampler, position in the data, FLOP meter and ranks.
 
-A checkpoint holds the batches that are due (:mod:`thence.pipeline.due`). So a run that was killed goes on with the same
+A checkpoint holds the batches that are due (:mod:`thence.pipeline.due`). So a run that was killed resumes with the same
 responses. Batches that are never trained are counted as waste.
 """
 
@@ -256,7 +256,7 @@ def check_ahead(name: str, stage: Rl, method: Method, trusts_code: bool = False)
         )
     if stage.engine == "native" and trusts_code:
         raise RecipeError(
-            "a model with Python code of its own cannot be made again in the process that samples",
+            "a model with Python code of its own cannot be built a second time in the process that samples",
             remedy="set ahead = 0",
             field=f"{name}.ahead",
         )

@@ -130,7 +130,7 @@ def load(model: Any, folder: Path) -> None:
 
 def _misfit(why: str) -> UserError:
     return UserError(
-        f"the trainer's model cannot be made again from its configuration: {why}",
+        f"the trainer's model cannot be built from its configuration: {why}",
         remedy='set ahead = 0, or sample with engine = "vllm"',
     )
 

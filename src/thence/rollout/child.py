@@ -116,7 +116,7 @@ class SamplingChild:
         return None if self._popen is None else self._popen.pid
 
     def prepare(self, version: int) -> HandedWeights:
-        """Copy the weights as they stand. The process goes on with what it does. All ranks call it.
+        """Copy the weights as they stand. The process continues with what it does. All ranks call it.
 
         Raises:
             UserError: there is no room for them.

@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rollout that its environment could not go on with. Nobody can tell its score.
+    """A rollout that its environment could not continue. Nobody can tell its score.
 
     Args:
         finish: why.

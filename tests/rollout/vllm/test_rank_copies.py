@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from tests.rollout.vllm.stand_in import VOCAB, Make, Unigram, expected_logps
+from thence.errors import UserError
 from thence.pipeline.rollout_engine import RankEngine
 from thence.rollout.native import Sampling
 from thence.rollout.vllm.engine import VllmEngine
+from thence.rollout.vllm.failures import EngineFailed
 from thence.rollout.vllm.weights import Probe, probe_ids, probe_logps, scratch_folders, write_weights
 from thence.train.parallel.ranks import SingleProcess
 
 
-def test_weights_that_are_copied_before_they_are_loaded_are_those_of_the_copy(
-    fake: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One that holds the stand-in's model, and copies and probes it."""
+
     def probe_of(held: RankEngine) -> Probe:
         ids = probe_ids(VOCAB)
         return Probe(ids, probe_logps(held.trainer.policy.model, ids))
@@ -30,7 +33,12 @@ def test_weights_that_are_copied_before_they_are_loaded_are_those_of_the_copy(
 
     monkeypatch.setattr(RankEngine, "_probe", probe_of)
     monkeypatch.setattr("thence.pipeline.rollout_engine.write_policy", written)
-    trainer: Any = SimpleNamespace(policy=SimpleNamespace(skeleton=None, model=None))
+    return SimpleNamespace(policy=SimpleNamespace(skeleton=None, model=Unigram(7)))
+
+
+def test_weights_that_are_copied_before_they_are_loaded_are_those_of_the_copy(
+    fake: Make, folder: Path, trainer: Any
+) -> None:
     held = RankEngine(VllmEngine(fake(), folder), trainer, SingleProcess(), scratch_folders(), keep=1)
     handed = []
     for version, seed in ((1, 7), (2, 8)):
@@ -47,3 +55,28 @@ def test_weights_that_are_copied_before_they_are_loaded_are_those_of_the_copy(
     assert [one.folder.exists() for one in handed] == [False, True]  # responses may still be sampled from the newer
     held.close()
     assert not any(folder.exists() for folder in held.scratch)
+
+
+def test_an_engine_that_fails_is_started_again_once_with_the_same_weights(
+    fake: Make, folder: Path, trainer: Any
+) -> None:
+    held = RankEngine(
+        VllmEngine(fake("dies"), folder),
+        trainer,
+        SingleProcess(),
+        scratch_folders(),
+        lambda: VllmEngine(fake(), folder),
+    )
+    held.update(1)
+    (response,) = held.sample([[1]], [0], Sampling(20))
+    expected = expected_logps(Unigram(7), 1.0)[torch.tensor(response.token_ids)]
+    assert response.logps == pytest.approx(expected.tolist(), abs=1e-5)
+    held.engine.close()  # a second failure with these weights
+    with pytest.raises(UserError, match="has been closed"):
+        held.sample([[1]], [0], Sampling(20))
+    held.close()
+    alone = RankEngine(VllmEngine(fake("dies"), folder), trainer, SingleProcess(), scratch_folders())
+    alone.update(1)
+    with pytest.raises(EngineFailed, match="ended unexpectedly"):  # other ranks use it: it is not started again
+        alone.sample([[1]], [0], Sampling(20))
+    alone.close()

@@ -198,7 +198,7 @@ def _tensors(folder: str) -> Iterator[tuple[str, Any]]:
 
 def _pack_tied_weights(model: Any) -> None:
     """On a CPU vLLM multiplies by a packed copy of each matrix. Reloading does not renew the copy of an output layer
-    that is tied to the embedding (seen in vLLM 0.32): it would go on with the old weights."""
+    that is tied to the embedding (seen in vLLM 0.32): it would keep the old weights."""
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if hasattr(module, "cpu_linear") and method is not None and module.weight.numel():
