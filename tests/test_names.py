@@ -232,6 +232,23 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: Any) -> None:
         resolve("no-such-owner/no-such-model")
 
 
+def test_a_hub_that_did_not_answer_is_not_held_against_a_later_run_that_is_offline(monkeypatch: Any) -> None:
+    import huggingface_hub
+
+    from thence.train import places
+    from thence.train.model import resolve
+
+    places._answers.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        resolve("nobody/absent-model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert resolve("nobody/absent-model") == "nobody/absent-model"
+
+
 INIT = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
 
 

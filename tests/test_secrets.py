@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.compare.small import Quiet
 from thence.cli import main
 from thence.cli.fields import describe_fields
 from thence.compare import engine, worker
@@ -339,8 +340,9 @@ def test_a_comparison_keeps_no_secret(planted, tmp_path, monkeypatch, capfd):
     bases = {**recipe.bases, base: model}
     changes = {"folder": str(tmp_path / "c"), "description": f"on http://u:{S}@h", "bases": bases}
     monkeypatch.setattr(engine, "refuse_what_cannot_run", lambda *_: None)
-    monkeypatch.setattr(engine, "_run_all", lambda *_: iter([Failure("a", base, 0, told(OSError(f"token={S}")))]))
-    engine.compare(recipe.model_copy(update=changes), watcher=None)  # type: ignore[arg-type]
+    failed = Failure("a", base, 0, told(OSError(f"token={S}")))
+    monkeypatch.setattr(engine._Going, "run_all", lambda self: iter([failed]))
+    engine.compare(recipe.model_copy(update=changes), watcher=Quiet())
     kept = everything(tmp_path / "c")
     assert S not in kept
     assert "--api-key" in kept

@@ -108,7 +108,6 @@ def _package(package: str, field: str) -> str:
     return str(next(iter(spec.submodule_search_locations)))
 
 
-@lru_cache(maxsize=1)
 def _is_reachable() -> bool:
     """Whether something answers where the hub should be. With a proxy, only a request could tell."""
     from huggingface_hub import constants
@@ -117,8 +116,14 @@ def _is_reachable() -> bool:
         return True  # offline, transformers says at once what it has not kept
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (80 if address.scheme == "http" else 443)
+    return _answers(address.hostname or "huggingface.co", port)
+
+
+@lru_cache(maxsize=4)
+def _answers(host: str, port: int) -> bool:
+    """Whether something listens there: asked once, since an answer may take as long as CONNECT_SECONDS."""
     try:
-        socket.create_connection((address.hostname or "huggingface.co", port), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError:
         return False
     return True
