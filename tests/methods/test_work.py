@@ -92,6 +92,21 @@ def test_what_a_batch_costs_lies_between_the_bounds_that_the_method_states(name:
     assert least - a_token <= trained <= max(t for _, t in bounds) + a_token
 
 
+@pytest.mark.parametrize(
+    "options", [{"over_sampling": 1.5}, {"first_rollouts": 2}, {"over_sampling": 2.1, "first_rollouts": 6}]
+)
+@pytest.mark.parametrize(("right", "batches"), [(0.0, 0), (0.5, 1), (1.0, 0)])
+def test_what_groups_that_are_given_up_or_too_many_cost_lies_within_the_bounds(
+    options: dict[str, Any], right: float, batches: int
+):
+    method = methods()["dapo"](options)
+    method.prepare(N, LENGTH)
+    work = method.work(PROMPTS, N)
+    sampled, trained = spent(method, right, 0.5)
+    assert work.least.sampled <= sampled <= work.most.sampled
+    assert trained == batches * PROMPTS * N
+
+
 @pytest.mark.parametrize("name", RL)
 def test_a_method_that_composes_its_own_batch_states_what_it_costs(name: str):
     assert methods()[name]({}).states_work

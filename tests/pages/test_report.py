@@ -131,8 +131,18 @@ def test_the_page_says_what_was_sampled_ahead_and_never_trained_and_draws_the_wa
         lines[last] |= {"wasted_tokens": wasted}
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         text = write_page(folder).read_text(encoding="utf-8")
-        assert ("1,234 tokens sampled ahead and never trained" in text) is shown
+        assert ("1,234 tokens sampled and never trained" in text) is shown
     assert "Waiting for responses" in text and "Age of the weights that sampled" in text
+
+
+def test_the_page_says_what_was_sampled_and_is_in_no_batch(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    assert "that no batch holds" not in write_page(folder).read_text(encoding="utf-8")
+    lines = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"unused_tokens": 1200} if line["kind"] == "rl" else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "2,400 tokens sampled that no batch holds" in write_page(folder).read_text(encoding="utf-8")
 
 
 def test_the_page_names_the_method_of_every_stage_and_says_what_is_a_reconstruction(tmp_path):

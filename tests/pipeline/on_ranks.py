@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama
 
+import thence.pipeline.partial as partial
 import thence.pipeline.rl_stage as rl_stage
 import thence.pipeline.sampler as sampler
 import thence.pipeline.sft_stage as sft_stage
@@ -43,11 +44,19 @@ class Stopped(Exception):
 def listen(folder, rank, stop):
     respond, log, made = sampler.respond, RunFolder.log, []
 
-    def heard(*given, **named):
-        found = respond(*given, **named)
+    def note(found):
         made.extend([t.prompt.index, t.prompt.draw, list(t.prompt.token_ids), list(t.response_ids)] for t in found)
         (folder / f"sampled-{rank}.json").write_text(json.dumps(made))
+
+    def heard(*given, **named):
+        found = respond(*given, **named)
+        note(found)
         return found
+
+    def whole(batches, at):
+        batch = take(batches, at)
+        note(batch.trajectories)
+        return batch
 
     def begins(loop, at):
         if at == stop:
@@ -59,7 +68,8 @@ def listen(folder, rank, stop):
             raise Stopped
         return batches(n, batch, seed, at)
 
-    step, batches = rl_stage.Loop.step, sft_stage.batch_at
+    step, batches, take = rl_stage.Loop.step, sft_stage.batch_at, partial.Partial.take
+    partial.Partial.take = whole
     sampler.respond, rl_stage.Loop.step, sft_stage.batch_at = heard, begins, batch_at
 
 

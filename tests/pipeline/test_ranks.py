@@ -65,7 +65,21 @@ SLOW = {
     },
     "reference": {"method": "grpo", "options": {"kl": 0.05}},
     "trust": {"method": "grpo", "importance_bound": 2.0},
+    "partial": {
+        "method": "grpo",
+        "max_tokens": 48,
+        "lr": 1e-3,
+        "steps": 5,
+        "partial": {"in_flight": 9, "chunk_tokens": 5},
+    },
+    "given-up": {
+        "method": "dapo",
+        "rollouts": 4,
+        "options": {"over_sampling": 1.5, "first_rollouts": 2, "overlong_buffer": 0},
+    },
 }
+
+MOVED = ("relift", "exgrpo", "red", "sasr", "sdpo", "sdpo-whole", "partial")
 
 
 def pairs(base: dict[str, Any], folder: Path, names: list[str]) -> list[dict[str, Any]]:
@@ -118,7 +132,7 @@ def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     cases = [case(base, folder / f"{name}-{w}", w, rl) for name, rl in SLOW.items() for w in (1, 2)]
     cases += [case(base, folder / f"{name}-4", 4, {**rl, "mini_batch": 4}) for name, rl in (QUICK | SLOW).items()]
     cases += [case(base, folder / f"{name}-1", 1, {**rl, "mini_batch": 4}) for name, rl in QUICK.items()]
-    for name in ("relift", "exgrpo", "red", "sasr", "sdpo", "sdpo-whole"):
+    for name in MOVED:
         moved = folder / f"{name}-moved"
         cases += [case(base, moved, 2, SLOW[name], stop=2), case(base, moved, 1, SLOW[name], suffix="-more")]
     drive(folder, cases)
@@ -138,7 +152,7 @@ def test_four_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["relift", "exgrpo", "red", "sasr", "sdpo", "sdpo-whole"])
+@pytest.mark.parametrize("name", MOVED)
 def test_methods_with_a_state_of_their_own_are_resumed_by_another_number_of_ranks(name: str, slow: Path) -> None:
     sampled(slow / f"{name}-moved"), sampled(slow / f"{name}-moved", "-more")
     assert largest_difference(slow / f"{name}-moved", slow / f"{name}-1") < 1e-6

@@ -375,7 +375,8 @@ def _sampling_lines(name: str, rl: Rl, data: Data, known: Known) -> tuple[Line, 
 
 
 def _rollout_rows(rl: Rl, known: Known) -> int:
-    return min(rl.rollout_rows, math.ceil(rl.prompts * rl.rollouts / known.ranks))
+    prompts = rl.prompts if rl.partial is None else rl.partial.in_flight
+    return min(rl.rollout_rows, math.ceil(prompts * rl.rollouts / known.ranks))
 
 
 def _rollout_length(name: str, stage: Rl | Eval, known: Known) -> float:

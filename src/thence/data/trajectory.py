@@ -82,6 +82,8 @@ class Trajectory:
             the rewards of the earlier.
         version: of the weights that sampled it: optimizer updates of whole rollout batches before. None: it was not
             sampled ahead (``rl.ahead``), so they are those of its own step.
+        versions: where weights of more than one version sampled it (``rl.partial``): of each in turn the version, and
+            how many tokens. Empty: those of one version sampled all of it.
         observations: what an environment said between the turns, in order. They lie between the response's tokens in
             the row that the model reads, and are no part of the response.
         transcript: who said what, in order, for the reader; empty where there was no environment.
@@ -102,6 +104,7 @@ class Trajectory:
     behaviour: tuple[float, ...] | None = None
     round: int = 0
     version: int | None = None
+    versions: tuple[tuple[int, int], ...] = ()
     observations: tuple[Observation, ...] = ()
     transcript: tuple[Said, ...] = ()
 

@@ -7,6 +7,16 @@ Groups whose answers are all right or all wrong are dropped and others sampled i
 The penalty ``min(-(T - (L - b)) / b * factor, 0)`` is added to the reward; whether a group is dropped is decided on the
 answers alone.
 
+Two options, both off as published, spend sampling otherwise:
+
+* ``over_sampling``: a round samples so many times the batch's prompts at once, so that fewer rounds follow one another.
+  Groups beyond the batch are not trained.
+* ``first_rollouts = k``: a group whose first k answers score the same is given up without its other n - k. That saves
+  tokens and changes the gradient: a group with rare right answers is trained only where one is among the first k, so
+  rare successes are learned from less often than with whole groups, and so are rare failures.
+
+Tokens of responses that were sampled and are in no trained group stand in the metrics as ``unused_tokens``.
+
 L and b follow the stage: L = ``max_tokens`` and b = L / 5, the ratio of the paper (20480 and 4096).
 """
 
@@ -25,7 +35,7 @@ from thence.methods.base import Sampler
 from thence.methods.groups import sampled_groups
 from thence.methods.grpo import Grpo, GrpoOptions
 from thence.methods.unknown import scores_of
-from thence.settings.limits import Ceiling, Coefficient, Count, Natural, Tokens
+from thence.settings.limits import Ceiling, Coefficient, Count, Natural, Surplus, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +51,10 @@ class DapoOptions(GrpoOptions):
     """Drop groups without a learning signal and sample others."""
     max_generations: Count = 10
     """Most generation rounds for one batch. After them, the groups found so far are trained."""
+    over_sampling: Surplus = 1.0
+    """Prompts of a generation round, as a multiple of the batch's. 1: as published."""
+    first_rollouts: Natural = 0
+    """Rollouts of a group that are sampled first; where they score the same, the others are not sampled. 0: off."""
     overlong_tokens: Tokens | None = None
     """Longest response, L of the penalty. none: the stage's max_tokens."""
     overlong_buffer: Natural | None = None
@@ -52,6 +66,10 @@ class DapoOptions(GrpoOptions):
     def _buffer_fits(self) -> DapoOptions:
         if (self.overlong_buffer or 0) > (self.overlong_tokens or math.inf):
             raise ValueError("overlong_buffer is longer than overlong_tokens")
+        if not self.dynamic_sampling and (self.over_sampling > 1 or self.first_rollouts):
+            raise ValueError("over_sampling and first_rollouts are parts of dynamic_sampling, which is off")
+        if self.first_rollouts == 1:
+            raise ValueError("first_rollouts = 1 gives every group up: a single answer cannot differ from others")
         return self
 
 
@@ -81,6 +99,12 @@ class Dapo(Grpo):
 
     def prepare(self, rollouts: int, max_tokens: int) -> None:
         super().prepare(rollouts, max_tokens)
+        if self.options.first_rollouts >= rollouts:
+            raise RecipeError(
+                f"first_rollouts {self.options.first_rollouts} leaves nothing of a group of {rollouts} for later",
+                remedy=f"set it below {rollouts}, or 0: off",
+                field="options.first_rollouts",
+            )
         self.longest = max_tokens
         longest, buffer = self.overlong
         if buffer > longest:
@@ -99,12 +123,12 @@ class Dapo(Grpo):
             )
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
+        if not self.options.dynamic_sampling:
+            return [self._penalised(t) for t in super().compose(sampler, prompts, n)]
         kept: list[list[Trajectory]] = []
         places: list[tuple[int, int, int]] = []  # of the groups of all ranks: draw, rank, place among the rank's own
-        rounds = self.options.max_generations if self.options.dynamic_sampling else 1
-        for _ in range(rounds):
-            groups = sampled_groups(sampler, prompts, n)
-            found = [g for g in groups if not self.options.dynamic_sampling or is_informative(g)]
+        for _ in range(self.options.max_generations):
+            found = [group for group in self._round(sampler, prompts, n) if is_informative(group)]
             mine = [(g[0].prompt.draw, sampler.rank, len(kept) + i) for i, g in enumerate(found)]
             places += [place for part in sampler.gather(mine) for place in part]
             kept += found
@@ -112,17 +136,38 @@ class Dapo(Grpo):
                 break
         else:
             log.warning(
-                "only %d of %d groups had both right and wrong answers after %d rounds", len(places), prompts, rounds
+                "only %d of %d groups had both right and wrong answers after %d rounds",
+                len(places),
+                prompts,
+                self.options.max_generations,
             )
         chosen = [kept[i] for _, rank, i in sorted(places)[:prompts] if rank == sampler.rank]
         return [self._penalised(trajectory) for group in chosen for trajectory in group]
 
+    def _round(self, sampler: Sampler, prompts: int, n: int) -> list[list[Trajectory]]:
+        """This rank's groups of one generation round, whole ones: those that were given up are not among them."""
+        first, count = self.options.first_rollouts, self._asked(prompts)
+        if not first:
+            return sampled_groups(sampler, count, n)
+        begun = sampled_groups(sampler, count, first)
+        begun = [group for group in begun if not is_decided(group)]
+        others = sampler.rollouts([group[0].prompt for group in begun], n - first, first=first)
+        size = n - first
+        return [[*group, *others[i * size : i * size + size]] for i, group in enumerate(begun)]
+
+    def _asked(self, prompts: int) -> int:
+        """Prompts of a generation round of all ranks."""
+        return math.ceil(prompts * self.options.over_sampling)
+
     def work(self, prompts: int, n: int) -> Work:
-        one = Outcome(prompts * n, prompts * n)
-        if not self.options.dynamic_sampling:
-            return Work.just(one)
-        most = Outcome(self.options.max_generations * prompts * n, prompts * n)
-        return Work(one, most, "how many groups are all right or all wrong, and are sampled anew")
+        options = self.options
+        if not options.dynamic_sampling:
+            return Work.just(Outcome(prompts * n, prompts * n))
+        asked, begun = self._asked(prompts), options.first_rollouts or n
+        # in the last round the whole batch may be found; a group that is not trained costs its first rollouts at least
+        least = Outcome(prompts * n + (asked - prompts) * begun, prompts * n)
+        most = Outcome(options.max_generations * asked * n, prompts * n)
+        return Work(least, most, "how many groups are all right or all wrong, and are sampled anew")
 
     def _penalised(self, trajectory: Trajectory) -> Trajectory:
         if trajectory.score is None:
@@ -136,6 +181,11 @@ def overlong_penalty(tokens: int, longest: int, buffer: int, factor: float = 1.0
     if buffer == 0:
         return 0.0
     return min(-(tokens - (longest - buffer)) / buffer * factor, 0.0)
+
+
+def is_decided(begun: Sequence[Trajectory]) -> bool:
+    """Whether a group is given up after its first answers: all are known, and score the same."""
+    return len(scores_of(begun)) == len(begun) and not is_informative(begun)
 
 
 def is_informative(group: Sequence[Trajectory]) -> bool:

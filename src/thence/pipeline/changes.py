@@ -76,7 +76,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rl": {
         **_OPTIMIZATION,
         **_all(FIXED, "data method options prompts rollouts mini_batch temperature top_p top_k max_tokens"),
-        **_all(FIXED, "engine unknown importance_bound ahead reward_right_from"),
+        **_all(FIXED, "engine unknown importance_bound ahead partial reward_right_from"),
         **_all(FREE, "reward_seconds rollout_rows expected_tokens vllm"),
         "steps": LENGTH,
         "reward": CONTENT,

@@ -27,6 +27,7 @@ SHOWN = (
     ("grad_norm", "norm {:.2f}"),
     ("tokens_per_s", "{:,.0f} tok/s"),
     ("waited_share", "waited {:.0%}"),
+    ("unused_tokens", "{:,.0f} sampled tokens unused"),
     ("wasted_tokens", "{:,.0f} tokens sampled in vain"),
 )
 REFRESHES = 4  # a second

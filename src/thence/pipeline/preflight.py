@@ -23,6 +23,7 @@ from thence.pipeline.changes import Resumption
 from thence.pipeline.context import step_of
 from thence.pipeline.folder import RunFolder
 from thence.pipeline.ground import Ground
+from thence.pipeline.partial import check_partial
 from thence.pipeline.prompts import RenderedPrompts, check_answers, check_trained, read_only
 from thence.pipeline.rehearsal import no_demonstrations, rehearse
 from thence.pipeline.reward_trial import try_environment, try_reward
@@ -201,6 +202,7 @@ def _settings(trial: Preflight, name: str) -> None:
         settings = vllm_settings(stage.vllm, f"{name}.vllm")
         check_settings(name, stage, trial.ranks)
         check_ahead(name, stage, stage_method(stage, name), trial.recipe.model.trust_remote_code)
+        check_partial(name, stage, stage_method(stage, name))
         Sampling(stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
         if stage.engine == "vllm" and trial.leads:
             check_vllm(settings, f"{name}.vllm")

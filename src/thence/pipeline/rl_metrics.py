@@ -118,6 +118,8 @@ class BatchMetrics:
             "tokens_per_s": tokens / seconds,
             **taught,
         }
+        if unused := self._unused(composed, int(sampled)):
+            line["unused_tokens"] = unused
         if skipped := sum(report.skipped for report in taken):
             line["skipped_steps"] = skipped
         if self.trust is not None:
@@ -130,6 +132,11 @@ class BatchMetrics:
         if mixed := self.shares.mixed():
             line["shares"] = mixed
         return line
+
+    def _unused(self, composed: Sequence[Trajectory], sampled: int) -> int:
+        """Tokens over all ranks of responses that were sampled and are not in the batch: groups that were dropped,
+        given up or in excess, and rollouts that others took the place of."""
+        return sampled - self.ranks.sum_counts([sum(t.sampled_tokens for t in composed)])[0]
 
     def _by_the_teacher(self) -> tuple[dict[str, float], int]:
         """``taught_share``, the share of the responses that a teacher scored, and how many tokens it scored.
@@ -307,6 +314,7 @@ def keep_samples(context: StageContext, kept: Sequence[Trajectory], step: int, t
     for trajectory in kept:
         line = rollout_line(trajectory, stage=context.name, step=step)
         line |= {} if trajectory.version is None else {"version": trajectory.version}
+        line |= {"versions": trajectory.versions} if trajectory.versions else {}
         weighed = tokens.of(trajectory, context.tokenizer)
         lines.append(line if weighed is None else line | {"weighed": weighed})
     append_jsonl(path, lines)

@@ -23,20 +23,21 @@ from thence.pipeline.dealing import resume_position, same_or_each
 from thence.pipeline.due import DueBatch
 from thence.pipeline.engines_ahead import EngineAhead, sampling_child
 from thence.pipeline.lessons import Watch
+from thence.pipeline.partial import Partial, check_partial
 from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import reward_names, stage_reward
 from thence.pipeline.rl_metrics import SAMPLES_KEPT, BatchMetrics, keep_samples, stale_facts
 from thence.pipeline.rl_update import Update
 from thence.pipeline.rollout_engine import engine_of, ranks_per_engine
 from thence.pipeline.room import response_tokens
-from thence.pipeline.sampler import RolloutSampler, SyncedEngine
+from thence.pipeline.sampled_from import sampled_from
+from thence.pipeline.sampler import RolloutSampler
 from thence.pipeline.saving import Checkpoints, naming_step, saving
 from thence.pipeline.teacher import check_teacher, drawn_prompts, teacher_pass, teacher_weights
 from thence.pipeline.validation import Validation
 from thence.recipe import Rl
 from thence.rollout.vllm.settings import vllm_settings
 from thence.train.trainer import Trainer
-from thence.train.weights import whole
 
 log = logging.getLogger(__name__)
 ONE_STEP = (
@@ -56,6 +57,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
     method = stage_method(stage, context.name, room)
     check_settings(context.name, stage, context.ranks.world)
     check_ahead(context.name, stage, method, context.recipe.model.trust_remote_code)
+    check_partial(context.name, stage, method)
     check_teacher(context.recipe, context.name, method)
     minis = mini_batches_of(stage)
     if method.needs_several_steps and minis == 1 and context.leads:
@@ -74,7 +76,7 @@ def run_rl(context: StageContext, stage: Rl) -> dict[str, Any]:
         grader = held.enter_context(stage_reward(stage, chat))
         engine = None if stage.ahead else held.enter_context(engine_of(context, stage, trainer))
         sampler = RolloutSampler(context, stage, prompts, grader, engine)
-        batches = InStep(context, stage, sampler, method)
+        batches = in_step(context, stage, sampler, method)
         if stage.ahead:
             ahead = held.enter_context(engine_ahead(context, stage, trainer, threads))
             composer = stage_method(stage, context.name, room)
@@ -120,7 +122,7 @@ class Loop:
     context: StageContext
     stage: Rl
     sampler: RolloutSampler
-    batches: InStep | Ahead
+    batches: InStep | Partial | Ahead
     update: Update
     checkpoints: Checkpoints
     validation: Validation
@@ -184,6 +186,8 @@ class Loop:
         line = metrics.line(context, sampler, composed, rate, time.perf_counter() - start)
         if self.stage.ahead:
             line |= stale_facts(batch, context.ranks, line["seconds"])
+        if isinstance(self.batches, Partial):
+            line |= self.batches.facts(batch)
         return line | {"executed_flops": context.executed_flops(before)}
 
     def _state(self, ended: bool, waste: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +202,13 @@ class Loop:
             "drawn": [sampler.drawn, sampler.expert_drawn],
             "method": same_or_each(self.context.ranks.gather(self.update.method.state())),
         }
+
+
+def in_step(context: StageContext, stage: Rl, sampler: RolloutSampler, method: Method) -> InStep | Partial:
+    """The batches of a stage that is not sampled ahead."""
+    if stage.partial is not None:
+        return Partial(context, stage, sampler, stage.partial)
+    return InStep(context, stage, sampler, method)
 
 
 def mini_batches_of(stage: Rl) -> int:
@@ -246,13 +257,3 @@ def engine_ahead(context: StageContext, stage: Rl, trainer: Trainer, threads: in
     with engine_of(context, stage, trainer) as engine:
         assert engine is not None, "the native engine is no other process"
         yield engine
-
-
-@contextmanager
-def sampled_from(context: StageContext, engine: SyncedEngine | None) -> Iterator[Any]:
-    """The whole model that this process samples with; None where an engine samples, which gets the weights itself."""
-    if engine is not None:
-        yield None
-        return
-    with whole(context.policy) as model:
-        yield model

@@ -119,9 +119,7 @@ class RolloutSampler:
             cut = len(ids) < len(prefix) + len(trajectory.response_ids)
             finish = "length" if cut else trajectory.finish
             whole.append(Trajectory(prompt, ids, finish=finish, prefix=min(len(prefix), len(ids))))
-        graded = self._known(grade(self.context.tokenizer, self.grader, whole, self.sampling.stop_ids))
-        self.seen += graded
-        return graded
+        return self.take_in(whole)
 
     def _continued(self, longer: Sequence[Prompt], given: Sequence[int], n: int, first: int) -> list[Trajectory]:
         """``n`` responses for each prompt that ends with so many given tokens of its response, within ``max_tokens``.
@@ -147,6 +145,12 @@ class RolloutSampler:
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
         return self._known(grade(self.context.tokenizer, self.grader, found, self.sampling.stop_ids))
+
+    def take_in(self, found: Sequence[Trajectory]) -> list[Trajectory]:
+        """Whole responses that were sampled elsewhere, graded like its own, and seen in this step like them."""
+        graded = self._known(grade(self.context.tokenizer, self.grader, found, self.sampling.stop_ids))
+        self.seen += graded
+        return graded
 
     def _known(self, graded: Sequence[Trajectory]) -> list[Trajectory]:
         """The same without a score where nobody can tell it, unless the recipe asks for zero."""

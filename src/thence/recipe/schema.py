@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from thence.given_files import folder_place
-from thence.recipe.tables import Data, Environment, Faulty, Model, Sharding, Trackers
+from thence.recipe.tables import Data, Environment, Faulty, Model, PartialRollouts, Sharding, Trackers
 from thence.settings.limits import (
     BatchesAhead,
     Coefficient,
@@ -146,7 +146,7 @@ class Sft(Optimization):
 
 
 AHEAD_BOUND = 2.0
-"""Of importance weights where responses are sampled ahead, and the recipe sets none."""
+"""Of importance weights where an earlier policy sampled responses or their beginnings, and the recipe sets none."""
 
 Played = TypeVar("Played", "Rl", "Eval")
 
@@ -214,18 +214,21 @@ class Rl(Optimization):
     """Responses without a verdict (time-out, a reward of None). leave-out: not trained. zero: reward 0."""
     importance_bound: SomeCoefficient | None = None
     """Cap on a sampled token's weight, the trainer's over the sampler's probability. Usual: 2. Default: no weight, and
-    2 where ahead is not 0."""
+    2 where ahead or partial is set."""
     ahead: BatchesAhead = 0
     """Rollout batches that are sampled, by a process of its own, while earlier ones are trained. 0: none. With 1 or 2,
     a batch is sampled from the weights of so many steps before. See docs/asynchronous.md."""
+    partial: PartialRollouts | None = None
+    """Partial rollouts: more prompts are sampled at once than a batch has. Default: a batch waits for all its own."""
 
     @model_validator(mode="before")
     @classmethod
-    def _weighed_if_ahead(cls, values: Any) -> Any:
+    def _weighed_if_older(cls, values: Any) -> Any:
         """Responses of an earlier policy are weighed (:mod:`thence.rollout.correction`)."""
-        if isinstance(values, Mapping) and values.get("ahead") and values.get("importance_bound") is None:
-            return {**values, "importance_bound": AHEAD_BOUND}
-        return values
+        if not isinstance(values, Mapping) or values.get("importance_bound") is not None:
+            return values
+        older = values.get("ahead") or values.get("partial")
+        return {**values, "importance_bound": AHEAD_BOUND} if older else values
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -240,6 +243,15 @@ class Rl(Optimization):
     def _mini_batch_divides(self) -> Rl:
         if self.mini_batch is not None and self.prompts % self.mini_batch:
             raise ValueError(f"mini_batch {self.mini_batch} does not divide prompts {self.prompts}")
+        return self
+
+    @model_validator(mode="after")
+    def _more_in_flight(self) -> Rl:
+        if self.partial is not None and self.partial.in_flight <= self.prompts:
+            raise ValueError(
+                f"partial.in_flight {self.partial.in_flight} is not more than prompts {self.prompts}: no group could "
+                "be left for a later batch"
+            )
         return self
 
 

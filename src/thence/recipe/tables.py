@@ -154,6 +154,15 @@ class Environment(Section):
     """Processes of environments on every rank. Rollouts are dealt to them in turn."""
 
 
+class PartialRollouts(Section):
+    """A batch holds the groups that end first, and the others are resumed by later weights. See docs/partial.md."""
+
+    in_flight: Rows
+    """Prompts whose groups are sampled at once, over all ranks: more than rl.prompts."""
+    chunk_tokens: Tokens = 256
+    """Tokens that an unfinished response gets between two looks at how many groups have ended."""
+
+
 class Faulty(Section):
     """Bugs of other trainers, switched on to measure their effect. `docs/faults.md` lists them."""
 

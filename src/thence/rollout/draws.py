@@ -9,7 +9,7 @@ from torch import Tensor
 _GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
-def uniforms(seed_B: Tensor, first: int, count: int) -> Tensor:
+def uniforms(seed_B: Tensor, first: int | Tensor, count: int) -> Tensor:
     """One uniform number in [0, 1) for every row and each of ``count`` positions from ``first`` on.
 
     A counter-based generator: the number depends on the row's seed and the position alone, so that a row's tokens do
@@ -17,12 +17,14 @@ def uniforms(seed_B: Tensor, first: int, count: int) -> Tensor:
 
     Args:
         seed_B: seed of each row, shape (B,), int64.
+        first: of all rows, or of each, shape (B,), int64.
 
     Returns:
         Shape (B, count), float64, with 53 random bits.
     """
-    position_C = torch.arange(first + 1, first + 1 + count, device=seed_B.device)
-    state_BC = _mixed(seed_B)[:, None] + position_C * _GOLDEN
+    start_B = torch.as_tensor(first, device=seed_B.device).expand_as(seed_B)
+    position_BC = start_B[:, None] + torch.arange(1, 1 + count, device=seed_B.device)
+    state_BC = _mixed(seed_B)[:, None] + position_BC * _GOLDEN
     return _shifted(_mixed(state_BC), 11).double() * 2.0**-53
 
 

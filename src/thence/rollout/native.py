@@ -78,6 +78,7 @@ def sample(
     seeds: Sequence[int],
     sampling: Sampling,
     limits: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
 ) -> list[Response]:
     """Sample one response for every prompt.
 
@@ -87,6 +88,8 @@ def sample(
         seeds: one a prompt. The same prompt, seed and weights give the same tokens in any batch
             (up to the last bits of floating-point sums).
         limits: longest response of each prompt, from 1, instead of ``sampling.max_tokens`` for all.
+        starts: how many of a prompt's last tokens are the beginning of its response, sampled before with the same seed:
+            the random numbers go on after theirs, so that a response in pieces is the one that a single call gives.
 
     Returns:
         The responses in the order of the prompts.
@@ -94,7 +97,7 @@ def sample(
     Raises:
         UserError: the model cannot be sampled from (:func:`~thence.rollout.choice.choice_of`), or its logits are NaN.
     """
-    found = dict(stream(model, prompts, seeds, sampling, limits))
+    found = dict(stream(model, prompts, seeds, sampling, limits, starts))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -105,15 +108,17 @@ def stream(
     seeds: Sequence[int],
     sampling: Sampling,
     limits: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """As :func:`sample`, but every response with its place among the prompts as soon as it ends.
 
     Raises:
-        ValueError: a prompt without tokens, or not one seed or limit a prompt.
+        ValueError: a prompt without tokens, or not one seed, limit or start a prompt.
     """
     most = [sampling.max_tokens] * len(prompts) if limits is None else limits
-    if len(seeds) != len(prompts) or len(most) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(most)} limits")
+    begun = [0] * len(prompts) if starts is None else starts
+    if not len(prompts) == len(seeds) == len(most) == len(begun):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds, {len(most)} limits and {len(begun)} starts")
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token; give it at least a beginning token")
     # Rows of one length need no padding and the same prompt is read once: sort by length, then by content.
@@ -121,8 +126,8 @@ def stream(
     choice = choice_of(model)
     for wave in _waves(order, None if choice.pads else [len(prompt) for prompt in prompts], sampling.rows):
         own_prompts, own_seeds = [list(prompts[i]) for i in wave], [seeds[i] for i in wave]
-        own = [most[i] for i in wave]
-        for row, response in _sample_wave(choice.make(model), own_prompts, own_seeds, sampling, own):
+        own, at = [most[i] for i in wave], [begun[i] for i in wave]
+        for row, response in _sample_wave(choice.make(model), own_prompts, own_seeds, sampling, own, at):
             yield wave[row], response
 
 
@@ -140,7 +145,12 @@ def _waves(order: list[int], lengths: list[int] | None, rows: int) -> Iterator[l
 
 @torch.no_grad()
 def _sample_wave(
-    decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling, limits: list[int]
+    decoder: Decoder,
+    prompts: list[list[int]],
+    seeds: list[int],
+    sampling: Sampling,
+    limits: list[int],
+    starts: list[int],
 ) -> Iterator[tuple[int, Response]]:
     unique, repeats = _runs(prompts)
     longest = max(limits)
@@ -152,11 +162,12 @@ def _sample_wave(
     stop_S = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     row_B = torch.arange(n, device=device)  # which response each row of the decoder is
     seed_N = torch.tensor(seeds, dtype=torch.int64, device=device)
-    uniform_BC = uniforms(seed_N, 0, DRAW_BLOCK)
+    start_N = torch.tensor(starts, dtype=torch.int64, device=device)
+    uniform_BC = uniforms(seed_N, start_N, DRAW_BLOCK)
     due_at = {limit: [i for i, own in enumerate(limits) if own == limit] for limit in set(limits)}
     for t in range(longest):
         if t % DRAW_BLOCK == 0 and t:
-            uniform_BC = uniforms(seed_N[row_B], t, DRAW_BLOCK)
+            uniform_BC = uniforms(seed_N[row_B], start_N[row_B] + t, DRAW_BLOCK)
         token_B, logp_B = draw(
             logits_BV, uniform_BC[:, t % DRAW_BLOCK], sampling.temperature, sampling.top_p, sampling.top_k
         )

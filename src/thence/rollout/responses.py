@@ -54,10 +54,10 @@ def respond(
         first: number of each prompt's first response, where others of the same batch came before.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    seeds = []
-    for prompt, times in zip(prompts, times_before(prompts) if again is None else again, strict=True):
-        parts = (*seed_parts, times) if times else seed_parts
-        seeds += [response_seed(parts, prompt, j) for j in range(first, first + n)]
+    drawn = times_before(prompts) if again is None else again
+    seeds = [
+        seed for p, times in zip(prompts, drawn, strict=True) for seed in group_seeds(seed_parts, p, n, times, first)
+    ]
     if isinstance(grader, Player):
 
         def ask(contexts: Sequence[Sequence[int]], own: Sequence[int], limits: Sequence[int]) -> list[Response]:
@@ -79,6 +79,12 @@ def longest_row(model: Any, engine: Engine | None) -> int | None:
     """Most tokens of a prompt and what follows it; None: any number."""
     known = [context_of(model.config), getattr(engine, "max_model_len", None)]
     return min((limit for limit in known if limit is not None), default=None)
+
+
+def group_seeds(seed_parts: tuple[object, ...], prompt: Prompt, n: int, times: int = 0, first: int = 0) -> list[int]:
+    """The seeds of ``n`` responses, from number ``first`` on, to a prompt that was drawn so many ``times`` before."""
+    parts = (*seed_parts, times) if times else seed_parts
+    return [response_seed(parts, prompt, j) for j in range(first, first + n)]
 
 
 def response_seed(seed_parts: tuple[object, ...], prompt: Prompt, number: int) -> int:

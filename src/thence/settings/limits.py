@@ -87,6 +87,8 @@ Epsilon = Annotated[float, Ge(1e-30), Le(1)]
 """Added to a divisor in float32."""
 Ceiling = Annotated[float, Field(gt=1, allow_inf_nan=True), Says("a number above 1, or inf: off")]
 """A largest ratio; the one kind of number that may be infinite."""
+Surplus = Annotated[float, Ge(1), Le(100)]
+"""How many times what is needed is asked for."""
 Norm = Annotated[float, Ge(0), Le(1e12)]
 Epochs = Annotated[float, Ge(1e-6), Le(1e6)]
 Flops = Annotated[float, Gt(0), Le(1e28)]

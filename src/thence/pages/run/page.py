@@ -126,8 +126,10 @@ def _stage(training: StageMetrics, run: RunFiles) -> dict[str, Any]:
         facts.append(f"{sums['flops']:.3g} FLOPs")
     if sums["seconds"] is not None:
         facts.append(duration(sums["seconds"]))
+    if unused := training.total("unused_tokens"):
+        facts.append(f"{unused:,.0f} tokens sampled that no batch holds")
     if training.steps and (wasted := number(training.steps[-1].get("wasted_tokens"))):
-        facts.append(f"{wasted:,.0f} tokens sampled ahead and never trained")
+        facts.append(f"{wasted:,.0f} tokens sampled and never trained")
     ended = (run.folder / "stages" / training.stage / "done.json").is_file()
     return {
         "name": training.stage,
