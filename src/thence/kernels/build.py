@@ -218,6 +218,7 @@ def _checksum(library: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
+@functools.cache  # torch has loaded it by now, and the file that says so has thousands of lines
 def _openmp_runtime() -> str | None:
     """The OpenMP runtime that torch has loaded: a second one's threads would fight with torch's. None: no threads."""
     maps = Path("/proc/self/maps")
@@ -227,6 +228,7 @@ def _openmp_runtime() -> str | None:
     return min(loaded, default=None)
 
 
+@functools.cache
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
