@@ -15,20 +15,31 @@ BY_FILE := --dist loadscope --no-loadscope-reorder
 # vLLM wants packages of its own, so it lives apart too.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/thence/vllm-$(shell cksum < benchmarks/vllm_environment.sh | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-quick check docs reference stacks vllm bases study map evidence wheel lock vega audit-dependencies \
+.PHONY: quickstart test test-all test-quick check docs reference stacks vllm bases study map evidence wheel lock vega audit-dependencies \
   trust clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/thence run quickstart $(QUICKSTART)
 
-test: $(VENV)/installed-dev check stacks vllm
+test: $(VENV)/installed-dev
+	$(MAKE) --no-print-directory -j 3 check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
 	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
-	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow or matrix" \
-	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not matrix"'
+	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow and not everything" \
+	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not everything"'
+
+# Every case of every matrix too: an hour and a half on two cores. Writes benchmarks/results/tests.json.
+test-all: $(VENV)/installed-dev
+	$(MAKE) --no-print-directory -j 3 check stacks vllm
+	mkdir -p build
+	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
+	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
+	THENCE_AHEAD_RANKS=1 THENCE_RANK_ENGINES=1 \
+	  $(BIN)/python -m pytest -q -n auto $(BY_FILE) --junitxml build/tests.xml; \
+	  status=$$?; $(BIN)/python tools/test_record.py build/tests.xml; exit $$status
 
 test-quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow"
+	$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow and not everything"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

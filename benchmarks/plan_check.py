@@ -7,7 +7,7 @@ resident set over what the process held before it opened the model (Linux only).
 ``FlopCounterMode`` counts in thence's own step, with attention as plain matrix products: torch counts all pairs of
 tokens of a row, so that is what the formula is asked for here.
 
-    python benchmarks/plan_check.py --time                                              # NOT YET MEASURED: idle machine
+    python benchmarks/plan_check.py --time --out benchmarks/results/plan-check.json     # the machine must be idle
 
 compares the time that the first three steps of a stage let expect with what the stage took.
 """
@@ -27,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from common import machine
 from ranks.memory import MB, reset_peak, resident
 
 MODEL: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
@@ -288,7 +289,15 @@ def main() -> int:
         one_rank(next(each for each in SETTINGS if each.name == given.child[0]), Path(given.child[1]))
         return 0
     if given.time:
-        print(json.dumps({"within": TIME_WITHIN, "stages": compare_times(200)}, indent=1))
+        record = kept(given.out)
+        record["time"] = {
+            "within": TIME_WITHIN,
+            "command": "python benchmarks/plan_check.py --time",
+            "machine": machine(),
+        }
+        record["time"]["stages"] = compare_times(200)
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(record["time"], indent=1))
         return 0
     record = kept(given.out)
     with tempfile.TemporaryDirectory() as folder:
@@ -323,7 +332,7 @@ def kept(file: Path) -> dict[str, Any]:
         "within": {"memory": WITHIN, "FLOPs": FLOPS_WITHIN},
         "memory": before.get("memory", {}),
         "FLOPs": before.get("FLOPs", []),
-        "time": "not yet measured: python benchmarks/plan_check.py --time, on an idle machine",
+        "time": before.get("time", "not yet measured: python benchmarks/plan_check.py --time, on an idle machine"),
     }
 
 

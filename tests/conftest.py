@@ -28,7 +28,8 @@ def tiny_model() -> Callable[..., Any]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with the mark ``matrix(n)``, n cases spread evenly over all of them are quick; the others are slow."""
+    """Of a test with the mark ``matrix(n)``, n cases spread evenly over all of them stand for the others, which get the
+    mark ``everything``. Where the mark gives 0, ``make test`` runs none of them."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("matrix"):
@@ -36,11 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for found in cases.values():
         mark = found[0].get_closest_marker("matrix")
         assert mark is not None
-        wanted = mark.args[0]
-        quick = {number * len(found) // wanted for number in range(wanted)}
+        wanted = min(mark.args[0], len(found))
+        kept = {number * len(found) // wanted for number in range(wanted)}
         for number, item in enumerate(found):
-            if len(found) > wanted and number not in quick:
-                item.add_marker(pytest.mark.slow)
+            if number not in kept:
+                item.add_marker(pytest.mark.everything)
 
 
 @pytest.fixture

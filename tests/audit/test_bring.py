@@ -303,6 +303,7 @@ def test_a_program_that_saves_an_adapter_is_judged_and_a_merged_one_is_named() -
     assert merged.verdict.exit_code == 2 and "merged LoRA adapter of rank 8" in merged.verdict.sentences[1]
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_dropout_and_optimizers_of_a_program_are_named() -> None:
     pytest.importorskip("peft")

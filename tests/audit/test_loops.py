@@ -59,6 +59,7 @@ def test_a_loop_that_is_right_is_acquitted(loop: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loop", "mistake"), [("nanochat", "crop"), ("nanochat", "zero-late"), ("litgpt", "never-full")]
@@ -72,6 +73,7 @@ def test_the_mistakes_of_such_loops_are_named(loop: str, mistake: str) -> None:
     assert detail in found[finding]
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize(("loop", "mistake"), [("nanochat", "padding")])
 def test_what_no_weights_explain_is_not_acquitted(loop: str, mistake: str) -> None:

@@ -70,6 +70,7 @@ def test_thence_trains_what_it_says() -> None:
     assert sys.executable not in report.command
 
 
+@pytest.mark.everything
 def test_thence_trains_adapters_and_cut_weights_as_it_says() -> None:
     """The rest of the matrix of ranks, layouts, adapters and precision is run by hand: `thence audit thence`."""
     report = audit_stack("thence", only=["LoRA, micro 2 x 4", "LoRA, weights cut, 2 ranks", "cut, clipped"])
@@ -84,6 +85,7 @@ def named(report: Report) -> dict[str, set[str]]:
     return {c.case.name: {f.id for f in c.all_findings if f.kind == "fault"} for c in report.cases}
 
 
+@pytest.mark.everything
 def test_a_plain_fsdp2_loop_that_counts_all_tokens_and_adds_gradients_up_is_in_order() -> None:
     names = ["7 examples, micro 1 x 4, 2 ranks", "2 replicas of 2", "clipped by the whole norm", "bfloat16, 2 ranks"]
     report = audit_stack("torch-fsdp2", only=names)
@@ -92,6 +94,7 @@ def test_a_plain_fsdp2_loop_that_counts_all_tokens_and_adds_gradients_up_is_in_o
     assert not faults(report)
 
 
+@pytest.mark.everything
 def test_what_plain_fsdp2_loops_get_wrong_is_named() -> None:
     wrong = {
         "all tokens, then averaged, 2 ranks": {"scale-ranks"},
@@ -117,6 +120,7 @@ def test_a_plain_loop_of_mean_losses_on_ranks_is_a_mean_of_rank_means() -> None:
     assert {"rank-mean", "micro-batch-mean"} <= {step.objective, *step.alike}  # one micro-batch a rank: they are one
 
 
+@pytest.mark.everything
 @pytest.mark.stacks
 def test_transformers_told_not_to_average_tokens_over_ranks_is_found(stacks_python: str) -> None:
     report = audit_stack("transformers", python=stacks_python, only=["average_tokens_across_devices off"])
@@ -132,6 +136,7 @@ def test_transformers_told_not_to_average_tokens_over_ranks_is_found(stacks_pyth
     assert tokens[0] != tokens[1]
 
 
+@pytest.mark.everything
 @pytest.mark.stacks
 def test_deepspeed_resumes_and_saves_what_it_trained_with_the_optimizer_on_the_cpu(stacks_python: str) -> None:
     only = ["ZeRO 2, offload cpu, resume", "ZeRO 2, offload cpu, what is saved"]
@@ -147,6 +152,7 @@ def test_the_accelerate_loop_of_its_documentation_is_found(stacks_python: str) -
     assert report.verdict.objective == "micro-batch-mean"
 
 
+@pytest.mark.everything
 @pytest.mark.stacks
 def test_weights_that_depend_on_the_token_are_found_in_trl(stacks_python: str) -> None:
     report = audit_stack("trl-sft", python=stacks_python, only=["loss type dft"])
@@ -154,6 +160,7 @@ def test_weights_that_depend_on_the_token_are_found_in_trl(stacks_python: str) -
     assert "token-dependent" in faults(report)
 
 
+@pytest.mark.everything
 @pytest.mark.stacks
 def test_the_dft_of_trl_and_of_thence_is_one_update(stacks_python: str) -> None:
     """Both are asked for the same objective by its formula, over several optimizer steps."""

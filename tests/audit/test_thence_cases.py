@@ -52,6 +52,7 @@ def test_a_broken_term_is_named() -> None:
     check_named(FEW)
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_every_broken_term_is_named() -> None:
     check_named(list(WRONG))

@@ -132,6 +132,7 @@ def test_every_family_of_model_is_judged(tiny_model: Callable[..., Any]) -> None
         assert check(counted_step, model=tiny_model(torch.float32, kind), lr=0.5).ok, kind
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_a_program_with_adamw_and_clipping_is_judged_from_outside(tmp_path: Path) -> None:
     right = audit_program(WORDS, only=["micro 2 x 4"])

@@ -46,6 +46,7 @@ def in_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.everything
 def test_commands_that_are_killed_end_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
     only = [part for name in ("run", "run-relift", "run-sdft", "eval") for part in ("--only", name)]
     out = tmp_path / "kills.json"

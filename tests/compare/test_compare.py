@@ -133,6 +133,7 @@ def test_kept_results_alone_are_enough_to_repeat_nothing(done, tmp_path: Path) -
     assert without_times(again) == without_times(result)
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_another_arm_on_kept_results_repeats_nothing_but_what_it_is_built_on(done, tmp_path: Path) -> None:
     """Another arm after SFT runs SFT's models, and these their bases."""

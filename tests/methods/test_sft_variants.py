@@ -285,6 +285,7 @@ run(recipe)
 """
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "lora"),

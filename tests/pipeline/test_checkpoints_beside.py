@@ -29,7 +29,8 @@ def recipe(base: dict[str, Any], beside: bool, parallel: str = "auto", lora: dic
 
 
 QUICK = ("fsdp2", "adapters")
-NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+OTHERS = [pytest.mark.slow, pytest.mark.everything]
+NAMES = [pytest.param(name, marks=[] if name in QUICK else OTHERS) for name in LAYOUTS]
 
 
 @pytest.fixture(scope="module", params=NAMES)

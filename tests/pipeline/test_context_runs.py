@@ -91,6 +91,7 @@ def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "four"])
 def test_ranks_that_share_rows_are_as_one_process_with_every_kind_of_method(name: str, slow: Path) -> None:

@@ -99,7 +99,8 @@ ON_RANK = {"raises": 1, "disk fails": 1, "killed": 1, "not finite": 1, "disk ful
 QUICK = [("fsdp2", "killed"), ("fsdp2", "disk full"), ("fsdp2-beside", "disk full")]
 ALL = [(layout, kind) for layout in ("fsdp2", "ddp") for kind in ON_RANK]
 ALL += [(f"{layout}-beside", kind) for layout in ("fsdp2", "ddp") for kind in ("killed", "not finite", "disk full")]
-CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL]
+OTHERS = [pytest.mark.slow, pytest.mark.everything]
+CASES = [pytest.param(*case, marks=[] if case in QUICK else OTHERS) for case in ALL]
 
 
 def fail_and_resume(base: dict[str, Any], folder: Path, wanted: list[tuple[str, str]]) -> Path:
@@ -169,8 +170,9 @@ def test_one_error_says_why(kind: str, layout: str, failed: Path) -> None:
         assert "thence:" not in texts[1], "the first rank alone prints what all ranks know"
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_torchrun_starts_a_killed_worker_again_and_the_run_ends_as_if_undisturbed(
     layout: str, base: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def thence(*arguments: object) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_adapters_move_from_hsdp_on_four_ranks_to_two_and_one_and_are_merged(
     recipes: dict[str, str], tmp_path: Path

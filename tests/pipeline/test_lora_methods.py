@@ -78,6 +78,7 @@ def runs(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_train_the_adapters_of_one_process(name: str, runs: Path) -> None:

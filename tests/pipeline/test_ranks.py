@@ -127,31 +127,51 @@ def test_a_run_of_one_rank_is_resumed_by_two(quick: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The runs of the tests that were chosen."""
     folder = tmp_path_factory.mktemp("slow")
-    cases = [case(base, folder / f"{name}-{w}", w, rl) for name, rl in SLOW.items() for w in (1, 2)]
-    cases += [case(base, folder / f"{name}-4", 4, {**rl, "mini_batch": 4}) for name, rl in (QUICK | SLOW).items()]
-    cases += [case(base, folder / f"{name}-1", 1, {**rl, "mini_batch": 4}) for name, rl in QUICK.items()]
-    for name in MOVED:
-        moved = folder / f"{name}-moved"
-        cases += [case(base, moved, 2, SLOW[name], stop=2), case(base, moved, 1, SLOW[name], suffix="-more")]
-    drive(folder, cases)
+    asked = {(item.originalname, item.callspec.params["name"]) for item in request.session.items if _is_slow(item)}
+    cases: dict[str, dict[str, Any]] = {}
+    for test, name in sorted(asked):
+        own = {"mini_batch": 4} if name in QUICK else {}
+        rl = {**(QUICK | SLOW)[name], **own}
+        cases[f"{name}-1"] = case(base, folder / f"{name}-1", 1, rl)
+        if test == TWO:
+            cases[f"{name}-2"] = case(base, folder / f"{name}-2", 2, rl)
+        if test == FOUR:
+            cases[f"{name}-4"] = case(base, folder / f"{name}-4", 4, {**rl, "mini_batch": 4})
+        if test == ANOTHER:
+            moved = folder / f"{name}-moved"
+            cases[f"{name}-moved"] = case(base, moved, 2, rl, stop=2)
+            cases[f"{name}-more"] = case(base, moved, 1, rl, suffix="-more")
+    drive(folder, list(cases.values()), 1800)
     return folder
 
 
+TWO, FOUR = "test_two_ranks_are_as_one_with_every_method", "test_four_ranks_are_as_one_with_every_method"
+ANOTHER = "test_methods_with_a_state_of_their_own_are_resumed_by_another_number_of_ranks"
+
+
+def _is_slow(item: Any) -> bool:
+    return getattr(item, "originalname", "") in (TWO, FOUR, ANOTHER) and item.path == Path(__file__)
+
+
 @pytest.mark.slow
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("name", SLOW)
 def test_two_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
     assert_same(slow / f"{name}-2", slow / f"{name}-1")
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", QUICK | SLOW)
 def test_four_ranks_are_as_one_with_every_method(name: str, slow: Path) -> None:
     assert_same(slow / f"{name}-4", slow / f"{name}-1")
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", MOVED)
 def test_methods_with_a_state_of_their_own_are_resumed_by_another_number_of_ranks(name: str, slow: Path) -> None:
     sampled(slow / f"{name}-moved"), sampled(slow / f"{name}-moved", "-more")

@@ -135,12 +135,14 @@ def slow(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_shared_weights_are_as_one_process_with_every_method(name: str, slow: Path) -> None:
     assert_same(slow / f"{name}-2", slow / f"{name}-1")
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_a_teachers_moving_average_moves_over_layouts(slow: Path) -> None:
     for suffix in ("", "-two", "-last"):
@@ -148,12 +150,14 @@ def test_a_teachers_moving_average_moves_over_layouts(slow: Path) -> None:
     assert largest_difference(slow / "taught", slow / "sdpo-1") < EXACT
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp2", "hsdp"])
 def test_four_ranks_are_as_one_process(layout: str, slow: Path) -> None:
     assert_same(slow / f"grpo-{layout}", slow / "grpo-1")
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_a_run_moves_over_numbers_of_ranks_and_layouts(slow: Path) -> None:
     for suffix in ("", "-four", "-hsdp", "-two"):

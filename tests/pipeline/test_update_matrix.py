@@ -37,6 +37,7 @@ def test_two_ranks_make_the_update_of_one_process(layout: str, cell: Cell, two: 
     assert holds({"cell": str(cell), **figures}), figures
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", SLOW, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[4])

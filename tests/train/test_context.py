@@ -212,6 +212,7 @@ def test_two_ranks_that_share_rows_take_the_steps_of_one_process(name: str, two:
     assert_as_alone(two, name, 2)
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_four_ranks_that_share_rows_take_the_steps_of_one_process(name: str, four: Any) -> None:

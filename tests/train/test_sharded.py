@@ -214,6 +214,7 @@ def test_what_fails_on_one_rank_ends_the_others_with_its_error(two: Any) -> None
     assert [rank["first"] for rank in two] == [7, None]
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_four_ranks_take_the_steps_of_one_process(name: str, four: Any) -> None:

@@ -85,7 +85,9 @@ def on_each_rank(replicas: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "replicas"), [(2, 1), pytest.param(4, 2, marks=[pytest.mark.slow, pytest.mark.everything])]
+)
 def test_the_bytes_that_a_rank_sends_are_those_of_the_plan(tmp_path: Path, world: int, replicas: int) -> None:
     counts = parameters(make_tiny_model().config.to_dict())
     for found in run_ranks(tmp_path, "tests.train.test_traffic", world, replicas):
