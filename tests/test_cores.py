@@ -171,6 +171,7 @@ print(torch.get_num_threads(), digest.hexdigest())
 """
 
 
+@pytest.mark.everything
 @LINUX
 @pytest.mark.slow
 def test_bits_follow_from_the_number_of_threads_and_not_from_how_they_wait() -> None:

@@ -290,6 +290,7 @@ def test_weights_of_the_wrong_sign_under_a_known_rate_go_against_the_gradient(ti
     assert ids(report) == {"against-gradient"}
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_a_program_that_saves_an_adapter_is_judged_and_a_merged_one_is_named() -> None:
     pytest.importorskip("peft")

@@ -52,6 +52,7 @@ def test_the_whole_batch_and_the_micro_batch_give_the_accumulation() -> None:
     assert not any("accumulation" in reason for reason in reasons)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_that_is_right_is_acquitted(loop: str) -> None:

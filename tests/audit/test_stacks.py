@@ -145,6 +145,7 @@ def test_deepspeed_resumes_and_saves_what_it_trained_with_the_optimizer_on_the_c
     assert [case.status for case in report.cases] == ["judged", "judged"]
 
 
+@pytest.mark.everything
 @pytest.mark.stacks
 def test_the_accelerate_loop_of_its_documentation_is_found(stacks_python: str) -> None:
     report = audit_stack("accelerate", python=stacks_python, only=["documented"])

@@ -58,6 +58,7 @@ def test_every_broken_term_is_named() -> None:
     check_named(list(WRONG))
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_another_divergence_than_the_one_asked_for_never_passes() -> None:
     names = [f"{case}: {wrong}" for wrong, (case, _) in mixed_adapter.UNEXPLAINED.items()]

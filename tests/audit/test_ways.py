@@ -238,6 +238,7 @@ def run(case, session):
 """
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_a_case_that_fails_crashes_or_hangs_costs_no_other(tmp_path: Path) -> None:
     """A stack's process that dies or never answers is started again for the cases that are left."""

@@ -294,6 +294,7 @@ def test_a_merged_model_beside_its_adapter(name: str, tmp_path: Path, tiny_model
     assert len(sets.same) == (not id_)
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_a_program_that_saves_more_than_one_set_is_told_which_was_judged() -> None:
     only = ["micro 2 x 4"]

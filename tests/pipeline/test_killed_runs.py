@@ -40,6 +40,7 @@ def recipes(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_two_ranks_that_are_killed_are_resumed_by_one_process_with_the_same_losses(
     recipes: dict[str, str], tmp_path: Path

@@ -37,7 +37,7 @@ def kept(folder: Path, stage: str) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "stages" / stage / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_measuring_and_keeping_change_no_bit_and_the_best_step_is_chosen(layout: str, tmp_path: Path) -> None:

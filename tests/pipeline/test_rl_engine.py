@@ -149,8 +149,14 @@ class Heard(VllmEngine):
         self.pushed.load_state_dict(load_file(file), strict=False)
         self.pushed.tie_weights()
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        found = super().sample(prompts, seeds, sampling)
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int] | None = None,
+    ) -> list[Response]:
+        found = super().sample(prompts, seeds, sampling, limits)
         self.asked.append((self.pushed, [tuple(prompt) for prompt in prompts], found))
         return found
 

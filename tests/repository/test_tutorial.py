@@ -14,6 +14,7 @@ from tests.repository.following import follow
 TUTORIAL, OWN_DATA, OWN_METHOD = (ROOT / "docs" / name for name in ("tutorial.md", "own-data.md", "own-method.md"))
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     place, told = follow(TUTORIAL, tmp_path)
@@ -43,6 +44,7 @@ def test_the_data_of_the_page_are_checked_learned_and_tested(tmp_path: Path) -> 
     assert (place / "rated.jsonl").read_text().count('"pass_rate": ') == 500
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 def test_the_method_of_the_page_is_installed_listed_and_compared(tmp_path: Path) -> None:
     place, told = follow(OWN_METHOD, tmp_path)

@@ -219,6 +219,7 @@ def test_four_ranks_that_share_rows_take_the_steps_of_one_process(name: str, fou
     assert_as_alone(four, name, 4)
 
 
+@pytest.mark.everything
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_groups_that_share_rows_take_the_steps_of_one_process(name: str, two_by_two: Any) -> None:
