@@ -41,16 +41,17 @@ class Server:
                     outer.busy += 1
                     outer.most_busy = max(outer.most_busy, outer.busy)
                 try:
-                    found = outer.answer(count, self.path, body)
+                    try:
+                        found = outer.answer(count, self.path, body)
+                    finally:  # before the last byte is out: the client may ask again as soon as it has it
+                        with outer.lock:
+                            outer.busy -= 1
                     if found is None:  # dies in the middle of its answer
                         self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"choices": [')
                         return
                     self.reply(found)
                 except BrokenPipeError:
                     pass
-                finally:
-                    with outer.lock:
-                        outer.busy -= 1
 
             def reply(self, answer: Answer) -> None:
                 status, headers, text = answer

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from thence.errors import RecipeError, UserError
@@ -59,7 +60,7 @@ def methods() -> dict[str, type[Method]]:
     """
     found = {method.name: method for method in OWN}
     others: dict[str, EntryPoint] = {}
-    for entry in _registered(entry_points, tuple(sys.path)):
+    for entry in _registered(entry_points, tuple(map(_changed, sys.path))):
         if entry.name in found:
             raise _one_name(entry, others.get(entry.name))
         found[entry.name] = checked_method(entry.name, entry.load())
@@ -68,9 +69,19 @@ def methods() -> dict[str, type[Method]]:
 
 
 @lru_cache(maxsize=8)
-def _registered(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Entry points of the packages on a path. Finding them reads a file of every installed package: some 40 ms."""
+def _registered(find: Callable[..., Iterable[EntryPoint]], path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Entry points of the packages in folders, each with the time of its last change: installing one changes it.
+
+    Finding them reads a file of every installed package, some 40 ms each time.
+    """
     return tuple(find(group=ENTRY_POINT_GROUP))
+
+
+def _changed(folder: str) -> tuple[str, int]:
+    try:
+        return folder, Path(folder).stat().st_mtime_ns
+    except OSError:
+        return folder, 0
 
 
 def _one_name(entry: EntryPoint, other: EntryPoint | None) -> UserError:
@@ -154,9 +165,6 @@ def make_method(name: str, options: Mapping[str, Any], stage: str, where: str = 
         RecipeError: an unknown method, one for another kind of stage, or an option that it does not have.
     """
     known, where = methods(), where or stage
-    if name not in known:
-        _registered.cache_clear()  # its package may have been installed a moment ago, from a notebook
-        known = methods()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise RecipeError(
