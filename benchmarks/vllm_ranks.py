@@ -10,8 +10,10 @@ runs:
 - `stale`: `two` with `ahead = 1`: from the second step on, the engines hold the weights of the step before. Its KL is
   what a push that is lost would give, so it says whether the KL of `two` could have told.
 
-The record has of every step: KL a token from the sampler to the trainer (`mismatch_kl`, float32 on both sides), tokens,
-rewards, seconds. Writes benchmarks/results/vllm-ranks.json. Returns 1 if the KL of `two` is 1e-3 or more in a step.
+The reward is GSM8K's and, so that every group teaches something and the weights move in every step, the share of digits
+in a response. The record has of every step: KL a token from the sampler to the trainer (`mismatch_kl`, float32 on both
+sides), tokens, rewards, seconds. Writes benchmarks/results/vllm-ranks.json. Returns 1 if the KL of `two` is 1e-3 or
+more in a step.
 """
 
 from __future__ import annotations
@@ -31,20 +33,27 @@ from common import machine
 from thence.files import to_json
 
 LARGEST_KL = 1e-3
+REWARD = """def digits(prompt, response, answer):
+    return sum(character.isdigit() for character in response) / max(len(response), 1)
+"""
 OUT = Path(__file__).parent / "results" / "vllm-ranks.json"
 RUNS = {"two": (2, []), "one": (1, []), "stale": (2, ["--rl.ahead", "1"])}
 KEPT = ("step", "mismatch_kl", "sampled_tokens", "trained_tokens", "reward", "loss", "grad_norm", "staleness")
 KEPT += ("seconds", "sample_seconds", "train_seconds")
 
 
-def flags(given: argparse.Namespace) -> list[str]:
+def flags(given: argparse.Namespace, folder: Path) -> list[str]:
     """What the runs share: a learning rate at which the adapters move in a step."""
     data = to_json([str(given.data.resolve())])
+    reward = folder / "digits.py"
+    reward.write_text(REWARD, encoding="utf-8")
+    rewards = f'{{ math = 1.0, "{reward}:digits" = 1.0 }}'
     return [
         *("--stages", '["rl"]', "--data.source", data, "--seed", "0", "--model.lora.rank", "8"),
         *("--rl.steps", str(given.steps), "--rl.lr", "3e-4", "--rl.prompts", "4", "--rl.rollouts", "4"),
         *("--rl.max-tokens", str(given.tokens), "--rl.engine", "vllm", "--rl.vllm.python", given.python),
-        *("--rl.vllm.kv-cache-gb", "0.25", "--rl.vllm.threads", "1", "--rl.checkpoint-every", "1000"),
+        *("--rl.vllm.kv-cache-gb", "0.5", "--rl.vllm.threads", "1", "--rl.checkpoint-every", "1000"),
+        *("--rl.rewards", rewards),
     ]
 
 
@@ -53,7 +62,7 @@ def run(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ranks, more = RUNS[name]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     layout = ["--parallel", "fsdp2"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "thence", "run", "gsm8k-smollm2", *flags(given), *layout, *more]
+    command = [sys.executable, *launcher, "-m", "thence", "run", "gsm8k-smollm2", *flags(given, folder), *layout, *more]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--folder", str(folder / name)], check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -69,10 +78,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--python", default=os.environ.get("THENCE_VLLM_PYTHON", ""), help="Python that has vLLM")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--keep", type=Path, help="folder of the runs; default: a temporary one")
     given = parser.parse_args()
     folder = given.keep or Path(tempfile.mkdtemp(prefix="vllm-ranks-"))
+    folder.mkdir(parents=True, exist_ok=True)
     found = {name: run(name, given, folder) for name in RUNS}
     # the first rank keeps the samples of the prompts that it was dealt: of two ranks, half of what one rank keeps
     ours, alone = (found[name].pop("samples") for name in ("two", "one"))

@@ -126,6 +126,7 @@ def test_a_run_of_two_ranks_is_resumed_by_one(ranks: Path) -> None:
     assert largest_difference(ranks / "moved", ranks / "turns-1") < 1e-6
 
 
+@pytest.mark.everything
 def test_a_run_that_is_killed_while_it_plays_ends_with_the_same_bits(tmp_path: Path) -> None:
     recipe = talking(tmp_path, ["rl", "eval"])
     code = "import json, sys; from thence.pipeline.run import run; run(json.loads(sys.argv[1]))"
