@@ -73,6 +73,16 @@ def run(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"ranks": ranks, "seconds": time.perf_counter() - start, "steps": steps, "samples": said}
 
 
+def compared(ours: list[Any], alone: list[Any]) -> tuple[int, int]:
+    """How many kept samples are to prompts of which both runs kept some, and how many of them are the same text.
+
+    The first rank of two keeps those of every second prompt, and one rank those of the first prompts.
+    """
+    asked = {(step, index) for step, index, _ in ours} & {(step, index) for step, index, _ in alone}
+    common = [row for row in ours if (row[0], row[1]) in asked]
+    return len(common), sum(row in alone for row in common)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -84,11 +94,8 @@ def main() -> int:
     folder = given.keep or Path(tempfile.mkdtemp(prefix="vllm-ranks-"))
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: run(name, given, folder) for name in RUNS}
-    # the first rank keeps the samples of the prompts that it was dealt: of two ranks, half of what one rank keeps
-    ours, alone = (found[name].pop("samples") for name in ("two", "one"))
+    of_both, equal = compared(*(found[name].pop("samples") for name in ("two", "one")))
     del found["stale"]["samples"]
-    first = [row for row in ours if row[0] == 1]
-    both = [row for row in alone if row[0] == 1 and (row[1] in {index for _, index, _ in first})]
     worst = max(step["mismatch_kl"] for step in found["two"]["steps"])
     record = {
         "what": "RL of SmolLM2-135M-Instruct on GSM8K, LoRA of rank 8, vLLM engines in float32",
@@ -98,8 +105,8 @@ def main() -> int:
         "rollouts": 4,
         "max_tokens": given.tokens,
         "largest_mismatch_kl_of_two": worst,
-        "first_step_kept_samples": len(first),
-        "first_step_samples_as_of_one_rank": sum(row in both for row in first),
+        "kept_samples_of_both": of_both,
+        "equal_samples": equal,
         "runs": found,
     }
     OUT.write_text(to_json(record, indent=1) + "\n")

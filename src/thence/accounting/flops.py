@@ -144,6 +144,9 @@ def training_flops(
 ) -> float:
     """Forward and backward: three times :func:`forward_flops`; with checkpointing layers run once more.
 
+    A layer runs again up to the last number that its backward pass needs, which is what the down matrix is multiplied
+    with. That product itself is not repeated, unless adapters beside the matrix need their own inputs after it.
+
     Args:
         checkpointing: True: every layer does; k: every k-th.
         adapters: numbers in LoRA adapters. They cost ``6 adapters tokens`` more, and the matrices under them, being
@@ -151,7 +154,8 @@ def training_flops(
     """
     own = 2 * adapters * tokens
     share = recomputed_layers(counts.layers, checkpointing) / counts.layers
-    again = share * (forward_flops(counts, tokens, pairs, 0) + own)
+    down = 0 if adapters else 2 * counts.mlp / 3 * tokens
+    again = share * (forward_flops(counts, tokens, pairs, 0) + own - down)
     frozen = 2 * counts.matmul * tokens + 2 * counts.hidden * counts.vocab * logits if adapters else 0
     return 3 * (forward_flops(counts, tokens, pairs, logits) + own) - frozen + again
 
