@@ -25,8 +25,7 @@ test: $(VENV)/installed-dev
 	$(MAKE) --no-print-directory -j 3 check stacks vllm
 	THENCE_AUDIT_PYTHON="$$([ ! -f "$(STACKS)/installed" ] || echo "$(STACKS)/ci/bin/python")" \
 	THENCE_VLLM_PYTHON="$$([ ! -f "$(VLLM)/installed" ] || echo "$(VLLM)/bin/python")" \
-	  sh -c '$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not slow and not everything" \
-	    && $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "slow and not everything"'
+	  $(BIN)/python -m pytest -q -n auto $(BY_FILE) -m "not everything"
 
 # Every case of every matrix too: an hour and a half on two cores. Writes benchmarks/results/tests.json.
 test-all: $(VENV)/installed-dev
