@@ -20,7 +20,8 @@ _VALUE = re.compile(r"\{([^{}]+)\}")
 HEAD = """\
 # What thence promises, and how each promise is tested
 
-Each promise has the tests that fail when it is broken (`make test` runs them) and, if it is also measured, the last
+Each promise has tests that fail when it is broken (`make test` runs them, `make test-all` with all their cases and the
+slowest ones) and, if it is also measured, the last
 figure. What is trusted and what is not: [SECURITY.md](../SECURITY.md). `make trust` writes this page from
 `docs/trust.toml` and `benchmarks/results`.
 """

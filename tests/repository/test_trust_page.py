@@ -34,6 +34,18 @@ def test_every_test_that_the_page_names_is_there() -> None:
     assert not missing
 
 
+def _is_for_test_all_alone(file: Path, name: str) -> bool:
+    node = next(n for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    return any(ast.unparse(mark) == "pytest.mark.everything" for mark in node.decorator_list)
+
+
+def test_make_test_runs_a_test_of_every_promise() -> None:
+    for promise in PROMISES:
+        tests = [test.split("::") for test in promise["tests"]]
+        left = [name for file, name in tests if not _is_for_test_all_alone(ROOT / "tests" / file, name)]
+        assert left or not tests, promise["says"]
+
+
 def test_every_promise_has_a_test_or_a_figure_and_is_one_sentence() -> None:
     assert len(PROMISES) >= 18
     for promise in PROMISES:
