@@ -14,7 +14,7 @@ import thence.pipeline.partial as partial
 import thence.pipeline.rl_stage as rl_stage
 from tests.recipes import Tables, changed
 from tests.runs import metrics, trained
-from thence.errors import RecipeError
+from thence.errors import CheckpointError, RecipeError
 from thence.pipeline.partial import Group, Partial
 from thence.pipeline.run import run
 from thence.rollout.native import sample
@@ -186,7 +186,7 @@ def test_a_pool_is_dealt_anew_to_another_number_of_ranks(own: Tables, tmp_path: 
     assert drawn == 9 and len(whole) == 5
     assert sorted(group.number for part in parts for group in part) == sorted(group.number for group in whole)
     assert [len(part) for part in parts] == [3, 2]
-    with pytest.raises(Exception, match="none of the stage's"):
+    with pytest.raises(CheckpointError, match="none of the stage's"):
         partial.unpacked(tensors, {}, one)
 
 
