@@ -76,7 +76,8 @@ map: $(VENV)/installed
 	mkdir -p runs/map
 	test -e runs/map/results.json || ! test -e studies/map/results.json || cp studies/map/results.json runs/map/
 	$(BIN)/thence compare studies/map/study.toml --folder runs/map
-	$(BIN)/python studies/map/figure.py runs/map
+	for script in habits diagnostic tables; do $(BIN)/python studies/map/$$script.py runs/map || exit 1; done
+	$(BIN)/python studies/map/figure.py
 
 # The two bases of the embedded world, trained from their recipes and copied to where the package ships them.
 bases: $(VENV)/installed

@@ -23,7 +23,15 @@ from thence.compare.statistics import statistics
 from thence.stats.typical import typical_mean
 
 HERE = Path(__file__).parent
-MIXED = ("luffy", "hpt", "prefix-rft", "srft", "relift", "trapo")
+TITLES = {
+    "luffy": "LUFFY",
+    "hpt": "HPT",
+    "prefix-rft": "Prefix-RFT",
+    "srft": "SRFT",
+    "relift": "ReLIFT",
+    "trapo": "TRAPO",
+}
+MIXED = tuple(TITLES)
 THIRDS = ("weakest third", "middle third", "strongest third")
 Side = Literal["higher", "no higher"]
 
@@ -55,9 +63,9 @@ CLAIMS = (
     Claim("SFT, then RL beats SFT alone", "sft-then-rl", ("sft",), IN),
     Claim("SFT, then RL beats RL alone", "sft-then-rl", ("rl",), IN),
     Claim("SFT, then RL beats RL alone out of distribution", "sft-then-rl", ("rl",), OUT),
-    *(Claim(f"SFT, then RL beats {name}", "sft-then-rl", (name,), IN) for name in MIXED),
+    *(Claim(f"SFT, then RL beats {title}", "sft-then-rl", (name,), IN) for name, title in TITLES.items()),
     Claim("SFT, then RL beats the best mixed-policy method of each base", "sft-then-rl", MIXED, IN),
-    Claim("... and out of distribution", "sft-then-rl", MIXED, OUT),
+    Claim("SFT, then RL beats the best mixed-policy method out of distribution", "sft-then-rl", MIXED, OUT),
     Claim("Few RL steps after SFT beat the best mixed-policy method", "sft-then-short-rl", MIXED, IN),
     Claim(
         "A mixed-policy method after SFT is no better than RL after SFT",

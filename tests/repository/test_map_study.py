@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from thence.compare.result import read_results
+from thence.compare.result import Comparison, read_results
+from thence.compare.statistics import statistics
 from thence.data.worlds.chain import problems
 
 MAP = Path(__file__).parents[2] / "studies" / "map"
@@ -95,13 +96,69 @@ def test_a_claim_is_said_to_hold_where_all_thirds_of_skill_say_so(
     assert claims.verdict_of(claims.Claim("it is", "sft", ("rl",), "dev", expect), whole, parts) == verdict
 
 
-def test_claims_are_not_looked_at_before_all_runs_are_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    claims, finished = script("claims"), read_results(MAP / "pilot")
-    monkeypatch.setattr(claims, "read_results", lambda path: replace(finished, pending=3))
-    monkeypatch.setattr(sys, "argv", ["claims.py", str(MAP / "pilot"), "--out", str(tmp_path / "claims.csv")])
-    with pytest.raises(SystemExit, match="3 runs are not finished, and claims are looked at once"):
-        claims.main()
+@pytest.mark.parametrize("name", ["claims", "tables", "diagnostic"])
+def test_nothing_is_looked_at_before_all_runs_are_finished(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, finished = script(name), read_results(MAP / "pilot")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "read_results", lambda path: replace(finished, pending=3))
+    out = ["--out", str(tmp_path / "claims.csv")] if name == "claims" else []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", str(MAP / "pilot"), *out])
+    with pytest.raises(SystemExit, match=r"3 runs are not finished, and (claims|contrasts) are looked at once"):
+        module.main()
     assert not list(tmp_path.iterdir())
+
+
+def piloted() -> Comparison:
+    """The pilot with the covariate and the contrasts of the study, as far as it has their arms."""
+    study, pilot = tomllib.loads((MAP / "study.toml").read_text()), read_results(MAP / "pilot")
+    arms = {arm.name for arm in pilot.arms}
+    contrasts = [
+        c
+        for c in study["contrasts"]
+        if {c["arm"], *([c["other"]] if isinstance(c["other"], str) else c["other"])} <= arms
+    ]
+    return replace(pilot, covariate=study["covariate"], contrasts=tuple(contrasts))
+
+
+def test_the_tables_say_what_each_contrast_decided_and_where_the_order_turns() -> None:
+    tables, found = script("tables"), statistics(piloted(), replicates=20)
+    counts = {"responses": 10, "tokens": 300, "mistakes": {"step left out": 4}}
+    counts |= {"habits": {"written, split products": 8}, "right": {"written, split products": 2}}
+    line = {"base": "top", "seed": 907, "entropy": 0.25, "in-distribution": counts, "out-of-distribution": counts}
+    weak = {**line, "base": "none", "seed": 900, "entropy": 9.0}
+    text = tables.written(found, {"sft": [line, weak]})
+    verdict = "| primary | higher | +22.1 [+12.9, +30.8] | 0.031 | 1 | 8 | **held** |"
+    assert f"| Correct SFT beats SFT with the published bugs {verdict}" in text
+    assert "| SFT, then RL | 13.4 | 1.6 | 87.6 | 66.0 | 88.9 | 86.2 | 75.8 | 84.0 |" in text  # by level
+    assert (
+        "| RL | in distribution | -15.5 [-26.5, -6.2] | +1.5 [-30.8, +1.5] | no [below, above] | 60 [43, above] |"
+        in text
+    )
+    assert "| SFT | 40.0 | 80.0 | 25.0 | 30 | 40.0 | 80.0 | 25.0 | 30 | 0.25 |" in text  # the weak base is not counted
+
+
+def test_bases_are_grouped_by_the_problems_that_no_sample_solves() -> None:
+    diagnostic, pilot = script("diagnostic"), read_results(MAP / "pilot")
+    bases = {f"{base}/seed{seed}": {"accuracy": 0.2, "never_solved": 0.4} for base, seed in pilot.blocks}
+    bases["none/seed900"] = {"accuracy": 0.0, "never_solved": 1.0}
+    bases["top/seed907"] = {"accuracy": 0.6, "never_solved": 0.0}
+    lines = diagnostic.table(pilot, bases).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| 90 to 100", "1", "0"],
+        ["| 30 to 60", "6", "20"],
+        ["| 0 to 10", "1", "60"],
+    ]
+    assert lines[2].split(" | ")[3] == "+13 (+13 to +13)" and lines[4].split(" | ")[3] == "-2 (-2 to -2)"
+
+
+def test_a_base_that_is_gone_is_not_left_out_of_the_diagnostic(tmp_path: Path) -> None:
+    diagnostic, out = script("diagnostic"), tmp_path / "diagnostic.json"
+    out.write_text(json.dumps({"low/seed3": {"accuracy": 0.2, "never_solved": 0.4}}))
+    assert list(diagnostic.all_measured(tmp_path, [("low", 3)], out)) == ["low/seed3"]
+    with pytest.raises(SystemExit, match="the base low/seed4 is not there"):
+        diagnostic.all_measured(tmp_path, [("low", 3), ("low", 4)], out)
 
 
 def test_responses_that_were_counted_stay_when_their_folders_are_gone(tmp_path: Path) -> None:
