@@ -201,6 +201,13 @@ def _settings(model: str | None, suite: Suite, data: Path | None, limit: int | N
         raise UserError("--model-name is for servers", remedy="leave it out", field="--model-name")
     if not name and not served:
         raise UserError("which model?", remedy="thence eval MODEL --suite NAME", field="MODEL")
+    played = next((task.name for task in suite.tasks if task.environment is not None), None)
+    if served and played is not None:
+        raise UserError(
+            f"the task {played} has an environment, and a server's answers cannot be gone on with token by token",
+            remedy="give the model itself, with --backend native or vllm",
+            field="--endpoint",
+        )
     _check_server(generator)
     found, stage = find_model(name, generator.gguf_file) if name and not served else (None, None)
     return Settings(

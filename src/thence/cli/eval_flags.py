@@ -27,6 +27,7 @@ class TaskFields:
         max_tokens: Longest response.
         seed: Seed of sampling.
         grader: exact, math, math-after-think, math-boxed, or your own function.
+        environment: Your own class that answers each turn and gives the scores, see docs/turns.md.
         template: own, question, boxed, letter, steps, or a text with {question}.
         system: System message. It may be empty.
     """
@@ -38,6 +39,7 @@ class TaskFields:
     max_tokens: Tokens | None = None
     seed: Seed | None = None
     grader: Annotated[str | None, Parameter(metavar="NAME")] = None
+    environment: Annotated[str | None, Parameter(metavar="FILE:CLASS")] = None
     template: Annotated[str | None, Parameter(metavar="NAME")] = None
     system: Annotated[str | None, Parameter(metavar="TEXT")] = None
 

@@ -117,11 +117,11 @@ def parse_row(
         reasoning="" if turn is None else turn.reasoning,
         tool_calls=() if turn is None else turn.tool_calls,
         tools=read_tools(row.get("tools")),
-        columns=_other_columns(row),
+        columns=other_columns(row),
     )
 
 
-def _other_columns(row: DataRow) -> str:
+def other_columns(row: DataRow) -> str:
     """What thence does not read of a row, as a JSON object; empty: nothing. What JSON has no word for is a text."""
     others = {name: value for name, value in row.items() if name not in (*FIELDS, *UNREAD) and not absent(value)}
     return json.dumps(others, default=str, ensure_ascii=False) if others else ""

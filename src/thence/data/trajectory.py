@@ -23,6 +23,7 @@ class Prompt:
         group: the set it belongs to, for tables.
         opening: the think tag that the tokens end with ("<think>\\n"), put back before a response is graded; else "".
         columns: what else the row holds, a JSON object as text, for reward functions; empty: nothing.
+        source: where it was read, for messages; empty: its index says it.
         draw: its place in the rollout batch of all ranks. Two draws of one prompt are two groups, and a batch is cut
             into optimizer steps in the order of the draws.
     """
@@ -35,6 +36,7 @@ class Prompt:
     group: str = ""
     opening: str = ""
     columns: str = ""
+    source: str = ""
     draw: int = 0
 
     @property

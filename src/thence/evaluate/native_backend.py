@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from thence.evaluate.backends import Generation, Prompts, Ready, Refused, Request
+from thence.evaluate.playing import played
 from thence.models.lengths import context_of
 from thence.recipe import Model
-from thence.rollout.native import Sampling, stream
+from thence.rollout.native import Sampling, sample, stream
 from thence.train.model import load_model
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ class NativeBackend:
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
         """See `Backend`. What does not fit the context comes last: others' answers show that not all are at fault."""
+        if task.environment is not None:
+            yield from played(requests, task, self.prompts, partial(sample, self.model), self.context, self.rows)
+            return
         ready, refused = self.prompts.prepare(requests, task, self.context)
         groups: dict[tuple[int, tuple[int, ...]], list[Ready]] = {}
         for one in ready:

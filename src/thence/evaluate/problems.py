@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from thence.data.layouts import FIELDS, answers_are_worked, choose_layout, parse_row
+from thence.data.layouts import FIELDS, answers_are_worked, choose_layout, other_columns, parse_row
 from thence.data.numbers import number_text
 from thence.data.order import stable_seed
 from thence.data.problems import RowProblem
@@ -37,7 +37,8 @@ class Problem:
             a grader that needs none.
         options: the texts of the options in the order shown, letters A, B, ...; empty where they stand in the text.
         source: "file:line".
-        columns: what else the row holds, a JSON object as text, for reward functions; None: nobody knows.
+        columns: what else the row holds, a JSON object as text, for your own function or environment; None where
+            neither is asked.
         plain: the one message is text to go on from, without a chat template.
     """
 
@@ -58,17 +59,19 @@ class _Row:
 
     messages: tuple[tuple[str, str], ...]
     question: str
-    answer: str
+    answer: str | None
     options: tuple[str, ...] = ()
     identity: str = ""
     plain: bool = False
+    columns: str = ""
 
 
 def load_problems(task: Task, data: Path | None = None, limit: int | None = None) -> list[Problem]:
     """The problems of a task, in the order of the source.
 
     Copies of a problem (the same text with the same answer) are one problem: how often it is sampled is the task's
-    `samples`, not the number of its copies.
+    `samples`, not the number of its copies. Where your own function or environment reads the other columns too, rows of
+    one text that differ in those are problems of their own.
 
     Args:
         data: a folder in which the task's `files` are looked for, or the file itself; None: the hub, or files with
@@ -85,7 +88,8 @@ def load_problems(task: Task, data: Path | None = None, limit: int | None = None
     if task.source == WORLD:
         return list(islice(_of_world(task), limit))
     found: dict[str, Problem] = {}
-    for problem in _of_table(task, _open(task, data)):
+    for read in _of_table(task, _open(task, data)):
+        problem = _of_its_own(task, read, found.get(read.key))
         known = found.setdefault(problem.key, problem)
         if known.answer != problem.answer:
             raise DataError(
@@ -100,6 +104,16 @@ def load_problems(task: Task, data: Path | None = None, limit: int | None = None
         problem = f"task {task.name}: no row has {wanted}" if wanted else f"task {task.name}: no rows"
         raise DataError(problem, remedy="check the file and the task's filter", field="filter")
     return list(found.values())
+
+
+def _of_its_own(task: Task, problem: Problem, known: Problem | None) -> Problem:
+    """The problem with a key of its own, where a known one has its text and is another to who grades it."""
+    if known is None or (known.columns, known.answer) == (problem.columns, problem.answer):
+        return problem
+    if known.columns == problem.columns and task.environment is None:
+        return problem  # which is an error
+    told = f"{problem.key}\n{problem.columns}\n{problem.answer}"
+    return replace(problem, key=hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16])
 
 
 def row_problems(task: Task, file: Path) -> Iterator[Problem]:
@@ -134,13 +148,13 @@ def _open(task: Task, data: Path | None) -> DataTable:
     if data is not None and not data.exists():
         raise UserError("no such folder or file", remedy="check the path", file=data, field="--data")
     if file := _file(task, data):
-        return open_table(str(file), split=task.split, wanted=wanted)
+        return open_table(str(file), split=task.split, wanted=wanted, others=_reads_columns(task))
     names = " or ".join(task.files)
     if not task.source:
         problem = f"task {task.name}: no file {names}" + (f" in {data}" if data else "")
         raise UserError(problem, remedy="give the folder that holds it with --data DIR", field="--data")
     try:
-        return open_table(task.source, split=task.split, wanted=wanted)
+        return open_table(task.source, split=task.split, wanted=wanted, others=_reads_columns(task))
     except UserError as error:
         where = f"no file {names}" + (f" in {data}" if data else ", as no --data was given") + ", and " if names else ""
         by_file = f"give a folder that holds {names} with --data DIR; or, " if names else ""
@@ -150,6 +164,11 @@ def _open(task: Task, data: Path | None) -> DataTable:
             "(a gated data set also needs its terms accepted and a login)",
             field=task.name,
         ) from error
+
+
+def _reads_columns(task: Task) -> bool:
+    """Whether who grades the task may look at other columns than those that thence reads."""
+    return ":" in task.grader
 
 
 def _file(task: Task, data: Path | None) -> Path | None:
@@ -182,7 +201,7 @@ def _of_table(task: Task, table: DataTable) -> Iterator[Problem]:
             values = _fields(row, renames)
             if not columns:
                 raise RowProblem("", "the row has no fields", "give it a question and an answer")
-            parsed = _choice_row(task, values) if choice else _row(layout, values, source, worked)
+            parsed = _choice_row(task, values) if choice else _row(task, layout, values, source, worked)
         except RowProblem as problem:
             remedy = f"fix the row, or name its column in `columns` of task {task.name}"
             file, line = table.name, number
@@ -214,16 +233,16 @@ def _fields(row: Mapping[str, Any], renames: Mapping[str, str | tuple[str, ...]]
     return fields
 
 
-def _row(layout: str, values: dict[str, Any], source: str, worked: bool) -> _Row:
+def _row(task: Task, layout: str, values: dict[str, Any], source: str, worked: bool) -> _Row:
     """A row of any layout of `thence.data.layouts`; an answer in parts becomes one, joined by commas."""
     if isinstance(values.get("answer"), Sequence) and not isinstance(values["answer"], str):
         values["answer"] = ", ".join(x if isinstance(x, str) else number_text(x) for x in values["answer"])
     example = parse_row(layout, values, source=source, group="", worked=worked)
-    if example.answer is None:
+    if example.answer is None and task.environment is None:
         raise RowProblem("answer", "no answer to grade with", "give one")
     if example.prompt is not None:
         messages = (("user", example.prompt),)
-        return _Row(messages, example.prompt, example.answer, identity=example.prompt, plain=True)
+        return _Row(messages, example.prompt, example.answer, (), example.prompt, True, example.columns)
     if example.tools or any(turn.reasoning or turn.tool_calls or turn.role == "tool" for turn in example.messages):
         raise RowProblem(
             "messages",
@@ -232,7 +251,7 @@ def _row(layout: str, values: dict[str, Any], source: str, worked: bool) -> _Row
         )
     messages = tuple((turn.role, turn.content) for turn in example.messages)
     identity = "\n\n".join(content for role, content in messages if role != "system")
-    return _Row(messages, example.question, example.answer, identity=identity)
+    return _Row(messages, example.question, example.answer, identity=identity, columns=example.columns)
 
 
 def _choice_row(task: Task, values: Mapping[str, Any]) -> _Row:
@@ -246,7 +265,7 @@ def _choice_row(task: Task, values: Mapping[str, Any]) -> _Row:
         random.Random(stable_seed("options", task.data_seed, task.name, identity)).shuffle(order)
     shown = tuple(options[place] for place in order)
     messages = (("user", _with_options(question, shown)),)
-    return _Row(messages, question, LETTERS[order.index(right)], shown, identity)
+    return _Row(messages, question, LETTERS[order.index(right)], shown, identity, columns=other_columns(values))
 
 
 def _options(value: Any) -> tuple[list[str], list[str]]:
@@ -299,7 +318,8 @@ def _shown(task: Task, row: _Row, source: str) -> Problem:
         elif task.system and not own:
             messages = (("system", task.system), *messages)
     digest = hashlib.sha256(f"{task.name}\n{row.identity}".encode()).hexdigest()
-    return Problem(task.name, digest[:16], messages, text, row.answer, row.options, source, plain)
+    columns = row.columns if _reads_columns(task) else None
+    return Problem(task.name, digest[:16], messages, text, row.answer, row.options, source, plain, columns)
 
 
 def _filled(template: str, row: _Row, text: str) -> str:

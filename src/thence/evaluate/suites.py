@@ -7,17 +7,19 @@ ones lie in the folder `suites`. Nothing here imports torch or reads data.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from thence.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES
 from thence.data.worlds.named import WORLD, is_of_world
 from thence.errors import RecipeError, UserError
 from thence.names import as_name, same_file
+from thence.recipe.schema import environment_table
+from thence.recipe.tables import Environment
 from thence.settings.annotations import type_at
 from thence.settings.limits import (  # fmt: skip
     Name,
@@ -47,6 +49,8 @@ TEMPLATES: dict[str, str] = {
 """Named prompt templates. `steps` is the plain prompt of Llama base models in arXiv 2504.14945, without system text."""
 
 PLAIN = frozenset({"steps"})
+TABLES = frozenset({"environment", "columns", "filter"})
+"""Fields of a task that are tables; an override may set one of their own fields."""
 
 
 class Task(Section):
@@ -98,8 +102,25 @@ class Task(Section):
     """Time limit of one answer check, or of one call of your own function."""
     right_from: Signed | None = None
     """The score from which a response is right, for your own function. Default: what the function states."""
+    environment: Environment | None = None
+    """Rollouts of several turns: your own class (file.py:Class), or a table. It gives the scores. See docs/turns.md."""
     seed: Seed = 0
     """Every random number of sampling follows from it."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _environment(cls, value: Any) -> Any:
+        return environment_table(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _environment_scores(cls, given: Any) -> Any:
+        played = environment_table(given.get("environment")) if isinstance(given, dict) else None
+        if not isinstance(played, dict) or not isinstance(path := played.get("path"), str):
+            return given
+        if given.get("grader", path) != path:
+            raise ValueError("the environment gives the scores: leave grader out")
+        return {**given, "grader": path}
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Task:
@@ -111,6 +132,8 @@ class Task(Section):
             raise ValueError(f"{WORLD} makes as many problems as asked: set problems")
         if self.right_from is not None and ":" not in self.grader:
             raise ValueError(f"right_from is for a function of your own, not for the grader {self.grader}")
+        if self.environment is not None and self.choices:
+            raise ValueError("choices asks for the letter of one answer, and a rollout has several turns: leave it out")
         if self.template != OWN and "{question}" not in self.template_text:
             names = ", ".join((OWN, *TEMPLATES))
             raise ValueError(f"template is neither one of {names} nor a text with {{question}}")
@@ -162,8 +185,8 @@ def load_suite(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         name_or_file: name of a shipped suite, or a path.
-        overrides: `field` for all tasks or `task.field` for one, to values; texts are parsed as TOML values. `tasks`
-            takes the names of the tasks to keep.
+        overrides: `field` for all tasks or `task.field` for one, to values; texts are parsed as TOML values. A field
+            of a table is `environment.max_turns`. `tasks` takes the names of the tasks to keep.
 
     Raises:
         RecipeError: no such suite, not valid TOML, an unknown key or task, a value that makes no sense.
@@ -180,7 +203,9 @@ def load_suite(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
     try:
         return _suite(tables, file)
     except RecipeError as error:
-        task, _, field = (error.field or "").removeprefix("tasks.").partition(".")
+        at, names = (error.field or "").removeprefix("tasks."), [str(task.get("name")) for task in tables["tasks"]]
+        task = next((name for name in names if at == name or at.startswith(f"{name}.")), at.partition(".")[0])
+        field = at.removeprefix(task).removeprefix(".")
         plain = {name.replace("-", "_"): name for name in given}
         # what a task says of several fields begins with the name of the one at fault
         set_by = plain.get(f"{task}.{field}") or plain.get(field or error.problem.split()[0])
@@ -238,20 +263,48 @@ def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], p
         for name in wanted:
             _check_task(name, names, path, "tasks")
         tasks = [task for task in tasks if task.get("name") in wanted]
-    # What holds for all tasks goes first, so that what is said of one task wins in any order.
-    for dotted, value in sorted(values.items(), key=lambda item: "." in item[0]):
-        name, _, field = dotted.rpartition(".")
+    # What holds for all tasks goes first, so that what is said of one task wins in any order; tables before fields.
+    graded = any(_place(dotted, names)[1] == ["grader"] for dotted in values)
+    for dotted, value in sorted(values.items(), key=lambda item: (_place(item[0], names)[0] != "", item[0].count("."))):
+        name, path_in = _place(dotted, names)
         if name:
             _check_task(name, names, path, dotted)
         for task in tasks:
             if not name or task.get("name") == name:
-                task[field.replace("-", "_")] = value
+                _set(task, path_in, value)
+                if path_in[0] == "environment" and not graded:
+                    task.pop("grader", None)  # the suite's own, which the environment takes the place of
     return tasks
 
 
+def _place(dotted: str, tasks: Sequence[str]) -> tuple[str, list[str]]:
+    """The task that an override names (empty: all), and the path of its field."""
+    parts = dotted.split(".")
+    for size in range(len(parts) - 1, 0, -1):  # a task's name may have dots
+        if (name := ".".join(parts[:size])) in tasks:
+            return name, [part.replace("-", "_") for part in parts[size:]]
+    path = [part.replace("-", "_") for part in parts]
+    if len(path) == 1 or path[0] in TABLES:
+        return "", path
+    return ".".join(parts[:-1]), path[-1:]
+
+
+def _set(task: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a field of a task, or of a table in it."""
+    if len(path) == 1:
+        task[path[0]] = value
+        return
+    held = environment_table(task.get(path[0], {}))
+    table = dict(held) if isinstance(held, Mapping) else {}
+    table[".".join(path[1:])] = value
+    task[path[0]] = table
+
+
 def _type_of(dotted: str) -> Any:
-    field = dotted.rpartition(".")[2].replace("-", "_")
-    return list[str] if field == "tasks" else type_at(Task, [field])
+    fields = [part.replace("-", "_") for part in dotted.split(".")]
+    if fields == ["tasks"]:
+        return list[str]
+    return type_at(Task, fields[-2:] if len(fields) > 1 and fields[-2] in TABLES else fields[-1:])
 
 
 def _check_task(name: str, names: list[str], path: Path, field: str) -> None:

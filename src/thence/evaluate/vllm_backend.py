@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from thence.errors import UserError
 from thence.evaluate.backends import Generation, Prompts, Ready, Refused, Request
+from thence.evaluate.playing import played
 from thence.models.lengths import context_of
 from thence.recipe import Model
 from thence.rollout.native import Sampling
@@ -22,6 +23,9 @@ from thence.train.model_files import resolve
 
 if TYPE_CHECKING:
     from thence.evaluate.suites import Task
+
+PLAYED_AT_ONCE = 256
+"""Rollouts of several turns that are played side by side; what ends later than the rest keeps them waiting."""
 
 
 class VllmBackend:
@@ -71,6 +75,9 @@ class VllmBackend:
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation | Refused]]:
         """See `Backend`."""
+        if task.environment is not None:
+            yield from played(requests, task, self.prompts, self.engine.sample, self.context, PLAYED_AT_ONCE)
+            return
         ready, refused = self.prompts.prepare(requests, task, self.context)
         groups: dict[tuple[int, ...], list[Ready]] = {}
         for one in ready:

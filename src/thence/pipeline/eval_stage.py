@@ -6,16 +6,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thence.data.response import response_text
 from thence.data.template import ChatFormat
 from thence.data.trajectory import Prompt, Trajectory
 from thence.errors import DamagedFile
-from thence.evaluate.backends import Generation, GivenScore, Request
+from thence.evaluate.backends import Generation, Request
 from thence.evaluate.native_backend import model_facts
+from thence.evaluate.playing import said, scored
 from thence.evaluate.problems import Problem
 from thence.evaluate.progress import EvaluationProgress
 from thence.evaluate.run import evaluate
@@ -221,13 +221,8 @@ class RanksBackend:
         }
 
     def _generation(self, part: EvalPart, trajectory: Trajectory) -> Generation:
-        ids, opening = trajectory.after_prompt()[0], trajectory.prompt.opening
-        text = response_text(self.context.tokenizer, ids, part.sampling.stop_ids, opening)
-        found = Generation(text, len(trajectory.response_ids), trajectory.finish, turns=trajectory.transcript)
-        if self.stage.environment is None:
-            return found
-        given: Any = trajectory.verdict
-        return replace(found, score=GivenScore(given, trajectory.score or 0.0, trajectory.reason))
+        as_text = said if self.stage.environment is None else scored
+        return as_text(self.context.tokenizer, trajectory, part.sampling.stop_ids)
 
 
 class _Progress(EvaluationProgress):

@@ -172,7 +172,7 @@ class Player(Grader):
         self, prompts: Sequence[Prompt], seeds: Sequence[int], limit: int | None, sampling: Sampling
     ) -> list[_Rollout]:
         rows = [row_of(prompt.text, prompt.answer, prompt.columns) for prompt in prompts]
-        wheres = [f"example {prompt.index + 1} (prompt {_short(prompt.text)})" for prompt in prompts]
+        wheres = [f"{_place(prompt)} (prompt {_short(prompt.text)})" for prompt in prompts]
         env_seeds = [stable_seed(seed, "environment") for seed in seeds]
         rollouts, begun = [], self._pool.begin(rows, env_seeds, wheres)
         for prompt, seed, (played, first) in zip(prompts, seeds, begun, strict=True):
@@ -286,7 +286,7 @@ def check_prompts(form: ObservationForm, prompts: Sequence[Prompt]) -> None:
     wrong = next((prompt for prompt in prompts if not form.opens(prompt.token_ids)), None)
     if wrong is not None:
         raise DataError(
-            f"the prompt of example {wrong.index + 1} does not end as the chat template opens a turn, so the turns "
+            f"the prompt of {_place(wrong)} does not end as the chat template opens a turn, so the turns "
             "after it cannot be written",
             remedy='give prompts as messages, or set data.template = "none": observations are then plain text',
             field="data.template",
@@ -319,6 +319,10 @@ def passes(trajectories: Sequence[Trajectory]) -> tuple[list[Sequence[int]], lis
             read.append(context)
             sampled.append(len(trajectory.response_ids) - at)
     return read, sampled
+
+
+def _place(prompt: Prompt) -> str:
+    return prompt.source or f"example {prompt.index + 1}"
 
 
 def _short(text: str) -> str:

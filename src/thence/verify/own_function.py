@@ -228,7 +228,7 @@ class FunctionGrader(Grader):
         if self.threshold.columns and columns is None:
             raise UserError(
                 f"reward {self.spec} takes the row's columns, and they are not kept here",
-                remedy="grade with a function of prompt, response and answer; stages of a run hand columns over",
+                remedy="evaluate again, which hands them over, or grade with a function of prompt, response and answer",
                 field="reward",
             )
         given = columns if columns is not None else [""] * len(prompts)
