@@ -15,6 +15,8 @@ THEMES: dict[str, list[Case]] = {
     "Damaged files of thence's own": kept.OWN_FILES,
     "Training": live.TRAINING,
     "Rewards": live.REWARDS,
+    "Environments": live.ENVIRONMENTS,
+    "Clusters": live.CLUSTERS,
     "Evaluations": kept.EVALUATIONS,
     "Servers": live.SERVERS,
     "Comparisons": kept.COMPARISONS,

@@ -97,6 +97,60 @@ REWARDS = [
     ),
 ]
 
+PLAY = "eval world:chain/rich --suite p.jsonl --environment own.py:Talk --max-tokens 60 --folder e"
+BEGIN = "    def reset(self, row):\n        return None\n\n"
+
+
+def environment(*lines: str) -> Prepare:
+    """A problem, and an environment of one's own with these lines in `step`."""
+    step = "    def step(self, text):\n" + "".join(f"        {line}\n" for line in lines)
+
+    def prepare(here: Path) -> None:
+        PROBLEMS(here)
+        write("own.py", f"class Talk:\n{BEGIN}{step}")(here)
+
+    return prepare
+
+
+ENVIRONMENTS = [
+    Case("An environment that its file lacks", PLAY.replace("Talk", "Tlak"), environment("pass"), writes=True),
+    Case("An environment with an error in it", PLAY, environment("return 1 / 0"), writes=True),
+    Case("An environment that returns a number alone", PLAY, environment("return 1.0"), writes=True),
+    Case("An environment whose reward is not a number", PLAY, environment("return '', 'good', True"), writes=True),
+    Case(
+        "An environment that never returns",
+        f"{PLAY} --set environment.seconds=0.5",
+        environment("while True: pass"),
+        writes=True,
+    ),
+    Case("An environment beside a grader", f"{PLAY} --grader exact", environment("pass")),
+    Case("A setting that no environment has", f"{PLAY} --set environment.turns=2", environment("pass")),
+    Case(
+        "An environment behind a server",
+        "eval --endpoint http://127.0.0.1:9/v1 --suite p.jsonl --environment own.py:Talk",
+        environment("pass"),
+    ),
+    Case("An environment beside a reward", f"{RL} --rl.environment own.py:Talk", environment("pass"), base="data"),
+    Case(
+        "A method that takes a response apart",
+        f"{RL} --rl.reward math --rl.method prefix_rft --rl.environment own.py:Talk",
+        environment("pass"),
+        base="data",
+    ),
+    Case(
+        "Partial rollouts with an environment",
+        f"{RL} --rl.reward math --rl.partial.in-flight 9 --rl.environment own.py:Talk",
+        environment("pass"),
+        base="data",
+    ),
+]
+
+CLUSTERS = [
+    Case("A cluster that thence does not know", f"{RUN} --on slurm", base="data"),
+    Case("Needs without a cluster", f"{RUN} --gpus 1", base="data"),
+    Case("More ranks without torchrun or a cluster", f"{RUN} --ranks 2", base="data"),
+]
+
 SERVERS = [
     Case("No server at this address", ASK, PROBLEMS, writes=True, around=nobody),
     Case("An address that is none", "eval --endpoint host:8000 --suite p.jsonl --grader exact", PROBLEMS),

@@ -159,3 +159,83 @@ def test_an_environment_stands_in_a_suite_or_comes_by_flags(tmp_path: Path) -> N
     with pytest.raises(RecipeError) as wrong:
         load_suite(str(file), {"environment": "shop.py:Shop", "environment.max_turns": "0"})
     assert wrong.value.field == "environment.max_turns"
+
+
+def test_scores_of_a_changed_environment_are_not_mixed_or_renamed(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*EVAL, "--folder", "e"]) == 0
+    (shop / "shop.py").write_text(SHOP.replace("float(done)", "1.0 - float(done)"))
+    for more in ([], ["--samples", "2"]):
+        assert main([*EVAL, *more, "--folder", "e"]) != 0
+        assert "shop.py:Shop has changed since it scored the samples here" in capsys.readouterr().err
+    assert main([*EVAL, "--folder", "other"]) == 0
+    assert main(["eval", "--compare", "e", "other"]) == 0
+    assert "grader's version" in capsys.readouterr().out
+
+
+def test_a_threshold_that_is_set_later_judges_the_scores_that_are_there(shop: Path) -> None:
+    (shop / "shop.py").write_text(SHOP.replace("float(done)", "0.7 * float(done)"))
+    assert main([*EVAL, "--folder", "e"]) == 0
+    store = Store(shop / "e")
+    assert {line.verdict for line in store.graded("tasks", "shop.py:Shop").values()} == {"wrong"}
+    assert main([*EVAL, "--set", "right_from=0.5", "--folder", "e"]) == 0
+    assert {line.verdict for line in store.graded("tasks", "shop.py:Shop").values()} == {"right"}
+    (task,) = summarise(store).tasks
+    assert task.versions[0].endswith(", right from 0.5")
+
+
+def test_rows_whose_other_columns_have_changed_are_refused(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EVAL, "--folder", "e"]) == 0
+    write_tasks(shop, [{"wanted": 1, "price": f"{i:02d}"} for i in range(6)])
+    assert main([*EVAL, "--folder", "e"]) != 0
+    assert "has another prompt, answer or other columns" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_majority_is_not_counted_where_nobody_names_answers(shop: Path) -> None:
+    assert main([*EVAL, "--samples", "2", "--folder", "e"]) == 0
+    (task,) = summarise(Store(shop / "e")).tasks
+    assert task.avg is not None and task.majority is None
+
+
+def test_how_rollouts_ended_is_said_in_words(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EVAL, "--set", "environment.max_turns=1", "--folder", "e"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rollouts that did not end by themselves or were cut: ended by the limit of turns 4" in said
+    assert "as the server calls it" not in said
+    assert main([*EVAL, "--set", "environment.max_observation_tokens=1", "--folder", "small"]) == 0
+    (task,) = summarise(Store(shop / "small")).tasks
+    assert task.truncated == 4 and not task.other_ends
+
+
+def test_graders_of_texts_read_the_policys_words_alone(shop: Path) -> None:
+    (shop / "shop.py").write_text(SHOP.replace("f\"={self.row['price']};\"", "f\"#{self.row['answer']}\""))
+    assert main([*EVAL, "--folder", "e"]) == 0
+    (shop / "own.py").write_text("def told(prompt, response, answer):\n    return float('#' + answer in response)\n")
+    store = Store(shop / "e")
+    expected = {}
+    for sample in store.samples("tasks"):
+        policy = "\n".join(text for who, text in sample.turns if who == "policy")
+        assert (f"#{sample.answer}" in sample.text) or len(sample.turns) == 1
+        expected[sample.place] = float(f"#{sample.answer}" in policy)
+    assert main(["eval", "--regrade", "e", "--grader", "own.py:told"]) == 0
+    assert {place: line.score for place, line in store.graded("tasks", "own.py:told").items()} == expected
+
+
+def test_a_suite_may_have_tasks_with_and_without_an_environment(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shop / "both.toml").write_text(
+        '[defaults]\nfiles = ["tasks.jsonl"]\ngrader = "exact"\nmax_tokens = 100\n'
+        '[[tasks]]\nname = "played"\nenvironment = { path = "shop.py:Shop", max_turns = 2 }\n'
+        '[[tasks]]\nname = "plain"\n'
+    )
+    ask = ["eval", "world:chain/rich", "--suite", "both.toml", "--set", "plain.grader=exact", "--folder", "e"]
+    assert main([*ask, "--set", "environment.max_turns=3"]) == 0
+    tasks = Store(shop / "e").settings().tasks
+    assert tasks["played"].environment is not None and tasks["played"].environment.max_turns == 3
+    assert tasks["plain"].environment is None and tasks["plain"].grader == "exact"
+    before = Store(shop / "e").grades("played")
+    assert main(["eval", "--regrade", "e"]) == 0  # the other task is graded again
+    assert Store(shop / "e").grades("played") == before and len(Store(shop / "e").grades("plain")) == 12
+    capsys.readouterr()
+    assert main(["eval", "--regrade", "e", "--set", "right_from=0.5"]) != 0
+    assert "--set: --regrade samples nothing and does not read it" in " ".join(capsys.readouterr().err.split())

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,12 +81,27 @@ def eval_command(
         raise UserError("it is for measuring a model", remedy="leave it out", field=f"--{way}")
     if list_:
         return _list()
+    if compare or regrade:
+        sampling = {name.replace("_", "-"): value for name, value in vars(fields).items() if name != "grader"}
+        others = {"MODEL": model, "--data": data, "--limit": limit, "--folder": folder, "--set": set_ or None}
+        others |= {f"--{name}": value for name, value in sampling.items()}
+        others |= {"--suite": suite} if regrade else {}
+        _refuse_unread("--compare" if compare else "--regrade", others, generator)
     if compare:
         return _compare(compare, suite, fields.grader)
     if regrade:
         return _regrade(regrade, fields.grader)
     settings = _settings(model, _suite(suite, fields, set_), data, limit, generator)
     return _evaluate(settings, folder, generator, way)
+
+
+def _refuse_unread(instead: str, others: Mapping[str, Any], generator: Generator) -> None:
+    """Raise UserError for what was given and is for sampling alone."""
+    given = [flag for flag, value in others.items() if value is not None]
+    defaults = vars(Generator())
+    given += [f"--{name.replace('_', '-')}" for name, value in vars(generator).items() if value != defaults[name]]
+    if given:
+        raise UserError(f"{instead} samples nothing and does not read it", remedy="leave it out", field=given[0])
 
 
 def _list() -> int:
@@ -120,7 +135,7 @@ def _evaluate(settings: Settings, folder: Path | None, generator: Generator, way
                 problems,
                 folder,
                 lambda: _backend(settings, generator),
-                environment=lambda: _environment(generator.endpoint),
+                environment=lambda: _environment(settings, generator.endpoint),
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -294,7 +309,8 @@ def _backend(settings: Settings, generator: Generator) -> Backend:
     return NativeBackend(model, settings.chat_template, generator.rows or ROWS, settings.template_variables)
 
 
-def _environment(endpoint: str | None) -> dict[str, Any]:
+def _environment(settings: Settings, endpoint: str | None) -> dict[str, Any]:
+    from thence.evaluate.origin import files_digest, find_model
     from thence.http_client import shown_address
     from thence.pipeline.folder import environment
     from thence.redaction import as_typed, redacted_command
@@ -304,6 +320,8 @@ def _environment(endpoint: str | None) -> dict[str, Any]:
         shown = [argument.replace(endpoint, shown_address(endpoint)) for argument in sys.argv[1:]]
         facts["command"] = redacted_command(as_typed([sys.argv[0], *shown]))
     del facts["device"]  # the backend tells, if it knows
+    if not endpoint and (digest := files_digest(find_model(settings.model, settings.gguf_file)[0])):
+        facts["weight_files"] = digest
     return facts
 
 

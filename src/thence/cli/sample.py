@@ -14,18 +14,13 @@ from thence.cli.report import existing_run
 from thence.errors import UserError
 from thence.foreign_text import clean
 from thence.jsonl import read_lines, say_bad_lines
+from thence.pages import samples
 from thence.settings.limits import Rows, Temperature, Tokens
 from thence.terminal import make_console
 from thence.wording import json_kind
 
 COLOURS = {"right": "green", "wrong": "red", "unknown": "yellow", "graded": "cyan"}
-ENDS = {
-    "length": ", cut",
-    "turns": ", ended by the limit of turns",
-    "context": ", ended where no more fitted",
-    "timeout": ", its environment took too long",
-    "error": ", its environment failed",
-}
+ENDS = {"length": ", cut", **{finish: f", {said}" for finish, said in samples.ENDS.items()}}
 """What is said of responses that did not end by themselves."""
 VerdictName = Literal["right", "wrong", "graded", "unknown", "ungraded"]
 

@@ -36,11 +36,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class GivenScore:
-    """What an environment gave a response while it was sampled: no grader can give it again."""
+    """What an environment gave a response while it was sampled: no grader can give it again.
+
+    Attributes:
+        version: of the environment's file, see `thence.evaluate.versions`; empty in samples of older versions.
+    """
 
     verdict: Literal["right", "wrong", "graded", "unknown"]
     score: float
     reason: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,12 @@ def harness_results(store: Store, result: Result) -> dict[str, Any]:
     settings, environment = result.settings, result.environment
     measured = [row for row in result.tasks if row.avg is not None or row.reward is not None or row.not_answered]
     groups = {f"{settings.suite}_{group.name}": group for group in result.groups}
-    grouped = {name: _metrics(name, name, {METRIC: group.score}) for name, group in groups.items()}
+    grouped = {
+        name: _metrics(name, name, {METRIC: group.score}, group.score.problems) for name, group in groups.items()
+    }
     metrics = {
-        row.task.name: _metrics(row.task.name, row.task.title or row.task.name, _scores(row)) for row in measured
+        row.task.name: _metrics(row.task.name, row.task.title or row.task.name, _scores(row), len(row.shares))
+        for row in measured
     }
     better = {row.task.name: dict.fromkeys(_scores(row), True) for row in measured}
     template = environment.get("chat_template")
@@ -170,8 +173,8 @@ def _scores(row: TaskResult) -> dict[str, Score]:
     return {name: score for name, score in found.items() if score is not None}
 
 
-def _metrics(name: str, alias: str, scores: dict[str, Score]) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": name, "alias": alias, "sample_len": next(iter(scores.values())).problems}
+def _metrics(name: str, alias: str, scores: dict[str, Score], problems: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "alias": alias, "sample_len": problems}
     for name, score in scores.items():
         error = score.standard_error
         found[f"{name},none"] = score.value

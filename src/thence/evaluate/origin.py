@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
+from thence.errors import UserError
 from thence.names import as_name
 from thence.recipe import Model, load_recipe
 from thence.redaction import redacted
 from thence.settings.validation import validated
+from thence.train.places import find_place
 from thence.train.run_models import BASE, model_of_run, run_of
+
+BLOCKS, BLOCK_BYTES = 64, 65_536
+_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 
 
 def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | None]:
@@ -39,6 +45,31 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | No
         folder, _, gguf_file = name.rpartition("/")
         name = folder or "."
     return validated(Model, {"path": name, "gguf_file": gguf_file}, "model"), None
+
+
+def files_digest(model: Model) -> str | None:
+    """16 hexadecimal digits of the files of a model: of their names, sizes and 64 evenly spread blocks of 64 kB each.
+
+    So a folder that was trained into again is told from what it was, without opening the model.
+
+    Returns:
+        None where the model is not in a folder of this machine.
+    """
+    try:
+        folder = Path(find_place(model.path or ""))
+    except UserError:  # which whoever opens the model says
+        return None
+    patterns = (model.gguf_file,) if model.gguf_file else _FILES
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)}) if folder.is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for start in sorted({size * i // BLOCKS for i in range(BLOCKS)}):
+                opened.seek(start)
+                digest.update(opened.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16] if files else None
 
 
 def short_name(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from thence.data.response import response_text
 from thence.data.trajectory import Prompt, Trajectory
 from thence.evaluate.backends import Generation, GivenScore, Prompts, Ready, Refused, Request
+from thence.evaluate.versions import grader_version
 from thence.rollout.native import Response, Sampling
 from thence.rollout.turns import Player
 
@@ -51,14 +52,15 @@ def played(
         ) -> Sequence[Response]:
             return sampler(contexts, seeds, how, limits)
 
-        chat = prompts.plain if plain else prompts.chat
+        chat, version = prompts.plain if plain else prompts.chat, grader_version(task.environment.path)
         with closing(Player(task.environment, task.right_from, chat)) as player:
             for start in range(0, len(group), rows):
                 wave = group[start : start + rows]
                 asked, seeds = [_prompt(one) for one in wave], [one.request.seed for one in wave]
                 found = player.play(prompts.tokenizer, asked, seeds, sampling, ask, context)
                 for one, trajectory in zip(wave, found, strict=True):
-                    yield one.request, scored(prompts.tokenizer, trajectory, sampling.stop_ids)
+                    generation = scored(prompts.tokenizer, trajectory, sampling.stop_ids, version)
+                    yield one.request, replace(generation, room=one.cut)
     yield from refused
 
 
@@ -82,8 +84,8 @@ def said(tokenizer: Any, trajectory: Trajectory, stop_ids: Sequence[int]) -> Gen
     return Generation(text, len(trajectory.response_ids), trajectory.finish, turns=trajectory.transcript)
 
 
-def scored(tokenizer: Any, trajectory: Trajectory, stop_ids: Sequence[int]) -> Generation:
-    """What a model said in a rollout that an environment scored."""
+def scored(tokenizer: Any, trajectory: Trajectory, stop_ids: Sequence[int], version: str) -> Generation:
+    """What a model said in a rollout that an environment of this version scored."""
     verdict: Any = trajectory.verdict
-    given = GivenScore(verdict, trajectory.score or 0.0, trajectory.reason)
+    given = GivenScore(verdict, trajectory.score or 0.0, trajectory.reason, version)
     return replace(said(tokenizer, trajectory, stop_ids), score=given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from thence.data.sources import DataTable, open_table
 from thence.data.worlds.named import WORLD
 from thence.errors import DataError, UserError
 from thence.evaluate.suites import OWN, Task
+from thence.verify.own_function import Stated
+from thence.verify.reward import load_reward
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -88,8 +91,7 @@ def load_problems(task: Task, data: Path | None = None, limit: int | None = None
     if task.source == WORLD:
         return list(islice(_of_world(task), limit))
     found: dict[str, Problem] = {}
-    for read in _of_table(task, _open(task, data)):
-        problem = _of_its_own(task, read, found.get(read.key))
+    for problem in _of_their_own(task, _of_table(task, _open(task, data))):
         known = found.setdefault(problem.key, problem)
         if known.answer != problem.answer:
             raise DataError(
@@ -106,14 +108,40 @@ def load_problems(task: Task, data: Path | None = None, limit: int | None = None
     return list(found.values())
 
 
-def _of_its_own(task: Task, problem: Problem, known: Problem | None) -> Problem:
-    """The problem with a key of its own, where a known one has its text and is another to who grades it."""
-    if known is None or (known.columns, known.answer) == (problem.columns, problem.answer):
-        return problem
-    if known.columns == problem.columns and task.environment is None:
-        return problem  # which is an error
-    told = f"{problem.key}\n{problem.columns}\n{problem.answer}"
-    return replace(problem, key=hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16])
+def _of_their_own(task: Task, problems: Iterator[Problem]) -> Iterator[Problem]:
+    """The problems, those with a key of their own that have the text of one before and are another to who grades them.
+
+    An environment is told the answer and the other columns, a function of your own the columns that it asks for.
+    """
+    first: dict[str, Problem] = {}
+    told: bool | None = None
+    for problem in problems:
+        known = first.setdefault(problem.key, problem)
+        others = [columns_digest(one) for one in (known, problem)]
+        if task.environment is not None:
+            others = [f"{digest} {one.answer}" for digest, one in zip(others, (known, problem), strict=True)]
+        if others[0] != others[1]:
+            told = _is_told_columns(task) if told is None else told
+            if told:
+                key = hashlib.sha256(f"{problem.key}\n{others[1]}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+                problem = replace(problem, key=key)
+        yield problem
+
+
+def _is_told_columns(task: Task) -> bool:
+    """Whether who grades the task is told the other columns. Raises UserError where it cannot be loaded."""
+    if task.environment is not None:
+        return True
+    with load_reward(task.grader, workers=1) as grader:
+        return bool(getattr(grader, "threshold", Stated()).columns)
+
+
+def columns_digest(problem: Problem) -> str | None:
+    """16 hexadecimal digits of the other columns of a problem's row, in any order; None: nobody reads them."""
+    if problem.columns is None:
+        return None
+    plain = json.dumps(json.loads(problem.columns or "{}"), sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
 def row_problems(task: Task, file: Path) -> Iterator[Problem]:
@@ -126,7 +154,7 @@ def row_problems(task: Task, file: Path) -> Iterator[Problem]:
         UserError: no such file.
         DataError: a row that cannot be used.
     """
-    return _of_table(task, _open(task, file))
+    return _of_their_own(task, _of_table(task, _open(task, file)))
 
 
 def _of_world(task: Task) -> Iterator[Problem]:
@@ -285,16 +313,16 @@ def _options(value: Any) -> tuple[list[str], list[str]]:
 def _right_option(task: Task, values: Mapping[str, Any], options: Sequence[str], labels: Sequence[str]) -> int:
     """The place of the right option: an index, the column it stands in, its label or its text."""
     index, answer = values.get("answer_index"), values.get("answer")
-    if isinstance(index, int) and 0 <= index < len(options):
+    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(options):
         return index
     columns, column = task.columns.get("options"), task.columns.get("answer")
     if isinstance(columns, tuple) and column in columns:
         return columns.index(str(column))
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return answer
     named = str(answer).strip()
     if named in labels:
         return list(labels).index(named)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return answer
     if list(options).count(named) == 1:
         return list(options).index(named)
     raise RowProblem("answer", f"{answer!r} names none of the options", "give the label, the text or the index of one")

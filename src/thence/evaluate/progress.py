@@ -74,6 +74,8 @@ class EvaluationDisplay(Display, EvaluationProgress):
 
     def begin(self, missing: int) -> None:
         self.missing = missing
+        if not missing:
+            self.line("every sample is here already: nothing is asked")
 
     def sampling(self, task: str, total: int, done: int) -> None:
         self._end_task()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,19 +9,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from thence import __version__
 from thence.data.order import stable_seed
 from thence.errors import UserError
 from thence.evaluate.backends import Backend, Refused, Request
 from thence.evaluate.choices import grade_letter
-from thence.evaluate.problems import Problem
+from thence.evaluate.problems import Problem, columns_digest
 from thence.evaluate.progress import EvaluationProgress
 from thence.evaluate.refusals import ENOUGH, Refusal, nothing_answered
-from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
+from thence.evaluate.store import GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.evaluate.versions import LETTER, grader_version, with_threshold
 from thence.verify.grader import Grader
-from thence.verify.loading import function_file
-from thence.verify.math import RULES_VERSION
+from thence.verify.own_function import Stated
 from thence.verify.reward import load_reward
 from thence.verify.verdict import Grade
 
@@ -59,7 +56,8 @@ def evaluate(
         problems: of every task of the settings, by its name.
         folder: where everything is kept.
         make_backend: opens what generates; called only if a sample is missing.
-        environment: facts to keep beside the backend's own; called with `make_backend`.
+        environment: facts to keep beside the backend's own. Where nothing is missing, and so nothing is opened, they
+            are held against those that were kept.
         progress: is told of progress; nobody when absent.
         seed_of: the seeds of the responses.
         checker: grades all tasks, and stays open; default: the one that each task names is opened.
@@ -79,6 +77,8 @@ def evaluate(
         # opened first: a model or server that is refused leaves no folder that then holds other settings
         backend = make_backend() if any(missing.values()) else None
         try:
+            facts = {} if backend is None else backend.facts()
+            store.check_unchanged({**environment(), **facts})  # before anything is written: a refusal changes nothing
             store.begin(settings)
             store.write_problems({name: [problem.key for problem in problems[name]] for name in settings.tasks})
             progress.begin(sum(map(len, missing.values())))
@@ -128,9 +128,24 @@ def regrade(folder: Path, grader: str | None = None, progress: EvaluationProgres
     store.environment()  # what cannot be read is said before anything is written
     store.problems()
     with store.held():
-        for task in tasks.values():
-            grade(store, task, grader or task.grader, again=True, progress=progress)
+        played = [name for name, task in tasks.items() if grader in (None, task.grader) and _was_played(store, task)]
+        if len(played) == len(tasks):
+            raise UserError(
+                f"the environment {tasks[played[0]].grader} scored these responses while they were sampled, and cannot "
+                "again",
+                remedy="evaluate again into another folder, or name a grader of texts: --grader exact",
+                file=store.folder,
+            )
+        for name, task in tasks.items():
+            if name in played:
+                log.warning("%s: its environment scored it while it was sampled, and these scores stay", name)
+            else:
+                grade(store, task, grader or task.grader, again=True, progress=progress)
     return store
+
+
+def _was_played(store: Store, task: Task) -> bool:
+    return any(sample.score is not None for sample in store.samples(task.name))
 
 
 def grade(
@@ -151,27 +166,27 @@ def grade(
         checker: the grader, which stays open; default: the one of this name is opened.
         columns: what else the row of a problem holds, by its key, a JSON object as text.
     """
-    right_from = task.right_from if grader == task.grader else None
-    samples, version = store.samples(task.name), grader_version(grader, right_from)
+    samples = store.samples(task.name)
+    if grader == task.grader and any(sample.score is not None for sample in samples):
+        _take_scores(store, task, samples)
+        return
+    version = grader_version(grader, task.right_from if grader == task.grader else None)
     have = set() if again else set(store.graded(task.name, grader, version))
     todo = [sample for sample in samples if sample.place not in have]
-    if grader == task.grader and any(sample.score is not None for sample in todo):
-        _take_scores(store, task, version, todo, again)
-    elif todo:
+    if todo:
         (progress or EvaluationProgress()).grading(task.name, len(todo))
         with ExitStack() as opened:
             if checker is None:
                 limits = {"seconds": task.grader_seconds, "setting": "grader_seconds"}
-                named = load_reward(grader, right_from=right_from, **limits)
+                named = load_reward(grader, right_from=task.right_from if grader == task.grader else None, **limits)
                 checker = opened.enter_context(named)
             lines = opened.enter_context(store.write_grades(task.name))
             for start in range(0, len(todo), GRADED_AT_ONCE):
                 part = todo[start : start + GRADED_AT_ONCE]
-                texts = [sample.text for sample in part]
                 others = [(columns or {}).get(sample.problem) for sample in part]
                 known = None if None in others else [str(text) for text in others]
-                found = checker.grade_many([s.question for s in part], texts, [s.answer for s in part], known)
-                for sample, one in zip(part, found, strict=True):
+                asked, texts, answers = zip(*((s.question, s.said, s.answer) for s in part), strict=True)
+                for sample, one in zip(part, checker.grade_many(asked, texts, answers, known), strict=True):
                     lines.add(_line(sample, grader, version, one))
     if task.choices:
         version = grader_version(LETTER)
@@ -182,19 +197,21 @@ def grade(
                     lines.add(_line(sample, LETTER, version, grade_letter(sample.as_problem(task.name), sample.text)))
 
 
-def _take_scores(store: Store, task: Task, version: str, todo: Sequence[Sample], again: bool) -> None:
-    """Keep the scores that an environment gave, as grades. Raises UserError where they are asked for anew."""
-    if again:
-        raise UserError(
-            f"the environment {task.grader} scored these responses while they were sampled, and cannot again",
-            remedy="evaluate again into another folder, or name a grader of texts: --grader exact",
-            file=store.folder,
-        )
+def _take_scores(store: Store, task: Task, samples: Sequence[Sample]) -> None:
+    """Keep the scores that an environment gave while it was sampled, as grades of the version that gave them."""
+    known, right_from = store.graded(task.name, task.grader), task.right_from
     with store.write_grades(task.name) as lines:
-        for sample in todo:
-            if sample.score is not None:
-                found = (sample.score.verdict, sample.score.score, None, sample.score.reason)
-                lines.add(GradeLine(sample.problem, sample.sample, task.grader, version, *found))
+        for sample in samples:
+            if (given := sample.score) is None:
+                continue
+            version = with_threshold(given.version or grader_version(task.grader), right_from)
+            if sample.place in known and known[sample.place].version == version:
+                continue
+            verdict = given.verdict
+            if right_from is not None and verdict != "unknown":
+                verdict = Stated(True, right_from).verdict(given.score).value
+            found = (verdict, given.score, None, given.reason)
+            lines.add(GradeLine(sample.problem, sample.sample, task.grader, version, *found))
 
 
 def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
@@ -205,27 +222,6 @@ def _line(sample: Sample, grader: str, version: str, found: Grade) -> GradeLine:
     )
 
 
-def grader_version(grader: str, right_from: float | None = None) -> str:
-    """What a grade by this grader depends on: the checker's version, or the text of the user's function.
-
-    Args:
-        right_from: the score from which a response is right, where it is not the function's own.
-
-    Raises:
-        UserError: there is no such function.
-    """
-    if ":" not in grader:
-        if grader in ("exact", LETTER):
-            return f"thence {__version__}"
-        checker = importlib.metadata.version("math-verify")
-        return f"thence {__version__}, rules {RULES_VERSION}, math-verify {checker}"
-    file = function_file(grader)
-    if file is None or not file.is_file():
-        raise UserError(f"grader {grader} is not there", remedy="check the path or module", field="grader")
-    threshold = "" if right_from is None else f", right from {right_from:g}"
-    return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}{threshold}"
-
-
 def _missing(store: Store, task: Task, problems: Sequence[Problem], seed_of: SeedOf) -> list[Request]:
     """The samples that are not in the store yet, problem by problem.
 
@@ -234,13 +230,21 @@ def _missing(store: Store, task: Task, problems: Sequence[Problem], seed_of: See
     """
     by_key = {problem.key: problem for problem in problems}
     have, refused = set(), store.refusals(task.name)
+    now = grader_version(task.environment.path) if task.environment is not None else ""
     for sample in store.samples(task.name):
         problem = by_key.get(sample.problem)
-        if problem is None or problem.messages != sample.prompt or problem.answer != sample.answer:
+        if problem is None or not sample.answers(problem):
             raise UserError(
                 f"the data of {task.name} have changed since the samples here were made: problem {sample.problem} "
-                + ("is not there any more" if problem is None else "has another prompt or answer"),
+                + ("is not there any more" if problem is None else "has another prompt, answer or other columns"),
                 remedy="give another --folder, or the same data",
+                file=store.folder,
+            )
+        if sample.score is not None and sample.score.version and now and sample.score.version != now:
+            raise UserError(
+                f"the environment {task.grader} has changed since it scored the samples here ({sample.score.version}, "
+                f"now {now})",
+                remedy="give another --folder, or put the file back as it was",
                 file=store.folder,
             )
         have.add(sample.place)
@@ -325,6 +329,7 @@ def _sample(
                     options=problem.options,
                     plain=problem.plain,
                     source=problem.source,
+                    columns=columns_digest(problem),
                 )
             )
             progress.sampled(generation)

@@ -21,7 +21,7 @@ from pydantic import Field, Strict, TypeAdapter
 
 from thence.errors import DamagedFile, UserError, first_line
 from thence.evaluate.backends import GivenScore
-from thence.evaluate.problems import Problem
+from thence.evaluate.problems import Problem, columns_digest
 from thence.evaluate.refusals import Refusal, read_refusals, refusals_path
 from thence.evaluate.store_lines import Whole, read_store_lines, wrong_with
 from thence.evaluate.suites import Task
@@ -36,8 +36,6 @@ from thence.toml import to_toml
 
 log = logging.getLogger(__name__)
 SETTINGS = "evaluation.toml"
-LETTER = "letter"
-"""Name under which grades by the lenient letter rule are kept."""
 LEFT_OUT = "it is left out; `thence eval` samples again what it held"
 SYNC_SECONDS = 2.0
 _KEYS = TypeAdapter(dict[str, list[str]])
@@ -72,7 +70,8 @@ class Settings(Section):
     """The tasks, resolved."""
 
 
-FREE = ("data", "files", "title", "grader_seconds")  # problems are known by their text, wherever it was read
+FREE = ("files", "title", "grader_seconds")
+"""Fields of a task that may change: problems are known by their text, wherever it was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,8 @@ class Sample:
         question, answer, options, source, plain: of the problem.
         text: the response as generated.
         tokens, finish, room, score, turns: see `thence.evaluate.backends.Generation`.
+        columns: a digest of the row's other columns, where the grader is told them; None: it is not, or the sample is
+            of an older version.
     """
 
     problem: str
@@ -104,6 +105,18 @@ class Sample:
     plain: Annotated[bool, Strict()] = False
     score: GivenScore | None = None
     turns: tuple[tuple[str, str], ...] = ()
+    columns: str | None = None
+
+    @property
+    def said(self) -> str:
+        """What graders of texts read: the response, and of several turns the policy's words alone."""
+        policy = [text for who, text in self.turns if who == "policy"]
+        return "\n".join(policy) if policy else self.text
+
+    def answers(self, problem: Problem) -> bool:
+        """Whether it is a response to the problem as it is now."""
+        same = problem.messages == self.prompt and problem.answer == self.answer
+        return same and self.columns in (None, columns_digest(problem))
 
     def as_problem(self, task: str) -> Problem:
         """The problem that it answers."""
@@ -198,22 +211,35 @@ class Store:
         """Keep the facts of a start; those of later starts stand beside the first one's.
 
         Raises:
-            UserError: the model has other weights than those whose samples are here.
+            UserError: as :meth:`check_unchanged`.
         """
         first = self.environment()
-        before, now = first.get("weights"), facts.get("weights")
-        if before and now and before != now:
-            raise UserError(
-                f"the model has changed since the samples here were made (weights {before}, now {now})",
-                remedy="give another --folder for the new weights",
-                file=self.folder,
-            )
+        self.check_unchanged(facts)
         if first:
             changed = {key: value for key, value in facts.items() if first.get(key) != value}
             whole = {**first, "later_starts": [*first.get("later_starts", []), changed]}
         else:
             whole = dict(facts)
         write_atomically(self.folder / "environment.json", to_json(whole, indent=1) + "\n")
+
+    def check_unchanged(self, facts: Mapping[str, Any]) -> None:
+        """Refuse facts of another model than the one whose samples are here, as far as either is told.
+
+        Raises:
+            UserError: other weights, files of weights, served model or text of the chat template.
+        """
+        first, since = self.environment(), "has changed since the samples here were made"
+        changed = {
+            "weights": f"the model {since} (weights {{}}, now {{}})",
+            "weight_files": f"the model {since} (files {{}}, now {{}})",
+            "chat_template": f"the text of the chat template {since}",
+        }
+        if facts.get("backend") == first.get("backend") == "endpoint":
+            changed["model"] = f"the served model {since} ({{}}, now {{}})"
+        for key, problem in changed.items():
+            before, now = first.get(key), facts.get(key)
+            if before and now and before != now:
+                raise UserError(problem.format(before, now), remedy="give another --folder for it", file=self.folder)
 
     def write_problems(self, keys: Mapping[str, Sequence[str]]) -> None:
         """Keep the keys of every task's problems, so that it is known what is missing; a damaged file is kept too."""
@@ -321,10 +347,10 @@ def _check_same(kept: Settings, asked: Settings, file: Path) -> None:
         old, new, name = before.get(path), now.get(path), ".".join(path)
         if path == ("endpoint",) and old and new:  # with another password it is the same server
             old, new = shown_address(old), shown_address(new)
-        if old == new or path[-1] in FREE:
+        if old == new or path == ("data",) or (path[0] == "tasks" and len(path) > 2 and path[2] in FREE):
             continue
-        if path[-1] == "right_from" and old is None:  # not kept by older versions; the samples are graded again
-            continue
+        if path[0] == "tasks" and path[2:] == ("right_from",) and old is None:
+            continue  # not kept by older versions; the samples are graded again
         may_grow = path == ("limit",) or (path[0] == "tasks" and path[2:] == ("samples",))
         if may_grow and old is not None and (new is None or new > old):
             continue  # samples are only added

@@ -243,6 +243,9 @@ def _tasks(tables: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise RecipeError("tasks is not a list of tables", remedy="write [[tasks]]", file=path, field="tasks")
     merged = [{**defaults, **task} for task in tasks]
+    for task, own in zip(merged, tasks, strict=True):
+        if "environment" in own and "grader" not in own:
+            task.pop("grader", None)  # a default, which the environment takes the place of
     for task in merged:
         files = task.get("files", ())
         if not isinstance(files, list | tuple):
@@ -264,16 +267,21 @@ def _with_overrides(tasks: list[dict[str, Any]], overrides: Mapping[str, Any], p
             _check_task(name, names, path, "tasks")
         tasks = [task for task in tasks if task.get("name") in wanted]
     # What holds for all tasks goes first, so that what is said of one task wins in any order; tables before fields.
-    graded = any(_place(dotted, names)[1] == ["grader"] for dotted in values)
-    for dotted, value in sorted(values.items(), key=lambda item: (_place(item[0], names)[0] != "", item[0].count("."))):
-        name, path_in = _place(dotted, names)
+    placed = sorted(
+        ((*_place(dotted, names), dotted) for dotted in values), key=lambda one: (len(one[1]), one[0] != "")
+    )
+    for name, fields, dotted in placed:
         if name:
             _check_task(name, names, path, dotted)
-        for task in tasks:
-            if not name or task.get("name") == name:
-                _set(task, path_in, value)
-                if path_in[0] == "environment" and not graded:
-                    task.pop("grader", None)  # the suite's own, which the environment takes the place of
+        asked = [task for task in tasks if not name or task.get("name") == name]
+        if len(fields) > 1 and not name:  # a field of a table that only some tasks have
+            asked = [task for task in asked if task.get(fields[0])] or asked
+        for task in asked:
+            _set(task, fields, values[dotted])
+            if fields == ["environment"] and not any(
+                its == ["grader"] and of in ("", task.get("name")) for of, its, _ in placed
+            ):
+                task.pop("grader", None)  # the suite's own, which the environment takes the place of
     return tasks
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 from thence.errors import UserError
 from thence.evaluate.metrics import avg_at_k, maj_at_k, mean_reward_of, pass_at_k
-from thence.evaluate.store import LETTER, GradeLine, Sample, Settings, Store
+from thence.evaluate.store import GradeLine, Sample, Settings, Store
 from thence.evaluate.suites import Task
+from thence.evaluate.versions import LETTER
 from thence.files import to_json
 from thence.stats.paired import Paired, paired
 from thence.stats.proportion import joined, mean_score
 from thence.stats.spread import Score
+
+CUT = ("length", "context")
+"""How responses end that a limit of tokens, or the model's context, has cut."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TaskResult:
         not_answered_kinds: how many of them, by kind of refusal.
         avg: avg@k, k = samples a problem; None where no problem is complete.
         passed: k to pass@k, for k = 1, 2, 4, ... and all samples.
-        majority: maj@k over all samples.
+        majority: maj@k over all samples; None where your own function or environment names no answers to vote on.
         lenient: avg@k where any way to name the right letter counts; None where the task has no letters.
         right, wrong, unknown: verdicts over all samples counted. Unknown is counted as not right.
         never, always: problems counted of whose samples none or all are right. RL that compares the responses to a
@@ -46,7 +50,8 @@ class TaskResult:
         mean_tokens: mean length of a response; None where the server did not tell.
         shares: share of right samples of each problem counted, by its key.
         prompts: a digest of the prompts of the problems counted.
-        other_ends: responses counted that ended neither by themselves nor by a limit, by what the server called it.
+        other_ends: responses counted that ended neither by themselves nor by a limit, by what the server called it;
+            of environments also by the limit of turns, a time-out or an error.
     """
 
     task: Task
@@ -164,7 +169,7 @@ def task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | Non
     verdicts = [grade.verdict for _, grade in counted]
     right = [sum(grade.verdict == "right" for _, grade in pairs) for pairs in complete.values()]
     answers = [[(grade.extracted, grade.verdict == "right") for _, grade in pairs] for pairs in complete.values()]
-    graded = verdicts.count("graded")
+    graded, votes = verdicts.count("graded"), ":" not in grader or any(grade.extracted for _, grade in counted)
     scores = [[grade.score for _, grade in pairs if grade.verdict != "unknown"] for pairs in complete.values()]
     level = mean_reward_of(scores, k) if any(scores) else None
     told = [sample.tokens for sample, _ in counted if sample.tokens is not None]
@@ -176,19 +181,19 @@ def task_result(store: Store, task: Task, grader: str, keys: Sequence[str] | Non
         missing=len(keys) * k - len(refused) - sum(len(by_problem[key]) for key in keys if key in by_problem),
         avg=avg_at_k(right, k) if right and not graded else None,
         passed={n: pass_at_k(right, k, n) for n in _powers(k)} if right and not graded else {},
-        majority=maj_at_k(answers, k) if right and k > 1 and not graded else None,
+        majority=maj_at_k(answers, k) if right and k > 1 and not graded and votes else None,
         lenient=_lenient(store, task, list(complete)),
         right=verdicts.count("right"),
         wrong=verdicts.count("wrong"),
         unknown=verdicts.count("unknown"),
-        truncated=sum(sample.finish == "length" for sample, _ in counted),
+        truncated=sum(sample.finish in CUT for sample, _ in counted),
         short=sum(sample.room is not None for sample, _ in counted),
         mean_tokens=fmean(told) if told else None,
         shares={key: n / k for key, n in zip(complete, right, strict=True)},
         prompts=_digest({key: pairs[0][0].prompt for key, pairs in complete.items()}),
         not_answered={key: refusal.reason for key, refusal in not_answered.items()},
         not_answered_kinds=dict(Counter(refusal.kind for refusal in not_answered.values())),
-        other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", "length"))),
+        other_ends=dict(Counter(s.finish for s, _ in counted if s.finish not in ("stop", *CUT))),
         graded=graded,
         never=0 if graded else right.count(0),
         always=0 if graded else right.count(k),
@@ -275,7 +280,7 @@ def compare_evaluations(a: Store, b: Store, grader: str | None = None) -> Evalua
         raise UserError(problem, remedy="compare evaluations of one suite", file=b.folder)
     rows = tuple(_difference(one, other, (a, b)) for one, other in pairs)
     names_a, names_b = ({row.task.name for row in result.tasks} for result in (first, second))
-    unlike = tuple(difference for one, other in pairs for difference in _unlike(one, other))
+    unlike = (*_other_ways(first, second), *(found for one, other in pairs for found in _unlike(one, other)))
     return EvaluationComparison(first, second, rows, _group_differences(rows), unlike, tuple(sorted(names_a ^ names_b)))
 
 
@@ -284,8 +289,7 @@ def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store])
         if row.graded:
             raise UserError(
                 f"{row.task.name} is graded by {row.grader} with degrees: it has no shares of right answers to compare",
-                remedy="let the function state from which score a response is right (its attribute right_from), and "
-                f"grade the samples again: thence eval --regrade {store.folder} --grader {row.grader}",
+                remedy=_states_right(row, store),
                 file=store.folder,
             )
         if row.avg is None or row.missing:
@@ -304,6 +308,30 @@ def _difference(one: TaskResult, other: TaskResult, stores: tuple[Store, Store])
             file=stores[1].folder,
         )
     return TaskDifference(one.task, fmean(first.values()), fmean(second.values()), paired(second, first))
+
+
+def _states_right(row: TaskResult, store: Store) -> str:
+    if row.task.environment is not None:
+        return (
+            "say from which score a rollout is right, and run its `thence eval` command again: --set right_from=SCORE"
+        )
+    return (
+        "let the function state from which score a response is right (its attribute right_from), and grade the samples "
+        f"again: thence eval --regrade {store.folder} --grader {row.grader}"
+    )
+
+
+def _other_ways(first: Result, second: Result) -> list[tuple[str, Any, Any]]:
+    """Other ways to the responses than the tasks': who sampled, and through which chat template."""
+    found = []
+    for name in ("backend", "chat_template", "template_variables"):
+        ours, theirs = getattr(first.settings, name), getattr(second.settings, name)
+        if ours != theirs:
+            found.append((name, ours, theirs))
+    one, other = (result.environment.get("chat_template") for result in (first, second))
+    if first.settings.chat_template == second.settings.chat_template != "own" and one and other and one != other:
+        found.append(("text of the chat template", one, other))
+    return found
 
 
 def _unlike(one: TaskResult, other: TaskResult) -> list[tuple[str, Any, Any]]:

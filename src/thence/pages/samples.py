@@ -16,6 +16,13 @@ from thence.foreign_text import visible
 
 VERDICTS = ("right", "wrong", "graded", "unknown")
 SPEAKERS = ("policy", "environment")
+ENDS = {
+    "turns": "ended by the limit of turns",
+    "context": "ended where no more fitted",
+    "timeout": "its environment took too long",
+    "error": "its environment failed",
+}
+"""How rollouts end, besides by themselves and by the limit of tokens."""
 EACH = 3
 ROOM = 2_400_000
 """Bytes of a page that its samples may take, as base64. A page has 4 MB at most; Vega takes 0.9 of them."""

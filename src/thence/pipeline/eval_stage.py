@@ -22,6 +22,7 @@ from thence.evaluate.run import evaluate
 from thence.evaluate.store import Settings, Store
 from thence.evaluate.suites import Task
 from thence.evaluate.summary import TaskResult, task_result
+from thence.evaluate.versions import grader_version
 from thence.files import finite, to_json, write_over
 from thence.jsonl import write_jsonl
 from thence.models.lengths import context_of
@@ -159,6 +160,7 @@ def eval_parts(context: StageContext, stage: Eval) -> Iterator[EvalPart]:
                 grader=next(iter(reward_names(stage))),
                 grader_seconds=stage.reward_seconds,
                 right_from=stage.reward_right_from,
+                environment=stage.environment,
                 seed=context.recipe.seed,
             )
             keyed = dict(zip(problem_keys(task.name, prompts), prompts, strict=True))
@@ -177,6 +179,7 @@ class RanksBackend:
 
     def __init__(self, context: StageContext, parts: Mapping[str, EvalPart], stage: Eval):
         self.context, self.parts, self.stage = context, parts, stage
+        self.version = "" if stage.environment is None else grader_version(stage.environment.path)
 
     def generate(self, requests: Sequence[Request], task: Task) -> Iterator[tuple[Request, Generation]]:
         """See :class:`thence.evaluate.backends.Backend`."""
@@ -221,8 +224,8 @@ class RanksBackend:
         }
 
     def _generation(self, part: EvalPart, trajectory: Trajectory) -> Generation:
-        as_text = said if self.stage.environment is None else scored
-        return as_text(self.context.tokenizer, trajectory, part.sampling.stop_ids)
+        given = (self.context.tokenizer, trajectory, part.sampling.stop_ids)
+        return said(*given) if self.stage.environment is None else scored(*given, self.version)
 
 
 class _Progress(EvaluationProgress):

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from thence.evaluate.store import GradeLine, Sample, Store
-from thence.evaluate.summary import Result, TaskResult
+from thence.evaluate.summary import CUT, Result, TaskResult
 from thence.files import write_atomically
 from thence.pages.environment import environment_facts
 from thence.pages.evaluation.figures import score_figure
 from thence.pages.evaluation.tables import results_table
-from thence.pages.samples import ShownSample, excerpt, first_of_each, hold, judged_only, reward_components, shown_turns
+from thence.pages.samples import (
+    ENDS,
+    ShownSample,
+    excerpt,
+    first_of_each,
+    hold,
+    judged_only,
+    reward_components,
+    shown_turns,
+)
 from thence.pages.template import render
 from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
@@ -83,13 +92,19 @@ def _graded(store: Store, row: TaskResult) -> Iterator[tuple[str, Any]]:
             yield grades[line.place].verdict, partial(_sample, row, line, grades[line.place])
 
 
+def _end(line: Sample) -> str:
+    if line.finish in CUT:
+        return "cut off"
+    return ENDS.get(line.finish, "") if line.turns else ""
+
+
 def _sample(row: TaskResult, line: Sample, grade: GradeLine) -> ShownSample:
     tokens = "" if line.tokens is None else f"{line.tokens:,} tokens"
     return ShownSample(
         verdict=grade.verdict,
         score=f"{grade.score:.4g}" if grade.verdict == "graded" else "",
         where=f"problem {line.problem[:8]}, sample {line.sample}",
-        tokens=", ".join(filter(None, [tokens, "cut off" if line.finish == "length" else ""])),
+        tokens=", ".join(filter(None, [tokens, _end(line)])),
         prompt=excerpt("\n\n".join(f"[{role}] {content}" for role, content in line.prompt)),
         response=excerpt(line.text),
         answer=excerpt(line.answer),

@@ -10,6 +10,7 @@ from itertools import count
 
 from thence.evaluate.summary import EvaluationComparison, Result, TaskResult
 from thence.foreign_text import one_line
+from thence.pages.samples import ENDS
 from thence.pages.table import NOTHING, Cell, Table, TableRow
 from thence.stats.multiplicity import holm
 from thence.stats.spread import Score
@@ -149,12 +150,16 @@ def _not_answered(result: Result) -> list[str]:
             )
     if lines:
         lines.append("run the same command again to ask them again")
-    ends = Counter({name: 0 for row in result.tasks for name in row.other_ends})
-    for row in result.tasks:
-        ends.update(row.other_ends)
-    if ends:
-        found = ", ".join(f"{one_line(name, 40)} {count:,}" for name, count in sorted(ends.items()))
-        lines.append(f"responses that did not end with stop or length, as the server calls it: {found}")
+    for played in (False, True):
+        ends: Counter[str] = Counter()
+        for row in result.tasks:
+            if (row.task.environment is not None) == played:
+                ends.update(row.other_ends)
+        if ends:
+            words = {name: ENDS.get(name, name) if played else one_line(name, 40) for name in ends}
+            found = ", ".join(f"{words[name]} {count:,}" for name, count in sorted(ends.items()))
+            served = "responses that did not end with stop or length, as the server calls it"
+            lines.append(f"{'rollouts that did not end by themselves or were cut' if played else served}: {found}")
     return lines
 
 

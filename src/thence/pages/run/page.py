@@ -19,6 +19,7 @@ from thence.pages.run.numbers import report_csv, report_json, totals
 from thence.pages.run.outcome import outcome
 from thence.pages.run.tables import results_table, verdicts_table
 from thence.pages.samples import (
+    ENDS,
     ShownSample,
     excerpt,
     first_of_each,
@@ -34,14 +35,7 @@ from thence.redaction import redacted, redacted_values
 from thence.toml import to_toml
 from thence.wording import duration
 
-_FINISH = {
-    "stop": "stopped by itself",
-    "length": "cut off at the limit",
-    "turns": "ended by the limit of turns",
-    "context": "ended where no more fitted",
-    "timeout": "its environment took too long",
-    "error": "its environment failed",
-}
+_FINISH = {"stop": "stopped by itself", "length": "cut off at the limit", **ENDS}
 _SEARCHED = 20_000
 """Lines of a file that are searched for the first of each verdict."""
 
