@@ -107,11 +107,13 @@ def test_what_a_line_explains_is_no_spread_of_an_adjusted_contrast_or_a_slope(tm
     assert c.effect == pytest.approx(0.08 / 0.55, rel=0.1)  # over the pilot's range of skill
 
 
-def test_a_slope_is_found_as_often_as_least_squares_would(tmp_path: Path) -> None:
+def test_a_slope_is_found_as_often_as_least_squares_with_a_robust_error_would(tmp_path: Path) -> None:
     power = {"pilot": {"sd": 0.08}, "effect": 0.2, "span": [0.0, 0.5]}
     found = only(planned(tmp_path, contrast("c", "sft", "broken", kind="slope"), power=power))
     z = np.linspace(0, 0.5, 24)
-    se = found.sd / math.sqrt(((z - z.mean()) ** 2).sum())
+    centred = z - z.mean()
+    leverage = 1 / 24 + centred**2 / (centred @ centred)
+    se = found.sd * math.sqrt((centred**2 / (1 - leverage)).sum()) / (centred @ centred)  # HC3, as is expected of it
     assert found.effect == pytest.approx(0.4)
     assert found.power == pytest.approx(nct.sf(t.ppf(0.975, 22), 22, 0.4 / se), abs=0.03)
 

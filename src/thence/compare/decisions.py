@@ -1,8 +1,10 @@
 """What the named contrasts of a comparison decide: held, refuted, equal within the bound, or undecided.
 
-For each block the difference of two arms is taken on the same problems. Blocks are exchangeable, so each contrast is an
-exact test over blocks, see :mod:`thence.stats.typical`. A contrast is tested once, when all its blocks are finished. A
-test that is looked at while blocks are still to come, and repeated until it likes, is wrong more often than it says.
+For each block the difference of two arms is taken on the same problems, and each contrast is a test over blocks, see
+:mod:`thence.stats.typical`. What it says is of other blocks on these problems: the luck of the problems that were drawn
+is the same in all blocks, and no test over blocks can see it. A contrast is tested once, when all its blocks are
+finished. A test that is looked at while blocks are still to come, and repeated until it likes, is wrong more often than
+it says.
 
 A contrast asks two questions: is the difference other than zero, and does it lie within the bound? One that expects
 equality asks: does it lie within the bound, or beyond it? Of the two hypotheses at most one is true, so a contrast
@@ -24,7 +26,7 @@ from thence.compare.contrasts import Contrast, Covariate, find_column
 from thence.compare.result import Column, Comparison, Measured
 from thence.settings.validation import validated
 from thence.stats.multiplicity import holm_of_questions
-from thence.stats.typical import Typical, adjustment, typical_mean, typical_slope
+from thence.stats.typical import Strictest, Typical, adjustment, typical_mean, typical_slope
 
 ERROR = 0.05
 """Share of wrong verdicts: in a family of primary contrasts at all, among exploratory verdicts on average."""
@@ -176,7 +178,7 @@ def reliability_of(rows: Sequence[np.ndarray]) -> float | None:
     return float(np.clip(1 - noise / between, 0, 1))
 
 
-_Tested = tuple[DecidedContrast, Typical | None]
+_Tested = tuple[DecidedContrast, Typical | Strictest | None]
 
 
 def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: Mapping[BlockId, float]) -> _Tested:
@@ -211,7 +213,7 @@ def _tested(contrast: Contrast, comparison: Comparison, scores: Scored, values: 
     return decision, typical_slope(d, z)
 
 
-def questions_of(contrast: Contrast, test: Typical) -> list[float]:
+def questions_of(contrast: Contrast, test: Typical | Strictest) -> list[float]:
     """The p values of a contrast: of its first question, and of equality within the bound where it has one."""
     bound = contrast.equal_within
     if bound is None:

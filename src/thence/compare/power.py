@@ -20,7 +20,7 @@ from thence.compare.decisions import ERROR, BlockId, Scored, scores_of
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.result import Column, Comparison, Measured, read_results
 from thence.errors import RecipeError, UserError
-from thence.stats.typical import adjustment, one_sided, sign_flips, slope_weights
+from thence.stats.typical import Numbers, adjustment, one_sided, sign_flips, slope_sides
 
 REPLICATES = 2000
 SEARCHED = 500
@@ -154,22 +154,27 @@ class _Simulated:
     def chances(self, blocks: int, replicates: int) -> tuple[float, float]:
         """The chance to find the effect, and the chance to decide "equal" where there is none."""
         noise = np.random.default_rng([self.seed, blocks]).normal(0, self.sd, (blocks, replicates))
+        covariate = np.linspace(self.span[0], self.span[1], blocks)
+        shift = np.full((blocks, 1), self.effect)
         if self.contrast.kind == "slope":
-            covariate = np.linspace(self.span[0], self.span[1], blocks)
-            (weights, same), shift = slope_weights(covariate, DRAWS), self.effect * covariate[:, None]
-        else:
-            weights, same, shift = sign_flips(blocks, DRAWS), 1, self.effect
-            if degree := self.contrast.degree:
-                noise = adjustment(np.linspace(0, 1, blocks), degree) @ noise
+            shift = self.effect * covariate[:, None]
+        elif degree := self.contrast.degree:
+            noise = adjustment(np.linspace(0, 1, blocks), degree) @ noise
         bound = self.contrast.equal_within
         from_bound = bound if self.contrast.expect == "equal" and bound is not None else 0.0
-        above, _ = one_sided(weights, noise + shift, from_bound, same)
+        above, _ = self._sides(covariate, noise + shift, from_bound)
         found = float((2 * above < self.level).mean())
         if bound is None:
             return found, 0.0
-        larger, _ = one_sided(weights, noise, -bound, same)
-        _, smaller = one_sided(weights, noise, bound, same)
+        larger, _ = self._sides(covariate, noise, -bound)
+        _, smaller = self._sides(covariate, noise, bound)
         return found, float((np.maximum(larger, smaller) < self.level).mean())
+
+    def _sides(self, covariate: Numbers, differences: Numbers, bound: float) -> tuple[Numbers, Numbers]:
+        """One-sided p values of the contrast's test, for many sets of blocks."""
+        if self.contrast.kind == "slope":
+            return slope_sides(covariate, differences, bound, DRAWS)
+        return one_sided(sign_flips(len(covariate), DRAWS), differences, bound)
 
     def wanted(self, blocks: int, replicates: int) -> float:
         """The chance of the verdict that is expected."""

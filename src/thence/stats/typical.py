@@ -14,8 +14,10 @@ So one sorted list answers every question: the p value of any hypothesis is a co
 it. Where there are few relabellings all are counted. Otherwise a fixed number is drawn with a fixed seed, and what was
 observed counts as one of them, so that p is never 0 and the test keeps its level (B. Phipson and G. Smyth, 2010).
 
-The test of a mean asks that a block's difference lies as likely above its centre as below it. The test of a slope asks
-that the blocks spread alike about the line.
+The test of a mean asks that a block's difference lies as likely above its centre as below it. The permutations of a
+slope ask that the blocks spread alike about the line. Where they do not, they are wrong: with 64 blocks of which few
+are skilled and those spread most, they find a slope that is not there in 18% of cases instead of 5%. So a slope is
+tested twice, see :func:`typical_slope`.
 """
 
 from __future__ import annotations
@@ -87,6 +89,52 @@ class Typical:
         return min(1.0, 2 * self.same / (self.same + len(self.values)))
 
 
+@dataclass(frozen=True)
+class Strictest:
+    """Several tests of one effect as one: its p values are the largest of theirs, and its interval holds all of theirs.
+
+    Args:
+        parts: the tests, at least one.
+    """
+
+    parts: tuple[Typical, ...]
+
+    @property
+    def estimate(self) -> float:
+        """The effect that was observed."""
+        return self.parts[0].estimate
+
+    @property
+    def smallest(self) -> float:
+        """See :attr:`Typical.smallest`."""
+        return max(part.smallest for part in self.parts)
+
+    def above(self, bound: float) -> float:
+        """See :meth:`Typical.above`."""
+        return max(part.above(bound) for part in self.parts)
+
+    def below(self, bound: float) -> float:
+        """See :meth:`Typical.below`."""
+        return max(part.below(bound) for part in self.parts)
+
+    def equal_to(self, bound: float) -> float:
+        """See :meth:`Typical.equal_to`."""
+        return min(1.0, 2 * min(self.above(bound), self.below(bound)))
+
+    def within(self, bound: float) -> float:
+        """See :meth:`Typical.within`."""
+        return max(self.above(-bound), self.below(bound))
+
+    def beyond(self, bound: float) -> float:
+        """See :meth:`Typical.beyond`."""
+        return min(1.0, 2 * min(self.above(bound), self.below(-bound)))
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """See :meth:`Typical.interval`."""
+        lows, highs = zip(*(part.interval(confidence) for part in self.parts), strict=True)
+        return min(lows), max(highs)
+
+
 def typical_mean(differences: Sequence[float]) -> Typical:
     """The mean of blocks' differences, by sign flips.
 
@@ -105,8 +153,15 @@ def typical_mean(differences: Sequence[float]) -> Typical:
     return Typical(float(d.mean()), np.sort(flips @ d), 1)
 
 
-def typical_slope(differences: Sequence[float], covariate: Sequence[float]) -> Typical:
-    """The slope of blocks' differences against a covariate, by permutation of the covariate over blocks.
+def typical_slope(differences: Sequence[float], covariate: Sequence[float]) -> Strictest:
+    """The slope of blocks' differences against a covariate, by two tests, of which the stricter one counts.
+
+    The first permutes the covariate over blocks. It is exact where blocks spread alike about the line. The second flips
+    the signs of what each block contributes to the slope (:func:`slope_parts`). It needs many blocks, and does not ask
+    how they spread. Simulated without a slope, both together find one in 0 to 8% of cases at a level of 5%, where the
+    permutations alone do in up to 18% (24 and 64 blocks; the same spread everywhere, one that grows 10-fold with the
+    covariate, one that is doubled at its upper end, one that is largest in the middle). With 6 to 16 blocks of which
+    one or two are far from the rest and spread most, it is up to 14%: no test can tell that from so few.
 
     Args:
         differences, covariate: one a block, in the same order.
@@ -121,7 +176,8 @@ def typical_slope(differences: Sequence[float], covariate: Sequence[float]) -> T
     order = np.lexsort((d, z))
     d, z = d[order], z[order]
     weights, same = slope_weights(z)
-    return Typical(float((z - z.mean()) @ d / ((z - z.mean()) @ (z - z.mean()))), np.sort(weights @ d), same)
+    slope = float((z - z.mean()) @ d / ((z - z.mean()) @ (z - z.mean())))
+    return Strictest((Typical(slope, np.sort(weights @ d), same), typical_mean((slope_parts(z) @ d).tolist())))
 
 
 def _check_finite(*numbers: Numbers) -> None:
@@ -151,6 +207,43 @@ def adjustment(covariate: Numbers, degree: int = 1) -> Numbers:
     # a block that alone decides the line has no rest
     scale = np.where(left > 1e-9, 1 / np.sqrt(np.maximum(left, 1e-9)), 0.0)
     return mean + (np.eye(n) - mean) @ (scale[:, None] * (np.eye(n) - hat))
+
+
+def slope_parts(covariate: Numbers) -> Numbers:
+    """The matrix (block x block) that makes of blocks' differences what each contributes to their slope.
+
+    The mean of the contributions is the slope. Each lies off it by the block's distance from the line times its weight
+    in the slope, and divided by 1 less its leverage (J. MacKinnon and H. White, 1985): the line lies too close to
+    blocks that are far from the rest.
+
+    Args:
+        covariate: one a block; not the same in all.
+    """
+    n, centred = len(covariate), covariate - covariate.mean()
+    slope = centred / (centred @ centred)
+    mean = np.full((n, n), 1 / n)
+    hat = mean + np.outer(centred, slope)
+    left = 1 - np.diag(hat)
+    # a block that alone decides the line has no distance from it
+    scale = np.where(left > 1e-9, 1 / np.maximum(left, 1e-9), 0.0)
+    off = n * slope[:, None] * scale[:, None] * (np.eye(n) - hat)
+    return np.outer(np.ones(n), slope) + (np.eye(n) - mean) @ off
+
+
+def slope_sides(covariate: Numbers, differences: Numbers, bound: float, draws: int = DRAWS) -> tuple[Numbers, Numbers]:
+    """The p values of :meth:`Strictest.above` and :meth:`Strictest.below` of a slope for many sets at once.
+
+    Args:
+        covariate: one a block.
+        differences: (block x set).
+        bound: the slope of the hypothesis.
+        draws: relabellings that are drawn where there are more.
+    """
+    weights, same = slope_weights(covariate, draws)
+    permuted = one_sided(weights, differences, bound, same)
+    flipped = one_sided(sign_flips(len(covariate), draws), slope_parts(covariate) @ differences, bound)
+    above, below = (np.maximum(one, other) for one, other in zip(permuted, flipped, strict=True))
+    return above, below
 
 
 def slope_weights(covariate: Numbers, draws: int = DRAWS) -> tuple[Numbers, int]:
