@@ -20,7 +20,7 @@ import numpy as np
 from thence.compare.decisions import BlockId, Scored, scores_of
 from thence.compare.result import Column, Comparison, read_results
 from thence.compare.statistics import statistics
-from thence.stats.typical import typical_mean
+from thence.stats.typical import adjustment, typical_mean
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -32,8 +32,12 @@ TITLES = {
     "trapo": "TRAPO",
 }
 MIXED = tuple(TITLES)
+LEAST_ADJUSTED = 5
+"""Blocks from which on a parabola in skill can be taken out."""
 THIRDS = ("weakest third", "middle third", "strongest third")
 Side = Literal["higher", "no higher"]
+BOUND = 0.02
+"""The largest difference that means nothing, as in study.toml."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,16 @@ class Part:
         return int((self.low or 0) > 0) - int((self.high or 0) < 0)
 
 
-def part_of(differences: Sequence[float]) -> Part:
-    """The mean of blocks' differences."""
-    test = typical_mean(list(differences))
+def part_of(differences: Sequence[float], skill: Sequence[float] = ()) -> Part:
+    """The mean of blocks' differences.
+
+    Args:
+        skill: of each block's base: what a parabola in it explains is taken out, as in the contrasts of study.toml.
+    """
+    d = np.array(differences)
+    if len(set(skill)) > 2 and len(skill) >= LEAST_ADJUSTED:
+        d = adjustment(np.array(skill), 2) @ d
+    test = typical_mean(d.tolist())
     low, high = test.interval(0.95)
     whole = np.isfinite(low) and np.isfinite(high)
     return Part(len(differences), test.estimate, low if whole else None, high if whole else None)
@@ -115,18 +126,22 @@ def differences_of(claim: Claim, comparison: Comparison, scores: Scored, dev: Co
 
 
 def verdict_of(claim: Claim, whole: Part, thirds: Sequence[Part]) -> str:
-    """What the intervals say of the claim, taken together."""
-    sign = 1 if claim.expect == "higher" else -1
-    sides = {sign * part.side for part in thirds}
-    if 1 in sides and -1 in sides:
+    """What the intervals say of the claim, taken together.
+
+    That one third is told apart from zero and the others are not, is no sign that the claim depends on skill: it takes
+    two parts on opposite sides.
+    """
+    sides = {part.side for part in thirds}
+    if {1, -1} <= {*sides, whole.side}:
         return "depends on skill"
     if claim.expect == "no higher":
-        return "refuted" if whole.side == 1 or -1 in sides else "not refuted"
-    if whole.side == 1:
-        return "holds" if sides == {1} else "holds on average"
-    if whole.side == -1:
-        return "refuted" if sides == {-1} else "refuted on average"
-    return "depends on skill" if sides - {0} else "not told apart"
+        if whole.side == 1:
+            return "refuted"
+        return "holds" if whole.high is not None and whole.high <= BOUND else "not refuted"
+    if whole.side == 0:
+        return "not told apart"
+    said = "holds" if whole.side == 1 else "refuted"
+    return said if sides == {whole.side} else f"{said} on average"
 
 
 def claims_of(comparison: Comparison) -> list[tuple[Claim, str, Part, list[Part]]]:
@@ -140,7 +155,7 @@ def claims_of(comparison: Comparison) -> list[tuple[Claim, str, Part, list[Part]
             continue
         ordered = sorted(found, key=lambda block: (skill[block], block))
         parts = [part_of([found[ordered[i]] for i in places]) for places in np.array_split(range(len(ordered)), 3)]
-        whole = part_of(list(found.values()))
+        whole = part_of(list(found.values()), [skill[block] for block in found])
         result.append((claim, verdict_of(claim, whole, parts), whole, parts))
     return result
 

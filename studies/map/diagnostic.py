@@ -53,16 +53,23 @@ def all_measured(folder: Path, blocks: Sequence[BlockId], out: Path) -> dict[str
         SystemExit: a base's folder is gone, and it was not measured before.
     """
     known: dict[str, Measure] = json.loads(out.read_text()) if out.exists() else {}
-    for name, seed in tqdm(blocks, unit="base", disable=None):
-        block = f"{name}/seed{seed}"
-        folders = sorted((folder / "bases" / name).glob(f"seed{seed}-????????"))
-        if block in known:
+    for block in tqdm(blocks, unit="base", disable=None):
+        name, base = f"{block[0]}/seed{block[1]}", base_of(folder, block)
+        if name in known:
             continue
-        if len(folders) != 1:
-            raise SystemExit(f"{folder}: the base {block} is not there, nor in {out}")
-        known[block] = measured(folders[0])
+        if base is None:
+            raise SystemExit(f"{folder}: the base {name} is not there, nor in {out}")
+        known[name] = measured(base)
         write_atomically(out, to_json(known, indent=1) + "\n")
     return known
+
+
+def base_of(folder: Path, block: BlockId) -> Path | None:
+    """The folder of a block's base; None where it is not there, or not pretrained to its end."""
+    name, seed = block
+    folders = sorted((folder / "bases" / name).glob(f"seed{seed}-????????"))
+    done = [base for base in folders if (base / "stages" / "sft-pretrain" / "done.json").exists()]
+    return done[0] if len(done) == 1 else None
 
 
 def table(comparison: Comparison, bases: Mapping[str, Measure]) -> str:
@@ -101,10 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    comparison = read_results(folder)
-    if comparison.pending:
-        raise SystemExit(f"{folder}: {comparison.pending} runs are not finished, and contrasts are looked at once")
-    bases = all_measured(folder, comparison.blocks, HERE / "diagnostic.json")
+    comparison, out = read_results(folder), HERE / "diagnostic.json"
+    if comparison.pending:  # bases can be measured in pieces: no contrast is of them
+        bases = all_measured(folder, [block for block in comparison.blocks if base_of(folder, block)], out)
+        raise SystemExit(
+            f"{folder}: {len(bases)} bases are measured. {comparison.pending} runs are not finished, and contrasts are "
+            "looked at once"
+        )
+    bases = all_measured(folder, comparison.blocks, out)
     write_atomically(HERE / "diagnostic.md", table(comparison, bases))
 
 

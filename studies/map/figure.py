@@ -13,10 +13,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
+import numpy as np
 
 from thence.compare.result import Column, Comparison, read_results
 from thence.compare.statistics import Statistics, statistics
 from thence.compare.turning import Turning, turnings
+from thence.stats.typical import typical_mean
 
 HERE = Path(__file__).parent
 ARMS = {
@@ -30,7 +32,7 @@ ARMS = {
     "sft": "SFT alone",
 }
 SPLITS = {"in-distribution": "in distribution", "out-of-distribution": "out of distribution"}
-POINTS = 100
+POINTS, EIGHTHS = 100, 8
 
 
 def column_of(comparison: Comparison, split: str) -> Column:
@@ -39,17 +41,21 @@ def column_of(comparison: Comparison, split: str) -> Column:
 
 
 def panel(axis: Any, turned: Turning) -> None:
-    """Dots of blocks, the line with its band, and where it crosses zero."""
-    skill = [POINTS * z for z in turned.covariate]
+    """Dots of blocks, the means of eighths with their intervals, the line with its band, and where it crosses zero."""
+    skill, differences = POINTS * np.array(turned.covariate), POINTS * np.array(turned.differences)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.scatter(skill, [POINTS * d for d in turned.differences], s=7, color="tab:gray", linewidths=0)
-    fit = turned.monotone
-    if fit is None:
+    axis.scatter(skill, differences, s=6, color="tab:gray", alpha=0.6, linewidths=0)
+    for places in np.array_split(np.arange(len(skill)), EIGHTHS):
+        if len(places) > 1:
+            test = typical_mean(differences[places].tolist())
+            ends = [end for end in test.interval(0.95) if np.isfinite(end)]
+            axis.plot([skill[places].mean()] * len(ends), ends, color="black", linewidth=0.9)
+            axis.scatter(skill[places].mean(), test.estimate, s=14, color="black", zorder=3)
+    if (fit := turned.line) is None:
         return
-    places = [POINTS * place for place in fit.places]
-    low, high = ([POINTS * value for value in ends] for ends in (fit.low, fit.high))
+    places, line, low, high = (POINTS * np.array(values) for values in (fit.places, fit.fit, fit.low, fit.high))
     axis.fill_between(places, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-    axis.plot(places, [POINTS * value for value in fit.fit], color="tab:blue", linewidth=1.4)
+    axis.plot(places, line, color="tab:blue", linewidth=1.2)
     if fit.crossing.at is not None:
         axis.axvline(POINTS * fit.crossing.at, color="tab:red", linewidth=1, linestyle="--")
 
@@ -84,7 +90,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=HERE)
     parser.add_argument("--out", type=Path, default=HERE / "map.png")
     args = parser.parse_args()
-    found = statistics(read_results(args.results))
+    comparison = read_results(args.results)
+    if comparison.pending:
+        raise SystemExit(
+            f"{args.results}: {comparison.pending} runs are not finished, and contrasts are looked at once: no figure"
+        )
+    found = statistics(comparison)
     if found.decisions.covariate is None or not found.comparison.runs:
         raise SystemExit(f"{args.results}: there is no finished run, or nothing that tells blocks apart: no figure")
     draw(found, args.out)

@@ -5,7 +5,8 @@ the first thing in it that is not right: a step left out, a wrong product, a wro
 
 Run:  python studies/map/habits.py FOLDER [--out studies/map/habits.json]     (FOLDER: of the comparison, with its runs)
 
-Runs that were counted before stay in the file when their folders are gone, so a study can be counted in pieces.
+Runs that were counted before stay in the file when their folders, or the responses in them, are gone, so a study can be
+counted in pieces.
 """
 
 from __future__ import annotations
@@ -128,10 +129,10 @@ def merged(folder: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in json.loads((folder / "results.json").read_text())["runs"]:
         arm, base, seed = line["arm"], line["base"], line["seed"]
-        runs = sorted((folder / "runs" / base / f"seed{seed}").glob(f"{arm}-????????"))
-        if len(runs) == 1:
-            splits = {split: counted(runs[0], split) for split in ("in-distribution", "out-of-distribution")}
-            found[arm].append({"base": base, "seed": seed, "entropy": entropy_before_rl(runs[0]), **splits})
+        run = folder / line["folder"]
+        splits = {split: counted(run, split) for split in ("in-distribution", "out-of-distribution")}
+        if all(counts["responses"] for counts in splits.values()):
+            found[arm].append({"base": base, "seed": seed, "entropy": entropy_before_rl(run), **splits})
         elif (arm, base, seed) in known:
             found[arm].append(known[arm, base, seed])
         else:

@@ -24,17 +24,19 @@ from thence.compare.result import RESULTS, Column, Comparison, read_results, res
 from thence.compare.statistics import Statistics, statistics
 from thence.compare.turning import turnings
 from thence.files import write_atomically
+from thence.pages.comparison.decided import crossing_cell
 from thence.pages.comparison.page import write_page
 from thence.stats.trend import Crossing
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from claims import THIRDS, claims_of, said  # noqa: E402  # a script of this folder, not of a package
+from claims import THIRDS, claims_of, part_of, said  # noqa: E402  # a script of this folder, not of a package
 
 SPLITS = {"in-distribution": "in distribution", "out-of-distribution": "out of distribution"}
 TURNING = ("rl", "luffy", "hpt", "prefix-rft", "srft", "trapo", "relift", "sft", "sft-then-hpt", "faulty-then-rl")
 LEFT_OUT, SPLIT_PRODUCTS = "step left out", "written, split products"
-NONE = "-"
+NONE, COUNTED = "-", "in-distribution"
+NOT_COUNTED = {COUNTED: {"responses": 0}}
 Rows = Iterable[Sequence[str]]
 
 
@@ -90,35 +92,24 @@ def by_level(comparison: Comparison, split: str) -> str:
 
 
 def crossing(found: Crossing) -> str:
-    """Where a curve is zero, with its interval."""
-    if found.low is None or found.high is None:
-        return "nowhere"
-    low = "below" if found.open_low else f"{100 * found.low:.0f}"
-    high = "above" if found.open_high else f"{100 * found.high:.0f}"
-    at = "no" if found.at is None else f"{100 * found.at:.0f}"
-    return f"{at} [{low}, {high}]"
+    """Where a line is zero, and where its band holds zero."""
+    cell = crossing_cell(found)
+    return f"{cell.text} {cell.sub}".replace("\n", " ").strip()
 
 
 def turns(found: Statistics) -> str:
-    """Every arm less SFT, then RL: at both ends of skill, and where the difference is zero."""
+    """Every arm less SFT, then RL: in thirds of skill, and where a line is zero."""
     comparison, rows = found.comparison, []
     titles = {arm.name: arm.title for arm in comparison.arms}
     arms = [arm for arm in TURNING if arm in titles]
     for split, title in SPLITS.items():
         column = column_of(comparison, split)
         for each in turnings(comparison, found.decisions, arms, "sft-then-rl", column):
-            if each.line is None or each.monotone is None:
+            if each.line is None:
                 continue
-            ends = [_with_band(each.monotone, place) for place in (0, -1)]
-            cells = [crossing(each.line.crossing), crossing(each.monotone.crossing)]
-            rows.append([titles[each.arm], title, *ends, *cells])
-    head = ["arm less SFT, then RL", "test set", "weakest base", "best base", "line is zero at", "curve is zero at"]
-    return table(head, rows)
-
-
-def _with_band(trend: Any, place: int) -> str:
-    low, high = points(trend.low[place]), points(trend.high[place])
-    return f"{points(trend.fit[place])} [{low}, {high}]"
+            thirds = [part_of(part.tolist()) for part in np.array_split(each.differences, 3)]
+            rows.append([titles[each.arm], title, *map(said, thirds), crossing(each.line.crossing)])
+    return table(["arm less SFT, then RL", "test set", *THIRDS, "a line is zero at, % [band]"], rows)
 
 
 def claims(comparison: Comparison) -> str:
@@ -131,15 +122,20 @@ def claims(comparison: Comparison) -> str:
 
 
 def habits(counts: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], blocks: set[BlockId]) -> str:
-    """What responses do, from the better half of bases: shares over all responses of these blocks."""
+    """What responses do: shares over all responses of these blocks.
+
+    Raises:
+        SystemExit: a block is not counted yet, or holds no response.
+    """
     rows = []
     for arm, title in titles.items():
-        lines = [line for line in counts.get(arm, ()) if (line["base"], line["seed"]) in blocks]
-        if not lines:
-            continue
-        entropies = [line["entropy"] for line in lines if line["entropy"] is not None]
+        lines = {(line["base"], line["seed"]): line for line in counts.get(arm, ())}
+        if lacking := [block for block in blocks if not lines.get(block, NOT_COUNTED)[COUNTED]["responses"]]:
+            raise SystemExit(f"habits.json lacks {arm} from {min(lacking)}: run habits.py on the study's folder first")
+        found = [lines[block] for block in sorted(blocks)]
+        entropies = [line["entropy"] for line in found if line["entropy"] is not None]
         entropy = f"{np.mean(entropies):.2f}" if entropies else NONE
-        cells = [cell for split in SPLITS for cell in _habit_cells([line[split] for line in lines])]
+        cells = [cell for split in SPLITS for cell in _habit_cells([line[split] for line in found])]
         rows.append([title, *cells, entropy])
     each = ["a step left out, %", "split products, %", "right with split products, %", "tokens"]
     head = ["arm", *(f"{title}: {name}" for title in SPLITS.values() for name in each), "entropy before RL, nats"]

@@ -5,7 +5,7 @@ no difference whether blocks spread alike everywhere). The 2.5% and 97.5% quanti
 fit to n blocks that were drawn from n spreads too little by about sqrt((n - 2) / n), and quantiles have no tails for
 few blocks. So their distances from the fit are widened by sqrt(n / (n - 2)) and by Student's t with n - 2 degrees of
 freedom over its limit. The crossing's interval is where the band holds zero: the values of the covariate at which a
-difference of zero is not ruled out, as E. Fieller's (1954) for a line.
+difference of zero is not ruled out, as E. Fieller's (1954) for a line. It may have several pieces.
 
 Simulated, the line's band covers a true line in 94 to 96% of places, and the interval a true crossing in 93 to 98%
 (6, 10, 24 and 40 blocks, the same spread everywhere or one that grows with the covariate).
@@ -42,6 +42,8 @@ class Crossing:
         at: where; None where the fit does not cross zero in the range.
         low, high: ends of the places whose band holds zero; None where there is no such place.
         open_low, open_high: the interval goes on beyond the range's lower (upper) end.
+        pieces: what the interval is made of, ascending. The band of a line may hold zero at both ends of the range, and
+            rule it out in between.
     """
 
     at: float | None
@@ -49,6 +51,7 @@ class Crossing:
     high: float | None
     open_low: bool
     open_high: bool
+    pieces: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,13 @@ def _crossing(places: Curve, fit: Curve, low: Curve, high: Curve) -> Crossing:
         at = float(places[after - 1] + share * (places[after] - places[after - 1]))
     if not held.any():
         return Crossing(at, None, None, False, False)
-    first, last = np.flatnonzero(held)[[0, -1]]
-    begin = places[0] if first == 0 else _edge(places, low, high, first - 1, first)
-    end = places[-1] if last == len(places) - 1 else _edge(places, low, high, last + 1, last)
-    return Crossing(at, float(begin), float(end), bool(first == 0), bool(last == len(places) - 1))
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], held, [False]]).astype(int)))
+    pieces = []
+    for first, after in changes.reshape(-1, 2).tolist():
+        begin = places[0] if first == 0 else _edge(places, low, high, first - 1, first)
+        end = places[-1] if after == len(places) else _edge(places, low, high, after, after - 1)
+        pieces.append((float(begin), float(end)))
+    return Crossing(at, pieces[0][0], pieces[-1][1], bool(held[0]), bool(held[-1]), tuple(pieces))
 
 
 def _edge(places: Curve, low: Curve, high: Curve, outside: int, inside: int) -> float:

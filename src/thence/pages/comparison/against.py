@@ -94,10 +94,11 @@ def _rows(turned: Turning, name: str) -> list[dict[str, Any]]:
     if turned.line is not None:
         rows += _fitted(turned.line, name, "line")
         c = turned.line.crossing
-        if c.low is not None and c.high is not None:
-            ends = {"lo": 100 * c.low, "hi": 100 * c.high, "y": 0}
-            rows.append({"name": name, "part": "crossing", "x": None if c.at is None else 100 * c.at, **ends})
-            rows += [{"name": name, "part": "at", "x": 100 * c.at, **ends}] if c.at is not None else []
+        for low, high in c.pieces:
+            ends, at = {"lo": 100 * low, "hi": 100 * high, "y": 0}, None if c.at is None else 100 * c.at
+            rows.append({"name": name, "part": "crossing", "x": at, **ends})
+            if c.at is not None and low <= c.at <= high:
+                rows.append({"name": name, "part": "at", "x": at, **ends})
     if turned.monotone is not None:
         rows += _fitted(turned.monotone, name, "monotone")
     return rows

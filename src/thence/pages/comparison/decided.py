@@ -217,14 +217,23 @@ def turning_table(section: AgainstCovariate, found: Statistics) -> Table | None:
 
 def crossing_cell(crossing: Crossing) -> Cell:
     """Where a fit crosses zero, or that it does not."""
-    span = ""
-    if crossing.low is not None and crossing.high is not None:
-        low = f"{'below ' if crossing.open_low else ''}{100 * crossing.low:.0f}"
-        high = f"{'above ' if crossing.open_high else ''}{100 * crossing.high:.0f}"
-        span = f"[{low}, {high}]"
+    span = ", ".join(f"[{low}, {high}]" for low, high in _pieces(crossing))
     if crossing.at is not None:
         return Cell(f"{100 * crossing.at:.0f} {span}".strip())
     return Cell("none in the range", f"not ruled out:\n{span}" if span else "")
+
+
+def _pieces(crossing: Crossing) -> list[tuple[str, str]]:
+    """The ends of each piece of the range in which zero is not ruled out, in per cent."""
+    if crossing.low is None or crossing.high is None:
+        return []
+    pieces = crossing.pieces or ((crossing.low, crossing.high),)
+    found = [(f"{100 * low:.0f}", f"{100 * high:.0f}") for low, high in pieces]
+    if crossing.open_low:
+        found[0] = (f"below {found[0][0]}", found[0][1])
+    if crossing.open_high:
+        found[-1] = (found[-1][0], f"above {found[-1][1]}")
+    return found
 
 
 def contrast_rows(found: Statistics) -> list[dict[str, Any]]:
@@ -299,6 +308,7 @@ def _turned(turned: Turning) -> dict[str, Any]:
         if trend is not None:
             c = trend.crossing
             crossing = {"at": c.at, "low": c.low, "high": c.high, "open_low": c.open_low, "open_high": c.open_high}
+            crossing["pieces"] = [list(piece) for piece in c.pieces]
             fits[name] = {"slope": trend.slope, "crossing": crossing}
     about = {"arm": turned.arm, "other": turned.other}
     about |= {"split": turned.column.split, "temperature": turned.column.temperature, "blocks": len(turned.blocks)}
