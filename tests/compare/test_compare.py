@@ -217,6 +217,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path: Path) -
     assert "no such luck" in why["bad"] and "code 7" in why["deadly"] and "builds on" in why["after-bad"]
     assert [run.arm for run in result.runs] == ["base"]
     assert result.pending == 3
+    (tmp_path / "mine.toml").write_text(to_toml({**own, "arms": arms, "reference": "base"}))
+    assert main(["compare", str(tmp_path / "mine.toml"), "--report"]) == 1  # what failed is not forgotten
+    assert {failure.arm for failure in read_results(tmp_path / "comparison").failures} == set(why)
 
 
 def test_two_processes_do_not_run_one_comparison(tmp_path: Path) -> None:

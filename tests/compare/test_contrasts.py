@@ -101,3 +101,16 @@ def test_a_column_is_found_by_split_and_temperature() -> None:
     columns = [Column("test", 0.6), Column("test", 1.0), Column("ood", 1.0)]
     assert find_column("", columns) == columns[0] == find_column("test", columns)
     assert find_column("test@1", columns) == columns[1] and find_column("test@2", columns) is None
+
+
+def test_the_best_arm_is_not_chosen_on_the_reported_problems_at_another_temperature(tmp_path: Path) -> None:
+    best = {**GOOD, "other": ["broken", "same"], "column": "test@0.6", "choose_on": "test@1"}
+    made = with_contrasts(tmp_path, best)
+    made["eval"]["temperatures"] = [0.6, 1.0]
+    with pytest.raises(RecipeError, match="which a contrast reports"):
+        load_comparison(made)
+
+
+def test_the_headline_is_named_where_a_contrast_names_no_column(tmp_path: Path) -> None:
+    recipe = load_comparison({**with_contrasts(tmp_path, GOOD), "covariate": {"arm": "base"}})
+    assert recipe.contrasts[0].column == "test" and recipe.covariate is not None and recipe.covariate.column == "test"

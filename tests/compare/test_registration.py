@@ -338,3 +338,25 @@ def test_the_design_is_registered_when_the_first_reported_run_starts_and_that_is
         engine.compare(load_comparison({**own, "budget": {"tokens": 1501}}), watcher=Quiet())
     amended = engine.compare(load_comparison({**own, "seeds": [0], "reference": "base"}), amend="why", watcher=Quiet())
     assert amended.registration is not None and amended.registration.amendments[0].finished == 2
+
+
+def test_a_contrast_without_a_column_is_of_the_headline_whatever_the_order_of_the_splits_becomes(
+    tmp_path: Path,
+) -> None:
+    own = small(tmp_path)
+    splits = {"first": {"split": "test", "limit": 4}, "second": {"split": "ood", "limit": 4}}
+    contrasts = [{"name": "c", "arm": "sft", "other": "base", "expect": "higher", "primary": True}]
+    first, turned = (
+        load_comparison({**own, "contrasts": contrasts, "eval": {**own["eval"], "splits": dict(order)}})
+        for order in (splits.items(), reversed(splits.items()))
+    )
+    assert [recipe.contrasts[0].column for recipe in (first, turned)] == ["first", "second"]
+    assert sha256_of(design_of(first)) != sha256_of(design_of(turned))
+
+
+def test_an_arm_that_is_added_with_nothing_but_defaults_is_a_change(tmp_path: Path) -> None:
+    register(tmp_path)
+    own = small(tmp_path)
+    own["arms"] = {**own["arms"], "second-base": {"title": "Base again"}}
+    with pytest.raises(UserError, match="second-base"):
+        Registrar(Planner(load_comparison(own), tmp_path / "comparison"))

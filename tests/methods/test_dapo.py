@@ -82,6 +82,14 @@ def test_settings_that_can_do_nothing_are_refused(options: dict[str, Any], words
         composed(Numbered({}), 2, 4, **options)
 
 
+def test_the_plan_knows_what_a_round_samples_at_once_and_what_the_least_is():
+    work = Dapo({"over_sampling": 4, "overlong_buffer": 0}).work(16, 8)
+    assert work.at_once == 64 and work.least.sampled == 64 * 8
+    given_up = Dapo({"first_rollouts": 4, "max_generations": 3, "overlong_buffer": 0}).work(1, 16)
+    assert given_up.least.sampled == 3 * 4  # three rounds of four first answers that agree
+    assert Dapo({"overlong_buffer": 0}).work(16, 8).least.sampled == 16 * 8
+
+
 def test_tokens_that_are_sampled_and_not_trained_are_counted(recipes: Recipes):
     """Two prompts of four are given up after two answers; the others are whole, and one of them is too many."""
     file = recipes.folder / "differs.py"

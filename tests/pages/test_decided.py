@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.compare.blocks import contrast, make_blocks
 from tests.compare.test_decisions import ARMS, CONTRASTS
+from thence.compare.registration import Registration, sha256_of
 from thence.compare.result import Comparison, results_json
 from thence.compare.sections import read_section, sections_of
 from thence.compare.statistics import Statistics, statistics
@@ -21,6 +22,7 @@ from thence.pages.comparison.decided import contrasts_table, crossing_cell, deci
 from thence.pages.comparison.figures import section_figures
 from thence.pages.comparison.outcome import outcome
 from thence.pages.comparison.page import print_comparison, render_page, write_page
+from thence.pages.comparison.words import notes
 from thence.pages.figure import LIGHT, still
 from thence.stats.trend import Crossing
 
@@ -60,6 +62,20 @@ def test_what_is_not_finished_is_not_tested_and_the_reason_stands_below(comparis
     cells = table.rows[0].cells
     assert [cell.text for cell in cells] == ["not tested", "–", "–", "23/24"]
     assert any("23 of 24 blocks: not tested, since no look was planned" in note for note in table.notes)
+
+
+def test_no_difference_is_shown_before_a_registered_comparison_is_finished(comparison: Comparison) -> None:
+    design = {"seeds": [0]}
+    registration = Registration("2026-01-01T00:00:00+00:00", "", sha256_of(design), design)
+    runs = tuple(run for run in comparison.runs if (run.arm, run.base) != ("bug", "b3"))
+    sealed = statistics(replace(comparison, runs=runs, pending=1, registration=registration), 50)
+    assert not sealed.differences and sealed.estimates
+    assert "Differences are shown when all runs are finished" in outcome(sealed)
+    assert not any(word in outcome(sealed) for word in ("higher", "lower", "told apart"))
+    assert turning_table(AGAINST, sealed) is None and not section_figures(AGAINST, sealed)
+    assert any("No difference is shown before" in note for note in notes(sealed))
+    finished = statistics(replace(comparison, registration=registration), 50)
+    assert finished.differences and "compared with" in outcome(finished).lower()
 
 
 def test_too_few_blocks_to_decide_anything_are_said() -> None:

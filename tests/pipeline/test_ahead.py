@@ -262,6 +262,14 @@ def test_rollouts_of_several_turns_are_not_sampled_ahead() -> None:
     assert caught.value.field == "rl.ahead"
 
 
+def test_ranks_that_share_an_engine_do_not_sample_ahead() -> None:
+    """One rank would load weights while another one samples."""
+    stage = Rl.model_validate({"engine": "vllm", "vllm": {"ranks_per_engine": 2}, "ahead": 1})
+    with pytest.raises(RecipeError, match="ranks that share an engine cannot sample ahead") as caught:
+        check_ahead("rl", stage, stage_method(stage, "rl"))
+    assert caught.value.field == "rl.ahead"
+
+
 def test_weights_are_on_where_responses_are_sampled_ahead_and_the_run_folder_says_so(
     own: Tables, tmp_path: Path, engines: list[Copies]
 ) -> None:

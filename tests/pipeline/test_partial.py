@@ -15,9 +15,9 @@ import thence.pipeline.rl_stage as rl_stage
 from tests.recipes import Tables, changed
 from tests.runs import metrics, trained
 from thence.errors import CheckpointError, RecipeError
-from thence.pipeline.partial import Group, Partial
+from thence.pipeline.partial import Begun, Group, Partial
 from thence.pipeline.run import run
-from thence.rollout.native import sample
+from thence.rollout.native import Response, sample
 from thence.train.checkpoint import newest_checkpoint
 
 UNTIMED = {"seconds", "sample_seconds", "train_seconds", "tokens_per_s", "eval_seconds", "time"}
@@ -161,6 +161,33 @@ def test_a_run_that_ended_at_any_step_resumes_with_the_same_bits(
     again, _ = trained(own, tmp_path / "run")
     assert all(torch.equal(again[name], undisturbed[name]) for name in undisturbed)
     assert untimed(tmp_path / "run") == untimed(tmp_path / "undisturbed")
+
+
+def test_a_response_that_its_engine_cannot_continue_ends_there() -> None:
+    begun = Begun(1)
+    begun.take(Response([5, 6, 7, 8], [-0.1] * 4, "length"), 0, longest=60, asked=4)
+    assert begun.finish is None
+    begun.take(Response([9, 10], [-0.1] * 2, "length"), 1, longest=60, asked=4)  # vllm.max_model_len is reached
+    assert begun.finish == "length" and begun.versions == [[0, 4], [1, 2]]
+
+
+def test_a_stage_that_is_given_fewer_steps_says_what_the_pool_still_held(
+    own: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: Any
+) -> None:
+    take = rl_stage.Loop.step
+
+    def step(loop: Any, at: int) -> Any:
+        line = take(loop, at)
+        if at == 2:
+            raise KeyboardInterrupt
+        return line
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl_stage.Loop, "step", step)
+        trained(own, tmp_path / "run")
+    _, lines = trained(changed(own, {"rl.steps": 3}), tmp_path / "run")
+    left = sum(len(response.token_ids) for group in taken[-1][2] for response in group.responses)
+    assert len(lines) == 3 and lines[-1]["wasted_tokens"] == left > 0
 
 
 def test_a_stage_that_a_budget_ends_says_what_the_pool_still_held(own: Tables, tmp_path: Path, taken: Any) -> None:

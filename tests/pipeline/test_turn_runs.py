@@ -24,9 +24,11 @@ from thence.methods.registry import methods, stage_method
 from thence.pipeline.preflight import preflight
 from thence.pipeline.rehearsal import Rehearsal
 from thence.pipeline.run import run
+from thence.pipeline.sampler import RolloutSampler
 from thence.recipe import load_recipe
 from thence.recipe.schema import Rl
 from thence.rollout.native import Response, Sampling, sample
+from thence.rollout.turns import Player
 from thence.toml import to_toml
 
 TALK = """
@@ -165,6 +167,37 @@ def test_another_engine_plays_the_same_turns(tmp_path: Path, monkeypatch: pytest
     native, expected = trained(recipe, tmp_path / "again", max_tokens=36)
     assert any(line["context_limit"] for line in found) or all(torch.equal(native[n], other[n]) for n in native)
     assert [line["turns"] for line in found] != [1.0] * 3 and len(found) == len(expected)
+
+
+@pytest.mark.parametrize("method", ["dapo", "hpt"])
+def test_no_rollout_and_no_demonstration_reads_the_first_observation_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Each rollout of a group begins with an observation of its own, which follows from its seed."""
+    recipe = talking(tmp_path, body=TALK.replace("return None", 'return f"{seed % 10};"', 1))
+    options = {"first_rollouts": 2, "overlong_buffer": 0, "max_generations": 2} if method == "dapo" else {}
+    read: list[Prompt] = []
+    play, make = Player.play, RolloutSampler.demonstrations
+
+    def playing(self: Player, tokenizer: Any, prompts: Sequence[Prompt], *rest: Any) -> Any:
+        read.extend(prompts)
+        found = play(self, tokenizer, prompts, *rest)
+        assert all(t.prompt.asked == prompt.token_ids for t, prompt in zip(found, prompts, strict=True))
+        assert all(len(t.prompt.token_ids) > len(t.prompt.asked or ()) for t in found)
+        return found
+
+    def shown(self: RolloutSampler, prompts: Sequence[Prompt]) -> Any:
+        found = make(self, prompts)
+        read.extend(trajectory.prompt for trajectory in found)
+        return found
+
+    monkeypatch.setattr(Player, "play", playing)
+    monkeypatch.setattr(RolloutSampler, "demonstrations", shown)
+    changes = {"stages": ["rl"], "rl.steps": 1, "rl.method": method, "rl.options": options, "rl.rollouts": 4}
+    run(changed(recipe, changes))
+    assert len(read) > 4 and all(prompt.asked is None for prompt in read)
+    plain = {prompt.index: prompt.token_ids for prompt in read}
+    assert all(prompt.token_ids == plain[prompt.index] for prompt in read)
 
 
 def test_an_evaluation_is_played_kept_and_not_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,16 @@ def test_truncated_importance_is_the_ratio_up_to_the_bound() -> None:
         truncated_importance(trainer, sampler, bound=0.0)
 
 
+@pytest.mark.parametrize("bound", [0.3, 1.0, 1.01, 1.05, 1.25, 1.5, 2.0, 3.0, 7.7, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_at_the_bound_is_the_bound_itself_so_that_it_can_be_counted(bound: float, dtype: torch.dtype) -> None:
+    ratios = torch.tensor([bound * 1.001, bound * 3, bound * 0.99, math.inf], dtype=torch.float64)
+    trainer = torch.cat([ratios[:3].log(), torch.tensor([500.0], dtype=torch.float64)]).to(dtype)
+    weights = truncated_importance(trainer, torch.zeros(4, dtype=dtype), bound)
+    assert (weights >= bound).tolist() == [True, True, False, True]
+    assert weights.max().item() == torch.tensor(bound, dtype=dtype).item()
+
+
 @given(st.integers(2, 6), st.integers(0, 1000), st.sampled_from([0.5, 1.0, 2.0, 100.0]))
 def test_truncated_importance_makes_the_sampler_s_mean_that_of_the_trainer(n: int, seed: int, bound: float) -> None:
     generator = torch.Generator().manual_seed(seed)

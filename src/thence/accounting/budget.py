@@ -189,7 +189,7 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
     longest = _longest_prompt(data, known)
     tokens = _pass_tokens(name, rl, longest + _longest_response(rl, longest, known), known)
     memory = _training_memory(name, rl, known, tokens, _sampling_lines(name, rl, data, known))
-    parallel = None if rl.engine == "vllm" else _rollout_rows(rl, known)
+    parallel = None if rl.engine == "vllm" else _rollout_rows(name, rl, known)
     work = _work(name, rl, known)
     response = _rollout_length(name, rl, known)
     shown = response if known.response is None else _capped(known.response, data.max_response_tokens)
@@ -368,14 +368,16 @@ def _sampling_lines(name: str, rl: Rl, data: Data, known: Known) -> tuple[Line, 
         return (*teacher, *vllm_memory(known.counts, size, cache))
     longest = _longest_prompt(data, known)
     length = longest + _longest_response(rl, longest, known)
-    sampler = rollout_memory(known.counts, _rollout_rows(rl, known), length, known.held.width)
+    sampler = rollout_memory(known.counts, _rollout_rows(name, rl, known), length, known.held.width)
     if rl.ahead:
         sampler = ahead_memory(known.counts, rl.ahead, sampler)
     return (*teacher, *whole_copy(known.counts, known.held), *sampler)
 
 
-def _rollout_rows(rl: Rl, known: Known) -> int:
-    prompts = rl.prompts if rl.partial is None else rl.partial.in_flight
+def _rollout_rows(name: str, rl: Rl, known: Known) -> int:
+    work = known.works.get(name)
+    prompts = rl.prompts if work is None or work.at_once is None else work.at_once
+    prompts = prompts if rl.partial is None else rl.partial.in_flight
     return min(rl.rollout_rows, math.ceil(prompts * rl.rollouts / known.ranks))
 
 

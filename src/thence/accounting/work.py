@@ -27,11 +27,13 @@ class Work:
     Args:
         least, most: the outcomes.
         depends: on what it depends which one comes true; empty where both are the same.
+        at_once: prompts that are sampled at once, where these are not those of the batch.
     """
 
     least: Outcome
     most: Outcome
     depends: str = ""
+    at_once: int | None = None
 
     @classmethod
     def just(cls, outcome: Outcome) -> Work:

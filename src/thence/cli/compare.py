@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +51,7 @@ def compare_command(
 
     Run the same command again after a crash or Ctrl-C: finished runs are never repeated, others resume from their last
     checkpoint. The report is FOLDER/report.html; the numbers are in results.json, report.json, runs.csv and
-    summary.csv. Exit code 1: runs failed or are missing.
+    summary.csv. Exit code 1: runs failed.
 
     Examples:
 
@@ -152,7 +152,7 @@ def _tell_registration(registration: Registration, way: Way) -> int:
 
 
 def _report(recipe, folder: Path, collect_again: bool, way: Way, amend: str = "") -> int:
-    from thence.compare.result import read_results, write_results
+    from thence.compare.result import RESULTS, read_results, write_results
     from thence.compare.statistics import statistics
     from thence.pages.comparison.page import print_comparison, write_page
     from thence.terminal import make_console
@@ -168,7 +168,11 @@ def _report(recipe, folder: Path, collect_again: bool, way: Way, amend: str = ""
         check_folder(folder)
         planner = Planner(recipe, folder.resolve())
         Registrar(planner, amend)
-        write_results(folder, collect(planner))
+        kept = read_results(folder).failures if (folder / RESULTS).exists() else ()
+        found = collect(planner, kept)
+        finished = {(run.arm, run.base, run.seed) for run in (*found.runs, *found.tuning_runs)}
+        failures = tuple(one for one in kept if (one.arm, one.base, one.seed) not in finished)
+        write_results(folder, replace(found, failures=failures))
     page = write_page(folder)
     results = read_results(folder)
     console = make_console()

@@ -204,7 +204,9 @@ def _wrong(
         for field, name in (("column", contrast.column), ("choose_on", contrast.choose_on)):
             if find_column(name, columns) is None:
                 yield f"nothing is measured on {name!r}", known, f"{where}.{field}"
-        yield from _wrong_choice(contrast, find_column(contrast.choose_on, columns) in reported, where)
+        chosen = find_column(contrast.choose_on, columns)  # at another temperature they are the same problems
+        seen = chosen is not None and chosen.split in {column.split for column in reported if column is not None}
+        yield from _wrong_choice(contrast, seen, where)
         yield from _wrong_use(contrast, covariate, blocks, where)
         if contrast.expect == "equal" and contrast.equal_within is None:
             yield (

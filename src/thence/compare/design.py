@@ -22,6 +22,7 @@ from thence.compare.registration import (
     FieldChange,
     Registration,
     differences_of,
+    quoted,
     sha256_of,
 )
 from thence.compare.result import RESULTS, SUMMARY, read_results, write_results
@@ -145,8 +146,11 @@ def changes_since(registration: Registration, recipe: ComparisonRecipe) -> tuple
     """
     now, given = design_of(recipe), design_of(recipe, sparse=True)
     set_here = {change.field for change in differences_of({}, given)}
-    found = differences_of(registration.in_force, now)
-    return tuple(change for change in found if change.old is not None or change.field in set_here)
+    found, known = differences_of(registration.in_force, now), registration.in_force
+    added = tuple(  # an arm or a base is new even if all its fields stand at their defaults
+        f"{kind}.{quoted(name)}." for kind in ("arms", "bases") for name in now[kind] if name not in known.get(kind, {})
+    )
+    return tuple(c for c in found if c.old is not None or c.field in set_here or c.field.startswith(added))
 
 
 def registered(planner: Planner, amend: str = "") -> Registration | None:

@@ -230,7 +230,20 @@ def load_comparison(origin: str | Path | Mapping[str, Any]) -> ComparisonRecipe:
     kinds = [section["kind"] for section in recipe.sections]
     named, blocks = (recipe.covariate, recipe.contrasts), len(recipe.blocks())
     check_contrasts(*named, recipe.arms, recipe.columns(), blocks, kinds, path)
-    return with_absolute_paths(recipe)
+    return with_absolute_paths(_with_columns(recipe))
+
+
+def _with_columns(recipe: ComparisonRecipe) -> ComparisonRecipe:
+    """The recipe whose covariate and contrasts name the headline where they named no column.
+
+    Which test set that is follows from the order of the splits, and an order is not part of a registered design.
+    """
+    headline = {"column": recipe.columns()[0].split}
+    contrasts = [one if one.column else one.model_copy(update=headline) for one in recipe.contrasts]
+    covariate = recipe.covariate
+    if covariate is not None and not covariate.column:
+        covariate = covariate.model_copy(update=headline)
+    return recipe.model_copy(update={"contrasts": contrasts, "covariate": covariate})
 
 
 def _read(origin: str | Path) -> TomlFile:

@@ -154,12 +154,17 @@ def _plain(value: Any) -> Any:
 def _leaves(table: Mapping[str, Any], under: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for key, value in table.items():
-        name = under + (f'"{key}"' if "." in key else key)
+        name = under + quoted(key)
         if isinstance(value, Mapping):
             found += _leaves(value, f"{name}.")
         else:
             found.append((name, value))
     return found
+
+
+def quoted(key: str) -> str:
+    """A key as a dotted name holds it."""
+    return f'"{key}"' if "." in key else key
 
 
 def _short(value: Any) -> str:

@@ -218,6 +218,11 @@ class Comparison(Record):
         return self.base_seeds.get(base, self.seeds)
 
     @property
+    def is_sealed(self) -> bool:
+        """Whether no difference may be looked at yet: contrasts were registered, and runs are still to come."""
+        return self.registration is not None and bool(self.contrasts) and self.pending > 0
+
+    @property
     def blocks(self) -> tuple[tuple[str, int], ...]:
         """Base and seed of every block that is planned."""
         return tuple((base, seed) for base in self.bases for seed in self.seeds_of(base))

@@ -154,8 +154,11 @@ def differences(
     """Paired differences of arms (arm, other) on a base in a column, corrected for the number of pairs.
 
     Returns:
-        One for each pair; None where the two arms have no seed in common.
+        One for each pair; None where the two arms have no seed in common, and everywhere while a registered comparison
+        is not finished.
     """
+    if comparison.is_sealed:
+        return [None] * len(pairs)
     paired = [_paired(comparison, base, column, *pair) for pair in pairs]
     found = [_spread(rows, replicates, seed) if rows else None for rows in paired]
     known = [index for index, value in enumerate(found) if value is not None]

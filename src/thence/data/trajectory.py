@@ -24,6 +24,8 @@ class Prompt:
         opening: the think tag that the tokens end with ("<think>\\n"), put back before a response is graded; else "".
         columns: what else the row holds, a JSON object as text, for reward functions; empty: nothing.
         source: where it was read, for messages; empty: its index says it.
+        asked: its token ids as they were before an environment's first observation was put behind them; None: nothing
+            was.
         draw: its place in the rollout batch of all ranks. Two draws of one prompt are two groups, and a batch is cut
             into optimizer steps in the order of the draws.
     """
@@ -37,7 +39,13 @@ class Prompt:
     opening: str = ""
     columns: str = ""
     source: str = ""
+    asked: tuple[int, ...] | None = None
     draw: int = 0
+
+    @property
+    def without_observation(self) -> Prompt:
+        """The prompt of the data. An environment's first observation is of one rollout, and no other may read it."""
+        return self if self.asked is None else replace(self, token_ids=self.asked, asked=None)
 
     @property
     def group_key(self) -> tuple[int, int]:

@@ -70,7 +70,7 @@ class Settings(Section):
     """The tasks, resolved."""
 
 
-FREE = ("files", "title", "grader_seconds")
+FREE = (("files",), ("title",), ("grader_seconds",), ("environment", "seconds"), ("environment", "processes"))
 """Fields of a task that may change: problems are known by their text, wherever it was read."""
 
 
@@ -347,7 +347,7 @@ def _check_same(kept: Settings, asked: Settings, file: Path) -> None:
         old, new, name = before.get(path), now.get(path), ".".join(path)
         if path == ("endpoint",) and old and new:  # with another password it is the same server
             old, new = shown_address(old), shown_address(new)
-        if old == new or path == ("data",) or (path[0] == "tasks" and len(path) > 2 and path[2] in FREE):
+        if old == new or path == ("data",) or (path[0] == "tasks" and path[2:] in FREE):
             continue
         if path[0] == "tasks" and path[2:] == ("right_from",) and old is None:
             continue  # not kept by older versions; the samples are graded again

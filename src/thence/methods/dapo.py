@@ -164,10 +164,12 @@ class Dapo(Grpo):
         if not options.dynamic_sampling:
             return Work.just(Outcome(prompts * n, prompts * n))
         asked, begun = self._asked(prompts), options.first_rollouts or n
-        # in the last round the whole batch may be found; a group that is not trained costs its first rollouts at least
-        least = Outcome(prompts * n + (asked - prompts) * begun, prompts * n)
+        # at best the first round has a whole batch; a group that is not trained costs its first rollouts at least
+        whole = prompts * n + (asked - prompts) * begun
+        # where every group is decided, each round costs its first rollouts, and nothing is trained
+        least = Outcome(min(whole, options.max_generations * asked * begun), prompts * n)
         most = Outcome(options.max_generations * asked * n, prompts * n)
-        return Work(least, most, "how many groups are all right or all wrong, and are sampled anew")
+        return Work(least, most, "how many groups are all right or all wrong, and are sampled anew", asked)
 
     def _penalised(self, trajectory: Trajectory) -> Trajectory:
         if trajectory.score is None:

@@ -80,7 +80,7 @@ class Relift(Method):
 
     def compose(self, sampler: Sampler, prompts: int, n: int) -> list[Trajectory]:
         groups = sampled_groups(sampler, prompts, n)
-        failed = [group[0].prompt for group in groups if all_failed(group)]
+        failed = [group[0].prompt.without_observation for group in groups if all_failed(group)]
         mine = [prompt for prompt in failed if prompt.demonstration_ids]
         everywhere = sorted((p for part in sampler.gather(mine) for p in part), key=lambda prompt: prompt.draw)
         self.buffer[:0] = [UnsolvedPrompt(sampler.step, prompt) for prompt in everywhere]

@@ -34,6 +34,7 @@ from thence.methods.base import Method
 from thence.pipeline.context import StageContext
 from thence.pipeline.due import DueBatch, packed, unpacked
 from thence.pipeline.engines_ahead import EngineAhead, WithWeights
+from thence.pipeline.rollout_engine import shared_ahead
 from thence.pipeline.sampler import RolloutSampler
 from thence.recipe import Rl
 
@@ -260,6 +261,8 @@ def check_ahead(name: str, stage: Rl, method: Method, trusts_code: bool = False)
             remedy="set ahead = 0",
             field=f"{name}.ahead",
         )
+    if stage.engine == "vllm" and stage.vllm.get("ranks_per_engine", 1) != 1:
+        raise shared_ahead(f"{name}.ahead")
     if stage.environment is not None:
         raise RecipeError(
             "rollouts of several turns are not sampled ahead: a checkpoint of due batches does not hold what an "

@@ -85,6 +85,12 @@ def rows_digest(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _columns_digest(prompts: Iterable[Prompt]) -> str:
+    """16 hex digits that follow from what else the rows hold; empty: nothing."""
+    columns = [prompt.columns for prompt in prompts]
+    return hashlib.sha256("\n".join(columns).encode("utf-8", "surrogatepass")).hexdigest()[:16] if any(columns) else ""
+
+
 def state_of(file: Path, *, sampled: bool = False) -> State:
     """Digest, size and time of the last change of a file. ``sampled``: of a large one, evenly spread parts."""
     size, digest = file.stat().st_size, hashlib.sha256()
@@ -152,7 +158,10 @@ class Ground:
         Raises:
             UserError: the rows are not those that the stage began with.
         """
-        rows = {table: rows_digest(found) for table, found in prompts.items()}
+        rows, stage = {table: rows_digest(found) for table, found in prompts.items()}, self.recipe.stage(name)
+        if isinstance(stage, Rl | Eval) and any(":" in spec for spec in reward_names(stage)):  # which may read them
+            others = {table: _columns_digest(found) for table, found in prompts.items()}
+            rows |= {f"{table} with their other columns": digest for table, digest in others.items() if digest}
         kept = self._kept(self.folder.stage(name))
         if kept is None:
             if self._kept(self.folder.path) is None:

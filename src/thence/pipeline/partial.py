@@ -56,15 +56,18 @@ class Begun:
     versions: list[list[int]] = field(default_factory=list)
     finish: str | None = None
 
-    def take(self, response: Response, version: int, longest: int) -> None:
-        """Append what was sampled."""
+    def take(self, response: Response, version: int, longest: int, asked: int) -> None:
+        """Append what was sampled, where so many tokens were asked for.
+
+        One that has fewer and did not stop is at the end of what its engine can read, and ends there.
+        """
         self.token_ids += response.token_ids
         self.logps += response.logps
         if self.versions and self.versions[-1][0] == version:
             self.versions[-1][1] += len(response.token_ids)
         else:
             self.versions.append([version, len(response.token_ids)])
-        if response.finish == "stop" or len(self.token_ids) >= longest:
+        if response.finish == "stop" or len(self.token_ids) >= longest or len(response.token_ids) < asked:
             self.finish = response.finish
 
 
@@ -182,8 +185,8 @@ class Partial:
         else:  # its random numbers begin anew with every request
             anew = [stable_seed(seed, at) if at else seed for seed, at in zip(seeds, starts, strict=True)]
             found = sampler.engine.sample(read, anew, sampler.sampling, limits)
-        for (_, response), more in zip(going, found, strict=True):
-            response.take(more, version, longest)
+        for (_, response), more, asked in zip(going, found, limits, strict=True):
+            response.take(more, version, longest, asked)
         self.context.meter.sampled(read, [len(more.token_ids) for more in found])
 
     def _trajectories(self, group: Group, place: int) -> list[Trajectory]:

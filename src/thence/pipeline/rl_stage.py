@@ -156,7 +156,7 @@ class Loop:
             line |= validation.measure(done, ended or done == stage.steps)
             best = validation.look(done, line)
             over = ended or validation.ended
-            waste = self.batches.waste(done) if over else {}
+            waste = self.batches.waste(done) if over or done == stage.steps else {}
             context.log({"stage": context.name, "kind": "rl", "step": done, **line, **waste})
             state, tensors = partial(self._state, ended, waste), partial(self.batches.state, done)
             self.checkpoints.after(done, state, tensors, last=over, best=best)

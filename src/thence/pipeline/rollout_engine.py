@@ -292,6 +292,15 @@ def place_of(settings: VllmSettings, ranks: Ranks, hosts: Sequence[str], where: 
     return Place(own, leader, size > 1)
 
 
+def shared_ahead(field: str) -> RecipeError:
+    """What an engine of several ranks cannot do: a rank would load weights while another one samples."""
+    return RecipeError(
+        "ranks that share an engine cannot sample ahead: one would load weights while another one samples",
+        remedy="set ahead = 0, or give every rank an engine of its own",
+        field=field,
+    )
+
+
 @contextmanager
 def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[RankEngine | None]:
     """The engine that samples for this rank, running; None: this process samples with its own weights.
@@ -299,7 +308,8 @@ def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[Ra
     All ranks enter together.
 
     Raises:
-        RecipeError: settings that vLLM does not have, or that do not fit the ranks.
+        RecipeError: settings that vLLM does not have, or that do not fit the ranks; a shared engine that is to sample
+            ahead.
         UserError: vLLM does not start.
     """
     if stage.engine == "native":
@@ -307,6 +317,8 @@ def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[Ra
         return
     where, ranks = f"{context.name}.vllm", context.ranks
     place = place_of(vllm_settings(stage.vllm, where), ranks, ranks.gather(machine()), where)
+    if stage.ahead and place.shared:
+        raise shared_ahead(f"{context.name}.ahead")
     with handed_over(ranks, _new_folder, 0) as (folder, own):
         together(ranks, lambda: _write_model(trainer, context, folder if own else None))
         with opened(place, None if place.settings.server else folder, ranks, trainer, stage.ahead) as engine:

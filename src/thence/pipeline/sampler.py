@@ -143,7 +143,8 @@ class RolloutSampler:
         return [trajectory for i in range(len(longer)) for trajectory in found[i]]
 
     def demonstrations(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
-        found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in prompts]
+        plain = [prompt.without_observation for prompt in prompts]
+        found = [Trajectory(p, p.demonstration_ids or (), origin="demonstration") for p in plain]
         return self._known(grade(self.context.tokenizer, self.grader, found, self.sampling.stop_ids))
 
     def take_in(self, found: Sequence[Trajectory]) -> list[Trajectory]:
@@ -195,6 +196,7 @@ class RolloutSampler:
             return []
         start = time.perf_counter()
         grader = self.grader if keep else None
+        prompts = [prompt.without_observation for prompt in prompts]  # a method may take them from rollouts
         again = [self.again.get(prompt.group_key, 0) for prompt in prompts]
         tokenizer = self.context.tokenizer
         found = respond(

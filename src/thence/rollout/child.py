@@ -99,7 +99,7 @@ class SamplingChild:
         try:
             self._start(threads)
             self._ask({"op": "start", "model": model, "device": device, "scratch": list(map(str, self._scratch))})
-            self._answer("ready", START_SECONDS, "making the model")
+            self._answer("ready", "making the model", START_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -138,7 +138,7 @@ class SamplingChild:
         """Let the process load weights that were prepared; their copy is removed. Raises UserError as :meth:`sample`"""
         try:
             self._ask({"op": "load", "version": handed.version, "folder": str(handed.folder)})
-            loaded = self._answer("loaded", SILENCE_SECONDS, "taking weights")
+            loaded = self._answer("loaded", "taking weights")
         finally:
             shutil.rmtree(handed.folder, ignore_errors=True)
         if loaded != handed.version:
@@ -160,7 +160,7 @@ class SamplingChild:
         rows = {"prompts": different, "of": [place[tuple(prompt)] for prompt in prompts]}
         self._ask({**asked, **rows, "sampling": asdict(sampling)})
         found: dict[int, Response] = {}
-        while (done := self._answer("done", SILENCE_SECONDS, "sampling")) != "end":
+        while (done := self._answer("done", "sampling")) != "end":
             if done["stamp"] != [self._asked, self.version] or done["row"] in found:
                 raise self._failed(f"gave a response to {done['stamp']}, asked was {[self._asked, self.version]}")
             found[done["row"]] = Response(done["token_ids"], done["logps"], done["finish"])
@@ -212,9 +212,13 @@ class SamplingChild:
         except (OSError, ValueError) as error:
             raise self._failed(f"cannot be asked: {error}") from None
 
-    def _answer(self, key: str, seconds: float, doing: str) -> Any:
-        """What the next message says of ``key``; ``end`` where it ends an answer in parts. Raises UserError."""
-        deadline, said = time.monotonic() + seconds, time.monotonic()
+    def _answer(self, key: str, doing: str, seconds: float | None = None) -> Any:
+        """What the next message says of ``key``; ``end`` where it ends an answer in parts. Raises UserError.
+
+        A process that says now and then that it is alive may take any time; ``seconds`` is the most in any case.
+        """
+        said = time.monotonic()
+        deadline = None if seconds is None else said + seconds
         while True:
             wire = self._wire
             if self._popen is None or wire is None:
@@ -222,8 +226,10 @@ class SamplingChild:
             try:
                 message = wire.receive(1.0)
             except TimeoutError:
-                if time.monotonic() - said > SILENCE_SECONDS or (key != "done" and time.monotonic() > deadline):
+                if time.monotonic() - said > SILENCE_SECONDS:
                     raise self._failed(f"said nothing for {SILENCE_SECONDS:g} s while {doing}") from None
+                if deadline is not None and time.monotonic() > deadline:
+                    raise self._failed(f"was not ready after {seconds:g} s of {doing}") from None
                 continue
             except (OSError, ValueError):
                 message = None

@@ -23,6 +23,8 @@ ratio, to the sampler.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,5 +55,7 @@ def truncated_importance(trainer_logp_T: Tensor, sampler_logp_T: Tensor, bound: 
     difference_T = trainer_T - sampler_logp_T.detach().to(trainer_T)
     if not torch.isfinite(difference_T).all():
         raise ValueError("a log-probability is not finite")
-    # Truncated before the exponential, which would overflow to infinity.
-    return difference_T.clamp(max=float(torch.tensor(bound).log())).exp().clamp(max=bound)
+    # Truncated before the exponential, which would overflow to infinity. At the bound a weight is the bound itself.
+    most = math.log(bound)
+    weights_T = difference_T.clamp(max=most).exp().clamp(max=bound)
+    return torch.where(difference_T >= most, torch.full_like(weights_T, bound), weights_T)

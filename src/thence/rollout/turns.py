@@ -202,7 +202,7 @@ class Player(Grader):
             rollout.context = list(rollout.prompt.token_ids)
             rollout.fail(self._pool.failed(rollout.played, error))
             return
-        rollout.prompt = replace(rollout.prompt, token_ids=tuple(rollout.context))
+        rollout.prompt = replace(rollout.prompt, token_ids=tuple(rollout.context), asked=rollout.prompt.token_ids)
         rollout.opening = self._form.opening
 
     def _said(self, tokenizer: Any, rollout: _Rollout, response: Response, sampling: Sampling) -> None:

@@ -168,7 +168,7 @@ def decided_text(found: Statistics) -> str:
 def of_section(section: AgainstCovariate, found: Statistics) -> list[list[Turning]]:
     """What a section shows: for each column the arms, less the one that it compares them with."""
     comparison, decisions = found.comparison, found.decisions
-    if decisions.covariate is None:
+    if decisions.covariate is None or comparison.is_sealed:
         return []
     other = section.to or comparison.reference
     left_out = {other, *([] if section.arms else [decisions.covariate.arm])}

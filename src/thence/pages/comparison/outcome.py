@@ -15,6 +15,8 @@ def outcome(statistics: Statistics) -> str:
     comparison = statistics.comparison
     reference = label(comparison.arm(comparison.reference))
     column = comparison.columns[0]
+    if comparison.is_sealed:
+        return f"{decided_text(statistics)} Differences are shown when all runs are finished: the design is registered."
     parts = [part for base in _bases(statistics) if (part := _on(statistics, base))]
     if not parts:
         return f"No arm can be compared with {reference} yet."

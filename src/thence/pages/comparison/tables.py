@@ -319,9 +319,12 @@ def _tuning(section: TuningTable, statistics: Statistics, base: str) -> Table:
         if chosen and _at_edge(chosen.settings, [t.settings for t in tries]):
             edges.append(label(arm))
     headers = ("", "settings tried", "chosen", "dev accuracy, %", "others tried: dev accuracy, %")
-    notes = [
-        "Chosen by accuracy on the dev split, which no other table shows. Tried: with those of the arms before it."
-    ]
+    tuned = {m.column.split for run in statistics.comparison.tuning_runs for m in run.measured}
+    if tuned & {column.split for column in statistics.comparison.columns}:
+        where = "Chosen by accuracy on problems that are also reported, so the chosen ones are a little lucky there."
+    else:
+        where = "Chosen by accuracy on a dev split of its own."
+    notes = [f"{where} Tried: with those of the arms before it."]
     if edges:
         notes.append(
             f"Chosen at the edge of what was tried, so that a better value may lie beyond: {', '.join(edges)}."

@@ -122,7 +122,8 @@ def notes(statistics: Statistics) -> list[str]:
     found = amendment_notes(comparison)
     if comparison.pending:
         runs = "run is" if comparison.pending == 1 else "runs are"
-        found.append(f"Unfinished: {comparison.pending} {runs} still to come. Numbers will move.")
+        sealed = " No difference is shown before: the design is registered." if comparison.is_sealed else ""
+        found.append(f"Unfinished: {comparison.pending} {runs} still to come. Numbers will move.{sealed}")
     if comparison.failures:
         failed = sorted({label(comparison.arm(f.arm)) for f in comparison.failures})
         runs = "run failed and is" if len(comparison.failures) == 1 else "runs failed and are"
