@@ -119,7 +119,7 @@ ENVIRONMENTS = [
     Case("An environment whose reward is not a number", PLAY, environment("return '', 'good', True"), writes=True),
     Case(
         "An environment that never returns",
-        f"{PLAY} --set environment.seconds=0.5",
+        f"{PLAY} --samples 3 --set environment.seconds=0.5",
         environment("while True: pass"),
         writes=True,
     ),

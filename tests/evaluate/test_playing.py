@@ -152,7 +152,7 @@ def test_an_environment_stands_in_a_suite_or_comes_by_flags(tmp_path: Path) -> N
     assert first.grader == second.grader == "shop.py:Shop"
     only = load_suite(str(file), {"v1.5.environment": "shop.py:Shop"}).tasks
     assert [task.environment is None for task in only] == [False, True] and only[1].grader == "exact"
-    with pytest.raises(RecipeError, match="the environment gives the scores: leave grader out"):
+    with pytest.raises(RecipeError, match="grader and environment both give scores: leave grader out"):
         load_suite(str(file), {"grader": "math", "environment": "shop.py:Shop"})
     with pytest.raises(RecipeError, match="choices asks for the letter of one answer"):
         load_suite(str(file), {"choices": "true", "environment": "shop.py:Shop"})

@@ -219,7 +219,7 @@ def _settings(model: str | None, suite: Suite, data: Path | None, limit: int | N
     played = next((task.name for task in suite.tasks if task.environment is not None), None)
     if served and played is not None:
         raise UserError(
-            f"the task {played} has an environment, and a server's answers cannot be gone on with token by token",
+            f"the task {played} has an environment, and a server cannot continue a rollout token by token",
             remedy="give the model itself, with --backend native or vllm",
             field="--endpoint",
         )

@@ -119,7 +119,7 @@ class Task(Section):
         if not isinstance(played, dict) or not isinstance(path := played.get("path"), str):
             return given
         if given.get("grader", path) != path:
-            raise ValueError("the environment gives the scores: leave grader out")
+            raise ValueError("grader and environment both give scores: leave grader out")
         return {**given, "grader": path}
 
     @model_validator(mode="after")
