@@ -20,6 +20,7 @@ from thence.data.sources import DataTable, open_table
 from thence.data.worlds.named import WORLD
 from thence.errors import DataError, UserError
 from thence.evaluate.suites import OWN, Task
+from thence.files import to_json
 from thence.verify.own_function import Stated
 from thence.verify.reward import load_reward
 
@@ -140,8 +141,15 @@ def columns_digest(problem: Problem) -> str | None:
     """16 hexadecimal digits of the other columns of a problem's row, in any order; None: nobody reads them."""
     if problem.columns is None:
         return None
-    plain = json.dumps(json.loads(problem.columns or "{}"), sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+    plain = to_json(_in_order(json.loads(problem.columns or "{}")))
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _in_order(value: Any) -> Any:
+    """The value with the keys of all its tables in order."""
+    if isinstance(value, dict):
+        return {key: _in_order(inner) for key, inner in sorted(value.items())}
+    return [_in_order(inner) for inner in value] if isinstance(value, list) else value
 
 
 def row_problems(task: Task, file: Path) -> Iterator[Problem]:

@@ -44,8 +44,8 @@ def test_an_engine_that_does_not_start_gives_an_error_with_a_remedy(fake: Make, 
         UserError, match=r"failed while starting(.|\n)*remedy: the cache for keys and values is too small"
     ):
         VllmEngine(fake("no room"), folder)
-    with pytest.raises(UserError, match=r"said nothing for 0.5 s while starting(.|\n)*this is the log"):
-        VllmEngine(fake("never starts", start_seconds=0.5), folder)
+    with pytest.raises(UserError, match=r"said nothing for 4 s while starting(.|\n)*this is the log"):
+        VllmEngine(fake("never starts", start_seconds=4), folder)  # time for it to say something
 
 
 def test_a_python_without_vllm_is_named_with_what_to_do(
