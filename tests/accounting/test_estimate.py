@@ -13,6 +13,7 @@ from thence.accounting.estimate import Rates, StageTime, stage_times, total_seco
 from thence.accounting.flops import parameters, sampling_flops
 from thence.accounting.hardware import Hardware, parse_hardware
 from thence.accounting.planned import Plan
+from thence.accounting.work import Outcome, Work
 
 LLAMA = parameters(SMALL | {"model_type": "llama"})
 RATES = Rates(training=0.5, sampling=0.25, links=0.5)
@@ -138,3 +139,11 @@ def test_an_evaluation_samples_from_a_whole_model_on_every_rank() -> None:
     lines = {line.name: line.bytes for line in stage.memory.lines}
     assert lines["weights"] == 4 * LLAMA.total
     assert lines["key-value cache"] == 16 * (10 + 50) * 2 * LLAMA.layers * LLAMA.kv_heads * LLAMA.head_dim * 4
+
+
+def test_the_rows_that_are_sampled_at_once_are_those_that_the_method_asks_for() -> None:
+    rl = {"steps": 2, "prompts": 8, "rollouts": 4, "rollout_rows": 512, "max_tokens": 100, "expected_tokens": 40}
+    given, outcome = recipe(stages=["rl"], rl=rl, parallel="ddp"), Outcome(32, 32)
+    plain = plan(given, **FACTS, ranks=2, works={"rl": Work.just(outcome)})
+    more = plan(given, **FACTS, ranks=2, works={"rl": Work(outcome, outcome, "", at_once=20)})
+    assert [found.stages[0].rollout_rows for found in (plain, more)] == [16, 40]

@@ -13,10 +13,13 @@ import thence.pipeline.prompts as prompts
 from tests.recipes import ROWS, Tables, changed, write_rows
 from tests.runs import stop_in_rl
 from thence.cli import main
+from thence.data.trajectory import Prompt
 from thence.errors import UserError
+from thence.pipeline.folder import RunFolder
+from thence.pipeline.ground import Ground
 from thence.pipeline.progress import NullWatcher
 from thence.pipeline.run import run
-from thence.recipe import Model
+from thence.recipe import Model, load_recipe
 from thence.toml import to_toml
 from thence.train.model import load_model, save_model
 
@@ -184,3 +187,19 @@ def test_a_run_that_is_resumed_without_the_kernels_says_so(
     assert "the run began with another environment" in caplog.text
     assert "the checkpoint of step 1 was made with other numerics (kernels C" in caplog.text
     assert "-> torch (no C compiler)" in caplog.text
+
+
+def test_other_columns_that_a_reward_may_read_are_part_of_the_ground(recipe: Tables, tmp_path: Path) -> None:
+    """Of a data set on the hub no file is compared, and prompts and answers alone do not tell."""
+    (tmp_path / "own.py").write_text("def share(prompt, response, answer, columns):\n    return 1.0\n")
+    own = load_recipe(changed(recipe, {"rl.reward": f"{tmp_path / 'own.py'}:share"}))
+    (tmp_path / "run").mkdir()
+    ground = Ground(own, RunFolder(tmp_path / "run"))
+    first, other = ([Prompt(0, (1, 2), answer="1", columns=text)] for text in ('{"a": 1}', '{"a": 2}'))
+    ground.begin("rl", {"rl.data": first})
+    ground.begin("rl", {"rl.data": first})
+    with pytest.raises(UserError, match=r"rl\.data with their other columns are not those"):
+        ground.begin("rl", {"rl.data": other})
+    math = Ground(load_recipe(changed(recipe, {"rl.reward": "exact"})), RunFolder(tmp_path / "math"))
+    for rows in (first, other):  # which no grader of answers reads
+        math.begin("rl", {"rl.data": rows})

@@ -20,6 +20,7 @@ from thence.errors import UserError
 from thence.pipeline.engines_ahead import sampling_child
 from thence.pipeline.sampling_process import load
 from thence.recipe import Model
+from thence.rollout import child as child_module
 from thence.rollout.child import ALIVE_SECONDS, SamplingChild
 from thence.rollout.native import Sampling, sample
 from thence.train.model import load_model
@@ -179,3 +180,20 @@ def test_weights_of_another_shape_or_a_weight_that_is_missing_are_refused(
     (tmp_path / "000000.safetensors").unlink()
     with pytest.raises(UserError, match=f"{first} was not handed over"):
         load(model, tmp_path)
+
+
+def test_a_process_that_says_that_it_is_alive_may_take_long_over_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        """Says six times that it is alive, and then that it has the weights."""
+
+        def __init__(self) -> None:
+            self.said = iter([*[{"alive": True}] * 6, {"loaded": 3}])
+
+        def receive(self, seconds: float) -> dict[str, Any]:
+            time.sleep(0.1)
+            return next(self.said)
+
+    monkeypatch.setattr(child_module, "SILENCE_SECONDS", 0.4)
+    waiting: Any = object.__new__(child_module.SamplingChild)
+    waiting._popen, waiting._wire = object(), Slow()
+    assert waiting._answer("loaded", "taking weights") == 3
