@@ -156,9 +156,13 @@ def test_the_stricter_test_of_a_slope_counts_and_its_interval_holds_both() -> No
     d = 0.2 * z + (0.02 + 0.3 * np.abs(z)) * rng.normal(size=64)
     found = typical_slope(d.tolist(), z.tolist())
     assert len(found.parts) == 2 and found.parts[0].estimate == pytest.approx(found.parts[1].estimate)
-    for bound in (0.0, 0.1, 0.4):
-        assert found.above(bound) == max(part.above(bound) for part in found.parts)
-        assert found.below(bound) == max(part.below(bound) for part in found.parts)
+    stricter = set()
+    for bound in np.linspace(-0.6, 1.0, 33):
+        for side in ("above", "below"):
+            p_values = [getattr(part, side)(bound) for part in found.parts]
+            stricter.add((side, int(np.argmax(p_values))))
+            assert getattr(found, side)(bound) == max(p_values)
+    assert stricter == {("above", 0), ("above", 1), ("below", 0), ("below", 1)}
     low, high = found.interval(0.95)
     assert all(low <= part.interval(0.95)[0] and part.interval(0.95)[1] <= high for part in found.parts)
     assert found.equal_to(low - 0.01) < 0.05 < found.equal_to((low + high) / 2)
