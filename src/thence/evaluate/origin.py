@@ -11,11 +11,11 @@ from thence.names import as_name
 from thence.recipe import Model, load_recipe
 from thence.redaction import redacted
 from thence.settings.validation import validated
+from thence.train.model_files import OF_A_MODEL, OF_A_TOKENIZER
 from thence.train.places import find_place
 from thence.train.run_models import BASE, model_of_run, run_of
 
 BLOCKS, BLOCK_BYTES = 64, 65_536
-_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 
 
 def find_model(name: str, gguf_file: str | None = None) -> tuple[Model, str | None]:
@@ -59,8 +59,9 @@ def files_digest(model: Model) -> str | None:
         folder = Path(find_place(model.path or ""))
     except UserError:  # which whoever opens the model says
         return None
-    patterns = (model.gguf_file,) if model.gguf_file else _FILES
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)}) if folder.is_dir() else []
+    patterns = (model.gguf_file,) if model.gguf_file else (*OF_A_MODEL, *OF_A_TOKENIZER, "generation_config.json")
+    found = {file for pattern in patterns for file in folder.glob(pattern)} if folder.is_dir() else set()
+    files = sorted(file for file in found if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -25,7 +25,7 @@ from thence.pipeline.test_sets import test_sets
 from thence.pipeline.undo import set_stage_aside
 from thence.recipe import Eval, Model, Recipe, Rl, kind_of
 from thence.train.checkpoint import MANIFEST
-from thence.train.model_files import resolve
+from thence.train.model_files import OF_A_MODEL, OF_A_TOKENIZER, resolve
 from thence.train.written import check_written
 from thence.verify.loading import function_file
 
@@ -33,11 +33,6 @@ log = logging.getLogger(__name__)
 FILE = "ground.json"
 WHOLE = 64 * 2**20  # bytes; of a larger file of weights, samples stand for the whole
 SAMPLES, SAMPLE = 256, 64 * 2**10
-OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "config.json", "*.py", "*.index.json")
-OF_A_TOKENIZER = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.jinja"),
-    *("chat_template*", "*.tiktoken"),
-)
 ENVIRONMENT = (
     *("thence", "git_commit", "torch", "transformers", "cpu", "instructions", "threads", "kernels"),
     *("device", "ranks"),

@@ -15,6 +15,13 @@ _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WHOLE = "put a whole copy of it back, or give another model"
 _GGUF = b"GGUF"
 
+OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "config.json", "*.py", "*.index.json")
+OF_A_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.jinja"),
+    *("chat_template*", "*.tiktoken"),
+)
+"""Files of a model, and of its tokenizer, by pattern: what else lies in the folder changes nothing."""
+
 
 def resolve(path: str) -> str:
     """The folder of ``world:...`` (embedded world) or ``package:...`` (installed package); else the name itself.
