@@ -16,7 +16,7 @@ observed counts as one of them, so that p is never 0 and the test keeps its leve
 
 The test of a mean asks that a block's difference lies as likely above its centre as below it. The permutations of a
 slope ask that the blocks spread alike about the line. Where they do not, they are wrong: with 64 blocks of which few
-are skilled and those spread most, they find a slope that is not there in 18% of cases instead of 5%. So a slope is
+are skilled and those spread most, they find a slope that is not there in 19% of cases instead of 5%. So a slope is
 tested twice, see :func:`typical_slope`.
 """
 
@@ -39,8 +39,32 @@ _SLACK = 1e-12
 """Ties up to rounding count as ties; typical values are of the order of one."""
 
 
+class _Sided:
+    """What follows from the two one-sided tests of an effect."""
+
+    def above(self, bound: float) -> float:
+        """One-sided p value of the hypothesis that the effect is at most ``bound``."""
+        raise NotImplementedError
+
+    def below(self, bound: float) -> float:
+        """One-sided p value of the hypothesis that the effect is at least ``bound``."""
+        raise NotImplementedError
+
+    def equal_to(self, bound: float) -> float:
+        """Two-sided p value of the hypothesis that the effect is ``bound``."""
+        return min(1.0, 2 * min(self.above(bound), self.below(bound)))
+
+    def within(self, bound: float) -> float:
+        """p value of the hypothesis that the effect is at least ``bound`` away from 0: two one-sided tests."""
+        return max(self.above(-bound), self.below(bound))
+
+    def beyond(self, bound: float) -> float:
+        """p value of the hypothesis that the effect is less than ``bound`` away from 0."""
+        return min(1.0, 2 * min(self.above(bound), self.below(-bound)))
+
+
 @dataclass(frozen=True)
-class Typical:
+class Typical(_Sided):
     """An effect with its typical values.
 
     Args:
@@ -63,18 +87,6 @@ class Typical:
         count = len(self.values) - int(np.searchsorted(self.values, bound - _SLACK, side="left"))
         return (self.same + count) / (self.same + len(self.values))
 
-    def equal_to(self, bound: float) -> float:
-        """Two-sided p value of the hypothesis that the effect is ``bound``."""
-        return min(1.0, 2 * min(self.above(bound), self.below(bound)))
-
-    def within(self, bound: float) -> float:
-        """p value of the hypothesis that the effect is at least ``bound`` away from 0: two one-sided tests."""
-        return max(self.above(-bound), self.below(bound))
-
-    def beyond(self, bound: float) -> float:
-        """p value of the hypothesis that the effect is less than ``bound`` away from 0."""
-        return min(1.0, 2 * min(self.above(bound), self.below(-bound)))
-
     def interval(self, confidence: float) -> tuple[float, float]:
         """The effects that the two-sided test does not refuse; without an end where the blocks are too few for one."""
         total = self.same + len(self.values)
@@ -90,7 +102,7 @@ class Typical:
 
 
 @dataclass(frozen=True)
-class Strictest:
+class Strictest(_Sided):
     """Several tests of one effect as one: its p values are the largest of theirs, and its interval holds all of theirs.
 
     Args:
@@ -116,18 +128,6 @@ class Strictest:
     def below(self, bound: float) -> float:
         """See :meth:`Typical.below`."""
         return max(part.below(bound) for part in self.parts)
-
-    def equal_to(self, bound: float) -> float:
-        """See :meth:`Typical.equal_to`."""
-        return min(1.0, 2 * min(self.above(bound), self.below(bound)))
-
-    def within(self, bound: float) -> float:
-        """See :meth:`Typical.within`."""
-        return max(self.above(-bound), self.below(bound))
-
-    def beyond(self, bound: float) -> float:
-        """See :meth:`Typical.beyond`."""
-        return min(1.0, 2 * min(self.above(bound), self.below(-bound)))
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """See :meth:`Typical.interval`."""
@@ -158,10 +158,10 @@ def typical_slope(differences: Sequence[float], covariate: Sequence[float]) -> S
 
     The first permutes the covariate over blocks. It is exact where blocks spread alike about the line. The second flips
     the signs of what each block contributes to the slope (:func:`slope_parts`). It needs many blocks, and does not ask
-    how they spread. Simulated without a slope, both together find one in 0 to 8% of cases at a level of 5%, where the
-    permutations alone do in up to 18% (24 and 64 blocks; the same spread everywhere, one that grows 10-fold with the
-    covariate, one that is doubled at its upper end, one that is largest in the middle). With 6 to 16 blocks of which
-    one or two are far from the rest and spread most, it is up to 14%: no test can tell that from so few.
+    how they spread. Simulated without a slope (``benchmarks/slope_level.py``), both together find one in 0 to 10% of
+    cases at a level of 5%, where the permutations alone do in up to 19% (24 and 64 blocks; the same spread everywhere,
+    one that grows with the covariate, one that is doubled at its upper end, one that is largest in the middle). With 6
+    to 16 blocks of which one or two are far from the rest and spread most, it is up to 13%: too few to tell.
 
     Args:
         differences, covariate: one a block, in the same order.
