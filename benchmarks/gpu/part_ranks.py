@@ -1,7 +1,8 @@
-"""Ranks on the device: NCCL with one process, and two processes that share the device over gloo."""
+"""Ranks on the device: NCCL with one process, two processes that share it over gloo, one that reads another."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def run(device: torch.device, small: bool, record: Record) -> None:
     ranks.wait()
     dist.destroy_process_group()
     record.most("two processes on this device over gloo, parameters after 3 steps", two_processes(device, alone), 1e-5)
+    if device.type == "cuda":
+        record.true("weights of this process as another one reads them on this GPU, bit by bit", read_elsewhere(device))
 
 
 LAYOUTS = {
@@ -79,6 +82,28 @@ def two_processes(device: torch.device, alone: torch.Tensor) -> float:
     return relative(found[0].double(), alone.double())
 
 
+def read_elsewhere(device: torch.device) -> bool:
+    """Whether another process sees this one's tensors over CUDA IPC, as vLLM does with `vllm.transfer = "ipc"`."""
+    from thence.rollout.vllm.chunks import on_gpu
+
+    whole = torch.randn(64, 96, device=device)
+    held = {"whole": whole, "part": whole[8:, 3:7], "turned": whole.T, "half": whole.bfloat16()}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "chunk.json").write_text(json.dumps(on_gpu(held)), encoding="utf-8")
+        subprocess.run([sys.executable, __file__, device.type, folder, "read"], check=True, timeout=240)
+        found = torch.load(Path(folder) / "found", weights_only=True)
+    return found.keys() == held.keys() and all(torch.equal(found[name], held[name].cpu()) for name in held)
+
+
+def read_chunk(device: torch.device, folder: Path) -> None:
+    from thence.rollout.vllm.transfer import tensors_on_gpu
+
+    chunk = json.loads((folder / "chunk.json").read_text(encoding="utf-8"))
+    device = torch.device(device.type, 0)
+    found = {name: value.cpu() for name, value in tensors_on_gpu(chunk["tensors"], chunk["gpu"], device)}
+    torch.save(found, folder / "found")
+
+
 def one_of_two(device: torch.device, folder: Path) -> None:
     import torch.distributed as dist
 
@@ -88,4 +113,5 @@ def one_of_two(device: torch.device, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    one_of_two(torch.device(sys.argv[1]), Path(sys.argv[2]))
+    act = read_chunk if "read" in sys.argv[3:] else one_of_two
+    act(torch.device(sys.argv[1]), Path(sys.argv[2]))

@@ -270,6 +270,14 @@ def test_ranks_that_share_an_engine_do_not_sample_ahead() -> None:
     assert caught.value.field == "rl.ahead"
 
 
+def test_vllm_does_not_sample_ahead_of_weights_that_come_in_chunks() -> None:
+    """They would be loaded under the responses that it samples meanwhile."""
+    stage = Rl.model_validate({"engine": "vllm", "vllm": {"transfer": "ipc"}, "ahead": 1})
+    with pytest.raises(RecipeError, match="in chunks while it samples ahead") as caught:
+        check_ahead("rl", stage, stage_method(stage, "rl"))
+    assert caught.value.field == "rl.vllm.transfer"
+
+
 def test_weights_are_on_where_responses_are_sampled_ahead_and_the_run_folder_says_so(
     own: Tables, tmp_path: Path, engines: list[Copies]
 ) -> None:

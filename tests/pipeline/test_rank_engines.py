@@ -16,8 +16,9 @@ import torch
 
 from tests import ROOT
 from tests.pipeline.on_ranks import assert_same, case, drive, lines
-from thence.errors import RecipeError
-from thence.pipeline.rollout_engine import own_gpu, place_of, ranks_per_engine
+from thence.errors import RecipeError, UserError
+from thence.pipeline.rollout_places import own_gpu, place_of, ranks_per_engine
+from thence.rollout.vllm.chunks import check_names
 from thence.rollout.vllm.settings import VllmSettings
 from thence.rollout.vllm.weights import keeps_names, tensors_in, write_tensors
 from thence.train.parallel.ranks import Ranks
@@ -26,6 +27,9 @@ FAKE = """
 import os, sys
 from types import SimpleNamespace as Some
 sys.modules["vllm.platforms"] = Some(current_platform=Some(is_cpu=lambda: True))
+transfer = Some(WeightTransferEngine=object, WeightTransferEngineFactory=Some(register_engine=lambda *_: None))
+sys.modules |= {"vllm.distributed": Some(), "vllm.distributed.weight_transfer": transfer}
+sys.modules |= {"vllm.model_executor": Some(), "vllm.model_executor.model_loader": Some(reload=None)}
 import torch
 from transformers import AutoModelForCausalLM
 from thence.rollout.native import Sampling, sample
@@ -47,7 +51,12 @@ class Engine:
             model_config=Some(dtype="torch.float32", max_model_len=self.model.config.max_position_embeddings),
             cache_config=Some(num_gpu_blocks=4, block_size=16), device_config=Some(device_type="cpu"))
 
-    def collective_rpc(self, name, kwargs):
+    def collective_rpc(self, name, kwargs={}):
+        if name in ("start_weight_update", "finish_weight_update"):
+            return
+        if name == "update_weights":
+            from transfer import tensors_in_file
+            kwargs = {"weights_iterator": tensors_in_file(kwargs["update_info"]["path"])}
         own = self.model.state_dict()
         for name, values in kwargs["weights_iterator"]:
             own[name].copy_(values)
@@ -94,6 +103,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one engine for two": ("shards, adapters", {"ranks_per_engine": 2}),
+    "weights in chunks": ("shards, adapters", {"transfer": "ipc"}),
     "dies once": ("copies", {"environment": "dies"}),
 }
 if "THENCE_RANK_ENGINES" not in os.environ:  # all of them take minutes
@@ -126,7 +136,7 @@ def test_ranks_with_engines_sample_and_train_what_one_process_does(name: str, ra
     assert_same(ran / name, ran / f"{CASES[name][0]}-native")
     assert all(line["mismatch_kl"] < 1e-12 for line in lines(ran / name))
     started = (ran / f"{name}-started").read_text().split()
-    assert len(started) == {"one engine for two": 1, "dies once": 3}[name]
+    assert len(started) == {"one engine for two": 1, "weights in chunks": 2, "dies once": 3}[name]
 
 
 def ranks(rank: int, world: int) -> Ranks:
@@ -203,4 +213,7 @@ def test_a_model_whose_files_have_other_names_is_known() -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 16}
     assert keeps_names(LlamaForCausalLM(LlamaConfig(**sizes)))
-    assert not keeps_names(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2))
+    assert not keeps_names(mixture)
+    with pytest.raises(UserError, match=r"MixtralForCausalLM under other names(.|\n)*set transfer = files"):
+        check_names(mixture)

@@ -34,7 +34,7 @@ from thence.methods.base import Method
 from thence.pipeline.context import StageContext
 from thence.pipeline.due import DueBatch, packed, unpacked
 from thence.pipeline.engines_ahead import EngineAhead, WithWeights
-from thence.pipeline.rollout_engine import shared_ahead
+from thence.pipeline.rollout_places import chunks_ahead, shared_ahead
 from thence.pipeline.sampler import RolloutSampler
 from thence.recipe import Rl
 
@@ -263,6 +263,8 @@ def check_ahead(name: str, stage: Rl, method: Method, trusts_code: bool = False)
         )
     if stage.engine == "vllm" and stage.vllm.get("ranks_per_engine", 1) != 1:
         raise shared_ahead(f"{name}.ahead")
+    if stage.engine == "vllm" and stage.vllm.get("transfer", "files") != "files":
+        raise chunks_ahead(f"{name}.vllm.transfer")
     if stage.environment is not None:
         raise RecipeError(
             "rollouts of several turns are not sampled ahead: a checkpoint of due batches does not hold what an "

@@ -28,7 +28,8 @@ from thence.pipeline.prompts import check_answers
 from thence.pipeline.rewards import reward_names, stage_reward
 from thence.pipeline.rl_metrics import SAMPLES_KEPT, BatchMetrics, keep_samples, stale_facts
 from thence.pipeline.rl_update import Update
-from thence.pipeline.rollout_engine import engine_of, ranks_per_engine
+from thence.pipeline.rollout_engine import engine_of
+from thence.pipeline.rollout_places import ranks_per_engine
 from thence.pipeline.room import response_tokens
 from thence.pipeline.sampled_from import sampled_from
 from thence.pipeline.sampler import RolloutSampler

@@ -1,35 +1,35 @@
 """The vLLM engines of an RL stage's ranks: who starts which, and how all of them get the policy's weights.
 
 Weights go one tensor at a time: all ranks gather it, and one rank of each machine writes it into a file that every
-engine of that machine reads. No rank holds the whole model.
+engine of that machine reads, or each rank sends it to its own engine in chunks. No rank holds the whole model.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from thence.errors import RecipeError, UserError
+from thence.errors import UserError
 from thence.objective import BareRow
 from thence.pipeline.context import StageContext
+from thence.pipeline.rollout_places import Place, chunks_ahead, machine, own_gpu, place_of, shared_ahead
 from thence.recipe import Rl
 from thence.rollout.native import Response, Sampling
+from thence.rollout.vllm.chunks import check_names
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.failures import EngineFailed
 from thence.rollout.vllm.link import Door
-from thence.rollout.vllm.settings import VllmSettings, vllm_settings
+from thence.rollout.vllm.settings import vllm_settings
 from thence.rollout.vllm.weights import (
     Probe,
     folder_for,
@@ -48,21 +48,6 @@ from thence.train.trainer import Trainer
 from thence.train.weights import named_weights, whole
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which engine a rank uses.
-
-    Args:
-        settings: of this rank's engine.
-        leader: the rank that starts it; this rank itself, or a neighbour. A server has none.
-        shared: other ranks use it too.
-    """
-
-    settings: VllmSettings
-    leader: int
-    shared: bool
 
 
 @dataclass(frozen=True)
@@ -141,8 +126,13 @@ class RankEngine:
         Raises:
             UserError: on all ranks, as :meth:`VllmEngine.load_weights`.
         """
-        handed = self.prepare(version)
-        together(self.ranks, lambda: self.take(handed))
+        if self.engine.settings.transfer == "files":
+            handed = self.prepare(version)
+            together(self.ranks, lambda: self.take(handed))
+            return
+        begin, probe, policy = time.monotonic(), self._probe(), self.trainer.policy
+        tensors = together(self.ranks, lambda: self.engine.send_weights(named_weights(policy)))
+        together(self.ranks, lambda: self.engine.load_weights(None, tensors, probe, version, begin))
 
     def prepare(self, version: int) -> Handed:
         """Copy the policy's weights as they stand. All ranks come here together; engines may sample meanwhile.
@@ -235,72 +225,6 @@ def handed_over(ranks: Ranks, make: Callable[[int], Path], size: int) -> Iterato
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def machine() -> str:
-    """What tells this machine from others, for its own files and sockets."""
-    boot = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot}"
-
-
-def ranks_per_engine(settings: VllmSettings, world: int, where: str) -> int:
-    """How many neighbouring ranks use one engine.
-
-    Args:
-        where: the table's name, for the error.
-
-    Raises:
-        RecipeError: ranks cannot be dealt evenly to the engines.
-    """
-    servers = len(settings.servers) or (1 if settings.server else 0)
-    size = world // servers if servers else settings.ranks_per_engine
-    if size >= 1 and world % size == 0 and servers in (0, world // size):
-        return size
-    if servers:
-        raise RecipeError(
-            f"{world} ranks cannot be dealt evenly to {servers} servers",
-            remedy=f"name as many servers as divide {world}",
-            field=f"{where}.servers",
-        )
-    raise RecipeError(
-        f"{world} ranks cannot be dealt evenly to engines of {size} ranks",
-        remedy=f"choose a number that divides {world}",
-        field=f"{where}.ranks_per_engine",
-    )
-
-
-def place_of(settings: VllmSettings, ranks: Ranks, hosts: Sequence[str], where: str) -> Place:
-    """Which engine a rank uses.
-
-    Args:
-        hosts: the machine of every rank.
-        where: the table's name, for errors.
-
-    Raises:
-        RecipeError: as :func:`ranks_per_engine`; or ranks that would share an engine are not on one machine.
-    """
-    size = ranks_per_engine(settings, ranks.world, where)
-    leader = ranks.rank // size * size
-    if len(set(hosts[leader : leader + size])) > 1:
-        raise RecipeError(
-            f"ranks {leader} to {leader + size - 1} share an engine, and are not on one machine",
-            remedy="let so many ranks share one as divide the ranks of each machine",
-            field=f"{where}.{'servers' if settings.servers or settings.server else 'ranks_per_engine'}",
-        )
-    server = settings.servers[ranks.rank // size] if settings.servers else settings.server
-    own = settings.model_copy(update={"server": server, "servers": (), "ranks_per_engine": 1})
-    return Place(own, leader, size > 1)
-
-
-def shared_ahead(field: str) -> RecipeError:
-    """What an engine of several ranks cannot do: a rank would load weights while another one samples."""
-    return RecipeError(
-        "ranks that share an engine cannot sample ahead: one would load weights while another one samples",
-        remedy="set ahead = 0, or give every rank an engine of its own",
-        field=field,
-    )
-
-
 @contextmanager
 def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[RankEngine | None]:
     """The engine that samples for this rank, running; None: this process samples with its own weights.
@@ -308,9 +232,9 @@ def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[Ra
     All ranks enter together.
 
     Raises:
-        RecipeError: settings that vLLM does not have, or that do not fit the ranks; a shared engine that is to sample
-            ahead.
-        UserError: vLLM does not start.
+        RecipeError: settings that vLLM does not have, or that do not fit the ranks; a shared engine, or weights
+            in chunks, that are to sample ahead.
+        UserError: vLLM does not start; weights in chunks of an architecture whose files have other names.
     """
     if stage.engine == "native":
         yield None
@@ -319,6 +243,11 @@ def engine_of(context: StageContext, stage: Rl, trainer: Trainer) -> Iterator[Ra
     place = place_of(vllm_settings(stage.vllm, where), ranks, ranks.gather(machine()), where)
     if stage.ahead and place.shared:
         raise shared_ahead(f"{context.name}.ahead")
+    if place.settings.transfer == "ipc":
+        if stage.ahead:
+            raise chunks_ahead(f"{where}.transfer")
+        policy = trainer.policy
+        check_names(policy.skeleton if policy.skeleton is not None else policy.model)
     with handed_over(ranks, _new_folder, 0) as (folder, own):
         together(ranks, lambda: _write_model(trainer, context, folder if own else None))
         with opened(place, None if place.settings.server else folder, ranks, trainer, stage.ahead) as engine:
@@ -355,16 +284,6 @@ def opened(place: Place, model: Path | None, ranks: Ranks, trainer: Trainer, kee
         yield held
     finally:
         held.close()
-
-
-def own_gpu(device: torch.device, settings: VllmSettings) -> dict[str, str]:
-    """The variable that gives an engine the GPU of its rank, unless the user says which; never tried on a GPU."""
-    name = "CUDA_VISIBLE_DEVICES"
-    if device.type != "cuda" or name in settings.environment:
-        return {}
-    seen = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
-    index = device.index or 0
-    return {name: seen[index] if index < len(seen) else str(index)}
 
 
 def _nothing() -> None:

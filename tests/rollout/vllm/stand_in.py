@@ -26,6 +26,24 @@ sys.modules["vllm.platforms"] = Some(current_platform=Some(is_cpu=lambda: True))
 __version__ = "0.0"
 MODE = os.environ.get("FAKE_MODE", "")
 
+# What vLLM has for weights that come in chunks: it keeps them until all of a layer have come, here until the end.
+ENGINES = {}
+
+class TransferEngine:
+    def __init__(self, config, vllm_config, device, model):
+        self.device, self.model, self.model_config = device, model, vllm_config.model_config
+    def parse_update_info(self, values):
+        return self.update_info_cls(**values)
+
+if MODE != "no chunks":
+    sys.modules["vllm.distributed"] = Some()
+    sys.modules["vllm.distributed.weight_transfer"] = Some(
+        WeightTransferEngine=TransferEngine, WeightTransferEngineFactory=Some(register_engine=ENGINES.__setitem__))
+    sys.modules["vllm.model_executor"] = Some()
+    sys.modules["vllm.model_executor.model_loader"] = Some(reload=Some(
+        initialize_layerwise_reload=lambda model: model.begin(),
+        finalize_layerwise_reload=lambda model, config: model.end()))
+
 def SamplingParams(**values):
     return Some(**values)
 
@@ -42,6 +60,14 @@ class Head:
         self.packed = list(layer.weight)
     def modules(self):
         return [self, object()]
+    def begin(self):
+        self.coming = {}
+    def load_weights(self, weights):
+        for name, values in weights:
+            self.coming[name] = values
+    def end(self):
+        if MODE != "stale":
+            self.weight[:] = self.coming.pop("head")
     def logps(self, temperature):
         scaled = [value / (temperature or 1.0) for value in self.packed]
         total = math.log(sum(map(math.exp, scaled)))
@@ -54,13 +80,16 @@ def read_head(folder):
 class Engine:
     def __init__(self, options):
         self.head, self.active, self.cache = Head(read_head(options["model"])), {}, True
+        made = options.get("weight_transfer_config", {}).get("backend")
+        self.transfer = ENGINES[made](None, Some(model_config=None), Some(type="cpu"), self.head) if made else None
         self.runner = Some(sampler=Some(topk_topp_sampler=Some(forward=None)), get_model=lambda: self.head)
         self.model_executor = Some(driver_worker=Some(model_runner=self.runner))
         self.vllm_config = Some(
             model_config=Some(dtype="torch." + options["dtype"], max_model_len=options.get("max_model_len", 64)),
             cache_config=Some(num_gpu_blocks=4, block_size=16), device_config=Some(device_type="cpu"))
-    def collective_rpc(self, name, kwargs):
-        assert name == "reload_weights"
+    def collective_rpc(self, name, kwargs={}):
+        if name != "reload_weights":
+            return getattr(self.transfer, name)(**kwargs)
         for name, values in kwargs["weights_iterator"]:
             if MODE != "stale":
                 self.head.weight[:] = values

@@ -14,6 +14,7 @@ import torch
 from thence.errors import UserError
 from thence.objective.kl import kl_estimate
 from thence.rollout.native import Sampling, sample
+from thence.rollout.vllm import chunks
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import PYTHON_VARIABLE, VllmSettings
 
@@ -126,6 +127,29 @@ def test_vllm_samples_with_the_weights_that_were_pushed(real: tuple[VllmEngine, 
         engine.push_weights(model, 2)
         assert engine.last_push is not None and engine.last_push.probe_difference < 1e-3
         check_log_probabilities(engine, model, Sampling(16))
+    finally:
+        model.load_state_dict(before)
+
+
+@pytest.mark.vllm
+def test_vllm_samples_with_weights_that_came_in_chunks(
+    real: tuple[VllmEngine, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks end within layers, even between matrices that vLLM joins; the output layer is tied to the embedding."""
+    _, model = real
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20_000)
+    model.save_pretrained(tmp_path)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    settings = VllmSettings(kv_cache_gb=0.25, max_rows=32, threads=1, transfer="ipc")
+    try:
+        with VllmEngine(settings, tmp_path) as engine:
+            for version in (1, 2):
+                with torch.no_grad():
+                    for weight in model.parameters():
+                        weight.mul_(1.1)
+                engine.push_weights(model, version)
+                assert engine.last_push is not None and engine.last_push.probe_difference < 1e-3
+                check_log_probabilities(engine, model, Sampling(16))
     finally:
         model.load_state_dict(before)
 

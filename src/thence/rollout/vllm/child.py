@@ -10,6 +10,7 @@ Messages are framed as in thence/framed.py. The client's first is {"op": "hello"
 
     load      path, version, digest, tensors,   -> loaded, stamp, seconds, probe_logps
               probe
+    take      first, chunk                      -> taken, so many so far; after the last chunk load, path ""
     generate  id, prompts, rows, sampling       -> done, stamp, token_ids, logps, finish for every row as it ends;
                                                    alive (steps of rows so far) now and then; at last end
     cancel    id                                   (while it generates) -> end
@@ -37,6 +38,7 @@ from typing import Any
 
 from client import Client, Inbox, framed, tell_failure  # pyright: ignore[reportMissingImports]
 from service import Service  # pyright: ignore[reportMissingImports]
+from transfer import register, tensors_in_file  # pyright: ignore[reportMissingImports]
 from wire import PROTOCOL, TOKEN_VARIABLE, weight_files, weights_digest  # pyright: ignore[reportMissingImports]
 
 LARGEST_GREETING = 1 << 12  # from a client who has not yet shown the token
@@ -78,6 +80,8 @@ class VllmModel:
         if current_platform.is_cpu():
             # A prompt read in pieces takes back a number of its generator, which those on a CPU cannot (vLLM 0.32).
             sizes["enable_chunked_prefill"] = False
+        if options.transfer == "ipc":
+            sizes["weight_transfer_config"] = register()
         self._llm = vllm.LLM(
             model=options.model,
             dtype=options.dtype,
@@ -95,6 +99,7 @@ class VllmModel:
         self._engine = self._llm.llm_engine
         _report_whole_softmax(self._runner().sampler, torch)
         self.stamp = [0, digest]
+        self._taken = 0
 
     def _runner(self) -> Any:
         return self._engine.model_executor.driver_worker.model_runner
@@ -115,6 +120,7 @@ class VllmModel:
             "max_rows": self.options.max_rows,
             "kv_cache_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             "prefix_caching": not self.options.no_prefix_caching,
+            "transfer": self.options.transfer,
             "device": config.device_config.device_type,
             "threads": self._torch.get_num_threads(),
             "vllm": self._vllm.__version__,
@@ -136,16 +142,31 @@ class VllmModel:
         wanted = [request["version"], request["digest"]]
         if self.stamp != wanted:
             self.stamp = [-1, "weights half loaded"]  # until all is done: an error leaves it so
-            arrived = sum(1 for _ in _names(request["path"]))
+            path = request["path"]
+            arrived = sum(map(_count, weight_files(path))) if path else self._taken
             if arrived != request["tensors"]:
                 raise ValueError(f"{arrived} tensors arrived, sent were {request['tensors']}")
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _tensors(request["path"])})
+            if path:
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _tensors(path)})
+            else:
+                self._engine.collective_rpc("finish_weight_update")
             _pack_tied_weights(self._runner().get_model())
             if not self._engine.reset_prefix_cache():
                 raise RuntimeError("vLLM did not forget the keys and values of the old weights")
         logps = self._read(request["probe"])
         self.stamp = wanted
         return {"loaded": True, "stamp": self.stamp, "seconds": time.monotonic() - start, "probe_logps": logps}
+
+    def take(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Load a chunk of other weights into the running model."""
+        if request["first"]:
+            self._engine.collective_rpc("start_weight_update")
+            self._taken = 0
+        self.stamp = [-1, "weights half loaded"]
+        chunk = request["chunk"]
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": chunk})
+        self._taken += len(chunk["tensors"]) if "tensors" in chunk else _count(chunk["path"])
+        return {"taken": self._taken}
 
     def _read(self, token_ids: list[int]) -> list[float]:
         """Log-probabilities of all tokens but the first."""
@@ -179,21 +200,16 @@ class VllmModel:
         self._engine.add_request(name, {"prompt_token_ids": request["prompts"][prompt]}, params)
 
 
-def _names(folder: str) -> Iterator[str]:
+def _count(file: str | Path) -> int:
     from safetensors import safe_open
 
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            yield from opened.keys()
+    with safe_open(file, framework="pt") as opened:
+        return len(list(opened.keys()))
 
 
 def _tensors(folder: str) -> Iterator[tuple[str, Any]]:
-    from safetensors import safe_open
-
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, opened.get_tensor(name)
+        yield from tensors_in_file(file)
 
 
 def _pack_tied_weights(model: Any) -> None:
@@ -338,6 +354,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="0: what OMP_NUM_THREADS says, else all cores")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--transfer", default="files", choices=("files", "ipc"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", action="append", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args()
     return serve_parent(options) if options.fd is not None else serve_port(options)

@@ -12,13 +12,17 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from thence.errors import UserError
+from thence.foreign_text import one_line
 from thence.rollout.native import Response, Sampling
+from thence.rollout.vllm.chunks import check_names, send_tensors
 from thence.rollout.vllm.link import SEND_SECONDS, Door, Link, connect, enter, greet, start
 from thence.rollout.vllm.replies import checked_probe, checked_response
 from thence.rollout.vllm.request import check_room, generate_request
@@ -188,6 +192,11 @@ class VllmEngine:
         _check_version(version)
         begin = time.monotonic()
         ids = probe_ids(model.config.get_text_config().vocab_size)
+        if self.settings.transfer == "ipc":
+            check_names(model)
+            tensors = self.send_weights(model.named_parameters())
+            self.load_weights(None, tensors, Probe(ids, probe_logps(model, ids)), version, begin)
+            return
         folder = folder_for(sum(p.numel() * p.element_size() for p in model.parameters()), self._scratch)
         try:
             write_weights(model, folder)
@@ -195,19 +204,47 @@ class VllmEngine:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def load_weights(self, folder: Path, tensors: int, probe: Probe, version: int, begin: float | None = None) -> None:
+    def send_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Give vLLM tensors in chunks, which it loads as they come; :meth:`load_weights` without a folder follows.
+
+        Args:
+            tensors: under the names that a Hugging Face folder has. All of them are iterated, whatever fails.
+
+        Returns:
+            How many there are.
+
+        Raises:
+            UserError: no room for a chunk; vLLM refused one or ended; it is on another GPU than the tensors.
+        """
+        sent = 0
+
+        def give(chunk: dict[str, Any], count: int) -> None:
+            nonlocal sent
+            self._link.ask({"op": "take", "first": sent == 0, "chunk": chunk}, SEND_SECONDS)
+            reply = self._link.answer(self.settings.silence_seconds, "taking weights")
+            sent += count
+            if reply.get("taken") != sent:
+                raise self._link.failed(f"vLLM has taken {one_line(str(reply.get('taken')), 20)} of {sent} tensors")
+
+        return send_tensors(
+            tensors, give, lambda size: folder_for(size, self._scratch), self._about.get("device", "cpu")
+        )
+
+    def load_weights(
+        self, folder: Path | None, tensors: int, probe: Probe, version: int, begin: float | None = None
+    ) -> None:
         """As :meth:`push_weights`, with weights that lie in a folder already.
 
         Args:
-            folder: safetensors files, under the names that a Hugging Face folder has.
-            tensors: how many there are in it.
+            folder: safetensors files, under the names that a Hugging Face folder has. None: they were sent.
+            tensors: how many there are.
             probe: what the trainer says with these weights.
             begin: when handing them over began, by `time.monotonic`; default: now.
         """
         _check_version(version)
         begin = time.monotonic() if begin is None else begin
         stamp = [version, probe.digest(version, tensors)]
-        request = {"op": "load", "path": str(folder), "version": version, "digest": stamp[1], "tensors": tensors}
+        request = {"op": "load", "path": str(folder or ""), "version": version, "digest": stamp[1], "tensors": tensors}
         self._link.ask({**request, "probe": probe.token_ids}, SEND_SECONDS)
         reply = self._link.answer(self.settings.silence_seconds, "taking weights")
         try:

@@ -27,6 +27,8 @@ class Model(Protocol):
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]: ...
 
+    def take(self, request: dict[str, Any]) -> dict[str, Any]: ...
+
     def add(self, name: str, request: dict[str, Any], row: list[int]) -> None: ...
 
     def step(self) -> list[Any]: ...
@@ -102,10 +104,10 @@ class Service:
     def _answer(self, client: Client, message: dict[str, Any]) -> None:
         if message["op"] == "hello":
             client.tell({"ready": self.model.facts()})
-        elif message["op"] == "load":
+        elif message["op"] in ("load", "take"):
             if self.asked:
                 raise RuntimeError("weights came while responses were sampled with others")
-            client.tell(self.model.load(message))
+            client.tell(self.model.load(message) if message["op"] == "load" else self.model.take(message))
         elif message["op"] == "generate":
             self.asked.append(Asked(client, message, deque(enumerate(message["rows"]))))
         else:

@@ -47,6 +47,8 @@ class VllmSettings(Section):
     """Memory for keys and values; 0 leaves it to vLLM, which takes most of what there is."""
     threads: Processes | None = None
     """Threads of vLLM on a CPU; default: what OMP_NUM_THREADS says, else all cores."""
+    transfer: Literal["files", "ipc"] = "files"
+    """How weights get to vLLM: in files that all engines of a machine read, or in chunks through memory both see."""
     compile: bool = False
     """Let vLLM compile the model: a slower start, faster sampling."""
     prefix_caching: bool = True
@@ -67,6 +69,10 @@ class VllmSettings(Section):
                 address_of(server)
         if self.server and self.servers:
             raise ValueError("server and servers are both given: give one of them")
+        if self.transfer == "ipc" and (self.server or self.servers or self.ranks_per_engine > 1):
+            raise ValueError(
+                "transfer = ipc needs an engine for each rank that thence starts: no servers, ranks_per_engine = 1"
+            )
         if self.ranks_per_engine > 1 and (self.server or self.servers):
             raise ValueError("ranks_per_engine is for engines that thence starts: leave it out beside a server")
         if not all(self.servers) or len(set(self.servers)) < len(self.servers):
@@ -106,6 +112,7 @@ class VllmSettings(Section):
         """Command-line arguments of `child.py` for these settings."""
         flags = ["--compile"] if self.compile else []
         flags += [] if self.prefix_caching else ["--no-prefix-caching"]
+        flags += [] if self.transfer == "files" else ["--transfer", self.transfer]
         return [
             *("--model", str(model), "--dtype", self.dtype, "--max-rows", str(self.max_rows)),
             *("--max-model-len", str(self.max_model_len or 0), "--kv-cache-gb", str(self.kv_cache_gb)),

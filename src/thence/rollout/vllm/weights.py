@@ -91,7 +91,7 @@ def write_weights(model: Any, folder: Path) -> None:
         with _no_progress_bar():
             model.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise _no_room(error, folder) from error
+        raise no_room(error, folder) from error
 
 
 def keeps_names(model: Any) -> bool:
@@ -159,7 +159,7 @@ class _Files:
             index = {"metadata": {}, "weight_map": self.places}
             self._try(lambda folder: (folder / INDEX).write_text(to_json(index)))
         if self.failed is not None:
-            raise _no_room(self.failed, self.folder) from self.failed
+            raise no_room(self.failed, self.folder) from self.failed
 
     def _write(self) -> None:
         name, held = f"model-{self.number:05d}.safetensors", self.held
@@ -175,7 +175,8 @@ class _Files:
             self.failed = error
 
 
-def _no_room(error: Exception, folder: Path | None) -> UserError:
+def no_room(error: Exception, folder: Path | None) -> UserError:
+    """The error to raise where weights cannot be written for vLLM."""
     return UserError(
         f"the weights cannot be handed over to vLLM: {error}",
         remedy="make room there, or set TMPDIR to a folder with room",
