@@ -11,12 +11,21 @@ from thence.recipe import Rl
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """Mean number of turns in a rollout, and mean tokens of all its observations together, which are equally long."""
+
+    number: float = 1.0
+    observed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
-    """Mean lengths in tokens: of prompts, of responses, and of demonstrations."""
+    """Mean lengths in tokens: of prompts, of responses over all turns, and of demonstrations."""
 
     prompt: float
     response: float
     shown: float
+    turns: Turns = Turns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +58,43 @@ def stage_figures(
     """The figures of a stage whose rollout batches all have this outcome."""
     sampled, own, others = (rl.steps * part for part in (outcome.sampled, outcome.trained, outcome.demonstrations))
     prompt, response, shown = lengths.prompt, lengths.response, lengths.shown
+    row = prompt + response + lengths.turns.observed
     trained, generated = own * response + others * shown, sampled * response
     if counts is None:
         return Figures(trained, generated, sampled)
-    tokens = trained + (own + others) * prompt
-    pairs = own * causal_pairs(prompt + response) + others * causal_pairs(prompt + shown)
+    tokens = own * row + others * (prompt + shown)
+    pairs = own * causal_pairs(row) + others * causal_pairs(prompt + shown)
     rule = rule_flops(counts.total, trained, generated)
     scoring = scored.passes * forward_flops(counts, tokens, pairs, trained)
     if scored.taught:
-        read = prompt + 2 * response
+        read = row + response
         rule += rule_flops(counts.total, 0, scored=generated)
         scoring += forward_flops(counts, sampled * read, sampled * causal_pairs(read), generated)
     executed = Executed(
         training_flops(counts, tokens, pairs, trained, rl.activation_checkpointing, adapters),
         scoring,
-        group_flops(counts, prompt, response, sampled, rl.rollouts),
+        group_flops(counts, lengths, sampled, rl.rollouts),
     )
     return Figures(trained, generated, sampled, rule, executed)
 
 
-def group_flops(counts: Counts, prompt: float, response: float, responses: float, group: int) -> float:
-    """Responses to prompts of which each has ``group`` of them; a prompt is read once for all of its own."""
+def group_flops(counts: Counts, lengths: Lengths, responses: float, group: int) -> float:
+    """Responses to prompts of which each has ``group`` of them; a prompt is read once for all of its own.
+
+    Every turn after the first reads its own row from the start. A broken number of turns is between its neighbours.
+    """
+    prompt, turns = lengths.prompt, lengths.turns
+    low, part = int(turns.number), turns.number % 1
+    each = (1 - part) * _rollout_flops(counts, lengths, low)
+    if part:
+        each += part * _rollout_flops(counts, lengths, low + 1)
     repeated = responses * (1 - 1 / group)
-    return responses * sampling_flops(counts, prompt, response) - repeated * forward_flops(
-        counts, prompt, causal_pairs(prompt), 1
-    )
+    return responses * each - repeated * forward_flops(counts, prompt, causal_pairs(prompt), 1)
+
+
+def _rollout_flops(counts: Counts, lengths: Lengths, turns: int) -> float:
+    said, observed = lengths.response / turns, lengths.turns.observed / max(1, turns - 1)
+    return sum(sampling_flops(counts, lengths.prompt + i * (said + observed), said) for i in range(turns))
 
 
 def said(outcomes: tuple[Outcome, Outcome], part: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from thence.accounting.batches import Figures, Lengths, Scored, group_flops, said, stage_figures
 from thence.accounting.flops import causal_pairs, forward_flops, rule_flops, training_flops
 from thence.accounting.known import Known, compute_bytes_of, held_by, take_model, take_published_sizes, usable_examples
+from thence.accounting.lengths import capped, longest_row, mean_response, mean_turns
 from thence.accounting.memory import (
     NO_REFERENCE,
     Held,
@@ -166,7 +167,7 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: Known) -> StagePlan:
         what = "the number of examples" if rows is None else "the mean response length"
         known.assume(f"{name}: tokens and FLOPs are not known without {what}")
         return StagePlan(name, kind_of(name), steps, generated_tokens=0, memory=memory, micro_batch_tokens=tokens)
-    prompt, response = known.prompt or 0.0, _capped(known.response, data.max_response_tokens)
+    prompt, response = known.prompt or 0.0, capped(known.response, data.max_response_tokens)
     length = prompt + response
     loss_tokens = rows * (length if sft.train_on == "all" else response)
     rule = executed = None
@@ -186,14 +187,13 @@ def _plan_sft(name: str, sft: Sft, data: Data, known: Known) -> StagePlan:
 
 def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
     minis = rl.prompts // (rl.mini_batch or rl.prompts)
-    longest = _longest_prompt(data, known)
-    tokens = _pass_tokens(name, rl, longest + _longest_response(rl, longest, known), known)
+    tokens = _pass_tokens(name, rl, longest_row(rl, data, known), known)
     memory = _training_memory(name, rl, known, tokens, _sampling_lines(name, rl, data, known))
     parallel = None if rl.engine == "vllm" else _rollout_rows(name, rl, known)
     work = _work(name, rl, known)
-    response = _rollout_length(name, rl, known)
-    shown = response if known.response is None else _capped(known.response, data.max_response_tokens)
-    lengths = Lengths(known.prompt or 0.0, response, shown)
+    response = mean_response(name, rl, known)
+    shown = response if known.response is None else capped(known.response, data.max_response_tokens)
+    lengths = Lengths(known.prompt or 0.0, response, shown, mean_turns(name, rl, known))
     own = known.passes.get(name)
     if own is None:
         known.assume(f"{name}: the exact count holds one scoring pass over the rows that are trained")
@@ -202,7 +202,7 @@ def _plan_rl(name: str, rl: Rl, data: Data, known: Known) -> StagePlan:
     if scored.taught:
         known.assume(f"{name}: a teacher scores every response, after a solution of the same length")
     rows = (rl.mini_batch or rl.prompts) * rl.rollouts
-    sent = _sent(rl, rows * (lengths.prompt + response), tokens, passes, known)
+    sent = _sent(rl, rows * (lengths.prompt + response + lengths.turns.observed), tokens, passes, known)
     if known.counts and rl.engine != "vllm":
         sent += sampling_traffic(known.counts, known.held)
     low, high = sorted(
@@ -237,8 +237,7 @@ def _work(name: str, rl: Rl, known: Known) -> Work:
 
 
 def _plan_eval(name: str, settings: Eval, data: Data, known: Known) -> StagePlan:
-    longest = _longest_prompt(data, known)
-    length = longest + _longest_response(settings, longest, known)
+    length = longest_row(settings, data, known)
     memory, problems = None, 0
     for overrides in settings.splits.values() or ({},):
         limit = overrides.get("limit", data.limit)
@@ -250,13 +249,13 @@ def _plan_eval(name: str, settings: Eval, data: Data, known: Known) -> StagePlan
     responses = problems * settings.samples * len(settings.temperatures)
     rows = min(settings.rollout_rows, math.ceil(problems * settings.samples / known.ranks))
     memory = _sampling_memory(rows, length, known)
-    prompt, response = known.prompt or 0.0, _rollout_length(name, settings, known)
+    prompt, response = known.prompt or 0.0, mean_response(name, settings, known)
+    lengths = Lengths(prompt, response, response, mean_turns(name, settings, known))
     generated = responses * response
     rule = executed = None
     if known.counts:
         rule = rule_flops(known.counts.total, 0, generated)
-        executed = Executed(sampling=group_flops(known.counts, prompt, response, responses, settings.samples))
-    lengths = Lengths(prompt, response, response)
+        executed = Executed(sampling=group_flops(known.counts, lengths, responses, settings.samples))
     drawn = _rollouts(settings, responses, len(settings.temperatures), lengths, known)
     return StagePlan(name, "eval", 0, 0, generated, rule, executed, memory, rows, rollouts=drawn)
 
@@ -284,7 +283,7 @@ def _rollouts(stage: Rl | Eval, responses: float, batches: int, lengths: Lengths
         responses=responses,
         batches=batches,
         rows=rows,
-        prompt=lengths.prompt,
+        prompt=lengths.prompt + lengths.turns.observed / 2,
         response=lengths.response,
         longest=stage.max_tokens,
         weights=(counts.matmul + counts.vocab * counts.hidden) * size,
@@ -301,17 +300,6 @@ def _pass_tokens(name: str, stage: Sft | Rl, longest: int | None, known: Known) 
         known.assume(f"{name}: no row is longer than micro_batch_tokens; a longer one stands alone, and needs more")
         return stage.micro_batch_tokens
     return max(stage.micro_batch_tokens, math.ceil(longest / known.held.context))
-
-
-def _longest_prompt(data: Data, known: Known) -> int:
-    return data.max_prompt_tokens or known.longest_prompt or math.ceil(known.prompt or 0)
-
-
-def _longest_response(stage: Rl | Eval, prompt: int, known: Known) -> int:
-    """``max_tokens``, or what the model's context leaves of it where the recipe does not set it."""
-    if known.room is None or "max_tokens" in stage.model_fields_set:
-        return stage.max_tokens
-    return max(1, min(stage.max_tokens, known.room - prompt))
 
 
 def _training_memory(
@@ -366,8 +354,7 @@ def _sampling_lines(name: str, rl: Rl, data: Data, known: Known) -> tuple[Line, 
         if not cache:
             known.assume(f"{name}: with kv_cache_gb = 0 vLLM takes most of the device: whether it fits is not known")
         return (*teacher, *vllm_memory(known.counts, size, cache))
-    longest = _longest_prompt(data, known)
-    length = longest + _longest_response(rl, longest, known)
+    length = longest_row(rl, data, known)
     sampler = rollout_memory(known.counts, _rollout_rows(name, rl, known), length, known.held.width)
     if rl.ahead:
         sampler = ahead_memory(known.counts, rl.ahead, sampler)
@@ -379,21 +366,3 @@ def _rollout_rows(name: str, rl: Rl, known: Known) -> int:
     prompts = rl.prompts if work is None or work.at_once is None else work.at_once
     prompts = prompts if rl.partial is None else rl.partial.in_flight
     return min(rl.rollout_rows, math.ceil(prompts * rl.rollouts / known.ranks))
-
-
-def _rollout_length(name: str, stage: Rl | Eval, known: Known) -> float:
-    if stage.expected_tokens is not None:
-        length = _capped(stage.expected_tokens, stage.max_tokens)
-        known.assume(f"{name}: responses of {length:,.0f} tokens on average, by expected_tokens")
-        return length
-    longest = _longest_response(stage, math.ceil(known.prompt or 0), known)
-    if known.response is None:
-        known.assume(f"{name}: every response is counted as long as max_tokens, {longest:,}: an upper bound")
-        return float(longest)
-    length = _capped(known.response, longest)
-    known.assume(f"{name}: responses of {length:,.0f} tokens on average, as the demonstrations")
-    return length
-
-
-def _capped(length: float, limit: int | None) -> float:
-    return length if limit is None else min(length, float(limit))

@@ -85,7 +85,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rl.environment": {
         "path": CONTENT,
         **_all(FIXED, "max_turns max_observation_tokens role score on_error"),
-        **_all(FREE, "seconds processes"),
+        **_all(FREE, "seconds processes expected_turns expected_observation_tokens"),
     },
     "eval": {
         **_all(REPEAT, "data splits temperatures samples top_p max_tokens reward reward_seconds reward_right_from"),
@@ -94,7 +94,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     },
     "eval.environment": {
         **_all(REPEAT, "path max_turns max_observation_tokens role score on_error"),
-        **_all(FREE, "seconds processes"),
+        **_all(FREE, "seconds processes expected_turns expected_observation_tokens"),
     },
 }
 """By table and field. ``data`` of a stage is judged field by field, with [data] laid under it."""

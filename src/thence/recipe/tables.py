@@ -152,6 +152,10 @@ class Environment(Section):
     """What an environment that fails does. stop: end the run with its error. unknown: its rollout has no score."""
     processes: Processes = 1
     """Processes of environments on every rank. Rollouts are dealt to them in turn."""
+    expected_turns: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    """Mean turns of a rollout, for plans only."""
+    expected_observation_tokens: Tokens | None = None
+    """Mean tokens of all observations of a rollout, for plans only."""
 
 
 class PartialRollouts(Section):
