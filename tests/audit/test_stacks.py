@@ -47,12 +47,13 @@ def assert_clean(report: Report, *, ranks: bool = True) -> None:
 @pytest.mark.parametrize(
     ("name", "packages"),
     [
-        ("transformers", {"transformers", "accelerate", "torch"}),
         ("trl-sft", {"trl", "transformers", "accelerate", "datasets", "torch"}),
         ("trl-grpo", {"trl", "transformers", "accelerate", "datasets", "torch"}),
         ("deepspeed", {"deepspeed", "transformers", "torch"}),
+        ("transformers", {"transformers", "accelerate", "torch"}),
     ],
 )
+@pytest.mark.matrix(3)  # TRL's trainer of SFT is that of transformers
 def test_the_newest_stack_trains_what_it_says(name: str, packages: set[str], stacks_python: str) -> None:
     report = audit_stack(name, python=stacks_python, quick=True)
     assert_clean(report)
@@ -62,7 +63,9 @@ def test_the_newest_stack_trains_what_it_says(name: str, packages: set[str], sta
     assert 0 < report.import_seconds < report.seconds
 
 
+@pytest.mark.everything
 def test_thence_trains_what_it_says() -> None:
+    """`make test` audits thence by its command: tests/audit/test_ways.py."""
     report = audit_stack("thence", quick=True)
     assert_clean(report)
     assert set(report.versions) == {"python", "thence", "transformers", "torch"}

@@ -28,7 +28,7 @@ def recipe(base: dict[str, Any], beside: bool, parallel: str = "auto", lora: dic
     return {**base, "stages": ["sft"], "sft": sft, "parallel": parallel, "model": model}
 
 
-QUICK = ("fsdp2", "adapters")
+QUICK = ("fsdp2",)
 OTHERS = [pytest.mark.slow, pytest.mark.everything]
 NAMES = [pytest.param(name, marks=[] if name in QUICK else OTHERS) for name in LAYOUTS]
 

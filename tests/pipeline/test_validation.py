@@ -173,7 +173,8 @@ run(json.loads(open(sys.argv[1]).read()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize("at", [6, 4])
+@pytest.mark.matrix(1)
 def test_a_run_killed_by_sigkill_ends_with_the_same_bits_and_the_same_best_model(
     at: int, recipe: Tables, tmp_path: Path
 ) -> None:

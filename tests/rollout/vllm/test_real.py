@@ -132,29 +132,6 @@ def test_vllm_samples_with_the_weights_that_were_pushed(real: tuple[VllmEngine, 
 
 
 @pytest.mark.vllm
-def test_vllm_samples_with_weights_that_came_in_chunks(
-    real: tuple[VllmEngine, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks end within layers, even between matrices that vLLM joins; the output layer is tied to the embedding."""
-    _, model = real
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20_000)
-    model.save_pretrained(tmp_path)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    settings = VllmSettings(kv_cache_gb=0.25, max_rows=32, threads=1, transfer="ipc")
-    try:
-        with VllmEngine(settings, tmp_path) as engine:
-            for version in (1, 2):
-                with torch.no_grad():
-                    for weight in model.parameters():
-                        weight.mul_(1.1)
-                engine.push_weights(model, version)
-                assert engine.last_push is not None and engine.last_push.probe_difference < 1e-3
-                check_log_probabilities(engine, model, Sampling(16))
-    finally:
-        model.load_state_dict(before)
-
-
-@pytest.mark.vllm
 def test_vllm_without_room_for_its_cache_is_an_error_with_a_remedy(
     real: tuple[VllmEngine, Any], tmp_path: Path
 ) -> None:
@@ -164,14 +141,40 @@ def test_vllm_without_room_for_its_cache_is_an_error_with_a_remedy(
         VllmEngine(VllmSettings(kv_cache_gb=0.00001, threads=1), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def chunked(real: tuple[VllmEngine, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    """The same model in a vLLM that takes weights in chunks. The last test of this file kills it."""
+    folder = tmp_path_factory.mktemp("chunked")
+    real[1].save_pretrained(folder)
+    with VllmEngine(VllmSettings(kv_cache_gb=0.25, threads=1, transfer="ipc"), folder) as engine:
+        yield engine
+
+
 @pytest.mark.vllm
-def test_vllm_killed_in_the_middle_is_an_error_with_a_remedy(real: tuple[VllmEngine, Any], tmp_path: Path) -> None:
+def test_vllm_samples_with_weights_that_came_in_chunks(
+    real: tuple[VllmEngine, Any], chunked: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks end within layers, even between matrices that vLLM joins; the output layer is tied to the embedding."""
     _, model = real
-    model.save_pretrained(tmp_path)
-    engine = VllmEngine(VllmSettings(kv_cache_gb=0.25, threads=1), tmp_path)
-    stream = engine.stream([[5]] * 4, range(4), Sampling(200), limits=[2, 200, 200, 200])
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20_000)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    try:
+        for version in (1, 2):
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1.1)
+            chunked.push_weights(model, version)
+            assert chunked.last_push is not None and chunked.last_push.probe_difference < 1e-3
+            check_log_probabilities(chunked, model, Sampling(16))
+    finally:
+        model.load_state_dict(before)
+
+
+@pytest.mark.vllm
+def test_vllm_killed_in_the_middle_is_an_error_with_a_remedy(chunked: VllmEngine) -> None:
+    stream = chunked.stream([[5]] * 4, range(4), Sampling(200), limits=[2, 200, 200, 200])
     next(stream)
-    assert engine._link.pid is not None
-    os.kill(engine._link.pid, signal.SIGKILL)
+    assert chunked._link.pid is not None
+    os.kill(chunked._link.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"SIGKILL(.|\n)*run the same command again"):
         list(stream)
