@@ -22,6 +22,7 @@ from thence.compare.engine import compare
 from thence.compare.plan import Planner
 from thence.compare.recipe import load_comparison, shipped_comparisons
 from thence.compare.result import RESULTS, Comparison, Run, Spent, read_results, results_json
+from thence.compare.same_files import check_same_files
 from thence.compare.statistics import statistics
 from thence.errors import UserError
 from thence.toml import to_toml
@@ -170,6 +171,23 @@ def test_only_and_seeds_leave_out_what_is_not_asked_for(tmp_path: Path) -> None:
     runs = list(Planner(recipe, tmp_path, only=["broken"], seeds=[1]).runs())
     assert {run.arm for run in runs} == {"", "sft", "broken"}  # broken is tuned like sft
     assert {run.seed for run in runs} == {100, 1}
+
+
+def test_runs_are_not_added_on_files_that_have_changed_since(done) -> None:
+    """Old runs and new ones would be set side by side as if they had read the same."""
+    folder, _, _ = done
+    more, same = (load_comparison(tables(folder, seeds=seeds)) for seeds in ([0, 1, 2], [0, 1]))
+    reward, watcher = folder / "own.py", Quiet()
+    text = reward.read_text()
+    reward.write_text(text + "# another comment\n")
+    try:
+        with pytest.raises(UserError, match=r"has changed since finished runs(.|\n)*put the file back") as caught:
+            compare(more, watcher=watcher)
+        assert caught.value.file == str(reward.resolve()) and not watcher.finished_runs
+        assert compare(same, watcher=watcher).pending == 0  # no run is left, so nothing is mixed
+    finally:
+        reward.write_text(text)
+    check_same_files(Planner(more, folder / "comparison"))
 
 
 @pytest.mark.slow

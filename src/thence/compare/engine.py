@@ -17,6 +17,7 @@ from thence.compare.preflight import refuse_what_cannot_run
 from thence.compare.recipe import ComparisonRecipe
 from thence.compare.registration import Registration
 from thence.compare.result import Comparison, Failure, write_results
+from thence.compare.same_files import check_same_files
 from thence.errors import UserError
 from thence.files import write_over
 from thence.launch.base import LAST, Launcher, Message, Needs, Order
@@ -90,7 +91,8 @@ def compare(
         watcher: is told of progress.
 
     Raises:
-        UserError: another process runs this comparison; its design is not the registered one; or no run can run there.
+        UserError: another process runs this comparison; its design is not the registered one; a file that finished
+            runs read has changed; or no run can run there.
         DamagedFile: its results, or what a run measured, cannot be read; nothing is written.
     """
     folder = recipe.path().resolve()
@@ -106,6 +108,7 @@ def compare(
 
         prompts = RenderedPrompts()
         if ran := bool(left := planner.to_run()):
+            check_same_files(planner)
             refuse_what_cannot_run(planner, left, prompts)
         foreseen = foresee_runs(planner, left, prompts, min(jobs, len(left))) if ran else None
         if foreseen is not None:

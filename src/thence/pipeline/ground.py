@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -222,13 +222,13 @@ class Ground:
             elif found is None or (found["digest"], found["bytes"]) != (state["digest"], state["bytes"]):
                 has = "has read" if done else "was begun with"
                 raise UserError(
-                    f"the file is not the one that {owner} {has}: then {_said(state)}, now {_said(found)}",
+                    f"the file is not the one that {owner} {has}: then {said(state)}, now {said(found)}",
                     remedy=self._remedy(only),
                     file=file,
                 )
         for file in now.keys() - before.keys():
             raise UserError(
-                f"the file was not there when {owner} was begun: now {_said(now[file])}",
+                f"the file was not there when {owner} was begun: now {said(now[file])}",
                 remedy=self._remedy(only),
                 file=file,
             )
@@ -260,6 +260,20 @@ def say_what_differs(folder: RunFolder, device: str, ranks: int) -> None:
         log.warning("the run began with another environment (%s); numbers may differ slightly", ", ".join(changed))
 
 
+def kept_states(run: Path) -> Iterator[tuple[str, State, bool]]:
+    """Every file that a run in this folder has read, its state then, and whether that is of samples of a large file.
+
+    Raises:
+        DamagedFile: what the run kept cannot be read.
+    """
+    for file in (run / FILE, *sorted((run / "stages").glob(f"*/{FILE}"))):
+        if file.exists():
+            facts = read_json(
+                file, remedy=f"put a whole copy of it back; or remove {run}: the run is repeated", shape=_is_ground
+            )
+            yield from ((name, state, file.parent == run) for name, state in facts["files"].items())
+
+
 def _is_ground(facts: Mapping[str, Any]) -> bool:
     """Whether a value is what :meth:`Ground.begin` writes."""
     states = facts["files"].values()
@@ -282,7 +296,8 @@ def _reward_file(reward: str) -> list[str]:
     return [] if file is None else [str(file)]
 
 
-def _said(state: State | None) -> str:
+def said(state: State | None) -> str:
+    """A file's state in words."""
     if state is None:
         return "it is not there"
     return f"{state['bytes']:,} bytes, digest {state['digest']}, changed {state['modified']}"
