@@ -27,6 +27,7 @@ from thence.files import write_atomically
 from thence.pages.comparison.decided import crossing_cell
 from thence.pages.comparison.page import write_page
 from thence.stats.trend import Crossing
+from thence.stats.typical import typical_slope
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -112,6 +113,25 @@ def turns(found: Statistics) -> str:
     return table(["arm less SFT, then RL", "test set", *THIRDS, "a line is zero at, % [band]"], rows)
 
 
+def sensitivity(found: Statistics) -> str:
+    """The slope of SFT, then RL less RL in base skill, without blocks that could make it alone."""
+    scores, column = scores_of(found.comparison), column_of(found.comparison, COUNTED)
+    skill = found.decisions.values
+    ordered = sorted(skill, key=lambda block: (skill[block], block))
+    kept = {"all bases": ordered, "without the strongest base": ordered[:-1]}
+    kept |= {
+        "without the three strongest": ordered[:-3],
+        "without bases that solve nothing": [b for b in ordered if skill[b]],
+    }
+    rows = []
+    for title, blocks in kept.items():
+        pairs = [(scores.difference("sft-then-rl", "rl", block, column), skill[block]) for block in blocks]
+        known = [(difference, value) for difference, value in pairs if difference is not None]
+        low, high = (slope := typical_slope([d for d, _ in known], [value for _, value in known])).interval(0.95)
+        rows.append([title, str(len(known)), f"{points(slope.estimate)} [{points(low)}, {points(high)}]"])
+    return table(["blocks", "number", "points for 100 points of skill [95%]"], rows)
+
+
 def claims(comparison: Comparison) -> str:
     """Every claim, over all bases and in thirds of skill."""
     rows = [
@@ -164,6 +184,7 @@ def written(found: Statistics, counts: Mapping[str, Sequence[Mapping[str, Any]]]
     parts = {"Verdicts": verdicts(found.decisions.contrasts)}
     parts |= {f"Accuracy by level, {title}": by_level(comparison, split) for split, title in SPLITS.items()}
     parts["Where the order turns"] = turns(found)
+    parts["How the lead over RL changes with skill, without single bases"] = sensitivity(found)
     parts["Claims"] = claims(comparison)
     upper = upper_half(found.decisions.values)
     parts["What responses do, from the better half of bases"] = habits(counts, titles, upper)
