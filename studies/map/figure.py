@@ -76,6 +76,10 @@ def draw(found: Statistics, out: Path) -> None:
             if arm in made:
                 panel(axis, made[arm])
         row[0].set_ylabel(f"{title}\npoints above SFT, then RL", fontsize=8)
+        for height, side, where in ((0.98, "top", "the method leads"), (0.02, "bottom", "SFT, then RL leads")):
+            row[-1].text(
+                0.98, height, where, transform=row[-1].transAxes, ha="right", va=side, fontsize=7, color="tab:red"
+            )
     for axis, arm in zip(axes[0], arms, strict=True):
         axis.set_title(ARMS[arm], fontsize=9)
     figure.supxlabel("accuracy of the base before training, %", fontsize=9)
