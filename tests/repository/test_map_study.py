@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from thence.compare.result import Comparison, read_results
@@ -150,6 +151,47 @@ def test_the_tables_say_what_each_contrast_decided_and_where_the_order_turns() -
     assert "| SFT | 40.0 | 80.0 | 25.0 | 30 | 40.0 | 80.0 | 25.0 | 30 | 0.25 |" in text
     with pytest.raises(SystemExit, match=r"habits.json lacks sft from .*: run habits.py"):
         tables.written(found, {**dict.fromkeys(arms, lines), "sft": lines[:-1]})
+
+
+def test_the_interval_for_a_new_block_holds_as_many_as_it_says() -> None:
+    replicated, random = script("replicated"), np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        skill = random.uniform(0, 0.7, 31)
+        values = 0.2 - 0.5 * skill**2 + random.normal(0, 0.1, 31)
+        should = replicated.expected(skill[1:].tolist(), values[1:].tolist(), skill[0])
+        inside += should.low <= values[0] <= should.high
+    assert 930 <= inside <= 970
+
+
+def test_a_replication_of_the_same_blocks_has_their_differences(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replicated, pilot = script("replicated"), read_results(MAP / "pilot")
+    monkeypatch.setattr(replicated, "HERE", tmp_path)
+    monkeypatch.setattr(replicated, "KEPT", MAP / "pilot")
+    monkeypatch.setattr(replicated, "read_results", lambda folder: pilot)
+    monkeypatch.setattr(sys, "argv", ["replicated.py"])
+    replicated.main()
+    lines = (tmp_path / "replication.md").read_text().splitlines()
+    found = next(line for line in lines if line.startswith("| SFT, then RL less RL alone | top"))
+    accuracy = {run.arm: run.measured[0].accuracy for run in pilot.runs if run.base == "top"}
+    assert found.split("|")[-3].strip() == f"{100 * (accuracy['sft-then-rl'] - accuracy['rl']):+.1f}"
+    assert sum("seed" in line for line in lines) == 4 * len(pilot.blocks)
+
+
+def test_a_comparison_beside_the_study_is_told_by_level_and_beside_rl_alone() -> None:
+    beside, pilot = script("beside"), read_results(MAP / "pilot")
+    column = pilot.columns[0]
+    rows = {line.split("|")[1].strip(): line for line in beside.section(pilot, column).splitlines()}
+    of = {(run.arm, run.base): run.measured[0].accuracy for run in pilot.runs}
+    levels = [base for base, _ in pilot.blocks]
+    cells = [cell.strip() for cell in rows["SFT, then RL"].split("|")[2:-1]]
+    assert cells[:-1] == [f"{100 * of['sft-then-rl', level]:.1f}" for level in levels]
+    mean = sum(of["sft-then-rl", level] - of["rl", level] for level in levels) / len(levels)
+    assert cells[-1].startswith(f"{100 * mean:+.1f} [")
+    assert rows["RL"].rstrip(" |").endswith("-")
+    assert beside.solved(replace(pilot.runs[0].measured[0], right=[0, 1, 2, 0], samples=2)) == 0.5
 
 
 def test_bases_are_grouped_by_the_problems_that_no_sample_solves() -> None:

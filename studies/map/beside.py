@@ -1,0 +1,118 @@
+"""What the comparisons beside the study say: other demonstrations, budgets, temperatures and widths.
+
+Run:  python studies/map/beside.py [NAME=FOLDER ...]      (NAME: of a comparison that variants.py writes)
+
+The results of a folder are kept here in NAME/results.json. beside.md has a section for every comparison that is kept:
+mean accuracy of every arm by level of the base, and its difference to RL alone over all blocks, with a 95% interval.
+They are exploratory: few blocks, and nothing is corrected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from thence.compare.decisions import BlockId, scores_of
+from thence.compare.result import RESULTS, Column, Comparison, Measured, read_results, results_json
+from thence.files import write_atomically
+from thence.stats.typical import typical_mean
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from tables import NONE, SPLITS, points, table  # noqa: E402  # a script of this folder, not of a package
+
+NAMES = ("demonstrations", "sampling", "half", "double", "wider")
+OTHER = "rl"
+LEAST_BLOCKS = 3
+"""Blocks from which on a mean has an interval."""
+
+
+def solved(measured: Measured) -> float:
+    """The share of problems that at least one sample solves."""
+    return float(np.mean([right > 0 for right in measured.right]))
+
+
+def section(comparison: Comparison, column: Column, at_least_one: bool = False) -> str:
+    """Every arm's mean by level, and its difference to RL alone.
+
+    Args:
+        at_least_one: of problems that at least one of the samples solves, in place of accuracy.
+    """
+    scores = scores_of(comparison)
+    levels = list(dict.fromkeys(base for base, _ in comparison.blocks))
+
+    def score(arm: str, block: BlockId) -> float:
+        measured = scores.at(arm, block, column)
+        assert measured is not None, f"{arm} from {block} is not finished"
+        return solved(measured) if at_least_one else measured.accuracy
+
+    rows = []
+    for arm in comparison.arms:
+        found = {block: score(arm.name, block) for block in comparison.blocks}
+        means = [points(np.mean([found[b] for b in found if b[0] == level]).item(), "") for level in levels]
+        difference = [value - score(OTHER, block) for block, value in found.items()]
+        rows.append([arm.title, *means, NONE if arm.name == OTHER else spread(difference)])
+    return table(["arm", *levels, "less RL alone [95%]"], rows)
+
+
+def spread(differences: list[float]) -> str:
+    """The mean over blocks with its interval."""
+    test = typical_mean(differences)
+    low, high = test.interval(0.95)
+    known = len(differences) >= LEAST_BLOCKS and np.isfinite(low) and np.isfinite(high)
+    return points(test.estimate) + (f" [{points(low)}, {points(high)}]" if known else "")
+
+
+def written(name: str, comparison: Comparison) -> str:
+    """A comparison's section."""
+    about = f"{len(comparison.blocks)} blocks, {comparison.budget} an arm (`{name}.toml`)."
+    text = f"\n## {comparison.description}\n\n{about}\n"
+    temperatures = {column.temperature for column in comparison.columns if column.split in SPLITS}
+    for column in comparison.columns:
+        if column.split not in SPLITS:
+            continue
+        at = f" at T = {column.temperature:g}" if len(temperatures) > 1 else ""
+        text += f"\n**Accuracy {SPLITS[column.split]}{at}**\n\n{section(comparison, column)}\n"
+        samples = {
+            measured.samples for run in comparison.runs for measured in run.measured if measured.column == column
+        }
+        if max(samples) > 2:
+            heading = f"Problems of which one of {max(samples)} samples is right, {SPLITS[column.split]}{at}"
+            text += f"\n**{heading}**\n\n{section(comparison, column, at_least_one=True)}\n"
+    return text
+
+
+def keep(name: str, folder: Path) -> None:
+    """Copy a folder's results here, without the name of the folder. Raises SystemExit: they are not finished."""
+    found = read_results(folder)
+    if found.pending:
+        raise SystemExit(f"{folder}: {found.pending} runs are not finished, and they are looked at once")
+    command = re.sub(r" --folder \S+", "", str(found.environment.get("command", "")))
+    (HERE / name).mkdir(exist_ok=True)
+    kept = replace(found, environment={**found.environment, "command": command})
+    write_atomically(HERE / name / RESULTS, results_json(kept))
+
+
+def main() -> None:
+    """Keep the results of the folders that are given, write the tables of all that are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER")
+    for given in parser.parse_args().folders:
+        name, _, folder = given.partition("=")
+        if name not in NAMES:
+            raise SystemExit(f"{name} is none of {', '.join(NAMES)}")
+        keep(name, Path(folder))
+    text = "# Beside the study\n\nWritten by `beside.py`. Means over bases; points.\n"
+    for name in NAMES:
+        if (HERE / name / RESULTS).exists():
+            text += written(name, read_results(HERE / name))
+    write_atomically(HERE / "beside.md", text)
+
+
+if __name__ == "__main__":
+    main()
