@@ -84,7 +84,7 @@ class _Chunks:
     def flush(self) -> None:
         held, size = self.held, self.bytes
         self.held, self.bytes = {}, 0
-        if not held or self.failed is not None:
+        if not held:
             return
         try:
             if self.device == "cpu":
