@@ -16,6 +16,7 @@ from thence.errors import UserError
 from thence.files import to_json
 from thence.rollout.native import Sampling
 from thence.rollout.vllm import chunks
+from thence.rollout.vllm import engine as engine_module
 from thence.rollout.vllm.engine import VllmEngine
 from thence.rollout.vllm.settings import VllmSettings, vllm_settings
 from thence.rollout.vllm.transfer import handle_values
@@ -43,6 +44,20 @@ def test_weights_in_chunks_are_sampled_with(fake: Make, folder: Path, monkeypatc
             (response,) = engine.sample([[1]], [0], Sampling(20))
             assert response.logps == pytest.approx(expected_logps(model, 1.0)[response.token_ids].tolist(), abs=1e-5)
         assert not [p for root in engine._scratch for p in root.rglob("*.safetensors")]
+
+
+def test_a_push_in_chunks_has_every_buffer_that_files_hold(
+    fake: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sent = Unigram(7), list[str]()
+    model.register_buffer("kept", torch.zeros(2))
+    model.register_buffer("made", torch.zeros(2), persistent=False)
+    monkeypatch.setattr(engine_module, "check_names", lambda model: None)
+    with VllmEngine(fake(transfer="ipc"), folder) as engine:
+        send = engine.send_weights
+        monkeypatch.setattr(engine, "send_weights", lambda tensors: send(sent.append(n) or (n, v) for n, v in tensors))
+        engine.push_weights(model, 1)
+        assert sent == ["head", "kept"] and engine.version == 1
 
 
 def test_weights_in_chunks_that_did_not_take_effect_are_refused(fake: Make, folder: Path) -> None:

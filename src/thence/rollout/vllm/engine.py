@@ -194,7 +194,9 @@ class VllmEngine:
         ids = probe_ids(model.config.get_text_config().vocab_size)
         if self.settings.transfer == "ipc":
             check_names(model)
-            tensors = self.send_weights(model.named_parameters())
+            kept = model.state_dict(keep_vars=True)  # with every buffer that files hold, and tied weights once
+            buffers = ((name, value) for name, value in model.named_buffers() if name in kept)
+            tensors = self.send_weights([*model.named_parameters(), *buffers])
             self.load_weights(None, tensors, Probe(ids, probe_logps(model, ids)), version, begin)
             return
         folder = folder_for(sum(p.numel() * p.element_size() for p in model.parameters()), self._scratch)
