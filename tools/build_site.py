@@ -57,7 +57,7 @@ def build(into: Path) -> None:
     """Write the site into a folder, which is replaced.
 
     Raises:
-        SiteError: Sphinx warns, or a link of the written pages leads nowhere.
+        SiteError: a page has no title, Sphinx warns, or a link of the written pages leads nowhere.
     """
     with tempfile.TemporaryDirectory() as place:
         source, made = Path(place) / "source", Path(place) / "site"
@@ -94,14 +94,22 @@ def navigation() -> dict[str, list[Path]]:
 
 
 def title(page: Path) -> str:
-    """The first heading of a page of the repository."""
-    return next(line[2:].strip() for line in (ROOT / page).read_text().splitlines() if line.startswith("# "))
+    """The heading of a page of the repository: its first line.
+
+    Raises:
+        SiteError: the page does not begin with a heading.
+    """
+    first = (ROOT / page).read_text().partition("\n")[0]
+    if not first.startswith("# "):
+        raise SiteError(f"{page}: its first line is no heading ('# ...'), so the page has no title")
+    return first[2:].strip()
 
 
 def stage(source: Path) -> None:
     """Write the pages for Sphinx into a folder."""
     shown = {page for group in navigation().values() for page in group} | {Path("docs/README.md")}
     for page, place in pages().items():
+        title(page)  # a page without one stops the build, also where nothing links to it
         text = turned(page, (ROOT / page).read_text(), source)
         if page not in shown:
             text = f"---\norphan: true\n---\n{text}"

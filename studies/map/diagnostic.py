@@ -45,6 +45,13 @@ def measured(base: Path) -> Measure:
         found = json.loads((Path(folder) / "results.json").read_text())["results"]["prompts"]
     return {"accuracy": found["exact_match,none"], "never_solved": 1 - found[f"pass@{SAMPLES},none"]}
 
+HEAD = """# Bases by the share of problems that they never solve
+
+Written by `diagnostic.py` from `diagnostic.json` and `results.json`: eight samples a problem at T = 1. Differences are
+points, means over bases, with the smallest and the largest in brackets.
+
+"""
+
 
 def all_measured(folder: Path, blocks: Sequence[BlockId], out: Path) -> dict[str, Measure]:
     """Every block's base, by base and seed.
@@ -116,7 +123,7 @@ def main() -> None:
             "looked at once"
         )
     bases = all_measured(folder, comparison.blocks, out)
-    write_atomically(HERE / "diagnostic.md", table(comparison, bases))
+    write_atomically(HERE / "diagnostic.md", HEAD + table(comparison, bases))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ def test_every_page_of_docs_is_in_the_navigation() -> None:
     assert len(build_site.navigation()) >= 3
 
 
+def test_every_page_begins_with_its_title(tmp_path: Path) -> None:
+    assert len({build_site.title(page) for page in build_site.pages()}) > 40
+    (page := tmp_path / "table.md").write_text("| a |\n| --- |\n# not the first line\n")
+    with pytest.raises(build_site.SiteError, match=r"table.md: its first line is no heading"):
+        build_site.title(page)
+
+
 def test_links_lead_to_where_pages_and_files_lie_on_the_site(tmp_path: Path) -> None:
     text = "\n".join(
         [
