@@ -45,6 +45,7 @@ def measured(base: Path) -> Measure:
         found = json.loads((Path(folder) / "results.json").read_text())["results"]["prompts"]
     return {"accuracy": found["exact_match,none"], "never_solved": 1 - found[f"pass@{SAMPLES},none"]}
 
+
 HEAD = """# Bases by the share of problems that they never solve
 
 Written by `diagnostic.py` from `diagnostic.json` and `results.json`: eight samples a problem at T = 1. Differences are
