@@ -28,6 +28,14 @@ from tables import NONE, SPLITS, points, table  # noqa: E402  # a script of this
 
 NAMES = ("demonstrations", "sampling", "half", "double", "wider")
 OTHER = "rl"
+PAIRS = {
+    "SFT, then RL less SFT, then RL of the study": ("sft-then-rl-{}", "sft-then-rl"),
+    "SFT less SFT of the study": ("sft-{}", "sft"),
+    "SFT, then RL less LUFFY, of the same demonstrations": ("sft-then-rl-{}", "luffy-{}"),
+    "SFT, then RL less SFT, of the same demonstrations": ("sft-then-rl-{}", "sft-{}"),
+}
+"""Of a comparison of demonstrations: two arms, where `{}` is the kind of demonstrations."""
+KINDS = ("256", "4096", "careful", "hasty", "wrong")
 LEAST_BLOCKS = 3
 """Blocks from which on a mean has an interval."""
 
@@ -60,6 +68,21 @@ def section(comparison: Comparison, column: Column, at_least_one: bool = False) 
     return table(["arm", *levels, "less RL alone [95%]"], rows)
 
 
+def paired(comparison: Comparison, column: Column) -> str:
+    """What other demonstrations change: differences of two arms over blocks, for every kind."""
+    scores, known = scores_of(comparison), {arm.name for arm in comparison.arms}
+    rows = []
+    for title, arms in PAIRS.items():
+        row = [title]
+        for kind in KINDS:
+            one, other = (arm.format(kind) for arm in arms)
+            found = [scores.difference(one, other, block, column) for block in comparison.blocks]
+            complete = [difference for difference in found if difference is not None]
+            row.append(spread(complete) if {one, other} <= known and len(complete) == len(found) else NONE)
+        rows.append(row)
+    return table(["difference", *KINDS], rows)
+
+
 def spread(differences: list[float]) -> str:
     """The mean over blocks with its interval."""
     test = typical_mean(differences)
@@ -78,6 +101,8 @@ def written(name: str, comparison: Comparison) -> str:
             continue
         at = f" at T = {column.temperature:g}" if len(temperatures) > 1 else ""
         text += f"\n**Accuracy {SPLITS[column.split]}{at}**\n\n{section(comparison, column)}\n"
+        if name == "demonstrations":
+            text += f"\n**Differences {SPLITS[column.split]}{at}**\n\n{paired(comparison, column)}\n"
         samples = {
             measured.samples for run in comparison.runs for measured in run.measured if measured.column == column
         }

@@ -194,6 +194,31 @@ def test_a_comparison_beside_the_study_is_told_by_level_and_beside_rl_alone() ->
     assert beside.solved(replace(pilot.runs[0].measured[0], right=[0, 1, 2, 0], samples=2)) == 0.5
 
 
+def test_other_demonstrations_are_told_beside_those_of_the_study() -> None:
+    beside, kept = script("beside"), read_results(MAP / "demonstrations")
+    column = next(column for column in kept.columns if column.split == "in-distribution")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in beside.paired(kept, column).splitlines()]
+    cells = {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+    of = {(run.arm, run.base, run.seed): run.measured[0].accuracy for run in kept.runs}
+    assert kept.runs[0].measured[0].column == column and len(kept.blocks) == 9
+
+    def mean(one: str, other: str) -> str:
+        differences = [of[one, *block] - of[other, *block] for block in kept.blocks]
+        return f"{100 * sum(differences) / len(differences):+.1f} ["
+
+    assert cells["SFT, then RL less SFT, then RL of the study"]["hasty"].startswith(
+        mean("sft-then-rl-hasty", "sft-then-rl")
+    )
+    of_same = cells["SFT, then RL less LUFFY, of the same demonstrations"]
+    assert of_same["wrong"].startswith(mean("sft-then-rl-wrong", "luffy-wrong"))
+    assert of_same["256"] == "-"  # there is no such arm
+    assert {
+        cell
+        for line in beside.paired(read_results(MAP / "pilot"), column).splitlines()[2:]
+        for cell in line.split("|")[2:-1]
+    } == {" - "}
+
+
 def test_bases_are_grouped_by_the_problems_that_no_sample_solves() -> None:
     diagnostic, pilot = script("diagnostic"), read_results(MAP / "pilot")
     bases = {f"{base}/seed{seed}": {"accuracy": 0.2, "never_solved": 0.4} for base, seed in pilot.blocks}

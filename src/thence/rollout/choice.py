@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,15 @@ class Choice:
         """A decoder with an empty cache."""
         return self.decoder(model)
 
+    def ways(self, model: Any) -> Iterator[Decoder]:
+        """The decoder in every way in which it reads prompts: padded, then without padding."""
+        decoder = self.make(model)
+        if isinstance(decoder, LlamaDecoder):
+            decoder.pack_from = math.inf
+            yield decoder
+            decoder.pack_from = 0.0
+        yield decoder
+
 
 _choices: weakref.WeakKeyDictionary[nn.Module, dict[bool, Choice | UserError]] = weakref.WeakKeyDictionary()
 
@@ -64,7 +75,7 @@ def _found(model: Any, plain: bool) -> Choice:
     with short_windows(model):
         for choice in (*candidates, Choice(TransformersDecoder, True), Choice(TransformersDecoder, False)):
             try:
-                difference = _difference(model, choice)
+                difference = max(_difference(model, decoder, choice.pads) for decoder in choice.ways(model))
             except Exception as error:  # any error of a model's own code means: not this decoder
                 reasons.append(first_line(error))
                 continue
@@ -77,17 +88,20 @@ def _found(model: Any, plain: bool) -> Choice:
     )
 
 
-def _difference(model: Any, choice: Choice) -> float:
-    """The largest relative difference of the logits that a decoder gives from those of every row read alone."""
+def _difference(model: Any, decoder: Decoder, pads: bool) -> float:
+    """The largest relative difference of the logits that a decoder gives from those of every row read alone.
+
+    Args:
+        pads: whether prompts of different lengths are read together.
+    """
     prompts = [row.tolist() for row in probe_tokens(model, sum(PROMPTS)).split(PROMPTS)]
-    if not choice.pads:
+    if not pads:
         kept = [(p, r) for p, r in zip(prompts, REPEATS, strict=True) if len(p) == max(PROMPTS)]
         prompts, repeats = [p for p, _ in kept], [r for _, r in kept]
     else:
         prompts, repeats = prompts, list(REPEATS)
     rows = [list(p) for p, times in zip(prompts, repeats, strict=True) for _ in range(times)]
     live, found = list(range(len(rows))), []
-    decoder = choice.make(model)
     logits_BV = decoder.prefill(prompts, torch.tensor(repeats), STEPS)
     for t in range(STEPS):
         found += [(i, len(rows[i]) - 1, logits_BV[b]) for b, i in enumerate(live)]

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thence.rollout.prompts import padded_left
+
 
 class Decoder(Protocol):
     """A model with a key-value cache over a changing set of rows."""
@@ -27,13 +29,6 @@ class Decoder(Protocol):
     def keep(self, row_K: Tensor) -> None:
         """Drop all rows but these, in this order."""
         ...
-
-
-def padded_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left to the longest: token ids (U, P) and the padding of each (U,)."""
-    longest = max(map(len, prompts))
-    token_ids_UP = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    return token_ids_UP, torch.tensor([longest - len(p) for p in prompts], device=device)
 
 
 class TransformersDecoder:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from thence.kernels.decode import LANE, DecodeKernels, decode_kernels, in_blocks
-from thence.rollout.decoders import padded_left
+from thence.rollout.prompts import Layout, packed, padded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+PACK_FROM = 1e10
+"""About a tenth of a second of a processor core. Below it padding costs less than its absence would change: other sums
+have other last bits."""
 
 
 def is_plain_llama(model: Any) -> bool:
@@ -86,9 +89,12 @@ class LlamaDecoder:
     """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side.
 
     On a CPU with a C compiler, attention, norms and gates of a step run in ``kernels/decode.c``; else in torch.
+
+    Args:
+        pack_from: FLOPs of padding from which on prompts of different lengths are read without any.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, pack_from: float = PACK_FROM):
         config = model.config
         self.device = next(model.parameters()).device
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -100,33 +106,38 @@ class LlamaDecoder:
         self.rotary = model.model.rotary_emb
         plain = self.device.type == "cpu" and self.layers[0].q_norm is None
         self.kernels: DecodeKernels | None = decode_kernels(self.head_size) if plain else None
+        self.pack_from = pack_from
+        self.parameters = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
         self.length = 0
 
     def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
-        token_ids_UP, padding_U = padded_left(prompts, self.device)
+        layout = self._layout(prompts)
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(repeat_U.to(self.device))
-        n_prompts, self.length = token_ids_UP.shape
+        self.length = max(map(len, prompts))
         self._make_rotary(self.length + max_tokens)
         self.cache = [self._room(len(rows), self.length + max_tokens) for _ in self.layers]
-        mask = self._prompt_mask(padding_U)
-        position_UP = (torch.arange(self.length, device=self.device) - padding_U[:, None]).clamp(min=0)
-        cos, sin = self.cos[position_UP][:, :, None], self.sin[position_UP][:, :, None]
-        x = self.embedding[token_ids_UP].flatten(0, 1)
+        cos, sin = self.cos[layout.position][:, :, None], self.sin[layout.position][:, :, None]
+        x = self.embedding[layout.token_ids].flatten(0, 1)
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
-            q, k, v = self._turned(
-                layer, self._qkv(layer, x).view(n_prompts, self.length, -1, self.head_size), cos, sin
-            )
-            k_cached = k if self.kernels is None else in_blocks(k)
-            keys[:, :, : k_cached.shape[2]], values[:, :, : self.length] = k_cached[rows], v[rows]
-            o = scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-            )
-            x = self._finish(layer, x, o.transpose(1, 2).reshape(len(x), -1))
-        last = x.view(n_prompts, self.length, -1)[:, -1]
-        self.padding_B = padding_U[rows]
+            qkv = self._qkv(layer, x).view(*layout.token_ids.shape, -1, self.head_size)
+            q, k, v = self._turned(layer, qkv, cos, sin)
+            k_UP = layout.columns(k)
+            k_cached = k_UP if self.kernels is None else in_blocks(k_UP)
+            keys[:, :, : k_cached.shape[2]], values[:, :, : self.length] = k_cached[rows], layout.columns(v)[rows]
+            x = self._finish(layer, x, layout.attend(q, k, v))
+        self.padding_B = layout.padding_U[rows]
         self.place_B = torch.arange(len(rows), device=self.device)
         self._make_mask()
-        return self._logits(last)[rows]
+        return self._logits(x[layout.last_U])[rows]
+
+    def _layout(self, prompts: list[list[int]]) -> Layout:
+        """Prompts end to end where that saves enough arithmetic on a CPU; else padded.
+
+        On other devices the attention of each prompt would be a launch, and arithmetic is cheap.
+        """
+        padding = len(prompts) * max(map(len, prompts)) - sum(map(len, prompts))
+        pack = self.device.type == "cpu" and padding > 0 and 2 * self.parameters * padding >= self.pack_from
+        return packed(prompts, self.device) if pack else padded(prompts, self.device)
 
     def step(self, token_B: Tensor) -> Tensor:
         at = self.length
@@ -217,15 +228,6 @@ class LlamaDecoder:
         cos, sin = self.rotary(self.embedding, position)
         half = self.head_size // 2
         self.cos, self.sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-
-    def _prompt_mask(self, padding_U: Tensor) -> Tensor | None:
-        if not bool(padding_U.any()):
-            return None
-        column = torch.arange(self.length, device=self.device)
-        causal_PP = column <= column[:, None]
-        seen = causal_PP & (column >= padding_U[:, None, None])
-        # a padding position sees itself, so that its softmax is not over nothing
-        return (seen | torch.eye(self.length, dtype=torch.bool, device=self.device))[:, None]
 
     def _make_mask(self) -> None:
         """Additive mask of the padding columns, or None where no row has any; then all rows share positions too."""
