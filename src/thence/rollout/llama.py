@@ -21,8 +21,8 @@ from thence.rollout.prompts import Layout, packed, padded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-PACK_FROM = 1e10
-"""About a tenth of a second of a processor core. Below it padding costs less than its absence would change: other sums
+PACK_FROM = 1e11
+"""About a second of a processor core. Below it padding costs less than its absence would change: other sums
 have other last bits."""
 
 
