@@ -36,6 +36,8 @@ PAIRS = {
 }
 """Of a comparison of demonstrations: two arms, where `{}` is the kind of demonstrations."""
 KINDS = ("256", "4096", "careful", "hasty", "wrong")
+SETTINGS = ("half", "double", "wider")
+"""Comparisons of the same arms under other settings: each is told beside the study."""
 LEAST_BLOCKS = 3
 """Blocks from which on a mean has an interval."""
 
@@ -81,6 +83,21 @@ def paired(comparison: Comparison, column: Column) -> str:
             row.append(spread(complete) if {one, other} <= known and len(complete) == len(found) else NONE)
         rows.append(row)
     return table(["difference", *KINDS], rows)
+
+
+def leads(compared: dict[str, Comparison], split: str) -> str:
+    """SFT, then RL less RL alone by level of the base, in several comparisons; levels are those of the last of them."""
+    columns = []
+    for comparison in compared.values():
+        scores, column = scores_of(comparison), next(c for c in comparison.columns if c.split == split)
+        found: dict[str, list[float]] = {}
+        for block in comparison.blocks:
+            difference = scores.difference("sft-then-rl", OTHER, block, column)
+            assert difference is not None, f"{block} is not finished"
+            found.setdefault(block[0], []).append(difference)
+        columns.append({level: points(np.mean(values).item()) for level, values in found.items()})
+    rows = [[level, *(column.get(level, NONE) for column in columns)] for level in columns[-1]]
+    return table(["level of the base", *compared], rows)
 
 
 def spread(differences: list[float]) -> str:
@@ -136,6 +153,11 @@ def main() -> None:
     for name in NAMES:
         if (HERE / name / RESULTS).exists():
             text += written(name, read_results(HERE / name))
+    kept = {name: read_results(HERE / name) for name in SETTINGS if (HERE / name / RESULTS).exists()}
+    if kept:
+        text += "\n## SFT, then RL less RL alone, beside the study\n"
+        for split, title in SPLITS.items():
+            text += f"\n**{title.capitalize()}**\n\n{leads({'study': read_results(HERE)} | kept, split)}\n"
     write_atomically(HERE / "beside.md", text)
 
 

@@ -219,6 +219,18 @@ def test_other_demonstrations_are_told_beside_those_of_the_study() -> None:
     } == {" - "}
 
 
+def test_other_settings_are_told_beside_the_study_by_level() -> None:
+    beside, half = script("beside"), read_results(MAP / "half")
+    lines = beside.leads({"study": read_results(MAP), "half": half}, "out-of-distribution").splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+    assert list(cells) == ["faint", "fair", "good", "top"]
+    column = next(place for place, m in enumerate(half.runs[0].measured) if m.column.split == "out-of-distribution")
+    of = {(run.arm, run.base): run.measured[column].accuracy for run in half.runs}
+    assert cells["good"][1] == f"{100 * (of['sft-then-rl', 'good'] - of['rl', 'good']):+.1f}"
+    leads = [float(cell[0]) for cell in cells.values()]
+    assert leads == sorted(leads, reverse=True)  # of the study: the better the base, the worse
+
+
 def test_bases_are_grouped_by_the_problems_that_no_sample_solves() -> None:
     diagnostic, pilot = script("diagnostic"), read_results(MAP / "pilot")
     bases = {f"{base}/seed{seed}": {"accuracy": 0.2, "never_solved": 0.4} for base, seed in pilot.blocks}
