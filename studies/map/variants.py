@@ -67,8 +67,8 @@ def sampling(study: Study) -> Study:
 def wider(study: Study) -> Study:
     """A model of 1.5 times the width, tuned on wider bases of its own.
 
-    Its layers have 2.25 times the parameters, and so it gets 2.25 times the budget: about as many tokens. With the study's
-    budget nothing would be left after SFT.
+    Its layers have 2.25 times the parameters, and so it gets 2.25 times the budget: about as many tokens. With the
+    study's budget nothing would be left after SFT.
     """
     made = variant(study, "wider", "The map's arms with a wider model", four(1300), MAIN)
     made["budget"] = {"flops": study["budget"]["flops"] * 1.5**2}
