@@ -79,6 +79,15 @@ def test_the_setting_that_is_best_on_dev_is_chosen_and_a_fault_is_shown_at_the_s
     }  # fmt: skip
 
 
+def test_an_arm_for_which_the_plan_leaves_nothing_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    recipe = load_comparison(tables(tmp_path, budget={"flops": 1e6}))
+    with pytest.raises(
+        UserError, match=r"by the plan sft from small spends the whole budget of .*left for sft-then-rl"
+    ):
+        compare(recipe, watcher=Quiet())
+    assert not list((tmp_path / "comparison").glob("bases/*/*")) and not (tmp_path / "comparison/runs").exists()
+
+
 def test_an_arm_ends_at_the_step_nearest_to_the_budget_earlier_stages_included(done) -> None:
     _, result, _ = done
     for run in result.runs:
@@ -224,7 +233,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path: Path) -
     (tmp_path / "deadly.py").write_text(f"import os\n{later}    os._exit(7)\n")
     arms = {
         "base": {},
-        "bad": {"kind": "rl", "settings": {"reward": f"{tmp_path / 'bad.py'}:share"}},
+        # not to the end of the budget: an arm after it would be refused
+        "bad": {"kind": "rl", "settings": {"reward": f"{tmp_path / 'bad.py'}:share", "steps": 2}},
         "deadly": {"kind": "rl", "settings": {"reward": f"{tmp_path / 'deadly.py'}:share"}},
         "after-bad": {"after": "bad", "kind": "rl"},
     }

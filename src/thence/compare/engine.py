@@ -10,7 +10,7 @@ from typing import Protocol
 from thence.compare.collect import collect
 from thence.compare.design import Registrar, registered
 from thence.compare.folder import check_folder, mark
-from thence.compare.foreseen import ForeseenRuns, foresee_runs, spent_line
+from thence.compare.foreseen import ForeseenRuns, foresee_runs, refuse_spent, spent_line
 from thence.compare.place import Place, on_this_machine
 from thence.compare.plan import Job, PlannedRun, Planner
 from thence.compare.preflight import refuse_what_cannot_run
@@ -112,6 +112,7 @@ def compare(
             refuse_what_cannot_run(planner, left, prompts)
         foreseen = foresee_runs(planner, left, prompts, min(jobs, len(left))) if ran else None
         if foreseen is not None:
+            refuse_spent(planner, foreseen)
             watcher.planned(foreseen)
         registrar = Registrar(planner, amend)
         kept = redacted_values(recipe.model_dump(mode="json", exclude_none=True))

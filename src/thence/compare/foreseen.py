@@ -95,6 +95,28 @@ def foresee_runs(planner: Planner, runs: Sequence[PlannedRun], prompts: Any, job
         return None
 
 
+def refuse_spent(planner: Planner, foreseen: ForeseenRuns) -> None:
+    """Refuse an arm for which the plan leaves nothing of the budget: it would fail hours later.
+
+    Raises:
+        UserError: the arms before it spend the whole budget by the plan.
+    """
+    recipe, budget = planner.recipe, planner.recipe.budget
+    for run in foreseen.each:
+        if budget is None or not run.arm or not recipe.arms[run.arm].budget:
+            continue
+        before = [PlannedRun(arm, run.base, run.seed) for arm in recipe.lineage(run.arm)[:-1]]
+        costs = [getattr(foreseen.each.get(each), _MEASURES[budget.measure], None) for each in before]
+        known = [cost[0] for cost in costs if cost is not None]
+        if before and len(known) == len(before) and sum(known) >= budget.amount:
+            raise UserError(
+                f"by the plan {before[-1].arm} from {run.base} spends the whole budget of {budget}, and nothing is "
+                f"left for {run.arm} after it",
+                remedy="give a larger budget, or a shorter stage before it",
+                field=f"arms.{run.arm}",
+            )
+
+
 def _cost(planner: Planner, run: PlannedRun, prompts: Any, known: dict[tuple[str, str], RunCost]) -> RunCost:
     """The cost of a run; of an arm from a base it does not depend on the seed or on a value of the grid."""
     if (run.arm, run.base) not in known:
