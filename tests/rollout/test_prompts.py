@@ -78,8 +78,11 @@ def test_responses_to_prompts_without_padding_are_the_trainers(monkeypatch: pyte
     assert largest_difference(responses, trainer_logps(model, prompts, responses, 1.0)) < 1e-4
 
 
+@pytest.mark.parametrize("spoiled", [lambda v: v.roll(1, 2), lambda v: v * float("nan")])
 @pytest.mark.parametrize("way", [Padded, Packed])
-def test_a_way_of_reading_that_is_wrong_is_found_before_it_is_used(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_of_reading_that_is_wrong_is_found_before_it_is_used(
+    way: Any, spoiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = way.attend
-    monkeypatch.setattr(way, "attend", lambda self, q, k, v: own(self, q, k, v.roll(1, 2)))
+    monkeypatch.setattr(way, "attend", lambda self, q, k, v: own(self, q, k, spoiled(v)))
     assert choice.choice_of(make_model("llama")).decoder is TransformersDecoder

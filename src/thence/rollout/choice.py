@@ -75,13 +75,15 @@ def _found(model: Any, plain: bool) -> Choice:
     with short_windows(model):
         for choice in (*candidates, Choice(TransformersDecoder, True), Choice(TransformersDecoder, False)):
             try:
-                difference = max(_difference(model, decoder, choice.pads) for decoder in choice.ways(model))
+                differences = [_difference(model, decoder, choice.pads) for decoder in choice.ways(model)]
             except Exception as error:  # any error of a model's own code means: not this decoder
                 reasons.append(first_line(error))
                 continue
-            if difference <= 10 * tolerance(torch.float32, next(model.parameters()).device):
+            most = 10 * tolerance(torch.float32, next(model.parameters()).device)
+            wrong = [difference for difference in differences if not difference <= most]  # NaN is wrong too
+            if not wrong:
                 return choice
-            reasons.append(f"log-probabilities are off by {difference:.1g}")
+            reasons.append(f"log-probabilities are off by {wrong[0]:.1g}")
     raise UserError(
         f"thence cannot sample from {type(model).__name__}: {reasons[-1]}",
         remedy="use it for SFT only, or sample with vLLM (rl.engine, --backend vllm)",
