@@ -7,8 +7,8 @@ and beside the neighbour, so that a machine that slows down slows all. `others_c
 took meanwhile (from /proc/stat). A burst beside more than `--quiet` is repeated while there is time. `one core` is one
 thread alone. The peer is TRL's SFTTrainer; without TRL transformers' Trainer. Linux only; three minutes when idle.
 
-Arms: thence as it is; `spinning`, as it would be without its choice; `free cores`, started beside a neighbour with
-THENCE_THREADS=auto; the peer.
+Arms: thence started on the idle machine; `started beside` a neighbour, so that its threads sleep at once; `spinning`,
+as it would be without its choice; `free cores`, started beside a neighbour with THENCE_THREADS=auto; the peer.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Bursts:
         self.answer, sys.stdout = sys.stdout, sys.stderr  # nothing else may speak to the parent
         import torch
 
-        self._say({"tool": tool, "threads": torch.get_num_threads()})
+        waiting = {name: os.environ[name] for name in OWN[:3] if name in os.environ}
+        self._say({"tool": tool, "threads": torch.get_num_threads(), "waiting": waiting})
 
     def serve(self, steps: Callable[[str], Iterator[int]]) -> None:
         """Take commands until the parent has no more."""
@@ -200,14 +201,14 @@ class Arm:
         words = [python, __file__, str(data), "--worker", side]
         self.work = WORK if side == "thence" else WORK[:1]
         self.settings, self.bursts = settings, []
-        self.tool, self.threads = side, 0
+        self.tool, self.threads, self.waiting = side, 0, {}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def begin(self) -> None:
         """Wait until it is loaded, and warm every kind of work up."""
         told = self._read()
-        self.tool, self.threads = told["tool"], told["threads"]
+        self.tool, self.threads, self.waiting = told["tool"], told["threads"], told["waiting"]
         for work in self.work:
             self.burst(work, 0.0)
 
@@ -268,12 +269,15 @@ def measure(arm: Arm, work: str, beside: bool, seconds: float) -> dict[str, Any]
 
 
 def start(args: argparse.Namespace) -> dict[str, Arm]:
-    """All workers, which load side by side."""
-    own, arms = sys.executable, {}
-    with neighbour(True):  # it is there when the free cores are counted
-        arms["free cores"] = Arm(own, args.data, "thence", {"THENCE_THREADS": "auto"})
-        arms["free cores"].begin()
-    arms = {"thence": Arm(own, args.data, "thence", {}), "spinning": Arm(own, args.data, "thence", SPINS)} | arms
+    """All workers. Those that look at how busy the machine is load one after the other."""
+    own = sys.executable
+    arms = {"thence": Arm(own, args.data, "thence", {})}
+    arms["thence"].begin()
+    with neighbour(True):  # it is there when they look
+        for name, settings in (("started beside", {}), ("free cores", {"THENCE_THREADS": "auto"})):
+            arms[name] = Arm(own, args.data, "thence", settings)
+            arms[name].begin()
+    arms["spinning"] = Arm(own, args.data, "thence", SPINS)
     if arms["free cores"].threads > 1:
         arms["one thread"] = Arm(own, args.data, "thence", {"OMP_NUM_THREADS": "1"})
     for more in args.arm:
@@ -364,15 +368,21 @@ def main() -> None:
         "machine": common.machine(),
         "summary": summary(arms),
         "arms": {
-            name: {"tool": arm.tool, "threads": arm.threads, "environment": arm.settings, "bursts": arm.bursts}
+            name: {
+                "tool": arm.tool,
+                "threads": arm.threads,
+                "environment": arm.settings,
+                "waiting": arm.waiting,
+                "bursts": arm.bursts,
+            }
             for name, arm in arms.items()
         },
     }
-    print(f"{'work':9} {'arm':11} {'alone':>8} {'beside':>8}  of one core  of alone  others (cores)")
+    print(f"{'work':9} {'arm':14} {'alone':>8} {'beside':>8}  of one core  of alone  others (cores)")
     for row in record["summary"]:
         share = "" if row["beside_of_one_core"] is None else f"{row['beside_of_one_core']:.2f}"
         figures = f"{row['alone_tokens_per_s']:8.0f} {row['beside_tokens_per_s']:8.0f}  {share:>11}"
-        print(f"{row['work']:9} {row['arm']:11} {figures}  {row['beside_of_alone']:8.2f}  {row['others_cores']:.2f}")
+        print(f"{row['work']:9} {row['arm']:14} {figures}  {row['beside_of_alone']:8.2f}  {row['others_cores']:.2f}")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

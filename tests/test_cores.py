@@ -11,10 +11,11 @@ import pytest
 
 from thence import cores
 from thence.cli import main
-from thence.cores import SPINCOUNT, Usage, crowded, free_cores, take_free_cores, taken_by_others, usage, wait_briefly
+from thence.cores import SPINCOUNT, Usage, crowded, free_cores, settle_waiting, take_free_cores, taken_by_others, usage
 from thence.errors import UserError
 
 CLEAR = {name: value for name, value in os.environ.items() if name not in (*cores.WAITING, *cores.THREADS, cores.ASKED)}
+ONE = {"OMP_NUM_THREADS": "1"}  # which waits for nobody, however busy the machine is
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp's and Linux's own")
 
 
@@ -34,17 +35,84 @@ def taken(monkeypatch: pytest.MonkeyPatch, share: float, usable: int = 4) -> Non
     monkeypatch.setattr(cores, "usage", lambda: Usage(100 + next(clock) * share, 5.0, float(next(clock) // 2)))
 
 
+def runnable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int) -> None:
+    """Let so many processes run or want to run, this one among them."""
+    monkeypatch.setattr(cores, "STAT", tmp_path / "stat")
+    cores.STAT.write_text(f"ctxt 7\nprocs_running {processes}\nprocs_blocked 3\n")
+
+
 @LINUX
 def test_torch_is_loaded_with_short_waits_by_whatever_comes_through_thence() -> None:
-    _, told = python("from thence.rollout.native import Sampling\nimport torch", OMP_DISPLAY_ENV="VERBOSE")
+    told = python("from thence.rollout.native import Sampling\nimport torch", OMP_DISPLAY_ENV="VERBOSE", **ONE)[1]
     assert f"GOMP_SPINCOUNT = '{SPINCOUNT}'" in told
 
 
 @LINUX
 def test_a_child_process_waits_briefly_too() -> None:
     code = "import thence, subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
-    printed, _ = python(code.format("import os; print(os.environ['GOMP_SPINCOUNT'])"))
+    printed, _ = python(code.format("import os; print(os.environ['GOMP_SPINCOUNT'])"), **ONE)
     assert printed.strip() == SPINCOUNT
+
+
+@LINUX
+def test_threads_sleep_at_once_on_a_machine_whose_cores_are_all_busy() -> None:
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        code = "import os, thence; print(*(os.environ.get(name) for name in thence.cores.WAITING))"
+        assert python(code, OMP_NUM_THREADS="2")[0].split() == ["PASSIVE", "None", "None"]
+        assert python(code, OMP_NUM_THREADS="2", THENCE_THREADS="auto")[0].split() == ["None", SPINCOUNT, "None"]
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "others, usable, threads, passive",
+    [
+        (0.6, 2, "2", False),  # a neighbour that rests often
+        (0.9, 2, "2", True),
+        (0.9, 2, "1", False),  # one thread waits for nobody
+        (0.9, 4, "2", False),  # and two find two free cores
+        (2.8, 4, "2", True),
+        (0.9, 4, "4, 1", True),
+    ],
+)
+def test_threads_sleep_at_once_where_others_compete_with_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, others: float, usable: int, threads: str, passive: bool
+) -> None:
+    runnable(monkeypatch, tmp_path, 2)
+    monkeypatch.setattr(cores, "WINDOW", 0.0)
+    monkeypatch.setattr(cores, "usable_cores", lambda: usable)
+    moments = iter([Usage(50.0, 3.0, 10.0), Usage(50.0 + 2 * others + 0.5, 3.5, 12.0)])
+    monkeypatch.setattr(cores, "usage", lambda: next(moments, None))
+    environment = {"OMP_NUM_THREADS": threads}
+    assert settle_waiting(environment, loaded=False)
+    assert environment.pop("OMP_NUM_THREADS") == threads
+    assert environment == ({"OMP_WAIT_POLICY": "PASSIVE"} if passive else {"GOMP_SPINCOUNT": SPINCOUNT})
+
+
+@LINUX
+def test_an_idle_machine_is_not_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runnable(monkeypatch, tmp_path, 1)
+    monkeypatch.setattr(cores, "usage", lambda: pytest.fail("it was watched"))
+    environment = {"OMP_NUM_THREADS": "2"}
+    assert settle_waiting(environment, loaded=False)
+    assert environment["GOMP_SPINCOUNT"] == SPINCOUNT
+
+
+@LINUX
+def test_a_thread_is_expected_for_each_physical_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
+    monkeypatch.setattr(cores, "TOPOLOGY", str(tmp_path / "{}"))
+    assert cores.threads_expected({}) == 4  # where the system says nothing of it
+    for core in range(8):
+        (tmp_path / str(core)).write_text(f"{core % 4},{core % 4 + 4}\n")
+    assert cores.threads_expected({}) == 2
+    assert cores.threads_expected({"OMP_NUM_THREADS": "many"}) == 2
+    assert cores.threads_expected({"OMP_NUM_THREADS": " 3 ,1", "MKL_NUM_THREADS": "5"}) == 3
+    assert cores.threads_expected({"MKL_NUM_THREADS": "5"}) == 5
 
 
 @LINUX
@@ -59,18 +127,18 @@ def test_what_the_user_says_of_waiting_stays(name: str, value: str) -> None:
 
 @LINUX
 def test_nothing_is_set_that_torch_could_not_read_any_more() -> None:
-    environment: dict[str, str] = {}
-    assert not wait_briefly(environment, loaded=True)
-    assert environment == {}
-    assert wait_briefly(environment, loaded=False)
-    assert environment == {"GOMP_SPINCOUNT": SPINCOUNT}
+    environment = dict(ONE)
+    assert not settle_waiting(environment, loaded=True)
+    assert environment == ONE
+    assert settle_waiting(environment, loaded=False)
+    assert environment == ONE | {"GOMP_SPINCOUNT": SPINCOUNT}
 
 
 def test_the_number_of_threads_does_not_follow_from_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     taken(monkeypatch, 3.0)
     environment: dict[str, str] = {}
     take_free_cores(environment)
-    wait_briefly(environment, loaded=False)
+    settle_waiting(environment, loaded=False)
     assert not set(cores.THREADS) & set(environment)
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from thence.cores import wait_briefly
+from thence.cores import settle_waiting
 
 if TYPE_CHECKING:
     from thence import audit
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-wait_briefly(os.environ, loaded="torch" in sys.modules)  # here, because everything of thence comes past before torch
+settle_waiting(os.environ, loaded="torch" in sys.modules)  # here, because everything of thence comes past before torch
 
 _HOMES = {
     "Recipe": "thence.recipe:Recipe",

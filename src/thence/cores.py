@@ -2,8 +2,9 @@
 
 The threads of a parallel region wait for the slowest of them. By default libgomp, torch's OpenMP runtime on Linux, lets
 them spin for 3 ms and more before they sleep. Beside a busy program they keep a core from the thread that they wait
-for. A tenth of a millisecond bridges the gaps within a step, and then the core is free. How threads wait changes no
-number.
+for. A tenth of a millisecond bridges the gaps within a step, and then the core is free. Where another program competes
+with the threads already, they sleep at once: that is slower alone and much faster beside it. How threads wait changes
+no number, so it may follow from how busy the machine is.
 
 The number of threads does change last bits. So it is never chosen by how busy the machine is, unless the user asks.
 """
@@ -26,6 +27,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 ASKED, CHOSEN = "THENCE_THREADS", "chosen"
 """The variable that asks for free cores (``auto``), and what it says once thence has chosen."""
 STAT = Path("/proc/stat")
+TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 WINDOW = 0.3  # seconds of looking, in ticks of 10 ms
 BUSY = 0.7  # of a core: a neighbour worth a word
 
@@ -65,8 +67,11 @@ def taken_by_others(since: Usage | None, until: Usage | None) -> float | None:
     return max(0.0, (until.cores - since.cores) - (until.own - since.own)) / (until.at - since.at)
 
 
-def wait_briefly(environment: MutableMapping[str, str], loaded: bool) -> bool:
-    """Let waiting threads sleep soon, unless the user has said how they wait. Returns whether it was set.
+def settle_waiting(environment: MutableMapping[str, str], loaded: bool) -> bool:
+    """Choose how waiting threads wait, unless the user has said it. Returns whether it was set.
+
+    They sleep soon, and at once where other programs compete with them now. An idle machine is known at once; a busy
+    one is watched for `WINDOW` seconds.
 
     Args:
         environment: of this process and those that it starts.
@@ -74,8 +79,47 @@ def wait_briefly(environment: MutableMapping[str, str], loaded: bool) -> bool:
     """
     if loaded or not sys.platform.startswith("linux") or any(name in environment for name in WAITING):
         return False
-    environment["GOMP_SPINCOUNT"] = SPINCOUNT
+    if ASKED not in environment and _compete(threads_expected(environment)):
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:  # the number of threads that THENCE_THREADS chooses leaves others their cores
+        environment["GOMP_SPINCOUNT"] = SPINCOUNT
     return True
+
+
+def threads_expected(environment: Mapping[str, str]) -> int:
+    """Threads that torch will start: the user's number, or else one for each physical core of this process.
+
+    Args:
+        environment: OMP_NUM_THREADS may name a number for each level; the first one counts.
+    """
+    for name in THREADS:
+        first = environment.get(name, "").partition(",")[0].strip()
+        if first.isdecimal() and int(first) > 0:
+            return int(first)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores()))
+    try:
+        return len({Path(TOPOLOGY.format(core)).read_text(encoding="utf-8") for core in cores})
+    except OSError:
+        return len(cores)
+
+
+def _compete(threads: int) -> bool:
+    """Whether other programs keep so many cores busy that this many threads have to share theirs."""
+    if threads < 2 or not _others_run():
+        return False
+    before = usage()
+    time.sleep(WINDOW)
+    others = taken_by_others(before, usage())
+    return others is not None and others >= BUSY and threads > free_cores(others)
+
+
+def _others_run() -> bool:
+    """Whether anything but this process runs or wants to run at this moment."""
+    try:
+        lines = STAT.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("procs_running") and int(line.split()[1]) > 1 for line in lines)
 
 
 def take_free_cores(environment: MutableMapping[str, str]) -> None:
