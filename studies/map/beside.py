@@ -24,7 +24,8 @@ from thence.stats.typical import typical_mean
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from tables import NONE, SPLITS, points, table  # noqa: E402  # a script of this folder, not of a package
+from replicated import DIFFERENCES, HEAD, rows_of  # noqa: E402  # scripts of this folder, not of a package
+from tables import NONE, SPLITS, points, table  # noqa: E402
 
 NAMES = ("demonstrations", "sampling", "half", "double", "wider")
 OTHER = "rl"
@@ -38,6 +39,7 @@ PAIRS = {
 KINDS = ("256", "4096", "careful", "hasty", "wrong")
 SETTINGS = ("half", "double", "wider")
 """Comparisons of the same arms under other settings: each is told beside the study."""
+AGAINST_RL = tuple(claim for claim in DIFFERENCES if claim.other == (OTHER,))
 LEAST_BLOCKS = 3
 """Blocks from which on a mean has an interval."""
 
@@ -158,6 +160,10 @@ def main() -> None:
         text += "\n## SFT, then RL less RL alone, beside the study\n"
         for split, title in SPLITS.items():
             text += f"\n**{title.capitalize()}**\n\n{leads({'study': read_results(HERE)} | kept, split)}\n"
+        text += "\n## Against a base of the study with the same accuracy\n"
+        for comparison in kept.values():
+            rows = rows_of(read_results(HERE), comparison, AGAINST_RL)
+            text += f"\n**{comparison.description}**\n\n{table(HEAD, rows)}\n"
     write_atomically(HERE / "beside.md", text)
 
 

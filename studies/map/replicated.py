@@ -35,6 +35,9 @@ DIFFERENCES = (
     Claim("SFT, then RL less RL alone, out of distribution", "sft-then-rl", ("rl",), OUT),
 )
 DEGREE = 2
+LEAST_MEAN = 3
+"""Blocks from which on their mean is told too: the two of the replication were to be judged one by one."""
+HEAD = ["difference", "new base (accuracy before training)", "expected, 95% of new blocks", "found", ""]
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,15 @@ class Expected:
     high: float
 
 
-def expected(skill: list[float], differences: list[float], at: float) -> Expected:
-    """The interval that holds 95% of new blocks of this skill."""
+def expected(skill: list[float], differences: list[float], at: list[float]) -> Expected:
+    """The interval that holds 95% of new blocks of this skill; for several, of the means of so many new blocks."""
     x, y = np.vander(np.array(skill), DEGREE + 1), np.array(differences)
-    new = np.vander(np.array([at]), DEGREE + 1)[0]
+    new = np.vander(np.array(at), DEGREE + 1).mean(0)
     inverse = np.linalg.inv(x.T @ x)
     left = len(y) - x.shape[1]
     fitted = inverse @ x.T @ y
     spread = float(np.sum((y - x @ fitted) ** 2)) / left
-    reach = float(stats.t.ppf(0.975, left) * np.sqrt(spread * (1 + new @ inverse @ new)))
+    reach = float(stats.t.ppf(0.975, left) * np.sqrt(spread * (1 / len(at) + new @ inverse @ new)))
     middle = float(new @ fitted)
     return Expected(middle, middle - reach, middle + reach)
 
@@ -67,22 +70,27 @@ def skills_of(comparison: Comparison) -> dict[BlockId, float]:
     return {block: measured.accuracy for block, measured in found.items() if measured is not None}
 
 
-def rows_of(study: Comparison, new: Comparison) -> list[list[str]]:
-    """A row for every difference and new block."""
+def rows_of(study: Comparison, new: Comparison, claims: tuple[Claim, ...] = DIFFERENCES) -> list[list[str]]:
+    """A row for every difference and new block, and for the mean of at least `LEAST_MEAN` blocks."""
     rows: list[list[str]] = []
     known, added = skills_of(study), skills_of(new)
-    for claim in DIFFERENCES:
+    for claim in claims:
         before, after = (
             differences_of(claim, each, scores_of(each), next(c for c in each.columns if c.split == "dev"))
             for each in (study, new)
         )
         blocks = sorted(before)
-        for block, difference in sorted(after.items(), key=lambda item: added[item[0]]):
-            should = expected([known[b] for b in blocks], [before[b] for b in blocks], added[block])
-            inside = should.low <= difference <= should.high
-            name = f"{block[0]}, seed {block[1]} ({100 * added[block]:.0f}%)"
+        new_blocks = sorted(after, key=lambda block: added[block])
+        named = {f"{block[0]}, seed {block[1]} ({100 * added[block]:.0f}%)": [block] for block in new_blocks}
+        if len(after) >= LEAST_MEAN:
+            named[f"mean of {len(after)}"] = new_blocks
+        for name, chosen in named.items():
+            at = [added[block] for block in chosen]
+            should = expected([known[b] for b in blocks], [before[b] for b in blocks], at)
+            found = sum(after[block] for block in chosen) / len(chosen)
+            inside = should.low <= found <= should.high
             reach = f"{points(should.fit)} [{points(should.low)}, {points(should.high)}]"
-            rows.append([claim.says, name, reach, points(difference), "inside" if inside else "**outside**"])
+            rows.append([claim.says, name, reach, points(found), "inside" if inside else "**outside**"])
     return rows
 
 
@@ -99,9 +107,8 @@ def main() -> None:
         KEPT.mkdir(exist_ok=True)
         kept = replace(new, environment={**new.environment, "command": command})
         write_atomically(KEPT / RESULTS, results_json(kept))
-    head = ["difference", "new base (accuracy before training)", "expected, 95% of new blocks", "found", ""]
     text = "# Two more blocks\n\nWritten by `replicated.py` from `replication/results.json`. Points.\n\n"
-    write_atomically(HERE / "replication.md", text + table(head, rows_of(study, new)) + "\n")
+    write_atomically(HERE / "replication.md", text + table(HEAD, rows_of(study, new)) + "\n")
 
 
 if __name__ == "__main__":

@@ -153,14 +153,15 @@ def test_the_tables_say_what_each_contrast_decided_and_where_the_order_turns() -
         tables.written(found, {**dict.fromkeys(arms, lines), "sft": lines[:-1]})
 
 
-def test_the_interval_for_a_new_block_holds_as_many_as_it_says() -> None:
+@pytest.mark.parametrize("new", [1, 4])
+def test_the_interval_for_new_blocks_holds_as_many_as_it_says(new: int) -> None:
     replicated, random = script("replicated"), np.random.default_rng(0)
     inside = 0
     for _ in range(1000):
-        skill = random.uniform(0, 0.7, 31)
-        values = 0.2 - 0.5 * skill**2 + random.normal(0, 0.1, 31)
-        should = replicated.expected(skill[1:].tolist(), values[1:].tolist(), skill[0])
-        inside += should.low <= values[0] <= should.high
+        skill = random.uniform(0, 0.7, 30 + new)
+        values = 0.2 - 0.5 * skill**2 + random.normal(0, 0.1, 30 + new)
+        should = replicated.expected(skill[new:].tolist(), values[new:].tolist(), skill[:new].tolist())
+        inside += should.low <= values[:new].mean() <= should.high
     assert 930 <= inside <= 970
 
 
@@ -178,6 +179,9 @@ def test_a_replication_of_the_same_blocks_has_their_differences(
     accuracy = {run.arm: run.measured[0].accuracy for run in pilot.runs if run.base == "top"}
     assert found.split("|")[-3].strip() == f"{100 * (accuracy['sft-then-rl'] - accuracy['rl']):+.1f}"
     assert sum("seed" in line for line in lines) == 4 * len(pilot.blocks)
+    means = [line.split("|")[-3].strip() for line in lines if f"| mean of {len(pilot.blocks)} |" in line]
+    single = [float(line.split("|")[-3]) for line in lines if line.startswith("| SFT, then RL less RL alone |")]
+    assert len(means) == 4 and float(means[2]) == pytest.approx(np.mean(single[:-1]), abs=0.1)
 
 
 def test_a_comparison_beside_the_study_is_told_by_level_and_beside_rl_alone() -> None:
