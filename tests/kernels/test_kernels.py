@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,36 @@ def test_the_gradient_of_a_norm_does_not_follow_from_the_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def make_step(rows, seed=0):
+    """A whole step of two layers with random weights, and what it needs of so many rows after 20 columns."""
+    generator, kernels, size = torch.Generator().manual_seed(seed), decode.decode_kernels(8), 8
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    layers = [decode.Matrices(draw(64, 24), None, draw(24, 32), draw(80, 24), draw(24, 40)) for _ in range(2)]
+    caches = [(draw(rows, 2, 2, size, decode.LANE), draw(rows, 2, 2, decode.LANE, size)) for _ in layers]
+    step = decode.WholeStep(kernels, draw(50, 24), layers, draw(50, 24), caches, 1e-6)
+    first = torch.randint(0, 20, (rows,), generator=generator)
+    told = decode.Rows(draw(32, 4), draw(32, 4), torch.arange(rows), first, 20)
+    return step, torch.randint(0, 50, (rows,), generator=generator), told
+
+
+def test_a_row_of_a_whole_step_has_the_same_bits_in_any_company_and_with_any_threads():
+    step, token, rows = make_step(77)
+    before, all_at_once = torch.get_num_threads(), step(token, rows)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(step(token, rows), all_at_once)
+            for chosen in ([5], [76, 0, 40], list(range(1, 77, 2)), list(range(33))):
+                some = torch.tensor(chosen)
+                told = replace(rows, place=rows.place[some], first=rows.first[some])
+                assert torch.equal(step(token[some], told), all_at_once[some])
+    finally:
+        torch.set_num_threads(before)
+
+
 def slopes(function, inputs, upstream):
     """The result, and the gradient for every input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -252,9 +283,14 @@ def test_a_library_whose_results_are_wrong_is_built_again_then_given_up(fresh, c
         ("attention.c", "sum[b][l] += x[b][c]", "sum[b][l] += 1.001f * x[b][c]"),
         ("attention.c", "x holds the scale already */", "x holds it */\n to_value *= 1.001f;"),
         ("attention.c", "slope[j] = row[j] *", "slope[j] = 1.001f * row[j] *"),
-        ("decode.c", "sum[l] += query[i]", "sum[l] += 1.001f * query[i]"),
+        ("decode.c", "low[l] += query[i]", "low[l] += 1.001f * query[i]"),
+        ("decode.c", "score[j] *= total", "score[j] *= 1.001f * total"),
+        ("decode.c", "sum[i][1] += x", "sum[i][1] += 1.001f * x"),
+        ("decode.c", "row[i] += now->bias[i]", "row[i] += 1.001f * now->bias[i]"),
+        ("decode.c", "c.values = now->values", "c.values = m->layers->values"),
+        ("decode.c", "token[begin + r]", "token[r]"),
         ("decode.c", "odd[i] += share", "odd[i] += 1.001f * share"),
-        ("decode.c", "even[i] += share[length - 1]", "even[i] += 0.9f * share[length - 1]"),
+        ("decode.c", "i++) even[i] += share[j]", "i++) even[i] += 0.9f * share[j]"),
         ("decode.c", "sum += row[i] * row[i]", "sum += 1.001f * row[i] * row[i]"),
         ("decode.c", "(1.0f + expf(power))", "(1.001f + expf(power))"),
         ("layer.c", "weight[i] * (scale * row[i])", "weight[i] * (1.001f * scale * row[i])"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.rollout.chi_square import chi_square
+from thence.kernels.decode import WholeStep, decode_kernels
 from thence.objective import Row, trained_tokens
 from thence.rollout import choice, native
 from thence.rollout import llama as llama_module
@@ -166,6 +167,29 @@ def test_without_a_c_compiler_the_responses_are_the_same(family: str, monkeypatc
     plain = sample(model, prompts, seeds, sampling)
     assert tokens_of(compiled) == tokens_of(plain)
     assert largest_difference(plain, trainer_logps(model, prompts, plain, 1.0)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_a_step_in_one_function_gives_the_responses_of_torchs_products(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if decode_kernels(8) is None:
+        pytest.skip("no C compiler")
+    model, used = make_model(family), []
+    choice.choice_of(model)  # which tries both ways of reading prompts
+    prompts, seeds = mixed_prompts(90)
+    sampling = Sampling(max_tokens=20, temperature=1.0, stop_ids=STOPS)
+    call = WholeStep.__call__
+    monkeypatch.setattr(WholeStep, "__call__", lambda *arguments: used.append(1) or call(*arguments))
+    whole = sample(model, prompts, seeds, sampling)
+    steps = len(used)
+    assert steps == max(len(r.token_ids) for r in whole) - 1
+    weights = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    monkeypatch.setattr(llama_module, "WHOLE_STEP", weights)  # less than with the embedding and the output layer
+    by_torch = sample(model, prompts, seeds, sampling)
+    assert len(used) == steps
+    assert tokens_of(whole) == tokens_of(by_torch)
+    assert largest_difference(whole, [torch.tensor(r.logps) for r in by_torch]) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral-window"])

@@ -21,6 +21,16 @@ def integers(*values: int) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def struct(*values: ctypes.Array | ctypes.c_int64 | ctypes.c_float | None) -> ctypes.Structure:
+    """A C struct of these fields; an array, or None, is a pointer."""
+    plain = (ctypes.c_int64, ctypes.c_float)
+    kinds = [type(value) if isinstance(value, plain) else ctypes.c_void_p for value in values]
+    made = type("Struct", (ctypes.Structure,), {"_fields_": [(f"field{i}", kind) for i, kind in enumerate(kinds)]})
+    told = made(*(ctypes.addressof(v) if isinstance(v, ctypes.Array) else v for v in values))
+    told.kept = values  # what it points to lives as long as it does
+    return told
+
+
 def main(path: str, source: str, head: int) -> None:
     """Two rows, two heads, one key-value head."""
     library = ctypes.CDLL(path)
@@ -42,13 +52,27 @@ def main(path: str, source: str, head: int) -> None:
         library.gate_backward(a, b, c, d, floats(ROWS * 2 * head), wide)
         library.turn_heads(a, floats(ROWS * head), floats(ROWS * head), b, number(ROWS), number(2), scale)
     else:
-        cache = [floats(ROWS * head * COLUMNS) for _ in range(2)]
-        angles = [floats(TOKENS * head) for _ in range(2)]
-        out = floats(ROWS * 2 * head)
-        sizes = (number(ROWS), number(2), number(1), number(1), number(TOKENS - 1), scale)
-        library.attend(floats(ROWS * 4 * head), *cache, *angles, integers(1, 0), integers(0, 3), out, *sizes)
+        heads, kv, width, inner, wide = 2, 1, 5, 3, int(library.panel())
+        keys, values = floats(ROWS * head * COLUMNS), floats(ROWS * head * COLUMNS)
+        cosines, sines, places, first = floats(TOKENS * head), floats(TOKENS * head), integers(1, 0), integers(0, 3)
+        sizes = map(number, (heads, kv, 1, TOKENS - 1))
+        cache = struct(keys, values, cosines, sines, places, first, *sizes, scale)
+        qkv, out = floats(ROWS * (heads + 2 * kv) * head), floats(ROWS * heads * head)
+        library.attend(ctypes.byref(cache), qkv, out, number(ROWS))
         library.rms_norm(floats(ROWS * head), out, number(ROWS), number(head), ctypes.c_float(1e-6))
         library.swiglu(floats(ROWS * 2 * head), out, number(ROWS), number(head))
+
+        def panels(columns: int, depth: int) -> ctypes.Array:
+            return floats(-(-columns // wide) * wide * depth)
+
+        combined = (heads + 2 * kv) * head
+        matrices = panels(combined, width), floats(combined), panels(width, heads * head), panels(2 * inner, width)
+        layer = struct(*matrices, panels(width, inner), keys, values)
+        embedding, logits = floats(7 * width), floats((ROWS + int(library.tile())) * wide)
+        told = map(number, (1, width, inner, 7))
+        model = struct((type(layer) * 1)(layer), embedding, panels(7, width), *told, ctypes.c_float(1e-6))
+        tokens = integers(*range(ROWS))
+        library.step(ctypes.byref(model), ctypes.byref(cache), tokens, logits, number(ROWS), number(library.tile()))
 
 
 if __name__ == "__main__":

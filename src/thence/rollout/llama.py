@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from thence.kernels.decode import LANE, DecodeKernels, decode_kernels, in_blocks
+from thence.kernels.decode import (
+    LANE,
+    DecodeKernels,
+    Matrices,
+    Rows,
+    WholeStep,
+    decode_kernels,
+    keys_in_blocks,
+    values_in_blocks,
+)
 from thence.rollout.prompts import Layout, packed, padded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,6 +33,9 @@ CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 PACK_FROM = 1e11
 """About a second of a processor core. Below it padding costs less than its absence would change: other sums
 have other last bits."""
+WHOLE_STEP = 2_000_000
+"""Weights up to which a step runs in one C function. Every thread reads all of them, from its core's cache; with 5.6M a
+step of few rows is slower than with torch's products (`benchmarks/whole_step.py`)."""
 
 
 def is_plain_llama(model: Any) -> bool:
@@ -88,7 +100,8 @@ Attend = Callable[[Layer, tuple[Tensor, Tensor], Tensor], Tensor]
 class LlamaDecoder:
     """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side.
 
-    On a CPU with a C compiler, attention, norms and gates of a step run in ``kernels/decode.c``; else in torch.
+    On a CPU with a C compiler, attention, norms and gates of a step run in ``kernels/decode.c``, and the whole step
+    where the model is small; else in torch.
 
     Args:
         pack_from: FLOPs of padding from which on prompts of different lengths are read without any.
@@ -108,6 +121,7 @@ class LlamaDecoder:
         self.kernels: DecodeKernels | None = decode_kernels(self.head_size) if plain else None
         self.pack_from = pack_from
         self.parameters = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+        self.whole: WholeStep | None = None
         self.length = 0
 
     def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
@@ -121,13 +135,17 @@ class LlamaDecoder:
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
             qkv = self._qkv(layer, x).view(*layout.token_ids.shape, -1, self.head_size)
             q, k, v = self._turned(layer, qkv, cos, sin)
-            k_UP = layout.columns(k)
-            k_cached = k_UP if self.kernels is None else in_blocks(k_UP)
-            keys[:, :, : k_cached.shape[2]], values[:, :, : self.length] = k_cached[rows], layout.columns(v)[rows]
+            k_UP, v_UP = layout.columns(k), layout.columns(v)
+            if self.kernels is None:
+                keys[:, :, : self.length], values[:, :, : self.length] = k_UP[rows], v_UP[rows]
+            else:
+                blocks = -(-self.length // LANE)
+                keys[:, :blocks], values[:, :blocks] = keys_in_blocks(k_UP)[rows], values_in_blocks(v_UP)[rows]
             x = self._finish(layer, x, layout.attend(q, k, v))
         self.padding_B = layout.padding_U[rows]
         self.place_B = torch.arange(len(rows), device=self.device)
         self._make_mask()
+        self.whole = self._whole_step()
         return self._logits(x[layout.last_U])[rows]
 
     def _layout(self, prompts: list[list[int]]) -> Layout:
@@ -142,6 +160,8 @@ class LlamaDecoder:
     def step(self, token_B: Tensor) -> Tensor:
         at = self.length
         self.length += 1
+        if self.whole is not None:
+            return self.whole(token_B, self._rows(at))
         x = self.embedding[token_B]
         attend = self._attend_torch(at) if self.kernels is None else self._attend_kernel(at)
         for layer, cache in zip(self.layers, self.cache, strict=True):
@@ -161,21 +181,32 @@ class LlamaDecoder:
         self._make_mask()
 
     def _room(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """An empty cache of one layer: keys and values. The kernels want keys in blocks."""
-        blocks = -(-columns // LANE)
-        keys = (columns, self.head_size) if self.kernels is None else (blocks, self.head_size, LANE)
-        return (
-            self.cos.new_empty(rows, self.kv_heads, *keys),
-            self.cos.new_empty(rows, self.kv_heads, blocks * LANE, self.head_size),
-        )
+        """An empty cache of one layer: keys and values. The kernels want them in blocks."""
+        if self.kernels is None:
+            shape = (rows, self.kv_heads, columns, self.head_size)
+            return self.cos.new_empty(shape), self.cos.new_empty(shape)
+        shape = (rows, -(-columns // LANE), self.kv_heads)
+        return self.cos.new_empty(*shape, self.head_size, LANE), self.cos.new_empty(*shape, LANE, self.head_size)
+
+    def _whole_step(self) -> WholeStep | None:
+        """The step in one function, with this cache; None where torch's matrix products are better or needed."""
+        if self.kernels is None or self.parameters + 2 * self.head.numel() > WHOLE_STEP:
+            return None
+        layers = [
+            Matrices(layer.qkv, layer.qkv_bias, layer.out_t.T, layer.gate_up, layer.down_t.T) for layer in self.layers
+        ]
+        return WholeStep(self.kernels, self.embedding, layers, self.head, self.cache, self.eps)
+
+    def _rows(self, column: int) -> Rows:
+        return Rows(self.cos, self.sin, self.place_B, self.padding_B, column)
 
     def _qkv(self, layer: Layer, x: Tensor) -> Tensor:
         return linear(self._norm(x), layer.qkv, layer.qkv_bias)
 
     def _attend_kernel(self, at: int) -> Attend:
-        kernels, told = self.kernels, (self.cos, self.sin, self.place_B, self.padding_B, at)
+        kernels, rows = self.kernels, self._rows(at)
         assert kernels is not None
-        return lambda layer, cache, qkv: kernels.attend(qkv, *cache, *told)
+        return lambda layer, cache, qkv: kernels.attend(qkv, *cache, rows)
 
     def _attend_torch(self, at: int) -> Attend:
         if self.mask is None:
