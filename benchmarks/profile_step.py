@@ -1,18 +1,22 @@
-"""Where a GRPO step's time goes: matrix products, attention, everything else; and what the arithmetic alone costs.
+"""Where a GRPO step's time goes: sampling's parts, training's operators; and what the arithmetic alone costs.
 
     .venv/bin/python benchmarks/profile_step.py --model DATA/small --data DATA/small-prompts.jsonl
 
-Samples 32 x 8 x 64 forced tokens and trains on them, as `ours_grpo.py` does, once under torch's profiler. Prints JSON.
+Samples 32 x 8 x 64 forced tokens and trains on them, as `ours_grpo.py` does. Sampling's parts are timed from outside:
+torch's profiler does not see C functions that are called without autograd. Training runs under torch's profiler. The
+attention of sampling is timed once more alone, on a cache of the same size. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -20,9 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
-    "packed attention": ("PackedAttention", "thence"),
+    "attention": ("_Packed",),
+    "norms, gates, rotary embedding": ("_Norm", "_Gated", "_Turned"),
     "optimizer": ("adamw", "Adam"),
 }
+PARTS = ("prefill", "step", "draw")
+"""Of sampling, as wall time; the rest is bookkeeping."""
 
 
 def main() -> None:
@@ -50,7 +57,7 @@ def main() -> None:
     results = {}
     for turn in range(3):
         start = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CPU]) if turn == 1 else contextlib.nullcontext() as sampled:
+        with timed() if turn == 1 else nullcontext({}) as sampled:
             responses = thence.sample(loaded.model, [p.token_ids for p in prompts], range(len(prompts)), sampling)
         sample_seconds = time.perf_counter() - start
         group = [
@@ -59,16 +66,19 @@ def main() -> None:
         ]
         batch = make_batch(method, group)
         start = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CPU]) if turn == 1 else contextlib.nullcontext() as trained:
+        with profile(activities=[ProfilerActivity.CPU]) if turn == 1 else nullcontext() as trained:
             trainer.step(batch)
         train_seconds = time.perf_counter() - start
         if turn == 1:
-            results["share of sampling"], results["share of training"] = shares(sampled), shares(trained)
+            results["share of sampling"] = {k: round(v / sample_seconds, 3) for k, v in sampled.items()}
+            results["share of training"] = shares(trained)
     matrices = sum(p.numel() for p in loaded.model.parameters() if p.ndim == 2)
     tokens = sum(len(row.token_ids) for row in batch.rows)
     speed = gemm()
     floor = (2 * matrices * sum(len(r.token_ids) for r in responses) + 6 * matrices * tokens) / speed / 1e9
+    alone = attention_seconds(loaded.model, len(prompts), len(prompts[0].token_ids))
     results |= {
+        "seconds of sampling's attention alone": round(alone, 3),
         "seconds of sampling": round(sample_seconds, 3),
         "seconds of training": round(train_seconds, 3),
         "GFLOP/s of a 1024 x 1024 product": round(speed),
@@ -83,6 +93,56 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Wall seconds of sampling's parts while it lasts."""
+    from thence.rollout import native
+    from thence.rollout.llama import LlamaDecoder
+
+    took, places = dict.fromkeys(PARTS, 0.0), {"prefill": LlamaDecoder, "step": LlamaDecoder, "draw": native}
+
+    def wrapped(part: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            given = function(*arguments)
+            took[part] += time.perf_counter() - start
+            return given
+
+        return call
+
+    kept = {part: getattr(place, part) for part, place in places.items()}
+    for part, place in places.items():
+        setattr(place, part, wrapped(part, kept[part]))
+    try:
+        yield took
+    finally:
+        for part, place in places.items():
+            setattr(place, part, kept[part])
+
+
+def attention_seconds(model: Any, rows: int, prompt: int) -> float:
+    """Attention of all steps and layers, on caches of random numbers. NaN without C kernels."""
+    from thence.kernels.decode import LANE, Rows, decode_kernels
+
+    config = model.config
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    kernels, columns = decode_kernels(size), prompt + common.NEW_TOKENS
+    if kernels is None:
+        return float("nan")
+    shape = rows, -(-columns // LANE), config.num_key_value_heads
+    caches = [
+        (torch.randn(*shape, size, LANE), torch.randn(*shape, LANE, size)) for _ in range(config.num_hidden_layers)
+    ]
+    qkv = torch.randn(rows, (heads + 2 * config.num_key_value_heads) * size)
+    cos, sin = torch.randn(2, columns, size // 2)
+    start = time.perf_counter()
+    for column in range(prompt, columns):
+        told = Rows(cos, sin, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), column)
+        for cache in caches:
+            kernels.attend(qkv, *cache, told)
+    return time.perf_counter() - start
 
 
 def shares(profiled: profile) -> dict[str, float]:
