@@ -60,7 +60,10 @@ def test_threads_sleep_at_once_on_a_machine_whose_cores_are_all_busy() -> None:
     try:
         code = "import os, thence; print(*(os.environ.get(name) for name in thence.cores.WAITING))"
         assert python(code, OMP_NUM_THREADS="2")[0].split() == ["PASSIVE", "None", "None"]
-        assert python(code, OMP_NUM_THREADS="2", THENCE_THREADS="auto")[0].split() == ["None", SPINCOUNT, "None"]
+        # a number of threads that the user has set comes before THENCE_THREADS
+        assert python(code, OMP_NUM_THREADS="2", THENCE_THREADS="auto")[0].split() == ["PASSIVE", "None", "None"]
+        assert python(code, OMP_NUM_THREADS="2", THENCE_THREADS="")[0].split() == ["PASSIVE", "None", "None"]
+        assert python(code, THENCE_THREADS="auto")[0].split() == ["None", SPINCOUNT, "None"]
     finally:
         for loop in loops:
             loop.kill()
@@ -87,6 +90,7 @@ def test_threads_sleep_at_once_where_others_compete_with_them(
     monkeypatch.setattr(cores, "usable_cores", lambda: usable)
     moments = iter([Usage(50.0, 3.0, 10.0), Usage(50.0 + 2 * others + 0.5, 3.5, 12.0)])
     monkeypatch.setattr(cores, "usage", lambda: next(moments, None))
+    monkeypatch.setattr(cores, "_physical_cores", lambda: 8)
     environment = {"OMP_NUM_THREADS": threads}
     assert settle_waiting(environment, loaded=False)
     assert environment.pop("OMP_NUM_THREADS") == threads
@@ -111,8 +115,42 @@ def test_a_thread_is_expected_for_each_physical_core(monkeypatch: pytest.MonkeyP
         (tmp_path / str(core)).write_text(f"{core % 4},{core % 4 + 4}\n")
     assert cores.threads_expected({}) == 2
     assert cores.threads_expected({"OMP_NUM_THREADS": "many"}) == 2
-    assert cores.threads_expected({"OMP_NUM_THREADS": " 3 ,1", "MKL_NUM_THREADS": "5"}) == 3
-    assert cores.threads_expected({"MKL_NUM_THREADS": "5"}) == 5
+    assert cores.threads_expected({"OMP_NUM_THREADS": "3"}) == 2
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "2,1"},
+        {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "2"},
+        {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"},
+        {"MKL_NUM_THREADS": "1"},
+    ],
+)
+def test_the_threads_that_are_expected_are_those_that_torch_starts(told: dict[str, str]) -> None:
+    import torch
+
+    code = "import os, thence; print(thence.cores.threads_expected(os.environ)); import torch"
+    expected, started = python(code + "; print(torch.get_num_threads())", **told)[0].split()
+    if not torch.backends.mkl.is_available() and "MKL_NUM_THREADS" in told:
+        pytest.skip("a torch without MKL")
+    assert expected == started
+
+
+@LINUX
+@pytest.mark.parametrize("told", ["procs_running", "procs_running many", "procs_running 3\ncpu0 1 2 3"])
+def test_a_system_that_says_nonsense_of_its_cores_is_taken_for_idle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str
+) -> None:
+    monkeypatch.setattr(cores, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(cores.time, "sleep", lambda _: pytest.fail("it was watched"))
+    cores.STAT.write_text(told + "\n")
+    environment = {"OMP_NUM_THREADS": "2"}
+    assert settle_waiting(environment, loaded=False)
+    assert environment["GOMP_SPINCOUNT"] == SPINCOUNT
 
 
 @LINUX

@@ -12,6 +12,7 @@ The number of threads does change last bits. So it is never chosen by how busy t
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
@@ -49,9 +50,10 @@ def usage() -> Usage | None:
         return None
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores()))
     named = {f"cpu{core}" for core in usable}
-    rows = [list(map(int, words[1:9])) for line in lines if (words := line.split()) and words[0] in named]
-    if len(rows) < len(named) or any(len(row) < 8 for row in rows):
+    told = [words[1:9] for line in lines if (words := line.split()) and words[0] in named]
+    if len(told) < len(named) or any(len(words) < 8 or not all(map(str.isdecimal, words)) for words in told):
         return None
+    rows = [list(map(int, words)) for words in told]
     # user, nice, system, idle, iowait, irq, softirq, steal: all but idle and iowait
     ticks = sum(sum(row) - row[3] - row[4] for row in rows)
     return Usage(ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.monotonic())
@@ -79,7 +81,8 @@ def settle_waiting(environment: MutableMapping[str, str], loaded: bool) -> bool:
     """
     if loaded or not sys.platform.startswith("linux") or any(name in environment for name in WAITING):
         return False
-    if ASKED not in environment and _compete(threads_expected(environment)):
+    number_follows = environment.get(ASKED, "") != "" and not any(name in environment for name in THREADS)
+    if not number_follows and not were_chosen(environment) and _compete(threads_expected(environment)):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
     else:  # the number of threads that THENCE_THREADS chooses leaves others their cores
         environment["GOMP_SPINCOUNT"] = SPINCOUNT
@@ -87,15 +90,20 @@ def settle_waiting(environment: MutableMapping[str, str], loaded: bool) -> bool:
 
 
 def threads_expected(environment: Mapping[str, str]) -> int:
-    """Threads that torch will start: the user's number, or else one for each physical core of this process.
+    """Threads that torch will start: one for each physical core of this process, or fewer where the user says so.
 
     Args:
-        environment: OMP_NUM_THREADS may name a number for each level; the first one counts.
+        environment: OMP_NUM_THREADS may name a number for each level; the first one counts. MKL_NUM_THREADS comes
+            before it where torch is built with MKL, on x86.
     """
-    for name in THREADS:
+    for name in reversed(THREADS) if platform.machine() in ("x86_64", "AMD64") else THREADS[:1]:
         first = environment.get(name, "").partition(",")[0].strip()
         if first.isdecimal() and int(first) > 0:
-            return int(first)
+            return min(int(first), _physical_cores())
+    return _physical_cores()
+
+
+def _physical_cores() -> int:
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores()))
     try:
         return len({Path(TOPOLOGY.format(core)).read_text(encoding="utf-8") for core in cores})
@@ -107,7 +115,8 @@ def _compete(threads: int) -> bool:
     """Whether other programs keep so many cores busy that this many threads have to share theirs."""
     if threads < 2 or not _others_run():
         return False
-    before = usage()
+    if (before := usage()) is None:
+        return False
     time.sleep(WINDOW)
     others = taken_by_others(before, usage())
     return others is not None and others >= BUSY and threads > free_cores(others)
@@ -119,7 +128,8 @@ def _others_run() -> bool:
         lines = STAT.read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
-    return any(line.startswith("procs_running") and int(line.split()[1]) > 1 for line in lines)
+    running = [words[1] for line in lines if (words := line.split())[:1] == ["procs_running"] and len(words) > 1]
+    return any(number.isdecimal() and int(number) > 1 for number in running)
 
 
 def take_free_cores(environment: MutableMapping[str, str]) -> None:

@@ -145,6 +145,27 @@ def test_the_gradient_of_a_norm_does_not_follow_from_the_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x.bfloat16(), lambda x: x.double(), lambda x: x.t().contiguous().t(), lambda x: x.to("meta")]
+)
+def test_numbers_that_c_would_misread_are_refused(spoil):
+    """C cannot see what a pointer points to: it would read and write beside the tensor."""
+    kernels, layers = decode.decode_kernels(8), layer.layer_kernels(8)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    for call in (kernels.swiglu, lambda a: kernels.rms_norm(a, 1e-6)):
+        with pytest.raises(TypeError, match="a C kernel takes contiguous"):
+            call(spoil(x))
+    with pytest.raises(TypeError, match=r"not torch\.bfloat16"):
+        layers.gated(x.bfloat16(), x.bfloat16())
+    step, token, rows = make_step(4)
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        step(token, replace(rows, place=rows.place.int()))
+    with pytest.raises(IndexError, match="one of the 50"):
+        step(token.index_fill(0, torch.tensor([2]), 50), rows)
+    with pytest.raises(IndexError, match="one of the 50"):
+        step(token.index_fill(0, torch.tensor([2]), -1), rows)
+
+
 def make_step(rows, seed=0):
     """A whole step of two layers with random weights, and what it needs of so many rows after 20 columns."""
     generator, kernels, size = torch.Generator().manual_seed(seed), decode.decode_kernels(8), 8

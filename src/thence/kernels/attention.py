@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from thence.kernels.addresses import address
 from thence.kernels.build import load_library, refuse_second_derivatives
 from thence.kernels.numbers import plain_numbers
 
@@ -113,7 +114,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of each query's denominator. Raises MemoryError."""
     out, logsum = torch.empty_like(query), query.new_empty(query.shape[:2])
-    places = (x.data_ptr() for x in (query, key, value, starts, out, logsum))
+    places = _places(query, key, value, starts, out, logsum)
     if library.attention_forward(*places, len(starts) - 1, query.shape[1], key.shape[1], scale):
         raise MemoryError("no memory for the attention of packed rows")
     return out, logsum
@@ -123,10 +124,15 @@ def _backward(library: ctypes.CDLL, saved: tuple[Tensor, ...], scale: float) -> 
     """Gradients of query, key and value. Raises MemoryError."""
     query, key, value, starts = saved[:4]
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    places = (x.data_ptr() for x in (*saved, dq, dk, dv))
+    places = _places(*saved, dq, dk, dv)
     if library.attention_backward(*places, len(starts) - 1, query.shape[1], key.shape[1], scale):
         raise MemoryError("no memory for the gradient of the attention of packed rows")
     return dq, dk, dv
+
+
+def _places(*tensors: Tensor) -> list[int]:
+    """Addresses; the fourth tensor holds where rows start."""
+    return [address(x, torch.int64 if i == 3 else torch.float32) for i, x in enumerate(tensors)]
 
 
 @functools.cache

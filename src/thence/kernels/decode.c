@@ -208,7 +208,7 @@ struct layer {
 struct model {
     const struct layer *layers;
     const float *embedding, *head; /* (vocabulary, width), and the output layer in panels */
-    int64_t depth, width, inner, vocabulary;
+    int64_t depth, width, inner, vocabulary, embedded; /* embedded: rows of the embedding */
     float eps;
 };
 
@@ -246,11 +246,14 @@ static void step_rows(const struct model *m, struct cache c, const int64_t *toke
 }
 
 /* One token for every row through all layers. A thread takes `block` rows at a time, whole tiles, so that one whose core
- * is busy takes fewer. logits (rows + TALL, vocabulary up to PANEL). Returns 0, or 1: memory ran out. */
+ * is busy takes fewer. logits (rows + TALL, vocabulary up to PANEL). Returns 0, or 1: memory ran out, 2: a token has
+ * no embedding. */
 int step(const struct model *m, const struct cache *c, const int64_t *token, float *logits, int64_t rows, int64_t block) {
     const int64_t wide = up_to(m->width, PANEL), heads = c->heads * HEAD, tall = up_to(block, TALL);
     const int64_t each = 2 * wide + up_to(heads + 2 * c->kv * HEAD, PANEL) + heads + up_to(2 * m->inner, PANEL) + m->inner;
     int failed = 0;
+    for (int64_t r = 0; r < rows; r++)
+        if (token[r] < 0 || token[r] >= m->embedded) return 2;
 #pragma omp parallel
     {
         float *work = malloc(sizeof(float) * (tall * each + room(c)));

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, silu
 
+from thence.kernels.addresses import address
 from thence.kernels.build import load_library
 from thence.kernels.numbers import plain_numbers
 
@@ -41,7 +42,7 @@ class _Model(ctypes.Structure):
 
     _fields_ = [
         *((name, pointer) for name in ("layers", "embedding", "head")),
-        *((name, number) for name in ("depth", "width", "inner", "vocabulary")),
+        *((name, number) for name in ("depth", "width", "inner", "vocabulary", "embedded")),
         ("eps", ctypes.c_float),
     ]
 
@@ -116,21 +117,21 @@ class DecodeKernels:
         heads = qkv.shape[1] // head_size - 2 * kv
         out = qkv.new_empty(len(qkv), heads * head_size)
         cache = _cache(keys, values, rows, heads)
-        if self._attend(ctypes.byref(cache), qkv.data_ptr(), out.data_ptr(), len(qkv)):
+        if self._attend(ctypes.byref(cache), address(qkv), address(out), len(qkv)):
             raise MemoryError("no memory for the scores of a decoding step")
         return out
 
     def rms_norm(self, x: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm of every row, without weights."""
         out = torch.empty_like(x)
-        self._rms_norm(x.data_ptr(), out.data_ptr(), *x.shape, eps)
+        self._rms_norm(address(x), address(out), *x.shape, eps)
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) * up`` of rows that hold gate and up side by side."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
-        self._swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width)
+        self._swiglu(address(gate_up), address(out), rows, width)
         return out
 
 
@@ -155,32 +156,37 @@ class WholeStep:
         eps: float,
     ):
         self.kernels, self.caches, self.vocabulary = kernels, caches, len(head)
-        self.kept: list[Tensor] = [embedding.contiguous()]  # what the pointers point to
+        # what the pointers point to; detached, since a parameter can be given other storage
+        self.kept: list[Tensor] = [embedding.detach().contiguous()]
         self.heads = layers[0].out.shape[1] // caches[0][0].shape[3]
         told = (_Layer * len(layers))()
         for layer, (keys, values), to in zip(layers, caches, told, strict=True):
             to.qkv, to.out, to.gate_up, to.down = map(self._panels, (layer.qkv, layer.out, layer.gate_up, layer.down))
             to.bias = None if layer.bias is None else self._kept(layer.bias)
-            to.keys, to.values = keys.data_ptr(), values.data_ptr()
+            to.keys, to.values = address(keys), address(values)
         width, inner = embedding.shape[1], layers[0].down.shape[1]
-        sizes = (len(layers), width, inner, self.vocabulary)
+        sizes = (len(layers), width, inner, self.vocabulary, len(embedding))
         self.told = told
-        self.model = _Model(ctypes.addressof(told), self.kept[0].data_ptr(), self._panels(head), *sizes, eps)
+        self.model = _Model(ctypes.addressof(told), address(self.kept[0]), self._panels(head), *sizes, eps)
 
     def __call__(self, token: Tensor, rows: Rows) -> Tensor:
         """Logits (rows, vocabulary) after one token a row, (rows,), int64.
 
         Raises:
             MemoryError: no room for the rows of a thread.
+            IndexError: a token that has no embedding.
         """
-        tile, n = self.kernels.tile, len(token)
+        tile, n, token = self.kernels.tile, len(token), token.to(torch.int64).contiguous()
         share = -(-n // (2 * torch.get_num_threads()))
         block = min(BLOCK, -(-share // tile) * tile)
         width = -(-self.vocabulary // self.kernels.panel) * self.kernels.panel
         logits = rows.cos.new_empty(n + tile, width)  # the last tile may reach past the last row
         cache = _cache(*self.caches[0], rows, self.heads)
         told = ctypes.byref(self.model), ctypes.byref(cache)
-        if self.kernels._step(*told, token.contiguous().data_ptr(), logits.data_ptr(), n, block):
+        failed = self.kernels._step(*told, address(token, torch.int64), address(logits), n, block)
+        if failed == 2:
+            raise IndexError(f"a token is not one of the {self.model.embedded} that have an embedding")
+        if failed:
             raise MemoryError("no memory for the rows of a decoding step")
         return logits[:n, : self.vocabulary]
 
@@ -191,14 +197,15 @@ class WholeStep:
         return self._kept(filled.unflatten(0, (-1, panel)).transpose(1, 2))
 
     def _kept(self, tensor: Tensor) -> int:
-        self.kept.append(tensor.contiguous())
-        return self.kept[-1].data_ptr()
+        self.kept.append(tensor.detach().contiguous())
+        return address(self.kept[-1])
 
 
 def _cache(keys: Tensor, values: Tensor, rows: Rows, heads: int) -> _Cache:
     _, blocks, kv, head_size, _ = keys.shape
-    places = (t.data_ptr() for t in (keys, values, rows.cos, rows.sin, rows.place, rows.first))
-    return _Cache(*places, heads, kv, blocks, rows.column, head_size**-0.5)
+    numbers = map(address, (keys, values, rows.cos, rows.sin))
+    whole = (address(tensor, torch.int64) for tensor in (rows.place, rows.first))
+    return _Cache(*numbers, *whole, heads, kv, blocks, rows.column, head_size**-0.5)
 
 
 def keys_in_blocks(keys: Tensor) -> Tensor:

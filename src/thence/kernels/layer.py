@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from thence.kernels.addresses import address
 from thence.kernels.build import load_library, refuse_second_derivatives
 from thence.kernels.numbers import plain_numbers
 
@@ -109,7 +110,7 @@ class _Turned(torch.autograd.Function):
 
 
 def _places(*tensors: Tensor) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return [address(tensor) for tensor in tensors]
 
 
 def layer_kernels(head_size: int) -> LayerKernels | None:

@@ -69,7 +69,7 @@ def main(path: str, source: str, head: int) -> None:
         matrices = panels(combined, width), floats(combined), panels(width, heads * head), panels(2 * inner, width)
         layer = struct(*matrices, panels(width, inner), keys, values)
         embedding, logits = floats(7 * width), floats((ROWS + int(library.tile())) * wide)
-        told = map(number, (1, width, inner, 7))
+        told = map(number, (1, width, inner, 7, 7))
         model = struct((type(layer) * 1)(layer), embedding, panels(7, width), *told, ctypes.c_float(1e-6))
         tokens = integers(*range(ROWS))
         library.step(ctypes.byref(model), ctypes.byref(cache), tokens, logits, number(ROWS), number(library.tile()))

@@ -13,7 +13,7 @@ from torch import nn
 
 from thence.errors import UserError, first_line
 from thence.models.probing import largest_difference, probe_tokens, short_windows, tolerance
-from thence.rollout.decoders import Decoder, TransformersDecoder
+from thence.rollout.decoders import Decoder, TransformersDecoder, without_autocast
 from thence.rollout.llama import LlamaDecoder, is_plain_llama
 
 PROMPTS = (5, 12, 12, 3)  # tokens of the prompts of the check
@@ -72,7 +72,7 @@ def choice_of(model: Any) -> Choice:
 def _found(model: Any, plain: bool) -> Choice:
     candidates = [Choice(LlamaDecoder, True)] if plain else []
     reasons = []
-    with short_windows(model):
+    with short_windows(model), without_autocast(next(model.parameters()).device):
         for choice in (*candidates, Choice(TransformersDecoder, True), Choice(TransformersDecoder, False)):
             try:
                 differences = [_difference(model, decoder, choice.pads) for decoder in choice.ways(model)]

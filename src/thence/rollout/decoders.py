@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from thence.rollout.prompts import padded_left
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Numbers of the model's own type while it lasts."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 class Decoder(Protocol):

@@ -8,6 +8,7 @@ row stays until the end: rows that have ended are passed over.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from thence.kernels.decode import (
     keys_in_blocks,
     values_in_blocks,
 )
+from thence.rollout.decoders import without_autocast
 from thence.rollout.prompts import Layout, packed, padded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -61,8 +63,13 @@ def is_plain_llama(model: Any) -> bool:
         and all(type(module) in (nn.Linear, nn.Embedding) for module in _read_from(model))
         and all(p.dtype == torch.float32 for p in model.parameters())
         and not any(_is_changed(part) for layer in model.model.layers for part in layer.modules())
-        and not any(_is_changed(part) for part in (model.model.norm, model.lm_head))
+        and not any(map(_is_changed, (model, model.model, *_around_the_layers(model))))
     )
+
+
+def _around_the_layers(model: Any) -> list[nn.Module]:
+    inner = model.model
+    return [inner.embed_tokens, inner.rotary_emb, inner.norm, model.lm_head]
 
 
 def _is_changed(module: nn.Module) -> bool:
@@ -97,6 +104,17 @@ Attend = Callable[[Layer, tuple[Tensor, Tensor], Tensor], Tensor]
 """Appends one token a row (its q, k, v) to a layer's cache and gives what it attended to, (rows, heads * head size)."""
 
 
+def _in_float32(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a decoder: autocast, which would give kernels and cache other numbers, is off while it runs."""
+
+    @functools.wraps(method)
+    def run(self: LlamaDecoder, *arguments: Any) -> Tensor:
+        with without_autocast(self.device):
+            return method(self, *arguments)
+
+    return run
+
+
 class LlamaDecoder:
     """See the module. Rows share columns of the cache: prompts are padded on the left, responses lie side by side.
 
@@ -124,6 +142,7 @@ class LlamaDecoder:
         self.whole: WholeStep | None = None
         self.length = 0
 
+    @_in_float32
     def prefill(self, prompts: list[list[int]], repeat_U: Tensor, max_tokens: int) -> Tensor:
         layout = self._layout(prompts)
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(repeat_U.to(self.device))
@@ -157,8 +176,11 @@ class LlamaDecoder:
         pack = self.device.type == "cpu" and padding > 0 and 2 * self.parameters * padding >= self.pack_from
         return packed(prompts, self.device) if pack else padded(prompts, self.device)
 
+    @_in_float32
     def step(self, token_B: Tensor) -> Tensor:
         at = self.length
+        if at >= len(self.cos):
+            raise IndexError(f"the cache has room for {len(self.cos)} tokens a row, and all of them are taken")
         self.length += 1
         if self.whole is not None:
             return self.whole(token_B, self._rows(at))
