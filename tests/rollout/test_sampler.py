@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from tests.rollout.chi_square import chi_square
-from thence.kernels.decode import WholeStep, decode_kernels
 from thence.objective import Row, trained_tokens
 from thence.rollout import choice, native
 from thence.rollout import llama as llama_module
 from thence.rollout.decoders import TransformersDecoder
 from thence.rollout.llama import LlamaDecoder, is_plain_llama
-from thence.rollout.native import Response, Sampling, sample, stream
+from thence.rollout.native import Response, Sampling, sample
 from thence.train.trainer import Trainer
 
 VOCAB = 40
@@ -169,123 +168,9 @@ def test_without_a_c_compiler_the_responses_are_the_same(family: str, monkeypatc
     assert largest_difference(plain, trainer_logps(model, prompts, plain, 1.0)) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_a_step_in_one_function_gives_the_responses_of_torchs_products(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if decode_kernels(8) is None:
-        pytest.skip("no C compiler")
-    model, used = make_model(family), []
-    choice.choice_of(model)  # which tries both ways of reading prompts
-    prompts, seeds = mixed_prompts(90)
-    sampling = Sampling(max_tokens=20, temperature=1.0, stop_ids=STOPS)
-    call = WholeStep.__call__
-    monkeypatch.setattr(WholeStep, "__call__", lambda *arguments: used.append(1) or call(*arguments))
-    whole = sample(model, prompts, seeds, sampling)
-    steps = len(used)
-    assert steps == max(len(r.token_ids) for r in whole) - 1
-    weights = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
-    monkeypatch.setattr(llama_module, "WHOLE_STEP", weights)  # less than with the embedding and the output layer
-    by_torch = sample(model, prompts, seeds, sampling)
-    assert len(used) == steps
-    assert tokens_of(whole) == tokens_of(by_torch)
-    assert largest_difference(whole, [torch.tensor(r.logps) for r in by_torch]) < 1e-4
-
-
 @pytest.mark.parametrize("family", ["gpt2", "mistral-window"])
 def test_what_the_fast_decoder_leaves_out_goes_through_transformers(family: str) -> None:
     assert not is_plain_llama(make_model(family))
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_autocast_changes_nothing_of_a_fast_decoder(
-    llama: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It once gave a kernel numbers of half the size, and C wrote beyond them."""
-    if not compiled:
-        monkeypatch.setattr(llama_module, "decode_kernels", lambda _: None)
-    prompts, seeds = mixed_prompts(20)
-    sampling = Sampling(max_tokens=20, temperature=1.0, stop_ids=STOPS)
-    for weights in (llama_module.WHOLE_STEP, 0):
-        monkeypatch.setattr(llama_module, "WHOLE_STEP", weights)
-        plain = sample(llama, prompts, seeds, sampling)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert sample(llama, prompts, seeds, sampling) == plain
-            assert torch.is_autocast_enabled("cpu")
-            assert sample(make_model("llama"), prompts, seeds, sampling) == plain  # chosen within autocast
-
-
-def test_weights_that_get_other_storage_while_rows_are_sampled_are_those_of_its_beginning() -> None:
-    model, prompts = make_model("llama"), [[1, 2, 3]] * 8
-    sampling = Sampling(max_tokens=40, stop_ids=STOPS)
-    expected = sample(model, prompts, range(8), sampling)
-    streamed = stream(model, prompts, range(8), sampling)
-    found = dict([next(streamed)])
-    model.double()
-    _rest = [torch.full((VOCAB, 32), 9.0) for _ in range(200)]  # whatever takes the place of freed weights
-    found |= dict(streamed)
-    assert [found[i] for i in range(8)] == expected
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_what_has_no_place_is_refused_and_never_read(
-    llama: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(llama_module, "decode_kernels", lambda _: None)
-    with torch.no_grad():
-        decoder = LlamaDecoder(llama)
-        decoder.prefill([[1, 2, 3]], torch.tensor([4]), 2)
-        spread = torch.arange(8)[::2]
-        first = decoder.step(spread)
-        with pytest.raises(IndexError):
-            decoder.step(torch.full((4,), VOCAB))
-        other = LlamaDecoder(llama)
-        other.prefill([[1, 2, 3]], torch.tensor([4]), 2)
-        assert torch.equal(other.step(spread.contiguous()), first)
-        other.step(spread)
-        with pytest.raises(IndexError, match="room for 5 tokens"):
-            other.step(spread)
-
-
-@pytest.mark.parametrize("part", ["", "model", "model.embed_tokens", "model.norm", "lm_head"])
-def test_a_hook_outside_of_the_layers_is_heard_after_the_check(part: str) -> None:
-    model = make_model("llama")
-    prompts, seeds = mixed_prompts(6)
-    before = sample(model, prompts, seeds, Sampling(max_tokens=8))
-
-    def changed(module: Any, given: Any, out: Any) -> Any:
-        if isinstance(out, torch.Tensor):
-            return 3 * out
-        name = "logits" if "logits" in out else "last_hidden_state"
-        out[name] = 3 * out[name]
-        return out
-
-    model.get_submodule(part).register_forward_hook(changed)
-    responses = sample(model, prompts, seeds, Sampling(max_tokens=8))
-    if part != "model.embed_tokens":  # the first norm takes its size away, but for its eps
-        assert tokens_of(responses) != tokens_of(before)
-    rows = [torch.tensor([[*p, *r.token_ids]]) for p, r in zip(prompts, responses, strict=True)]
-    with torch.no_grad():  # plainly: the trainer refuses a model whose hook changes its logits
-        logps = [model(input_ids=row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0] for row in rows]
-    expected = [own[-len(r.token_ids) :] for own, r in zip(logps, responses, strict=True)]
-    assert largest_difference(responses, expected) < 1e-4
-
-
-@pytest.mark.parametrize("what", ["hook", "forward"])
-def test_a_layer_that_is_changed_after_the_check_is_heard(what: str) -> None:
-    model = make_model("llama")
-    prompts, seeds = mixed_prompts(6)
-    before = sample(model, prompts, seeds, Sampling(max_tokens=8))
-    mlp = model.model.layers[0].mlp
-    if what == "hook":
-        mlp.register_forward_hook(lambda module, given, out: 3 * out)
-    else:
-        own = mlp.forward
-        mlp.forward = lambda x: 3 * own(x)
-    responses = sample(model, prompts, seeds, Sampling(max_tokens=8))
-    assert tokens_of(responses) != tokens_of(before)
-    assert largest_difference(responses, trainer_logps(model, prompts, responses, 1.0)) < 1e-4
 
 
 def test_other_weights_than_float32_go_through_transformers(tiny_model: Any) -> None:
