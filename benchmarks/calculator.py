@@ -27,7 +27,8 @@ from thence.toml import to_toml
 
 RECIPE = files("thence") / "recipes" / "calculator.toml"
 STAGES = ("eval-sft", "eval-rl")
-SHOWN = ("turns", "response_tokens", "observation_tokens", "flops", "executed_flops", "seconds")
+SUMMED = ("flops", "executed_flops", "seconds")
+"""Over the steps of RL."""
 
 
 def without(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +55,7 @@ def measured(recipe: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
     for stage in STAGES:
         rows = json.loads((folder / "stages" / stage / "result.json").read_text())["rows"]
         scores[stage] = {row["split"]: row["accuracy"] for row in rows}
-    sums = {
-        key: sum(line[key] for line in steps) for key in ("seconds", "rule_flops", "executed_flops") if key in steps[0]
-    }
+    sums = {key: sum(line[key] for line in steps) for key in SUMMED if key in steps[0]}
     return {"seed": seed, "scores": scores, "steps": len(steps), "rl": sums}
 
 
@@ -83,7 +82,14 @@ def main() -> None:
         }
         for arm, found in runs.items()
     }
-    record = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "means": means, "runs": runs}
+    command = ["python", *sys.argv]
+    record = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "means": means,
+        "runs": runs,
+    }
     if given.out is not None:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(means, indent=1))
